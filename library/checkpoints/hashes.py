@@ -1,0 +1,77 @@
+"""The hashes that user interfaces know models by. Files are read in pieces, never whole."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PIECE = 1 << 20  # bytes read at a time
+_LEGACY_START, _LEGACY_SIZE = 0x100000, 0x10000  # 64 KiB at 1 MiB
+
+
+def network_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """`sshs_model_hash` and `sshs_legacy_hash` of a network file.
+
+    Args:
+        tensors: as they will be saved, on the CPU, cast already.
+        metadata: all of the file's; only what starts with "ss_" goes into the legacy hash, so that hashes and
+            modelspec of an earlier save have no influence.
+    """
+    from safetensors.torch import save
+
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    file = memoryview(save(dict(tensors), training))
+    start = 8 + int.from_bytes(file[:8], "little")
+    return {
+        "sshs_model_hash": hashlib.sha256(file[start:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(file[_LEGACY_START : _LEGACY_START + _LEGACY_SIZE]).hexdigest()[:8],
+    }
+
+
+def tensor_hash(path: str | Path) -> str:
+    """sha256, 64 hex digits, of a .safetensors file behind its header: `sshs_model_hash`. Raises: OSError."""
+    with open(path, "rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return _sha256(file)
+
+
+def file_hash(path: str | Path) -> str:
+    """sha256, 64 hex digits, of a whole file: `ss_new_*_hash`. "NOFILE" or "IsADirectory" where there is none."""
+    return _no_file(path) or _hash_from(path, 0, None)
+
+
+def legacy_file_hash(path: str | Path) -> str:
+    """The old 8-digit hash, `ss_sd_model_hash`: of 64 KiB at 1 MiB, so `e3b0c442` for all smaller files."""
+    return _no_file(path) or _hash_from(path, _LEGACY_START, _LEGACY_SIZE)[:8]
+
+
+def _no_file(path: str | Path) -> str | None:
+    path = Path(path)
+    if path.is_dir():
+        return "IsADirectory"
+    return None if path.is_file() else "NOFILE"
+
+
+def _hash_from(path: str | Path, start: int, size: int | None) -> str:
+    with open(path, "rb") as file:
+        file.seek(start)
+        return _sha256(file, size)
+
+
+def _sha256(file: IO[bytes], size: int | None = None) -> str:
+    digest = hashlib.sha256()
+    for piece in _pieces(file, size):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(file: IO[bytes], size: int | None) -> Iterator[bytes]:
+    left = size
+    while piece := file.read(_PIECE if left is None else min(_PIECE, left)):
+        yield piece
+        left = None if left is None else left - len(piece)

@@ -1,0 +1,264 @@
+"""`run(family, method)`: what every training script does. The only module that knows both sides.
+
+The order is: parse, check everything that can be checked without torch, read the data set, load the model, train.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError
+from library.runtime import logs
+from library.runtime.logs import LOGGER
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from library.families.base import Family, FamilyTraits
+    from library.methods.base import Method
+    from library.options.base import Options
+    from library.training.loop import Run, RunFacts
+    from library.types import Models
+
+# name -> (package of the family, its adapter class); `<package>.options` holds TRAITS and needs no torch
+FAMILIES = {"sd": ("library.families.sd", "SdFamily")}
+METHODS = {"network": ("library.methods.network", "NetworkMethod")}
+
+
+def build_parser(family: str, method: str) -> argparse.ArgumentParser:
+    """The argument parser of a script, as GUIs and documentation tools want it."""
+    from library.options import parsing, scripts
+
+    return parsing.build_parser(scripts.groups_for(family, method), prog=_script_name(), description=_title(method))
+
+
+def run(family: str, method: str, argv: Sequence[str] | None = None) -> None:
+    """Runs one script and exits: 0 done, 2 the user has something to mend, 130 interrupted."""
+    logs.quiet_third_parties()
+    try:
+        _train(family, method, sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(error.render(), file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; what was saved before is whole", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def load_family(family: str, argv: Sequence[str]) -> tuple[Family, Models]:
+    """A family's adapter and its loaded model, for tools and tests that look at a model without training it.
+
+    `argv` holds the options of a training script that concern the model. Raises: UserError.
+    """
+    from library.options import parsing, scripts
+
+    logs.quiet_third_parties()
+    opts = parsing.parse_options(scripts.groups_for(family, "network"), argv)
+    adapter = _make(FAMILIES[family], opts, "adapter")
+    return adapter, adapter.load()
+
+
+def _script_name() -> str:
+    return os.path.basename(sys.argv[0] or "train")
+
+
+def _title(method: str) -> str:
+    return {"network": "Trains a LoRA-type network."}[method]
+
+
+def _train(family_name: str, method_name: str, argv: Sequence[str]) -> None:
+    opts, specs, traits = _check(family_name, method_name, argv)
+    accelerator = _make_accelerator(opts)
+    opts = opts.replaced(seed=_agreed_seed(opts, accelerator))
+
+    from library.data.dataset import build_training_data
+
+    data = build_training_data(specs, opts, traits, opts.training.seed)
+    for line in data.report():
+        LOGGER.info("%s", line)
+
+    from library.training.loop import train
+
+    train(_assemble(opts, family_name, method_name, data, accelerator))
+
+
+def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Options, list[Any], FamilyTraits]:
+    """Everything that can be wrong and is cheap to know, all at once, before torch is imported."""
+    from library.data.blueprint import build_specs
+    from library.options import parsing, scripts, validation
+
+    groups = scripts.groups_for(family_name, method_name)
+    opts = parsing.parse_options(groups, argv, prog=_script_name(), description=_title(method_name))
+    main = int(os.environ.get("RANK", "0")) == 0  # the other processes report errors only
+    level = opts.logging.console_log_level if main else "ERROR"
+    logs.setup_logging(level, opts.logging.console_log_file, opts.logging.console_log_simple)
+    package, _ = FAMILIES[family_name]
+    traits = importlib.import_module(f"{package}.options").TRAITS
+    problems = list(validation.problems(opts, traits))
+    specs: list[Any] = []
+    if not problems:  # the options make sense: now the files that they name
+        problems += importlib.import_module(f"{package}.variants").check_paths(opts)
+        try:
+            specs = build_specs(opts, traits)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    for line in validation.warnings(opts, traits):
+        LOGGER.warning("%s", line)
+    return opts, specs, traits
+
+
+def _assemble(opts: Options, family_name: str, method_name: str, data: Any, accelerator: Accelerator) -> Run:
+    """Loads the model and puts the run together, up to the last thing before the first step."""
+    from library.inference.preview import Preview
+    from library.memory.attention import set_attention
+    from library.objectives.objective import build_objective
+    from library.training import placement, plan
+    from library.training.loop import Run
+    from library.training.lr_schedules import make_schedule
+    from library.training.optimizers import make_optimizer
+    from library.training.saving import make_save_plan
+    from library.training.tracking import Tracker
+
+    family, method = _make(FAMILIES[family_name], opts, "adapter"), _make(METHODS[method_name], opts)
+    preview = Preview.from_options(opts, family)
+    run_plan = plan.make_plan(
+        data.batches_per_epoch,
+        accelerator.num_processes,
+        opts.training.gradient_accumulation_steps,
+        steps=opts.training.max_train_steps,
+        epochs=opts.training.max_train_epochs,
+        by_default="max_train_steps" not in opts.explicit,
+    )
+    data.set_total_steps(run_plan.total_steps)
+    started = time.time()
+    models = family.load()
+    LOGGER.info("loaded %s in %.1f s", opts.model.pretrained_model_name_or_path, time.time() - started)
+    method.attach(family, models)
+    grad_text = method.trains_text_encoder()
+    placement.place(models, opts, accelerator.device, grad_text=grad_text)
+    method.trainable().to(accelerator.device)
+    attention = set_attention(models.denoiser, opts.memory)
+    if opts.data.cache_latents:
+        _cache_latents(opts, family, models, data, accelerator)
+        placement.release_vae(models, opts)
+    optimizer = make_optimizer(method.parameter_groups(), opts.optimizer)
+    schedule = make_schedule(optimizer, opts.optimizer, run_plan.total_steps)
+    for line in plan.describe(run_plan, data.num_train_images, data.num_reg_images):
+        LOGGER.info("%s", line)
+    LOGGER.info(
+        "device %s, mixed precision %s, attention %s", accelerator.device, opts.memory.mixed_precision, attention
+    )
+    saves = make_save_plan(opts.saving, method.file_suffix(), run_plan.epochs)
+    return Run(
+        opts=opts,
+        seed=opts.training.seed,
+        family=family,
+        method=method,
+        models=models,
+        objective=build_objective(family.traits.objective, family.prediction_type(), opts),
+        data=data,
+        plan=run_plan,
+        accelerator=accelerator,
+        optimizer=accelerator.prepare_optimizer(optimizer),
+        schedule=schedule,
+        saves=saves,
+        preview=preview,
+        tracker=Tracker(opts, f"{method_name}_train", enabled=accelerator.is_main_process),
+        make_metadata=_metadata_maker(opts, family, method, models, data, run_plan, optimizer),
+        save_dtype=_save_dtype(opts),
+    )
+
+
+def _make(place: tuple[str, str], opts: Options, module: str | None = None) -> Family | Method:
+    package, name = place
+    return getattr(importlib.import_module(f"{package}.{module}" if module else package), name)(opts)
+
+
+def _make_accelerator(opts: Options) -> Accelerator:
+    import torch
+    from accelerate import Accelerator
+
+    chosen = opts.memory.mixed_precision
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", chosen)
+    if launched not in (chosen, "no"):
+        LOGGER.warning(
+            "accelerate was launched with mixed precision %s; --mixed_precision %s is used", launched, chosen
+        )
+    if chosen == "fp16" and not torch.cuda.is_available():
+        raise UserError("--mixed_precision fp16 needs a GPU, and torch finds none; use bf16 or no")
+    return Accelerator(mixed_precision=chosen)
+
+
+def _agreed_seed(opts: Options, accelerator: Accelerator) -> int:
+    """--seed, or one that the first process draws for all of them."""
+    if opts.training.seed is not None:
+        return opts.training.seed
+    from accelerate.utils import broadcast_object_list
+
+    (seed,) = broadcast_object_list([random.SystemRandom().randrange(2**32)])
+    LOGGER.info("--seed was not given; this run's is %d", seed)
+    return seed
+
+
+def _save_dtype(opts: Options) -> torch.dtype | None:
+    import torch
+
+    names = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    return names[opts.saving.save_precision]
+
+
+def _cache_latents(opts: Options, family: Family, models: Any, data: Any, accelerator: Accelerator) -> None:
+    import torch
+
+    from library.caching.latents import cache_latents_in_memory
+    from library.runtime import seeds
+
+    calls = iter(range(sys.maxsize))
+
+    @torch.no_grad()
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        rng = seeds.generator(accelerator.device, opts.training.seed, "latents", next(calls))
+        return family.encode_images(models, pixels.to(accelerator.device), generator=rng).float().cpu()
+
+    cache_latents_in_memory(data, encode, opts.data.vae_batch_size)
+
+
+def _metadata_maker(
+    opts: Options, family: Family, method: Method, models: Any, data: Any, run_plan: Any, optimizer: Any
+) -> Any:
+    from library.checkpoints import metadata
+    from library.training.optimizers import describe_optimizer
+
+    fixed = {
+        "ss_session_id": random.SystemRandom().randrange(2**32),
+        "ss_optimizer": describe_optimizer(optimizer, opts.optimizer),
+        "ss_max_train_steps": run_plan.total_steps,
+        "ss_num_epochs": run_plan.epochs,
+        "ss_num_batches_per_epoch": run_plan.batches_per_epoch,
+        "ss_num_train_images": data.num_train_images,
+        "ss_num_reg_images": data.num_reg_images,
+    }
+
+    def make(facts: RunFacts) -> dict[str, str]:
+        run_facts = {
+            **fixed,
+            "ss_training_started_at": facts.started,
+            "ss_training_finished_at": time.time(),
+            "ss_steps": facts.step,
+            "ss_epoch": facts.epoch,
+        }
+        return metadata.training_metadata(
+            opts, family.model_metadata(models), method.metadata(), data.metadata(run_plan.processes), run_facts
+        )
+
+    return make

@@ -1,0 +1,248 @@
+"""From flags or a dataset config to typed specs. Nothing heavy is imported, so mistakes are reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.data.buckets import round_limits
+from library.data.captions import CaptionOptions
+from library.data.config_file import read_config
+from library.data.config_schema import DATASET, KEYS, SUBSET, Key, check_value
+from library.data.folders import has_images, repeat_folders
+from library.errors import UserError
+from library.options import base, validation
+from library.runtime.logs import LOGGER
+from library.types import Size
+
+if TYPE_CHECKING:
+    from library.families.base import FamilyTraits
+    from library.options.base import Options
+
+
+@dataclass(frozen=True)
+class SubsetSpec:
+    """One folder of pictures and what is done with them."""
+
+    image_dir: Path
+    class_tokens: str | None  # the caption of pictures without a caption file
+    is_reg: bool
+    num_repeats: int
+    caption_extension: str  # with the dot
+    captions: CaptionOptions
+    flip_aug: bool
+    color_aug: bool
+    random_crop: bool
+    face_crop_aug_range: tuple[float, float] | None  # frame side / face side, (closest, widest)
+    resize_interpolation: str | None  # None: area when shrinking, lanczos when enlarging
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Subsets that share a resolution and a batch size."""
+
+    subsets: tuple[SubsetSpec, ...]
+    batch_size: int  # per process
+    resolution: Size
+    enable_bucket: bool
+    min_bucket_reso: int  # pixels, a multiple of bucket_reso_steps
+    max_bucket_reso: int
+    bucket_reso_steps: int
+    bucket_no_upscale: bool
+    network_multiplier: float
+    resize_interpolation: str | None
+
+
+def build_specs(opts: Options, traits: FamilyTraits) -> list[DatasetSpec]:
+    """The datasets of a run, from --dataset_config or from --train_data_dir and --reg_data_dir.
+
+    A value is looked for in the subset, the dataset, the general table, the command line, and the built-in default.
+
+    Raises: UserError: with every problem found: of the data flags (in the very lines of `library.options.validation`),
+        unknown keys, wrong values, missing or empty folders, combinations that cannot work, what is not available yet.
+    """
+    reader = _Reader(opts, traits)
+    if opts.data.dataset_config:
+        file = Path(opts.data.dataset_config)
+        config, general_place = read_config(file), f"{file}, [general]"
+        _warn_about_ignored(opts, ("train_data_dir", "reg_data_dir"), "--dataset_config says where the pictures are")
+    else:
+        file, general_place = None, ""
+        config = {"general": {}, "datasets": [{"subsets": _subsets_of_folders(opts, reader.problems)}]}
+    specs = []
+    for number, table in enumerate(config["datasets"], 1):
+        place = f"{file}, [[datasets]] {number}" if file else "the command line"
+        specs.append(reader.dataset(table, place, [(general_place, config["general"])]))
+    if reader.problems:
+        raise UserError(*dict.fromkeys(reader.problems))
+    return specs
+
+
+class _Reader:
+    """Looks values up level by level, and collects every problem on the way."""
+
+    def __init__(self, opts: Options, traits: FamilyTraits):
+        self.opts, self.traits = opts, traits
+        self.problems = validation.problems(base.Options([opts.data], opts.given), traits)
+        # What the flags alone say is checked there already; a file may combine them with something else.
+        self.combine = bool(opts.data.dataset_config) or not self.problems
+
+    def value(self, name: str, tables: Sequence[tuple[str, Mapping[str, Any]]]) -> Any:
+        """The value in force. `tables` are (place, table), the most specific first."""
+        key = KEYS[name]
+        for place, table in tables:
+            if name in table:
+                found = list(check_value(name, table[name], place))
+                self.problems += found
+                return key.default if found else table[name]
+        return key.default if key.flag is None else self._from_flag(name, key)
+
+    def _from_flag(self, name: str, key: Key) -> Any:
+        """The flag's value; the default stands in for a wrong one, which is among the problems already."""
+        value = getattr(self.opts.data, key.flag[2:])
+        try:
+            if value is not None and key.kind in ("size", "range"):
+                value = _parse_numbers(value, whole=key.kind == "size")
+        except ValueError:
+            return key.default
+        return key.default if value is None or any(check_value(name, value, key.flag)) else value
+
+    def dataset(self, table: Mapping[str, Any], place: str, outer: list) -> DatasetSpec:
+        tables = [(place, table), *outer]
+        found = {name: self.value(name, tables) for name, key in KEYS.items() if DATASET in key.levels}
+        if found["resolution"] is None:
+            said = self.opts.data.resolution is not None or any("resolution" in table for _, table in tables)
+            if self.opts.data.dataset_config and not said:
+                self.problems.append(f"{place}: no resolution; give --resolution, or resolution in the dataset config")
+            found["resolution"] = self.traits.default_resolution
+        found["resolution"] = _as_size(found["resolution"])
+        _round_limits(found, place)
+        if self.combine:
+            self.problems += _check_frame(found, place, self.traits)
+        subsets = []
+        for number, subset in enumerate(table["subsets"], 1):
+            where = f"{place}, [[datasets.subsets]] {number}" if self.opts.data.dataset_config else place
+            subsets.append(self.subset(subset, where, tables))
+            if "metadata_file" in subset:
+                continue  # refused already
+            self.problems += _check_folder(subsets[-1], where)
+            if self.combine:
+                self.problems += _check_augmentation(subsets[-1], found["enable_bucket"], self.opts, where)
+        if subsets and all(subset.is_reg for subset in subsets):
+            self.problems.append(f"{place}: every subset has is_reg = true; regularisation needs pictures to train on")
+        own = {field.name: found[field.name] for field in fields(DatasetSpec) if field.name in KEYS}
+        return DatasetSpec(subsets=tuple(subsets), **own)
+
+    def subset(self, table: Mapping[str, Any], place: str, outer: list) -> SubsetSpec:
+        tables = [(place, table), *outer]
+        found = {name: self.value(name, tables) for name, key in KEYS.items() if SUBSET in key.levels}
+        captions = CaptionOptions(**{field.name: found[field.name] for field in fields(CaptionOptions)})
+        own = {field.name: found[field.name] for field in fields(SubsetSpec) if field.name in KEYS}
+        own["image_dir"] = Path(own["image_dir"] or "").expanduser()
+        own["class_tokens"] = own["class_tokens"] or None
+        own["face_crop_aug_range"] = tuple(own["face_crop_aug_range"]) if own["face_crop_aug_range"] else None
+        extension = own["caption_extension"]
+        own["caption_extension"] = extension if extension.startswith(".") else "." + extension
+        return SubsetSpec(captions=captions, **own)
+
+
+def _parse_numbers(text: str, *, whole: bool) -> Any:
+    """``512`` or ``512,768`` (whole), ``2.0,4.0`` (not whole). Raises: ValueError: anything else."""
+    numbers = [int(part) if whole else float(part) for part in text.split(",")]
+    if len(numbers) == 1 and whole:
+        return numbers[0]
+    if len(numbers) != 2:
+        raise ValueError(text)
+    return tuple(numbers)
+
+
+def _as_size(value: Any) -> Size:
+    return Size(*value) if isinstance(value, (list, tuple)) else Size(value, value)
+
+
+def _round_limits(found: dict[str, Any], place: str) -> None:
+    """Makes the bucket limits multiples of the step, and says so."""
+    if not found["enable_bucket"] or found["bucket_no_upscale"]:
+        return
+    step = found["bucket_reso_steps"]
+    low, high = round_limits(found["min_bucket_reso"], found["max_bucket_reso"], step)
+    for name, rounded in (("min_bucket_reso", max(low, step)), ("max_bucket_reso", high)):
+        if rounded != found[name]:
+            LOGGER.warning(f"{place}: {name} {found[name]} is no multiple of {step}; {rounded} is used")
+            found[name] = rounded
+
+
+def _check_frame(found: Mapping[str, Any], place: str, traits: FamilyTraits) -> Iterable[str]:
+    """Problems of resolution, bucket step and bucket limits together."""
+    resolution, step = found["resolution"], found["bucket_reso_steps"]
+    size = f"resolution {resolution.width}x{resolution.height}"
+    low, high = found["min_bucket_reso"], found["max_bucket_reso"]
+    if not found["enable_bucket"]:
+        if resolution.width % traits.bucket_step or resolution.height % traits.bucket_step:
+            yield (
+                f"{place}: {size}: {traits.label} needs multiples of {traits.bucket_step}; choose another, "
+                "or set enable_bucket"
+            )
+    elif step % traits.bucket_step:
+        yield f"{place}: bucket_reso_steps must be a multiple of {traits.bucket_step}, got {step}"
+    elif found["bucket_no_upscale"]:  # buckets are made for the pictures, limits do not apply
+        if resolution.width * resolution.height < step * step:
+            yield f"{place}: {size} is smaller than one bucket step, {step}x{step}"
+    elif not low <= min(resolution) <= max(resolution) <= high:
+        yield (
+            f"{place}: {size} does not lie within min_bucket_reso {low} and max_bucket_reso {high}; widen the limits"
+        )
+
+
+def _check_folder(subset: SubsetSpec, place: str) -> Iterable[str]:
+    if not subset.image_dir.is_dir():
+        yield f"{place}: image_dir {subset.image_dir} is no folder"
+    elif not has_images(subset.image_dir):
+        yield f"{place}: no pictures in {subset.image_dir}"
+
+
+def _check_augmentation(subset: SubsetSpec, buckets: bool, opts: Options, place: str) -> Iterable[str]:
+    if opts.data.cache_latents:
+        for name in ("color_aug", "random_crop", "face_crop_aug_range"):
+            if getattr(subset, name):
+                yield (
+                    f"{place}: {name} changes the picture every time, so its latents cannot be cached; "
+                    f"remove --cache_latents or {name}"
+                )
+    if buckets and subset.face_crop_aug_range:
+        LOGGER.warning(f"{place}: face_crop_aug_range has no effect on pictures in buckets (enable_bucket)")
+
+
+def _subsets_of_folders(opts: Options, problems: list[str]) -> list[dict[str, Any]]:
+    """The sub-folders of --train_data_dir and --reg_data_dir as subset tables."""
+    tables = []
+    for flag, is_reg in (("train_data_dir", False), ("reg_data_dir", True)):
+        parent = getattr(opts.data, flag)
+        if not parent:
+            continue
+        folder = Path(parent).expanduser()
+        if not folder.is_dir():
+            problems.append(f"--{flag}: {folder} is no folder")
+            continue
+        found, ignored = repeat_folders(folder)
+        if ignored:
+            names = ", ".join(path.name for path in ignored[:5]) + (", ..." if len(ignored) > 5 else "")
+            LOGGER.warning(
+                f"--{flag}: {len(ignored)} not used, as they are no <repeats>_<class tokens> folder: {names}"
+            )
+        if not found:
+            problems.append(f"--{flag}: {folder} has no sub-folder named <repeats>_<class tokens>, e.g. 10_sks dog")
+        for one in found:
+            table = {"image_dir": str(one.path), "num_repeats": one.repeats, "is_reg": is_reg}
+            tables.append({**table, "class_tokens": one.class_tokens})
+    if opts.data.dataset_repeats != 1:
+        LOGGER.warning("--dataset_repeats has no effect here: the names of the folders say how often they repeat")
+    return tables
+
+
+def _warn_about_ignored(opts: Options, flags: Iterable[str], why: str) -> None:
+    for flag in flags:
+        if getattr(opts.data, flag):
+            LOGGER.warning(f"--{flag} has no effect: {why}")

@@ -1,0 +1,157 @@
+"""Caption files, and what a caption becomes for one training step. Pure functions; randomness comes from the caller."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+
+from library.errors import UserError
+
+DEFAULT_EXTENSION = ".caption"
+
+
+@dataclass(frozen=True)
+class CaptionOptions:
+    """The caption options of one subset; the names are those of the dataset config and of the flags."""
+
+    shuffle_caption: bool = False
+    caption_separator: str = ","
+    keep_tokens: int = 0
+    keep_tokens_separator: str = ""
+    secondary_separator: str | None = None
+    enable_wildcard: bool = False
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    caption_dropout_rate: float = 0.0  # probability in [0, 1] of an empty caption
+    caption_dropout_every_n_epochs: int = 0  # 0: never
+    caption_tag_dropout_rate: float = 0.0  # probability in [0, 1], for each token that is not kept
+    token_warmup_min: int = 1
+    token_warmup_step: float = 0  # optimizer steps; below 1, a fraction of the whole run
+
+    @property
+    def splits(self) -> bool:
+        """Whether captions are taken apart into tokens."""
+        return self.shuffle_caption or self.token_warmup_step > 0 or self.caption_tag_dropout_rate > 0
+
+    def with_run_length(self, total_steps: int) -> CaptionOptions:
+        """The same options with a fractional token warm-up turned into optimizer steps (rounded down)."""
+        if not 0 < self.token_warmup_step < 1:
+            return self
+        return replace(self, token_warmup_step=math.floor(self.token_warmup_step * total_steps))
+
+
+def make_caption(raw: str, options: CaptionOptions, rng: Random, epoch: int, step: int) -> str:
+    """The caption of one item at one moment of the run.
+
+    Args:
+        raw: what the caption file says (see `read_caption`), or the class tokens.
+        epoch: counted from 1.
+        step: optimizer steps finished so far; only token warm-up asks.
+    """
+    caption = " ".join(part for part in (options.caption_prefix, raw, options.caption_suffix) if part)
+    if _is_dropped(options, rng, epoch):
+        return ""
+    caption = _choose_wildcards(caption, rng) if options.enable_wildcard else caption.split("\n", 1)[0]
+    caption = _rearrange(caption, options, rng, step) if options.splits else _without_marks(caption, options)
+    if options.secondary_separator:
+        caption = caption.replace(options.secondary_separator, options.caption_separator)
+    return caption
+
+
+def _is_dropped(options: CaptionOptions, rng: Random, epoch: int) -> bool:
+    # The draw comes first, so that whether this is a "drop" epoch does not shift the item's later draws.
+    by_chance = options.caption_dropout_rate > 0 and rng.random() < options.caption_dropout_rate
+    every = options.caption_dropout_every_n_epochs
+    return by_chance or (every > 0 and epoch % every == 0)
+
+
+def _choose_wildcards(caption: str, rng: Random) -> str:
+    """One line of several, then one alternative of every ``{a|b}``; ``{{`` and ``}}`` stand for plain braces."""
+    line = rng.choice(caption.split("\n"))
+    line = line.replace("{{", "\x00").replace("}}", "\x01")
+    line = re.sub(r"\{([^}]*)\}", lambda found: rng.choice(found.group(1).split("|")), line)
+    return line.replace("\x00", "{").replace("\x01", "}")
+
+
+def _rearrange(caption: str, options: CaptionOptions, rng: Random, step: int) -> str:
+    fixed, flexible, tail = _split_tokens(caption, options)
+    if step < options.token_warmup_step:
+        grown = step * (len(flexible) - options.token_warmup_min) / options.token_warmup_step
+        flexible = flexible[: math.floor(grown) + options.token_warmup_min]
+    if options.shuffle_caption:
+        rng.shuffle(flexible)
+    if options.caption_tag_dropout_rate > 0:
+        flexible = [token for token in flexible if rng.random() >= options.caption_tag_dropout_rate]
+    return ", ".join(fixed + flexible + tail)
+
+
+def _split_tokens(caption: str, options: CaptionOptions) -> tuple[list[str], list[str], list[str]]:
+    """Tokens that stay first, tokens that may move, tokens that stay last."""
+    mark = options.keep_tokens_separator
+    if mark and mark in caption:
+        head, middle, *tail = caption.split(mark)
+        parts = (head, middle, options.caption_separator.join(tail))
+        fixed, flexible, last = ([t for t in _tokens(part, options) if t] for part in parts)
+        return fixed, flexible, last
+    tokens = _tokens(caption, options)  # empty ones stay here, as earlier trainers had it
+    return tokens[: options.keep_tokens], tokens[options.keep_tokens :], []
+
+
+def _tokens(text: str, options: CaptionOptions) -> list[str]:
+    return [token.strip() for token in text.split(options.caption_separator)]
+
+
+def _without_marks(caption: str, options: CaptionOptions) -> str:
+    """The mark is an instruction to us; earlier trainers let it through to the tokenizer when nothing was shuffled."""
+    mark = options.keep_tokens_separator
+    if not mark or mark not in caption:
+        return caption
+    ends = options.caption_separator + " "
+    return ", ".join(part for part in (piece.strip(ends) for piece in caption.split(mark)) if part)
+
+
+def caption_file(image: Path, extension: str, names: frozenset[str]) -> Path | None:
+    """The caption file of a picture. `names` are the folder's file names.
+
+    Pictures cut out around a face are called ``<name>_<cx>_<cy>_<w>_<h>`` and may share the caption of ``<name>``.
+    """
+    stems = [image.stem]
+    fields = image.stem.split("_")
+    if len(fields) >= 5:
+        stems.append("_".join(fields[:-4]))
+    return next((image.with_name(stem + extension) for stem in stems if stem + extension in names), None)
+
+
+def read_caption(path: Path, *, multiline: bool) -> str:
+    """The text of a caption file: its first line, or with `multiline` every line that is not blank.
+
+    Raises: UserError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # a byte order mark would become part of the first token
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the caption file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: the caption file cannot be read ({error.strerror})") from None
+    lines = [line.strip() for line in text.splitlines()]
+    if multiline:
+        return "\n".join(line for line in lines if line)
+    return lines[0] if lines else ""
+
+
+def extension_in_use(extension: str, images: Sequence[Path], names: frozenset[str]) -> str:
+    """The extension of a folder's captions: `.txt` where the default finds nothing and there are `.txt` files.
+
+    Nearly every caption in the field is a `.txt` file; training on folder names beside them is never what was meant.
+    """
+    if extension != DEFAULT_EXTENSION or _any_caption(images, extension, names):
+        return extension
+    return ".txt" if _any_caption(images, ".txt", names) else extension
+
+
+def _any_caption(images: Iterable[Path], extension: str, names: frozenset[str]) -> bool:
+    return any(caption_file(image, extension, names) for image in images)

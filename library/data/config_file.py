@@ -1,0 +1,80 @@
+"""Reads a dataset config (TOML or JSON) and checks its shape, so that the rest can trust keys and types."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import toml
+
+from library.data.config_schema import DATASET, GENERAL, SUBSET, check_table
+from library.errors import UserError
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config with its keys and types checked: ``{"general": {...}, "datasets": [{..., "subsets": [...]}]}``.
+
+    Raises: UserError: the file is missing, malformed, or has unknown keys, wrong types or no datasets.
+    """
+    config = _parse(path)
+    problems = [f"{path}: unknown table '{name}'; known are general, datasets" for name in config.keys() - _TABLES]
+    general, datasets = config.get("general", {}), config.get("datasets", [])
+    if isinstance(general, Mapping):
+        problems += check_table(general, GENERAL, f"{path}, [general]")
+    else:
+        problems.append(f"{path}: general must be a table, [general]")
+    if not _are_tables(datasets):
+        problems.append(f"{path}: no datasets; write at least one [[datasets]] with one [[datasets.subsets]]")
+        datasets = []
+    for number, dataset in enumerate(datasets, 1):
+        problems += _check_dataset(dataset, f"{path}, [[datasets]] {number}")
+    if problems:
+        raise UserError(*problems)
+    return {"general": general, "datasets": datasets}
+
+
+_TABLES = {"general", "datasets"}
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    suffix = path.suffix.lower()
+    if suffix not in (".toml", ".json"):
+        raise UserError(f"--dataset_config: {path} must be a .toml or a .json file")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        config = toml.loads(text) if suffix == ".toml" else json.loads(text)
+    except FileNotFoundError:
+        raise UserError(f"--dataset_config: there is no file {path}") from None
+    except OSError as error:
+        raise UserError(f"--dataset_config: {path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the dataset config as UTF-8") from None
+    except ValueError as error:  # both parsers' own errors are ValueErrors, and say line and column
+        hint = "in TOML, write Windows paths as 'C:\\dir' or \"C:/dir\"" if "\\" in text else None
+        raise UserError(f"{path}: {error}", hint=hint) from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: must hold one object with general and datasets")
+    return config
+
+
+def _are_tables(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(one, Mapping) for one in value)
+
+
+def _check_dataset(dataset: Mapping[str, Any], place: str) -> list[str]:
+    own = {name: value for name, value in dataset.items() if name != "subsets"}
+    problems = list(check_table(own, DATASET, place))
+    subsets = dataset.get("subsets", [])
+    if not _are_tables(subsets):
+        return [*problems, f"{place}: no subsets; write at least one [[datasets.subsets]] with an image_dir"]
+    styles = {"metadata_file" in subset for subset in subsets}
+    if len(styles) > 1:
+        problems.append(f"{place}: some subsets have metadata_file and some have not; put them into two datasets")
+    for number, subset in enumerate(subsets, 1):
+        where = f"{place}, [[datasets.subsets]] {number}"
+        problems += check_table(subset, SUBSET, where)
+        if "image_dir" not in subset and "metadata_file" not in subset:
+            problems.append(f"{where}: image_dir is missing")
+    return problems

@@ -1,0 +1,148 @@
+"""The keys of a dataset config: type, default, where they may stand, and the command-line option behind each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+GENERAL, DATASET, SUBSET = "general", "datasets", "datasets.subsets"
+_DATASET_LEVELS = (GENERAL, DATASET)
+_ALL_LEVELS = (GENERAL, DATASET, SUBSET)
+
+INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key. `flag` is the command-line option, and without dashes the field of `opts.data`."""
+
+    kind: str
+    default: Any = None
+    levels: tuple[str, ...] = _ALL_LEVELS
+    flag: str | None = None
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] | None = None
+    later: bool = False  # known, but what it does is not available yet
+
+
+KEYS: dict[str, Key] = {
+    "batch_size": Key("int", 1, _DATASET_LEVELS, "--train_batch_size", low=1),
+    "resolution": Key("size", None, _DATASET_LEVELS, "--resolution", low=1),
+    "enable_bucket": Key("bool", False, _DATASET_LEVELS, "--enable_bucket"),
+    "min_bucket_reso": Key("int", 256, _DATASET_LEVELS, "--min_bucket_reso", low=1),
+    "max_bucket_reso": Key("int", 1024, _DATASET_LEVELS, "--max_bucket_reso", low=1),
+    "bucket_reso_steps": Key("int", 64, _DATASET_LEVELS, "--bucket_reso_steps", low=1),
+    "bucket_no_upscale": Key("bool", False, _DATASET_LEVELS, "--bucket_no_upscale"),
+    "network_multiplier": Key("float", 1.0, _DATASET_LEVELS, later=True),
+    "validation_seed": Key("int", None, _DATASET_LEVELS, later=True),
+    "validation_split": Key("float", 0.0, _DATASET_LEVELS, later=True),
+    "image_dir": Key("str", None, (SUBSET,)),
+    "is_reg": Key("bool", False, (SUBSET,)),
+    "class_tokens": Key("str"),
+    "num_repeats": Key("int", 1, flag="--dataset_repeats", low=1),
+    "resize_interpolation": Key("str", None, flag="--resize_interpolation", choices=INTERPOLATIONS),
+    "color_aug": Key("bool", False, flag="--color_aug"),
+    "flip_aug": Key("bool", False, flag="--flip_aug"),
+    "random_crop": Key("bool", False, flag="--random_crop"),
+    "face_crop_aug_range": Key("range", None, flag="--face_crop_aug_range", low=0.01),
+    "caption_extension": Key("str", ".caption", flag="--caption_extension"),
+    "caption_separator": Key("str", ",", flag="--caption_separator"),
+    "shuffle_caption": Key("bool", False, flag="--shuffle_caption"),
+    "keep_tokens": Key("int", 0, flag="--keep_tokens", low=0),
+    "keep_tokens_separator": Key("str", "", flag="--keep_tokens_separator"),
+    "secondary_separator": Key("str", None, flag="--secondary_separator"),
+    "enable_wildcard": Key("bool", False, flag="--enable_wildcard"),
+    "caption_prefix": Key("str", None, flag="--caption_prefix"),
+    "caption_suffix": Key("str", None, flag="--caption_suffix"),
+    "caption_dropout_rate": Key("float", 0.0, flag="--caption_dropout_rate", low=0, high=1),
+    "caption_dropout_every_n_epochs": Key("int", 0, flag="--caption_dropout_every_n_epochs", low=0),
+    "caption_tag_dropout_rate": Key("float", 0.0, flag="--caption_tag_dropout_rate", low=0, high=1),
+    "token_warmup_min": Key("int", 1, flag="--token_warmup_min", low=0),
+    "token_warmup_step": Key("float", 0, flag="--token_warmup_step", low=0),
+    "custom_attributes": Key("table", None, later=True),
+    "cache_info": Key("bool", False, flag="--cache_info", later=True),
+    "alpha_mask": Key("bool", False, (SUBSET,), "--alpha_mask", later=True),
+    "metadata_file": Key("str", None, (SUBSET,), later=True),
+    "conditioning_data_dir": Key("str", None, (SUBSET,), later=True),
+}
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text in quotes",
+    "size": "a whole number, or two as [width, height]",
+    "range": "two numbers as [low, high]",
+    "table": "a table",
+}
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or isinstance(value, float)
+
+
+def _has_kind(value: Any, kind: str) -> bool:
+    if kind == "int":
+        return _is_int(value)
+    if kind == "float":
+        return _is_number(value)
+    if kind in ("size", "range"):
+        test = _is_int if kind == "size" else _is_number
+        pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(test, value))
+        return pair or (kind == "size" and _is_int(value))
+    return isinstance(value, {"bool": bool, "str": str, "table": Mapping}[kind])
+
+
+def check_table(table: Mapping[str, Any], level: str, place: str) -> Iterator[str]:
+    """Problems of one table: unknown keys, keys of another level, values of the wrong type.
+
+    Args:
+        place: how messages call the table, e.g. ``data.toml, [[datasets]] 1``.
+    """
+    for name, value in table.items():
+        key = KEYS.get(name)
+        if key is None:
+            yield f"{place}: unknown key '{name}'{_suggestion(name, level)}"
+        elif level not in key.levels:
+            allowed = " or ".join(_heading(one) for one in key.levels)
+            yield f"{place}: '{name}' cannot stand here; it belongs in {allowed}"
+        elif not _has_kind(value, key.kind):
+            yield f"{place}: {name} must be {_KINDS[key.kind]}, got {value!r}"
+
+
+def _suggestion(name: str, level: str) -> str:
+    known = [candidate for candidate, key in KEYS.items() if level in key.levels]
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _heading(level: str) -> str:
+    return f"[{level}]" if level == GENERAL else f"[[{level}]]"
+
+
+def check_value(name: str, value: Any, source: str) -> Iterator[str]:
+    """Problems of a value that has the right type. `source` says where it was found, e.g. ``--train_batch_size``."""
+    key = KEYS[name]
+    if key.later and value not in (None, key.default):
+        yield f"{source}: {name} is not available yet, got {value!r}; leave it out"
+        return
+    if value is None:
+        return
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    if key.low is not None and min(numbers) < key.low:
+        yield f"{source}: {name} must be at least {key.low}, got {value!r}"
+    if key.high is not None and max(numbers) > key.high:
+        yield f"{source}: {name} must be at most {key.high}, got {value!r}"
+    if key.choices is not None and value not in key.choices:
+        yield f"{source}: {name} must be one of {', '.join(key.choices)}; got {value!r}"
+    if key.kind == "range" and value[0] > value[1]:
+        yield f"{source}: {name} must be [low, high], got {value!r}"
+    if name == "caption_separator" and not value:
+        yield f"{source}: caption_separator must not be empty"

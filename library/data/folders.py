@@ -1,0 +1,67 @@
+"""Pictures in folders, and the DreamBooth naming of sub-folders."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+
+class RepeatFolder(NamedTuple):
+    """A sub-folder called ``<repeats>_<class tokens>``."""
+
+    path: Path
+    repeats: int
+    class_tokens: str
+
+
+@cache
+def image_extensions() -> frozenset[str]:
+    """File extensions read as pictures, in lower case; AVIF and JPEG XL where Pillow can read them here."""
+    from PIL import Image
+
+    available = Image.registered_extensions()
+    optional = (extension for extension in (".avif", ".jxl") if extension in available)
+    return frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", *optional])
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name has a picture's extension, in any case (`.Png` too)."""
+    return os.path.splitext(name)[1].lower() in image_extensions() and not name.startswith("._")
+
+
+def has_images(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(is_image(entry.name) for entry in entries)
+
+
+def list_folder(folder: Path) -> tuple[list[Path], frozenset[str]]:
+    """The pictures of a folder sorted by name, so that the order is the same on every file system; and all file names.
+
+    Sub-folders are not entered.
+    """
+    with os.scandir(folder) as entries:
+        names = frozenset(entry.name for entry in entries if not entry.is_dir())
+    return [folder / name for name in sorted(names) if is_image(name)], names
+
+
+def repeat_folders(parent: Path) -> tuple[list[RepeatFolder], list[Path]]:
+    """Sub-folders that say how often they repeat, sorted by name; and what lies beside them and is not used."""
+    found, ignored = [], []
+    for path in sorted(parent.iterdir()):
+        if path.name.startswith("."):
+            continue
+        folder = _parse(path) if path.is_dir() else None
+        if folder is not None:
+            found.append(folder)
+        elif path.is_dir() or is_image(path.name):
+            ignored.append(path)
+    return found, ignored
+
+
+def _parse(path: Path) -> RepeatFolder | None:
+    number, _, class_tokens = path.name.partition("_")
+    if not number.strip().isdecimal() or int(number) < 1:
+        return None
+    return RepeatFolder(path, int(number), class_tokens.strip())

@@ -1,0 +1,110 @@
+"""Which items come when. Workers are told (epoch, step, index), so that persistent ones need no other news."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from library.data.dataset import Sample, TrainingData
+    from library.types import Batch
+
+
+class Address(NamedTuple):
+    """Where an item stands in the run."""
+
+    epoch: int  # counted from 1
+    step: int  # optimizer steps finished before it
+    index: int
+
+
+class EpochBatches(Sampler[list[Address]]):
+    """The batches of one process in the epoch that `start` chose."""
+
+    def __init__(self, data: TrainingData, rank: int, world: int, accumulation: int):
+        self.data, self.rank, self.world, self.accumulation = data, rank, world, accumulation
+        self.per_process = math.ceil(data.batches_per_epoch / world)
+        self.steps_per_epoch = math.ceil(self.per_process / accumulation)
+        self.start(1, 0)
+
+    def start(self, epoch: int, first_batch: int) -> None:
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def __len__(self) -> int:
+        return max(0, self.per_process - self.first_batch)
+
+    def __iter__(self) -> Iterator[list[Address]]:
+        plan = self.data.plan(self.epoch)
+        for batch in range(self.first_batch, self.per_process):
+            step = (self.epoch - 1) * self.steps_per_epoch + batch // self.accumulation
+            items = plan[(batch * self.world + self.rank) % len(plan)]
+            yield [Address(self.epoch, step, index) for index in items]
+
+
+class BatchLoader(DataLoader):
+    """A DataLoader whose workers hand user errors over as values, so that they arrive without a worker's traceback."""
+
+    batches: EpochBatches
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+class _Guarded:
+    """Picklable dataset that loads whole batches and returns a UserError in place of raising it."""
+
+    def __init__(self, items: Any, collate: Callable[[list[Sample]], Batch]):
+        self.items, self.collate = items, collate
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitems__(self, addresses: list[Address]) -> Batch | UserError:
+        try:
+            return self.collate([self.items[address] for address in addresses])
+        except UserError as error:
+            return error
+
+
+def make_loader(
+    data: TrainingData,
+    collate: Callable[[list[Sample]], Batch],
+    rank: int,
+    world: int,
+    accumulation: int,
+    workers: int,
+    persistent: bool,
+) -> BatchLoader:
+    """A loader over `data`; `loader.batches.start` chooses the epoch."""
+    batches = EpochBatches(data, rank, world, accumulation)
+    workers = max(0, min(workers, _cores(), batches.per_process))
+    loader = BatchLoader(
+        _Guarded(data.items, collate),
+        batch_sampler=batches,
+        collate_fn=_as_is,
+        num_workers=workers,
+        persistent_workers=persistent and workers > 0,
+        # A DataLoader draws a seed for its workers; from a stream of its own, so that training's stream is untouched.
+        generator=torch.Generator().manual_seed(data.seed),
+    )
+    loader.batches = batches
+    return loader
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _cores() -> int:
+    """Cores that this process may use, which containers and batch systems limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

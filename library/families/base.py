@@ -1,0 +1,102 @@
+"""What a model family is to the rest of the toolkit. One adapter per family implements `Family`; nothing else knows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from library.options.base import Options
+    from library.types import Batch, LoraTarget, Models, TextCond
+
+
+@dataclass(frozen=True)
+class FamilyTraits:
+    """Numbers and words that code outside the family may need. Never ask for `label` to decide anything."""
+
+    label: str  # for messages, e.g. "Stable Diffusion 1.x/2.x"
+    text_encoders: tuple[str, ...]  # LoRA prefixes: SD ("te",), SDXL ("te1", "te2"), FLUX ("te1", "te3")
+    latent_channels: int
+    pixel_multiple: int  # sampled pictures' sides are floored to this
+    bucket_step: int  # bucket sizes must be multiples of this
+    objective: Literal["ddpm", "flow"]
+    cache_suffix: str  # of latent cache files, e.g. "_sd.npz"
+    default_resolution: int  # pixels; side of sample images when nothing is said
+    sample_steps: int
+    sample_scale: float
+
+
+class Family(ABC):
+    """A model family, built from the run's options. Every method is usable under autocast and torch.no_grad."""
+
+    traits: FamilyTraits
+
+    def __init__(self, opts: Options):
+        self.opts = opts
+
+    @abstractmethod
+    def load(self) -> Models:
+        """Reads the model named by the options, on the CPU, in float32, with nothing trainable and in eval mode.
+
+        Raises: UserError: missing or unreadable file, or one of another family.
+        """
+
+    @abstractmethod
+    def encode_images(self, models: Models, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] to latents (B, C, H/8, W/8) in the form that caches hold.
+
+        Latents are drawn from a distribution; the same `generator` state draws the same ones.
+        """
+
+    @abstractmethod
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        """Latents as caches hold them to latents as the denoiser sees them."""
+
+    @abstractmethod
+    def decode_latents(self, models: Models, latents: Tensor) -> Tensor:
+        """Latents as the denoiser sees them to pixels (B, 3, H, W), about [-1, 1], not clamped."""
+
+    @abstractmethod
+    def encode_text(self, models: Models, captions: list[str], *, emphasis: bool | None = None) -> TextCond:
+        """Captions to conditioning; differentiable, so that text encoders can be trained through it.
+
+        `emphasis` is whether brackets weigh words, as in "(this:1.2)"; None leaves it to --weighted_captions. Families
+        without such weights ignore it.
+        """
+
+    @abstractmethod
+    def predict(
+        self, models: Models, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch | None = None
+    ) -> Tensor:
+        """The denoiser's output, same shape as `noisy`. `batch` carries sizes for families that are told them."""
+
+    @abstractmethod
+    def prediction_type(self) -> Literal["epsilon", "v_prediction", "flow"]:
+        """What the denoiser predicts."""
+
+    @abstractmethod
+    def blocks(self, models: Models) -> list[nn.Module]:
+        """The denoiser's repeated blocks in execution order: checkpointing, compiling and swapping work on these."""
+
+    @abstractmethod
+    def lora_targets(self, models: Models) -> list[LoraTarget]:
+        """Every layer that a network may adapt, in file order; text encoders first."""
+
+    @abstractmethod
+    def save(
+        self, models: Models, path: Path, *, save_as: str, dtype: torch.dtype | None, metadata: dict[str, str]
+    ) -> None:
+        """Writes a whole model. `save_as`: ckpt, safetensors, diffusers, diffusers_safetensors. None keeps dtypes."""
+
+    @abstractmethod
+    def model_metadata(self, models: Models) -> dict[str, Any]:
+        """ss_* values that describe the base model (ss_v2, ss_base_model_version, ...), see formats.
+
+        Also `modelspec.architecture`, `modelspec.implementation`, `modelspec.prediction_type` and the default
+        `modelspec.resolution`, all without the suffix of what is trained.
+        """

@@ -1,0 +1,113 @@
+"""Stable Diffusion 1.x and 2.x."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from library.families.base import Family
+from library.families.sd.loading import SCALING_FACTOR, load_model
+from library.families.sd.options import TRAITS
+from library.families.sd.saving import save_model
+from library.families.sd.targets import text_targets, unet_targets
+from library.families.sd.tokenizer import sd_tokenizer
+from library.families.shared.clip import encode_clip
+from library.families.shared.vae import decode_latents, encode_pixels
+from library.text.chunking import tokenize
+from library.text.emphasis import tokenize_weighted
+from library.types import LoraTarget, Models, TextCond
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from library.types import Batch
+
+CONTEXT = "context"  # the only conditioning: hidden states (B, n * 75 + 2, width)
+
+
+class SdFamily(Family):
+    traits = TRAITS
+
+    def load(self) -> Models:
+        model = self.opts.model
+        parts = load_model(model.pretrained_model_name_or_path, self.opts.family.v2, model.vae)
+        own = None if parts.source.is_file else parts.source.name
+        tokenizer = sd_tokenizer(parts.source.v2, own, model.tokenizer_cache_dir)
+        return Models(parts.denoiser, {"te": parts.text_encoder}, {"te": tokenizer}, parts.vae, parts.source)
+
+    def encode_images(self, models: Models, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return encode_pixels(_vae(models), pixels, generator)
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        return latents * SCALING_FACTOR
+
+    def decode_latents(self, models: Models, latents: Tensor) -> Tensor:
+        return decode_latents(_vae(models), latents / SCALING_FACTOR)
+
+    def encode_text(self, models: Models, captions: list[str], *, emphasis: bool | None = None) -> TextCond:
+        """The text encoder's states under "context", (B, n * 75 + 2, width); shorter without token padding."""
+        family, tokenizer, text_encoder = self.opts.family, models.tokenizers["te"], models.text_encoders["te"]
+        if family.weighted_captions if emphasis is None else emphasis:
+            ids, weights = tokenize_weighted(tokenizer, captions, family.max_token_length)
+            states = encode_clip(text_encoder, ids, family.clip_skip)
+            return TextCond({CONTEXT: states * weights[:, :, None].to(states)})
+        ids = tokenize(tokenizer, captions, family.max_token_length, pad=not self._no_token_padding())
+        return TextCond({CONTEXT: encode_clip(text_encoder, ids, family.clip_skip)})
+
+    def predict(
+        self, models: Models, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch | None = None
+    ) -> Tensor:
+        return models.denoiser(noisy, timesteps, encoder_hidden_states=cond.tensors[CONTEXT]).sample
+
+    def prediction_type(self) -> Literal["epsilon", "v_prediction", "flow"]:
+        return "v_prediction" if self.opts.family.v_parameterization else "epsilon"
+
+    def blocks(self, models: Models) -> list[nn.Module]:
+        """Resnets and transformer blocks, in the order in which the U-Net runs them."""
+        unet = models.denoiser
+        order: list[nn.Module] = []
+        for level in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+            resnets, attentions = list(level.resnets), list(getattr(level, "attentions", []))
+            if level is unet.mid_block:
+                order.append(resnets.pop(0))  # the middle's attention stands between its resnets
+                pairs = zip(attentions, resnets, strict=True)
+                order += [module for attention, resnet in pairs for module in (*attention.transformer_blocks, resnet)]
+                continue
+            for number, resnet in enumerate(resnets):
+                order.append(resnet)
+                if attentions:
+                    order += list(attentions[number].transformer_blocks)
+        return order
+
+    def lora_targets(self, models: Models) -> list[LoraTarget]:
+        return text_targets(models.text_encoders["te"]) + unet_targets(models.denoiser)
+
+    def save(
+        self, models: Models, path: Path, *, save_as: str, dtype: torch.dtype | None, metadata: dict[str, str]
+    ) -> None:
+        v_prediction = self.prediction_type() == "v_prediction"
+        save_model(models, path, save_as=save_as, dtype=dtype, metadata=metadata, v_prediction=v_prediction)
+
+    def model_metadata(self, models: Models) -> dict[str, Any]:
+        v2, v = models.source.v2, self.opts.family.v_parameterization
+        architecture = "stable-diffusion-v1"
+        if v2:
+            architecture = "stable-diffusion-v2-768-v" if v else "stable-diffusion-v2-512"
+        return {
+            "ss_v2": v2,
+            "ss_base_model_version": f"sd_v{2 if v2 else 1}{'_v' if v else ''}",
+            "modelspec.architecture": architecture,
+            "modelspec.implementation": "diffusers",
+            "modelspec.prediction_type": "v" if v else "epsilon",
+            "modelspec.resolution": "768x768" if v2 and v else "512x512",
+        }
+
+    def _no_token_padding(self) -> bool:
+        """Only train_db.py has the option, so other scripts' data options have no such field."""
+        return getattr(getattr(self.opts, "data", None), "no_token_padding", False)
+
+
+def _vae(models: Models) -> nn.Module:
+    assert models.vae is not None, "the VAE was dropped"
+    return models.vae

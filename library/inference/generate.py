@@ -1,0 +1,225 @@
+"""Pictures from prompts, with any family: guidance, denoising and decoding. Never asks which family it has."""
+
+from __future__ import annotations
+
+import inspect
+import secrets
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from library.inference.pictures import to_pictures
+from library.inference.placement import in_float32
+from library.inference.prompts import SamplePrompt
+from library.inference.samplers import make_scheduler
+from library.runtime.logs import LOGGER
+from library.types import Batch, Models, TextCond
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from library.families.base import Family
+
+LATENT_STRIDE = 8  # pixels per latent position, each way; the same in every family
+Progress = Callable[[int], object]
+
+
+def generate(
+    family: Family,
+    models: Models,
+    prompts: SamplePrompt | Sequence[SamplePrompt],
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    batch_size: int = 1,
+    vae_float32: bool = False,
+    zero_terminal_snr: bool = False,
+    progress: Progress | None = None,
+) -> list[Image]:
+    """One picture per prompt, in the prompts' order.
+
+    Every picture has its own random stream on the CPU, so that neither the device nor the pictures beside it in a
+    batch change it (apart from rounding).
+
+    Args:
+        models: with denoiser, text encoders and VAE on `device`, in eval mode.
+        dtype: computing precision; another than float32 turns autocast on. Latents between steps stay float32.
+        batch_size: how many neighbours of equal size, steps, scale and sampler are made at once.
+        vae_float32: decodes in float32, for VAEs that overflow in half precision.
+        zero_terminal_snr: the model was trained with that schedule.
+        progress: called with the number of (picture, step) pairs just done, e.g. the `update` of a bar of
+            `total_steps(prompts)`.
+    Raises: UserError: a sampler that cannot run.
+    """
+    prompts = [prompts] if isinstance(prompts, SamplePrompt) else list(prompts)
+    device = torch.device(device)
+    pictures = []
+    for group in _batches(prompts, batch_size):
+        latents = sample_latents(
+            family, models, group, device, dtype, zero_terminal_snr=zero_terminal_snr, progress=progress
+        )
+        pixels = decode(family, models, latents, torch.float32 if vae_float32 else dtype, widen=vae_float32)
+        for prompt, finite in zip(group, pixels.isfinite().flatten(1).all(1).tolist(), strict=True):
+            if not finite:
+                LOGGER.warning(f"the picture of {prompt.prompt!r} holds values that are no numbers (overflow?)")
+        pictures += to_pictures(pixels)
+    return pictures
+
+
+def total_steps(prompts: Sequence[SamplePrompt]) -> int:
+    """What `progress` adds up to."""
+    return sum(prompt.steps for prompt in prompts)
+
+
+@torch.no_grad()
+def sample_latents(
+    family: Family,
+    models: Models,
+    prompts: Sequence[SamplePrompt],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    zero_terminal_snr: bool = False,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Denoised latents of prompts with equal size, steps, scale and sampler: (B, C, H/8, W/8), float32, scaled."""
+    first = prompts[0]
+    scheduler = make_scheduler(
+        first.sampler,
+        steps=first.steps,
+        prediction_type=family.prediction_type(),
+        zero_terminal_snr=zero_terminal_snr,
+        device=device,
+    )
+    generators = [torch.Generator("cpu").manual_seed(with_seed(prompt).seed) for prompt in prompts]
+    step_extras = {"generator": generators} if _takes_generator(scheduler) else {}
+    latents = initial_noise(prompts, family.traits.latent_channels, generators).to(device) * scheduler.init_noise_sigma
+    with _precision(device, dtype):
+        guidance = _Guidance.of(family, models, prompts, device)
+        # Some samplers look at the denoiser more than once per step.
+        ends = _step_ends(len(scheduler.timesteps), first.steps)
+        for index, timestep in enumerate(scheduler.timesteps):
+            prediction = guidance.predict(scheduler.scale_model_input(latents, timestep), timestep)
+            latents = scheduler.step(prediction, timestep, latents, **step_extras).prev_sample.float()
+            if progress is not None and ends[index]:
+                progress(ends[index] * len(prompts))
+    return latents
+
+
+@torch.no_grad()
+def decode(family: Family, models: Models, latents: Tensor, dtype: torch.dtype, *, widen: bool = False) -> Tensor:
+    """Pixels (B, 3, H, W), float32, about [-1, 1]. `widen` computes with the VAE's weights in float32."""
+    with in_float32(models.vae) if widen else nullcontext(), _precision(latents.device, dtype):
+        return family.decode_latents(models, latents).float()
+
+
+def initial_noise(prompts: Sequence[SamplePrompt], channels: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal latents, float32 on the CPU, each picture's from its own generator."""
+    shapes = [(channels, prompt.height // LATENT_STRIDE, prompt.width // LATENT_STRIDE) for prompt in prompts]
+    return torch.stack([torch.randn(s, generator=g) for s, g in zip(shapes, generators, strict=True)])
+
+
+def with_seed(prompt: SamplePrompt) -> SamplePrompt:
+    """The prompt with a seed from the system's entropy where it has none; the global random state is not touched."""
+    return prompt if prompt.seed is not None else replace(prompt, seed=secrets.randbits(32))
+
+
+@dataclass(frozen=True)
+class _Guidance:
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598) over a batch of prompts."""
+
+    family: Family
+    models: Models
+    positive: TextCond
+    negative: TextCond | None  # None: scale 1, where the unconditional half would cancel out
+    scale: float
+    sizes: Batch
+
+    @staticmethod
+    def of(family: Family, models: Models, prompts: Sequence[SamplePrompt], device: torch.device) -> _Guidance:
+        scale = prompts[0].scale
+        positive = family.encode_text(models, [prompt.prompt for prompt in prompts], emphasis=True)
+        negative = None
+        if scale != 1.0:
+            negative = family.encode_text(models, [prompt.negative_prompt for prompt in prompts], emphasis=True)
+        return _Guidance(family, models, positive, negative, scale, _sizes(prompts, device))
+
+    def predict(self, noisy: Tensor, timestep: Tensor) -> Tensor:
+        """float32, (B, C, h, w)."""
+        if self.negative is None:
+            return self._predict(noisy, timestep, self.positive, self.sizes)
+        if _same_lengths(self.negative, self.positive):
+            both = TextCond.cat([self.negative, self.positive])
+            prediction = self._predict(torch.cat([noisy, noisy]), timestep, both, _doubled(self.sizes))
+            without, with_text = prediction.chunk(2)
+        else:
+            without = self._predict(noisy, timestep, self.negative, self.sizes)
+            with_text = self._predict(noisy, timestep, self.positive, self.sizes)
+        return without + self.scale * (with_text - without)
+
+    def _predict(self, noisy: Tensor, timestep: Tensor, cond: TextCond, sizes: Batch) -> Tensor:
+        timesteps = timestep.to(noisy.device).expand(len(noisy))
+        return self.family.predict(self.models, noisy, timesteps, cond, sizes).float()
+
+
+def _same_lengths(one: TextCond, other: TextCond) -> bool:
+    return all(value.shape[1:] == other.tensors[name].shape[1:] for name, value in one.tensors.items())
+
+
+def _sizes(prompts: Sequence[SamplePrompt], device: torch.device) -> Batch:
+    """What families that are told sizes hear: a whole picture of the size asked for, not cropped."""
+    sizes = torch.tensor([(prompt.width, prompt.height) for prompt in prompts], device=device)
+    return Batch(
+        captions=[prompt.prompt for prompt in prompts],
+        latents=None,
+        pixels=None,
+        loss_weights=torch.ones(len(prompts), device=device),
+        masks=None,
+        original_sizes=sizes,
+        crop_top_lefts=torch.zeros_like(sizes),
+        target_sizes=sizes,
+    )
+
+
+def _doubled(batch: Batch) -> Batch:
+    def twice(value: object) -> object:
+        if isinstance(value, torch.Tensor):
+            return torch.cat([value, value])
+        return value * 2 if isinstance(value, list) else value
+
+    return replace(batch, **{name: twice(value) for name, value in vars(batch).items()})
+
+
+def _batches(prompts: Sequence[SamplePrompt], size: int) -> list[list[SamplePrompt]]:
+    """Runs of neighbours that can be made together, `size` at most; seeds are filled in."""
+
+    def settings(prompt: SamplePrompt) -> SamplePrompt:
+        return replace(prompt, prompt="", negative_prompt="", seed=0)
+
+    batches: list[list[SamplePrompt]] = []
+    for prompt in map(with_seed, prompts):
+        if batches and len(batches[-1]) < size and settings(batches[-1][0]) == settings(prompt):
+            batches[-1].append(prompt)
+        else:
+            batches.append([prompt])
+    return batches
+
+
+def _step_ends(evaluations: int, steps: int) -> list[int]:
+    """For each look at the denoiser, how many steps it completes; they add up to `steps`."""
+    done = [(index + 1) * steps // evaluations for index in range(evaluations)]
+    return [now - before for now, before in zip(done, [0, *done], strict=False)]
+
+
+def _takes_generator(scheduler: object) -> bool:
+    return "generator" in inspect.signature(scheduler.step).parameters
+
+
+def _precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    if dtype == torch.float32:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype=dtype)

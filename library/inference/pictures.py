@@ -1,0 +1,50 @@
+"""Decoded pixels to PIL pictures, and PNG files that tell how they were made."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from library.inference.prompts import SamplePrompt
+
+
+def to_pictures(pixels: Tensor) -> list[Image]:
+    """Pixels (B, 3, H, W), about [-1, 1] and clamped to it, to B RGB pictures. What is not a number becomes grey."""
+    from PIL import Image
+
+    values = pixels.detach().float().nan_to_num(nan=0.0).clamp(-1, 1)
+    values = ((values + 1) * 127.5).round().permute(0, 2, 3, 1).cpu().byte().numpy()
+    return [Image.fromarray(picture) for picture in values]
+
+
+def png_text(prompt: SamplePrompt) -> dict[str, str]:
+    """What a PNG file says about its making."""
+    return {
+        "prompt": prompt.prompt,
+        "negative-prompt": prompt.negative_prompt,
+        "seed": str(prompt.seed),
+        "sampler": prompt.sampler,
+        "steps": str(prompt.steps),
+        "scale": str(prompt.scale),
+    }
+
+
+def save_png(image: Image, path: Path, text: dict[str, str]) -> None:
+    """Writes beside `path` and renames, so that a file under that name is always whole."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(unfinished, format="PNG", pnginfo=info)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

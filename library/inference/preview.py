@@ -1,0 +1,166 @@
+"""Sample images while training: when they are due, and their files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from library.errors import UserError
+from library.inference.pictures import png_text, save_png
+from library.inference.placement import evaluating, on_device
+from library.inference.prompts import SamplePrompt, load_prompts
+from library.runtime.logs import LOGGER
+from library.runtime.seeds import derive
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import nn
+
+    from library.families.base import Family
+    from library.options.base import Options
+    from library.types import Models
+
+
+class PreviewPicture(NamedTuple):
+    prompt: SamplePrompt  # with the seed that was used
+    path: Path
+    image: Image
+
+
+class Preview:
+    """The run's sample images. Only one process of a run should render.
+
+    Args:
+        opts: reads the groups sampling, saving, training, memory, model and noise.
+        prompts: the pictures of one occasion, see `load_prompts`.
+    """
+
+    def __init__(self, opts: Options, family: Family, prompts: Sequence[SamplePrompt]):
+        self.opts, self.family, self.prompts = opts, family, list(prompts)
+        self.at_first: bool = opts.sampling.sample_at_first
+        self.every_n_steps = _period("--sample_every_n_steps", opts.sampling.sample_every_n_steps)
+        self.every_n_epochs = _period("--sample_every_n_epochs", opts.sampling.sample_every_n_epochs)
+
+    @classmethod
+    def from_options(cls, opts: Options, family: Family) -> Preview:
+        """Reads --sample_prompts; without that option the preview is never due.
+
+        Raises: UserError: a bad prompt file, or an occasion without prompts.
+        """
+        sampling = opts.sampling
+        prompts = []
+        if sampling.sample_prompts is not None:
+            prompts = load_prompts(sampling.sample_prompts, family.traits, sampling.sample_sampler)
+        preview = cls(opts, family, prompts)
+        wanted = preview.at_first or preview.every_n_steps or preview.every_n_epochs
+        if wanted and not prompts:
+            raise UserError("sample images are asked for without prompts: give a prompt file with --sample_prompts")
+        if prompts and not wanted:
+            LOGGER.warning(
+                "--sample_prompts has no effect without --sample_every_n_steps, --sample_every_n_epochs "
+                "or --sample_at_first"
+            )
+        return preview
+
+    def due(self, step: int, epoch_end: int | None = None) -> bool:
+        """Whether to render now.
+
+        Args:
+            step: optimizer steps done; 0 means before the first.
+            epoch_end: the epoch (from 1) that has just ended, None within epochs. An epoch's last step is asked about
+                twice, once as a step and once as an epoch's end.
+        """
+        if not self.prompts:
+            return False
+        if step == 0:
+            return self.at_first and epoch_end is None
+        if self.every_n_epochs is not None:  # overrides steps
+            return epoch_end is not None and epoch_end % self.every_n_epochs == 0
+        return self.every_n_steps is not None and epoch_end is None and step % self.every_n_steps == 0
+
+    def render(
+        self,
+        models: Models,
+        step: int,
+        epoch: int | None,
+        *,
+        dtype: torch.dtype | None = None,
+        trained: nn.Module | None = None,
+    ) -> list[PreviewPicture]:
+        """Makes and writes the pictures, and leaves models, modes, devices and random state as they were.
+
+        Args:
+            models: text encoders and VAE come to the denoiser's device for the time being.
+            epoch: names the files by epoch; None names them by step.
+            dtype: computing precision; None takes --mixed_precision.
+            trained: what is trained beside the models (a network), to be in evaluation mode as well.
+        Raises: UserError: the folder cannot be written to.
+        """
+        from library.inference.generate import generate, total_steps
+        from library.runtime.logs import progress
+
+        prompts = [self._seeded(prompt, step, index) for index, prompt in enumerate(self.prompts)]
+        device = next(models.denoiser.parameters()).device
+        assert models.vae is not None, "sample images need the VAE: keep it when --sample_prompts is given"
+        helpers = [*models.text_encoders.values(), models.vae]
+        modules = [models.denoiser, *helpers, *([] if trained is None else [trained])]
+        with (
+            evaluating(modules),
+            on_device(helpers, device),
+            progress(total_steps(prompts), "sample images", unit="step", leave=False) as bar,
+        ):
+            images = generate(
+                self.family,
+                models,
+                prompts,
+                device,
+                dtype or _mixed_precision(self.opts.memory.mixed_precision),
+                vae_float32=self.opts.model.no_half_vae,
+                zero_terminal_snr=self.opts.noise.zero_terminal_snr,
+                progress=bar.update,
+            )
+        now = time.strftime("%Y%m%d%H%M%S")
+        pictures = []
+        for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+            path = self.folder / self._file_name(step, epoch, index, now)
+            try:
+                save_png(image, path, png_text(prompt))
+            except OSError as error:
+                raise UserError(f"{path}: cannot write the sample image ({error.strerror})") from error
+            pictures.append(PreviewPicture(prompt, path, image))
+        return pictures
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.opts.saving.output_dir) / "sample"
+
+    def _file_name(self, step: int, epoch: int | None, index: int, now: str) -> str:
+        name = self.opts.saving.output_name
+        start = "" if name is None else f"{name}_"
+        moment = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
+        seed = self.prompts[index].seed
+        end = "" if seed is None else f"_{seed}"
+        return f"{start}{moment}_{index:02d}_{now}{end}.png"
+
+    def _seeded(self, prompt: SamplePrompt, step: int, index: int) -> SamplePrompt:
+        """A prompt without a seed looks different every time, yet the same when a run is repeated or resumed."""
+        if prompt.seed is not None:
+            return prompt
+        return replace(prompt, seed=derive(self.opts.training.seed or 0, "preview", step, index) % 2**32)
+
+
+def _period(flag: str, value: int | None) -> int | None:
+    if value is not None and value <= 0:
+        LOGGER.warning(f"{flag} {value} is ignored: it must be 1 or more")
+        return None
+    return value
+
+
+def _mixed_precision(name: str | None) -> torch.dtype:
+    import torch
+
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(name or "no", torch.float32)

@@ -1,0 +1,221 @@
+"""Sample prompts: one line, or a .txt, .toml or .json file, to `SamplePrompt`s. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError
+from library.runtime.logs import LOGGER
+
+if TYPE_CHECKING:
+    from library.families.base import FamilyTraits
+
+SAMPLERS = (
+    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
+    "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
+)  # fmt: skip
+MIN_SIDE = 64  # pixels
+MAX_STEPS = 1000
+MAX_SEED = 2**64 - 1  # what torch's generators take
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """One picture to make."""
+
+    prompt: str
+    negative_prompt: str
+    width: int  # pixels, a multiple of the family's pixel_multiple
+    height: int
+    seed: int | None  # None: the caller chooses one
+    steps: int  # denoising steps, 1..1000
+    scale: float  # classifier-free guidance; 1 = none
+    sampler: str  # one of SAMPLERS
+    guidance: float | None = None  # guidance that distilled flow models are told
+
+
+@dataclass(frozen=True)
+class _Option:
+    """An option of a prompt line and the same thing's key in .toml and .json files."""
+
+    letter: str
+    key: str  # in files
+    field: str | None  # of SamplePrompt; None: not available yet
+    kind: Callable[[str], Any] = str
+
+
+_OPTIONS = (
+    _Option("n", "negative_prompt", "negative_prompt"),
+    _Option("w", "width", "width", int),
+    _Option("h", "height", "height", int),
+    _Option("d", "seed", "seed", int),
+    _Option("s", "sample_steps", "steps", int),
+    _Option("l", "scale", "scale", float),
+    _Option("g", "guidance_scale", "guidance", float),
+    _Option("ss", "sample_sampler", "sampler"),
+    _Option("cn", "controlnet_image", None),
+    _Option("ctr", "cfg_trunc_ratio", None),
+    _Option("rcfg", "renorm_cfg", None),
+    _Option("fs", "flow_shift", None),
+)
+_BY_LETTER = {option.letter: option for option in _OPTIONS}
+_BY_KEY = {option.key: option for option in _OPTIONS}
+_KIND_NAMES = {int: "a whole number", float: "a number", str: "a text"}
+
+
+def default_prompt(traits: FamilyTraits, sampler: str) -> SamplePrompt:
+    """What holds where a prompt says nothing: the family's size, steps and scale, and --sample_sampler."""
+    side = traits.default_resolution
+    return SamplePrompt("", "", side, side, None, traits.sample_steps, traits.sample_scale, sampler)
+
+
+def load_prompts(path: str | Path, traits: FamilyTraits, sampler: str) -> list[SamplePrompt]:
+    """The prompts of a file, in its order.
+
+    .txt: one prompt line each; blank lines and lines that start with # are skipped. .toml: a [prompt] table of shared
+    keys with [[prompt.subset]] tables. .json: a list of prompt lines or tables.
+
+    Raises: UserError: an unreadable file, another type, or a bad entry, with the file and the line or entry.
+    """
+    path = Path(path)
+    readers = {".txt": _read_txt, ".toml": _read_toml, ".json": _read_json}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{path}: a prompt file must be .txt, .toml or .json")
+    base = default_prompt(traits, sampler)
+    prompts = []
+    for where, entry in reader(path, _read_text(path)):
+        changes = _parse_line(entry, where) if isinstance(entry, str) else _parse_table(entry, where)
+        prompts.append(_finish(base, changes, traits, where))
+    if not prompts:
+        raise UserError(f"{path}: the file holds no prompt")
+    return prompts
+
+
+def parse_prompt(line: str, traits: FamilyTraits, sampler: str, where: str = "prompt") -> SamplePrompt:
+    """One prompt line, e.g. ``a cat --n blurry --w 768 --h 512 --d 1 --s 28 --l 7.5``.
+
+    An option starts at `` --`` and goes on until the next one; its letters may be of either case.
+
+    Args:
+        where: names the line in messages, e.g. "prompts.txt, line 3".
+    Raises: UserError: an unknown option, a bad value, or an option that is not available yet.
+    """
+    return _finish(default_prompt(traits, sampler), _parse_line(line, where), traits, where)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the prompt file ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: the prompt file is not in UTF-8; save it as UTF-8") from None
+
+
+def _read_txt(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.strip()
+        if line and not line.startswith("#"):
+            yield f"{path}, line {number}", line
+
+
+def _read_toml(path: Path, text: str) -> Iterator[tuple[str, dict]]:
+    import toml
+
+    try:
+        shared = toml.loads(text).get("prompt")
+    except (toml.TomlDecodeError, IndexError, ValueError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    if not isinstance(shared, dict):
+        raise UserError(f"{path}: needs a [prompt] table, with [[prompt.subset]] tables for several prompts")
+    subsets = shared.pop("subset", [{}])
+    if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
+        raise UserError(f"{path}: `subset` must be [[prompt.subset]] tables")
+    for number, subset in enumerate(subsets, start=1):
+        yield f"{path}, prompt {number}", {**shared, **subset}
+
+
+def _read_json(path: Path, text: str) -> Iterator[tuple[str, str | dict]]:
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: must hold a list of prompt lines or tables")
+    for number, entry in enumerate(entries, start=1):
+        where = f"{path}, prompt {number}"
+        if not isinstance(entry, (str, dict)):
+            raise UserError(f"{where}: must be a prompt line or a table, got {entry!r}")
+        yield where, entry
+
+
+def _parse_line(line: str, where: str) -> dict[str, Any]:
+    # The leading blank lets a line begin with an option.
+    prompt, *parts = f" {line.strip()}".split(" --")
+    changes: dict[str, Any] = {"prompt": prompt.strip()}
+    for part in parts:
+        letters, _, value = re.sub(r"\s", " ", part).strip().partition(" ")
+        value = value.strip()
+        option = _BY_LETTER.get(letters.lower())
+        if option is None:
+            known = " ".join(f"--{o.letter}" for o in _OPTIONS)
+            raise UserError(f"{where}: unknown option --{letters}; the options of a prompt are {known}")
+        name = f"--{option.letter}"
+        if not value and option.field != "negative_prompt":
+            raise UserError(f"{where}: {name} needs a value")
+        try:
+            changes[_available(option, name, where)] = option.kind(value)
+        except ValueError:
+            raise UserError(f"{where}: {name} needs {_KIND_NAMES[option.kind]}, got {value!r}") from None
+    return changes
+
+
+def _parse_table(table: dict[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(table.get("prompt"), str):
+        raise UserError(f"{where}: needs a `prompt` text")
+    changes: dict[str, Any] = {"prompt": table["prompt"]}
+    for key, value in table.items():
+        if key == "prompt":
+            continue
+        option = _BY_KEY.get(key)
+        if option is None:
+            raise UserError(f"{where}: unknown key {key!r}; the keys are prompt, {', '.join(_BY_KEY)}")
+        accepted = (int, float) if option.kind is float else option.kind
+        if isinstance(value, bool) or not isinstance(value, accepted):
+            raise UserError(f"{where}: {key} needs {_KIND_NAMES[option.kind]}, got {value!r}")
+        changes[_available(option, key, where)] = option.kind(value)
+    return changes
+
+
+def _available(option: _Option, name: str, where: str) -> str:
+    if option.field is None:
+        raise UserError(f"{where}: {name} ({option.key}) is not available yet")
+    return option.field
+
+
+def _finish(base: SamplePrompt, changes: dict[str, Any], traits: FamilyTraits, where: str) -> SamplePrompt:
+    prompt = replace(base, **changes)
+    if prompt.sampler not in SAMPLERS:
+        raise UserError(f"{where}: unknown sampler {prompt.sampler!r}; choose one of {', '.join(SAMPLERS)}")
+    if prompt.seed is not None and not 0 <= prompt.seed <= MAX_SEED:
+        raise UserError(f"{where}: the seed must be from 0 to {MAX_SEED}, got {prompt.seed}")
+    if prompt.scale != prompt.scale or abs(prompt.scale) == float("inf"):
+        raise UserError(f"{where}: the scale must be a finite number, got {prompt.scale}")
+    if prompt.guidance is not None and traits.objective != "flow":
+        LOGGER.warning(f"{where}: --g (guidance_scale) has no effect with {traits.label}")
+
+    def side(pixels: int) -> int:
+        return max(MIN_SIDE, pixels // traits.pixel_multiple * traits.pixel_multiple)
+
+    return replace(
+        prompt,
+        width=side(prompt.width),
+        height=side(prompt.height),
+        steps=min(max(prompt.steps, 1), MAX_STEPS),
+    )

@@ -1,0 +1,93 @@
+"""The names of --sample_sampler and the diffusers schedulers behind them, set up for Stable Diffusion's schedule."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError
+from library.inference.prompts import SAMPLERS
+from library.objectives import ddpm
+
+if TYPE_CHECKING:
+    import torch
+
+# Ratio left at the last timestep of a zero-terminal schedule: small enough to be noise, large enough that
+# sigma = sqrt((1 - a) / a) is finite. It is the smallest positive float16, as diffusers uses it.
+_LAST_ALPHA_BAR = 2**-24
+
+_LEADING = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
+_LINSPACE = {"timestep_spacing": "linspace"}
+_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {**_LEADING, "clip_sample": False}),
+    "pndm": ("PNDMScheduler", {**_LEADING, "skip_prk_steps": True}),
+    "lms": ("LMSDiscreteScheduler", _LINSPACE),
+    "euler": ("EulerDiscreteScheduler", _LINSPACE),
+    "euler_a": ("EulerAncestralDiscreteScheduler", _LINSPACE),
+    "heun": ("HeunDiscreteScheduler", {**_LINSPACE, "clip_sample": False}),
+    "dpm_2": ("KDPM2DiscreteScheduler", _LINSPACE),
+    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", _LINSPACE),
+    # The plain algorithm predicts noise, which has no limit at sigma 0: it must end at the smallest sigma.
+    "dpmsolver": (
+        "DPMSolverMultistepScheduler",
+        {**_LINSPACE, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+    ),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {**_LINSPACE, "algorithm_type": "dpmsolver++"}),
+    "dpmsingle": ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++", "lower_order_final": True}),
+}
+
+
+def make_scheduler(
+    name: str,
+    *,
+    steps: int,
+    prediction_type: str,
+    zero_terminal_snr: bool = False,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """A fresh diffusers scheduler whose timesteps are set, on `device`.
+
+    Args:
+        name: one of SAMPLERS; a name with "k_" means the same as the one without.
+        steps: denoising steps, 1..1000.
+        prediction_type: "epsilon" or "v_prediction".
+        zero_terminal_snr: for models trained so; the first step then starts at the last timestep, from pure noise.
+    Raises: UserError: unknown name, a missing package, a prediction type that is not available yet, or too few steps
+        for the sampler.
+    """
+    import diffusers
+
+    if name not in SAMPLERS:
+        raise UserError(f"--sample_sampler: unknown sampler {name!r}; choose one of {', '.join(SAMPLERS)}")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(f"pictures of models with {prediction_type} prediction are not available yet")
+    plain_name = name.removeprefix("k_")
+    if plain_name == "lms" and importlib.util.find_spec("scipy") is None:
+        raise UserError(f"--sample_sampler {name} needs the package scipy: install it, or choose another sampler")
+    class_name, settings = _SCHEDULERS[plain_name]
+    settings = {
+        **settings,
+        "num_train_timesteps": ddpm.NUM_TIMESTEPS,
+        "beta_start": ddpm.BETA_START,
+        "beta_end": ddpm.BETA_END,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": prediction_type,
+    }
+    if zero_terminal_snr:
+        settings["trained_betas"] = _zero_terminal_betas()
+    leading, multistep = settings.get("timestep_spacing") == "leading", "Multistep" in class_name
+    # "leading" stops short of the last timestep, where a zero-terminal model begins. With every timestep in use, its
+    # offset would reach past the last, and the multistep solvers' "linspace" would name one timestep twice.
+    if (leading and zero_terminal_snr) or (steps == ddpm.NUM_TIMESTEPS and (leading or multistep)):
+        settings |= {"timestep_spacing": "trailing", "steps_offset": 0}
+    scheduler = getattr(diffusers, class_name)(**settings)
+    scheduler.set_timesteps(steps, device=device)
+    if not scheduler.timesteps.isfinite().all():  # differences of sigmas, rounded below zero
+        raise UserError(f"the sampler {name} cannot make a picture in {steps} steps with this schedule: take more")
+    return scheduler
+
+
+def _zero_terminal_betas() -> list[float]:
+    alpha_bar = ddpm.zero_terminal(ddpm.alpha_bars(ddpm.scaled_linear_betas()))
+    alpha_bar[-1] = _LAST_ALPHA_BAR
+    return ddpm.betas_of(alpha_bar).tolist()

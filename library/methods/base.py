@@ -1,0 +1,56 @@
+"""What a training method is to the loop: what it trains, with which rates, and how that is saved."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from library.families.base import Family
+    from library.options.base import Options
+    from library.types import Models
+
+
+class Method(ABC):
+    """A training method, built from the run's options."""
+
+    def __init__(self, opts: Options):
+        self.opts = opts
+
+    @abstractmethod
+    def attach(self, family: Family, models: Models) -> None:
+        """Freezes what is not trained and adds what is. Raises: UserError: nothing would be trained."""
+
+    @abstractmethod
+    def trainable(self) -> nn.Module:
+        """The one module that holds all trained parameters (accelerate prepares it; state is its state_dict)."""
+
+    @abstractmethod
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups: {"params": [...], "lr": float, "name": str}; the name labels the rate in the logs."""
+
+    @abstractmethod
+    def trains_text_encoder(self) -> bool:
+        """Whether any gradient is needed in a text encoder."""
+
+    @abstractmethod
+    def file_suffix(self) -> str:
+        """Of saved files, with the dot; empty for folders."""
+
+    @abstractmethod
+    def metadata(self) -> dict[str, Any]:
+        """ss_* values of the method, and `modelspec.suffix` (e.g. "/lora") for the architecture."""
+
+    @abstractmethod
+    def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
+        """Writes the trained weights to `path`, beside it first and renamed into place when whole."""
+
+    def start_epoch(self, epoch: int) -> None:  # noqa: B027
+        """Called before each epoch, counted from 1."""
+
+    def after_step(self) -> None:  # noqa: B027
+        """Called after each optimizer step; must not wait for the device."""

@@ -1,0 +1,234 @@
+"""Trains a network beside the frozen model: LoRA and what else `--network_module` names."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.checkpoints.metadata import finalise
+from library.checkpoints.writing import write_safetensors, write_torch
+from library.errors import UserError
+from library.methods.base import Method
+from library.runtime.logs import LOGGER
+
+if TYPE_CHECKING:
+    from library.families.base import Family
+    from library.options.base import Options
+    from library.types import LoraTarget, Models
+    from networks.base import Network
+
+DEFAULT_DIM = 4
+
+
+class NetworkMethod(Method):
+    """A network of `--network_module` on the parts that have a learning rate.
+
+    The loop calls `after_step` after every optimizer step, `trainable().train()` before training and `.eval()` before
+    validating or sampling.
+    """
+
+    def __init__(self, opts: Options):
+        super().__init__(opts)
+        self._module = network_module(opts.method.network_module)
+        self._args = split_args(opts.method.network_args)
+        self._network: Network | None = None
+        self._rates: dict[str, float] = {}
+        bases, multipliers = opts.method.base_weights or [], opts.method.base_weights_multiplier or []
+        if len(multipliers) > len(bases):
+            raise UserError(f"--base_weights_multiplier: {len(multipliers)} values for {len(bases)} --base_weights")
+        for line in self._module.check(self._args, ranks_from_file=opts.method.dim_from_weights):
+            LOGGER.warning("%s", line)
+
+    # ---- what is trained
+
+    def attach(self, family: Family, models: Models) -> None:
+        from networks import lora_files
+
+        for part in (models.denoiser, models.vae, *models.text_encoders.values()):
+            if part is not None:
+                part.requires_grad_(False)
+        options = self.opts.method
+        targets = family.lora_targets(models)
+        self._merge_base_weights(targets, models)
+        self._rates = part_rates(self.opts, family.traits.text_encoders)
+        file = lora_files.read(options.network_weights) if options.network_weights else None
+        # A part at rate 0 has a place in the network only where a file gives it values: they act, and are saved again.
+        kept = file.entries if file else {}
+        wanted = [t for t in targets if self._rates.get(t.part) or (t.part in self._rates and t.key in kept)]
+        if not wanted:
+            raise UserError(_nothing_trained(self._rates))
+        self._network = self._build(wanted, models, file)
+        trained = {id(parameter) for group in self.parameter_groups() for parameter in group["params"]}
+        for parameter in self._network.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+        self._network.attach(models)
+        counts = ", ".join(f"{count} in {part}" for part, count in self._network.counts().items())
+        LOGGER.info("network %s: layers: %s; rank %s", options.network_module, counts, self._dim_text())
+
+    def _build(self, targets: list[LoraTarget], models: Models, file: Any) -> Network:
+        options = self.opts.method
+        common = {"dropout": options.network_dropout, "args": self._args}
+        if options.dim_from_weights:
+            network = self._module.from_weights(targets, models, file, **common)
+            loaded, missing = len(network.layers()), 0
+            unused = len(file.entries) - loaded
+        else:
+            seed = self.opts.training.seed
+            network = self._module.create(
+                targets,
+                models,
+                dim=options.network_dim or DEFAULT_DIM,
+                alpha=options.network_alpha,
+                seed=torch.initial_seed() if seed is None else seed,
+                **common,
+            )
+            if file is None:
+                return network
+            loaded, missing, unused = self._module.load(network, file)
+        LOGGER.log(
+            logging.WARNING if missing or unused else logging.INFO,
+            "%s: %d layers loaded; %d layers of the network are not in the file and start anew; "
+            "%d layers of the file are not used",
+            *(file.path, loaded, missing, unused),
+        )
+        return network
+
+    def _merge_base_weights(self, targets: list[LoraTarget], models: Models) -> None:
+        from networks import lora, lora_files
+
+        multipliers = list(self.opts.method.base_weights_multiplier or [])
+        for index, path in enumerate(self.opts.method.base_weights or []):
+            multiplier = multipliers[index] if index < len(multipliers) else 1.0
+            merged, unused = lora.merge(targets, models, lora_files.read(path), multiplier)
+            LOGGER.log(
+                logging.WARNING if unused else logging.INFO,
+                "%s: %d layers merged into the model at %g; %d layers of the file have no place here",
+                *(path, merged, multiplier, unused),
+            )
+
+    def trainable(self) -> nn.Module:
+        return self._attached()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        groups = self._attached().parameter_groups(self._rates)
+        if not groups:
+            raise UserError(_nothing_trained(self._rates))
+        return groups
+
+    def trains_text_encoder(self) -> bool:
+        if self._network is not None:
+            return any(part != "denoiser" and self._rates[part] for part in self._network.parts())
+        return any(part != "denoiser" and lr for part, lr in part_rates(self.opts, ("any",)).items())
+
+    def after_step(self) -> None:
+        if self.opts.method.scale_weight_norms:
+            self._attached().limit_norms(self.opts.method.scale_weight_norms)
+
+    def _attached(self) -> Network:
+        if self._network is None:
+            raise RuntimeError("attach() comes first")
+        return self._network
+
+    # ---- what is saved
+
+    def file_suffix(self) -> str:
+        return "." + (self.opts.saving.save_model_as or "safetensors")
+
+    def metadata(self) -> dict[str, Any]:
+        options = self.opts.method
+        text_lr = list(options.text_encoder_lr or [])
+        values = {
+            "ss_network_module": options.network_module,
+            "ss_network_dim": self._dim_text(),
+            "ss_network_alpha": options.network_alpha,
+            "ss_network_dropout": options.network_dropout,
+            "ss_scale_weight_norms": options.scale_weight_norms,
+            "ss_unet_lr": options.unet_lr,
+            "ss_text_encoder_lr": (text_lr[0] if len(text_lr) == 1 else text_lr) if text_lr else None,
+            "ss_training_comment": options.training_comment,
+            "modelspec.suffix": "/lora",
+        }
+        if self._args:
+            values["ss_network_args"] = json.dumps(self._args)
+        return values
+
+    def _dim_text(self) -> str:
+        """The rank as merge and resize tools read it: a number, or "Dynamic" where a file gave several."""
+        if not self.opts.method.dim_from_weights or self._network is None:
+            return str(self.opts.method.network_dim or DEFAULT_DIM)
+        ranks = self._network.ranks()
+        return str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+
+    def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
+        """Every tensor, alpha too, in `dtype`, or as trained where that is None. .ckpt and .pt have no metadata."""
+        tensors = {name: _for_file(value, dtype) for name, value in self._attached().state_dict().items()}
+        if path.suffix in (".ckpt", ".pt"):
+            write_torch(path, tensors)
+        else:
+            write_safetensors(path, tensors, None if metadata is None else finalise(metadata, tensors))
+
+
+def _for_file(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+
+
+def _nothing_trained(rates: dict[str, float]) -> str:
+    shown = ", ".join(f"{'U-Net' if part == 'denoiser' else part} {lr:g}" for part, lr in rates.items())
+    return (
+        f"nothing would be trained with the learning rates {shown}; "
+        "set --learning_rate, --unet_lr or --text_encoder_lr above 0, or fewer blocks to 0"
+    )
+
+
+def network_module(name: str | None) -> ModuleType:
+    """The module that `--network_module` names. Raises: UserError: missing, not a network, or not available yet."""
+    try:
+        found = bool(name) and importlib.util.find_spec(name) is not None
+    except (ModuleNotFoundError, ValueError):
+        found = False
+    if not found:
+        raise UserError(f"--network_module: there is no module named {name!r}; networks.lora trains LoRA")
+    if not name.startswith("networks."):
+        raise UserError(f"--network_module: {name}: modules of others are not available yet; networks.lora is")
+    module = importlib.import_module(name)
+    if not hasattr(module, "create"):
+        raise UserError(f"--network_module: {name} is no kind of network; networks.lora trains LoRA")
+    return module
+
+
+def split_args(entries: list[str] | None) -> dict[str, str]:
+    """``["conv_dim=4", ...]`` to a dict, split at the first "=". Raises: UserError: no "=", or a name twice."""
+    args: dict[str, str] = {}
+    for entry in entries or []:
+        name, equals, value = entry.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise UserError(f"--network_args: {entry!r} is not name=value, e.g. conv_dim=4")
+        if name in args:
+            raise UserError(f"--network_args: {name} is given twice")
+        args[name] = value.strip()
+    return args
+
+
+def part_rates(opts: Options, text_encoders: tuple[str, ...]) -> dict[str, float]:
+    """Learning rate of every part that may be trained; 0 freezes it.
+
+    Own rates default to --learning_rate. Of several text encoders, those without an entry take the list's last.
+    """
+    options, common = opts.method, opts.optimizer.learning_rate
+    rates: dict[str, float] = {}
+    if not options.network_train_unet_only:
+        listed = list(options.text_encoder_lr or []) or [common]
+        for index, part in enumerate(text_encoders):
+            rates[part] = listed[min(index, len(listed) - 1)] or 0.0
+    if not options.network_train_text_encoder_only:
+        rates["denoiser"] = (common if options.unet_lr is None else options.unet_lr) or 0.0
+    return rates

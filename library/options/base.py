@@ -1,0 +1,206 @@
+"""An option declared once: one dataclass field is the flag, the TOML key, the help text, the docs row and the check."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from library.families.base import FamilyTraits
+
+Kind = Literal["bool", "int", "float", "str", "Path", "int_or_float"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Details:
+    """What a field's annotation cannot say about its option."""
+
+    help: str
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    lenient: bool = False  # a value out of range is warned about and counts as not given
+    off: Any = None  # a value that means the same as leaving the option out
+    comma_list: bool = False  # text on the command line; a config file may also hold a number or an array
+    exists: Literal["file", "folder"] | None = None  # what a value must be the path of
+    later: str | None = None  # the feature this option is waiting for
+    deprecated: str | None = None  # what to use instead
+    alias_of: str | None = None  # the option whose value this one gives
+    secret: bool = False  # never written anywhere
+
+
+def opt(default: Any, help: str, **details: Any) -> Any:
+    """A field of an `OptionGroup`; the keywords are the fields of `Details`.
+
+    The annotation gives type, choices and number of values: ``bool`` is a switch, ``X | None`` may be absent,
+    ``Literal[...]`` lists the choices, ``list[X]`` takes any number of values, and ``int | float`` is a whole number
+    of steps or a share such as 0.1 or 10%.
+    """
+    return field(default=default, metadata={"details": Details(help=help, **details)})
+
+
+@dataclass(frozen=True)
+class Option:
+    """A field of a group, with its annotation taken apart."""
+
+    dest: str
+    default: Any
+    kind: Kind
+    many: bool
+    optional: bool
+    choices: tuple[Any, ...]
+    details: Details
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.dest}"
+
+    def range_problem(self, value: Any) -> str | None:
+        """ "must be ..., got ..." where `value`, or an item of it, lies outside the limits."""
+        limits = self.details
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, bool) or not isinstance(item, int | float):
+                continue
+            if not math.isfinite(item):
+                return f"must be a finite number, got {item}"
+            if self.kind == "int_or_float" and isinstance(item, float) and item > 1:
+                return f"must be a whole number of steps or a share from 0 to 1, got {item}"
+            outside = (
+                (limits.at_least is not None and item < limits.at_least)
+                or (limits.above is not None and item <= limits.above)
+                or (limits.at_most is not None and item > limits.at_most)
+                or (limits.below is not None and item >= limits.below)
+            )
+            if outside:
+                return f"must be {self.range_text()}, got {item}"
+        return None
+
+    def range_text(self) -> str:
+        """The limits in words, e.g. "at least 1"; empty where there are none."""
+        limits = self.details
+        words = (
+            ("at least", limits.at_least),
+            ("above", limits.above),
+            ("at most", limits.at_most),
+            ("below", limits.below),
+        )
+        return " and ".join(f"{word} {limit}" for word, limit in words if limit is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionGroup:
+    """Options that belong together. Subclasses are frozen dataclasses whose fields are made with `opt`."""
+
+    group: ClassVar[str]  # attribute of `Options`
+    title: ClassVar[str]  # heading in help and docs
+
+    def __init_subclass__(cls, *, group: str, title: str):
+        cls.group, cls.title = group, title
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        """One line per problem that a single value does not show, beginning with the option's flag."""
+        return ()
+
+    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        """One line per option that works but is probably not what was meant."""
+        return ()
+
+
+@cache
+def options_of(group: type[OptionGroup]) -> tuple[Option, ...]:
+    """The options of a group, in the order of its fields."""
+    hints = typing.get_type_hints(group)
+    return tuple(_read(f.name, f.default, hints[f.name], f.metadata["details"]) for f in fields(group))
+
+
+def _read(dest: str, default: Any, hint: Any, details: Details) -> Option:
+    many, choices = False, ()
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)  # with a Literal inside it is the second
+    members = set(typing.get_args(hint)) if is_union else {hint}
+    optional = types.NoneType in members
+    members.discard(types.NoneType)
+    if len(members) == 1:
+        inner = members.pop()
+        if typing.get_origin(inner) is list:
+            many, inner = True, typing.get_args(inner)[0]
+        if typing.get_origin(inner) is Literal:
+            choices = typing.get_args(inner)
+            inner = type(choices[0])
+        kind = inner.__name__ if inner is not Path else "Path"
+    else:
+        assert members == {int, float}, f"{dest}: no option can be of type {hint}"
+        kind = "int_or_float"
+    return Option(dest, default, kind, many, optional, choices, details)
+
+
+class Given(NamedTuple):
+    """A value as the user gave it, and where."""
+
+    value: Any
+    source: str  # "command line", or the configuration file's name
+
+
+class Options:
+    """All options of a run: one attribute per group (`opts.loss.huber_c`), and what is known about who set them."""
+
+    def __init__(self, groups: Iterable[OptionGroup], given: Mapping[str, Given] | None = None):
+        self.groups = tuple(groups)
+        self.given = dict(given or {})
+        for group in self.groups:
+            setattr(self, group.group, group)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, group: str) -> Any: ...
+
+    @property
+    def explicit(self) -> frozenset[str]:
+        """The options given on the command line or in the configuration file."""
+        return frozenset(self.given)
+
+    def origin(self, dest: str) -> str:
+        """ "command line", the configuration file's name, or "default"."""
+        return self.given[dest].source if dest in self.given else "default"
+
+    def replaced(self, **values: Any) -> Options:
+        """The same options with other values for some; who set what stays as it was."""
+        groups = []
+        for group in self.groups:
+            changes = {name: values[name] for name in values if name in vars(group)}
+            groups.append(replace(group, **changes) if changes else group)
+        return Options(groups, self.given)
+
+    def flat(self) -> dict[str, Any]:
+        """Every option's value by its name."""
+        return {option.dest: getattr(g, option.dest) for g in self.groups for option in options_of(type(g))}
+
+
+def build_options(groups: Sequence[type[OptionGroup]], given: Mapping[str, Given]) -> Options:
+    """Defaults, overlaid with what was given; values that mean "off" or are ignored become the default.
+
+    An alias sets its target and keeps its own default, so that a value is found in one place only.
+    """
+    given = dict(given)
+    built = []
+    aliases = {o.dest: o.details.alias_of for g in groups for o in options_of(g) if o.details.alias_of}
+    for alias, target in aliases.items():
+        if alias in given:
+            given.setdefault(target, given[alias])
+    for group in groups:
+        values = {}
+        for option in options_of(group):
+            if option.dest not in given or option.dest in aliases:
+                continue
+            value = given[option.dest].value
+            off = option.details.off is not None and value == option.details.off
+            ignored = option.details.lenient and option.range_problem(value) is not None
+            values[option.dest] = option.default if off or ignored else value
+        built.append(group(**values))
+    return Options(built, given)

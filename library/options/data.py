@@ -1,0 +1,154 @@
+"""Which pictures and captions, how they are prepared, cut into buckets, varied and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from library.options.base import OptionGroup, Options, opt
+
+if TYPE_CHECKING:
+    from library.families.base import FamilyTraits
+
+_DISK_CACHE = "latent caches on disk"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(OptionGroup, group="data", title="Data set"):
+    train_data_dir: str | None = opt(None, "folder of training folders named <repeats>_<identifier> <class>")
+    reg_data_dir: str | None = opt(None, "folder of regularisation folders named <repeats>_<class>")
+    in_json: str | None = opt(None, "metadata file of a fine-tuning data set", later="metadata data sets")
+    dataset_config: Path | None = opt(None, "TOML or JSON file that describes the data sets, in place of folders")
+    dataset_repeats: int = opt(1, "passes over each picture per epoch, where the data set does not say", at_least=1)
+    dataset_class: str | None = opt(
+        None, "import path of a data set class of your own", later="custom data set classes"
+    )
+    conditioning_data_dir: str | None = opt(None, "folder of masks or control images", later="conditioning images")
+    cache_info: bool = opt(False, "keep sizes and captions in a file beside the pictures", later="the picture index")
+    debug_dataset: bool = opt(False, "show pictures and captions instead of training", later="the data set preview")
+    train_batch_size: int = opt(1, "pictures per batch and process", at_least=1)
+    resolution: str | None = opt(
+        None, "training size in pixels: one side of a square, or width,height", comma_list=True
+    )
+
+    caption_extension: str = opt(".caption", "ending of the caption files beside the pictures, e.g. .txt")
+    caption_extention: str | None = opt(
+        None,
+        "misspelling of --caption_extension, still understood",
+        alias_of="caption_extension",
+        deprecated="--caption_extension",
+    )
+    caption_separator: str = opt(",", "sign between the parts (tags) of a caption")
+    secondary_separator: str | None = opt(None, "sign between tags that are shuffled and dropped as one, e.g. ;;;")
+    shuffle_caption: bool = opt(False, "shuffle the parts of a caption anew each time")
+    keep_tokens: int = opt(0, "number of leading caption parts that are neither shuffled nor dropped", at_least=0)
+    keep_tokens_separator: str = opt(
+        "", "sign such as ||| that parts fixed parts of a caption from those that may be shuffled and dropped"
+    )
+    enable_wildcard: bool = opt(False, "choose one of {a|b|c}, and one line of captions with several lines, each time")
+    caption_prefix: str | None = opt(None, "text put before every caption")
+    caption_suffix: str | None = opt(None, "text put after every caption")
+    caption_dropout_rate: float = opt(0.0, "share of pictures trained with an empty caption", at_least=0, at_most=1)
+    caption_dropout_every_n_epochs: int = opt(0, "every so many epochs, train without any caption; 0 = off", at_least=0)
+    caption_tag_dropout_rate: float = opt(0.0, "share of caption parts left out each time", at_least=0, at_most=1)
+    token_warmup_min: int = opt(1, "caption parts used at the start of the token warm-up", at_least=0)
+    token_warmup_step: float = opt(
+        0, "step from which whole captions are used; below 1 it is a share of the run", at_least=0
+    )
+
+    enable_bucket: bool = opt(False, "train at several aspect ratios, each picture at the nearest one")
+    min_bucket_reso: int = opt(256, "shortest side of a bucket in pixels", at_least=1)
+    max_bucket_reso: int = opt(1024, "longest side of a bucket in pixels", at_least=1)
+    bucket_reso_steps: int = opt(64, "sides of buckets are multiples of this many pixels", at_least=1)
+    bucket_no_upscale: bool = opt(False, "never enlarge pictures; make buckets to fit them instead")
+    resize_interpolation: Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"] | None = opt(
+        None, "how pictures are resized; by default area when shrinking and lanczos when enlarging"
+    )
+
+    flip_aug: bool = opt(False, "mirror half of the pictures; not for subjects that are not symmetrical")
+    color_aug: bool = opt(False, "vary hue and tone a little")
+    random_crop: bool = opt(False, "cut at a random place instead of the centre")
+    face_crop_aug_range: str | None = opt(
+        None, "cut around faces found in file names, at sizes between these two factors, e.g. 2.0,4.0", comma_list=True
+    )
+    alpha_mask: bool = opt(False, "leave transparent parts of pictures out of the loss", later="loss masks")
+
+    cache_latents: bool = opt(False, "encode all pictures once before training and keep the latents in memory")
+    cache_latents_to_disk: bool = opt(False, "keep the latents in files beside the pictures", later=_DISK_CACHE)
+    skip_cache_check: bool = opt(False, "trust latent files without looking into them", later=_DISK_CACHE)
+    vae_batch_size: int = opt(1, "pictures that the VAE encodes at once while caching", at_least=1)
+
+    max_data_loader_n_workers: int = opt(
+        8, "most processes that load pictures; 0 loads them in the main one", at_least=0
+    )
+    persistent_data_loader_workers: bool = opt(False, "keep loading processes from epoch to epoch; saves start-up time")
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if not (self.dataset_config or self.train_data_dir or self.in_json):
+            yield "--train_data_dir: missing; name a folder of pictures with it, or a file with --dataset_config"
+        elif self.resolution is None and not self.dataset_config:
+            yield "--resolution: missing; give one number, or width,height"
+        if self.dataset_config and self.dataset_config.suffix.lower() not in (".toml", ".json"):
+            yield f"--dataset_config: must be a .toml or .json file, got {str(self.dataset_config)!r}"
+        yield from self._check_sizes(traits)
+        yield from self._check_augmentation()
+
+    def _check_sizes(self, traits: FamilyTraits) -> Iterator[str]:
+        if self.enable_bucket and self.bucket_reso_steps % traits.bucket_step:
+            yield (
+                f"--bucket_reso_steps: must be a multiple of {traits.bucket_step} for {traits.label}, "
+                f"got {self.bucket_reso_steps}"
+            )
+        if self.enable_bucket and self.min_bucket_reso > self.max_bucket_reso:
+            yield f"--min_bucket_reso: {self.min_bucket_reso} is above --max_bucket_reso {self.max_bucket_reso}"
+        if self.resolution is None:
+            return
+        sides = _numbers(self.resolution, int)
+        if sides is None or len(sides) > 2 or min(sides) < 1:
+            yield f"--resolution: must be one number or width,height in pixels, got {self.resolution!r}"
+        elif self.dataset_config:
+            return  # the file may say otherwise about everything below
+        elif not self.enable_bucket and any(side % traits.bucket_step for side in sides):
+            yield (
+                f"--resolution: sides must be multiples of {traits.bucket_step}, got {self.resolution}; "
+                "choose another size, or add --enable_bucket"
+            )
+        elif self.enable_bucket and not self.bucket_no_upscale:
+            low, high = self._bucket_limits()
+            if min(sides) < low:
+                yield f"--resolution: {self.resolution} is below --min_bucket_reso {self.min_bucket_reso}"
+            if max(sides) > high:
+                yield f"--resolution: {self.resolution} is above --max_bucket_reso {self.max_bucket_reso}"
+
+    def _bucket_limits(self) -> tuple[int, int]:
+        """As bucketing uses them: the least rounded down, the greatest rounded up to the step."""
+        step = self.bucket_reso_steps
+        return self.min_bucket_reso // step * step, -(-self.max_bucket_reso // step) * step
+
+    def _check_augmentation(self) -> Iterator[str]:
+        if self.face_crop_aug_range is not None:
+            factors = _numbers(self.face_crop_aug_range, float)
+            if factors is None or len(factors) != 2 or not 0 < factors[0] <= factors[1]:
+                yield (
+                    "--face_crop_aug_range: must be two factors above 0, the smaller first, e.g. 2.0,4.0; "
+                    f"got {self.face_crop_aug_range!r}"
+                )
+        if self.cache_latents or self.cache_latents_to_disk:
+            flag = "--cache_latents" if self.cache_latents else "--cache_latents_to_disk"
+            for name in ("color_aug", "random_crop", "face_crop_aug_range"):
+                if getattr(self, name):
+                    yield f"{flag}: cannot be used with --{name}, which makes every picture new each time; drop one"
+
+    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if self.persistent_data_loader_workers and self.max_data_loader_n_workers == 0:
+            yield "--persistent_data_loader_workers: no effect with --max_data_loader_n_workers 0"
+
+
+def _numbers(text: str, kind: type) -> list | None:
+    """The numbers of "a,b", or None where they are none."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        return None

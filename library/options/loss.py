@@ -1,0 +1,72 @@
+"""The noise that is added, and how the prediction is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from library.options.base import OptionGroup, Options, opt
+
+if TYPE_CHECKING:
+    from library.families.base import FamilyTraits
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseOptions(OptionGroup, group="noise", title="Noise and timesteps"):
+    noise_offset: float | None = opt(
+        None, "strength of an extra noise per channel, for darker and lighter pictures; 0.05 to 0.1", at_least=0, off=0
+    )
+    noise_offset_random_strength: bool = opt(False, "draw the noise offset between 0 and --noise_offset each time")
+    adaptive_noise_scale: float | None = opt(
+        None, "adds this much of the latents' mean brightness to the noise offset", off=0
+    )
+    multires_noise_iterations: int | None = opt(
+        None, "coarser layers of noise to add (pyramid noise), e.g. 6", at_least=1, off=0
+    )
+    multires_noise_discount: float = opt(0.3, "strength of each coarser layer relative to the one before", above=0)
+    ip_noise_gamma: float | None = opt(
+        None, "strength of input perturbation noise (arXiv:2301.11706), e.g. 0.1", at_least=0, off=0
+    )
+    ip_noise_gamma_random_strength: bool = opt(False, "draw that strength between 0 and --ip_noise_gamma each time")
+    zero_terminal_snr: bool = opt(False, "noise schedule that ends in pure noise (arXiv:2305.08891)")
+    min_timestep: int | None = opt(None, "lowest timestep that is trained (0 if not given)", at_least=0, at_most=999)
+    max_timestep: int | None = opt(
+        None, "timesteps below this one are trained (1000 if not given)", at_least=1, at_most=1000
+    )
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if self.noise_offset is not None and self.multires_noise_iterations is not None:
+            yield "--noise_offset: cannot be used with --multires_noise_iterations; drop one"
+        if self.adaptive_noise_scale is not None and self.noise_offset is None:
+            yield "--adaptive_noise_scale: needs --noise_offset, which it changes"
+        low = 0 if self.min_timestep is None else self.min_timestep
+        high = 1000 if self.max_timestep is None else self.max_timestep
+        if low >= high:
+            yield f"--min_timestep: must be below --max_timestep, got {low} and {high}"
+
+    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if self.noise_offset_random_strength and self.noise_offset is None:
+            yield "--noise_offset_random_strength: no effect without --noise_offset"
+        if self.ip_noise_gamma_random_strength and self.ip_noise_gamma is None:
+            yield "--ip_noise_gamma_random_strength: no effect without --ip_noise_gamma"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions(OptionGroup, group="loss", title="Loss"):
+    loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = opt("l2", "distance between prediction and target")
+    huber_schedule: Literal["constant", "exponential", "snr"] = opt(
+        "snr", "how the switch point of huber and smooth_l1 depends on the noise"
+    )
+    huber_c: float = opt(0.1, "switch point of huber and smooth_l1, from squared to absolute distance", above=0)
+    huber_scale: float = opt(1.0, "factor on the switch point", above=0)
+    prior_loss_weight: float = opt(1.0, "weight of regularisation pictures in the loss", at_least=0)
+    masked_loss: bool = opt(False, "weigh the loss by masks", later="loss masks")
+    min_snr_gamma: float | None = opt(
+        None, "cap of the signal-to-noise weight (arXiv:2303.09556), 5 is usual; 0 = off", at_least=0, off=0
+    )
+    scale_v_pred_loss_like_noise_pred: bool = opt(False, "weigh a v-prediction loss as if noise were predicted")
+    v_pred_like_loss: float | None = opt(
+        None, "adds this much of a v-prediction-like loss to a noise prediction's", at_least=0, off=0
+    )
+    debiased_estimation_loss: bool = opt(False, "weigh the loss by debiased estimation (arXiv:2310.08442)")

@@ -1,0 +1,26 @@
+"""Which model is trained, and what it is built with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from library.options.base import OptionGroup, Options, opt
+
+if TYPE_CHECKING:
+    from library.families.base import FamilyTraits
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(OptionGroup, group="model", title="Model"):
+    pretrained_model_name_or_path: str | None = opt(
+        None, "base model: a checkpoint file, a Diffusers folder, or a hub id such as owner/model"
+    )
+    tokenizer_cache_dir: str | None = opt(None, "folder in which tokenizers are kept, so that later runs work offline")
+    vae: str | None = opt(None, "VAE to use in place of the model's own: checkpoint, VAE file, Diffusers VAE or hub id")
+    no_half_vae: bool = opt(False, "run the VAE in float32 whatever the mixed precision, for VAEs that overflow fp16")
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if not self.pretrained_model_name_or_path:
+            yield "--pretrained_model_name_or_path: missing; give a checkpoint file, a Diffusers folder or a hub id"

@@ -1,0 +1,78 @@
+"""Training of an added network such as LoRA."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from library.options.base import OptionGroup, Options, opt
+from library.options.optimizer import not_pairs
+
+if TYPE_CHECKING:
+    from library.families.base import FamilyTraits
+
+_OURS = ("networks.dylora", "networks.lora_fa", "networks.oft", "networks.control_net_lllite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(OptionGroup, group="method", title="Network"):
+    network_module: str | None = opt(
+        None, "module of the network type: networks.lora, or another such as lycoris.kohya"
+    )
+    network_dim: int | None = opt(None, "rank of the network; the module's own default if not given", at_least=1)
+    network_alpha: float = opt(1, "scale: the network acts with alpha / rank; 0 means alpha = rank", at_least=0)
+    network_dropout: float | None = opt(
+        None, "share of the network's inner values left out each step", at_least=0, below=1, off=0
+    )
+    network_args: list[str] | None = opt(None, "further arguments of the network as name=value, e.g. conv_dim=4")
+    network_weights: str | None = opt(None, "weights of a network to go on training", exists="file")
+    dim_from_weights: bool = opt(False, "take the ranks from --network_weights")
+    network_train_unet_only: bool = opt(False, "train only the denoiser's part of the network")
+    network_train_text_encoder_only: bool = opt(False, "train only the text encoders' part of the network")
+    unet_lr: float | None = opt(None, "learning rate of the denoiser's part; --learning_rate if not given")
+    text_encoder_lr: list[float] | None = opt(
+        None, "learning rate of the text encoders' part, one for all or one for each; --learning_rate if not given"
+    )
+    scale_weight_norms: float | None = opt(None, "shrink weights whose norm grows above this, e.g. 1", above=0)
+    training_comment: str | None = opt(None, "comment in the file's metadata")
+    base_weights: list[str] | None = opt(None, "networks merged into the base model first")
+    base_weights_multiplier: list[float] | None = opt(None, "their strengths")
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from self._check_module()
+        yield from not_pairs("--network_args", self.network_args)
+        if self.network_train_unet_only and self.network_train_text_encoder_only:
+            yield "--network_train_unet_only: cannot be used with --network_train_text_encoder_only; drop one"
+        if self.dim_from_weights and not self.network_weights:
+            yield "--dim_from_weights: needs --network_weights, the file to take the ranks from"
+        encoders = len(traits.text_encoders)
+        if len(self.text_encoder_lr or ()) > encoders:
+            yield (
+                f"--text_encoder_lr: {traits.label} has {encoders} text encoder{'s' if encoders > 1 else ''}, "
+                f"got {len(self.text_encoder_lr)} rates"
+            )
+
+    def _check_module(self) -> Iterator[str]:
+        name = self.network_module
+        if not name:
+            yield "--network_module: missing; networks.lora trains a LoRA"
+        elif name in _OURS and not _found(name):
+            yield f"--network_module: not available yet ({name})"
+        elif not _found(name if name.startswith("networks.") else name.split(".")[0]):
+            yield f"--network_module: there is no module {name!r}; check the name, or install its package"
+
+    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if self.network_train_unet_only and self.text_encoder_lr:
+            yield "--text_encoder_lr: no effect with --network_train_unet_only"
+        if self.network_train_text_encoder_only and self.unet_lr is not None:
+            yield "--unet_lr: no effect with --network_train_text_encoder_only"
+
+
+def _found(module: str) -> bool:
+    """Whether `module` could be imported; only packages above it are."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False

@@ -1,0 +1,125 @@
+"""Command line and configuration file to `Options`: flag > file > default."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+from library.errors import UserError
+from library.options.base import Given, Option, OptionGroup, Options, build_options, options_of
+from library.options.config_file import read_config, write_config
+from library.options.nearest import did_you_mean
+from library.options.values import from_text
+
+_ABSENT: Any = object()
+
+
+class OptionParser(argparse.ArgumentParser):
+    """argparse, with mistakes raised as UserError instead of a usage dump."""
+
+    groups: tuple[type[OptionGroup], ...] = ()
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def build_parser(groups: Iterable[type[OptionGroup]], prog: str | None = None, description: str = "") -> OptionParser:
+    """A parser with every option of `groups`; flags may be abbreviated as long as they stay unique."""
+    parser = OptionParser(prog=prog, usage="%(prog)s [options]", description=description)
+    parser.groups = tuple(groups)
+    for group in parser.groups:
+        section = parser.add_argument_group(group.title)
+        for option in options_of(group):
+            section.add_argument(option.flag, dest=option.dest, **_argument(option))
+    return parser
+
+
+def parse_options(
+    parser: OptionParser | Iterable[type[OptionGroup]],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    description: str = "",
+) -> Options:
+    """Reads the command line and the file named by --config_file. Values are not checked against each other here.
+
+    With --output_config it writes that file instead and exits with status 0, as --help does.
+    Raises: UserError: unknown or ambiguous flags, values of the wrong type, a bad configuration file.
+    """
+    if not isinstance(parser, OptionParser):
+        parser = build_parser(parser, prog, description)
+    flags = _from_command_line(parser, argv)
+    file = flags["config_file"].value if "config_file" in flags else None
+    writing = "output_config" in flags
+    if file is None or writing:
+        options = build_options(parser.groups, flags)
+    else:
+        options = build_options(parser.groups, {**_without_replaced(parser, file, flags), **flags})
+    if writing:
+        print(f"wrote {write_config(options)}")
+        raise SystemExit(0)
+    return options
+
+
+def _without_replaced(parser: OptionParser, file: str, flags: dict[str, Given]) -> dict[str, Given]:
+    """What the file gives, less the options whose older or newer spelling is on the command line."""
+    from_file = read_config(file, parser.groups)
+    for group in parser.groups:
+        for option in options_of(group):
+            target = option.details.alias_of
+            if target and option.dest in flags:
+                from_file.pop(target, None)
+            if target and target in flags:
+                from_file.pop(option.dest, None)
+    return from_file
+
+
+def _from_command_line(parser: OptionParser, argv: Sequence[str] | None) -> dict[str, Given]:
+    # argparse leaves alone what a namespace already has: what is still _ABSENT afterwards was not given
+    blank = argparse.Namespace(**{option.dest: _ABSENT for g in parser.groups for option in options_of(g)})
+    values, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv), blank)
+    if unknown:
+        raise UserError(*_unknown_problems(parser, unknown))
+    return {dest: Given(v, "command line") for dest, v in vars(values).items() if v is not _ABSENT}
+
+
+def _unknown_problems(parser: OptionParser, unknown: Sequence[str]) -> list[str]:
+    known = [f"--{option.dest}" for group in parser.groups for option in options_of(group)]
+    flags = [text.split("=", 1)[0] for text in unknown if text.startswith("-") and text != "--"]
+    if not flags:
+        return [f"unexpected value {' '.join(unknown)!r}: every value needs its option before it"]
+    return [f"unknown option {flag}{did_you_mean(flag, known)}" for flag in flags]
+
+
+def _argument(option: Option) -> dict[str, Any]:
+    shown: dict[str, Any] = {"default": option.default, "help": _help(option)}
+    if option.kind == "bool":
+        return {**shown, "action": "store_true"}
+    if option.choices:
+        shown["choices"] = (*option.choices, None) if option.optional else option.choices
+        shown["metavar"] = "{" + ",".join(map(str, option.choices)) + "}"
+    if option.many:
+        shown["nargs"] = "*"
+    return {**shown, "type": _converter(option)}
+
+
+def _converter(option: Option) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            return from_text(option, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    convert.__name__ = option.kind
+    return convert
+
+
+def _help(option: Option) -> str:
+    text = option.details.help
+    if option.kind != "bool" and option.default not in (None, ""):
+        text += f" (default: {option.default})"
+    if option.details.later:
+        text += f" [not available yet: {option.details.later}]"
+    return text.replace("%", "%%")

@@ -1,0 +1,50 @@
+"""Pictures and losses that show, during training, how far it has come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from library.options.base import OptionGroup, Options, opt
+
+if TYPE_CHECKING:
+    from library.families.base import FamilyTraits
+
+_VALIDATION = "the validation loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(OptionGroup, group="sampling", title="Sample pictures"):
+    sample_prompts: str | None = opt(None, "file of prompts for sample pictures: .txt, .toml or .json", exists="file")
+    sample_at_first: bool = opt(False, "draw sample pictures before the first step too")
+    sample_every_n_steps: int | None = opt(
+        None, "draw sample pictures every so many optimizer steps", at_least=1, lenient=True
+    )
+    sample_every_n_epochs: int | None = opt(None, "draw sample pictures every so many epochs", at_least=1, lenient=True)
+    sample_sampler: Literal[
+        "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
+        "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
+    ] = opt("ddim", "sampler of the sample pictures")  # fmt: skip
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if self.sample_prompts and Path(self.sample_prompts).suffix.lower() not in (".txt", ".toml", ".json"):
+            yield f"--sample_prompts: must be a .txt, .toml or .json file, got {self.sample_prompts!r}"
+
+    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        moments = ("sample_at_first", "sample_every_n_steps", "sample_every_n_epochs")
+        given = [f"--{name}" for name in moments if getattr(self, name)]
+        if given and not self.sample_prompts:
+            yield f"{given[0]}: no sample pictures without --sample_prompts"
+        if self.sample_prompts and not given:
+            yield "--sample_prompts: no sample pictures without --sample_every_n_steps or --sample_every_n_epochs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationOptions(OptionGroup, group="validation", title="Validation"):
+    validation_seed: int | None = opt(None, "seed of the choice of validation pictures", later=_VALIDATION)
+    validation_split: float = opt(0.0, "share of the pictures kept for validation", later=_VALIDATION)
+    validate_every_n_steps: int | None = opt(None, "validate every so many optimizer steps", later=_VALIDATION)
+    validate_every_n_epochs: int | None = opt(None, "validate every so many epochs", later=_VALIDATION)
+    max_validation_steps: int | None = opt(None, "most batches per validation", later=_VALIDATION)

@@ -1,0 +1,38 @@
+"""How long a run is, and where its randomness starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from library.options.base import OptionGroup, Options, opt
+
+if TYPE_CHECKING:
+    from library.families.base import FamilyTraits
+
+_RESUMING = "resuming a run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(OptionGroup, group="training", title="Training"):
+    max_train_steps: int = opt(1600, "length of the run in optimizer steps", at_least=1)
+    max_train_epochs: int | None = opt(
+        None, "length of the run in epochs; wins over --max_train_steps", at_least=1, off=0
+    )
+    seed: int | None = opt(
+        None,
+        "start of every random stream; equal seeds give equal runs. Chosen at random if not given",
+        at_least=0,
+        at_most=2**32 - 1,
+    )
+    gradient_accumulation_steps: int = opt(
+        1, "batches per optimizer step; more of them act like a larger batch in little memory", at_least=1
+    )
+    skip_until_initial_step: bool = opt(False, "pass over the data before the initial step", later=_RESUMING)
+    initial_epoch: int | None = opt(None, "epoch to start counting from, 1 is the first", later=_RESUMING)
+    initial_step: int | None = opt(None, "step to start counting from, 0 is the first", later=_RESUMING)
+
+    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if self.max_train_epochs is not None and opts.origin("max_train_steps") == "command line":
+            yield f"--max_train_steps {self.max_train_steps}: no effect, --max_train_epochs decides the length"

@@ -1,0 +1,60 @@
+"""Everything that can be wrong with the options alone, all at once, before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.options.base import Option, Options, options_of
+
+if TYPE_CHECKING:
+    from library.families.base import FamilyTraits
+
+
+def problems(options: Options, traits: FamilyTraits) -> list[str]:
+    """One line per problem, e.g. "--network_dim: must be at least 1, got 0 (from run.toml)"; empty if all is well."""
+    lines = []
+    for group in options.groups:
+        for option in options_of(type(group)):
+            lines += [f"{option.flag}: {problem}" for problem in _of_value(option, getattr(group, option.dest))]
+        lines += group.check(options, traits)
+    return [_with_origin(line, options) for line in dict.fromkeys(lines)]
+
+
+def warnings(options: Options, traits: FamilyTraits) -> list[str]:
+    """One line per option that is followed, or harmlessly not followed, but was perhaps not meant."""
+    lines = []
+    for group in options.groups:
+        for option in options_of(type(group)):
+            if option.dest not in options.given:
+                continue
+            value = options.given[option.dest].value
+            if option.details.deprecated and value != option.default:
+                lines.append(f"{option.flag}: an older way to say {option.details.deprecated}")
+            if option.details.lenient and option.range_problem(value):
+                lines.append(f"{option.flag}: {option.range_problem(value)}; ignored")
+        lines += group.advise(options, traits)
+    return [_with_origin(line, options) for line in lines]
+
+
+def _of_value(option: Option, value: Any) -> Iterator[str]:
+    if value == option.default:
+        return
+    if option.details.later:
+        yield f"not available yet ({option.details.later})"
+        return
+    problem = option.range_problem(value)
+    if problem:
+        yield problem
+    wanted = option.details.exists
+    if wanted and not (Path(value).is_file() if wanted == "file" else Path(value).is_dir()):
+        yield f"there is no {wanted} {str(value)!r}"
+
+
+def _with_origin(line: str, options: Options) -> str:
+    """Adds the configuration file's name where the option that a line is about came from one."""
+    named = re.match(r"--(\w+)", line)
+    origin = options.origin(named[1]) if named else "default"
+    return line if origin in ("default", "command line") else f"{line} (from {origin})"

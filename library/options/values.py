@@ -1,0 +1,116 @@
+"""From command line text and TOML values to option values. Every ValueError reads "must be ..., got ..."."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from library.options.base import Option
+
+_WANTED = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text in quotes",
+    "Path": "a path in quotes",
+    "int_or_float": 'a whole number of steps, or a share such as 0.1 or "10%"',
+}
+
+
+def from_text(option: Option, text: str) -> Any:
+    """One value of the command line. Empty text means "not given" where an option may be absent.
+
+    Raises: ValueError: not of the option's type, or none of its choices.
+    """
+    if text == "" and option.optional and not option.many:
+        return None
+    try:
+        value = _CONVERT[option.kind](text)
+    except ValueError:
+        raise ValueError(f"must be {_WANTED[option.kind]}, got {text!r}") from None
+    return _chosen(option, value)
+
+
+def from_toml(option: Option, value: Any) -> Any:
+    """A value of a configuration file; a single value will do where a list is taken.
+
+    Raises: ValueError: not of the option's type, or none of its choices.
+    """
+    if value == "" and option.optional and not option.many:
+        return None
+    if option.many:
+        return [_item(option, item) for item in (value if isinstance(value, list) else [value])]
+    if option.details.comma_list and isinstance(value, list):
+        return ",".join(_number_text(option, item) for item in value)
+    if option.details.comma_list and not isinstance(value, str):
+        return _number_text(option, value)
+    return _item(option, value)
+
+
+def _item(option: Option, value: Any) -> Any:
+    is_bool, kind = isinstance(value, bool), option.kind
+    wanted = ValueError(f"must be {_WANTED[kind]}, got {_show(value)}{_quotes_hint(option, value)}")
+    match kind:
+        case "bool":
+            if not is_bool:
+                raise wanted
+        case "str" | "Path":
+            if not isinstance(value, str):
+                raise wanted
+            value = value if kind == "str" else Path(value)
+        case "int":
+            if is_bool or not isinstance(value, int):
+                raise wanted
+        case "float":
+            if is_bool or not isinstance(value, int | float):
+                raise wanted
+            value = float(value)
+        case "int_or_float":
+            if isinstance(value, str) and value.endswith("%"):
+                return from_text(option, value)
+            if is_bool or not isinstance(value, int | float):
+                raise wanted
+    return _chosen(option, value)
+
+
+def _chosen(option: Option, value: Any) -> Any:
+    if option.choices and value not in option.choices:
+        raise ValueError(f"must be one of {', '.join(map(str, option.choices))}; got {value!r}")
+    return value
+
+
+def _steps(text: str) -> int | float:
+    if text.endswith("%"):
+        return float(text[:-1]) / 100
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _number_text(option: Option, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"must be a number, numbers in [brackets], or text in quotes, got {_show(value)}")
+    return str(value)
+
+
+def _quotes_hint(option: Option, value: Any) -> str:
+    """For `"1e-4"` where 1e-4 was meant."""
+    if not isinstance(value, str) or option.kind not in ("bool", "int", "float", "int_or_float"):
+        return ""
+    if option.kind == "bool":
+        return "; remove the quotes" if value.lower() in ("true", "false") else ""
+    try:
+        _CONVERT[option.kind](value)
+    except ValueError:
+        return ""
+    return "; remove the quotes"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"the text {value!r}" if isinstance(value, str) else repr(value)
+
+
+_CONVERT = {"int": int, "float": float, "str": str, "Path": Path, "int_or_float": _steps}

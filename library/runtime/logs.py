@@ -1,0 +1,48 @@
+"""Console messages, and silence for third-party noise that a user cannot act on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+LOGGER = logging.getLogger("trainscripts")
+
+# Libraries that report what is merely absent (kernels, optional packages), at import and later.
+_NOISY_LOGGERS = ("xformers", "transformers", "diffusers", "bitsandbytes", "torch.distributed", "torchao", "accelerate")
+
+
+def setup_logging(level: str | None = None, file: str | None = None, simple: bool = False) -> None:
+    """Sends our messages to stderr, or to `file` where one is given; `simple` leaves out time and level."""
+    handler = logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
+    layout = "%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s"
+    handler.setFormatter(logging.Formatter(layout, datefmt="%H:%M:%S"))
+    LOGGER.handlers[:] = [handler]
+    LOGGER.setLevel(level or "INFO")
+    LOGGER.propagate = False
+
+
+def quiet_third_parties() -> None:
+    """Keeps warnings off the screen that are about the installation of optional parts. Call before heavy imports."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("XFORMERS_MORE_DETAILS", "0")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("ACCELERATE_DISABLE_RICH", "1")
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|xformers|bitsandbytes|diffusers)\b")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def progress(total: int | None, desc: str, unit: str = "it", **kwargs: Any) -> Any:
+    """A tqdm bar on stderr with rate and remaining time; a line now and then where stderr is no terminal."""
+    from tqdm import tqdm
+
+    interval = 0.5 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, desc=desc, unit=unit, mininterval=interval, dynamic_ncols=True, smoothing=0.1, **kwargs)

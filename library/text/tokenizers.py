@@ -1,0 +1,49 @@
+"""Tokenizers: the bundled CLIP vocabulary, and how others are found. The network is never needed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+
+CLIP_VOCABULARY = Path(__file__).parent / "clip_vocabulary"
+CLIP_LENGTH = 77  # positions, with BOS and EOS
+
+
+def bundled_clip_tokenizer(pad_token: str | None = None) -> Any:
+    """CLIP's tokenizer from this package; it pads with EOS unless another token is named."""
+    from transformers import CLIPTokenizer
+
+    options = {"pad_token": pad_token} if pad_token else {}
+    return CLIPTokenizer.from_pretrained(CLIP_VOCABULARY, model_max_length=CLIP_LENGTH, **options)
+
+
+def save_clip_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes a tokenizer for every reader: transformers 5 leaves out the two files that older ones ask for."""
+    tokenizer.save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):
+        if not (folder / name).exists():
+            shutil.copyfile(CLIP_VOCABULARY / name, folder / name)
+
+
+def read_clip_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`. Raises: UserError: it cannot be read."""
+    try:
+        return local_clip_tokenizer(folder)
+    except Exception as error:  # the tokenizers library raises bare Exception for files that it cannot parse
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: cannot be read as a CLIP tokenizer ({reason})") from None
+
+
+def local_clip_tokenizer(name: str | Path, **options: Any) -> Any:
+    """A tokenizer from a folder or the hub's cache. Raises: OSError, ValueError: there is none."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(name, local_files_only=True, **options)
+    # Where there are no files at all, transformers 5 makes a tokenizer that knows no words and says nothing.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise OSError("no vocabulary found")
+    tokenizer.model_max_length = min(tokenizer.model_max_length, CLIP_LENGTH)
+    return tokenizer

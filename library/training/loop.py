@@ -1,0 +1,246 @@
+"""The one training loop. Families and methods plug into it; it never asks which one it has."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.runtime import logs, seeds
+from library.runtime.logs import LOGGER
+from library.training import placement, saving
+from library.training.scalars import ScalarQueue
+from library.training.step import StepParts, training_step
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from library.data.dataset import TrainingData
+    from library.families.base import Family
+    from library.inference.preview import Preview
+    from library.methods.base import Method
+    from library.objectives.objective import Objective
+    from library.options.base import Options
+    from library.training.plan import RunPlan
+    from library.training.tracking import Tracker
+    from library.types import Batch, Models
+
+
+@dataclass
+class Run:
+    """Everything a run consists of, built by `cli`."""
+
+    opts: Options
+    seed: int
+    family: Family
+    method: Method
+    models: Models
+    objective: Objective
+    data: TrainingData
+    plan: RunPlan
+    accelerator: Accelerator
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    saves: saving.SavePlan
+    preview: Preview
+    tracker: Tracker
+    make_metadata: Callable[[RunFacts], dict[str, str] | None]
+    save_dtype: torch.dtype | None
+
+
+@dataclass
+class RunFacts:
+    """How far the run is; what metadata, names and logs are made from."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # the epoch being trained, from 1
+    micro_step: int = 0  # batches done by this process
+    started: float = field(default_factory=time.time)
+
+
+def train(run: Run) -> RunFacts:
+    """Runs until the planned number of optimizer steps is done, saving, sampling and logging on the way."""
+    facts = RunFacts()
+    grad_text = run.method.trains_text_encoder()
+    parts = StepParts(run.family, run.models, run.objective, grad_text)
+    placement.training_modes(run.models, run.method.trainable(), grad_text=grad_text)
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    report = _Report(run)
+    main = run.accelerator.is_main_process
+    if main and run.preview.due(0):
+        _sample(run, facts, epoch_end=False)
+    while facts.step < run.plan.total_steps:
+        facts.epoch += 1
+        run.method.start_epoch(facts.epoch)
+        for group in _groups_of(_batches(run, facts.epoch), run.plan.accumulation):
+            losses = _accumulate(run, parts, group, facts)
+            gradient_norm = _update(run, parameters)
+            facts.step += 1
+            report.step(facts, losses, gradient_norm)
+            if main:
+                _after_step(run, facts, report)
+            if facts.step >= run.plan.total_steps:
+                break
+        if main:
+            _after_epoch(run, facts, report)
+    report.close(facts)
+    if main:
+        _save(run, facts, run.saves.final_path())
+    run.tracker.close()
+    return facts
+
+
+def _batches(run: Run, epoch: int) -> Iterator[Batch]:
+    accelerator = run.accelerator
+    loader = run.data.loader(epoch, rank=accelerator.process_index, world=accelerator.num_processes)
+    for batch in loader:
+        yield batch.to(accelerator.device)
+
+
+def _groups_of(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """Lists of `size` batches; the last one of an epoch may be shorter."""
+    while group := list(islice(batches, size)):
+        yield group
+
+
+def _accumulate(run: Run, parts: StepParts, group: list[Batch], facts: RunFacts) -> list[Tensor]:
+    """Forward and backward over the batches of one optimizer step; the gradient is their mean."""
+    losses = []
+    for batch in group:
+        address = (facts.micro_step, run.accelerator.process_index)
+        torch.manual_seed(seeds.derive(run.seed, "layers", *address))  # dropout inside the modules
+        rng = seeds.generator(run.accelerator.device, run.seed, "noise", *address)
+        with run.accelerator.autocast():
+            loss = training_step(parts, batch, rng).mean()
+        run.accelerator.backward(loss / len(group))
+        losses.append(loss.detach())
+        facts.micro_step += 1
+    return losses
+
+
+def _update(run: Run, parameters: list[Tensor]) -> Tensor | None:
+    """Averages gradients over the processes, clips, steps; returns the gradient norm before clipping."""
+    if run.accelerator.num_processes > 1:
+        average_gradients(parameters, run.accelerator.num_processes)
+    norm = None
+    limit = run.opts.optimizer.max_grad_norm
+    if limit:
+        norm = run.accelerator.clip_grad_norm_(parameters, limit)
+    run.optimizer.step()
+    run.schedule.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.method.after_step()
+    return norm
+
+
+def average_gradients(parameters: list[Tensor], world: int) -> None:
+    """Replaces every gradient by its mean over the processes, as one message per number format.
+
+    Adapters are reached through hooks and not through one wrapped forward, so this is done by hand.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        flat = torch._utils._flatten_dense_tensors(gradients)
+        torch.distributed.all_reduce(flat)
+        flat /= world
+        for gradient, mean in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
+            gradient.copy_(mean)
+
+
+# --- between the steps ------------------------------------------------------------------------------------------------
+
+
+def _after_step(run: Run, facts: RunFacts, report: _Report) -> None:
+    due = run.saves.after_step(facts.step)
+    # The last step's file is the final model's.
+    if due and facts.step < run.plan.total_steps:
+        report.drain(wait=True)
+        _save(run, facts, *due)
+    if run.preview.due(facts.step):
+        _sample(run, facts, epoch_end=False)
+
+
+def _after_epoch(run: Run, facts: RunFacts, report: _Report) -> None:
+    due = run.saves.after_epoch(facts.epoch, run.plan.epochs)
+    if due:
+        report.drain(wait=True)
+        _save(run, facts, *due)
+    if run.preview.due(facts.step, facts.epoch):
+        _sample(run, facts, epoch_end=True)
+
+
+def _save(run: Run, facts: RunFacts, path: Path, obsolete: Path | None = None) -> None:
+    metadata = run.make_metadata(facts)
+    run.method.save(path, run.save_dtype, metadata)
+    LOGGER.info("saved %s", path)
+    if obsolete is not None:
+        saving.remove(obsolete)
+
+
+def _sample(run: Run, facts: RunFacts, *, epoch_end: bool) -> None:
+    pictures = run.preview.render(
+        run.models, facts.step, facts.epoch if epoch_end else None, trained=run.method.trainable()
+    )
+    for index, picture in enumerate(pictures):
+        LOGGER.info("sampled %s", picture.path)
+        run.tracker.image(facts.step, f"sample/{index:02d} {picture.prompt.prompt[:60]}", picture.image)
+
+
+class _Report:
+    """The progress bar and the logged numbers; reads them off the device only once they have arrived."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._queue = ScalarQueue()
+        quiet = not run.accelerator.is_main_process
+        self._bar = logs.progress(run.plan.total_steps, "steps", unit="step", disable=quiet)
+        self._rates: dict[int, dict[str, float]] = {}
+        self._mean: float | None = None
+
+    def step(self, facts: RunFacts, losses: list[Tensor], gradient_norm: Tensor | None) -> None:
+        values = {"loss/current": torch.stack(losses).mean()}
+        if gradient_norm is not None:
+            values["norm/gradient"] = gradient_norm
+        self._queue.push(facts.step, values)
+        groups = zip(self._run.optimizer.param_groups, self._run.schedule.get_last_lr(), strict=True)
+        self._rates[facts.step] = {f"lr/{group.get('name', i)}": rate for i, (group, rate) in enumerate(groups)}
+        self._bar.update()
+        self.drain()
+
+    def drain(self, wait: bool = False) -> None:
+        """Raises: UserError: a loss is not finite; nothing is saved from then on."""
+        for step, values in self._queue.ready(wait):
+            loss = values["loss/current"]
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss became {loss} at step {step}; training stopped and nothing was saved after it",
+                    hint="a lower --learning_rate, --mixed_precision bf16 or no, or --no_half_vae usually helps",
+                )
+            self._mean = loss if self._mean is None else 0.98 * self._mean + 0.02 * loss
+            self._run.tracker.scalars(step, {**values, "loss/average": self._mean, **self._rates.pop(step)})
+            self._bar.set_postfix({"loss": f"{self._mean:.4f}"}, refresh=False)
+
+    def close(self, facts: RunFacts) -> None:
+        self.drain(wait=True)
+        self._bar.close()
+        seconds = time.time() - facts.started
+        LOGGER.info("%d steps in %s, %.2f steps/s", facts.step, _clock(seconds), facts.step / max(seconds, 1e-9))
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,50 @@
+"""One training step: a batch in, per-sample losses out. The same for every family and method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from library.families.base import Family
+    from library.objectives.objective import Objective
+    from library.types import Batch, Models, TextCond
+
+
+@dataclass
+class StepParts:
+    """What a step needs. `grad_text` is whether gradients flow into a text encoder."""
+
+    family: Family
+    models: Models
+    objective: Objective
+    grad_text: bool
+
+
+def batch_latents(parts: StepParts, batch: Batch, rng: torch.Generator) -> Tensor:
+    """The batch's clean latents as the denoiser sees them, float32, (B, C, h, w)."""
+    if batch.latents is not None:
+        latents = batch.latents
+    else:
+        with torch.no_grad():
+            latents = parts.family.encode_images(parts.models, batch.pixels, generator=rng)
+    return parts.family.scale_latents(latents.float())
+
+
+def batch_text(parts: StepParts, batch: Batch) -> TextCond:
+    if batch.text is not None:
+        return batch.text
+    with torch.set_grad_enabled(parts.grad_text and torch.is_grad_enabled()):
+        return parts.family.encode_text(parts.models, batch.captions)
+
+
+def training_step(parts: StepParts, batch: Batch, rng: torch.Generator) -> Tensor:
+    """Losses per sample, (B,), float32. All randomness of noise and time comes from `rng` (on the batch's device)."""
+    latents = batch_latents(parts, batch, rng)
+    cond = batch_text(parts, batch)
+    draw = parts.objective.draw(latents, rng)
+    prediction = parts.family.predict(parts.models, draw.noisy, draw.timesteps, cond, batch)
+    return parts.objective.loss(prediction.float(), draw, batch.loss_weights, batch.masks)

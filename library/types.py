@@ -1,0 +1,97 @@
+"""The records that pass between data, families, methods, objectives and the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Size(NamedTuple):
+    """Pixels, always (width, height). Tensors are (..., height, width)."""
+
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class TextCond:
+    """What a family's denoiser takes from the text, by the family's own names; the batch is every tensor's first axis.
+
+    It is also what text-encoder-output caches hold.
+    """
+
+    tensors: dict[str, Tensor]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TextCond:
+        return TextCond({name: change(value) for name, value in self.tensors.items()})
+
+    @staticmethod
+    def cat(parts: Sequence[TextCond]) -> TextCond:
+        import torch
+
+        return TextCond({name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B items of one bucket, ready for a training step."""
+
+    captions: list[str]
+    latents: Tensor | None  # (B, C, H/8, W/8) as caches hold them (see Family.encode_images), or None: encode `pixels`
+    pixels: Tensor | None  # (B, 3, H, W) in [-1, 1], or None when latents are cached
+    loss_weights: Tensor  # (B,); prior_loss_weight for regularisation images, else 1
+    masks: Tensor | None  # (B, 1, H, W) in [0, 1], or None
+    original_sizes: Tensor  # (B, 2) int, (width, height) of the pictures on disk
+    crop_top_lefts: Tensor  # (B, 2) int, (top, left) as formats record it (crop_ltrb)
+    target_sizes: Tensor  # (B, 2) int, (width, height) of the bucket
+    text: TextCond | None = None  # cached text-encoder outputs
+    keys: list[str] = field(default_factory=list)  # the pictures' paths, for messages
+
+    def to(self, device: Any) -> Batch:
+        """Moves every tensor without waiting for it."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, TextCond):
+                return value.map(move)
+            return value.to(device, non_blocking=True) if hasattr(value, "to") else value
+
+        return replace(self, **{name: move(value) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class NoiseDraw:
+    """One draw of noise and time for a batch of clean latents."""
+
+    noisy: Tensor  # (B, C, h, w)
+    timesteps: Tensor  # (B,), in the family's own units (DDPM: integers 0..999)
+    target: Tensor  # (B, C, h, w), what the prediction is compared with
+    noise: Tensor  # (B, C, h, w)
+
+
+@dataclass
+class Models:
+    """The parts of a loaded model. `source` is the family's own note of what it must remember in order to save."""
+
+    denoiser: nn.Module
+    text_encoders: dict[str, nn.Module]  # keys are FamilyTraits.text_encoders
+    tokenizers: dict[str, Any]
+    vae: nn.Module | None
+    source: Any = None
+
+
+@dataclass(frozen=True)
+class LoraTarget:
+    """One entry of a LoRA file and the live modules it covers.
+
+    Several modules mean one fused layer in the public format: they share the down matrix, the up matrix is cut by rows.
+    """
+
+    key: str  # e.g. "lora_unet_down_blocks_0_attentions_0_proj_in"
+    part: str  # "denoiser", or the name of a text encoder
+    modules: tuple[str, ...]  # paths inside that part, as torch's get_submodule takes them
+    conv_only: bool = False  # a target only of networks that also train convolutions (resnets, samplers)
+    block: int | None = None  # index for block-wise ranks and rates; None: belongs to no block

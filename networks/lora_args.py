@@ -1,0 +1,244 @@
+"""What `--network_args` says to networks.lora: parsing, block-wise ranks and rates. No torch here."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from library.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """How many blocks a U-Net has for block-wise lists. `edge` blocks before the first and after the last are fixed."""
+
+    down: int
+    mid: int
+    up: int
+    edge: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.down + self.mid + self.up + 2 * self.edge
+
+
+UNET_25 = BlockLayout(12, 1, 12)
+
+
+@dataclass(frozen=True)
+class LoraArgs:
+    """The parsed arguments. Lists have one entry per block, in the order of `LoraTarget.block`."""
+
+    conv_dim: int | None = None
+    conv_alpha: float = 1.0
+    dropout: float | None = None
+    rank_dropout: float | None = None
+    module_dropout: float | None = None
+    block_dims: tuple[int, ...] | None = None
+    block_alphas: tuple[float, ...] | None = None
+    conv_block_dims: tuple[int, ...] | None = None
+    conv_block_alphas: tuple[float, ...] | None = None
+    block_weights: tuple[float, ...] | None = None  # of the learning rate
+    denoiser_plus: float | None = None  # LoRA+ ratio
+    text_plus: float | None = None
+
+    @property
+    def by_block(self) -> bool:
+        lists = (self.block_dims, self.block_alphas, self.conv_block_dims, self.conv_block_alphas, self.block_weights)
+        return any(entries is not None for entries in lists)
+
+    @property
+    def adapts_convs(self) -> bool:
+        return self.conv_dim is not None or self.conv_block_dims is not None
+
+    def block_weight(self, block: int | None) -> float:
+        return 1.0 if block is None or self.block_weights is None else self.block_weights[block]
+
+
+def rank_and_alpha(
+    args: LoraArgs, dim: int, alpha: float | None, *, block: int | None, kernel: bool, conv_only: bool
+) -> tuple[int, float | None] | None:
+    """Rank and alpha of one layer, or None where it gets no adapter.
+
+    Args:
+        block: index in the block lists; None for layers that belong to no block, such as a text encoder's.
+        kernel: whether the layer is a convolution with a kernel larger than 1 x 1.
+        conv_only: whether the layer is one that only networks with convolutions adapt.
+    """
+    if (conv_only or kernel) and not args.adapts_convs:
+        return None
+    if args.block_weight(block) == 0:
+        return None
+    if kernel:
+        rank = _at(args.conv_block_dims, block, args.conv_dim or 0)
+        strength = _at(args.conv_block_alphas, block, args.conv_alpha)
+    else:
+        rank, strength = _at(args.block_dims, block, dim), _at(args.block_alphas, block, alpha)
+    return (rank, strength) if rank else None
+
+
+def _at(entries: tuple[Any, ...] | None, block: int | None, default: Any) -> Any:
+    return default if entries is None or block is None else entries[block]
+
+
+# ---- reading the texts
+
+_LR_KEYS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
+_PRESETS: dict[str, Callable[[float], float]] = {  # of x, which goes from 0 to 1 over the list
+    "sine": lambda x: math.sin(math.pi / 2 * x),
+    "cosine": lambda x: math.sin(math.pi / 2 * (1 - x)),
+    "linear": lambda x: x,
+    "reverse_linear": lambda x: 1 - x,
+    "zeros": lambda x: 0.0,
+}
+# fmt: off
+_KEYS = (
+    "conv_dim", "conv_alpha", "dropout", "rank_dropout", "module_dropout",
+    "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas",
+    "down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold",
+    "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio",
+)
+# fmt: on
+
+
+def parse(args: Mapping[str, str], layout: BlockLayout = UNET_25) -> LoraArgs:
+    """The arguments as values.
+
+    Raises: UserError: every problem at once: unknown keys, values that are no numbers, lists of the wrong length,
+        unknown presets.
+    """
+    reader = _Reader(args)
+    for key in args:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            reader.problems.append(
+                f"--network_args: networks.lora knows no {key!r}; "
+                + (f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(_KEYS)}")
+            )
+    plus = reader.number("loraplus_lr_ratio", float, above=0)
+    unet_plus = reader.number("loraplus_unet_lr_ratio", float, above=0)
+    text_plus = reader.number("loraplus_text_encoder_lr_ratio", float, above=0)
+    conv_alpha = reader.number("conv_alpha", float, least=0)
+    parsed = LoraArgs(
+        conv_dim=reader.number("conv_dim", int, least=1),
+        conv_alpha=1.0 if conv_alpha is None else conv_alpha,
+        dropout=reader.number("dropout", float, least=0, most=1),
+        rank_dropout=reader.number("rank_dropout", float, least=0, below=1),
+        module_dropout=reader.number("module_dropout", float, least=0, most=1),
+        block_dims=reader.block_list("block_dims", int, layout),
+        block_alphas=reader.block_list("block_alphas", float, layout),
+        conv_block_dims=reader.block_list("conv_block_dims", int, layout),
+        conv_block_alphas=reader.block_list("conv_block_alphas", float, layout),
+        block_weights=reader.block_weights(layout),
+        denoiser_plus=plus if unet_plus is None else unet_plus,
+        text_plus=plus if text_plus is None else text_plus,
+    )
+    if reader.problems:
+        raise UserError(*reader.problems)
+    return parsed
+
+
+def without_effect(args: Mapping[str, str], *, ranks_from_file: bool = False) -> list[str]:
+    """A line for every argument that does nothing in this company."""
+    needs = {
+        "conv_alpha": ("conv_dim", "conv_block_dims"),
+        "conv_block_alphas": ("conv_dim", "conv_block_dims"),
+        "block_lr_zero_threshold": _LR_KEYS,
+    }
+    lines = [
+        f"--network_args: {key} has no effect without {' or '.join(others)}"
+        for key, others in needs.items()
+        if key in args and not any(other in args for other in others)
+    ]
+    if ranks_from_file:
+        given = [key for key in args if key.endswith(("dim", "dims", "alpha", "alphas"))]
+        lines += [f"--network_args: {key} has no effect with --dim_from_weights" for key in given]
+    return lines
+
+
+class _Reader:
+    """Reads single values and collects what is wrong with them."""
+
+    def __init__(self, args: Mapping[str, str]):
+        self.args = args
+        self.problems: list[str] = []
+
+    def refuse(self, key: str, why: str) -> None:
+        self.problems.append(f"--network_args: {key}={self.args[key]}: {why}")
+
+    def number(
+        self,
+        key: str,
+        kind: Callable[[str], T],
+        *,
+        least: float = -math.inf,
+        above: float = -math.inf,
+        most: float = math.inf,
+        below: float = math.inf,
+    ) -> T | None:
+        if key not in self.args:
+            return None
+        try:
+            value = kind(self.args[key])
+        except ValueError:
+            self.refuse(key, f"is not {'a whole number' if kind is int else 'a number'}")
+            return None
+        if not (least <= value <= most and above < value < below):
+            limits = {"at least": least, "above": above, "at most": most, "below": below}
+            self.refuse(key, "must be " + ", ".join(f"{k} {v:g}" for k, v in limits.items() if math.isfinite(v)))
+            return None
+        return value
+
+    def block_list(self, key: str, kind: Callable[[str], T], layout: BlockLayout) -> tuple[T, ...] | None:
+        if key not in self.args:
+            return None
+        try:
+            entries = tuple(kind(entry) for entry in self.args[key].split(","))
+        except ValueError:
+            self.refuse(key, f"is not a comma-separated list of {'whole numbers' if kind is int else 'numbers'}")
+            return None
+        if len(entries) != layout.total:
+            self.refuse(key, f"has {len(entries)} entries, this model has {layout.total} blocks")
+            return None
+        if min(entries) < 0:
+            self.refuse(key, "has an entry below 0")
+        return entries
+
+    def block_weights(self, layout: BlockLayout) -> tuple[float, ...] | None:
+        threshold = self.number("block_lr_zero_threshold", float)
+        if not any(key in self.args for key in _LR_KEYS):
+            return None
+        weights = [
+            weight
+            for key, count in zip(_LR_KEYS, (layout.down, layout.mid, layout.up), strict=True)
+            for weight in self.rate_list(key, count)
+        ]
+        edge = [1.0] * layout.edge
+        return tuple(w if w > (threshold or 0.0) else 0.0 for w in edge + weights + edge)
+
+    def rate_list(self, key: str, count: int) -> list[float]:
+        """`count` factors: a comma list (an empty entry is 0, a short list goes on with 1) or a preset[+offset]."""
+        text = self.args.get(key)
+        if text is None:
+            return [1.0] * count
+        try:
+            if "," not in text and key != "mid_lr_weight":
+                name, _, offset = text.partition("+")
+                curve = _PRESETS[name.strip()]
+                base = float(offset) if offset else 0.0
+                return [curve(i / (count - 1)) + base for i in range(count)]
+            factors = [float(entry) if entry.strip() else 0.0 for entry in text.split(",")]
+        except KeyError:
+            self.refuse(key, f"is neither a comma-separated list nor one of {', '.join(_PRESETS)} (with +offset)")
+            return [1.0] * count
+        except ValueError:
+            self.refuse(key, "holds something that is not a number")
+            return [1.0] * count
+        if len(factors) > count:
+            self.refuse(key, f"has {len(factors)} entries, there are {count} such blocks")
+        return (factors + [1.0] * count)[:count]

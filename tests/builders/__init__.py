@@ -1,0 +1,90 @@
+"""Tiny models with random weights, written by the same code paths as real ones, for every test that needs a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from library.families.sd.loading import Source
+from library.families.sd.saving import save_model
+from library.families.sd.tokenizer import SD2_PAD
+from library.text.tokenizers import bundled_clip_tokenizer
+from library.types import Models
+
+WIDTH = 64  # of a CLIP head, and so the narrowest that SD 2.x's rule for U-Net heads allows
+
+
+def tiny_sd(v2: bool = False, seed: int = 0) -> Models:
+    """A whole SD model of about 5 million numbers, three of them the text encoder's vocabulary. Latents are 1/8."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(WIDTH, WIDTH, WIDTH, WIDTH),
+            layers_per_block=1,
+            cross_attention_dim=WIDTH,
+            attention_head_dim=(1, 1, 1, 1) if v2 else 8,
+            use_linear_projection=v2,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(32, 32, 32, 32),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            latent_channels=4,
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=49408,
+                hidden_size=WIDTH,
+                intermediate_size=2 * WIDTH,
+                projection_dim=WIDTH,
+                num_hidden_layers=3,
+                num_attention_heads=1,
+                hidden_act="gelu" if v2 else "quick_gelu",
+                bos_token_id=49406,
+                eos_token_id=49407,
+                pad_token_id=0 if v2 else 49407,
+            )
+        )
+        # Fresh biases and norms are all zeros and ones, so that mixed-up names would not show.
+        for model in (unet, vae, text_encoder):
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.data += 0.02 * torch.randn_like(parameter)
+    for model in (unet, vae, text_encoder):
+        model.requires_grad_(False).eval()
+    tokenizer = bundled_clip_tokenizer(SD2_PAD if v2 else None)
+    source = Source(name="", vae_name="", v2=v2, is_file=False)
+    return Models(unet, {"te": text_encoder}, {"te": tokenizer}, vae, source)
+
+
+def write_tiny_sd1(path: str | Path, seed: int = 0, dtype: torch.dtype | None = None) -> Path:
+    """Writes a tiny SD 1.x model: .safetensors, .ckpt, or a Diffusers folder when there is no such ending."""
+    return _write(tiny_sd(False, seed), Path(path), dtype)
+
+
+def write_tiny_sd2(path: str | Path, seed: int = 0, dtype: torch.dtype | None = None) -> Path:
+    """Writes a tiny SD 2.x model, see `write_tiny_sd1`."""
+    return _write(tiny_sd(True, seed), Path(path), dtype)
+
+
+def sd_options(model: str | Path, *, v2: bool = False, vae: str | None = None, **family: object) -> SimpleNamespace:
+    """The two option groups that the SD family reads."""
+    defaults = {"v2": v2, "v_parameterization": False, "clip_skip": None, "max_token_length": None}
+    return SimpleNamespace(
+        model=SimpleNamespace(
+            pretrained_model_name_or_path=str(model), tokenizer_cache_dir=None, vae=vae, no_half_vae=False
+        ),
+        family=SimpleNamespace(**(defaults | {"weighted_captions": False} | family)),
+    )
+
+
+def _write(models: Models, path: Path, dtype: torch.dtype | None) -> Path:
+    save_as = {".safetensors": "safetensors", ".ckpt": "ckpt"}.get(path.suffix, "diffusers_safetensors")
+    save_model(models, path, save_as=save_as, dtype=dtype, metadata={})
+    return path

@@ -1,0 +1,31 @@
+"""What holds for every test: no network, the console left as it was found, and GPU tests only where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported, so it comes before every import of ours
+
+from library.runtime.logs import LOGGER
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def console() -> Iterator[None]:
+    """A script that runs inside a test points the log at its own place; the next test must not inherit that."""
+    before = list(LOGGER.handlers), LOGGER.level, LOGGER.propagate
+    yield
+    LOGGER.handlers[:], LOGGER.level, LOGGER.propagate = before

@@ -1,0 +1,315 @@
+"""Flags and dataset configs to specs: fallback, types, and messages that say what to do."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from library.data.blueprint import build_specs
+from library.errors import UserError
+from library.options import validation
+
+
+@pytest.fixture
+def pictures(tmp_path, draw):
+    return draw(tmp_path / "pictures" / "a.png").parent
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("trainscripts"), "propagate", True)
+    return caplog
+
+
+def problems(opts, traits):
+    with pytest.raises(UserError) as caught:
+        build_specs(opts, traits)
+    return caught.value.problems
+
+
+@pytest.mark.rows("R205", "R206", "R210", "R211")
+def test_dreambooth_folders(tmp_path, draw, make_opts, traits, warnings):
+    for name in ("20_sls frog", "5_cpc_x frog", "no_repeats", "0_zero", ".hidden"):
+        draw(tmp_path / "train" / name / "a.png")
+    draw(tmp_path / "train" / "loose.png")
+    draw(tmp_path / "reg" / "1_frog" / "r.png")
+    opts = make_opts(train_data_dir=str(tmp_path / "train"), reg_data_dir=str(tmp_path / "reg"), resolution="512,640")
+    (spec,) = build_specs(opts, traits)
+    assert spec.resolution == (512, 640)
+    assert [(s.image_dir.name, s.num_repeats, s.class_tokens, s.is_reg) for s in spec.subsets] == [
+        ("20_sls frog", 20, "sls frog", False),
+        ("5_cpc_x frog", 5, "cpc_x frog", False),
+        ("1_frog", 1, "frog", True),
+    ]
+    assert "3 not used" in warnings.text
+    assert all(name in warnings.text for name in ("no_repeats", "0_zero", "loose.png"))
+
+
+@pytest.mark.rows("R39")
+@pytest.mark.parametrize(("text", "size"), [("512", (512, 512)), ("448,640", (448, 640)), ("448, 640", (448, 640))])
+def test_resolution_flag(tmp_path, draw, make_opts, traits, text, size):
+    draw(tmp_path / "1_a" / "a.png")
+    assert build_specs(make_opts(train_data_dir=str(tmp_path), resolution=text), traits)[0].resolution == size
+
+
+CONFIG = """
+[general]
+flip_aug = true
+color_aug = false
+keep_tokens_separator= "|||"
+shuffle_caption = false
+caption_tag_dropout_rate = 0
+caption_extension = ".txt"
+keep_tokens = 1
+
+[[datasets]]
+batch_size = 2
+enable_bucket = true
+resolution = [1024, 768]
+keep_tokens = 2
+
+[[datasets.subsets]]
+image_dir = "{dir}"
+num_repeats = 1
+keep_tokens = 3
+
+[[datasets.subsets]]
+image_dir = "{dir}"
+flip_aug = false
+class_tokens = "ünïcode 猫"
+caption_extension = "cap"
+
+[[datasets]]
+resolution = 512
+[[datasets.subsets]]
+image_dir = "{dir}"
+"""
+
+
+@pytest.mark.rows("R240", "R241", "R242", "R243", "R244", "R245")
+def test_every_level_of_the_fallback(pictures, write_config, make_opts, traits):
+    file = write_config("\ufeff" + CONFIG.replace("{dir}", str(pictures)))
+    opts = make_opts(
+        dataset_config=file, train_batch_size=7, dataset_repeats=4, caption_prefix="p", shuffle_caption=True
+    )
+    first, second = build_specs(opts, traits)
+    assert (first.batch_size, second.batch_size) == (2, 7)
+    assert (first.resolution, second.resolution) == ((1024, 768), (512, 512))
+    assert (first.enable_bucket, second.enable_bucket) == (True, False)
+    one, two, three = (*first.subsets, *second.subsets)
+    assert [s.captions.keep_tokens for s in (one, two, three)] == [3, 2, 1]
+    assert [s.flip_aug for s in (one, two, three)] == [True, False, True]
+    assert [s.num_repeats for s in (one, two, three)] == [1, 4, 4]
+    assert [s.caption_extension for s in (one, two, three)] == [".txt", ".cap", ".txt"]
+    assert all(s.captions.caption_prefix == "p" and not s.captions.shuffle_caption for s in (one, two, three))
+    assert two.class_tokens == "ünïcode 猫"
+    assert one.captions.caption_separator == ","
+
+
+def test_json_says_the_same(pictures, write_config, make_opts, traits):
+    subset = {"image_dir": str(pictures), "face_crop_aug_range": [1, 2.5], "token_warmup_step": 0.5}
+    file = write_config({"datasets": [{"resolution": 512, "subsets": [subset]}]})
+    (spec,) = build_specs(make_opts(dataset_config=file), traits)
+    assert spec.subsets[0].face_crop_aug_range == (1, 2.5)
+    assert spec.subsets[0].captions.token_warmup_step == 0.5
+
+
+def test_all_problems_at_once_each_with_its_place(pictures, write_config, make_opts, traits):
+    file = write_config(
+        f"""
+[general]
+shufle_caption = true
+batch_size = "2"
+[genral]
+[[datasets]]
+resolution = 512
+image_dir = "x"
+[[datasets.subsets]]
+image_dir = '{pictures}'
+num_repeats = true
+[[datasets.subsets]]
+class_tokens = "x"
+[[datasets]]
+"""
+    )
+    found = problems(make_opts(dataset_config=file), traits)
+    assert found == (
+        f"{file}: unknown table 'genral'; known are general, datasets",
+        f"{file}, [general]: unknown key 'shufle_caption'; did you mean 'shuffle_caption'?",
+        f"{file}, [general]: batch_size must be a whole number, got '2'",
+        f"{file}, [[datasets]] 1: 'image_dir' cannot stand here; it belongs in [[datasets.subsets]]",
+        f"{file}, [[datasets]] 1, [[datasets.subsets]] 1: num_repeats must be a whole number, got True",
+        f"{file}, [[datasets]] 1, [[datasets.subsets]] 2: image_dir is missing",
+        f"{file}, [[datasets]] 2: no subsets; write at least one [[datasets.subsets]] with an image_dir",
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("num_repeats = 0", "num_repeats must be at least 1, got 0"),
+        ("caption_dropout_rate = 1.5", "caption_dropout_rate must be at most 1, got 1.5"),
+        ("keep_tokens = 1.5", "keep_tokens must be a whole number, got 1.5"),
+        ("resize_interpolation = 'cubist'", "resize_interpolation must be one of lanczos"),
+        ("face_crop_aug_range = [3, 1]", "face_crop_aug_range must be [low, high]"),
+        ("face_crop_aug_range = [3]", "face_crop_aug_range must be two numbers"),
+        ("caption_separator = ''", "caption_separator must not be empty"),
+        ("alpha_mask = true", "alpha_mask is not available yet"),
+        ("cache_info = true", "cache_info is not available yet"),
+        ("conditioning_data_dir = 'x'", "conditioning_data_dir is not available yet"),
+        ("metadata_file = 'x.json'", "metadata_file is not available yet"),
+        ("custom_attributes = {a = 1}", "custom_attributes is not available yet"),
+    ],
+)
+def test_values_of_a_subset(pictures, write_config, make_opts, traits, line, message):
+    file = write_config(f"[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = '{pictures}'\n{line}\n")
+    found = problems(make_opts(dataset_config=file), traits)
+    assert len(found) == 1
+    assert found[0].startswith(f"{file}, [[datasets]] 1, [[datasets.subsets]] 1: ")
+    assert message in found[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("validation_split = 0.1", "validation_split is not available yet"),
+        ("network_multiplier = 0.5", "network_multiplier is not available yet"),
+        ("batch_size = 0", "batch_size must be at least 1"),
+        ("resolution = [512]", "resolution must be a whole number, or two"),
+        ("resolution = 500", "resolution 500x500: Test family needs multiples of 64"),
+        ("enable_bucket = true\nresolution = 512\nbucket_reso_steps = 32", "must be a multiple of 64, got 32"),
+        ("enable_bucket = true\nresolution = 1536", "resolution 1536x1536 does not lie within min_bucket_reso 256"),
+        ("enable_bucket = true\nresolution = 128", "resolution 128x128 does not lie within"),
+        ("", "no resolution; give --resolution"),
+    ],
+)
+def test_values_of_a_dataset(pictures, write_config, make_opts, traits, line, message):
+    line = line if "resolution" in line or not line else line + "\nresolution = 512"
+    file = write_config(f"[[datasets]]\n{line}\n[[datasets.subsets]]\nimage_dir = '{pictures}'\n")
+    found = problems(make_opts(dataset_config=file), traits)
+    assert len(found) == 1
+    assert message in found[0]
+
+
+def test_defaults_of_later_keys_are_accepted(pictures, write_config, make_opts, traits):
+    file = write_config(
+        "[general]\ncache_info = false\nvalidation_split = 0.0\n"
+        "[[datasets]]\nresolution = 512\nnetwork_multiplier = 1.0\n"
+        f"[[datasets.subsets]]\nimage_dir = '{pictures}'\nalpha_mask = false\n"
+    )
+    assert len(build_specs(make_opts(dataset_config=file), traits)) == 1
+
+
+def test_mixed_styles(pictures, write_config, make_opts, traits):
+    file = write_config({"datasets": [{"subsets": [{"image_dir": str(pictures)}, {"metadata_file": "m.json"}]}]})
+    assert any("two datasets" in line for line in problems(make_opts(dataset_config=file, resolution="512"), traits))
+
+
+def test_files_that_cannot_be_used(tmp_path, write_config, make_opts, traits):
+    def one(path):
+        (line,) = problems(make_opts(dataset_config=path), traits)
+        return line
+
+    assert "there is no file" in one(str(tmp_path / "none.toml"))
+    assert "must be a .toml or a .json" in one(write_config("x", "data.yaml"))
+    assert "line 1" in one(write_config("[general\n", "bad.toml"))
+    assert "line 1" in one(write_config("{", "bad.json"))
+    assert "no datasets" in one(write_config("[general]\n", "empty.toml"))
+    latin = tmp_path / "latin.toml"
+    latin.write_bytes('[general]\ncaption_prefix = "ü"'.encode("latin-1"))
+    assert "not UTF-8" in one(str(latin))
+
+
+def test_windows_paths_get_a_hint(write_config, make_opts, traits):
+    file = write_config('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "C:\\Users\\me"\n')
+    with pytest.raises(UserError) as caught:
+        build_specs(make_opts(dataset_config=file), traits)
+    assert "C:/dir" in caught.value.render()
+
+
+def test_missing_and_empty_folders(tmp_path, make_opts, traits):
+    (tmp_path / "train" / "3_cat").mkdir(parents=True)
+    (tmp_path / "bare").mkdir()
+    found = problems(
+        make_opts(train_data_dir=str(tmp_path / "none"), reg_data_dir=str(tmp_path / "bare"), resolution="64"), traits
+    )
+    assert f"--train_data_dir: {tmp_path / 'none'} is no folder" in found
+    assert any(line.startswith("--reg_data_dir") and "<repeats>_<class tokens>" in line for line in found)
+    (line,) = problems(make_opts(train_data_dir=str(tmp_path / "train"), resolution="64"), traits)
+    assert line.endswith(f"no pictures in {tmp_path / 'train' / '3_cat'}")
+
+
+def test_nothing_said_at_all(make_opts, traits):
+    (line,) = problems(make_opts(), traits)
+    assert line.startswith("--train_data_dir: missing")
+
+
+@pytest.mark.parametrize(
+    "given", [{"train_batch_size": 0}, {"in_json": "x"}, {"cache_latents_to_disk": True}, {"alpha_mask": True}]
+)
+def test_wrong_flags_are_told_once_and_as_the_options_tell_them(tmp_path, draw, make_opts, traits, given):
+    draw(tmp_path / "1_a" / "a.png")
+    opts = make_opts(train_data_dir=str(tmp_path), resolution="512", **given)
+    found = problems(opts, traits)
+    assert len(found) == 1
+    assert found[0] in validation.problems(opts, traits)
+    (flag,) = given
+    assert found[0].startswith(f"--{flag}: ")
+
+
+def test_wrong_flags_and_wrong_folders_together(tmp_path, make_opts, traits):
+    found = problems(make_opts(train_data_dir=str(tmp_path / "none"), resolution="big", keep_tokens=-1), traits)
+    assert [line.split(":")[0] for line in found] == ["--keep_tokens", "--resolution", "--train_data_dir"]
+
+
+@pytest.mark.parametrize("flag", ["color_aug", "random_crop", "face_crop_aug_range"])
+def test_cached_latents_need_fixed_pictures(tmp_path, draw, make_opts, traits, flag):
+    draw(tmp_path / "1_a" / "a.png")
+    value = "1.0,2.0" if flag == "face_crop_aug_range" else True
+    (line,) = problems(
+        make_opts(train_data_dir=str(tmp_path), resolution="512", cache_latents=True, **{flag: value}), traits
+    )
+    assert flag in line
+    assert "--cache_latents" in line
+
+
+def test_cached_latents_and_a_subset_that_varies(pictures, write_config, make_opts, traits):
+    file = write_config(
+        f"[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = '{pictures}'\n"
+        f"[[datasets.subsets]]\nimage_dir = '{pictures}'\nrandom_crop = true\n"
+    )
+    (line,) = problems(make_opts(dataset_config=file, cache_latents=True), traits)
+    assert line.startswith(f"{file}, [[datasets]] 1, [[datasets.subsets]] 2: random_crop changes the picture")
+    assert len(build_specs(make_opts(dataset_config=file), traits)) == 1
+
+
+@pytest.mark.rows("R49")
+def test_limits_are_rounded_with_a_warning(tmp_path, draw, make_opts, traits, warnings):
+    draw(tmp_path / "1_a" / "a.png")
+    opts = make_opts(
+        train_data_dir=str(tmp_path), resolution="512", enable_bucket=True, min_bucket_reso=300, max_bucket_reso=1000
+    )
+    (spec,) = build_specs(opts, traits)
+    assert (spec.min_bucket_reso, spec.max_bucket_reso) == (256, 1024)
+    assert "min_bucket_reso 300" in warnings.text
+    assert "max_bucket_reso 1000" in warnings.text
+
+
+@pytest.mark.parametrize("value", ["512x512", "1,2,3", "big", ""])
+def test_malformed_resolution(tmp_path, draw, make_opts, traits, value):
+    draw(tmp_path / "1_a" / "a.png")
+    (line,) = problems(make_opts(train_data_dir=str(tmp_path), resolution=value), traits)
+    assert line.startswith("--resolution: must be one number or width,height")
+    assert line.endswith(repr(value))
+
+
+def test_torch_stays_out():
+    root = Path(__file__).parents[2]
+    code = (
+        "import sys, library.data.blueprint; sys.exit(any(m in sys.modules for m in ('torch', 'cv2', 'numpy', 'PIL')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0

@@ -1,0 +1,181 @@
+"""The caption pipeline against the worked examples of the format sheet, and caption files as people have them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from library.data.captions import CaptionOptions, caption_file, extension_in_use, make_caption, read_caption
+from library.errors import UserError
+
+
+def caption(raw, *, seed=0, epoch=1, step=0, **options):
+    return make_caption(raw, CaptionOptions(**options), Random(seed), epoch, step)
+
+
+def outcomes(raw, **options):
+    """Every result over many seeds."""
+    return {caption(raw, seed=seed, **options) for seed in range(300)}
+
+
+def test_prefix_and_suffix():
+    assert caption("1girl,solo ,hat", caption_prefix="masterpiece,", caption_suffix="best") == (
+        "masterpiece, 1girl,solo ,hat best"
+    )
+
+
+def test_without_wildcard_only_the_first_line_counts():
+    assert caption("line one\nline two", caption_prefix="P", caption_suffix="S") == "P line one"
+
+
+@pytest.mark.rows("R248")
+def test_wildcards_and_lines():
+    assert outcomes("a {red|blue|green} {{x}} car", enable_wildcard=True) == {
+        f"a {colour} {{x}} car" for colour in ("red", "blue", "green")
+    }
+    assert outcomes("a {|x} b", enable_wildcard=True) == {"a  b", "a x b"}
+    assert outcomes("one\ntwo", enable_wildcard=True, caption_prefix="P", caption_suffix="S") == {"P one", "two S"}
+
+
+@pytest.mark.rows("R195", "R196", "R197")
+def test_shuffle_and_keep_tokens():
+    results = outcomes("a,b,c,d,e", shuffle_caption=True, keep_tokens=2)
+    assert len(results) == 6
+    assert all(result.startswith("a, b, ") and sorted(result) == sorted("a, b, c, d, e") for result in results)
+
+
+@pytest.mark.rows("R249")
+def test_separator_fixes_both_ends():
+    results = outcomes("a, b ||| c, d, e ||| f, g", shuffle_caption=True, keep_tokens_separator="|||")
+    assert len(results) == 6
+    assert all(result.startswith("a, b, ") and result.endswith(", f, g") for result in results)
+
+
+def test_separator_overrides_keep_tokens_and_drops_empties():
+    options = {"shuffle_caption": True, "keep_tokens_separator": "|||"}
+    assert outcomes("a,,b, ||| c", keep_tokens=1, **options) == {"a, b, c"}
+    assert len(outcomes("a,b,c", keep_tokens=2, **options)) == 1  # no separator in the caption: keep_tokens counts
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [("a, b ||| c, d, e", "a, b, c, d, e"), ("a, b, ||| c ||| d", "a, b, c, d"), ("a,b|||c", "a,b, c"), ("a|||", "a")],
+)
+def test_separator_never_reaches_the_tokenizer(raw, expected):
+    assert caption(raw, keep_tokens_separator="|||") == expected
+
+
+@pytest.mark.rows("R246", "R247")
+def test_secondary_separator_moves_its_tags_as_one():
+    options = {"secondary_separator": ";;", "keep_tokens_separator": "|||"}
+    results = outcomes("a, b ||| c;;x, d, e", shuffle_caption=True, **options)
+    assert len(results) == 6
+    assert all("c,x" in result for result in results)
+    dropped = outcomes("c;;x, d", caption_tag_dropout_rate=0.5, **options)
+    assert dropped == {"c,x, d", "c,x", "d", ""}
+    assert caption("c;;x", **options) == "c,x"
+
+
+def test_token_warmup():
+    grow = {"token_warmup_step": 10, "token_warmup_min": 1}
+    assert caption("a,b,c,d,e,f", step=0, **grow) == "a"
+    assert caption("a,b,c,d,e,f", step=5, **grow) == "a, b, c"
+    assert caption("a,b,c,d,e,f", step=10, **grow) == "a, b, c, d, e, f"
+    assert caption("a,b", step=9, token_warmup_step=10, token_warmup_min=5) == "a, b"
+    assert caption("a,b,c", step=0, keep_tokens=2, **grow) == "a, b, c"
+
+
+def test_fractional_warmup_is_of_the_whole_run():
+    options = CaptionOptions(token_warmup_step=0.25)
+    assert options.with_run_length(103).token_warmup_step == 25
+    assert CaptionOptions(token_warmup_step=7).with_run_length(103).token_warmup_step == 7
+
+
+def test_tag_dropout_spares_kept_tokens():
+    results = outcomes("a,b,c,d,e,f", caption_tag_dropout_rate=0.5, keep_tokens=1)
+    assert "a, b, c, f" in results
+    assert len(results) == 2**5
+    assert all(result.split(", ")[0] == "a" for result in results)
+
+
+def test_tag_dropout_rate():
+    kept = sum(
+        len(caption("a,b,c,d", seed=seed, caption_tag_dropout_rate=0.3).replace(", ", "")) for seed in range(2000)
+    )
+    assert kept / 8000 == pytest.approx(0.7, abs=0.02)  # 4 standard deviations of the mean
+
+
+def test_whole_caption_dropout():
+    options = {"caption_dropout_every_n_epochs": 2, "caption_prefix": "P"}
+    assert caption("a,b", epoch=2, **options) == ""
+    assert caption("a,b", epoch=1, **options) == "P a,b"
+    dropped = sum(caption("a", seed=seed, caption_dropout_rate=0.25) == "" for seed in range(4000))
+    assert dropped / 4000 == pytest.approx(0.25, abs=0.03)
+
+
+def test_empty_tokens_survive_a_shuffle():
+    assert all(
+        sorted(result.split(", ")) == ["", "", "a", "b", "c"] for result in outcomes("a,,b, ,c", shuffle_caption=True)
+    )
+
+
+@pytest.mark.rows("R251")
+def test_another_caption_separator_joins_with_comma():
+    results = outcomes("a b;c;d", shuffle_caption=True, caption_separator=";", keep_tokens=1)
+    assert results == {"a b, c, d", "a b, d, c"}
+
+
+@pytest.mark.rows("R250")
+def test_order_of_steps():
+    raw = "{one|one} ||| x;;y, z ||| end"
+    result = outcomes(
+        raw,
+        caption_prefix="pre,",
+        caption_suffix=", suf",
+        enable_wildcard=True,
+        keep_tokens_separator="|||",
+        shuffle_caption=True,
+        secondary_separator=";;",
+    )
+    assert result == {"pre, one, x,y, z, end, suf", "pre, one, z, x,y, end, suf"}
+
+
+def test_caption_file_of_a_picture(tmp_path):
+    image = tmp_path / "a_b.c_1_2_3_4.png"
+    assert caption_file(image, ".txt", frozenset(["a_b.c_1_2_3_4.txt"])) == tmp_path / "a_b.c_1_2_3_4.txt"
+    assert caption_file(image, ".txt", frozenset(["a_b.c.txt"])) == tmp_path / "a_b.c.txt"
+    assert caption_file(image, ".caption", frozenset(["a_b.c.txt"])) is None
+
+
+def test_the_default_extension_does_not_hide_txt_files():
+    images = [Path("a.png"), Path("b.png")]
+    assert extension_in_use(".caption", images, frozenset(["a.txt"])) == ".txt"
+    assert extension_in_use(".caption", images, frozenset(["a.txt", "b.caption"])) == ".caption"
+    assert extension_in_use(".caption", images, frozenset(["notes.txt"])) == ".caption"
+    assert extension_in_use(".cap", images, frozenset(["a.txt"])) == ".cap"
+
+
+@pytest.mark.parametrize(
+    ("content", "first", "lines"),
+    [
+        (b"\xef\xbb\xbfa cat\r\n\r\n b \r\n", "a cat", "a cat\nb"),
+        (b"", "", ""),
+        (b"  \n", "", ""),
+        ("Ünïcode 猫".encode(), "Ünïcode 猫", "Ünïcode 猫"),
+    ],
+)
+def test_read_caption(tmp_path, content, first, lines):
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    assert read_caption(path, multiline=False) == first
+    assert read_caption(path, multiline=True) == lines
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "shift_jis"])
+def test_other_encodings_name_the_file(tmp_path, encoding):
+    path = tmp_path / "a.txt"
+    path.write_bytes("猫".encode(encoding))
+    with pytest.raises(UserError, match=r"a\.txt: not UTF-8"):
+        read_caption(path, multiline=False)

@@ -1,0 +1,253 @@
+"""Loading SD 1.x/2.x. References: the modules a file was made from, and diffusers' own single-file converters."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from library.errors import UserError
+from library.families.sd.adapter import SdFamily
+from library.families.sd.loading import load_model, load_vae
+from library.families.shared.clip import public_state
+from library.types import Models
+from tests.builders import sd_options, tiny_sd, write_tiny_sd1, write_tiny_sd2
+
+WRITE = {False: write_tiny_sd1, True: write_tiny_sd2}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["sd1", "sd2"])
+def v2(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def original(v2) -> Models:
+    return tiny_sd(v2)
+
+
+@pytest.fixture(scope="module")
+def single_file(v2, tmp_path_factory):
+    return WRITE[v2](tmp_path_factory.mktemp("single") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def theirs(original, tmp_path_factory):
+    """The folder as diffusers itself writes it."""
+    folder = tmp_path_factory.mktemp("theirs") / "pipe"
+    pipeline = StableDiffusionPipeline(
+        vae=original.vae,
+        text_encoder=original.text_encoders["te"],
+        tokenizer=original.tokenizers["te"],
+        unet=original.denoiser,
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def assert_same_state(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(ours) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(ours[name], value), name
+
+
+def assert_same_model(parts, original: Models) -> None:
+    assert_same_state(parts.denoiser.state_dict(), original.denoiser.state_dict())
+    assert_same_state(parts.vae.state_dict(), original.vae.state_dict())
+    assert_same_state(public_state(parts.text_encoder), public_state(original.text_encoders["te"]))
+    for model in (parts.denoiser, parts.vae, parts.text_encoder):
+        assert not model.training
+        assert not any(p.requires_grad or p.is_meta or p.dtype != torch.float32 for p in model.parameters())
+
+
+@pytest.mark.rows("R114", "R115")
+def test_file_ckpt_and_folder_are_the_same_model(v2, original, single_file, theirs, tmp_path):
+    ckpt = WRITE[v2](tmp_path / "tiny.ckpt")
+    for path in (single_file, ckpt, theirs):
+        assert_same_model(load_model(str(path), v2), original)
+
+
+def test_unet_agrees_with_diffusers_converter(v2, single_file):
+    """diffusers reads the single file with code of its own; its names and values must be those of our U-Net."""
+    unet = load_model(str(single_file), v2).denoiser
+    assert_same_state(convert_ldm_unet_checkpoint(load_file(single_file), unet.config), unet.state_dict())
+
+
+def test_vae_agrees_with_diffusers_converter(v2, single_file):
+    vae = load_model(str(single_file), v2).vae
+    assert load_file(single_file)["first_stage_model.encoder.mid.attn_1.q.weight"].ndim == 4
+    assert_same_state(convert_ldm_vae_checkpoint(load_file(single_file), vae.config), vae.state_dict())
+
+
+def test_text_encoder_agrees_with_diffusers_converter(v2, single_file):
+    text_encoder = load_model(str(single_file), v2).text_encoder
+    file, ours = load_file(single_file), public_state(text_encoder)
+    if not v2:
+        assert_same_state(ours, convert_ldm_clip_checkpoint(file, remove_prefix="cond_stage_model.transformer."))
+        return
+    expected = convert_open_clip_checkpoint(text_encoder, file)
+    layers = text_encoder.config.num_hidden_layers
+    left_out = {name for name in expected if f".layers.{layers}." in name} | {"text_projection.weight"}
+    assert len(left_out) == 17  # the layer that is never run, and the projection
+    assert_same_state(ours, {name: value for name, value in expected.items() if name not in left_out})
+
+
+def test_one_prediction_and_latents_equal_diffusers(v2, single_file, theirs):
+    """float32, same kernels: 1e-5 leaves room for another order of summation in linear and 1x1 convolution."""
+    family = SdFamily(sd_options(single_file, v2=v2))
+    models = family.load()
+    pipeline = StableDiffusionPipeline.from_pretrained(theirs, safety_checker=None)
+    noisy, times = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
+    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        cond = family.encode_text(models, ["a red house", "!"])
+        ids = pipeline.tokenizer(["a red house", "!"], padding="max_length", max_length=77, return_tensors="pt")
+        states = pipeline.text_encoder(ids.input_ids).last_hidden_state
+        assert_close(cond.tensors["context"], states, atol=1e-5, rtol=0)
+        ours = family.predict(models, noisy, times, cond)
+        assert_close(ours, pipeline.unet(noisy, times, states).sample, atol=1e-5, rtol=0)
+        latents = family.encode_images(models, pixels, torch.Generator().manual_seed(3))
+        posterior = pipeline.vae.encode(pixels).latent_dist
+        eps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+        assert_close(latents, posterior.mean + posterior.std * eps, atol=1e-5, rtol=0)
+        assert_close(family.scale_latents(latents), latents * 0.18215)
+        decoded = family.decode_latents(models, family.scale_latents(latents))
+        assert_close(decoded, pipeline.vae.decode(latents).sample, atol=1e-4, rtol=0)
+
+
+@pytest.mark.rows("R134")
+def test_what_v2_changes():
+    for is_v2, heads, activation in ((False, [8] * 4, "quick_gelu"), (True, [1] * 4, "gelu")):
+        models = tiny_sd(is_v2)
+        attention = [m for m in models.denoiser.modules() if type(m).__name__ == "Attention"]
+        assert {a.heads for a in attention} == set(heads)
+        assert models.text_encoders["te"].config.hidden_act == activation
+
+
+def test_shapes_decide_widths_depths_and_heads(tmp_path):
+    """Another shape than the usual one: three levels, two layers, no attention at the top."""
+    from diffusers import UNet2DConditionModel
+
+    from library.families.sd.saving import save_model
+
+    models = tiny_sd(True)
+    models.denoiser = UNet2DConditionModel(
+        block_out_channels=(64, 128, 192),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=2,
+        transformer_layers_per_block=(1, 2, 1),
+        cross_attention_dim=64,
+        attention_head_dim=(1, 2, 3),
+        use_linear_projection=True,
+    ).eval()
+    save_model(models, tmp_path / "odd.safetensors", save_as="safetensors", dtype=None, metadata={})
+    unet = load_model(str(tmp_path / "odd.safetensors"), True).denoiser
+    assert_same_state(unet.state_dict(), models.denoiser.state_dict())
+    arguments = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 77, 64)
+    with torch.no_grad():
+        assert_close(unet(*arguments).sample, models.denoiser(*arguments).sample, atol=1e-5, rtol=0)
+
+
+def test_names_without_text_model_level_and_position_ids(tmp_path):
+    old = {k.replace("text_model.", ""): v for k, v in load_file(write_tiny_sd1(tmp_path / "a.safetensors")).items()}
+    old["cond_stage_model.transformer.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(old, tmp_path / "old.safetensors")
+    parts = load_model(str(tmp_path / "old.safetensors"), False)
+    assert_same_model(parts, tiny_sd(False))
+    assert parts.source.preserved == ("cond_stage_model.transformer.embeddings.position_ids",)
+
+
+@pytest.mark.rows("R127")
+def test_vae_from_every_kind_of_place(tmp_path):
+    other = tiny_sd(False, seed=9).vae.state_dict()
+    model = write_tiny_sd1(tmp_path / "model.safetensors", seed=9)
+    folder = write_tiny_sd1(tmp_path / "folder", seed=9)
+    inside = {k: v for k, v in load_file(model).items() if k.startswith("first_stage_model.")}
+    bare = {k.removeprefix("first_stage_model."): v for k, v in inside.items()}
+    save_file(inside, tmp_path / "prefixed.safetensors")
+    save_file(bare, tmp_path / "bare.safetensors")
+    torch.save({"state_dict": bare | {"loss.logvar": torch.zeros(1)}}, tmp_path / "vae.pt")
+    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    diffusers = {}
+    for key, value in other.items():
+        for now, was in old_names.items():
+            key = key.replace(f".{now}.", f".{was}.")
+        diffusers[key] = value
+    torch.save(diffusers, tmp_path / "diffusion_pytorch_model.bin")
+    places = [model, folder, folder / "vae", tmp_path / "prefixed.safetensors", tmp_path / "bare.safetensors"]
+    for place in [*places, tmp_path / "vae.pt", tmp_path / "diffusion_pytorch_model.bin"]:
+        assert_same_state(load_vae(str(place))[0].state_dict(), other)
+    parts = load_model(str(write_tiny_sd1(tmp_path / "base.safetensors")), False, str(tmp_path / "vae.pt"))
+    assert_same_state(parts.vae.state_dict(), other)
+
+
+@pytest.mark.rows("R116")
+def test_hub_id_is_found_in_the_cache_without_the_network(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    repository, revision = tmp_path / "hub" / "models--someone--tiny", "0" * 40
+    write_tiny_sd1(repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
+    family = SdFamily(sd_options("someone/tiny", vae="someone/tiny"))
+    models = family.load()
+    assert_same_state(models.denoiser.state_dict(), tiny_sd().denoiser.state_dict())
+    assert_same_state(models.vae.state_dict(), tiny_sd().vae.state_dict())
+    assert models.tokenizers["te"].name_or_path == "someone/tiny"
+
+
+@pytest.mark.rows("R133")
+def test_a_model_of_the_other_version_is_refused(tmp_path):
+    for name in ("m.safetensors", "m.ckpt", "folder"):
+        with pytest.raises(UserError, match=r"this is a Stable Diffusion 2\.x model; add --v2"):
+            load_model(str(write_tiny_sd2(tmp_path / "2" / name)), False)
+        with pytest.raises(UserError, match=r"this is a Stable Diffusion 1\.x model; remove --v2"):
+            load_model(str(write_tiny_sd1(tmp_path / "1" / name)), True)
+
+
+def test_incomplete_and_odd_files_are_refused(tmp_path):
+    whole = load_file(write_tiny_sd1(tmp_path / "whole.safetensors"))
+
+    def message(change: dict, drop: str = "-") -> str:
+        save_file({k: v for k, v in (whole | change).items() if drop not in k}, tmp_path / "odd.safetensors")
+        with pytest.raises(UserError) as caught:
+            load_model(str(tmp_path / "odd.safetensors"), False)
+        return str(caught.value)
+
+    unet = "model.diffusion_model."
+    assert "the U-Net lacks 1 tensors: conv_out.bias" in message({}, "model.diffusion_model.out.2.bias")
+    assert "label_emb.0.0.weight" in message({f"{unet}label_emb.0.0.weight": torch.zeros(1)})
+    assert "inpainting" in message({f"{unet}input_blocks.0.0.weight": torch.zeros(64, 9, 3, 3)})
+    assert "time_embedding.linear_1.bias has shape (3,)" in message({f"{unet}time_embed.0.bias": torch.zeros(3)})
+    assert "without a text encoder" in message({}, "cond_stage_model")
+    assert "odd.safetensors: " in message({}, "first_stage_model")
+
+
+def test_missing_model_is_refused(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    with pytest.raises(UserError, match="no such file or folder"):
+        load_model(str(tmp_path / "nothing.safetensors"), False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"someone/nothing.*nor in the hub's cache, and the hub did not give it"):
+        load_model("someone/nothing", False)
+    os.makedirs(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"unet/config\.json is missing"):
+        load_model(str(tmp_path / "empty"), False)

@@ -1,0 +1,188 @@
+"""Reference: diffusers' StableDiffusionPipeline around the same tiny models, with the same noise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from library.inference.generate import decode, generate, sample_latents, total_steps
+from library.inference.pictures import to_pictures
+from library.inference.prompts import SamplePrompt
+
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # diffusers with newer numpy
+
+CPU = torch.device("cpu")
+PROMPT = SamplePrompt("a red cube", "blurry", 64, 96, 7, 5, 6.0, "ddim")
+SD_CONFIG = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "skip_prk_steps": True,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+CLASSES = {
+    "ddim": diffusers.DDIMScheduler,
+    "pndm": diffusers.PNDMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "euler_a": diffusers.EulerAncestralDiscreteScheduler,
+    "dpm_2_a": diffusers.KDPM2AncestralDiscreteScheduler,
+    "heun": diffusers.HeunDiscreteScheduler,
+    "dpmsolver++": diffusers.DPMSolverMultistepScheduler,
+}
+
+
+def pipeline_latents(family, models, prompt: SamplePrompt, prediction: str = "epsilon") -> torch.Tensor:
+    scheduler = CLASSES[prompt.sampler].from_config({**SD_CONFIG, "prediction_type": prediction})
+    pipe = StableDiffusionPipeline(
+        vae=models.vae,
+        text_encoder=models.text_encoders["te"],
+        tokenizer=None,
+        unet=models.denoiser,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        prompt_embeds=family.encode_text(models, [prompt.prompt]).tensors["states"],
+        negative_prompt_embeds=family.encode_text(models, [prompt.negative_prompt]).tensors["states"],
+        width=prompt.width,
+        height=prompt.height,
+        num_inference_steps=prompt.steps,
+        guidance_scale=prompt.scale,
+        generator=torch.Generator().manual_seed(prompt.seed),
+        output_type="latent",
+    ).images
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler", CLASSES)
+def test_latents_match_the_diffusers_pipeline(models, make_family, sampler, prediction):
+    family, prompt = make_family(prediction), replace(PROMPT, sampler=sampler)
+    ours = sample_latents(family, models, [prompt], CPU)
+    theirs = pipeline_latents(family, models, prompt, prediction)
+    assert ours.shape == (1, 4, 12, 8)
+    # same operations in float32; latents are of order 1 to 10
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_without_guidance_the_negative_prompt_is_not_computed(models, make_family):
+    family, prompt = make_family(), replace(PROMPT, scale=1.0)
+    ours = sample_latents(family, models, [prompt], CPU)
+    assert {call[0] for call in family.calls} == {1}
+    assert (ours - pipeline_latents(family, models, prompt)).abs().max() < 1e-4
+
+
+def test_scale_zero_is_the_negative_prompt_alone(models, make_family):
+    zero = sample_latents(make_family(), models, [replace(PROMPT, scale=0.0)], CPU)
+    negative = replace(PROMPT, prompt=PROMPT.negative_prompt, scale=1.0)
+    torch.testing.assert_close(zero, sample_latents(make_family(), models, [negative], CPU), rtol=0, atol=1e-5)
+
+
+def test_texts_of_different_length_are_computed_apart(models, make_family):
+    family = make_family(padded=False)
+    ours = sample_latents(family, models, [PROMPT], CPU)
+    assert {call[:2] for call in family.calls} == {(1, len("a red cube") + 2), (1, len("blurry") + 2)}
+    # without padding the two are different conditions; predicted by hand here with DDIM
+    scheduler = CLASSES["ddim"].from_config(SD_CONFIG)
+    scheduler.set_timesteps(PROMPT.steps)
+    x = torch.randn(1, 4, 12, 8, generator=torch.Generator().manual_seed(7))
+    yes, no = (family.encode_text(models, [text]).tensors["states"] for text in (PROMPT.prompt, PROMPT.negative_prompt))
+    for t in scheduler.timesteps:
+        with_text, without = (models.denoiser(x, t, states).sample for states in (yes, no))
+        x = scheduler.step(without + PROMPT.scale * (with_text - without), t, x).prev_sample
+    assert (ours - x).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpm_2_a"])
+def test_the_batch_does_not_change_a_picture(models, make_family, sampler):
+    prompts = [
+        replace(PROMPT, prompt=text, seed=seed, sampler=sampler) for text, seed in (("a", 1), ("b", 2), ("c", 3))
+    ]
+    together = sample_latents(make_family(), models, prompts, CPU)
+    for index, prompt in enumerate(prompts):
+        alone = sample_latents(make_family(), models, [prompt], CPU)
+        torch.testing.assert_close(together[index : index + 1], alone, rtol=0, atol=2e-4)  # batched kernels round apart
+    assert (together[0] - together[1]).abs().max() > 0.1
+
+
+def test_generate_batches_equal_neighbours_and_keeps_the_order(models, make_family):
+    family, tall = make_family(), replace(PROMPT, height=128, prompt="tall")
+    prompts = [PROMPT, replace(PROMPT, prompt="b", seed=3), replace(PROMPT, prompt="c"), tall, PROMPT]
+    done = []
+    pictures = generate(family, models, prompts, "cpu", batch_size=2, progress=done.append)
+    assert [call[0] for call in family.calls[::5]] == [4, 2, 2, 2]  # doubled by guidance
+    assert family.calls[0][2] == [[64, 96]] * 4
+    assert [picture.size for picture in pictures] == [(64, 96)] * 3 + [(64, 128), (64, 96)]
+    assert sum(done) == total_steps(prompts) == 25
+    single = generate(make_family(), models, PROMPT, "cpu")[0]
+    assert to_array(pictures[0]).sub(to_array(single)).abs().max() <= 1
+    assert torch.equal(to_array(pictures[4]), to_array(single))
+
+
+@pytest.mark.parametrize("sampler", ["pndm", "heun", "dpm_2"])
+def test_progress_counts_steps_where_samplers_look_more_often(models, make_family, sampler):
+    done, prompts = [], [replace(PROMPT, sampler=sampler)]
+    generate(make_family(), models, prompts, "cpu", progress=done.append)
+    assert sum(done) == 5
+
+
+def to_array(picture) -> torch.Tensor:
+    import numpy
+
+    return torch.from_numpy(numpy.asarray(picture).astype("int16"))
+
+
+def test_pixels_become_pictures_by_the_definition():
+    pixels = torch.tensor([-2.0, -1.0, -0.5, 0.0, 1.0, 3.0, float("nan")]).view(1, 1, 1, 7).expand(1, 3, 2, 7)
+    (picture,) = to_pictures(pixels)
+    assert (picture.size, picture.mode) == ((7, 2), "RGB")
+    assert [picture.getpixel((x, 1))[0] for x in range(7)] == [0, 0, 64, 128, 255, 255, 128]
+
+
+def test_decoding_in_float32_gives_the_vae_back(models, make_family):
+    models.vae.to(torch.bfloat16)
+    before = {name: value.clone() for name, value in models.vae.state_dict().items()}
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    seen = []
+    handle = models.vae.decoder.conv_in.register_forward_pre_hook(
+        lambda m, a: seen.append((a[0].dtype, m.weight.dtype))
+    )
+    pixels = decode(make_family(), models, latents, torch.float32, widen=True)
+    handle.remove()
+    assert seen == [(torch.float32, torch.float32)]
+    assert pixels.dtype == torch.float32
+    after = models.vae.state_dict()
+    assert all(torch.equal(after[name], value) and after[name].dtype == value.dtype for name, value in before.items())
+
+
+def test_bfloat16_computes_in_bfloat16_and_stays_near(models, make_family):
+    seen = []
+    handle = models.denoiser.mid_block.resnets[0].conv1.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    prompt = replace(PROMPT, scale=2.0)
+    low = sample_latents(make_family(), models, [prompt], CPU, torch.bfloat16)
+    handle.remove()
+    assert set(seen) == {torch.bfloat16}
+    assert low.dtype == torch.float32
+    full = sample_latents(make_family(), models, [prompt], CPU)
+    assert 0 < (low - full).abs().max() < 0.05 * full.abs().max()
+
+
+def test_a_prompt_without_seed_leaves_the_global_random_state(models, make_family):
+    state = torch.get_rng_state()
+    first, second = (generate(make_family(), models, replace(PROMPT, seed=None, steps=1), "cpu") for _ in range(2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(to_array(first[0]), to_array(second[0]))
+
+
+def test_no_gradient_is_kept(models, make_family):
+    models.denoiser.requires_grad_(True)
+    assert not sample_latents(make_family(), models, [PROMPT], CPU).requires_grad

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import logging
+import random
+import re
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from library.errors import UserError
+from library.inference import placement
+from library.inference.generate import generate
+from library.inference.preview import Preview
+from library.inference.prompts import SamplePrompt
+from library.runtime.logs import LOGGER
+
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # diffusers with newer numpy
+
+PROMPTS = [
+    SamplePrompt("a cat", "ugly", 64, 64, 5, 2, 3.0, "euler_a"),
+    SamplePrompt("ein Hündchen 犬", "", 64, 96, None, 1, 1.0, "ddim"),
+]
+
+
+def options(tmp_path, **changes) -> SimpleNamespace:
+    sampling = {
+        "sample_every_n_steps": None,
+        "sample_at_first": False,
+        "sample_every_n_epochs": None,
+        "sample_prompts": None,
+        "sample_sampler": "ddim",
+    }
+    groups = {
+        "sampling": sampling,
+        "saving": {"output_dir": str(tmp_path / "out"), "output_name": "my_lora"},
+        "training": {"seed": 42},
+        "memory": {"mixed_precision": "no"},
+        "model": {"no_half_vae": False},
+        "noise": {"zero_terminal_snr": False},
+    }
+    for group in groups.values():
+        group.update({key: value for key, value in changes.items() if key in group})
+    return SimpleNamespace(**{name: SimpleNamespace(**group) for name, group in groups.items()})
+
+
+@pytest.fixture
+def make(tmp_path, make_family):
+    return lambda prompts=PROMPTS, **changes: Preview(options(tmp_path, **changes), make_family(), prompts)
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    caplog.set_level(logging.WARNING, logger=LOGGER.name)
+    return caplog
+
+
+def occasions(preview: Preview, steps: int = 8, per_epoch: int = 4) -> list[tuple[int, int | None]]:
+    """Asks as the loop does: before the first step, after each step, and at each epoch's end."""
+    asked = [(0, None)]
+    for step in range(1, steps + 1):
+        asked.append((step, None))
+        if step % per_epoch == 0:
+            asked.append((step, step // per_epoch))
+    return [moment for moment in asked if preview.due(*moment)]
+
+
+def test_when_it_is_due(make):
+    assert occasions(make()) == []
+    assert occasions(make(sample_at_first=True)) == [(0, None)]
+    assert occasions(make(sample_every_n_steps=3)) == [(3, None), (6, None)]
+    assert occasions(make(sample_every_n_steps=4)) == [(4, None), (8, None)]
+    assert occasions(make(sample_every_n_epochs=1)) == [(4, 1), (8, 2)]
+    assert occasions(make(sample_every_n_epochs=2, sample_every_n_steps=1)) == [(8, 2)]  # epochs override steps
+    assert occasions(make(sample_at_first=True, sample_every_n_steps=8)) == [(0, None), (8, None)]
+    assert occasions(make(prompts=[], sample_at_first=True, sample_every_n_steps=1)) == []
+
+
+@pytest.mark.rows("R281")
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("flag", ["sample_every_n_steps", "sample_every_n_epochs"])
+def test_periods_of_zero_or_less_are_ignored_with_a_warning(make, said, flag, value):
+    assert occasions(make(**{flag: value})) == []
+    assert f"--{flag} {value} is ignored" in said.text
+
+
+def test_an_ignored_epoch_period_does_not_override_steps(make):
+    assert occasions(make(sample_every_n_epochs=0, sample_every_n_steps=4)) == [(4, None), (8, None)]
+
+
+def test_prompts_come_from_the_option(tmp_path, make_family, said):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat --s 3\n")
+    preview = Preview.from_options(
+        options(tmp_path, sample_prompts=str(file), sample_sampler="euler", sample_at_first=True), make_family()
+    )
+    assert [(p.prompt, p.steps, p.sampler) for p in preview.prompts] == [("a cat", 3, "euler")]
+    assert said.text == ""
+    Preview.from_options(options(tmp_path, sample_prompts=str(file)), make_family())
+    assert "--sample_prompts has no effect" in said.text
+    assert not Preview.from_options(options(tmp_path), make_family()).due(0)
+    with pytest.raises(UserError, match="--sample_prompts"):
+        Preview.from_options(options(tmp_path, sample_every_n_steps=5), make_family())
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "epoch", "starts"),
+    [
+        ({}, 12, None, ("my_lora_000012_00_", "my_lora_000012_01_")),
+        ({"output_name": None}, 12, 3, ("e000003_00_", "e000003_01_")),
+    ],
+)
+def test_files_have_the_agreed_names(make, models, tmp_path, changes, step, epoch, starts):
+    pictures = make(**changes).render(models, step, epoch)
+    folder = tmp_path / "out" / "sample"
+    names = [picture.path.name for picture in pictures]
+    assert re.fullmatch(re.escape(starts[0]) + r"\d{14}_5\.png", names[0])
+    assert re.fullmatch(re.escape(starts[1]) + r"\d{14}\.png", names[1])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)  # nothing unfinished is left
+    assert all(picture.path.parent == folder for picture in pictures)
+
+
+@pytest.mark.rows("R282")
+def test_files_hold_the_pictures_and_tell_how_they_were_made(make, models, make_family):
+    pictures = make().render(models, 12, None)
+    expected = generate(make_family(), models, [p.prompt for p in pictures], "cpu")
+    for picture, image in zip(pictures, expected, strict=True):
+        with Image.open(picture.path) as stored:
+            assert numpy.array_equal(numpy.asarray(stored), numpy.asarray(image))
+            prompt = picture.prompt
+            assert stored.text == {
+                "prompt": prompt.prompt,
+                "negative-prompt": prompt.negative_prompt,
+                "seed": str(prompt.seed),
+                "sampler": prompt.sampler,
+                "steps": str(prompt.steps),
+                "scale": str(prompt.scale),
+            }
+    assert pictures[0].prompt.seed == 5
+
+
+def test_a_prompt_without_seed_varies_by_step_and_repeats_with_the_run(make, models):
+    seeds = [make().render(models, step, None)[1].prompt.seed for step in (1, 1, 2)]
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert make(seed=43).render(models, 1, None)[1].prompt.seed != seeds[0]
+
+
+def test_the_run_is_left_as_it_was(make, models):
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout())
+    models.denoiser.train()
+    models.denoiser.mid_block.eval()
+    models.text_encoders["te"].train()
+    everything = [models.denoiser, models.vae, *models.text_encoders.values(), network]
+    modes = [part.training for module in everything for part in module.modules()]
+    grads = torch.is_grad_enabled()
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+    seen = []
+    models.denoiser.register_forward_hook(
+        lambda *_: seen.append((models.denoiser.training, network[1].training, torch.is_grad_enabled()))
+    )
+    make().render(models, 1, None, trained=network)
+    assert set(seen) == {(False, False, False)}
+    assert modes == [part.training for module in everything for part in module.modules()]
+    assert torch.is_grad_enabled() == grads
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1:] == (random.getstate(), numpy.random.get_state()[1].tolist())
+
+
+def test_modes_and_files_survive_a_failure(make, models, make_family, monkeypatch, tmp_path):
+    models.denoiser.train()
+    preview = make()
+    monkeypatch.setattr(preview.family, "decode_latents", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        preview.render(models, 1, None)
+    assert models.denoiser.training
+    assert not (tmp_path / "out" / "sample").exists()
+
+
+def test_mixed_precision_and_vae_precision_follow_the_options(make, models):
+    types = {}
+    models.denoiser.conv_in.register_forward_hook(lambda m, a, out: types.update(denoiser=out.dtype))
+    models.vae.decoder.conv_in.register_forward_hook(lambda m, a, out: types.update(vae=out.dtype))
+    make(mixed_precision="bf16").render(models, 1, None)
+    assert types == {"denoiser": torch.bfloat16, "vae": torch.bfloat16}
+    make(mixed_precision="bf16", no_half_vae=True).render(models, 1, None)
+    assert types == {"denoiser": torch.bfloat16, "vae": torch.float32}
+    make(mixed_precision="bf16").render(models, 1, None, dtype=torch.float32)
+    assert types == {"denoiser": torch.float32, "vae": torch.float32}
+
+
+def test_a_folder_that_cannot_be_made_is_named(make, models, tmp_path):
+    (tmp_path / "out").write_text("a file, not a folder")
+    with pytest.raises(UserError, match="cannot write the sample image"):
+        make().render(models, 1, None)
+
+
+def test_modules_come_back_from_another_device():
+    """The meta device stands for one that this machine may not have."""
+    module = torch.nn.Linear(2, 2)
+    weights = module.weight.clone()
+    with placement.on_device([module], torch.device("cpu")):
+        assert module.weight.device.type == "cpu"
+    assert torch.equal(module.weight, weights)
+    away = torch.nn.Linear(2, 2, device="meta")
+    moved = []
+    away.to = lambda device: moved.append(torch.device(device).type)
+    with placement.on_device([away], torch.device("cpu")):
+        assert moved == ["cpu"]
+    assert moved == ["cpu", "meta"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_helpers_return_to_the_cpu_after_pictures_on_the_gpu(make, models):
+    models.denoiser.cuda()
+    assert make().render(models, 1, None)
+    assert next(models.vae.parameters()).device.type == "cpu"
+    assert next(models.text_encoders["te"].parameters()).device.type == "cpu"

@@ -1,0 +1,291 @@
+"""The network method on a toy model, with the real options."""
+
+from __future__ import annotations
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from library.errors import UserError
+from library.methods.network import NetworkMethod
+from library.options.base import Given, build_options
+from library.options.network import NetworkOptions
+from library.options.optimizer import OptimizerOptions
+from library.options.saving import SavingOptions
+from library.options.training import TrainingOptions
+from library.runtime.logs import LOGGER
+from library.types import LoraTarget, Models
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.attn, self.conv = nn.Linear(width, width), nn.Conv2d(width, width, 3, padding=1)
+
+
+TARGETS = [
+    LoraTarget("lora_te_attn", "te", ("attn",)),
+    LoraTarget("lora_unet_attn", "denoiser", ("attn",), block=1),
+    LoraTarget("lora_unet_conv", "denoiser", ("conv",), conv_only=True, block=2),
+]
+FAMILY = SimpleNamespace(traits=SimpleNamespace(text_encoders=("te",)), lora_targets=lambda models: TARGETS)
+
+
+def toy_models():
+    torch.manual_seed(0)
+    return Models(Block(6), {"te": Block(5)}, {}, Block(3))
+
+
+def method_for(**given):
+    given = {"network_module": "networks.lora", "learning_rate": 1e-3, "seed": 5, **given}
+    groups = [NetworkOptions, OptimizerOptions, SavingOptions, TrainingOptions]
+    return NetworkMethod(build_options(groups, {name: Given(value, "test") for name, value in given.items()}))
+
+
+def attached(models=None, **given):
+    method = method_for(**given)
+    method.attach(FAMILY, models or toy_models())
+    return method
+
+
+def rates(method):
+    return {group["name"]: group["lr"] for group in method.parameter_groups()}
+
+
+def saved(method, path, dtype=None, metadata=None):
+    method.save(path, dtype, metadata)
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+@pytest.fixture
+def messages():
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    LOGGER.addHandler(handler)
+    before, LOGGER.level = LOGGER.level, logging.INFO
+    yield lambda level: [r.getMessage() for r in records if r.levelno == level]
+    LOGGER.removeHandler(handler)
+    LOGGER.level = before
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"textencoder": 1e-3, "unet": 1e-3}),
+        ({"unet_lr": 1e-4}, {"textencoder": 1e-3, "unet": 1e-4}),
+        ({"text_encoder_lr": [5e-5]}, {"textencoder": 5e-5, "unet": 1e-3}),
+        ({"text_encoder_lr": []}, {"textencoder": 1e-3, "unet": 1e-3}),
+        ({"text_encoder_lr": [0.0]}, {"unet": 1e-3}),
+        ({"learning_rate": 0.0, "text_encoder_lr": [5e-5]}, {"textencoder": 5e-5}),
+        ({"network_train_unet_only": True}, {"unet": 1e-3}),
+        ({"network_train_text_encoder_only": True}, {"textencoder": 1e-3}),
+        (
+            {"network_args": ["loraplus_unet_lr_ratio=16"]},
+            {"textencoder": 1e-3, "unet": 1e-3, "unet plus": pytest.approx(16e-3)},
+        ),
+        (
+            {"network_args": ["down_lr_weight=1,0.5,0.25", "conv_dim=2"]},
+            {"textencoder": 1e-3, "unet block 1": 5e-4, "unet block 2": 2.5e-4},
+        ),
+    ],
+)
+def test_rates(given, expected, tmp_path):
+    models = toy_models()
+    method = attached(models, **given)
+    assert rates(method) == expected
+    text = any(name.startswith("textencoder") for name in expected)
+    assert method.trains_text_encoder() == text == method_for(**given).trains_text_encoder()
+    trained = [p for group in method.parameter_groups() for p in group["params"]]
+    assert {id(p) for p in trained} == {id(p) for p in method.trainable().parameters()}
+    assert all(p.requires_grad for p in trained)
+    for part in (models.denoiser, models.vae, *models.text_encoders.values()):
+        assert not any(p.requires_grad for p in part.parameters())
+    # Only what is trained is in the file.
+    keys = {key.partition(".")[0] for key in saved(method, tmp_path / "a.safetensors")[0]}
+    assert ("lora_te_attn" in keys) == text
+    assert ("lora_unet_attn" in keys) == any(name.startswith("unet") for name in expected)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"learning_rate": 0.0},
+        {"network_train_unet_only": True, "unet_lr": 0.0},
+        {"unet_lr": 0.0, "text_encoder_lr": [0.0]},
+        {"network_train_unet_only": True, "network_args": ["down_lr_weight=zeros"]},
+    ],
+)
+def test_nothing_to_train_is_an_error(given):
+    with pytest.raises(UserError, match=r"nothing would be trained with the learning rates .*U-Net"):
+        attached(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"network_module": "networks.lora_of_nobody"}, "there is no module named 'networks.lora_of_nobody'"),
+        ({"network_module": "no_such_package.kohya"}, "there is no module named 'no_such_package.kohya'"),
+        ({"network_module": None}, "--network_module"),
+        ({"network_module": "networks.functional"}, "networks.functional is no kind of network"),
+        ({"network_module": "lycoris.kohya"}, "lycoris.kohya: modules of others are not available yet"),
+        ({"network_args": ["conv_dim"]}, "'conv_dim' is not name=value"),
+        ({"network_args": ["conv_dim=1", "conv_dim=2"]}, "conv_dim is given twice"),
+        ({"network_args": ["conv_dmi=1"]}, "did you mean 'conv_dim'"),
+        ({"base_weights_multiplier": [1.0]}, "1 values for 0 --base_weights"),
+    ],
+)
+def test_wrong_options_are_refused_before_a_model_is_read(given, message):
+    with pytest.raises(UserError) as caught:
+        method_for(**given)
+    assert message in str(caught.value)
+
+
+def test_training_changes_the_output_through_the_network_only():
+    models = toy_models()
+    method = attached(models, network_args=["conv_dim=2"])
+    before = {name: value.clone() for name, value in models.denoiser.state_dict().items()}
+    optimizer = torch.optim.SGD(method.parameter_groups(), lr=1.0)
+    x = torch.randn(4, 6)
+    first = models.denoiser.attn(x)
+    loss = models.denoiser.attn(x).square().mean() + models.denoiser.conv(torch.randn(1, 6, 5, 5)).square().mean()
+    loss.backward()
+    optimizer.step()
+    assert not torch.equal(models.denoiser.attn(x), first)
+    assert all(torch.equal(value, before[name]) for name, value in models.denoiser.state_dict().items())
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(0.5, 0.5), (None, None)])
+def test_after_step_limits_norms(limit, expected):
+    method = attached(scale_weight_norms=limit)
+    layer = method.trainable().lora_unet_attn
+    nn.init.normal_(layer.lora_up.weight, std=10)
+
+    def norm():
+        return torch.linalg.norm(layer.scale * layer.lora_up.weight @ layer.lora_down.weight).item()
+
+    before = norm()
+    method.after_step()
+    assert norm() == pytest.approx(expected or before, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16, torch.float32])
+def test_every_saved_tensor_has_the_asked_dtype(tmp_path, dtype):
+    tensors, metadata = saved(attached(), tmp_path / "a.safetensors", dtype)
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype or torch.float32}
+    assert sum(name.endswith(".alpha") for name in tensors) == 2
+    assert metadata is None
+
+
+def test_saved_metadata_has_hashes_of_the_cast_tensors(tmp_path):
+    from library.checkpoints.hashes import tensor_hash
+
+    method = attached()
+    method.save(tmp_path / "a.safetensors", torch.float16, {"ss_steps": "1"})
+    _, metadata = saved(method, tmp_path / "b.safetensors", torch.float16, {"ss_steps": "1"})
+    assert metadata["sshs_model_hash"] == tensor_hash(tmp_path / "a.safetensors")
+    assert (metadata["ss_steps"], metadata["sshs_legacy_hash"]) == ("1", "e3b0c442")
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("kind", ["ckpt", "pt"])
+def test_pickle_containers_hold_the_flat_table(tmp_path, kind):
+    method = attached(save_model_as=kind)
+    assert method.file_suffix() == f".{kind}"
+    method.save(tmp_path / f"a.{kind}", torch.float16, {"ss_steps": "1"})
+    loaded = torch.load(tmp_path / f"a.{kind}", weights_only=True)
+    state = method.trainable().state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(value, state[name].half()) for name, value in loaded.items())
+    again = attached(network_weights=str(tmp_path / f"a.{kind}"), dim_from_weights=True)
+    assert again.trainable().state_dict().keys() == state.keys()
+
+
+def test_metadata():
+    found = attached(network_dim=8, network_alpha=4.0, network_args=["conv_dim=2"], text_encoder_lr=[5e-5]).metadata()
+    assert json.loads(found.pop("ss_network_args")) == {"conv_dim": "2"}
+    assert found == {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "8",
+        "ss_network_alpha": 4.0,
+        "ss_network_dropout": None,
+        "ss_scale_weight_norms": None,
+        "ss_unet_lr": None,
+        "ss_text_encoder_lr": 5e-5,
+        "ss_training_comment": None,
+        "modelspec.suffix": "/lora",
+    }
+    plain = method_for().metadata()
+    assert plain["ss_network_dim"] == "4"
+    assert "ss_network_args" not in plain
+
+
+# ---- weights of earlier trainings
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """A trained file: rank 3 with convolutions of rank 2."""
+    method = attached(network_dim=3, network_args=["conv_dim=2"])
+    for layer in method.trainable().layers().values():
+        nn.init.normal_(layer.lora_up.weight)
+    method.save(tmp_path / "earlier.safetensors", None, None)
+    return str(tmp_path / "earlier.safetensors"), method.trainable().state_dict()
+
+
+def test_network_weights_continue(earlier, messages):
+    path, state = earlier
+    method = attached(network_weights=path, network_dim=3, network_args=["conv_dim=2"])
+    assert all(torch.equal(value, state[name]) for name, value in method.trainable().state_dict().items())
+    assert messages(logging.WARNING) == []
+
+    attached(network_weights=path, network_dim=3, network_train_unet_only=True)
+    (line,) = messages(logging.WARNING)
+    assert "1 layers loaded; 0 layers of the network" in line
+    assert "2 layers of the file are not used" in line
+
+
+def test_dim_from_weights(earlier):
+    path, state = earlier
+    method = attached(network_weights=path, dim_from_weights=True)
+    assert method.trainable().state_dict().keys() == state.keys()
+    assert method.metadata()["ss_network_dim"] == "Dynamic"
+    assert all(torch.equal(value, state[name]) for name, value in method.trainable().state_dict().items())
+    with pytest.raises(UserError, match="rank is 3"):
+        attached(network_weights=path)
+
+
+def test_a_frozen_part_of_earlier_weights_keeps_acting_and_is_saved_again(earlier, tmp_path):
+    path, state = earlier
+    method = attached(network_weights=path, dim_from_weights=True, text_encoder_lr=[0.0])
+    assert rates(method) == {"unet": 1e-3}
+    assert not method.trains_text_encoder()
+    frozen = method.trainable().lora_te_attn
+    assert not any(p.requires_grad for p in frozen.parameters())
+    tensors, _ = saved(method, tmp_path / "again.safetensors")
+    assert torch.equal(tensors["lora_te_attn.lora_up.weight"], state["lora_te_attn.lora_up.weight"])
+
+
+def test_another_models_weights_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    key, path = "lora_unet_double_blocks_0_img_attn_qkv", tmp_path / "flux.safetensors"
+    save_file({f"{key}.lora_down.weight": torch.zeros(4, 8), f"{key}.lora_up.weight": torch.zeros(24, 4)}, path)
+    for given in ({}, {"dim_from_weights": True}):
+        with pytest.raises(UserError, match=r"flux\.safetensors: none of its 1 layers fits"):
+            attached(network_weights=str(path), **given)
+
+
+def test_base_weights_are_merged_with_their_strengths(earlier):
+    path, state = earlier
+    bare, models = toy_models(), toy_models()
+    attached(models, base_weights=[path, path], base_weights_multiplier=[0.5])
+    down, up = (state[f"lora_unet_attn.lora_{side}.weight"] for side in ("down", "up"))
+    expected = bare.denoiser.attn.weight + 1.5 * (up @ down) / 3  # alpha 1, rank 3; strengths 0.5 and 1
+    torch.testing.assert_close(models.denoiser.attn.weight, expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,118 @@
+"""Arguments of networks.lora. Expected numbers are written out from the formulas of the presets."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from library.errors import UserError
+from networks.lora_args import BlockLayout, parse, rank_and_alpha, without_effect
+
+
+def weights(**args):
+    return list(parse({key: str(value) for key, value in args.items()}).block_weights)
+
+
+ONES = [1.0] * 12
+
+
+def test_lists_are_padded_with_one_and_an_empty_entry_is_zero():
+    assert weights(down_lr_weight="0.1,,0.3") == [0.1, 0.0, 0.3, *[1.0] * 9, 1.0, *ONES]
+    assert weights(mid_lr_weight="0.5") == [*ONES, 0.5, *ONES]
+    assert weights(up_lr_weight="1," * 11 + "2") == [*ONES, 1.0, *[1.0] * 11, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("preset", "value"),
+    [
+        ("sine", lambda i: math.sin(math.pi / 2 * i / 11)),
+        ("cosine", lambda i: math.sin(math.pi / 2 * (11 - i) / 11)),
+        ("linear", lambda i: i / 11),
+        ("reverse_linear", lambda i: (11 - i) / 11),
+        ("zeros", lambda i: 0.0),
+        ("sine+.25", lambda i: math.sin(math.pi / 2 * i / 11) + 0.25),
+        ("zeros+0.5", lambda i: 0.5),
+    ],
+)
+def test_presets(preset, value):
+    expected = [value(i) for i in range(12)]
+    assert weights(down_lr_weight=preset)[:12] == pytest.approx(expected)
+    assert weights(up_lr_weight=preset)[13:] == pytest.approx(expected)
+
+
+def test_threshold_makes_small_weights_zero():
+    got = weights(down_lr_weight="linear", block_lr_zero_threshold=0.5)
+    assert got[:12] == [0.0] * 6 + [pytest.approx(i / 11) for i in range(6, 12)]
+
+
+def test_layout_with_fixed_ends():
+    layout = BlockLayout(9, 3, 9, edge=1)
+    parsed = parse({"down_lr_weight": "zeros", "mid_lr_weight": "0.1,0.2,0.3"}, layout)
+    assert parsed.block_weights == (1.0, *[0.0] * 9, 0.1, 0.2, 0.3, *[1.0] * 9, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"conv_dims": "4"}, "knows no 'conv_dims'; did you mean 'conv_dim'"),
+        ({"algo": "loha"}, "knows no 'algo'; it knows conv_dim"),
+        ({"conv_dim": "4.5"}, "conv_dim=4.5: is not a whole number"),
+        ({"conv_dim": "0"}, "conv_dim=0: must be at least 1"),
+        ({"rank_dropout": "1"}, "rank_dropout=1: must be at least 0, below 1"),
+        ({"loraplus_lr_ratio": "-1"}, "loraplus_lr_ratio=-1: must be above 0"),
+        (
+            {"down_lr_weight": "sinus"},
+            "down_lr_weight=sinus: is neither a comma-separated list nor one of sine",
+        ),
+        ({"down_lr_weight": "0.5"}, "down_lr_weight=0.5: is neither"),
+        ({"up_lr_weight": ",".join("1" * 13)}, "has 13 entries, there are 12 such blocks"),
+        ({"mid_lr_weight": "1,1"}, "has 2 entries, there are 1 such blocks"),
+        ({"up_lr_weight": "1,x"}, "holds something that is not a number"),
+        ({"up_lr_weight": "sine+x"}, "holds something that is not a number"),
+        ({"block_dims": "1,2,3"}, "block_dims=1,2,3: has 3 entries, this model has 25 blocks"),
+        ({"block_dims": ",".join(["4"] * 26)}, "has 26 entries"),
+        ({"block_dims": ",".join(["4", "-1"] + ["4"] * 23)}, "has an entry below 0"),
+        ({"conv_block_alphas": "a,b"}, "is not a comma-separated list of numbers"),
+    ],
+)
+def test_errors_say_what_is_wrong(args, message):
+    with pytest.raises(UserError) as caught:
+        parse(args)
+    assert message in str(caught.value)
+    assert len(caught.value.problems) == 1
+
+
+def test_all_problems_at_once():
+    with pytest.raises(UserError) as caught:
+        parse({"conv_dim": "x", "dropuot": "1", "up_lr_weight": "?"})
+    assert len(caught.value.problems) == 3
+
+
+def test_what_has_no_effect_is_said():
+    assert without_effect({"conv_alpha": "1", "dropout": "0.1"}) == [
+        "--network_args: conv_alpha has no effect without conv_dim or conv_block_dims"
+    ]
+    assert without_effect({"conv_alpha": "1", "conv_dim": "4"}) == []
+    assert len(without_effect({"conv_alpha": "1", "conv_dim": "4"}, ranks_from_file=True)) == 2
+
+
+def choose(args, *, block=5, kernel=False, conv_only=False):
+    return rank_and_alpha(parse(args), 4, 1.0, block=block, kernel=kernel, conv_only=conv_only)
+
+
+def test_ranks_by_block():
+    dims, convs = ",".join(str(i) for i in range(25)), ",".join(str(2 * i) for i in range(25))
+    assert choose({}) == (4, 1.0)
+    assert choose({}, kernel=True, conv_only=True) is None
+    assert choose({}, conv_only=True) is None
+    assert choose({"conv_dim": "2"}, kernel=True, conv_only=True) == (2, 1.0)
+    assert choose({"conv_dim": "2"}, conv_only=True) == (4, 1.0)
+    assert choose({"block_dims": dims}) == (5, 1.0)
+    assert choose({"block_dims": dims}, block=0) is None
+    assert choose({"block_dims": dims}, block=None) == (4, 1.0)
+    assert choose({"block_dims": dims, "conv_dim": "2"}, kernel=True, conv_only=True) == (2, 1.0)
+    assert choose({"conv_block_dims": convs, "conv_block_alphas": dims}, kernel=True, conv_only=True) == (10, 5.0)
+    assert choose({"conv_block_dims": convs}, conv_only=True) == (4, 1.0)
+    assert choose({"down_lr_weight": "zeros"}) is None
+    assert choose({"up_lr_weight": "zeros"}) == (4, 1.0)

@@ -1,0 +1,68 @@
+"""Files as other trainers wrote them, and broken ones."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from library.errors import UserError
+from networks import lora_files
+
+
+def table(key="lora_te_x", rank=2, **more):
+    return {f"{key}.lora_down.weight": torch.randn(rank, 6), f"{key}.lora_up.weight": torch.randn(4, rank), **more}
+
+
+@pytest.mark.parametrize(
+    ("alpha", "expected"),
+    [(None, 2.0), (torch.tensor(0.0), 2.0), (torch.tensor(3), 3.0), (torch.tensor(0.5, dtype=torch.bfloat16), 0.5)],
+)
+def test_alpha_of_old_and_extracted_files(tmp_path, alpha, expected):
+    tensors = table()
+    if alpha is not None:
+        tensors["lora_te_x.alpha"] = alpha
+    save_file(tensors, tmp_path / "a.safetensors")
+    entry = lora_files.read(tmp_path / "a.safetensors").entries["lora_te_x"]
+    assert (entry.alpha, entry.rank) == (expected, 2)
+    reference = tensors["lora_te_x.lora_up.weight"] @ tensors["lora_te_x.lora_down.weight"] * expected / 2
+    torch.testing.assert_close(entry.change(), reference)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"lora_unet_x.hada_w1_a": torch.zeros(4, 2), "lora_unet_x.alpha": torch.tensor(1.0)},
+        table(**{"lora_te_x.dora_scale": torch.ones(4, 1)}),
+        table(**{"lora_te_y.lora_down.weight": torch.zeros(2, 6)}),
+        {"model.diffusion_model.out.2.weight": torch.zeros(4)},
+    ],
+    ids=["LoHa", "DoRA", "half an entry", "a checkpoint"],
+)
+def test_other_content_is_named(tmp_path, tensors):
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"a\.safetensors: holds .*which is not LoRA of this kind"):
+        lora_files.read(tmp_path / "a.safetensors")
+
+
+def test_matrices_that_do_not_belong_together(tmp_path):
+    save_file(
+        {"k.lora_down.weight": torch.zeros(2, 6), "k.lora_up.weight": torch.zeros(4, 3)}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(UserError, match=r"k: down \(2, 6\) and up \(4, 3\)"):
+        lora_files.read(tmp_path / "a.safetensors")
+
+
+class Evil:
+    def __reduce__(self):
+        return eval, ("1/0",)
+
+
+def test_unreadable_files_name_themselves(tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"k": Evil()}))
+    for name in ("none.safetensors", "cut.safetensors", "evil.pt"):
+        with pytest.raises(UserError, match=name):
+            lora_files.read(tmp_path / name)

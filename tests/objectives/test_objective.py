@@ -1,0 +1,302 @@
+"""The objective as a whole. Reference: written here from the definitions in float64, over the draw's own noise."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from library.errors import UserError
+from library.objectives.objective import DdpmObjective, build_objective
+
+NOISE = {
+    "noise_offset": None,
+    "noise_offset_random_strength": False,
+    "multires_noise_iterations": None,
+    "multires_noise_discount": 0.3,
+    "ip_noise_gamma": None,
+    "ip_noise_gamma_random_strength": False,
+    "adaptive_noise_scale": None,
+    "zero_terminal_snr": False,
+    "min_timestep": None,
+    "max_timestep": None,
+}
+LOSS = {
+    "loss_type": "l2",
+    "huber_schedule": "snr",
+    "huber_c": 0.1,
+    "huber_scale": 1.0,
+    "prior_loss_weight": 1.0,
+    "masked_loss": False,
+    "min_snr_gamma": None,
+    "scale_v_pred_loss_like_noise_pred": False,
+    "v_pred_like_loss": None,
+    "debiased_estimation_loss": False,
+}
+EVERY_NOISE = {
+    "noise_offset": 0.1,
+    "noise_offset_random_strength": True,
+    "adaptive_noise_scale": 0.05,
+    "multires_noise_iterations": 6,
+    "ip_noise_gamma": 0.1,
+    "ip_noise_gamma_random_strength": True,
+}
+
+
+def make(prediction: str = "epsilon", **changes) -> DdpmObjective:
+    noise = {**NOISE, **{k: v for k, v in changes.items() if k in NOISE}}
+    loss = {**LOSS, **{k: v for k, v in changes.items() if k in LOSS}}
+    assert set(changes) <= {*NOISE, *LOSS}
+    opts = SimpleNamespace(noise=SimpleNamespace(**noise), loss=SimpleNamespace(**loss))
+    return build_objective("ddpm", prediction, opts)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+LATENTS = torch.randn(6, 4, 8, 12, generator=rng(42))
+PREDICTION = torch.randn(6, 4, 8, 12, generator=rng(43))
+TIMES = torch.tensor([0, 1, 147, 500, 998, 999])
+WEIGHTS = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0, 0.25])
+
+
+def diffusers_scheduler(zero_terminal: bool) -> DDPMScheduler:
+    return DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=zero_terminal
+    )
+
+
+@pytest.mark.parametrize("zero_terminal", [False, True])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_draw_matches_diffusers(prediction, zero_terminal):
+    draw = make(prediction, zero_terminal_snr=zero_terminal).draw(LATENTS, rng(), TIMES)
+    theirs = diffusers_scheduler(zero_terminal)
+    # float32 tables on their side; the zero-terminal one loses a little more in its subtraction
+    torch.testing.assert_close(draw.noisy, theirs.add_noise(LATENTS, draw.noise, TIMES), rtol=0, atol=1e-5)
+    target = draw.noise if prediction == "epsilon" else theirs.get_velocity(LATENTS, draw.noise, TIMES)
+    torch.testing.assert_close(draw.target, target, rtol=0, atol=1e-5)
+
+
+def test_draws_repeat_with_the_generator_and_differ_within_a_batch():
+    objective = make(**EVERY_NOISE)
+    one, same, other = (objective.draw(LATENTS, rng(seed)) for seed in (1, 1, 2))
+    for name in ("noisy", "timesteps", "target", "noise"):
+        assert torch.equal(getattr(one, name), getattr(same, name))
+        assert not torch.equal(getattr(one, name), getattr(other, name))
+    assert one.timesteps.unique().numel() > 1
+
+
+@pytest.mark.rows("R266")
+@pytest.mark.parametrize("loss_type", ["huber", "smooth_l1"])
+def test_timesteps_within_a_batch_differ_with_huber_losses(loss_type):
+    draw = make(loss_type=loss_type).draw(torch.zeros(32, 4, 8, 8), rng())
+    assert draw.timesteps.unique().numel() > 20
+
+
+def test_drawn_timesteps_stay_in_the_range_asked_for():
+    objective = make(min_timestep=100, max_timestep=104)
+    assert objective.draw(torch.zeros(500, 1, 1, 1), rng()).timesteps.unique().tolist() == [100, 101, 102, 103]
+
+
+def test_noisy_keeps_the_latents_type_and_the_target_is_float32():
+    draw = make("v_prediction").draw(LATENTS.bfloat16(), rng())
+    assert (draw.noisy.dtype, draw.target.dtype, draw.noise.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+
+
+def test_input_perturbation_leaves_the_target_plain():
+    plain, perturbed = make(), make(ip_noise_gamma=0.5)
+    a, b = plain.draw(LATENTS, rng(), TIMES), perturbed.draw(LATENTS, rng(), TIMES)
+    assert torch.equal(a.target, b.target)
+    gap = (b.noisy - a.noisy).flatten(1).std(1)
+    alpha_bar = diffusers_scheduler(False).alphas_cumprod[TIMES]
+    torch.testing.assert_close(gap, 0.5 * (1 - alpha_bar).sqrt(), rtol=0.15, atol=0)  # 384 numbers each
+
+
+@pytest.mark.rows("R272", "R273")
+@pytest.mark.parametrize("kind", ["noise_offset", "ip_noise_gamma"])
+def test_random_strength_lies_between_zero_and_the_given_value(kind):
+    latents, fixed, strengths = torch.zeros(8, 4, 16, 16), torch.full((8,), 999), []
+    objective = make(**{kind: 0.5, f"{kind}_random_strength": True})
+    for seed in range(200):
+        draw = objective.draw(latents, rng(seed), fixed)
+        added = draw.noisy / math.sqrt(1 - 0.00466) - torch.randn(latents.shape, generator=rng(seed))
+        strengths.append(added.std().item())
+    assert 0 <= min(strengths) < 0.05
+    assert 0.4 < max(strengths) < 0.5 * 1.5  # 32 offsets: the spread of a batch is itself spread by an eighth
+    assert abs(sum(strengths) / len(strengths) - 0.25) < 0.04
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def reference_loss(prediction: str, draw, masks, **opts) -> torch.Tensor:
+    """The weighted loss from its definition, item by item in float64."""
+    opts = {**LOSS, **NOISE, **opts}
+    low, high = math.sqrt(0.00085), math.sqrt(0.012)
+    plain = torch.cumprod(1 - torch.linspace(low, high, 1000, dtype=torch.float64) ** 2, 0)
+    level = plain.sqrt()
+    fixed = ((level - level[-1]) * level[0] / (level[0] - level[-1])) ** 2 if opts["zero_terminal_snr"] else plain
+    v, out = prediction == "v_prediction", []
+    for i, t in enumerate(draw.timesteps.tolist()):
+        d = (PREDICTION[i].double() - draw.target[i].double()).abs()
+        hc, scale = opts["huber_c"], opts["huber_scale"]
+        sigma = ((1 - fixed[t]) / fixed[t]).sqrt()
+        c = {
+            "constant": hc * scale,
+            "exponential": hc ** (t / 1000) * scale,
+            "snr": ((1 - hc) / (1 + sigma) ** 2 + hc) * scale,
+        }[opts["huber_schedule"]]
+        root = (d**2 + c**2).sqrt() - c
+        loss = {"l2": d**2, "l1": d, "huber": 2 * c * root, "smooth_l1": 2 * root}[opts["loss_type"]]
+        if masks is not None:
+            h, w = loss.shape[-2:]
+            loss = loss * masks[i, 0].double().reshape(h, 8, w, 8).mean((1, 3))
+        value, snr = loss.mean() * WEIGHTS[i].double(), plain[t] / (1 - plain[t])
+        capped = snr.clamp(max=1000)
+        if opts["min_snr_gamma"]:
+            value = value * min(snr, opts["min_snr_gamma"]) / (snr + 1 if v else snr)
+        if opts["scale_v_pred_loss_like_noise_pred"]:
+            value = value * capped / (capped + 1)
+        if opts["v_pred_like_loss"]:
+            value = value + opts["v_pred_like_loss"] * value / (capped / (capped + 1))
+        if opts["debiased_estimation_loss"]:
+            value = value * (1 / (capped + 1) if v else 1 / capped.sqrt())
+        out.append(value)
+    return torch.stack(out)
+
+
+MASKS = torch.rand(6, 1, 64, 96, generator=rng(3))
+COMBINATIONS = [
+    ("epsilon", {}),
+    ("epsilon", {"loss_type": "l1", "min_snr_gamma": 5.0}),
+    ("epsilon", {"loss_type": "huber", "debiased_estimation_loss": True}),
+    ("epsilon", {"loss_type": "huber", "huber_schedule": "exponential", "huber_scale": 2.0, "v_pred_like_loss": 0.3}),
+    ("epsilon", {"loss_type": "smooth_l1", "huber_schedule": "constant", "huber_c": 0.4, "min_snr_gamma": 1.0}),
+    (
+        "epsilon",
+        {"loss_type": "smooth_l1", "huber_scale": 3.0, "v_pred_like_loss": 0.1, "debiased_estimation_loss": True},
+    ),
+    (
+        "epsilon",
+        {"zero_terminal_snr": True, "min_snr_gamma": 5.0, "debiased_estimation_loss": True, "loss_type": "huber"},
+    ),
+    ("v_prediction", {"min_snr_gamma": 5.0}),
+    ("v_prediction", {"debiased_estimation_loss": True}),
+    ("v_prediction", {"scale_v_pred_loss_like_noise_pred": True, "loss_type": "smooth_l1"}),
+    ("v_prediction", {"zero_terminal_snr": True, "min_snr_gamma": 5.0, "scale_v_pred_loss_like_noise_pred": True}),
+]
+
+
+@pytest.mark.rows("R274")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("prediction", "changes"), COMBINATIONS)
+def test_loss_matches_its_definition(prediction, changes, masked):
+    objective, masks = make(prediction, **changes), MASKS if masked else None
+    draw = objective.draw(LATENTS, rng(), TIMES)
+    loss = objective.loss(PREDICTION, draw, WEIGHTS, masks)
+    assert loss.shape == (6,)
+    # float32 means of 384 numbers, and weights through a square root
+    torch.testing.assert_close(loss.double(), reference_loss(prediction, draw, masks, **changes), rtol=5e-6, atol=1e-8)
+
+
+def test_every_accepted_combination_is_finite():
+    accepted = 0
+    for prediction, kind, schedule, zero_terminal, gamma, debiased, scaled, liked in itertools.product(
+        ("epsilon", "v_prediction"),
+        ("l2", "l1", "huber", "smooth_l1"),
+        ("constant", "exponential", "snr"),
+        *[(False, True)] * 5,
+    ):
+        if (scaled and prediction == "epsilon") or (liked and prediction == "v_prediction"):
+            continue
+        objective = make(
+            prediction,
+            loss_type=kind,
+            huber_schedule=schedule,
+            zero_terminal_snr=zero_terminal,
+            min_snr_gamma=5.0 if gamma else None,
+            debiased_estimation_loss=debiased,
+            scale_v_pred_loss_like_noise_pred=scaled,
+            v_pred_like_loss=0.1 if liked else None,
+            **EVERY_NOISE,
+        )
+        draw = objective.draw(LATENTS, rng(), TIMES)
+        leaf = PREDICTION.clone().requires_grad_()
+        loss = objective.loss(leaf, draw, WEIGHTS)
+        loss.mean().backward()
+        assert loss.isfinite().all()
+        assert leaf.grad.isfinite().all()
+        accepted += 1
+    assert accepted == 2 * 4 * 3 * 16
+
+
+@pytest.mark.parametrize(
+    ("prediction", "changes", "message"),
+    [
+        ("epsilon", {"scale_v_pred_loss_like_noise_pred": True}, "--scale_v_pred_loss_like_noise_pred"),
+        ("v_prediction", {"v_pred_like_loss": 0.1}, "--v_pred_like_loss"),
+        ("epsilon", {"adaptive_noise_scale": 0.1}, "--noise_offset"),
+        ("epsilon", {"loss_type": "huber", "huber_c": 0.0}, "--huber_c"),
+        ("epsilon", {"loss_type": "huber", "huber_scale": -1.0}, "--huber_scale"),
+        ("epsilon", {"multires_noise_iterations": -1}, "--multires_noise_iterations"),
+        ("epsilon", {"min_snr_gamma": -1.0}, "--min_snr_gamma"),
+        ("epsilon", {"min_timestep": 10, "max_timestep": 5}, "--min_timestep"),
+    ],
+)
+def test_contradictions_are_refused(prediction, changes, message):
+    with pytest.raises(UserError, match=message):
+        make(prediction, **changes)
+
+
+def test_flow_is_not_available_yet():
+    with pytest.raises(UserError, match="not available yet"):
+        build_objective("flow", "flow", SimpleNamespace())
+
+
+class HostReads(TorchDispatchMode):
+    """Notes every operation that hands a tensor's value to Python: what would wait for an accelerator."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").split(".")[0]
+        if name.startswith(self.WAITING):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+EVERY_LOSS = {"loss_type": "huber", "min_snr_gamma": 5.0, "debiased_estimation_loss": True}
+
+
+def test_a_step_reads_no_value_back():
+    objective = make("v_prediction", zero_terminal_snr=True, **EVERY_NOISE, **EVERY_LOSS)
+    with HostReads() as reads:
+        objective.loss(PREDICTION, objective.draw(LATENTS, rng()), WEIGHTS, MASKS)
+    assert reads.seen == []
+    with HostReads() as reads:
+        assert PREDICTION.sum() != 0
+    assert reads.seen  # the watcher does see such a read
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_step_does_not_wait_for_the_gpu():
+    objective = make("v_prediction", zero_terminal_snr=True, **EVERY_NOISE, **EVERY_LOSS)
+    latents, prediction, weights, masks = (x.cuda() for x in (LATENTS, PREDICTION, WEIGHTS, MASKS))
+    generator = torch.Generator("cuda").manual_seed(0)
+    objective.draw(latents, generator)  # the tables move once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        objective.loss(prediction, objective.draw(latents, generator), weights, masks)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

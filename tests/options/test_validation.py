@@ -1,0 +1,239 @@
+"""Problems and warnings of options and their combinations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from library.options.base import options_of
+from library.options.optimizer import SCHEDULES, TORCH_OPTIMIZERS
+from library.options.scripts import groups_for
+from library.options.validation import problems, warnings
+
+LATER = [option for group in groups_for("sd", "network") for option in options_of(group) if option.details.later]
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Run in an empty folder, so that relative paths name nothing."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_good_command_line_has_no_problems_and_no_warnings(valid, traits):
+    assert problems(valid(), traits) == []
+    assert warnings(valid(), traits) == []
+
+
+def test_all_problems_come_at_once_with_their_origin(parse, traits, tmp_path):
+    (tmp_path / "run.toml").write_text("network_dim = 0\nsave_state = true\nhuber_c = nan\n")
+    lines = problems(parse(f"--config_file={tmp_path}/run", "--learning_rate=inf", "--train_batch_size=0"), traits)
+    assert set(lines) == {
+        "--pretrained_model_name_or_path: missing; give a checkpoint file, a Diffusers folder or a hub id",
+        "--train_data_dir: missing; name a folder of pictures with it, or a file with --dataset_config",
+        "--train_batch_size: must be at least 1, got 0",
+        "--network_dim: must be at least 1, got 0 (from run.toml)",
+        "--network_module: missing; networks.lora trains a LoRA",
+        "--learning_rate: must be a finite number, got inf",
+        "--huber_c: must be a finite number, got nan (from run.toml)",
+        "--output_dir: missing; name the folder to save to",
+        "--save_state: not available yet (saving and resuming the training state) (from run.toml)",
+    }
+
+
+@pytest.mark.parametrize("option", LATER, ids=lambda option: option.dest)
+def test_what_is_not_available_yet_is_refused(valid, traits, option):
+    if option.kind == "bool":
+        flags = [option.flag]
+    elif option.choices:
+        flags = [option.flag, str(next(c for c in option.choices if c != option.default))]
+    else:
+        flags = [option.flag, "0.5" if option.kind == "float" else "a=1" if "args" in option.dest else "3"]
+    assert f"{option.flag}: not available yet ({option.details.later})" in problems(valid(*flags), traits)
+
+
+def test_later_options_do_no_harm_at_their_default(valid, traits):
+    assert problems(valid("--zero_stage=2", "--validation_split=0", "--dynamo_backend=inductor"), traits) == []
+
+
+NOT_LATER = """pretrained_model_name_or_path vae no_half_vae v2 clip_skip train_data_dir reg_data_dir dataset_config
+weighted_captions cache_latents vae_batch_size prior_loss_weight noise_offset adaptive_noise_scale ip_noise_gamma
+multires_noise_iterations zero_terminal_snr min_timestep max_timestep loss_type huber_schedule min_snr_gamma
+debiased_estimation_loss mixed_precision gradient_checkpointing gradient_accumulation_steps xformers sdpa mem_eff_attn
+lowram highvram save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_steps
+save_precision save_model_as no_metadata metadata_title sample_prompts sample_sampler logging_dir log_with log_config
+log_prefix log_tracker_name console_log_level network_dim network_alpha network_dropout network_module network_args
+network_weights dim_from_weights unet_lr text_encoder_lr scale_weight_norms training_comment seed max_train_epochs
+max_data_loader_n_workers persistent_data_loader_workers token_warmup_step enable_bucket color_aug random_crop
+face_crop_aug_range flip_aug max_token_length enable_wildcard optimizer_args lr_warmup_steps lr_decay_steps""".split()  # noqa: SIM905
+
+
+def test_what_is_built_is_not_marked_as_missing():
+    assert not {option.dest for option in LATER} & set(NOT_LATER)
+
+
+REFUSED = [
+    ("--network_dropout=1", "--network_dropout: must be at least 0 and below 1, got 1.0"),
+    ("--scale_weight_norms=0", "--scale_weight_norms: must be above 0, got 0.0"),
+    ("--caption_dropout_rate=1.5", "--caption_dropout_rate: must be at least 0 and at most 1, got 1.5"),
+    ("--lr_warmup_steps=1.5 --lr_scheduler=cosine", "--lr_warmup_steps: must be a whole number of steps or a share"),
+    ("--cache_latents --color_aug", "--cache_latents: cannot be used with --color_aug"),
+    ("--cache_latents --random_crop", "--cache_latents: cannot be used with --random_crop"),
+    ("--cache_latents --face_crop_aug_range=2,4", "--cache_latents: cannot be used with --face_crop_aug_range"),
+    ("--cache_latents_to_disk --color_aug", "--cache_latents_to_disk: cannot be used with --color_aug"),
+    ("--face_crop_aug_range=4,2", "--face_crop_aug_range: must be two factors"),
+    ("--full_fp16", "--full_fp16: needs --mixed_precision fp16, got no"),
+    ("--full_fp16 --mixed_precision=bf16", "--full_fp16: needs --mixed_precision fp16, got bf16"),
+    ("--full_bf16", "--full_bf16: needs --mixed_precision bf16, got no"),
+    ("--full_fp16 --full_bf16", "--full_fp16: cannot be used with --full_bf16"),
+    ("--use_8bit_adam --use_lion_optimizer", "--use_8bit_adam: cannot be used with --use_lion_optimizer"),
+    ("--optimizer_type=AdamW --use_8bit_adam", "--optimizer_type: cannot be used with --use_8bit_adam"),
+    ("--lr_warmup_steps=10", "--lr_warmup_steps: a constant rate has no warm-up"),
+    ("--xformers --sdpa", "--xformers: cannot be used with --sdpa"),
+    ("--mem_eff_attn --sdpa", "--mem_eff_attn: cannot be used with --sdpa"),
+    ("--network_train_unet_only --network_train_text_encoder_only", "--network_train_unet_only: cannot be used with"),
+    ("--noise_offset=.1 --multires_noise_iterations=6", "--noise_offset: cannot be used with"),
+    ("--adaptive_noise_scale=.1", "--adaptive_noise_scale: needs --noise_offset"),
+    ("--min_timestep=500 --max_timestep=500", "--min_timestep: must be below --max_timestep, got 500 and 500"),
+    ("--optimizer_args decay", "--optimizer_args: 'decay' is not name=value"),
+    ("--optimizer_args decay=much", "--optimizer_args: the value in 'decay=much' must be"),
+    ("--network_args conv_dim", "--network_args: 'conv_dim' is not name=value"),
+    ("--lr_scheduler_args x", "--lr_scheduler_args: 'x' is not name=value"),
+    ("--optimizer_type=Lion", "--optimizer_type: not available yet"),
+    ("--optimizer_type=adafactor", "--optimizer_type: not available yet"),
+    ("--optimizer_type=Adafactor", "--optimizer_type: not available yet"),
+    ("--optimizer_type=RAdamScheduleFree", "--optimizer_type: not available yet"),
+    ("--optimizer_type=bitsandbytes.optim.AdEMAMix8bit", "--optimizer_type: not available yet"),
+    ("--optimizer_type=AdmaW", "--optimizer_type: unknown optimizer 'AdmaW'"),
+    ("--lr_scheduler=piecewise_constant", "--lr_scheduler: not available yet"),
+    ("--lr_scheduler=adafactor:1e-4", "--lr_scheduler: not available yet"),
+    ("--lr_scheduler=reduce_lr_on_plateau", "--lr_scheduler: not available yet"),
+    ("--lr_scheduler=cosinus", "--lr_scheduler: must be one of linear, cosine"),
+    ("--resolution=big", "--resolution: must be one number or width,height"),
+    ("--resolution=500", "--resolution: sides must be multiples of 64"),
+    ("--resolution=192 --enable_bucket", "--resolution: 192 is below --min_bucket_reso 256"),
+    ("--resolution=512,1088 --enable_bucket", "--resolution: 512,1088 is above --max_bucket_reso 1024"),
+    ("--enable_bucket --bucket_reso_steps=32", "--bucket_reso_steps: must be a multiple of 64"),
+    ("--log_with=wandb", "--log_with: not available yet"),
+    ("--log_with=tensorboard", "--log_with: tensorboard needs --logging_dir"),
+    ("--sample_prompts=none.txt", "--sample_prompts: there is no file 'none.txt'"),
+    ("--sample_prompts=none.yaml", "--sample_prompts: must be a .txt, .toml or .json file"),
+    ("--network_weights=none.pt", "--network_weights: there is no file 'none.pt'"),
+    ("--dim_from_weights", "--dim_from_weights: needs --network_weights"),
+    ("--text_encoder_lr 1e-4 1e-5", "--text_encoder_lr: Stable Diffusion 1.x/2.x has 1 text encoder, got 2 rates"),
+    ("--network_module=networks.nothing", "--network_module: there is no module 'networks.nothing'"),
+    ("--network_module=no_such_package.x", "--network_module: there is no module 'no_such_package.x'"),
+    ("--scale_v_pred_loss_like_noise_pred", "--scale_v_pred_loss_like_noise_pred: needs --v_parameterization"),
+    ("--v_pred_like_loss=.1 --v_parameterization", "--v_pred_like_loss: cannot be used with --v_parameterization"),
+]
+
+
+@pytest.mark.rows("R40", "R183")
+@pytest.mark.parametrize(("flags", "beginning"), REFUSED, ids=[flags for flags, _ in REFUSED])
+def test_what_cannot_work_is_refused(valid, traits, files, flags, beginning):
+    lines = problems(valid(*flags.split()), traits)
+    assert any(line.startswith(beginning) for line in lines), lines
+
+
+ACCEPTED = [
+    "--v2", "--v_parameterization", "--v2 --v_parameterization", "--cache_latents --flip_aug",
+    "--zero_terminal_snr --v_parameterization --min_snr_gamma=5", "--min_snr_gamma=5 --debiased_estimation_loss",
+    "--optimizer_type=adamw8bit", "--optimizer_type=AdamW", "--optimizer_type=sgdnesterov", "--optimizer_type=RMSprop",
+    "--lr_scheduler=constant_with_warmup --lr_warmup_steps=10", "--lr_scheduler=cosine --lr_warmup_steps=10%",
+    '--optimizer_args weight_decay=0.1 betas=0.9,0.99 amsgrad=True mode="x"', "--resolution=448,640",
+    "--resolution=520 --enable_bucket", "--resolution=192 --enable_bucket --bucket_no_upscale",
+    "--resolution=1088 --enable_bucket --max_bucket_reso=1280", "--learning_rate=-1e-7", "--unet_lr=0",
+    "--text_encoder_lr 1e-5", "--multires_noise_iterations=6 --noise_offset=0", "--max_timestep=500",
+    "--mixed_precision=bf16 --xformers", "--log_with=tensorboard --logging_dir=logs",
+]  # fmt: skip
+
+
+@pytest.mark.rows("R39", "R275")
+@pytest.mark.parametrize("flags", ACCEPTED)
+def test_what_works_gives_neither_problem_nor_warning(valid, traits, flags):
+    opts = valid(*flags.split())
+    assert problems(opts, traits) == []
+    assert warnings(opts, traits) == []
+
+
+@pytest.mark.rows("R162")
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_are_accepted(valid, traits, name):
+    assert problems(valid(f"--lr_scheduler={name}"), traits) == []
+
+
+@pytest.mark.rows("C25", "C26", "C33", "C36", "C41", "C86", "C87", "C89", "C90", "C91", "C93")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--logging_dir=logs",
+        "--logging_dir=logs --log_prefix=fine_tune_style1",
+        "--logging_dir=logs --log_prefix=db_style1_",
+        "--optimizer_type=AdamW8bit",
+        "--loss_type huber",
+        "--lr_warmup_steps=0.1 --lr_scheduler=linear",
+        "--lr_warmup_steps=10% --lr_scheduler=linear",
+        "--network_args loraplus_lr_ratio=16",
+        "--network_args loraplus_unet_lr_ratio=16 loraplus_text_encoder_lr_ratio=4",
+        "--network_args loraplus_lr_ratio=16 loraplus_text_encoder_lr_ratio=4",
+        "--loss_type smooth_l1 --huber_schedule snr --huber_c 0.1",
+    ],
+)
+def test_published_fragments_are_accepted(valid, traits, flags):
+    assert problems(valid(*flags.split()), traits) == []
+
+
+def test_the_list_of_torch_optimizers_is_complete():
+    """Adafactor is left out: that name has always meant the one of transformers."""
+    classes = {n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)}
+    assert classes - {"Optimizer", "Adafactor"} <= set(TORCH_OPTIMIZERS)
+
+
+WARNED = [
+    ("--v2 --clip_skip=2", "--clip_skip: 2.x models use"),
+    ("--zero_terminal_snr", "--zero_terminal_snr: meant for --v_parameterization"),
+    ("--zero_terminal_snr --min_snr_gamma=5", "--zero_terminal_snr: meant for --v_parameterization"),
+    ("--sample_every_n_steps=0", "--sample_every_n_steps: must be at least 1, got 0; ignored"),
+    ("--sample_every_n_epochs=-2", "--sample_every_n_epochs: must be at least 1, got -2; ignored"),
+    ("--caption_extention=.txt", "--caption_extention: an older way to say --caption_extension"),
+    ("--use_8bit_adam", "--use_8bit_adam: an older way to say --optimizer_type AdamW8bit"),
+    ("--noise_offset_random_strength", "--noise_offset_random_strength: no effect without --noise_offset"),
+    ("--ip_noise_gamma_random_strength", "--ip_noise_gamma_random_strength: no effect"),
+    ("--sample_at_first", "--sample_at_first: no sample pictures without --sample_prompts"),
+    ("--log_prefix=x", "--log_prefix: no effect without --logging_dir"),
+    ("--save_last_n_epochs=2", "--save_last_n_epochs: no effect without --save_every_n_epochs"),
+    ("--save_last_n_steps=2", "--save_last_n_steps: no effect without --save_every_n_steps"),
+    ("--save_every_n_epochs=2 --save_n_epoch_ratio=3", "--save_every_n_epochs: no effect"),
+    ("--lr_decay_steps=5", "--lr_decay_steps: no effect"),
+    ("--network_train_unet_only --text_encoder_lr 1e-5", "--text_encoder_lr: no effect"),
+    ("--network_train_text_encoder_only --unet_lr=1e-5", "--unet_lr: no effect"),
+    ("--persistent_data_loader_workers --max_data_loader_n_workers=0", "--persistent_data_loader_workers: no effect"),
+    ("--max_train_epochs=2 --max_train_steps=9", "--max_train_steps 9: no effect"),
+]
+
+
+@pytest.mark.rows("R281")
+@pytest.mark.parametrize(("flags", "beginning"), WARNED, ids=[flags for flags, _ in WARNED])
+def test_what_is_probably_not_meant_is_said_but_allowed(valid, traits, flags, beginning):
+    opts = valid(*flags.split())
+    assert problems(opts, traits) == []
+    (line,) = warnings(opts, traits)
+    assert line.startswith(beginning)
+
+
+def test_ignored_sampling_periods_are_gone(valid):
+    assert valid("--sample_every_n_steps=0").sampling.sample_every_n_steps is None
+    assert valid("--sample_every_n_epochs=-2").sampling.sample_every_n_epochs is None
+
+
+def test_a_data_set_file_needs_no_folder_and_no_resolution(parse, traits):
+    base = ("--pretrained_model_name_or_path=m.ckpt", "--output_dir=o", "--network_module=networks")
+    assert problems(parse(*base, "--dataset_config=d.toml"), traits) == []
+    assert len(problems(parse(*base, "--dataset_config=d.yaml"), traits)) == 1
+    (line,) = problems(parse(*base, "--train_data_dir=p"), traits)
+    assert line == "--resolution: missing; give one number, or width,height"
+
+
+def test_sample_prompts_that_exist_are_accepted(valid, traits, files):
+    (files / "p.txt").write_text("a cat")
+    assert problems(valid("--sample_prompts=p.txt", "--sample_every_n_steps=5"), traits) == []

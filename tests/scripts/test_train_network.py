@@ -1,0 +1,244 @@
+"""train_network.py from the outside, on the bundled model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = """# a comment
+
+a sks flower on a black background --w 64 --h 64 --s 3 --d 7
+a red circle --n blue --w 64 --h 64 --s 2
+"""
+
+
+def sha(path: Path) -> str:
+    """Of the weights alone; the metadata holds times."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(path).items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, run_script, train_arguments):
+    """One run that uses most of what a run can do."""
+    out = tmp_path_factory.mktemp("trained")
+    prompts = out / "prompts.txt"
+    prompts.write_text(PROMPTS, encoding="utf-8")
+    command = train_arguments(
+        out,
+        max_train_steps=6,
+        save_every_n_steps=2,
+        save_last_n_steps=2,
+        sample_prompts=prompts,
+        sample_at_first=True,
+        sample_every_n_steps=6,
+        logging_dir=out / "logs",
+        log_prefix="style_",
+        log_config=True,
+        training_comment="a test",
+        network_args=["conv_dim=2", "conv_alpha=1"],
+        gradient_accumulation_steps=2,
+        lr_scheduler="cosine",
+        lr_warmup_steps="10%",
+    )
+    result = run_script(*command)
+    assert result.returncode == 0, result.stderr
+    return out, result
+
+
+@pytest.mark.rows("R15", "R125", "R140", "R289")
+def test_files(trained):
+    out, _ = trained
+    names = sorted(path.name for path in out.glob("*.safetensors"))
+    assert names == ["lora-step00000002.safetensors", "lora-step00000004.safetensors", "lora.safetensors"]
+    assert not [path for path in out.iterdir() if path.name.startswith(".")], "nothing half-written is left behind"
+
+
+@pytest.mark.rows("R277", "R278", "R279", "R282")
+def test_sample_pictures(trained):
+    out, _ = trained
+    names = sorted(path.name for path in (out / "sample").iterdir())
+    shapes = [re.sub(r"\d{14}", "T", name) for name in names]
+    assert [s.rsplit("_T", 1)[0] for s in shapes] == [
+        "lora_000000_00",
+        "lora_000000_01",
+        "lora_000006_00",
+        "lora_000006_01",
+    ]
+    with Image.open(out / "sample" / names[0]) as image:
+        assert image.size == (64, 64)
+        assert image.info["prompt"] == "a sks flower on a black background"
+
+
+@pytest.mark.rows("R232", "R233", "R235", "C26")
+def test_tensorboard(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out, _ = trained
+    (run,) = (out / "logs").iterdir()
+    assert re.fullmatch(r"style_\d{14}", run.name)
+    events = EventAccumulator(str(run / "network_train"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"loss/current", "loss/average", "norm/gradient"} <= set(tags["scalars"])
+    assert [event.step for event in events.Scalars("loss/current")] == [1, 2, 3, 4, 5, 6]
+    assert any(tag.startswith("lr/") for tag in tags["scalars"])
+    assert len(tags["images"]) == 2
+    (text,) = events.Tensors("config/text_summary")
+    assert "learning_rate" in str(text.tensor_proto.string_val)
+
+
+@pytest.mark.rows("R295")
+def test_metadata(trained):
+    out, _ = trained
+    with safe_open(out / "lora.safetensors", "pt") as file:
+        metadata = file.metadata()
+    expected = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "4",
+        "ss_network_alpha": "1.0",
+        "ss_steps": "6",
+        "ss_max_train_steps": "6",
+        "ss_gradient_accumulation_steps": "2",
+        "ss_num_train_images": "160",
+        "ss_base_model_version": "sd_v1",
+        "ss_output_name": "lora",
+        "ss_training_comment": "a test",
+        "ss_sd_model_name": "tiny-sd.safetensors",
+        "ss_seed": "1",
+        "ss_resolution": "(64, 64)",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.title": "lora",
+    }
+    assert {name: metadata.get(name) for name in expected} == expected
+    assert json.loads(metadata["ss_dataset_dirs"]) == {"10_sks flower": {"n_repeats": 10, "img_count": 16}}
+    assert json.loads(metadata["ss_network_args"])["conv_dim"] == "2"
+    data = (out / "lora.safetensors").read_bytes()
+    tensors = data[8 + int.from_bytes(data[:8], "little") :]
+    assert metadata["sshs_model_hash"] == hashlib.sha256(tensors).hexdigest()
+
+
+def test_the_arithmetic_is_printed(trained):
+    _, result = trained
+    assert "160" in result.stderr
+    assert "total: 6 optimizer steps, 1 epochs" in result.stderr
+    assert "ceil(ceil(80 / 1) / 2) = 40" in result.stderr
+
+
+def test_nothing_that_a_user_cannot_act_on_is_printed(trained):
+    _, result = trained
+    noise = [
+        line
+        for line in (result.stdout + result.stderr).splitlines()
+        if re.search(r"xformers|torchvision|bitsandbytes|triton|kernels|FutureWarning|UserWarning|Deprecat", line, re.I)
+    ]
+    assert noise == []
+
+
+@pytest.mark.rows("R287", "R288", "R300")
+def test_conv_dim_reaches_the_3x3_convolutions(trained):
+    out, _ = trained
+    weights = load_file(out / "lora.safetensors")
+    conv = weights["lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight"]
+    assert conv.shape[0] == 2
+    assert conv.shape[2:] == (3, 3)
+    assert weights["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"].shape[0] == 4
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_up" in name)
+
+
+def test_workers_change_nothing(tmp_path, run_script, train_arguments):
+    """Pictures, crops, flips, captions and noise are addressed, not consumed."""
+    hashes = set()
+    for workers in (0, 2):
+        out = tmp_path / str(workers)
+        command = train_arguments(
+            out,
+            cache_latents=None,
+            flip_aug=True,
+            shuffle_caption=True,
+            caption_separator=" ",
+            caption_dropout_rate=0.2,
+            max_data_loader_n_workers=workers,
+        )
+        result = run_script(*command)
+        assert result.returncode == 0, result.stderr
+        hashes.add(sha(out / "lora.safetensors"))
+    assert len(hashes) == 1
+
+
+@pytest.mark.rows("R176", "R177", "R156")
+def test_launched_by_accelerate_in_bf16_with_checkpointing(tmp_path, run_script, train_arguments):
+    command = train_arguments(
+        tmp_path,
+        mixed_precision="bf16",
+        gradient_checkpointing=True,
+        gradient_accumulation_steps=2,
+        optimizer_type="AdamW8bit",
+        save_precision="fp16",
+        network_train_unet_only=True,
+        max_train_steps=None,
+        max_train_epochs=1,
+        train_batch_size=16,
+        xformers=True,
+    )
+    launcher = ("-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1", "--cpu")
+    result = run_script(*command, launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    assert "sdpa is used instead" in result.stderr
+    weights = load_file(tmp_path / "lora.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float16}
+    assert not [name for name in weights if name.startswith("lora_te")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pretrained_model_name_or_path": "no_such.safetensors"}, "no_such.safetensors"),
+        ({"train_data_dir": "no_such_folder"}, "no_such_folder"),
+        ({"network_dim": 0}, "--network_dim"),
+        ({"learning_rat": 1}, None),  # an abbreviation that argparse has always taken
+        ({"learnign_rate": 1}, "learning_rate"),
+        ({"resume": "state"}, "not available yet"),
+        ({"network_module": "networks.lorra"}, "networks.lorra"),
+        ({"mixed_precision": "fp61"}, "fp61"),
+        ({"network_weights": "README.md"}, "README.md"),
+        ({"sample_prompts": "no_such.txt", "sample_at_first": True}, "no_such.txt"),
+        ({"lr_warmup_steps": 10}, "warm"),
+    ],
+)
+def test_mistakes_are_one_clear_line(tmp_path, run_script, train_arguments, changes, said):
+    result = run_script(*train_arguments(tmp_path, **changes, max_train_steps=1))
+    if said is None:
+        assert result.returncode == 0, result.stderr
+        return
+    assert result.returncode == 2, result.stderr
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.rows("R4")
+def test_help_is_instant_and_light(run_script):
+    probe = (
+        "import sys, time; start = time.time(); sys.argv = ['train_network.py', '--help']\n"
+        "import runpy\n"
+        "try: runpy.run_path('train_network.py', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'accelerate', 'PIL', 'cv2'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = run_script("-c", probe)
+    assert result.returncode == 0, result.stderr
+    assert "--network_module" in result.stdout

@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import pytest
+
+from library.training.saving import SavePlan, remove
+
+
+def plan(**changes) -> SavePlan:
+    values = {
+        "folder": Path("out"),
+        "name": None,
+        "suffix": ".safetensors",
+        "every_epochs": None,
+        "every_steps": None,
+        "last_epochs": None,
+        "last_steps": None,
+    }
+    return SavePlan(**{**values, **changes})
+
+
+@pytest.mark.rows("R125")
+def test_names():
+    named = plan(name="style")
+    assert named.epoch_path(3).name == "style-000003.safetensors"
+    assert named.step_path(250).name == "style-step00000250.safetensors"
+    assert named.final_path().name == "style.safetensors"
+    bare = plan(suffix="")
+    assert [p.name for p in (bare.epoch_path(1), bare.step_path(2), bare.final_path())] == [
+        "epoch-000001",
+        "at-step00000002",
+        "last",
+    ]
+
+
+@pytest.mark.rows("R140")
+def test_every_n_epochs_leaves_the_last_epoch_to_the_final_model():
+    saves = plan(every_epochs=2)
+    assert [epoch for epoch in range(1, 9) if saves.after_epoch(epoch, 8)] == [2, 4, 6]
+
+
+def test_retention_by_epochs():
+    saves = plan(every_epochs=2, last_epochs=2)
+    removed = {epoch: saves.after_epoch(epoch, 20)[1] for epoch in (2, 4, 6, 8)}
+    assert removed[2] is None
+    assert removed[4].name == "epoch-000000.safetensors"  # a file that was never written: nothing is deleted
+    assert removed[6].name == "epoch-000002.safetensors"
+    assert removed[8].name == "epoch-000004.safetensors"
+
+
+def test_retention_by_steps_as_in_the_worked_example():
+    """Every 10, last 30: at step 50 the file of step 10 goes."""
+    saves = plan(every_steps=10, last_steps=30)
+    assert saves.after_step(50)[1].name == "at-step00000010.safetensors"
+    assert saves.after_step(55) is None
+    assert saves.after_step(30)[1] is None
+
+
+def test_only_the_exact_name_is_deleted(tmp_path):
+    for name in ("epoch-000002.safetensors", "epoch-000002.safetensors.bak", "my-epoch-000002.safetensors"):
+        (tmp_path / name).write_text("x")
+    remove(tmp_path / "epoch-000002.safetensors")
+    remove(tmp_path / "epoch-000002.safetensors")  # missing files are no mistake
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "epoch-000002.safetensors.bak",
+        "my-epoch-000002.safetensors",
+    ]
