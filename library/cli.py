@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from library.training.loop import Run, RunFacts
     from library.types import Models
 
-# name -> (package of the family, its adapter class); `<package>.options` holds TRAITS and needs no torch
+# name -> (package of the family, its adapter class in `<package>.adapter`); `<package>.options` holds TRAITS and
+# `<package>.variants` `check_paths(opts)`, both without torch
 FAMILIES = {"sd": ("library.families.sd", "SdFamily")}
+# name -> (module, its class); `<module>_args` holds `check_options(opts)`, without torch
 METHODS = {"network": ("library.methods.network", "NetworkMethod")}
 
 
@@ -105,6 +107,7 @@ def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Opt
     problems = list(validation.problems(opts, traits))
     specs: list[Any] = []
     if not problems:  # the options make sense: now the files that they name
+        problems += importlib.import_module(f"{METHODS[method_name][0]}_args").check_options(opts)
         problems += importlib.import_module(f"{package}.variants").check_paths(opts)
         try:
             specs = build_specs(opts, traits)

@@ -51,15 +51,23 @@ class Batch:
     text: TextCond | None = None  # cached text-encoder outputs
     keys: list[str] = field(default_factory=list)  # the pictures' paths, for messages
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with `change` applied to every tensor."""
+
+        def apply(value: Any) -> Any:
+            if isinstance(value, TextCond):
+                return value.map(change)
+            return change(value) if hasattr(value, "dtype") else value
+
+        return replace(self, **{name: apply(value) for name, value in vars(self).items()})
+
     def to(self, device: Any) -> Batch:
         """Moves every tensor without waiting for it."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(value: Any) -> Any:
-            if isinstance(value, TextCond):
-                return value.map(move)
-            return value.to(device, non_blocking=True) if hasattr(value, "to") else value
-
-        return replace(self, **{name: move(value) for name, value in vars(self).items()})
+    def pin_memory(self) -> Batch:
+        """What a DataLoader calls, so that `to` need not wait for pageable memory."""
+        return self.map(lambda tensor: tensor.pin_memory())
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from library.errors import UserError
 from library.runtime.seeds import generator
 from networks import functional
 from networks.base import AdapterLayer, Network, add_to_weights, live_modules
-from networks.lora_args import UNET_25, BlockLayout, LoraArgs, parse, rank_and_alpha, without_effect
+from networks.lora_args import UNET_25, BlockLayout, LoraArgs, parse, rank_and_alpha
 
 if TYPE_CHECKING:
     from library.types import LoraTarget, Models
@@ -244,15 +244,6 @@ def merge(targets: Sequence[LoraTarget], models: Models, file: LoraFile, multipl
             raise UserError(f"{file.path}: {key}: {error}; was it made for another model?") from error
         add_to_weights(models, by_key[key], change * multiplier)
     return len(entries), len(file.entries) - len(entries)
-
-
-def check(args: Mapping[str, str], *, ranks_from_file: bool, layout: BlockLayout = UNET_25) -> list[str]:
-    """What can be said about the arguments without a model: a warning for each that has no effect.
-
-    Raises: UserError: arguments that `create` would refuse.
-    """
-    parse(args, layout)
-    return without_effect(args, ranks_from_file=ranks_from_file)
 
 
 def _parsed(args: Mapping[str, str], dropout: float | None, layout: BlockLayout) -> LoraArgs:

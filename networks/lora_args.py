@@ -143,6 +143,15 @@ def parse(args: Mapping[str, str], layout: BlockLayout = UNET_25) -> LoraArgs:
     return parsed
 
 
+def check(args: Mapping[str, str], *, ranks_from_file: bool, layout: BlockLayout = UNET_25) -> list[str]:
+    """What can be said about the arguments without a model: a warning for each that has no effect.
+
+    Raises: UserError: arguments that `networks.lora.create` would refuse.
+    """
+    parse(args, layout)
+    return without_effect(args, ranks_from_file=ranks_from_file)
+
+
 def without_effect(args: Mapping[str, str], *, ranks_from_file: bool = False) -> list[str]:
     """A line for every argument that does nothing in this company."""
     needs = {

@@ -94,6 +94,7 @@ def make_loader(
         collate_fn=_as_is,
         num_workers=workers,
         persistent_workers=persistent and workers > 0,
+        pin_memory=torch.cuda.is_available(),  # so that Batch.to does not wait
         # A DataLoader draws a seed for its workers; from a stream of its own, so that training's stream is untouched.
         generator=torch.Generator().manual_seed(data.seed),
     )

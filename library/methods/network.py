@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -17,6 +16,7 @@ from library.checkpoints.metadata import finalise
 from library.checkpoints.writing import write_safetensors, write_torch
 from library.errors import UserError
 from library.methods.base import Method
+from library.methods.network_args import require_network_module, split_args
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
@@ -41,11 +41,6 @@ class NetworkMethod(Method):
         self._args = split_args(opts.method.network_args)
         self._network: Network | None = None
         self._rates: dict[str, float] = {}
-        bases, multipliers = opts.method.base_weights or [], opts.method.base_weights_multiplier or []
-        if len(multipliers) > len(bases):
-            raise UserError(f"--base_weights_multiplier: {len(multipliers)} values for {len(bases)} --base_weights")
-        for line in self._module.check(self._args, ranks_from_file=opts.method.dim_from_weights):
-            LOGGER.warning("%s", line)
 
     # ---- what is trained
 
@@ -190,32 +185,11 @@ def _nothing_trained(rates: dict[str, float]) -> str:
 
 def network_module(name: str | None) -> ModuleType:
     """The module that `--network_module` names. Raises: UserError: missing, not a network, or not available yet."""
-    try:
-        found = bool(name) and importlib.util.find_spec(name) is not None
-    except (ModuleNotFoundError, ValueError):
-        found = False
-    if not found:
-        raise UserError(f"--network_module: there is no module named {name!r}; networks.lora trains LoRA")
-    if not name.startswith("networks."):
-        raise UserError(f"--network_module: {name}: modules of others are not available yet; networks.lora is")
+    require_network_module(name)
     module = importlib.import_module(name)
     if not hasattr(module, "create"):
         raise UserError(f"--network_module: {name} is no kind of network; networks.lora trains LoRA")
     return module
-
-
-def split_args(entries: list[str] | None) -> dict[str, str]:
-    """``["conv_dim=4", ...]`` to a dict, split at the first "=". Raises: UserError: no "=", or a name twice."""
-    args: dict[str, str] = {}
-    for entry in entries or []:
-        name, equals, value = entry.partition("=")
-        name = name.strip()
-        if not equals or not name:
-            raise UserError(f"--network_args: {entry!r} is not name=value, e.g. conv_dim=4")
-        if name in args:
-            raise UserError(f"--network_args: {name} is given twice")
-        args[name] = value.strip()
-    return args
 
 
 def part_rates(opts: Options, text_encoders: tuple[str, ...]) -> dict[str, float]:

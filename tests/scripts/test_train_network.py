@@ -107,7 +107,7 @@ def test_metadata(trained):
     expected = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": "4",
-        "ss_network_alpha": "1.0",
+        "ss_network_alpha": "1",
         "ss_steps": "6",
         "ss_max_train_steps": "6",
         "ss_gradient_accumulation_steps": "2",

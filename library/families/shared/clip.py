@@ -94,7 +94,7 @@ def encode_clip(text_encoder: nn.Module, input_ids: Tensor, clip_skip: int | Non
     import torch
 
     batch, chunks, length = input_ids.shape
-    flat = input_ids.reshape(batch * chunks, length).to(text_encoder.device)
+    flat = input_ids.reshape(batch * chunks, length).to(text_encoder.device, non_blocking=True)
     states = _states(text_encoder, flat, clip_skip).reshape(batch, chunks, length, -1)
     inner = states[:, :, 1:-1].flatten(1, 2)
     return torch.cat([states[:, 0, :1], inner, states[:, -1, -1:]], dim=1)

@@ -1,0 +1,63 @@
+"""What can be said about a network's options before torch is imported."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING
+
+from library.errors import UserError
+from library.runtime.logs import LOGGER
+
+if TYPE_CHECKING:
+    from library.options.base import Options
+
+
+def check_options(opts: Options) -> list[str]:
+    """One line for each thing to mend; arguments that have no effect are logged as warnings.
+
+    A network module may have a neighbour `<module>_args` whose `check(args, ranks_from_file=...)` knows its arguments.
+    """
+    options, problems = opts.method, []
+    bases, multipliers = options.base_weights or [], options.base_weights_multiplier or []
+    if len(multipliers) > len(bases):
+        problems.append(f"--base_weights_multiplier: {len(multipliers)} values for {len(bases)} --base_weights")
+    try:
+        require_network_module(options.network_module)
+        args = split_args(options.network_args)
+        if _exists(f"{options.network_module}_args"):
+            module = importlib.import_module(f"{options.network_module}_args")
+            for line in module.check(args, ranks_from_file=options.dim_from_weights):
+                LOGGER.warning("%s", line)
+    except UserError as error:
+        problems += error.problems
+    return problems
+
+
+def require_network_module(name: str | None) -> None:
+    """Raises: UserError: there is no such module, or it is not one of ours."""
+    if not name or not _exists(name):
+        raise UserError(f"--network_module: there is no module named {name!r}; networks.lora trains LoRA")
+    if not name.startswith("networks."):
+        raise UserError(f"--network_module: {name}: modules of others are not available yet; networks.lora is")
+
+
+def _exists(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ModuleNotFoundError, ValueError):
+        return False
+
+
+def split_args(entries: list[str] | None) -> dict[str, str]:
+    """``["conv_dim=4", ...]`` to a dict, split at the first "=". Raises: UserError: no "=", or a name twice."""
+    args: dict[str, str] = {}
+    for entry in entries or []:
+        name, equals, value = entry.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise UserError(f"--network_args: {entry!r} is not name=value, e.g. conv_dim=4")
+        if name in args:
+            raise UserError(f"--network_args: {name} is given twice")
+        args[name] = value.strip()
+    return args
