@@ -29,6 +29,8 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 
 import pictures as pic
 
+from library.runtime import logs
+
 SCALE = 0.18215  # Stable Diffusion 1.x multiplies VAE latents by this before the denoiser sees them
 TEXT_WIDTH, TEXT_LAYERS = 64, 4
 
@@ -327,12 +329,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for intermediate results")
     parser.add_argument("--stage", choices=["all", "vae", "denoiser", "export"], default="all")
     parser.add_argument("--vae_steps", type=int, default=6000)
-    parser.add_argument("--steps", type=int, default=5000, help="steps of the denoiser and the text encoder")
+    parser.add_argument("--steps", type=int, default=3500, help="steps of the denoiser and the text encoder")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--pictures", type=int, default=24000, help="scenes the denoiser is trained on")
 
     parser.add_argument("--target", type=Path, default=HERE / "tiny-sd.safetensors", help="where the model goes")
     args = parser.parse_args()
+    logs.quiet_third_parties()
     args.work.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.stage in ("all", "vae"):

@@ -82,9 +82,10 @@ def train(run: Run) -> RunFacts:
         run.method.start_epoch(facts.epoch)
         for group in _groups_of(_batches(run, facts.epoch), run.plan.accumulation):
             losses = _accumulate(run, parts, group, facts)
+            rates = run.schedule.get_last_lr()
             gradient_norm = _update(run, parameters)
             facts.step += 1
-            report.step(facts, losses, gradient_norm)
+            report.step(facts.step, losses, gradient_norm, rates)
             if main:
                 _after_step(run, facts, report)
             if facts.step >= run.plan.total_steps:
@@ -135,7 +136,8 @@ def _update(run: Run, parameters: list[Tensor]) -> Tensor | None:
     if limit:
         norm = run.accelerator.clip_grad_norm_(parameters, limit)
     run.optimizer.step()
-    run.schedule.step()
+    if not run.optimizer.step_was_skipped:  # the fp16 scaler leaves out steps that overflowed
+        run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.method.after_step()
     return norm
@@ -165,8 +167,7 @@ def average_gradients(parameters: list[Tensor], world: int) -> None:
 
 def _after_step(run: Run, facts: RunFacts, report: _Report) -> None:
     due = run.saves.after_step(facts.step)
-    # The last step's file is the final model's.
-    if due and facts.step < run.plan.total_steps:
+    if due:
         report.drain(wait=True)
         _save(run, facts, *due)
     if run.preview.due(facts.step):
@@ -210,13 +211,13 @@ class _Report:
         self._rates: dict[int, dict[str, float]] = {}
         self._mean: float | None = None
 
-    def step(self, facts: RunFacts, losses: list[Tensor], gradient_norm: Tensor | None) -> None:
+    def step(self, step: int, losses: list[Tensor], gradient_norm: Tensor | None, rates: list[float]) -> None:
         values = {"loss/current": torch.stack(losses).mean()}
         if gradient_norm is not None:
             values["norm/gradient"] = gradient_norm
-        self._queue.push(facts.step, values)
-        groups = zip(self._run.optimizer.param_groups, self._run.schedule.get_last_lr(), strict=True)
-        self._rates[facts.step] = {f"lr/{group.get('name', i)}": rate for i, (group, rate) in enumerate(groups)}
+        self._queue.push(step, values)
+        groups = zip(self._run.optimizer.param_groups, rates, strict=True)
+        self._rates[step] = {f"lr/{group['name']}": rate for group, rate in groups}
         self._bar.update()
         self.drain()
 

@@ -76,6 +76,7 @@ def table(folder, side=128, **subset):
     return {"resolution": side, "batch_size": 2, "subsets": [{"image_dir": str(folder), "class_tokens": "x", **subset}]}
 
 
+@pytest.mark.rows("R180", "R181")
 def test_cached_batches_equal_encoded_ones(folder, load):
     tables = [table(folder, 128, flip_aug=True, num_repeats=2), table(folder, 64)]
     plain, cached = load(*tables), load(*tables)

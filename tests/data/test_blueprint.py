@@ -90,7 +90,7 @@ image_dir = "{dir}"
 """
 
 
-@pytest.mark.rows("R240", "R241", "R242", "R243", "R244", "R245")
+@pytest.mark.rows("R223", "R224", "R240", "R241", "R242", "R243", "R244", "R245")
 def test_every_level_of_the_fallback(pictures, write_config, make_opts, traits):
     file = write_config("\ufeff" + CONFIG.replace("{dir}", str(pictures)))
     opts = make_opts(
@@ -108,6 +108,16 @@ def test_every_level_of_the_fallback(pictures, write_config, make_opts, traits):
     assert all(s.captions.caption_prefix == "p" and not s.captions.shuffle_caption for s in (one, two, three))
     assert two.class_tokens == "ünïcode 猫"
     assert one.captions.caption_separator == ","
+
+
+@pytest.mark.rows("R225")
+def test_flags_say_the_same_as_a_config(tmp_path, draw, write_config, make_opts, traits):
+    folder = draw(tmp_path / "train" / "3_sks dog" / "a.png").parent
+    subset = {"image_dir": str(folder), "num_repeats": 3, "class_tokens": "sks dog"}
+    file = write_config({"datasets": [{"resolution": [448, 640], "batch_size": 5, "subsets": [subset]}]})
+    flags = make_opts(train_data_dir=str(tmp_path / "train"), resolution="448,640", train_batch_size=5)
+    assert build_specs(flags, traits) == build_specs(make_opts(dataset_config=file), traits)
+    assert build_specs(flags, traits)[0].batch_size == 5
 
 
 def test_json_says_the_same(pictures, write_config, make_opts, traits):

@@ -53,6 +53,19 @@ def test_separator_fixes_both_ends():
     assert all(result.startswith("a, b, ") and result.endswith(", f, g") for result in results)
 
 
+@pytest.mark.rows("C96")
+def test_the_published_caption_with_two_marks():
+    raw = "1girl, hatsune miku, vocaloid ||| stage, mic ||| best quality, rating: general"
+    start, end = "1girl, hatsune miku, vocaloid, ", "best quality, rating: general"
+    marks = {"keep_tokens_separator": "|||"}
+    assert caption(raw, **marks) == f"{start}stage, mic, {end}"
+    assert outcomes(raw, shuffle_caption=True, **marks) == {
+        f"{start}{middle}, {end}" for middle in ("stage, mic", "mic, stage")
+    }
+    dropped = outcomes(raw, caption_tag_dropout_rate=0.5, **marks)
+    assert dropped == {f"{start}{middle}{end}" for middle in ("stage, mic, ", "stage, ", "mic, ", "")}
+
+
 def test_separator_overrides_keep_tokens_and_drops_empties():
     options = {"shuffle_caption": True, "keep_tokens_separator": "|||"}
     assert outcomes("a,,b, ||| c", keep_tokens=1, **options) == {"a, b, c"}

@@ -47,7 +47,7 @@ def repeats(data):
     return [count for _, count in names(data)]
 
 
-@pytest.mark.rows("R209", "R214")
+@pytest.mark.rows("R59", "R209", "R214")
 def test_repeats_order_and_captions(tmp_path, draw, load):
     for name in ("b.png", "a.PNG", "C.Jpg", "10.webp"):
         draw(tmp_path / "3_sks dog" / name)
@@ -72,6 +72,49 @@ def test_too_few_regularisation_pictures_repeat_in_turn(tmp_path, draw, load):
     assert repeats(data) == [3, 3, 3, 3, 3, 3]
     assert data.num_train_images == data.num_reg_images == 9
     assert [record.caption for record in data.records[3:]] == ["one", "two", "two"]
+
+
+@pytest.mark.rows("R203")
+def test_an_identifier_and_a_class_are_the_prompt(tmp_path, draw, load):
+    draw(tmp_path / "20_shs dog" / "a.png")
+    assert [batch.captions for batch in load(tmp_path).loader(1)] == [["shs dog"]] * 20
+
+
+@pytest.mark.rows("R59", "R199")
+@pytest.mark.parametrize("extension", [None, ".caption", ".txt", ".my_words"])
+def test_captions_lie_beside_pictures(tmp_path, draw, load, extension):
+    """Every kind of file is there; the one in force decides. Another picture's words are not taken."""
+    for ending in (".caption", ".txt", ".my_words"):
+        draw(tmp_path / "1_x" / "a.png", caption=f"a cat, says {ending}", extension=ending)
+    draw(tmp_path / "1_x" / "b.png")
+    given = {} if extension is None else {"caption_extension": extension}
+    data = load(tmp_path, train_batch_size=2, **given)
+    (batch,) = data.loader(1)
+    assert sorted(batch.captions) == [f"a cat, says {extension or '.caption'}", "x"]
+
+
+@pytest.mark.rows("R200")
+def test_captions_are_shuffled_on_request_only(tmp_path, draw, load):
+    draw(tmp_path / "1_x" / "a.png", caption="a, b, c, d")
+
+    def seen(**options):
+        data = load(tmp_path, **options)
+        return {batch.captions[0] for epoch in range(1, 30) for batch in data.loader(epoch)}
+
+    assert seen() == {"a, b, c, d"}
+    assert len({words[0] for words in seen(shuffle_caption=True)}) == 4  # no token is kept first
+    assert {words[0] for words in seen(shuffle_caption=True, keep_tokens=1)} == {"a"}
+
+
+@pytest.mark.rows("R215")
+def test_regularisation_pictures_are_items_among_others(tmp_path, draw, load):
+    for name in ("a.png", "b.png"):
+        draw(tmp_path / "train" / "2_x" / name)
+        draw(tmp_path / "reg" / "2_y" / name)
+    data = load(tmp_path / "train", reg_data_dir=str(tmp_path / "reg"), train_batch_size=2)
+    batches = list(data.loader(1))
+    assert [len(batch.pixels) for batch in batches] == [2] * 4  # a batch is as large as asked for, not twice that
+    assert Counter(caption for batch in batches for caption in batch.captions) == {"x": 4, "y": 4}
 
 
 @pytest.mark.rows("R209")
@@ -116,6 +159,78 @@ def test_batches_hold_one_bucket_and_everything_once(tmp_path, draw, load):
     assert seen == dict.fromkeys(sizes, 2)
     assert sorted(shapes) == [(1, 3, 64, 192), (1, 3, 128, 128), (2, 3, 192, 64), (3, 3, 64, 192), (3, 3, 128, 128)]
     assert data.batches_per_epoch == 5 == len(data.plan(1))
+
+
+@pytest.mark.rows("R56")
+def test_pictures_of_any_size_in_any_folder(tmp_path, draw, make_opts, write_config, traits):
+    folder = tmp_path / "Fotos (2023)" / "ünï 猫"
+    sizes = [(1, 1), (31, 9), (64, 64), (1920, 1080), (1000, 30), (37, 900)]
+    for width, height in sizes:
+        draw(folder / f"{width}x{height}.png", (width, height))
+    subset = {"image_dir": str(folder), "class_tokens": "x"}
+    file = write_config({"datasets": [{"resolution": 128, "subsets": [subset]}]})
+    opts = make_opts(dataset_config=file, **{**BUCKETS, "resolution": None})
+    data = build_training_data(build_specs(opts, traits), opts, traits, 1)
+    shapes = {key.rsplit("/")[-1]: batch.pixels.shape[2:] for batch in data.loader(1) for key in batch.keys}
+    assert shapes == {
+        "1x1.png": (128, 128),
+        "31x9.png": (64, 192),  # height, width: of the buckets 1:1, 3:1, 4:1 the one nearest in shape
+        "64x64.png": (128, 128),
+        "1920x1080.png": (128, 128),
+        "1000x30.png": (64, 256),
+        "37x900.png": (256, 64),
+    }
+
+
+@pytest.mark.rows("R198", "R201")
+def test_dataset_repeats_lengthens_the_epoch(tmp_path, draw, make_opts, write_config, traits):
+    for name in ("silent/a.png", "silent/b.png", "own/c.png"):
+        draw(tmp_path / name)
+    subsets = [{"image_dir": str(tmp_path / "silent")}, {"image_dir": str(tmp_path / "own"), "num_repeats": 2}]
+    file = write_config({"datasets": [{"resolution": 64, "subsets": subsets}]})
+
+    def seen(**options):
+        opts = make_opts(dataset_config=file, **options)
+        data = build_training_data(build_specs(opts, traits), opts, traits, 1)
+        return Counter(batch.keys[0].rsplit("/")[-1] for batch in data.loader(1))
+
+    assert seen() == {"a.png": 1, "b.png": 1, "c.png": 2}
+    assert seen(dataset_repeats=3) == {"a.png": 3, "b.png": 3, "c.png": 2}
+
+
+@pytest.mark.rows("C64")
+def test_three_resolutions_and_batch_sizes_over_one_folder(tmp_path, draw, make_opts, write_config, traits):
+    """The config as published, with its spaces and its marks."""
+    folder = tmp_path / "path" / "to" / "image" / "dir"
+    for number in range(5):
+        draw(folder / f"{number}.png", caption="1girl ||| stage, mic ||| best quality", extension=".txt")
+    general = """
+[general]
+flip_aug = true
+color_aug = false
+keep_tokens_separator= "|||"
+shuffle_caption = false
+caption_tag_dropout_rate = 0
+caption_extension = ".txt"
+"""
+    dataset = """
+[[datasets]]
+batch_size = {batch}
+enable_bucket = true
+resolution = [{side}, {side}]
+
+  [[datasets.subsets]]
+  image_dir = "{folder}"
+  num_repeats = 1
+"""
+    parts = [dataset.format(batch=b, side=s, folder=folder.as_posix()) for b, s in ((2, 1024), (3, 768), (4, 512))]
+    opts = make_opts(dataset_config=write_config(general + "".join(parts)))
+    data = build_training_data(build_specs(opts, traits), opts, traits, 1)
+    batches = list(data.loader(1))
+    assert sorted((batch.pixels.shape[3], len(batch.pixels)) for batch in batches) == [
+        (512, 1), (512, 4), (768, 2), (768, 3), (1024, 1), (1024, 2), (1024, 2),
+    ]  # fmt: skip
+    assert {caption for batch in batches for caption in batch.captions} == {"1girl, stage, mic, best quality"}
 
 
 def test_plan_depends_on_seed_and_epoch_only(tmp_path, draw, load):
@@ -295,7 +410,7 @@ def test_face_crop_without_buckets(tmp_path, draw, load):
     assert next(iter(data.loader(1))).pixels.shape == (1, 3, 64, 64)
 
 
-@pytest.mark.rows("R245")
+@pytest.mark.rows("R224", "R245")
 def test_one_folder_at_two_resolutions(tmp_path, draw, make_opts, write_config, traits):
     folder = draw(tmp_path / "p" / "a.png", (200, 200)).parent
     draw(folder / "b.png", (200, 200))

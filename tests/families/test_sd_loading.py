@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
@@ -15,11 +15,15 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from library.errors import UserError
 from library.families.sd.adapter import SdFamily
 from library.families.sd.loading import load_model, load_vae
-from library.families.shared.clip import public_state
+from library.families.shared.clip import final_layer_norm, live_name, public_state
+from library.objectives.objective import build_objective
+from library.options.parsing import parse_options
+from library.options.scripts import groups_for
 from library.types import Models
 from tests.builders import sd_options, tiny_sd, write_tiny_sd1, write_tiny_sd2
 
@@ -136,6 +140,51 @@ def test_what_v2_changes():
         attention = [m for m in models.denoiser.modules() if type(m).__name__ == "Attention"]
         assert {a.heads for a in attention} == set(heads)
         assert models.text_encoders["te"].config.hidden_act == activation
+
+
+@pytest.mark.rows("R132", "R135")
+def test_v_parameterization_changes_what_is_predicted_and_nothing_else(tmp_path):
+    path, original = write_tiny_sd2(tmp_path / "tiny.safetensors"), tiny_sd(True)
+    latents, times = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    draws = {}
+    for flags in (("--v2",), ("--v2", "--v_parameterization")):
+        opts = parse_options(groups_for("sd", "network"), [f"--pretrained_model_name_or_path={path}", *flags])
+        family = SdFamily(opts)
+        models = family.load()
+        assert_same_state(models.denoiser.state_dict(), original.denoiser.state_dict())
+        assert_same_state(public_state(models.text_encoders["te"]), public_state(original.text_encoders["te"]))
+        assert models.tokenizers["te"].pad_token_id == 0
+        objective = build_objective(family.traits.objective, family.prediction_type(), opts)
+        draws[flags[-1]] = objective.draw(latents, torch.Generator().manual_seed(3), times)
+    base, v = draws["--v2"], draws["--v_parameterization"]
+    assert torch.equal(base.noisy, v.noisy)
+    assert torch.equal(base.target, base.noise)
+    # float32 tables on both sides
+    assert_close(v.target, scheduler.get_velocity(latents, v.noise, times), atol=1e-5, rtol=0)
+
+
+@pytest.mark.rows("R21")
+def test_v2_takes_the_layer_before_the_last(tmp_path):
+    """The file's last layer is a layer of its own here. Reference: the whole encoder in transformers, told to skip."""
+    tensors = load_file(write_tiny_sd2(tmp_path / "written.safetensors"))
+    last = "cond_stage_model.model.transformer.resblocks.3."
+    tensors |= {key: torch.randn_like(value) / 8 for key, value in tensors.items() if key.startswith(last)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    family = SdFamily(sd_options(tmp_path / "model.safetensors", v2=True))
+    models = family.load()
+    ours = models.text_encoders["te"]
+    assert ours.config.num_hidden_layers == 3
+
+    whole = CLIPTextModel(CLIPTextConfig(**{**ours.config.to_dict(), "num_hidden_layers": 4})).eval()
+    converted = convert_open_clip_checkpoint(whole, tensors)
+    whole.load_state_dict({live_name(whole, k): v for k, v in converted.items() if k != "text_projection.weight"})
+    ids = models.tokenizers["te"](["a red house"], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        states = whole(ids, output_hidden_states=True)
+        actual = family.encode_text(models, ["a red house"]).tensors["context"]
+        assert_close(actual, final_layer_norm(whole)(states.hidden_states[-2]), atol=1e-5, rtol=0)
+        assert (actual - states.last_hidden_state).abs().max() > 1e-2
 
 
 def test_shapes_decide_widths_depths_and_heads(tmp_path):

@@ -48,6 +48,7 @@ def family_for(path, v2: bool, **options) -> SdFamily:
     return SdFamily(sd_options(path, v2=v2, **options))
 
 
+@pytest.mark.rows("R123")
 def test_reading_and_writing_gives_the_same_bytes(v2, tmp_path):
     published(tmp_path / "model.safetensors", v2)
     family = family_for(tmp_path / "model.safetensors", v2)
@@ -119,7 +120,7 @@ def test_a_source_that_vanished_costs_only_the_unused_tensors(tmp_path, caplog):
     assert_same(load_model(str(tmp_path / "again.safetensors"), False), models)
 
 
-@pytest.mark.rows("R128")
+@pytest.mark.rows("R123", "R128")
 def test_the_given_vae_is_in_the_saved_model(tmp_path):
     path = write_tiny_sd1(tmp_path / "model.safetensors")
     other = write_tiny_sd1(tmp_path / "other.safetensors", seed=5, dtype=torch.bfloat16)
@@ -144,7 +145,7 @@ def assert_same(parts, models) -> None:
             assert torch.equal(ours[name], value), name
 
 
-@pytest.mark.rows("R118", "R122")
+@pytest.mark.rows("R118", "R119", "R122")
 @pytest.mark.parametrize("save_as", ["diffusers", "diffusers_safetensors"])
 def test_diffusers_opens_the_folder_offline(v2, save_as, tmp_path):
     """Its own pipeline runs one step, and the parts equal the models that were saved."""
@@ -159,7 +160,10 @@ def test_diffusers_opens_the_folder_offline(v2, save_as, tmp_path):
         pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "pipe", local_files_only=True)
     assert pipeline.safety_checker is None
     assert pipeline.scheduler.config.prediction_type == ("v_prediction" if v2 else "epsilon")
+    betas = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")
+    assert [pipeline.scheduler.config[name] for name in betas] == [0.00085, 0.012, "scaled_linear", 1000]
     assert pipeline.tokenizer.pad_token_id == (0 if v2 else 49407)
+    assert pipeline.tokenizer("a red house").input_ids == [49406, 320, 736, 1212, 49407]
     assert pipeline.unet.dtype == torch.float32  # save_precision acts on single files only
     out = pipeline("a red house", num_inference_steps=1, output_type="latent", height=64, width=64)
     assert torch.isfinite(out.images).all()

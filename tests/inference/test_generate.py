@@ -9,9 +9,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from library.families.sd.adapter import SdFamily
 from library.inference.generate import decode, generate, sample_latents, total_steps
 from library.inference.pictures import to_pictures
 from library.inference.prompts import SamplePrompt
+from tests.builders import sd_options, tiny_sd
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # diffusers with newer numpy
 
@@ -39,6 +41,11 @@ CLASSES = {
 
 
 def pipeline_latents(family, models, prompt: SamplePrompt, prediction: str = "epsilon") -> torch.Tensor:
+    states = (family.encode_text(models, [text]).tensors["states"] for text in (prompt.prompt, prompt.negative_prompt))
+    return latents_of_states(models, prompt, *states, prediction)
+
+
+def latents_of_states(models, prompt: SamplePrompt, states, negative_states, prediction="epsilon") -> torch.Tensor:
     scheduler = CLASSES[prompt.sampler].from_config({**SD_CONFIG, "prediction_type": prediction})
     pipe = StableDiffusionPipeline(
         vae=models.vae,
@@ -52,8 +59,8 @@ def pipeline_latents(family, models, prompt: SamplePrompt, prediction: str = "ep
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe(
-        prompt_embeds=family.encode_text(models, [prompt.prompt]).tensors["states"],
-        negative_prompt_embeds=family.encode_text(models, [prompt.negative_prompt]).tensors["states"],
+        prompt_embeds=states,
+        negative_prompt_embeds=negative_states,
         width=prompt.width,
         height=prompt.height,
         num_inference_steps=prompt.steps,
@@ -85,6 +92,26 @@ def test_scale_zero_is_the_negative_prompt_alone(models, make_family):
     zero = sample_latents(make_family(), models, [replace(PROMPT, scale=0.0)], CPU)
     negative = replace(PROMPT, prompt=PROMPT.negative_prompt, scale=1.0)
     torch.testing.assert_close(zero, sample_latents(make_family(), models, [negative], CPU), rtol=0, atol=1e-5)
+
+
+@pytest.mark.rows("R280")
+def test_brackets_weigh_words_in_both_prompts():
+    """Reference: the plain words' states, scaled by hand, given to diffusers. --weighted_captions is not asked for."""
+    family, models = SdFamily(sd_options("")), tiny_sd()
+    # "a red house tree" stands at 1 to 4, "blue lake" at 1 and 2
+    with torch.no_grad():
+        plain, negative = (
+            family.encode_text(models, [t]).tensors["context"] for t in ("a red house tree", "blue lake")
+        )
+    weights, negative_weights = torch.ones(77), torch.ones(77)
+    weights[2], weights[3], weights[4], negative_weights[2] = 1.5, 1 / 1.1, 1.1, 0.5
+    prompt = replace(PROMPT, prompt="a (red:1.5) [house] (tree)", negative_prompt="blue (lake:0.5)", scale=3.0)
+    ours = sample_latents(family, models, [prompt], CPU)
+    weighted = plain * weights[:, None], negative * negative_weights[:, None]
+    # same operations in float32; latents are of order 1 to 10
+    assert (ours - latents_of_states(models, prompt, *weighted)).abs().max() < 1e-4
+    assert (ours - latents_of_states(models, prompt, plain, negative)).abs().max() > 1e-2
+    assert (ours - latents_of_states(models, prompt, weighted[0], negative)).abs().max() > 1e-2
 
 
 def test_texts_of_different_length_are_computed_apart(models, make_family):

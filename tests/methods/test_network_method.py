@@ -113,6 +113,27 @@ def test_rates(given, expected, tmp_path):
     assert ("lora_unet_attn" in keys) == any(name.startswith("unet") for name in expected)
 
 
+@pytest.mark.rows("R299")
+@pytest.mark.parametrize("rank", range(1, 65))
+def test_every_rank_and_alpha_up_to_it(rank, tmp_path):
+    """The file holds them, and the layer acts with alpha / rank. The least, a middling and the largest alpha."""
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(rank))
+    for alpha in {1, (1 + rank) / 2, rank}:
+        models = toy_models()
+        bare = models.denoiser.attn(x)
+        method = attached(models, network_dim=rank, network_alpha=alpha)
+        for parameter in method.trainable().parameters():
+            parameter.data.normal_(0, 0.3)
+        tensors, _ = saved(method, tmp_path / "a.safetensors")
+        down, up = (tensors[f"lora_unet_attn.lora_{side}.weight"] for side in ("down", "up"))
+        assert (down.shape, up.shape) == ((rank, 6), (6, rank))
+        assert tensors["lora_unet_attn.alpha"] == alpha
+        # float32 sums of up to 64 numbers
+        torch.testing.assert_close(
+            models.denoiser.attn(x) - bare, alpha / rank * x @ down.T @ up.T, atol=1e-5, rtol=1e-4
+        )
+
+
 @pytest.mark.parametrize(
     "given",
     [

@@ -22,6 +22,7 @@ def reference(kind: str, d: float, c: float) -> float:
     }[kind]
 
 
+@pytest.mark.rows("R258")
 @pytest.mark.parametrize("kind", ["l2", "l1", "huber", "smooth_l1"])
 def test_pointwise_losses_match_their_formulas(kind):
     differences = [-3.0, -0.5, 0.0, 0.01, 0.1, 1.0, 10.0]
@@ -39,6 +40,7 @@ def test_huber_types_have_the_published_values():
     assert losses.pointwise(one, zero, "smooth_l1", c).item() == pytest.approx(1.809975, abs=1e-6)
 
 
+@pytest.mark.rows("R259")
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.errors import UserError
 from library.objectives.objective import DdpmObjective, build_objective
+from library.options.parsing import parse_options
+from library.options.scripts import groups_for
 
 NOISE = {
     "noise_offset": None,
@@ -203,6 +205,32 @@ def test_loss_matches_its_definition(prediction, changes, masked):
     assert loss.shape == (6,)
     # float32 means of 384 numbers, and weights through a square root
     torch.testing.assert_close(loss.double(), reference_loss(prediction, draw, masks, **changes), rtol=5e-6, atol=1e-8)
+
+
+@pytest.mark.rows("R258", "R259", "R261")
+@pytest.mark.parametrize(
+    ("flags", "meaning"),
+    [
+        ((), {"loss_type": "l2"}),
+        (("--loss_type=huber",), {"loss_type": "huber", "huber_schedule": "snr", "huber_c": 0.1}),
+        (("--loss_type=smooth_l1",), {"loss_type": "smooth_l1", "huber_schedule": "snr", "huber_c": 0.1}),
+        (
+            ("--loss_type=huber", "--huber_schedule=exponential"),
+            {"loss_type": "huber", "huber_schedule": "exponential", "huber_c": 0.1},
+        ),
+        (
+            ("--loss_type=smooth_l1", "--huber_schedule=constant", "--huber_c=0.3"),
+            {"loss_type": "smooth_l1", "huber_schedule": "constant", "huber_c": 0.3},
+        ),
+    ],
+)
+def test_what_flags_alone_ask_for(flags, meaning):
+    """The flags as they are parsed, with the defaults of all that is left out."""
+    objective = build_objective("ddpm", "epsilon", parse_options(groups_for("sd", "network"), flags))
+    draw = objective.draw(LATENTS, rng(), TIMES)
+    loss = objective.loss(PREDICTION, draw, WEIGHTS)
+    # float32 means of 384 numbers, and weights through a square root
+    torch.testing.assert_close(loss.double(), reference_loss("epsilon", draw, None, **meaning), rtol=5e-6, atol=1e-8)
 
 
 def test_every_accepted_combination_is_finite():

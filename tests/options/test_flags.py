@@ -28,7 +28,7 @@ def test_no_flag_is_missing_and_none_is_new(actions):
     assert len(FACTS) == 193
 
 
-@pytest.mark.rows("R26", "R27", "R137", "R177", "R194")
+@pytest.mark.rows("R26", "R27", "R137", "R177", "R194", "R199", "R200", "R258", "R259", "R261")
 @pytest.mark.parametrize("dest", FACTS)
 def test_flag_is_as_it_was(actions, dest):
     fact, action = FACTS[dest], actions[dest]

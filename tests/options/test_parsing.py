@@ -134,17 +134,26 @@ def test_file_values_are_typed(parse, tmp_path):
     assert parse("--config_file", file).data.resolution == "640"
 
 
-@pytest.mark.rows("C97", "C98", "C101", "C102")
+@pytest.mark.rows("C97", "C98", "C99", "C101", "C102")
 def test_settings_of_notebooks(parse, tmp_path):
     file = write(
         tmp_path,
-        "network_dim = 32\noptimizer_type = 'AdamW8bit'\nmax_token_length = 225\nbucket_no_upscale = false\n",
+        "network_dim = 32\noptimizer_type = 'AdamW8bit'\nmax_token_length = 225\nbucket_no_upscale = false\n"
+        'mixed_precision = "fp16"\n',
     )
     opts = parse("--config_file", file)
     assert opts.method.network_dim == 32
     assert opts.optimizer.optimizer_type == "AdamW8bit"
     assert opts.family.max_token_length == 225
     assert opts.data.bucket_no_upscale is False
+    assert opts.memory.mixed_precision == "fp16"
+
+
+@pytest.mark.rows("C27", "R200")
+def test_keep_tokens_in_the_form_with_an_equals_sign(parse):
+    assert parse("--keep_tokens=1").data.keep_tokens == 1
+    assert parse().data.keep_tokens == 0
+    assert parse().data.shuffle_caption is False
 
 
 def test_everything_wrong_in_a_file_is_told_at_once(parse, tmp_path):

@@ -128,7 +128,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.rows("R40", "R183")
+@pytest.mark.rows("R40", "R181", "R183")
 @pytest.mark.parametrize(("flags", "beginning"), REFUSED, ids=[flags for flags, _ in REFUSED])
 def test_what_cannot_work_is_refused(valid, traits, files, flags, beginning):
     lines = problems(valid(*flags.split()), traits)
@@ -145,10 +145,12 @@ ACCEPTED = [
     "--resolution=1088 --enable_bucket --max_bucket_reso=1280", "--learning_rate=-1e-7", "--unet_lr=0",
     "--text_encoder_lr 1e-5", "--multires_noise_iterations=6 --noise_offset=0", "--max_timestep=500",
     "--mixed_precision=bf16 --xformers", "--log_with=tensorboard --logging_dir=logs",
+    "--network_dim=1 --network_alpha=1", "--network_dim=64 --network_alpha=64", "--network_dim=64 --network_alpha=1",
+    "--network_dim=3 --network_alpha=2.5",
 ]  # fmt: skip
 
 
-@pytest.mark.rows("R39", "R275")
+@pytest.mark.rows("R39", "R181", "R275", "R299")
 @pytest.mark.parametrize("flags", ACCEPTED)
 def test_what_works_gives_neither_problem_nor_warning(valid, traits, flags):
     opts = valid(*flags.split())
@@ -162,13 +164,14 @@ def test_schedules_are_accepted(valid, traits, name):
     assert problems(valid(f"--lr_scheduler={name}"), traits) == []
 
 
-@pytest.mark.rows("C25", "C26", "C33", "C36", "C41", "C86", "C87", "C89", "C90", "C91", "C93")
+@pytest.mark.rows("C25", "C26", "C27", "C33", "C36", "C41", "C86", "C87", "C89", "C90", "C91", "C93")
 @pytest.mark.parametrize(
     "flags",
     [
         "--logging_dir=logs",
         "--logging_dir=logs --log_prefix=fine_tune_style1",
         "--logging_dir=logs --log_prefix=db_style1_",
+        "--keep_tokens=1",
         "--optimizer_type=AdamW8bit",
         "--loss_type huber",
         "--lr_warmup_steps=0.1 --lr_scheduler=linear",
@@ -212,7 +215,7 @@ WARNED = [
 ]
 
 
-@pytest.mark.rows("R281")
+@pytest.mark.rows("R21", "R281")
 @pytest.mark.parametrize(("flags", "beginning"), WARNED, ids=[flags for flags, _ in WARNED])
 def test_what_is_probably_not_meant_is_said_but_allowed(valid, traits, flags, beginning):
     opts = valid(*flags.split())
@@ -226,6 +229,7 @@ def test_ignored_sampling_periods_are_gone(valid):
     assert valid("--sample_every_n_epochs=-2").sampling.sample_every_n_epochs is None
 
 
+@pytest.mark.rows("R223")
 def test_a_data_set_file_needs_no_folder_and_no_resolution(parse, traits):
     base = ("--pretrained_model_name_or_path=m.ckpt", "--output_dir=o", "--network_module=networks")
     assert problems(parse(*base, "--dataset_config=d.toml"), traits) == []

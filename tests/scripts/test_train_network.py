@@ -50,7 +50,7 @@ def trained(tmp_path_factory, run_script, train_arguments):
         network_args=["conv_dim=2", "conv_alpha=1"],
         gradient_accumulation_steps=2,
         lr_scheduler="cosine",
-        lr_warmup_steps="10%",
+        lr_warmup_steps=1,
     )
     result = run_script(*command)
     assert result.returncode == 0, result.stderr
@@ -61,7 +61,7 @@ def trained(tmp_path_factory, run_script, train_arguments):
 def test_files(trained):
     out, _ = trained
     names = sorted(path.name for path in out.glob("*.safetensors"))
-    assert names == ["lora-step00000002.safetensors", "lora-step00000004.safetensors", "lora.safetensors"]
+    assert names == ["lora-step00000004.safetensors", "lora-step00000006.safetensors", "lora.safetensors"]
     assert not [path for path in out.iterdir() if path.name.startswith(".")], "nothing half-written is left behind"
 
 
@@ -93,7 +93,9 @@ def test_tensorboard(trained):
     tags = events.Tags()
     assert {"loss/current", "loss/average", "norm/gradient"} <= set(tags["scalars"])
     assert [event.step for event in events.Scalars("loss/current")] == [1, 2, 3, 4, 5, 6]
-    assert any(tag.startswith("lr/") for tag in tags["scalars"])
+    rates = [event.value for event in events.Scalars("lr/unet")]
+    assert rates[0] == 0, "a warm-up begins at 0"
+    assert rates[1] == pytest.approx(1e-3)
     assert len(tags["images"]) == 2
     (text,) = events.Tensors("config/text_summary")
     assert "learning_rate" in str(text.tensor_proto.string_val)

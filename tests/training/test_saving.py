@@ -18,7 +18,7 @@ def plan(**changes) -> SavePlan:
     return SavePlan(**{**values, **changes})
 
 
-@pytest.mark.rows("R125")
+@pytest.mark.rows("R125", "R126")
 def test_names():
     named = plan(name="style")
     assert named.epoch_path(3).name == "style-000003.safetensors"
@@ -29,6 +29,10 @@ def test_names():
         "epoch-000001",
         "at-step00000002",
         "last",
+    ]
+    assert [plan(suffix=suffix).final_path().name for suffix in (".safetensors", ".ckpt")] == [
+        "last.safetensors",
+        "last.ckpt",
     ]
 
 

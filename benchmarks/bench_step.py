@@ -1,0 +1,127 @@
+"""What a training step costs beyond the mathematics: ours against a bare diffusers + peft step, in one process.
+
+    python benchmarks/bench_step.py
+
+Both train the same LoRA (rank 8 on the U-Net's attention and feed-forward layers) on the bundled model, on the same
+latents and text states, alternating, so that a machine's mood falls on both. The figure that counts is the ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from library import cli
+from library.methods.network import NetworkMethod
+from library.objectives.objective import build_objective
+from library.runtime import seeds
+from library.training.step import StepParts, training_step
+from library.types import Batch, TextCond
+
+MODEL = ROOT / "examples" / "tiny_model" / "tiny-sd.safetensors"
+ARGUMENTS = [f"--pretrained_model_name_or_path={MODEL}", "--network_module=networks.lora", "--network_dim=8"]
+
+
+def make_batch(size: int, side: int, device: torch.device) -> Batch:
+    """Random latents and text states; their values do not matter to the time."""
+    torch.manual_seed(0)
+    sizes = torch.full((size, 2), side * 8)
+    batch = Batch(
+        captions=[""] * size,
+        latents=torch.randn(size, 4, side, side),
+        pixels=None,
+        loss_weights=torch.ones(size),
+        masks=None,
+        original_sizes=sizes,
+        crop_top_lefts=torch.zeros_like(sizes),
+        target_sizes=sizes,
+        text=TextCond({"context": torch.randn(size, 77, 64)}),
+    )
+    return batch.to(device)
+
+
+def our_step(batch: Batch, device: torch.device) -> Callable[[], None]:
+    family, models = cli.load_family("sd", [*ARGUMENTS, "--network_train_unet_only", "--seed=1"])
+    method = NetworkMethod(family.opts)
+    method.attach(family, models)
+    models.denoiser.to(device).train()
+    method.trainable().to(device).train()
+    objective = build_objective(family.traits.objective, family.prediction_type(), family.opts)
+    parts = StepParts(family, models, objective, grad_text=False)
+    optimizer = torch.optim.AdamW(method.parameter_groups(), lr=1e-4, fused=True)
+    numbers = iter(range(sys.maxsize))
+
+    def step() -> None:
+        rng = seeds.generator(device, 1, "noise", next(numbers))
+        training_step(parts, batch, rng).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def bare_step(batch: Batch, device: torch.device) -> Callable[[], None]:
+    """The shortest correct loop one would write with diffusers and peft."""
+    from diffusers import DDPMScheduler
+    from peft import LoraConfig
+
+    _, models = cli.load_family("sd", ARGUMENTS)
+    unet = models.denoiser.to(device).train()
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+    unet.add_adapter(LoraConfig(r=8, lora_alpha=1, target_modules=layers))
+    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    context = batch.text.tensors["context"]
+
+    def step() -> None:
+        noise = torch.randn_like(batch.latents)
+        t = torch.randint(0, 1000, (len(noise),), device=device)
+        prediction = unet(schedule.add_noise(batch.latents, noise, t), t, context).sample
+        torch.nn.functional.mse_loss(prediction, noise).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def timed(step: Callable[[], None], device: torch.device) -> float:
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--side", type=int, default=16, help="latent side; pixels / 8")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each, after 3 that are not timed")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = make_batch(args.batch, args.side, device)
+    steps = {"ours": our_step(batch, device), "bare diffusers + peft": bare_step(batch, device)}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for round_number in range(args.steps + 3):
+        for name, step in steps.items():
+            seconds = timed(step, device)
+            if round_number >= 3:
+                times[name].append(seconds)
+    for name, seconds in times.items():
+        spread = f"{min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f}"
+        print(f"{name}: median {statistics.median(seconds) * 1e3:.1f} ms per step ({spread})")
+    ratio = statistics.median(o / b for o, b in zip(*times.values(), strict=True))
+    print(f"ours / bare: {ratio:.3f} (median of paired steps)")
+
+
+if __name__ == "__main__":
+    main()
