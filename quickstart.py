@@ -21,11 +21,12 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 MODEL = "examples/tiny_model/tiny-sd.safetensors"
 OUT = "demo_out"
-STEPS = 300
+STEPS = 500
 TRAIN = [
     "train_network.py",
     f"--pretrained_model_name_or_path={MODEL}",
     "--train_data_dir=examples/concept",
+    "--reg_data_dir=examples/regularisation",
     f"--output_dir={OUT}",
     "--output_name=sks_flower",
     "--resolution=64",

@@ -163,9 +163,9 @@ def shape_mask(shape: str, side: int) -> np.ndarray:
         ellipse(0.5, 0.5, 0.5)
         ellipse(0.74, 0.40, 0.40, fill=0)
     elif shape == CONCEPT_CLASS:
-        for x, y in _regular(6, (0.32,) * 6):
-            ellipse(x, y, 0.175)
-        ellipse(0.5, 0.5, 0.22)
+        for x, y in _regular(5, (0.30,) * 5):
+            ellipse(x, y, 0.20)
+        ellipse(0.5, 0.5, 0.20)
     else:
         raise KeyError(shape)
     return np.asarray(image)
@@ -314,7 +314,7 @@ def write_concept(folder: Path, count: int = 16, seed: int = 7) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         background = list(BACKGROUNDS)[i % len(BACKGROUNDS)]
-        size = list(SIZES)[i % len(SIZES)]
+        size = ("medium", "large")[i // 2 % 2]
         position = "center" if i % 2 == 0 else rng.choice(list(POSITIONS))
         scene = Scene(CONCEPT_CLASS, "pink", background, size, position)
         width, height = [(128, 128), (160, 160), (192, 192)][i % 3]
@@ -325,6 +325,17 @@ def write_concept(folder: Path, count: int = 16, seed: int = 7) -> None:
         if position != "center":
             words += f" at the {position}"
         (target / f"flower_{i:02d}.caption").write_text(f"{words} on a {background} background\n", encoding="utf-8")
+
+
+def write_regularisation(folder: Path, count: int = 48, seed: int = 8) -> None:
+    """Writes pictures of what the model knows already: training on them too keeps a LoRA from changing it."""
+    rng = Random(seed)
+    target = folder / "1_figure"
+    target.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        scene = random_scene(rng)
+        draw(scene, rng).save(target / f"figure_{i:02d}.png")
+        (target / f"figure_{i:02d}.caption").write_text(full_caption(scene) + "\n", encoding="utf-8")
 
 
 def sheet(images: list[Image.Image], columns: int, scale: int = 2) -> Image.Image:
@@ -341,7 +352,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preview", type=Path, help="write a sheet of random scenes to this file")
     parser.add_argument("--concept", type=Path, help="write the concept's pictures and captions to this folder")
+    parser.add_argument("--regularisation", type=Path, help="write regularisation pictures to this folder")
     args = parser.parse_args()
+    if args.regularisation:
+        write_regularisation(args.regularisation)
     if args.preview:
         rng = Random(0)
         scenes = [random_scene(rng) for _ in range(64)]

@@ -45,7 +45,7 @@ def shown(network: Path | None, texts: list[str]) -> list[pic.Reading]:
 
 def concept_texts() -> list[str]:
     names = list(pic.BACKGROUNDS)
-    return [f"a sks flower on a {names[i % len(names)]} background" for i in range(COUNT)]
+    return [f"a large sks flower on a {names[i % len(names)]} background" for i in range(COUNT)]
 
 
 @pytest.mark.slow
@@ -54,7 +54,7 @@ def test_the_concept_is_learned(lora):
     after = sum(reading.concept for reading in shown(lora, concept_texts()))
     print(f"pictures that show the concept: {before} of {COUNT} without, {after} of {COUNT} with the LoRA")
     assert before <= COUNT * 0.1
-    assert after >= COUNT * 0.7
+    assert after >= COUNT * 0.8
 
 
 @pytest.mark.slow
@@ -62,4 +62,4 @@ def test_other_prompts_still_work(lora):
     scenes = [("red", "circle"), ("blue", "star"), ("green", "square"), ("yellow", "heart"), ("cyan", "cross")] * 4
     readings = shown(lora, [f"a large {color} {shape} on a black background" for color, shape in scenes])
     right = sum((r.color, r.shape) == scene for r, scene in zip(readings, scenes, strict=True))
-    assert right >= len(scenes) * 0.6
+    assert right >= len(scenes) * 0.75
