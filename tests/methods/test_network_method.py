@@ -13,6 +13,7 @@ from torch import nn
 
 from library.errors import UserError
 from library.methods.network import NetworkMethod
+from library.methods.network_args import check_options
 from library.options.base import Given, build_options
 from library.options.network import NetworkOptions
 from library.options.optimizer import OptimizerOptions
@@ -41,10 +42,14 @@ def toy_models():
     return Models(Block(6), {"te": Block(5)}, {}, Block(3))
 
 
-def method_for(**given):
+def options_for(**given):
     given = {"network_module": "networks.lora", "learning_rate": 1e-3, "seed": 5, **given}
     groups = [NetworkOptions, OptimizerOptions, SavingOptions, TrainingOptions]
-    return NetworkMethod(build_options(groups, {name: Given(value, "test") for name, value in given.items()}))
+    return build_options(groups, {name: Given(value, "test") for name, value in given.items()})
+
+
+def method_for(**given):
+    return NetworkMethod(options_for(**given))
 
 
 def attached(models=None, **given):
@@ -158,14 +163,26 @@ def test_nothing_to_train_is_an_error(given):
         ({"network_module": "lycoris.kohya"}, "lycoris.kohya: modules of others are not available yet"),
         ({"network_args": ["conv_dim"]}, "'conv_dim' is not name=value"),
         ({"network_args": ["conv_dim=1", "conv_dim=2"]}, "conv_dim is given twice"),
-        ({"network_args": ["conv_dmi=1"]}, "did you mean 'conv_dim'"),
-        ({"base_weights_multiplier": [1.0]}, "1 values for 0 --base_weights"),
     ],
 )
 def test_wrong_options_are_refused_before_a_model_is_read(given, message):
     with pytest.raises(UserError) as caught:
         method_for(**given)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"network_args": ["conv_dmi=1"]}, "did you mean 'conv_dim'"),
+        ({"network_args": ["conv_dim"]}, "'conv_dim' is not name=value"),
+        ({"network_module": "networks.lorra"}, "there is no module named 'networks.lorra'"),
+        ({"base_weights_multiplier": [1.0]}, "1 values for 0 --base_weights"),
+    ],
+)
+def test_wrong_options_are_known_without_torch(given, message):
+    (problem,) = check_options(options_for(**given))
+    assert message in problem
 
 
 def test_training_changes_the_output_through_the_network_only():
