@@ -12,6 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
@@ -199,7 +200,8 @@ def _make_accelerator(opts: Options) -> Accelerator:
         )
     if chosen == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a GPU, and torch finds none; use bf16 or no")
-    return Accelerator(mixed_precision=chosen)
+    # Told so, accelerate also joins several processes on CPUs; left to itself it would take each for the only one.
+    return Accelerator(mixed_precision=chosen, cpu=not torch.accelerator.is_available())
 
 
 def _agreed_seed(opts: Options, accelerator: Accelerator) -> int:
@@ -233,7 +235,8 @@ def _cache_latents(opts: Options, family: Family, models: Any, data: Any, accele
         rng = seeds.generator(accelerator.device, opts.training.seed, "latents", next(calls))
         return family.encode_images(models, pixels.to(accelerator.device), generator=rng).float().cpu()
 
-    cache_latents_in_memory(data, encode, opts.data.vae_batch_size)
+    bar = partial(logs.progress, disable=not accelerator.is_main_process)
+    cache_latents_in_memory(data, encode, opts.data.vae_batch_size, progress=bar)
 
 
 def _metadata_maker(

@@ -52,7 +52,6 @@ def make_schedule(
             specific = {
                 "num_cycles": cycles / 2,
                 "num_decay_steps": decay,
-                "num_stable_steps": total_steps - warmup - decay,
                 "min_lr_ratio": options.lr_scheduler_min_lr_ratio or 0.0,
             }
     return get_scheduler(

@@ -204,6 +204,15 @@ def test_launched_by_accelerate_in_bf16_with_checkpointing(tmp_path, run_script,
     assert not [name for name in weights if name.startswith("lora_te")]
 
 
+def test_two_processes_share_the_work_and_one_writes(tmp_path, run_script, train_arguments):
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617")
+    result = run_script(*train_arguments(tmp_path, seed=None), launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    assert "processes: 2" in result.stderr
+    assert "ceil(ceil(80 / 2) / 1) = 40" in result.stderr
+    assert result.stderr.count("saved ") == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
