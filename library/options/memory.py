@@ -25,7 +25,9 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
     sdpa: bool = opt(False, "attention by torch's scaled_dot_product_attention, which is also the default")
     gradient_checkpointing: bool = opt(False, "compute activations again in the backward pass: less memory, slower")
     mixed_precision: Literal["no", "fp16", "bf16"] = opt("no", "number format of the computation; no means float32")
-    lowram: bool = opt(False, "load the model straight to the GPU, for machines with little main memory")
+    lowram: bool = opt(
+        False, "load the model straight to the GPU, for machines with little main memory", later="loading to the GPU"
+    )
     highvram: bool = opt(False, "keep what fits on the GPU and do not empty its cache: faster")
     torch_compile: bool = opt(False, "compile the model for speed", later=_COMPILE)
     dynamo_backend: Literal[
