@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from library.methods.base import Method
     from library.options.base import Options
     from library.training.loop import Run, RunFacts
+    from library.training.plan import RunPlan
     from library.types import Models
 
 # name -> (package of the family, its adapter class in `<package>.adapter`); `<package>.options` holds TRAITS and
@@ -82,15 +84,25 @@ def _train(family_name: str, method_name: str, argv: Sequence[str]) -> None:
     accelerator = _make_accelerator(opts)
     opts = opts.replaced(seed=_agreed_seed(opts, accelerator))
 
-    from library.data.dataset import build_training_data
+    from library.runtime.processes import Processes
 
-    data = build_training_data(specs, opts, traits, opts.training.seed)
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    main = accelerator.is_main_process
+    if not main:
+        processes.wait()  # and find in the index what the first process has seen
+    data = _data_builder(opts.data.dataset_class)(specs, opts, traits, opts.training.seed, main=main)
+    if main:
+        processes.wait()
     for line in data.report():
         LOGGER.info("%s", line)
+    run_plan = _plan_run(opts, data, accelerator)
+    if opts.data.debug_dataset:
+        _show_data(data, opts, accelerator)
+        return
 
     from library.training.loop import train
 
-    train(_assemble(opts, family_name, method_name, data, accelerator))
+    train(_assemble(opts, family_name, method_name, data, run_plan, accelerator))
 
 
 def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Options, list[Any], FamilyTraits]:
@@ -121,7 +133,24 @@ def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Opt
     return opts, specs, traits
 
 
-def _assemble(opts: Options, family_name: str, method_name: str, data: Any, accelerator: Accelerator) -> Run:
+def _plan_run(opts: Options, data: Any, accelerator: Accelerator) -> RunPlan:
+    from library.training.plan import make_plan
+
+    run_plan = make_plan(
+        data.batches_per_epoch,
+        accelerator.num_processes,
+        opts.training.gradient_accumulation_steps,
+        steps=opts.training.max_train_steps,
+        epochs=opts.training.max_train_epochs,
+        by_default="max_train_steps" not in opts.explicit,
+    )
+    data.set_total_steps(run_plan.total_steps)
+    return run_plan
+
+
+def _assemble(
+    opts: Options, family_name: str, method_name: str, data: Any, run_plan: RunPlan, accelerator: Accelerator
+) -> Run:
     """Loads the model and puts the run together, up to the last thing before the first step."""
     from library.inference.preview import Preview
     from library.memory.attention import set_attention
@@ -132,28 +161,23 @@ def _assemble(opts: Options, family_name: str, method_name: str, data: Any, acce
     from library.training.optimizers import make_optimizer
     from library.training.saving import make_save_plan
     from library.training.tracking import Tracker
+    from library.training.validation import Validation
 
     family, method = _make(FAMILIES[family_name], opts, "adapter"), _make(METHODS[method_name], opts)
     preview = Preview.from_options(opts, family)
-    run_plan = plan.make_plan(
-        data.batches_per_epoch,
-        accelerator.num_processes,
-        opts.training.gradient_accumulation_steps,
-        steps=opts.training.max_train_steps,
-        epochs=opts.training.max_train_epochs,
-        by_default="max_train_steps" not in opts.explicit,
-    )
-    data.set_total_steps(run_plan.total_steps)
     started = time.time()
     models = family.load()
+    cache = _latent_cache(opts, family, models, data)
     LOGGER.info("loaded %s in %.1f s", opts.model.pretrained_model_name_or_path, time.time() - started)
     method.attach(family, models)
     grad_text = method.trains_text_encoder()
     placement.place(models, opts, accelerator.device, grad_text=grad_text)
     method.trainable().to(accelerator.device)
     attention = set_attention(models.denoiser, opts.memory)
-    if opts.data.cache_latents:
-        _cache_latents(opts, family, models, data, accelerator)
+    if cache is not None:
+        cache(_latent_encoder(opts, family, models, accelerator))
+        if accelerator.is_main_process:
+            data.index.save()
         placement.release_vae(models, opts)
     optimizer = make_optimizer(method.parameter_groups(), opts.optimizer)
     schedule = make_schedule(optimizer, opts.optimizer, run_plan.total_steps)
@@ -177,6 +201,7 @@ def _assemble(opts: Options, family_name: str, method_name: str, data: Any, acce
         schedule=schedule,
         saves=saves,
         preview=preview,
+        validation=Validation(opts, data.held_out, opts.training.seed),
         tracker=Tracker(opts, f"{method_name}_train", enabled=accelerator.is_main_process),
         make_metadata=_metadata_maker(opts, family, method, models, data, run_plan, optimizer),
         save_dtype=_save_dtype(opts),
@@ -222,21 +247,72 @@ def _save_dtype(opts: Options) -> torch.dtype | None:
     return names[opts.saving.save_precision]
 
 
-def _cache_latents(opts: Options, family: Family, models: Any, data: Any, accelerator: Accelerator) -> None:
+def _data_builder(name: str | None) -> Any:
+    """`build_training_data`, or what --dataset_class names in its place.
+
+    Raises: UserError: there is no such thing.
+    """
+    if name is None:
+        from library.data.dataset import build_training_data
+
+        return build_training_data
+    module, _, attribute = name.rpartition(".")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--dataset_class: {name} cannot be imported ({error})") from None
+    finally:
+        sys.path.remove(os.getcwd())
+
+
+def _latent_cache(opts: Options, family: Family, models: Any, data: Any) -> Any:
+    """What caches the latents once it is given an encoder; None: pictures are encoded whenever they come up.
+
+    Metadata data sets whose latents all lie beside the pictures use them without being asked to: preparing them is
+    what they were prepared for.
+    """
+    from library.caching import latents
+    from library.caching.latent_files import CacheLayout
+    from library.checkpoints.hashes import weights_fingerprint
+
+    traits, options = family.traits, opts.data
+    layout = CacheLayout(traits.cache_suffix, traits.latent_channels, traits.cache_keys_by_size)
+    on_disk = options.cache_latents_to_disk or any(not record.present for record in data.all_records)
+    if not on_disk and not options.cache_latents and data.is_prepared():
+        on_disk = latents.files_are_there(data, layout)
+    if on_disk:
+        vae = weights_fingerprint(models.vae)
+        check = not options.skip_cache_check
+        return partial(latents.cache_on_disk, data, layout=layout, vae=vae, check=check)
+    return partial(latents.cache_in_memory, data) if options.cache_latents else None
+
+
+def _latent_encoder(opts: Options, family: Family, models: Any, accelerator: Accelerator) -> Any:
     import torch
 
-    from library.caching.latents import cache_latents_in_memory
-    from library.runtime import seeds
-
-    calls = iter(range(sys.maxsize))
+    from library.caching.latents import Encoder
+    from library.runtime.processes import Processes
 
     @torch.no_grad()
-    def encode(pixels: torch.Tensor) -> torch.Tensor:
-        rng = seeds.generator(accelerator.device, opts.training.seed, "latents", next(calls))
-        return family.encode_images(models, pixels.to(accelerator.device), generator=rng).float().cpu()
+    def encode(pixels: torch.Tensor, rngs: list[torch.Generator]) -> torch.Tensor:
+        return family.encode_images(models, pixels.to(accelerator.device), generator=rngs)
 
     bar = partial(logs.progress, disable=not accelerator.is_main_process)
-    cache_latents_in_memory(data, encode, opts.data.vae_batch_size, progress=bar)
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    return Encoder(encode, opts.data.vae_batch_size, opts.training.seed, processes, bar)
+
+
+def _show_data(data: Any, opts: Options, accelerator: Accelerator) -> None:
+    """--debug_dataset."""
+    if not accelerator.is_main_process:
+        return
+    from library.data.contact_sheet import show, write_sheets
+
+    folder = Path(opts.saving.output_dir or ".") / "debug_dataset"
+    sheets = write_sheets(data, folder)
+    LOGGER.info("%d contact sheets in %s; nothing was trained (--debug_dataset)", len(sheets), folder)
+    show(sheets)
 
 
 def _metadata_maker(

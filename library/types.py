@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,12 +44,14 @@ class Batch:
     latents: Tensor | None  # (B, C, H/8, W/8) as caches hold them (see Family.encode_images), or None: encode `pixels`
     pixels: Tensor | None  # (B, 3, H, W) in [-1, 1], or None when latents are cached
     loss_weights: Tensor  # (B,); prior_loss_weight for regularisation images, else 1
-    masks: Tensor | None  # (B, 1, H, W) in [0, 1], or None
+    masks: Tensor | None  # (B, 1, H, W) in [0, 1] at the picture's or the latents' size, or None: everything counts
     original_sizes: Tensor  # (B, 2) int, (width, height) of the pictures on disk
     crop_top_lefts: Tensor  # (B, 2) int, (top, left) as formats record it (crop_ltrb)
     target_sizes: Tensor  # (B, 2) int, (width, height) of the bucket
     text: TextCond | None = None  # cached text-encoder outputs
     keys: list[str] = field(default_factory=list)  # the pictures' paths, for messages
+    network_multiplier: float = 1.0  # strength of a trained network for this batch
+    attributes: list[Mapping[str, Any] | None] = field(default_factory=list)  # custom_attributes of the dataset config
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `change` applied to every tensor."""

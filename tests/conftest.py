@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported, so it comes before every import of ours
 
+os.environ["TRAINSCRIPTS_CACHE"] = tempfile.mkdtemp(prefix="trainscripts-tests-")  # the user's own is not touched
+
 from library.runtime.logs import LOGGER
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(os.environ["TRAINSCRIPTS_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,16 +1,17 @@
-"""`python tools/option_tables.py` writes the option tables in docs/options/ from the groups."""
+"""`python tools/option_tables.py` writes docs/options/: every script's options and the dataset config's keys."""
 
 from __future__ import annotations
 
 import pkgutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import library.families
+from library.data.config_schema import DATASET, GENERAL, KEYS, NOT_IN_STYLE, SUBSET, Key
 from library.options import scripts
 from library.options.base import Option, OptionGroup, options_of
 
@@ -44,10 +45,63 @@ def render(script: str, groups: Iterable[type[OptionGroup]]) -> str:
 
 def pages() -> Iterator[tuple[Path, str]]:
     """File and content of every page."""
+    helps: dict[str, str] = {}
     for _, family, is_package in pkgutil.iter_modules(library.families.__path__):
         if is_package and (Path(library.families.__path__[0]) / family / "options.py").is_file():
             for script, method in scripts.scripts_of(family).items():
-                yield DOCS / f"{script}.md", render(script, scripts.groups_for(family, method))
+                groups = scripts.groups_for(family, method)
+                helps |= {option.flag: option.details.help for group in groups for option in options_of(group)}
+                yield DOCS / f"{script}.md", render(script, groups)
+    yield DOCS / "dataset_config.md", render_keys(helps)
+
+
+def render_keys(helps: Mapping[str, str]) -> str:
+    """The page about the keys of a dataset config, in Markdown. `helps` are those of the flags."""
+    lines = [
+        "# Keys of a dataset config",
+        "",
+        "Made by `python tools/option_tables.py` from `library/data/config_schema.py`; do not edit. The guide with",
+        "examples is [dataset_config.md](../dataset_config.md).",
+        "",
+        "A value is looked for in the subset, then in its dataset, in `[general]`, on the command line, and last in",
+        "the built-in default. *Where* says which tables may hold the key: G `[general]`, D `[[datasets]]`, S",
+        "`[[datasets.subsets]]`.",
+        "",
+        "| key | where | values | default | flag | meaning |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [_key_row(name, key, helps) for name, key in KEYS.items()]
+    lines += ["", "Keys without a meaning in some kinds of subset:", ""]
+    lines += [f"- with `{style}`: {', '.join(f'`{key}`' for key in keys)}" for style, keys in NOT_IN_STYLE.items()]
+    return "\n".join(lines) + "\n"
+
+
+_LEVELS = {GENERAL: "G", DATASET: "D", SUBSET: "S"}
+_KEY_KINDS = {
+    "int": "whole number",
+    "float": "number",
+    "bool": "`true`, `false`",
+    "str": "text",
+    "size": "number, or `[width, height]`",
+    "range": "`[low, high]`",
+    "table": "table",
+}
+
+
+def _key_row(name: str, key: Key, helps: Mapping[str, str]) -> str:
+    values = ", ".join(f"`{choice}`" for choice in key.choices) if key.choices else _KEY_KINDS[key.kind]
+    limits = [f"{word} {limit}" for word, limit in (("at least", key.low), ("at most", key.high)) if limit is not None]
+    default = "" if key.default in (None, "", False) else f"`{key.default}`"
+    where = " ".join(_LEVELS[level] for level in key.levels)
+    cells = (
+        f"`{name}`",
+        where,
+        ", ".join([values, *limits]),
+        default,
+        f"`{key.flag}`" if key.flag else "",
+        key.help or helps[key.flag],
+    )
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _row(option: Option) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 _PIECE = 1 << 20  # bytes read at a time
 _LEGACY_START, _LEGACY_SIZE = 0x100000, 0x10000  # 64 KiB at 1 MiB
@@ -31,6 +31,18 @@ def network_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
         "sshs_model_hash": hashlib.sha256(file[start:]).hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(file[_LEGACY_START : _LEGACY_START + _LEGACY_SIZE]).hexdigest()[:8],
     }
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """32 hex digits that change when any weight of a model does; number formats that hold the same values are equal.
+
+    Caches are marked with it: it tells which VAE or text encoder they came from.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.detach().float().cpu().contiguous().numpy()).cast("B"))
+    return digest.hexdigest()[:32]
 
 
 def tensor_hash(path: str | Path) -> str:

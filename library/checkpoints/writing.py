@@ -43,7 +43,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -104,10 +104,13 @@ def materialise(value: Tensor | Deferred) -> Tensor:
     return tensor.detach().cpu().contiguous()
 
 
-def _umask() -> int:
+def _read_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+_UMASK = _read_umask()  # once and here: it can only be read by changing it, which other threads would see
 
 
 def _rank(dtype: torch.dtype) -> int:

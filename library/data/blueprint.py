@@ -24,19 +24,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SubsetSpec:
-    """One folder of pictures and what is done with them."""
+    """One folder or metadata file of pictures, and what is done with them."""
 
-    image_dir: Path
+    image_dir: Path | None  # None: the metadata file names full paths
+    metadata_file: Path | None
+    conditioning_data_dir: Path | None  # a picture of the same name for every picture
     class_tokens: str | None  # the caption of pictures without a caption file
     is_reg: bool
     num_repeats: int
     caption_extension: str  # with the dot
+    cache_info: bool  # sizes and captions come from metadata_cache.json once that is there
     captions: CaptionOptions
     flip_aug: bool
     color_aug: bool
     random_crop: bool
     face_crop_aug_range: tuple[float, float] | None  # frame side / face side, (closest, widest)
     resize_interpolation: str | None  # None: area when shrinking, lanczos when enlarging
+    alpha_mask: bool  # transparency weighs the loss
+    custom_attributes: Mapping[str, Any] | None  # for code of the user's own
+
+    @property
+    def place(self) -> Path:
+        """The folder or file that messages name."""
+        return self.image_dir or self.metadata_file or Path()
 
 
 @dataclass(frozen=True)
@@ -51,30 +61,34 @@ class DatasetSpec:
     max_bucket_reso: int
     bucket_reso_steps: int
     bucket_no_upscale: bool
-    network_multiplier: float
+    network_multiplier: float  # strength of the network while these pictures train
+    validation_split: float  # share of the pictures that is held out, 0 to 1
+    validation_seed: int | None
     resize_interpolation: str | None
 
 
 def build_specs(opts: Options, traits: FamilyTraits) -> list[DatasetSpec]:
-    """The datasets of a run, from --dataset_config or from --train_data_dir and --reg_data_dir.
+    """The datasets of a run, from --dataset_config or from the data flags.
 
     A value is looked for in the subset, the dataset, the general table, the command line, and the built-in default.
 
     Raises: UserError: with every problem found: of the data flags (in the very lines of `library.options.validation`),
-        unknown keys, wrong values, missing or empty folders, combinations that cannot work, what is not available yet.
+        unknown keys, wrong values, missing or empty folders, combinations that cannot work.
     """
     reader = _Reader(opts, traits)
     if opts.data.dataset_config:
         file = Path(opts.data.dataset_config)
         config, general_place = read_config(file), f"{file}, [general]"
-        _warn_about_ignored(opts, ("train_data_dir", "reg_data_dir"), "--dataset_config says where the pictures are")
+        folders = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
+        _warn_about_ignored(opts, folders, "--dataset_config says where the pictures are")
     else:
         file, general_place = None, ""
-        config = {"general": {}, "datasets": [{"subsets": _subsets_of_folders(opts, reader.problems)}]}
+        config = {"general": {}, "datasets": [{"subsets": _subsets_of_flags(opts, reader.problems)}]}
     specs = []
     for number, table in enumerate(config["datasets"], 1):
         place = f"{file}, [[datasets]] {number}" if file else "the command line"
         specs.append(reader.dataset(table, place, [(general_place, config["general"])]))
+    reader.problems += _check_masks(specs, opts)
     if reader.problems:
         raise UserError(*dict.fromkeys(reader.problems))
     return specs
@@ -84,7 +98,7 @@ class _Reader:
     """Looks values up level by level, and collects every problem on the way."""
 
     def __init__(self, opts: Options, traits: FamilyTraits):
-        self.opts, self.traits = opts, traits
+        self.opts, self.traits, self.flags = opts, traits, opts.flat()
         self.problems = validation.problems(base.Options([opts.data], opts.given), traits)
         # What the flags alone say is checked there already; a file may combine them with something else.
         self.combine = bool(opts.data.dataset_config) or not self.problems
@@ -101,7 +115,7 @@ class _Reader:
 
     def _from_flag(self, name: str, key: Key) -> Any:
         """The flag's value; the default stands in for a wrong one, which is among the problems already."""
-        value = getattr(self.opts.data, key.flag[2:])
+        value = self.flags.get(key.flag[2:])
         try:
             if value is not None and key.kind in ("size", "range"):
                 value = _parse_numbers(value, whole=key.kind == "size")
@@ -119,15 +133,16 @@ class _Reader:
             found["resolution"] = self.traits.default_resolution
         found["resolution"] = _as_size(found["resolution"])
         _round_limits(found, place)
+        if not 0 <= found["validation_split"] <= 1:
+            LOGGER.warning(f"{place}: validation_split must be from 0 to 1, got {found['validation_split']}; ignored")
+            found["validation_split"] = 0.0
         if self.combine:
             self.problems += _check_frame(found, place, self.traits)
         subsets = []
         for number, subset in enumerate(table["subsets"], 1):
             where = f"{place}, [[datasets.subsets]] {number}" if self.opts.data.dataset_config else place
             subsets.append(self.subset(subset, where, tables))
-            if "metadata_file" in subset:
-                continue  # refused already
-            self.problems += _check_folder(subsets[-1], where)
+            self.problems += _check_places(subsets[-1], where, by_flags=not self.opts.data.dataset_config)
             if self.combine:
                 self.problems += _check_augmentation(subsets[-1], found["enable_bucket"], self.opts, where)
         if subsets and all(subset.is_reg for subset in subsets):
@@ -140,7 +155,8 @@ class _Reader:
         found = {name: self.value(name, tables) for name, key in KEYS.items() if SUBSET in key.levels}
         captions = CaptionOptions(**{field.name: found[field.name] for field in fields(CaptionOptions)})
         own = {field.name: found[field.name] for field in fields(SubsetSpec) if field.name in KEYS}
-        own["image_dir"] = Path(own["image_dir"] or "").expanduser()
+        for name in ("image_dir", "metadata_file", "conditioning_data_dir"):
+            own[name] = Path(own[name]).expanduser() if own[name] else None
         own["class_tokens"] = own["class_tokens"] or None
         own["face_crop_aug_range"] = tuple(own["face_crop_aug_range"]) if own["face_crop_aug_range"] else None
         extension = own["caption_extension"]
@@ -196,49 +212,82 @@ def _check_frame(found: Mapping[str, Any], place: str, traits: FamilyTraits) -> 
         )
 
 
-def _check_folder(subset: SubsetSpec, place: str) -> Iterable[str]:
-    if not subset.image_dir.is_dir():
-        yield f"{place}: image_dir {subset.image_dir} is no folder"
-    elif not has_images(subset.image_dir):
-        yield f"{place}: no pictures in {subset.image_dir}"
+def _check_places(subset: SubsetSpec, place: str, *, by_flags: bool) -> Iterable[str]:
+    """`by_flags`: the places come from flags, whose own checks say what is not there."""
+    folder = subset.image_dir
+    for name in () if by_flags else ("metadata_file", "conditioning_data_dir"):
+        path, kind = getattr(subset, name), "file" if name == "metadata_file" else "folder"
+        if path is not None and not (path.is_file() if kind == "file" else path.is_dir()):
+            yield f"{place}: {name} {path} is no {kind}"
+    if folder is not None and not folder.is_dir():
+        yield f"{place}: image_dir {folder} is no folder"
+    elif folder is not None and subset.metadata_file is None and not has_images(folder):
+        yield f"{place}: no pictures in {folder}"
+
+
+def _check_masks(specs: Sequence[DatasetSpec], opts: Options) -> Iterable[str]:
+    subsets = [subset for spec in specs for subset in spec.subsets]
+    folders = [subset.conditioning_data_dir for subset in subsets if subset.conditioning_data_dir]
+    if folders and not opts.loss.masked_loss and folders[0].is_dir():
+        yield f"conditioning_data_dir {folders[0]}: its pictures are masks for --masked_loss; add that, or remove them"
+    if opts.loss.masked_loss and not folders and not any(subset.alpha_mask for subset in subsets):
+        yield "--masked_loss: there are no masks; name their folder in conditioning_data_dir, or set alpha_mask"
 
 
 def _check_augmentation(subset: SubsetSpec, buckets: bool, opts: Options, place: str) -> Iterable[str]:
-    if opts.data.cache_latents:
+    if opts.data.cache_latents or opts.data.cache_latents_to_disk:
         for name in ("color_aug", "random_crop", "face_crop_aug_range"):
             if getattr(subset, name):
                 yield (
                     f"{place}: {name} changes the picture every time, so its latents cannot be cached; "
-                    f"remove --cache_latents or {name}"
+                    f"remove {'--cache_latents' if opts.data.cache_latents else '--cache_latents_to_disk'} or {name}"
                 )
     if buckets and subset.face_crop_aug_range:
         LOGGER.warning(f"{place}: face_crop_aug_range has no effect on pictures in buckets (enable_bucket)")
 
 
-def _subsets_of_folders(opts: Options, problems: list[str]) -> list[dict[str, Any]]:
-    """The sub-folders of --train_data_dir and --reg_data_dir as subset tables."""
+def _subsets_of_flags(opts: Options, problems: list[str]) -> list[dict[str, Any]]:
+    """The data flags as subset tables: a metadata file, a folder with its masks, or folders that say their repeats."""
+    options = opts.data
+    if options.in_json:
+        _warn_about_ignored(opts, ("reg_data_dir", "conditioning_data_dir"), "--in_json says which pictures are used")
+        return [{"metadata_file": options.in_json, "image_dir": options.train_data_dir}]
+    if options.train_data_dir and options.conditioning_data_dir:
+        _warn_about_ignored(opts, ("reg_data_dir",), "masks have none for regularisation pictures")
+        return _folders_with_masks(options.train_data_dir, options.conditioning_data_dir, problems)
     tables = []
     for flag, is_reg in (("train_data_dir", False), ("reg_data_dir", True)):
-        parent = getattr(opts.data, flag)
-        if not parent:
-            continue
-        folder = Path(parent).expanduser()
-        if not folder.is_dir():
-            problems.append(f"--{flag}: {folder} is no folder")
-            continue
-        found, ignored = repeat_folders(folder)
-        if ignored:
-            names = ", ".join(path.name for path in ignored[:5]) + (", ..." if len(ignored) > 5 else "")
-            LOGGER.warning(
-                f"--{flag}: {len(ignored)} not used, as they are no <repeats>_<class tokens> folder: {names}"
-            )
-        if not found:
-            problems.append(f"--{flag}: {folder} has no sub-folder named <repeats>_<class tokens>, e.g. 10_sks dog")
-        for one in found:
-            table = {"image_dir": str(one.path), "num_repeats": one.repeats, "is_reg": is_reg}
-            tables.append({**table, "class_tokens": one.class_tokens})
-    if opts.data.dataset_repeats != 1:
+        if getattr(options, flag):
+            tables += [{**one, "is_reg": is_reg} for one in _repeating(getattr(options, flag), flag, problems)]
+    if options.dataset_repeats != 1:
         LOGGER.warning("--dataset_repeats has no effect here: the names of the folders say how often they repeat")
+    return tables
+
+
+def _repeating(parent: str, flag: str, problems: list[str]) -> list[dict[str, Any]]:
+    """The sub-folders named <repeats>_<class tokens> as subset tables."""
+    folder = Path(parent).expanduser()
+    if not folder.is_dir():
+        problems.append(f"--{flag}: {folder} is no folder")
+        return []
+    found, ignored = repeat_folders(folder)
+    if ignored:
+        names = ", ".join(path.name for path in ignored[:5]) + (", ..." if len(ignored) > 5 else "")
+        LOGGER.warning(f"--{flag}: {len(ignored)} not used, as they are no <repeats>_<class tokens> folder: {names}")
+    if not found:
+        problems.append(f"--{flag}: {folder} has no sub-folder named <repeats>_<class tokens>, e.g. 10_sks dog")
+    return [{"image_dir": str(one.path), "num_repeats": one.repeats, "class_tokens": one.class_tokens} for one in found]
+
+
+def _folders_with_masks(pictures: str, masks: str, problems: list[str]) -> list[dict[str, Any]]:
+    """One folder of pictures, or <repeats>_<class tokens> folders; masks lie in `masks` or its sub-folders so named."""
+    folder = Path(pictures).expanduser()
+    if folder.is_dir() and has_images(folder):
+        return [{"image_dir": pictures, "conditioning_data_dir": masks}]
+    tables = _repeating(pictures, "train_data_dir", problems)
+    for table in tables:
+        own = Path(masks).expanduser() / Path(table["image_dir"]).name
+        table["conditioning_data_dir"] = str(own) if own.is_dir() else masks
     return tables
 
 

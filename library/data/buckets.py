@@ -88,9 +88,9 @@ def crop_ltrb(bucket: Size, image: Size) -> tuple[float, float, float, float]:
     """
     aspect = image.width / image.height
     if bucket.width / bucket.height > aspect:
-        width, height = bucket.height * aspect, float(bucket.height)
+        width, height = min(bucket.height * aspect, bucket.width), float(bucket.height)
     else:
-        width, height = float(bucket.width), bucket.width / aspect
+        width, height = float(bucket.width), min(bucket.width / aspect, bucket.height)
     left, top = (bucket.width - width) // 2, (bucket.height - height) // 2
     return left, top, left + width, top + height
 

@@ -13,6 +13,8 @@ from library.errors import UserError
 
 DEFAULT_EXTENSION = ".caption"
 
+_PLAIN_BRACES = {"{{": "{", "}}": "}"}
+
 
 @dataclass(frozen=True)
 class CaptionOptions:
@@ -70,11 +72,58 @@ def _is_dropped(options: CaptionOptions, rng: Random, epoch: int) -> bool:
 
 
 def _choose_wildcards(caption: str, rng: Random) -> str:
-    """One line of several, then one alternative of every ``{a|b}``; ``{{`` and ``}}`` stand for plain braces."""
-    line = rng.choice(caption.split("\n"))
-    line = line.replace("{{", "\x00").replace("}}", "\x01")
-    line = re.sub(r"\{([^}]*)\}", lambda found: rng.choice(found.group(1).split("|")), line)
-    return line.replace("\x00", "{").replace("\x01", "}")
+    """One line of several, then one alternative of every ``{a|b}``.
+
+    Alternatives may be empty, may be repeated to make them likelier, and may hold groups, which are chosen innermost
+    first. A brace without a partner stays as it is.
+    """
+    open_groups = [[""]]  # the alternatives so far, outermost group first; the first entry is the line itself
+    for token in _brace_tokens(rng.choice(caption.split("\n"))):
+        inside = len(open_groups) > 1
+        if token == "{":
+            open_groups.append([""])
+        elif token == "}" and inside:
+            chosen = rng.choice(open_groups.pop())
+            open_groups[-1][-1] += chosen
+        elif token == "|" and inside:
+            open_groups[-1].append("")
+        else:
+            open_groups[-1][-1] += _PLAIN_BRACES.get(token, token)
+    while len(open_groups) > 1:
+        unclosed = "{" + "|".join(open_groups.pop())
+        open_groups[-1][-1] += unclosed
+    return open_groups[0][0]
+
+
+def _brace_tokens(line: str) -> list[str]:
+    """The line as ``{``, ``|``, ``}``, plain braces ``{{`` and ``}}``, and the text between them.
+
+    ``{{`` and ``}}`` are also what nested groups begin and end with. Where all braces of the line pair up one by one,
+    two neighbours are plain if their partners are neighbours too: ``{{a}}`` is the text {a}, while ``{{a|b}|c}`` and
+    ``{a|{b|c}}`` are groups within groups. Where they do not pair up, every ``{{`` and ``}}`` is plain: ``{:{{|:)}``.
+    """
+    tokens = re.findall(r"[{}|]|[^{}|]+", line)
+    partners = _partners(tokens)
+    if partners is None:
+        return re.findall(r"\{\{|\}\}|[{}|]|[^{}|]+", line)
+    for opening, closing in sorted(partners.items()):
+        if tokens[opening] == "{" and partners.get(opening + 1) == closing - 1:
+            tokens[opening : opening + 2] = "{{", ""
+            tokens[closing - 1 : closing + 1] = "", "}}"
+    return tokens
+
+
+def _partners(tokens: Sequence[str]) -> dict[int, int] | None:
+    """Where the brace opened at each place is closed; None if some brace has no partner."""
+    opened, partners = [], {}
+    for at, token in enumerate(tokens):
+        if token == "{":
+            opened.append(at)
+        elif token == "}":
+            if not opened:
+                return None
+            partners[opened.pop()] = at
+    return None if opened else partners
 
 
 def _rearrange(caption: str, options: CaptionOptions, rng: Random, step: int) -> str:
@@ -129,18 +178,22 @@ def caption_file(image: Path, extension: str, names: frozenset[str]) -> Path | N
 def read_caption(path: Path, *, multiline: bool) -> str:
     """The text of a caption file: its first line, or with `multiline` every line that is not blank.
 
+    Lines end as text files end them, in any system. Signs that a word processor or a web page leaves inside a line,
+    such as U+2028 or a form feed, do not end it.
+
     Raises: UserError: the file cannot be read, or is not UTF-8.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # a byte order mark would become part of the first token
+        text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the caption file as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: the caption file cannot be read ({error.strerror})") from None
-    lines = [line.strip() for line in text.splitlines()]
+    text = text.removeprefix("\ufeff")  # a byte order mark would become part of the first token
+    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
     if multiline:
         return "\n".join(line for line in lines if line)
-    return lines[0] if lines else ""
+    return lines[0]
 
 
 def extension_in_use(extension: str, images: Sequence[Path], names: frozenset[str]) -> str:

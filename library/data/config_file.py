@@ -9,7 +9,7 @@ from typing import Any
 
 import toml
 
-from library.data.config_schema import DATASET, GENERAL, SUBSET, check_table
+from library.data.config_schema import DATASET, GENERAL, NOT_IN_STYLE, SUBSET, check_table
 from library.errors import UserError
 
 
@@ -77,4 +77,7 @@ def _check_dataset(dataset: Mapping[str, Any], place: str) -> list[str]:
         problems += check_table(subset, SUBSET, where)
         if "image_dir" not in subset and "metadata_file" not in subset:
             problems.append(f"{where}: image_dir is missing")
+        for style, meaningless in NOT_IN_STYLE.items():
+            if style in subset:
+                problems += [f"{where}: {name} has no meaning with {style}" for name in meaningless if name in subset]
     return problems

@@ -16,7 +16,7 @@ INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic"
 
 @dataclass(frozen=True)
 class Key:
-    """One key. `flag` is the command-line option, and without dashes the field of `opts.data`."""
+    """One key. `flag` is the command-line option behind it, used where no table says anything."""
 
     kind: str
     default: Any = None
@@ -25,7 +25,7 @@ class Key:
     low: float | None = None
     high: float | None = None
     choices: tuple[str, ...] | None = None
-    later: bool = False  # known, but what it does is not available yet
+    help: str = ""  # where there is no flag whose help says it
 
 
 KEYS: dict[str, Key] = {
@@ -36,12 +36,12 @@ KEYS: dict[str, Key] = {
     "max_bucket_reso": Key("int", 1024, _DATASET_LEVELS, "--max_bucket_reso", low=1),
     "bucket_reso_steps": Key("int", 64, _DATASET_LEVELS, "--bucket_reso_steps", low=1),
     "bucket_no_upscale": Key("bool", False, _DATASET_LEVELS, "--bucket_no_upscale"),
-    "network_multiplier": Key("float", 1.0, _DATASET_LEVELS, later=True),
-    "validation_seed": Key("int", None, _DATASET_LEVELS, later=True),
-    "validation_split": Key("float", 0.0, _DATASET_LEVELS, later=True),
-    "image_dir": Key("str", None, (SUBSET,)),
-    "is_reg": Key("bool", False, (SUBSET,)),
-    "class_tokens": Key("str"),
+    "network_multiplier": Key("float", 1.0, _DATASET_LEVELS, help="strength of the network while these pictures train"),
+    "validation_seed": Key("int", None, _DATASET_LEVELS, "--validation_seed", low=0),
+    "validation_split": Key("float", 0.0, _DATASET_LEVELS, "--validation_split"),
+    "image_dir": Key("str", None, (SUBSET,), help="folder of the pictures; its sub-folders are not entered"),
+    "is_reg": Key("bool", False, (SUBSET,), help="the pictures are for regularisation"),
+    "class_tokens": Key("str", help="caption of pictures that have no caption file"),
     "num_repeats": Key("int", 1, flag="--dataset_repeats", low=1),
     "resize_interpolation": Key("str", None, flag="--resize_interpolation", choices=INTERPOLATIONS),
     "color_aug": Key("bool", False, flag="--color_aug"),
@@ -62,11 +62,21 @@ KEYS: dict[str, Key] = {
     "caption_tag_dropout_rate": Key("float", 0.0, flag="--caption_tag_dropout_rate", low=0, high=1),
     "token_warmup_min": Key("int", 1, flag="--token_warmup_min", low=0),
     "token_warmup_step": Key("float", 0, flag="--token_warmup_step", low=0),
-    "custom_attributes": Key("table", None, later=True),
-    "cache_info": Key("bool", False, flag="--cache_info", later=True),
-    "alpha_mask": Key("bool", False, (SUBSET,), "--alpha_mask", later=True),
-    "metadata_file": Key("str", None, (SUBSET,), later=True),
-    "conditioning_data_dir": Key("str", None, (SUBSET,), later=True),
+    "custom_attributes": Key(
+        "table", None, help="values of your own; handed through to every batch, in `Batch.attributes`"
+    ),
+    "cache_info": Key("bool", False, flag="--cache_info"),
+    "alpha_mask": Key("bool", False, (SUBSET,), "--alpha_mask"),
+    "metadata_file": Key("str", None, (SUBSET,), help="metadata file with captions and tags, as for `--in_json`"),
+    "conditioning_data_dir": Key(
+        "str", None, (SUBSET,), help="folder of pictures that belong to these by name: masks, for `--masked_loss`"
+    ),
+}
+
+# What has no meaning in a subset of that style, named by the key that makes the style.
+NOT_IN_STYLE = {
+    "metadata_file": ("is_reg", "class_tokens", "caption_extension", "cache_info", "conditioning_data_dir"),
+    "conditioning_data_dir": ("is_reg", "class_tokens"),
 }
 
 _KINDS = {
@@ -130,9 +140,6 @@ def _heading(level: str) -> str:
 def check_value(name: str, value: Any, source: str) -> Iterator[str]:
     """Problems of a value that has the right type. `source` says where it was found, e.g. ``--train_batch_size``."""
     key = KEYS[name]
-    if key.later and value not in (None, key.default):
-        yield f"{source}: {name} is not available yet, got {value!r}; leave it out"
-        return
     if value is None:
         return
     numbers = value if isinstance(value, (list, tuple)) else [value]

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import Dataset
 
-from library.data import buckets, images, summary
+from library.data import buckets, images, likeness, summary
 from library.data.blueprint import DatasetSpec
 from library.data.captions import make_caption
+from library.data.index import FileIndex
 from library.data.records import Findings, Record, read_records
+from library.data.rendering import loss_mask, recorded_crop, render
 from library.data.sampler import Address, BatchLoader, make_loader
-from library.errors import UserError
+from library.runtime.places import cache_folder
 from library.runtime.seeds import derive
 from library.types import Batch, Size
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from library.families.base import FamilyTraits
     from library.options.base import Options
 
@@ -34,54 +36,72 @@ class Sample:
     caption: str
     pixels: Tensor | None  # (3, H, W) in [-1, 1]
     latents: Tensor | None  # (C, H/8, W/8)
+    mask: Tensor | None  # (1, H, W) or (1, H/8, W/8) in [0, 1]; None: all of the picture counts
     loss_weight: float
     original_size: Size
     crop_top_left: tuple[int, int]
     target_size: Size
     key: str
+    network_multiplier: float
+    attributes: Mapping[str, Any] | None
 
 
-class CachedLatents(NamedTuple):
-    """Latents of one record as they are and, with flip_aug, of its mirrored pixels; (C, H/8, W/8) on the CPU."""
+class LatentEntry(Protocol):
+    """The latents of one record, in memory or in a file. Picklable."""
 
-    plain: Tensor
-    flipped: Tensor | None
+    def load(self, flip: bool) -> tuple[Tensor, Tensor | None]:
+        """(latents (C, H/8, W/8), mask as `Sample.mask`), of the mirrored picture with `flip`, on the CPU.
+
+        Raises: UserError: its file is gone or damaged.
+        """
 
 
 class ItemDataset(Dataset[Sample]):
     """Every record as often as it repeats. Small and picklable: this is what data workers hold."""
 
-    def __init__(self, records: Sequence[Record], seed: int, prior_loss_weight: float, total_steps: int):
+    def __init__(
+        self,
+        records: Sequence[Record],
+        multipliers: Sequence[float],
+        seed: int,
+        prior_loss_weight: float,
+        total_steps: int,
+    ):
         self.records = records
+        self.multipliers = multipliers  # strength of the network, by dataset
         self.items = [number for number, record in enumerate(records) for _ in range(record.repeats)]
         self.seed = seed
         self.prior_loss_weight = prior_loss_weight
         self.total_steps = total_steps  # optimizer steps of the whole run; fractional token warm-up asks
-        self.latents: list[CachedLatents] | None = None  # by record
+        self.latents: Sequence[LatentEntry] | None = None  # by record
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, address: Address) -> Sample:
-        """Raises: UserError: the picture cannot be decoded."""
+        """Raises: UserError: the picture or its latents cannot be read."""
         number = self.items[address.index]
         record = self.records[number]
         look = Random(derive(self.seed, "picture", address.epoch, address.index))
-        flip = record.subset.flip_aug and look.random() < 0.5
+        flip = record.flip and look.random() < 0.5
         pixels = latents = None
         if self.latents is None:
-            pixels = images.to_pixels(render(record, flip, look))
+            view = render(record, flip, look)
+            pixels, mask = images.to_pixels(view.pixels), loss_mask(view)
         else:
-            latents = self.latents[number].flipped if flip else self.latents[number].plain
+            latents, mask = self.latents[number].load(flip)
         return Sample(
             caption=self._caption(record, address),
             pixels=pixels,
             latents=latents,
+            mask=mask,
             loss_weight=self.prior_loss_weight if record.subset.is_reg else 1.0,
             original_size=record.size,
             crop_top_left=recorded_crop(record, flip),
             target_size=record.bucket,
             key=str(record.path),
+            network_multiplier=self.multipliers[record.dataset],
+            attributes=record.subset.custom_attributes,
         )
 
     def _caption(self, record: Record, address: Address) -> str:
@@ -90,46 +110,8 @@ class ItemDataset(Dataset[Sample]):
         return make_caption(record.caption, options, words, address.epoch, address.step)
 
 
-def render(record: Record, flip: bool, rng: Random) -> NDArray[Any]:
-    """The picture as the model is to see it: uint8 (bucket height, bucket width, 3).
-
-    Raises: UserError: the file cannot be read.
-    """
-    subset = record.subset
-    try:
-        image = images.read_image(record.path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{record.path}: the picture cannot be read ({error}); replace or remove it") from None
-    if image.shape[1::-1] != record.size:
-        raise UserError(f"{record.path}: the picture has changed since the start of the run")
-    face = images.face_box(record.path) if subset.face_crop_aug_range and record.resized is None else None
-    if face is not None:
-        image = images.crop_face(
-            image,
-            face,
-            record.bucket,
-            subset.face_crop_aug_range,
-            rng,
-            anywhere=subset.random_crop,
-            interpolation=subset.resize_interpolation,
-        )
-    else:
-        image = images.resize(image, record.resized or record.size, subset.resize_interpolation)
-        image = images.crop(image, record.bucket, rng if subset.random_crop else None)
-    if subset.color_aug:
-        image = images.vary_colours(image, rng)
-    return image[:, ::-1] if flip else image
-
-
-def recorded_crop(record: Record, flip: bool) -> tuple[int, int]:
-    """(top, left) that SDXL is told; a mirrored picture counts from its other side. See `buckets.crop_ltrb`."""
-    frame = record.size if record.resized is not None else record.bucket
-    left, top, right, _ = buckets.crop_ltrb(record.bucket, frame)
-    return int(top), int(record.bucket.width - right if flip else left)
-
-
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples of one bucket to a batch."""
+    """Samples of one bucket of one dataset to a batch."""
 
     def stack(tensors: list[Tensor | None]) -> Tensor | None:
         return None if tensors[0] is None else torch.stack(tensors)
@@ -139,22 +121,48 @@ def collate(samples: Sequence[Sample]) -> Batch:
         latents=stack([sample.latents for sample in samples]),
         pixels=stack([sample.pixels for sample in samples]),
         loss_weights=torch.tensor([sample.loss_weight for sample in samples]),
-        masks=None,
+        masks=_stack_masks(samples),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
         crop_top_lefts=torch.tensor([sample.crop_top_left for sample in samples]),
         target_sizes=torch.tensor([sample.target_size for sample in samples]),
         keys=[sample.key for sample in samples],
+        network_multiplier=samples[0].network_multiplier,
+        attributes=[sample.attributes for sample in samples],
     )
+
+
+def _stack_masks(samples: Sequence[Sample]) -> Tensor | None:
+    """(B, 1, H, W). Subsets with masks and without may meet in a batch; cached masks may be smaller than others."""
+    masks = [sample.mask for sample in samples if sample.mask is not None]
+    if not masks:
+        return None
+    shape = min((mask.shape for mask in masks), key=lambda shape: shape.numel())
+    reduced = [
+        torch.ones(shape) if sample.mask is None else functional.adaptive_avg_pool2d(sample.mask, shape[-2:])
+        for sample in samples
+    ]
+    return torch.stack(reduced)
 
 
 class TrainingData:
     """All datasets of a run: what is in them, the order of an epoch, and loaders over it."""
 
     def __init__(
-        self, specs: Sequence[DatasetSpec], records: Sequence[Record], findings: Findings, opts: Options, seed: int
+        self,
+        specs: Sequence[DatasetSpec],
+        records: Sequence[Record],
+        findings: Findings,
+        index: FileIndex,
+        opts: Options,
+        seed: int,
     ):
-        self.specs, self.records, self.findings, self.opts, self.seed = specs, records, findings, opts, seed
-        self.items = ItemDataset(records, seed, opts.loss.prior_loss_weight, opts.training.max_train_steps)
+        self.specs, self.records, self.findings, self.index = specs, records, findings, index
+        self.opts, self.seed = opts, seed
+        self.held_out: TrainingData | None = None  # what validation looks at
+        multipliers = [spec.network_multiplier for spec in specs]
+        steps = opts.training.max_train_steps
+        self.items = ItemDataset(records, multipliers, seed, opts.loss.prior_loss_weight, steps)
+        self._in_memory = False
         self._groups = self._group_items()
         self._loader: tuple[Any, BatchLoader] | None = None  # kept where workers are persistent
 
@@ -190,10 +198,26 @@ class TrainingData:
         self.items.total_steps = steps
         self._loader = None
 
-    def set_latents(self, latents: list[CachedLatents]) -> None:
-        """From now on items carry these latents, one entry per record, and no pixels."""
-        self.items.latents = latents
+    def set_latents(self, entries: Sequence[LatentEntry], *, in_memory: bool) -> None:
+        """From now on items carry these latents and no pixels: one entry per record, then per record held out."""
+        self.items.latents = entries[: len(self.records)]
+        self._in_memory = in_memory
         self._loader = None
+        if self.held_out is not None:
+            self.held_out.set_latents(entries[len(self.records) :], in_memory=in_memory)
+
+    def is_prepared(self) -> bool:
+        """Whether all of it comes from metadata files, and nothing varies the pictures: latents may lie beside them."""
+        return all(
+            subset.metadata_file and not (subset.color_aug or subset.random_crop or subset.face_crop_aug_range)
+            for spec in self.specs
+            for subset in spec.subsets
+        )
+
+    @property
+    def all_records(self) -> list[Record]:
+        """The records, then those held out."""
+        return [*self.records, *(self.held_out.records if self.held_out is not None else ())]
 
     def loader(
         self, epoch: int, first_batch: int = 0, rank: int = 0, world: int = 1, workers: int | None = None
@@ -210,7 +234,7 @@ class TrainingData:
         """
         if workers is None:
             workers = self.opts.data.max_data_loader_n_workers
-        workers = 0 if self.items.latents is not None else workers
+        workers = 0 if self._in_memory else workers
         key = (rank, world, workers)
         if self._loader is None or self._loader[0] != key:
             accumulation = self.opts.training.gradient_accumulation_steps
@@ -231,10 +255,23 @@ class TrainingData:
         return summary.metadata(self, processes)
 
 
-def build_training_data(specs: Sequence[DatasetSpec], opts: Options, traits: FamilyTraits, seed: int) -> TrainingData:
-    """Looks at every file and makes the data of a run, in any family's terms; `traits` will name its cache files.
+def build_training_data(
+    specs: Sequence[DatasetSpec], opts: Options, traits: FamilyTraits, seed: int, *, main: bool = True
+) -> TrainingData:
+    """Looks at every file and makes the data of a run, in any family's terms.
+
+    Args:
+        main: whether this process is the one that writes: the index, and metadata_cache.json where asked for.
 
     Raises: UserError: no usable picture, wrong sizes, unreadable captions.
     """
-    records, findings = read_records(specs)
-    return TrainingData(specs, records, findings, opts, seed)
+    place = opts.data.data_index_dir
+    index = FileIndex(Path(place).expanduser() if place else cache_folder() / "index")
+    records, held_out, findings = read_records(specs, index, seed, strict=opts.data.strict, main=main)
+    if main:
+        findings.alike = likeness.alike([r.path for r in [*records, *held_out] if r.present], findings.copies, index)
+        index.save()
+    data = TrainingData(specs, records, findings, index, opts, seed)
+    if held_out:
+        data.held_out = TrainingData(specs, held_out, findings, index, opts, seed)
+    return data

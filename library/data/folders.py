@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
+
+from library.runtime.logs import LOGGER
 
 
 class RepeatFolder(NamedTuple):
@@ -21,9 +24,21 @@ def image_extensions() -> frozenset[str]:
     """File extensions read as pictures, in lower case; AVIF and JPEG XL where Pillow can read them here."""
     from PIL import Image
 
+    register_jpeg_xl()
     available = Image.registered_extensions()
     optional = (extension for extension in (".avif", ".jxl") if extension in available)
     return frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", *optional])
+
+
+@cache
+def register_jpeg_xl() -> bool:
+    """Makes Pillow read JPEG XL, and says whether it does: where the package pillow-jxl-plugin is installed."""
+    try:
+        import_module("pillow_jxl")  # registers itself
+    except Exception as error:  # not installed, or not for this version of Pillow
+        LOGGER.debug("no JPEG XL: %s", error)
+        return False
+    return True
 
 
 def is_image(name: str) -> bool:

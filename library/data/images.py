@@ -1,32 +1,61 @@
-"""Picture files to RGB arrays, and what is done to them: resize, crop, flip, colours. Arrays are uint8 (H, W, 3)."""
+"""Picture files to RGB arrays, and what is done to them: resize, cut, colours. Arrays are uint8 (H, W, 3) or (H, W).
+
+Files are only ever read.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
+from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from random import Random
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
+from library.data.folders import register_jpeg_xl
+from library.runtime.logs import LOGGER
 from library.types import Size
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from PIL.ImageCms import ImageCmsTransform
     from torch import Tensor
 
-_ORIENTATION = 0x0112  # EXIF tag
-_SIDEWAYS = (5, 6, 7, 8)  # its values that exchange width and height
+_ORIENTATION = 0x0112  # EXIF tag; its values, and what brings the stored pixels upright:
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)  # these exchange width and height
+_ANIMATED = ("WEBP", "PNG", "AVIF", "GIF", "JXL")  # MPO and TIFF have several pictures too, but no frames
+_DRAWINGS = ("EPS", "WMF", "EMF")  # Pillow would start another program to draw these
+_GREY = ("1", "L", "LA", "La")
 _PILLOW = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
 _TAIL = 1024  # bytes at a file's end that are searched for its end mark
+
+# What Pillow raises, beside OSError and ValueError, over the bytes of a broken file.
+_BROKEN = (SyntaxError, EOFError, RuntimeError, TypeError, LookupError, OverflowError, struct.error, zlib.error)
+
+# About single files, and nothing that a user could act on; broken ones are reported by us. A filter for good, as
+# `warnings.catch_warnings` may not be used where several threads read.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Probe(NamedTuple):
@@ -34,6 +63,7 @@ class Probe(NamedTuple):
 
     size: Size  # upright, as training sees it
     turned: bool  # EXIF says that the stored pixels are to be turned or mirrored
+    frames: int = 1  # more than one: animated, and only the first is used
 
 
 class FaceBox(NamedTuple):
@@ -45,20 +75,45 @@ class FaceBox(NamedTuple):
     height: int
 
 
-def probe(path: Path) -> Probe:
-    """Size and orientation from the header; pixels are decoded only where the file's end looks cut off.
+class Cut(NamedTuple):
+    """Which part of a picture is used: all of it is brought to `resized`, and `to` is taken from (left, top) on."""
 
-    Raises: OSError or ValueError: no picture, an unknown format, or a truncated file.
+    resized: Size
+    left: int
+    top: int
+    to: Size
+
+
+# ---- files
+
+
+def probe(path: Path) -> Probe:
+    """Size, orientation and frames from the header; pixels are decoded only where the file's end looks cut off.
+
+    Raises: OSError or ValueError: no picture, an unknown format, too large, or a truncated file. See `reason`.
     """
     with _opened(path) as image:
         orientation = _orientation(image)
-        if min(image.size) < 1:
-            raise ValueError("it has no pixels")
-        if not _ends_well(path, image.format):
+        frames = image.n_frames if image.format in _ANIMATED else 1
+        if not _ends_well(path):
             image.load()
         width, height = image.size
     size = Size(height, width) if orientation in _SIDEWAYS else Size(width, height)
-    return Probe(size, orientation != 1)
+    return Probe(size, orientation != 1, frames)
+
+
+def describe(path: Path) -> list[Any] | str:
+    """`probe` for the file index: [width, height, turned, frames], or in plain words why the file cannot be used."""
+    try:
+        found = probe(path)
+    except (OSError, ValueError) as error:
+        return reason(error)
+    return [*found.size, found.turned, found.frames]
+
+
+def reason(error: OSError | ValueError) -> str:
+    """What `probe` or a `read_...` function found wrong with a file, in a few plain words without its path."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def image_size(path: Path) -> Size:
@@ -66,66 +121,159 @@ def image_size(path: Path) -> Size:
     return probe(path).size
 
 
+def content_digest(path: Path) -> str:
+    """The first 32 hex digits of the SHA-256 of a file's bytes. Raises: OSError."""
+    digest = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:32]
+
+
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """The picture upright, RGB, uint8 (H, W, 3). Transparent parts become white.
+    """The picture upright, sRGB, uint8 (H, W, 3); of an animated one the first frame. Transparent parts become white.
 
     White is what taggers and viewers show behind a drawing; the colours stored under full transparency are left-overs
     that nobody has seen.
 
-    Raises: OSError or ValueError: no picture, an unknown format, or damaged.
+    Raises: OSError or ValueError: no picture, an unknown format, too large, or damaged. See `reason`.
     """
-    with _opened(path) as image:
-        orientation = _orientation(image)
-        image.load()
-        upright = _turn(image, orientation)
-    return np.asarray(_to_rgb(upright))
+    image = _upright(path)
+    colours, alpha = _split(image)
+    rgb = _to_srgb(colours, image.info.get("icc_profile"), path)
+    if alpha is not None:
+        rgb.putalpha(alpha)
+        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+    return np.asarray(rgb)
+
+
+def read_image_and_alpha(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """As `read_image`, but the colours (H, W, 3) as stored under whatever transparency, and the opacity (H, W).
+
+    The opacity is 255 where nothing shines through; everywhere, if the picture has no transparency.
+
+    Raises: OSError or ValueError as `read_image`.
+    """
+    image = _upright(path)
+    colours, alpha = _split(image)
+    rgb = np.asarray(_to_srgb(colours, image.info.get("icc_profile"), path))
+    return rgb, np.full(rgb.shape[:2], 255, np.uint8) if alpha is None else np.asarray(alpha)
+
+
+def read_values(path: Path) -> NDArray[np.uint8]:
+    """The numbers of a mask or control picture, upright, uint8 (H, W, 3): no transparency, no colour profile.
+
+    A grey of 128 means one half there, whatever a profile says about how bright it looks.
+
+    Raises: OSError or ValueError as `read_image`.
+    """
+    colours, _ = _split(_upright(path))
+    return np.asarray(_as_rgb(colours))
+
+
+def read_mask(path: Path) -> NDArray[np.uint8]:
+    """The red channel of `read_values`, uint8 (H, W); the grey level of a grey picture."""
+    return read_values(path)[..., 0]
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
+    """The picture with its header read. What goes wrong, also inside the block, is an OSError or ValueError."""
+    if os.path.splitext(path)[1].lower() == ".jxl":
+        register_jpeg_xl()
     try:
         with Image.open(path) as image:
+            if image.format in _DRAWINGS:
+                raise UnidentifiedImageError
             yield image
-    except (Image.DecompressionBombError, SyntaxError, EOFError, struct.error, zlib.error) as error:
-        raise ValueError(str(error)) from None  # all of these are Pillow's ways to say that a file is broken
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        raise ValueError(f"it has more than {limit} million pixels, too many to read") from None
+    except (OSError, ValueError, *_BROKEN) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # not about the bytes: no such file, no permission
+        raise ValueError(_what_is_wrong(path, error)) from None
+
+
+def _what_is_wrong(path: Path, error: Exception) -> str:
+    if os.path.getsize(path) == 0:
+        return "the file is empty"
+    if not _ends_well(path):
+        return "the file is truncated"
+    if isinstance(error, UnidentifiedImageError):
+        return "no picture that can be read"
+    return f"the file is damaged: {' '.join(str(error).split())[:80]}"
+
+
+def _ends_well(path: Path) -> bool:
+    """Whether the file ends like a whole one. False is only a suspicion: some programs append their own data."""
+    length = os.path.getsize(path)
+    with open(path, "rb") as file:
+        head = file.read(8)
+        if head[4:] in (b"ftyp", b"JXL "):
+            return _boxes_end_well(file, length)
+        if head[:4] == b"RIFF":
+            return int.from_bytes(head[4:], "little") + 8 <= length
+        if head[:2] == b"BM":
+            return int.from_bytes(head[2:6], "little") <= length
+        file.seek(max(0, length - _TAIL))
+        tail = file.read()
+    if head[:2] == b"\xff\xd8":
+        return b"\xff\xd9" in tail  # JPEG's end mark; cannot occur inside compressed data
+    return b"IEND" in tail if head[:4] == b"\x89PNG" else True
+
+
+def _boxes_end_well(file: BinaryIO, length: int) -> bool:
+    """For the box format of AVIF and JPEG XL: whether the outermost boxes end where the file does."""
+    position = 0
+    while position < length:
+        file.seek(position)
+        header = file.read(16)
+        size = int.from_bytes(header[:4], "big")
+        if size == 0:  # this one reaches to the end, wherever that is
+            return True
+        if size == 1:
+            size = int.from_bytes(header[8:16], "big")
+        position += max(size, 8)
+    return position == length
 
 
 def _orientation(image: Image.Image) -> int:
     # Asking a PNG for EXIF that its header lacks would decode all of it, in search of a chunk behind the pixels.
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
         return 1
-    value = image.getexif().get(_ORIENTATION, 1)
-    return value if value in range(1, 9) else 1
+    # JPEG XL is turned by its decoder, unless it only repacks a JPEG file, which comes back as it was.
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
+        return 1
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except (OSError, ValueError, *_BROKEN):
+        return 1  # broken EXIF says nothing; the pixels may be whole
+    return value if value in _TURNS else 1
 
 
-def _turn(image: Image.Image, orientation: int) -> Image.Image:
-    return ImageOps.exif_transpose(image) if orientation != 1 else image
+def _upright(path: Path) -> Image.Image:
+    """The decoded picture in the mode of its file, upright."""
+    with _opened(path) as image:
+        orientation = _orientation(image)  # before the pixels, so that it is what `probe` says
+        image.load()
+        return image.transpose(_TURNS[orientation]) if orientation != 1 else image
 
 
-def _ends_well(path: Path, format: str | None) -> bool:
-    """Whether the file ends like a whole one. False is only a suspicion: some programs append their own data."""
-    length = os.path.getsize(path)
-    with open(path, "rb") as file:
-        head = file.read(8)
-        file.seek(max(0, length - _TAIL))
-        tail = file.read()
-    if format in ("JPEG", "MPO"):
-        return b"\xff\xd9" in tail  # the end mark; cannot occur inside compressed data
-    if format == "PNG":
-        return b"IEND" in tail
-    if format == "WEBP":
-        return int.from_bytes(head[4:8], "little") + 8 <= length
-    return format != "BMP" or int.from_bytes(head[2:6], "little") <= length
+# ---- modes and colours
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """(colours in mode L, RGB or CMYK as stored, opacity in mode L or None)."""
     if image.mode.startswith("I"):
         image = _from_16_bit(image)
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        colours = rgba.getchannel("R") if image.mode in _GREY else rgba.convert("RGB")
+        return colours, rgba.getchannel("A")
+    if image.mode in ("L", "RGB", "CMYK"):
+        return image, None
+    return image.convert("L" if image.mode in _GREY else "RGB"), None
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
@@ -139,6 +287,60 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     return Image.merge("LA", (scaled, alpha))
 
 
+def _as_rgb(colours: Image.Image) -> Image.Image:
+    return colours if colours.mode == "RGB" else colours.convert("RGB")
+
+
+def _to_srgb(colours: Image.Image, profile: bytes | None, path: Path) -> Image.Image:
+    """RGB in the colours that a viewer shows. A profile that is broken, or made for other channels, does not count."""
+    if not profile:
+        return _as_rgb(colours)
+    try:
+        transform = _transform(profile)
+    except Exception as error:  # whatever is wrong with a profile, or with the colour library of this Pillow
+        LOGGER.debug("%s: its colour profile is left out (%s)", path, error)
+        return _as_rgb(colours)
+    if transform is None:
+        return _as_rgb(colours)
+    if transform.input_mode == "RGB" and colours.mode == "L":
+        colours = colours.convert("RGB")  # grey means equal parts of the profile's red, green and blue
+    if transform.input_mode != colours.mode:
+        LOGGER.debug("%s: its colour profile is for %s, not for %s", path, transform.input_mode, colours.mode)
+        return _as_rgb(colours)
+    return transform.apply(colours)
+
+
+@lru_cache(maxsize=8)
+def _transform(profile: bytes) -> ImageCmsTransform | None:
+    """From an ICC profile's colours to sRGB; None: they are the same, to within two of 255.
+
+    The intent is perceptual: what browsers use, and the one that printers' profiles are made with most care for.
+    """
+    from PIL import ImageCms
+
+    source = ImageCms.ImageCmsProfile(BytesIO(profile))
+    modes = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+    mode = modes[source.profile.xcolor_space.strip()]
+    target = ImageCms.createProfile("sRGB")
+    transform = ImageCms.ImageCmsTransform(
+        source, ImageCms.ImageCmsProfile(target), mode, "RGB", ImageCms.Intent.PERCEPTUAL
+    )
+    if mode == "CMYK":
+        return transform
+    levels = np.arange(256, dtype=np.uint8)[None] if mode == "L" else _colour_grid()
+    before = Image.fromarray(levels)
+    change = np.asarray(transform.apply(before)).astype(int) - np.asarray(before.convert("RGB"))
+    return transform if np.abs(change).max() > 2 else None
+
+
+def _colour_grid() -> NDArray[np.uint8]:
+    steps = np.linspace(0, 255, 9).round().astype(np.uint8)
+    return np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
+
+
+# ---- geometry
+
+
 @cache
 def _opencv() -> ModuleType:
     import cv2
@@ -149,7 +351,7 @@ def _opencv() -> ModuleType:
 
 
 def resize(image: NDArray[np.uint8], to: Size, interpolation: str | None = None) -> NDArray[np.uint8]:
-    """(H, W, 3) to (to.height, to.width, 3).
+    """(H, W, 3) or (H, W) to (to.height, to.width, ...).
 
     Args:
         interpolation: a name of `config_schema.INTERPOLATIONS`; None: area if no side grows, else lanczos.
@@ -158,7 +360,7 @@ def resize(image: NDArray[np.uint8], to: Size, interpolation: str | None = None)
     if (width, height) == to:
         return image
     if interpolation is None:
-        interpolation = "area" if to.width <= width and to.height <= height else "lanczos"
+        interpolation = "area" if _fits_into(to, image) else "lanczos"
     if interpolation in _PILLOW:
         return np.asarray(Image.fromarray(image).resize(to, _PILLOW[interpolation]))
     cv2 = _opencv()
@@ -173,15 +375,34 @@ def resize(image: NDArray[np.uint8], to: Size, interpolation: str | None = None)
     return cv2.resize(image, to, interpolation=flags[interpolation])
 
 
-def crop(image: NDArray[np.uint8], to: Size, rng: Random | None = None) -> NDArray[np.uint8]:
-    """Cuts `to` out of the middle, or with `rng` out of any place, all equally likely. The picture covers `to`."""
-    height, width = image.shape[:2]
-    left, top = (_offset(over, rng) for over in (width - to.width, height - to.height))
-    return image[top : top + to.height, left : left + to.width]
+def _fits_into(to: Size, image: NDArray[np.uint8]) -> bool:
+    return to.width <= image.shape[1] and to.height <= image.shape[0]
 
 
-def _offset(overhang: int, rng: Random | None) -> int:
-    return overhang // 2 if rng is None else rng.randint(0, overhang)
+def apply_cut(image: NDArray[np.uint8], cut: Cut, interpolation: str | None = None) -> NDArray[np.uint8]:
+    """(H, W, 3) or (H, W) to (cut.to.height, cut.to.width, ...); `interpolation` as in `resize`.
+
+    A picture of another size than the one the cut was made for is thought of as laid over all of that one.
+    """
+    image = resize(image, cut.resized, interpolation)
+    return image[cut.top : cut.top + cut.to.height, cut.left : cut.left + cut.to.width]
+
+
+def apply_cut_to_mask(mask: NDArray[np.uint8], cut: Cut) -> NDArray[np.uint8]:
+    """As `apply_cut`, but no value is brighter or darker than those around it were: area, or linear to enlarge."""
+    return apply_cut(mask, cut, "area" if _fits_into(cut.resized, mask) else "linear")
+
+
+def centre_cut(resized: Size, to: Size) -> Cut:
+    """The middle. `resized` covers `to`."""
+    return Cut(resized, (resized.width - to.width) // 2, (resized.height - to.height) // 2, to)
+
+
+def random_cut(resized: Size, to: Size, rng: Random) -> Cut:
+    """Any place, all equally likely. `resized` covers `to`."""
+    left = rng.randint(0, resized.width - to.width)
+    top = rng.randint(0, resized.height - to.height)
+    return Cut(resized, left, top, to)
 
 
 def face_box(path: Path) -> FaceBox | None:
@@ -192,33 +413,25 @@ def face_box(path: Path) -> FaceBox | None:
     return FaceBox(*map(int, fields[-4:]))
 
 
-def crop_face(
-    image: NDArray[np.uint8],
-    face: FaceBox,
-    to: Size,
-    span: tuple[float, float],
-    rng: Random,
-    *,
-    anywhere: bool = False,
-    interpolation: str | None = None,
-) -> NDArray[np.uint8]:
-    """Shrinks the picture by chance and cuts `to` out around the face. The picture covers `to`.
+def face_cut(
+    size: Size, face: FaceBox, to: Size, span: tuple[float, float], rng: Random, anywhere: bool = False
+) -> Cut:
+    """Shrinks the picture by chance and cuts around the face.
 
     Args:
+        size: of the picture; covers `to`.
         span: (low, high); the frame's shorter side is between `low` and `high` times the face's longer side.
         anywhere: the face may lie anywhere in the frame, most often near the middle (--random_crop).
     """
-    height, width = image.shape[:2]
-    if (width, height) == to:
-        return image
+    if size == to:
+        return Cut(size, 0, 0, to)
     low, high = span
     side, face_side = min(to), max(face.width, face.height, 1)
-    covers = max(to.width / width, to.height / height)
+    covers = max(to.width / size.width, to.height / size.height)
     smallest = min(1.0, max(covers, side / (face_side * high)))
     largest = min(1.0, max(smallest, side / (face_side * low)))
     scale = rng.uniform(smallest, largest)
-    resized = Size(math.floor(width * scale + 0.5), math.floor(height * scale + 0.5))
-    image = resize(image, resized, interpolation)
+    resized = Size(math.floor(size.width * scale + 0.5), math.floor(size.height * scale + 0.5))
     jitter = face_side // 20 if low != high and face_side > side // 10 and face_side >= 40 else 0
     starts = []
     for centre, length, wanted in zip((face.x, face.y), resized, to, strict=True):
@@ -230,8 +443,10 @@ def crop_face(
         else:
             start += rng.randint(-jitter, jitter)
         starts.append(max(0, min(start, length - wanted)))
-    left, top = starts
-    return image[top : top + to.height, left : left + to.width]
+    return Cut(resized, *starts, to)
+
+
+# ---- values
 
 
 def vary_colours(image: NDArray[np.uint8], rng: Random) -> NDArray[np.uint8]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
-from library.data import buckets, images
+from library.data import buckets, images, info_cache, likeness
 from library.data.blueprint import DatasetSpec, SubsetSpec
-from library.data.captions import caption_file, extension_in_use, read_caption
-from library.data.folders import list_folder
+from library.data.holdout import hold_out
+from library.data.index import FileIndex
+from library.data.styles import Found, Notes, find_pictures
 from library.errors import UserError
 from library.runtime.logs import LOGGER
 from library.types import Size
@@ -22,7 +20,7 @@ from library.types import Size
 class Record:
     """One picture of one subset. The same file in another dataset is another record."""
 
-    path: Path
+    path: Path  # where there are latents only: the picture's place without extension
     caption: str  # as the file says; see captions.make_caption
     size: Size  # of the picture on disk, upright
     bucket: Size  # what the model sees
@@ -30,6 +28,10 @@ class Record:
     subset: SubsetSpec
     dataset: int  # index of its DatasetSpec
     repeats: int
+    present: bool = True  # whether there is a picture, and not only its latents
+    flip: bool = False  # mirrored half of the time
+    conditioning: Path | None = None  # a picture that belongs to it: its mask
+    tags: str | None = None  # of a metadata file, apart from the caption that has them joined
 
 
 @dataclass
@@ -38,75 +40,103 @@ class Findings:
 
     dropped: list[tuple[Path, str]] = field(default_factory=list)  # and why
     turned: int = 0  # by EXIF orientation
-    uncaptioned: int = 0  # no caption file: class tokens, or nothing
+    moving: int = 0  # more than one frame: the first is used
+    uncaptioned: int = 0  # nothing says a caption: class tokens, or nothing
     without_words: int = 0  # of these, no class tokens either
     empty_captions: int = 0
+    latents_only: int = 0
     surplus_reg: int = 0  # regularisation pictures that are not used
+    copies: dict[Path, Path] = field(default_factory=dict)  # files with the same bytes -> the first of them
+    alike: list[list[Path]] | None = field(default_factory=list)  # pictures that look the same; None: not looked for
+    other_shapes: list[Path] = field(default_factory=list)  # masks of another aspect ratio than their picture's
     warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class _Look:
-    path: Path
-    probe: images.Probe | None
-    caption: str | None = None
-    problem: str | None = None  # of the picture: it is dropped
-    caption_problem: str | None = None  # stops the run
+    """What looking at a picture's header told; `reason` why it cannot be used."""
+
+    size: Size | None
+    turned: bool = False
+    frames: int = 1
+    reason: str = ""
 
 
-def read_records(specs: Sequence[DatasetSpec]) -> tuple[list[Record], Findings]:
-    """Every usable picture in a stable order: by dataset, subset, file name.
+def read_records(
+    specs: Sequence[DatasetSpec], index: FileIndex, seed: int, *, strict: bool = False, main: bool = True
+) -> tuple[list[Record], list[Record], Findings]:
+    """Every usable picture: (to train on, held out for validation, what was found on the way).
+
+    The order is stable: by dataset, subset, path.
+
+    Args:
+        index: remembers what is seen.
+        seed: of the choice of pictures that are held out, where the dataset has none of its own.
+        strict: a picture that cannot be used ends the run.
+        main: whether this process is the one that writes metadata_cache.json, where that is asked for.
 
     Raises: UserError: nothing is left, captions cannot be read, or pictures of the wrong size without buckets.
     """
-    findings, records, problems = Findings(), [], []
-    with ThreadPoolExecutor(max_workers=min(16, 4 * (os.cpu_count() or 1))) as pool:
-        for number, spec in enumerate(specs):
-            found = []
-            for subset in spec.subsets:
-                looks = _look_at(subset, pool, findings)
-                problems += [look.caption_problem for look in looks if look.caption_problem]
-                found += _usable(looks, subset, number, spec, findings, problems)
-            records += balance_regularisation(found, findings)
-    if problems:
-        raise UserError(*dict.fromkeys(problems))
-    _check_what_is_left(records, specs, findings)
-    return records, findings
+    findings, records = Findings(), []
+    notes = Notes(findings.warnings, findings.dropped, [])
+    for number, spec in enumerate(specs):
+        for subset in spec.subsets:
+            pictures = find_pictures(subset, index, notes)
+            looks = _look_at(pictures, index)
+            found = _usable(pictures, looks, subset, number, spec, findings, notes.problems)
+            if main and subset.cache_info and not notes.problems:
+                _keep_info(subset, found)
+            records += found
+    _check_masks(records, index, findings)
+    if strict:
+        notes.problems += [f"{path}: {reason} (--strict)" for path, reason in findings.dropped]
+    if notes.problems:
+        raise UserError(*dict.fromkeys(notes.problems))
+    dropped = {path for path, _ in findings.dropped}
+    records = [record for record in records if record.path not in dropped]
+    findings.copies = likeness.copies({r.path: r.size for r in records if r.present}, index)
+    train, held_out = hold_out(records, specs, seed, findings.copies)
+    balanced = [
+        record
+        for number in range(len(specs))
+        for record in balance_regularisation([r for r in train if r.dataset == number], findings)
+    ]
+    _check_what_is_left(balanced, specs, findings)
+    return balanced, held_out, findings
 
 
-def _look_at(subset: SubsetSpec, pool: ThreadPoolExecutor, findings: Findings) -> list[_Look]:
-    paths, names = list_folder(subset.image_dir)
-    extension = extension_in_use(subset.caption_extension, paths, names)
-    if extension != subset.caption_extension:
-        findings.warnings.append(
-            f"{subset.image_dir}: no {subset.caption_extension} files; its {extension} files are used as captions "
-            f"(set --caption_extension {extension} to say so)"
-        )
-    look = partial(_look, extension=extension, names=names, multiline=subset.captions.enable_wildcard)
-    return list(pool.map(look, paths))
+def _check_masks(records: Sequence[Record], index: FileIndex, findings: Findings) -> None:
+    """Drops the pictures whose masks cannot be used, and notes masks of another shape than their picture's."""
+    masked = {record.conditioning: record for record in records if record.conditioning is not None}
+    seen = index.learn("picture", list(masked), images.describe)
+    for (mask, record), described in zip(masked.items(), seen, strict=True):
+        look = _as_look(described)
+        if look.size is None:
+            findings.dropped.append((record.path, f"its mask {mask} cannot be used: {look.reason}"))
+        elif abs(buckets.aspect_error(look.size, record.size)) > 0.02 * record.size.width / record.size.height:
+            findings.other_shapes.append(mask)
 
 
-def _look(path: Path, extension: str, names: frozenset[str], multiline: bool) -> _Look:
-    try:
-        probe = images.probe(path)
-    except (OSError, ValueError) as error:
-        return _Look(path, None, problem=_reason(error))
-    file = caption_file(path, extension, names)
-    try:
-        caption = None if file is None else read_caption(file, multiline=multiline)
-    except UserError as error:
-        return _Look(path, probe, caption_problem=error.problems[0])
-    return _Look(path, probe, caption)
+def _look_at(pictures: Sequence[Found], index: FileIndex) -> list[_Look]:
+    to_see = [one.path for one in pictures if one.present and one.size is None]
+    seen = iter(index.learn("picture", to_see, images.describe))
+    return [_Look(one.size) if one.size is not None or not one.present else _as_look(next(seen)) for one in pictures]
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    name = type(error).__name__
-    return "no picture that can be read" if name == "UnidentifiedImageError" else str(error) or name
+def _as_look(described: list | str) -> _Look:
+    if isinstance(described, str):
+        return _Look(None, reason=described)
+    width, height, turned, frames = described
+    return _Look(Size(width, height), turned, frames)
+
+
+def _keep_info(subset: SubsetSpec, found: Iterable[Record]) -> None:
+    if info_cache.read(subset.image_dir) is None:
+        info_cache.write(subset.image_dir, {r.path: info_cache.Info(r.caption, r.size) for r in found})
 
 
 def _usable(
+    pictures: Sequence[Found],
     looks: Sequence[_Look],
     subset: SubsetSpec,
     number: int,
@@ -116,28 +146,52 @@ def _usable(
 ) -> list[Record]:
     records, wrong_size = [], []
     sizes = _bucket_list(spec)
-    for look in looks:
-        if look.probe is None:
-            findings.dropped.append((look.path, look.problem or "unreadable"))
+    for one, look in zip(pictures, looks, strict=True):
+        if look.size is None:
+            findings.dropped.append((one.path, look.reason or "neither a picture nor its size is known"))
             continue
-        size = look.probe.size
-        frame = _frame(look.path, size, subset, spec, sizes)
+        frame = (one.bucket, one.bucket) if one.bucket else _frame(one.path, look.size, subset, spec, sizes)
         if frame is None and not spec.enable_bucket:
-            wrong_size.append((look.path, size))
+            wrong_size.append((one.path, look.size))
         elif frame is None:
-            findings.dropped.append((look.path, f"{size.width}x{size.height} is too small or too narrow for a bucket"))
+            size = f"{look.size.width}x{look.size.height}"
+            findings.dropped.append((one.path, f"{size} is too small or too narrow for a bucket"))
         else:
-            findings.turned += look.probe.turned
-            caption = _caption(look, subset, findings)
-            records.append(Record(look.path, caption, size, *frame, subset, number, subset.num_repeats))
+            _count(look, one, findings)
+            records.append(
+                Record(
+                    path=one.path,
+                    caption=_caption(one, subset, findings),
+                    size=look.size,
+                    bucket=frame[0],
+                    resized=frame[1],
+                    subset=subset,
+                    dataset=number,
+                    repeats=subset.num_repeats,
+                    present=one.present,
+                    flip=subset.flip_aug or one.flip_file,
+                    conditioning=one.conditioning,
+                    tags=one.tags,
+                )
+            )
+    varied = [name for name in ("color_aug", "random_crop", "face_crop_aug_range") if getattr(subset, name)]
+    if varied and any(not record.present for record in records):
+        why = "needs the pictures, and some have latents only"
+        problems.append(f"{subset.place}: {varied[0]} {why}; remove {varied[0]}")
     if wrong_size:
         path, size = wrong_size[0]
         wanted = f"{spec.resolution.width}x{spec.resolution.height}"
         problems.append(
-            f"{subset.image_dir}: {len(wrong_size)} of {len(looks)} pictures do not have the size {wanted} "
+            f"{subset.place}: {len(wrong_size)} of {len(looks)} pictures do not have the size {wanted} "
             f"(the first is {path.name}, {size.width}x{size.height}); set enable_bucket, or resize them"
         )
     return records
+
+
+def _count(look: _Look, one: Found, findings: Findings) -> None:
+    findings.turned += look.turned
+    findings.moving += look.frames > 1
+    findings.latents_only += not one.present
 
 
 def _bucket_list(spec: DatasetSpec) -> list[Size]:
@@ -159,13 +213,13 @@ def _frame(
     return buckets.choose(size, sizes)
 
 
-def _caption(look: _Look, subset: SubsetSpec, findings: Findings) -> str:
-    if look.caption is None:
+def _caption(one: Found, subset: SubsetSpec, findings: Findings) -> str:
+    if one.caption is None:
         findings.uncaptioned += 1
         findings.without_words += subset.class_tokens is None
         return subset.class_tokens or ""
-    findings.empty_captions += look.caption == ""
-    return look.caption
+    findings.empty_captions += one.caption == ""
+    return one.caption
 
 
 def balance_regularisation(records: Sequence[Record], findings: Findings) -> list[Record]:
@@ -193,7 +247,7 @@ def balance_regularisation(records: Sequence[Record], findings: Findings) -> lis
 def _check_what_is_left(records: Sequence[Record], specs: Sequence[DatasetSpec], findings: Findings) -> None:
     empty = set(range(len(specs))) - {record.dataset for record in records if not record.subset.is_reg}
     if empty:
-        folders = ", ".join(str(s.image_dir) for number in sorted(empty) for s in specs[number].subsets if not s.is_reg)
+        folders = ", ".join(str(s.place) for number in sorted(empty) for s in specs[number].subsets if not s.is_reg)
         reasons = [f"{path}: {why}" for path, why in findings.dropped[:10]]
         raise UserError(f"no usable training picture in {folders}", *reasons)
     if findings.without_words:

@@ -8,13 +8,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.data import likeness
 from library.data.buckets import aspect_error
 from library.types import Size
 
 if TYPE_CHECKING:
     from library.data.blueprint import DatasetSpec, SubsetSpec
     from library.data.dataset import TrainingData
-    from library.data.records import Record
+    from library.data.records import Findings, Record
+
+
+_NAMED = 10  # files of one kind that are named one by one
 
 
 def report(data: TrainingData) -> list[str]:
@@ -23,16 +27,54 @@ def report(data: TrainingData) -> list[str]:
     lines = []
     for number, spec in enumerate(data.specs):
         lines += _dataset_lines(spec, [record for record in data.records if record.dataset == number], number)
+    if data.held_out is not None:
+        lines.append(f"held out for validation: {len(data.held_out.records)} pictures")
     notes = (
         (findings.turned, "turned upright as their EXIF orientation says"),
-        (findings.uncaptioned - findings.without_words, "without a caption file: their class tokens are the caption"),
-        (findings.without_words, "with neither a caption file nor class tokens: they train on no text"),
-        (findings.empty_captions, "with an empty caption file: they train on no text"),
+        (findings.moving, "with several frames: the first one is used"),
+        (findings.latents_only, "of which only latents are there"),
+        (findings.uncaptioned - findings.without_words, "without a caption: their class tokens are the caption"),
+        (findings.without_words, "with neither a caption nor class tokens: they train on no text"),
+        (findings.empty_captions, "with an empty caption: they train on no text"),
         (findings.surplus_reg, "for regularisation not used: there are more than training pictures times repeats"),
+        (len(findings.dropped), "left out"),
     )
-    lines += [f"{count} picture{'' if count == 1 else 's'} {text}" for count, text in notes if count]
+    lines += [f"{_pictures(count)} {text}" for count, text in notes if count]
     lines += [f"left out: {path}: {reason}" for path, reason in findings.dropped]
+    lines += _likeness_lines(findings)
+    shapes = findings.other_shapes
+    lines += _named(shapes, f"{len(shapes)} masks of another shape than their pictures, stretched to fit")
     return lines
+
+
+def _pictures(count: int) -> str:
+    return f"{count} picture{'' if count == 1 else 's'}"
+
+
+def _named(paths: Sequence[Path], text: str) -> list[str]:
+    """ "text: a, b, ..." where there are any."""
+    shown = ", ".join(str(path) for path in paths[:_NAMED])
+    return [f"{text}: {shown}{', ...' if len(paths) > _NAMED else ''}"] if paths else []
+
+
+def _likeness_lines(findings: Findings) -> list[str]:
+    groups: dict[Path, list[Path]] = {}
+    for path, first in findings.copies.items():
+        groups.setdefault(first, []).append(path)
+    lines = [f"the same picture: {_joined(group)}" for group in list(groups.values())[:_NAMED]]
+    if len(groups) > _NAMED:
+        lines.append(f"and {len(groups) - _NAMED} more groups of equal files")
+    if findings.alike is None:
+        lines.append(f"pictures that only look alike were not searched for among more than {likeness.MOST}")
+        return lines
+    lines += [f"look almost the same: {_joined(group)}" for group in findings.alike[:_NAMED]]
+    if len(findings.alike) > _NAMED:
+        lines.append(f"and {len(findings.alike) - _NAMED} more groups of pictures that look alike")
+    return lines
+
+
+def _joined(group: Sequence[Path]) -> str:
+    return ", ".join(map(str, group[:_NAMED])) + (f" and {len(group) - _NAMED} more" if len(group) > _NAMED else "")
 
 
 def _dataset_lines(spec: DatasetSpec, records: Sequence[Record], number: int) -> list[str]:
@@ -48,7 +90,7 @@ def _dataset_lines(spec: DatasetSpec, records: Sequence[Record], number: int) ->
     for subset in spec.subsets:
         own = [record for record in records if record.subset is subset]
         kind = " (regularisation)" if subset.is_reg else ""
-        lines.append(f"  {subset.image_dir}{kind}: {len(own)} pictures x {subset.num_repeats}")
+        lines.append(f"  {subset.place}{kind}: {len(own)} pictures x {subset.num_repeats}")
     if spec.enable_bucket:
         for bucket, count in sorted(_bucket_counts(records).items()):
             lines.append(f"  bucket {bucket.width}x{bucket.height}: {count} pictures with repeats")
@@ -62,7 +104,7 @@ def metadata(data: TrainingData, processes: int) -> dict[str, Any]:
     values: dict[str, Any] = {
         "ss_num_train_images": data.num_train_images,
         "ss_num_reg_images": data.num_reg_images,
-        "ss_num_validation_images": 0,
+        "ss_num_validation_images": len(data.held_out.records) if data.held_out is not None else 0,
         "ss_num_batches_per_epoch": data.batches_per_epoch,
         "ss_caption_dropout_rate": options.caption_dropout_rate,
         "ss_caption_dropout_every_n_epochs": options.caption_dropout_every_n_epochs,
@@ -117,7 +159,7 @@ _AS_GIVEN = ("color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_to
 def _describe(spec: DatasetSpec, records: Sequence[Record]) -> dict[str, Any]:
     """One entry of ss_datasets."""
     return {
-        "is_dreambooth": True,
+        "is_dreambooth": not any(subset.metadata_file for subset in spec.subsets),
         "batch_size_per_device": spec.batch_size,
         "num_train_images": sum(record.repeats for record in records if not record.subset.is_reg),
         "num_reg_images": sum(record.repeats for record in records if record.subset.is_reg),
@@ -145,34 +187,45 @@ def _describe_subset(subset: SubsetSpec, records: Sequence[Record]) -> dict[str,
         "caption_prefix": captions.caption_prefix,
         "caption_suffix": captions.caption_suffix,
         "resize_interpolation": subset.resize_interpolation,
-        "image_dir": _name(subset.image_dir),
-        "class_tokens": subset.class_tokens,
-        "is_reg": subset.is_reg,
+        "image_dir": subset.image_dir and _name(subset.image_dir),
+        **_own_keys(subset),
     }
 
 
-def _name(folder: Path) -> str:
-    return folder.name or folder.resolve().name  # Path(".") has no name of its own
+def _own_keys(subset: SubsetSpec) -> dict[str, Any]:
+    if subset.metadata_file is not None:
+        return {"metadata_file": _name(subset.metadata_file)}
+    return {"class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
+
+
+def _place_name(subset: SubsetSpec) -> str:
+    """What the format knows a subset by: its metadata file, or its folder."""
+    return _name(subset.metadata_file or subset.place)
+
+
+def _name(path: Path) -> str:
+    return path.name or path.resolve().name  # Path(".") has no name of its own
 
 
 def _folders(subsets: Iterable[tuple[DatasetSpec, SubsetSpec]], records: Sequence[Record]) -> dict[str, Any]:
     """{folder name: repeats and pictures}; equal names get " (2)", " (3)", ..."""
     found: dict[str, Any] = {}
     for _, subset in subsets:
-        name, number = _name(subset.image_dir), 2
+        name, number = _place_name(subset), 2
         while name in found:
-            name, number = f"{_name(subset.image_dir)} ({number})", number + 1
+            name, number = f"{_place_name(subset)} ({number})", number + 1
         count = sum(record.subset is subset for record in records)
         found[name] = {"n_repeats": subset.num_repeats, "img_count": count}
     return found
 
 
 def _tag_frequency(records: Sequence[Record]) -> dict[str, Counter[str]]:
-    """{folder name: {tag: pictures that have it}}, over the captions as they are on disk."""
+    """{folder name: {tag: pictures that have it}}, over captions as they are on disk; in metadata files, the tags."""
     found: dict[str, Counter[str]] = {}
     for record in records:
-        tags = {tag.strip().lower() for tag in record.caption.replace("\n", ",").split(",")} - {""}
-        found.setdefault(_name(record.subset.image_dir), Counter()).update(sorted(tags))
+        text = record.caption if record.tags is None else record.tags
+        tags = {tag.strip().lower() for tag in text.replace("\n", ",").split(",")} - {""}
+        found.setdefault(_place_name(record.subset), Counter()).update(sorted(tags))
     return found
 
 

@@ -29,6 +29,7 @@ class FamilyTraits:
     default_resolution: int  # pixels; side of sample images when nothing is said
     sample_steps: int
     sample_scale: float
+    cache_keys_by_size: bool = False  # arrays in latent cache files are named by the size of the latents
 
 
 class Family(ABC):
@@ -47,10 +48,13 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def encode_images(self, models: Models, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode_images(
+        self, models: Models, pixels: Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] to latents (B, C, H/8, W/8) in the form that caches hold.
 
-        Latents are drawn from a distribution; the same `generator` state draws the same ones.
+        Latents are drawn from a distribution; the same `generator` state draws the same ones. A list has one for each
+        picture, whose latents then do not depend on the rest of the batch.
         """
 
     @abstractmethod

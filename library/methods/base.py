@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from library.families.base import Family
     from library.options.base import Options
-    from library.types import Models
+    from library.types import Batch, Models
 
 
 class Method(ABC):
@@ -51,6 +51,9 @@ class Method(ABC):
 
     def start_epoch(self, epoch: int) -> None:  # noqa: B027
         """Called before each epoch, counted from 1."""
+
+    def before_batch(self, batch: Batch) -> None:  # noqa: B027
+        """Called before each forward pass of training; must not wait for the device."""
 
     def after_step(self) -> None:  # noqa: B027
         """Called after each optimizer step; must not wait for the device."""

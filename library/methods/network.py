@@ -22,7 +22,7 @@ from library.runtime.logs import LOGGER
 if TYPE_CHECKING:
     from library.families.base import Family
     from library.options.base import Options
-    from library.types import LoraTarget, Models
+    from library.types import Batch, LoraTarget, Models
     from networks.base import Network
 
 DEFAULT_DIM = 4
@@ -40,6 +40,7 @@ class NetworkMethod(Method):
         self._module = network_module(opts.method.network_module)
         self._args = split_args(opts.method.network_args)
         self._network: Network | None = None
+        self._multiplier = 1.0  # as the network is now
         self._rates: dict[str, float] = {}
 
     # ---- what is trained
@@ -123,7 +124,16 @@ class NetworkMethod(Method):
             return any(part != "denoiser" and self._rates[part] for part in self._network.parts())
         return any(part != "denoiser" and lr for part, lr in part_rates(self.opts, ("any",)).items())
 
+    def before_batch(self, batch: Batch) -> None:
+        self._set_multiplier(batch.network_multiplier)
+
+    def _set_multiplier(self, multiplier: float) -> None:
+        if multiplier != self._multiplier:
+            self._attached().set_multiplier(multiplier)
+            self._multiplier = multiplier
+
     def after_step(self) -> None:
+        self._set_multiplier(1.0)  # what is sampled and validated is the network as it will be used
         if self.opts.method.scale_weight_norms:
             self._attached().limit_norms(self.opts.method.scale_weight_norms)
 

@@ -12,22 +12,36 @@ from library.options.base import OptionGroup, Options, opt
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
 
-_DISK_CACHE = "latent caches on disk"
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(OptionGroup, group="data", title="Data set"):
     train_data_dir: str | None = opt(None, "folder of training folders named <repeats>_<identifier> <class>")
     reg_data_dir: str | None = opt(None, "folder of regularisation folders named <repeats>_<class>")
-    in_json: str | None = opt(None, "metadata file of a fine-tuning data set", later="metadata data sets")
+    in_json: str | None = opt(
+        None,
+        "metadata file (.json or .jsonl) with captions and tags of the pictures in --train_data_dir",
+        exists="file",
+    )
     dataset_config: Path | None = opt(None, "TOML or JSON file that describes the data sets, in place of folders")
     dataset_repeats: int = opt(1, "passes over each picture per epoch, where the data set does not say", at_least=1)
     dataset_class: str | None = opt(
-        None, "import path of a data set class of your own", later="custom data set classes"
+        None, "import path of a function or class of your own that makes the data, as in my_package.my_module.MyData"
     )
-    conditioning_data_dir: str | None = opt(None, "folder of masks or control images", later="conditioning images")
-    cache_info: bool = opt(False, "keep sizes and captions in a file beside the pictures", later="the picture index")
-    debug_dataset: bool = opt(False, "show pictures and captions instead of training", later="the data set preview")
+    conditioning_data_dir: str | None = opt(
+        None,
+        "folder of pictures that belong to those in --train_data_dir by name: masks, for --masked_loss",
+        exists="folder",
+    )
+    cache_info: bool = opt(
+        False, "keep sizes and captions in metadata_cache.json beside the pictures, and trust it from then on"
+    )
+    debug_dataset: bool = opt(
+        False, "write contact sheets of pictures, masks and captions as training would see them, instead of training"
+    )
+    strict: bool = opt(False, "stop where a picture cannot be used, instead of leaving it out")
+    data_index_dir: str | None = opt(
+        None, "folder that remembers sizes, captions and checksums between runs; the user's cache folder if not given"
+    )
     train_batch_size: int = opt(1, "pictures per batch and process", at_least=1)
     resolution: str | None = opt(
         None, "training size in pixels: one side of a square, or width,height", comma_list=True
@@ -73,11 +87,13 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
     face_crop_aug_range: str | None = opt(
         None, "cut around faces found in file names, at sizes between these two factors, e.g. 2.0,4.0", comma_list=True
     )
-    alpha_mask: bool = opt(False, "leave transparent parts of pictures out of the loss", later="loss masks")
+    alpha_mask: bool = opt(False, "leave transparent parts of pictures out of the loss")
 
     cache_latents: bool = opt(False, "encode all pictures once before training and keep the latents in memory")
-    cache_latents_to_disk: bool = opt(False, "keep the latents in files beside the pictures", later=_DISK_CACHE)
-    skip_cache_check: bool = opt(False, "trust latent files without looking into them", later=_DISK_CACHE)
+    cache_latents_to_disk: bool = opt(
+        False, "encode all pictures once and keep the latents in files beside them, for this run and later ones"
+    )
+    skip_cache_check: bool = opt(False, "trust latent files without looking into them")
     vae_batch_size: int = opt(1, "pictures that the VAE encodes at once while caching", at_least=1)
 
     max_data_loader_n_workers: int = opt(
@@ -86,7 +102,11 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
     persistent_data_loader_workers: bool = opt(False, "keep loading processes from epoch to epoch; saves start-up time")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        if not (self.dataset_config or self.train_data_dir or self.in_json):
+        if self.dataset_class and not self.dataset_class.rpartition(".")[0]:
+            yield f"--dataset_class: must be module.name, as in my_module.MyData, got {self.dataset_class!r}"
+        if self.in_json and not self.dataset_config and not self.in_json.lower().endswith((".json", ".jsonl")):
+            yield f"--in_json: must be a .json or .jsonl file, got {self.in_json!r}"
+        if not (self.dataset_config or self.train_data_dir or self.in_json or self.dataset_class):
             yield "--train_data_dir: missing; name a folder of pictures with it, or a file with --dataset_config"
         elif self.resolution is None and not self.dataset_config:
             yield "--resolution: missing; give one number, or width,height"
@@ -142,6 +162,8 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
                     yield f"{flag}: cannot be used with --{name}, which makes every picture new each time; drop one"
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if self.skip_cache_check and not self.cache_latents_to_disk and not self.in_json and not self.dataset_config:
+            yield "--skip_cache_check: no effect without --cache_latents_to_disk"
         if self.persistent_data_loader_workers and self.max_data_loader_n_workers == 0:
             yield "--persistent_data_loader_workers: no effect with --max_data_loader_n_workers 0"
 

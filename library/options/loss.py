@@ -61,7 +61,9 @@ class LossOptions(OptionGroup, group="loss", title="Loss"):
     huber_c: float = opt(0.1, "switch point of huber and smooth_l1, from squared to absolute distance", above=0)
     huber_scale: float = opt(1.0, "factor on the switch point", above=0)
     prior_loss_weight: float = opt(1.0, "weight of regularisation pictures in the loss", at_least=0)
-    masked_loss: bool = opt(False, "weigh the loss by masks", later="loss masks")
+    masked_loss: bool = opt(
+        False, "weigh the loss by masks: the pictures of --conditioning_data_dir, or transparency with --alpha_mask"
+    )
     min_snr_gamma: float | None = opt(
         None, "cap of the signal-to-noise weight (arXiv:2303.09556), 5 is usual; 0 = off", at_least=0, off=0
     )

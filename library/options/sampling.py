@@ -12,8 +12,6 @@ from library.options.base import OptionGroup, Options, opt
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
 
-_VALIDATION = "the validation loss"
-
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(OptionGroup, group="sampling", title="Sample pictures"):
@@ -43,8 +41,16 @@ class SamplingOptions(OptionGroup, group="sampling", title="Sample pictures"):
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationOptions(OptionGroup, group="validation", title="Validation"):
-    validation_seed: int | None = opt(None, "seed of the choice of validation pictures", later=_VALIDATION)
-    validation_split: float = opt(0.0, "share of the pictures kept for validation", later=_VALIDATION)
-    validate_every_n_steps: int | None = opt(None, "validate every so many optimizer steps", later=_VALIDATION)
-    validate_every_n_epochs: int | None = opt(None, "validate every so many epochs", later=_VALIDATION)
-    max_validation_steps: int | None = opt(None, "most batches per validation", later=_VALIDATION)
+    validation_seed: int | None = opt(
+        None, "seed of the choice of validation pictures and of their noise; --seed if not given", at_least=0
+    )
+    validation_split: float = opt(
+        0.0, "share of the pictures kept out of training, to measure the loss on", at_least=0, at_most=1, lenient=True
+    )
+    validate_every_n_steps: int | None = opt(None, "validate every so many optimizer steps", at_least=1)
+    validate_every_n_epochs: int | None = opt(
+        None,
+        "validate after every so many epochs; after each if neither this nor a number of steps is given",
+        at_least=1,
+    )
+    max_validation_steps: int | None = opt(None, "most batches per validation; all if not given", at_least=1)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from library.options.base import Options
     from library.training.plan import RunPlan
     from library.training.tracking import Tracker
+    from library.training.validation import Validation
     from library.types import Batch, Models
 
 
@@ -51,6 +52,7 @@ class Run:
     schedule: torch.optim.lr_scheduler.LRScheduler
     saves: saving.SavePlan
     preview: Preview
+    validation: Validation
     tracker: Tracker
     make_metadata: Callable[[RunFacts], dict[str, str] | None]
     save_dtype: torch.dtype | None
@@ -86,10 +88,14 @@ def train(run: Run) -> RunFacts:
             gradient_norm = _update(run, parameters)
             facts.step += 1
             report.step(facts.step, losses, gradient_norm, rates)
+            if run.validation.due(facts.step):
+                _validate(run, parts, facts)
             if main:
                 _after_step(run, facts, report)
             if facts.step >= run.plan.total_steps:
                 break
+        if run.validation.due(facts.step, facts.epoch):
+            _validate(run, parts, facts)
         if main:
             _after_epoch(run, facts, report)
     report.close(facts)
@@ -118,6 +124,7 @@ def _accumulate(run: Run, parts: StepParts, group: list[Batch], facts: RunFacts)
     for batch in group:
         address = (facts.micro_step, run.accelerator.process_index)
         torch.manual_seed(seeds.derive(run.seed, "layers", *address))  # dropout inside the modules
+        run.method.before_batch(batch)
         rng = seeds.generator(run.accelerator.device, run.seed, "noise", *address)
         with run.accelerator.autocast():
             loss = training_step(parts, batch, rng).mean()
@@ -181,6 +188,15 @@ def _after_epoch(run: Run, facts: RunFacts, report: _Report) -> None:
         _save(run, facts, *due)
     if run.preview.due(facts.step, facts.epoch):
         _sample(run, facts, epoch_end=True)
+
+
+def _validate(run: Run, parts: StepParts, facts: RunFacts) -> None:
+    trained = run.method.trainable()
+    trained.eval()  # no dropout
+    loss = run.validation.loss(parts, run.accelerator)
+    placement.training_modes(run.models, trained, grad_text=parts.grad_text)
+    run.tracker.scalars(facts.step, {"loss/validation": loss})
+    LOGGER.info("validation loss %.5f at step %d", loss, facts.step)
 
 
 def _save(run: Run, facts: RunFacts, path: Path, obsolete: Path | None = None) -> None:

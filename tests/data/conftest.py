@@ -13,6 +13,7 @@ from library.families.base import FamilyTraits
 from library.options.base import Given, build_options, options_of
 from library.options.data import DataOptions
 from library.options.loss import LossOptions
+from library.options.sampling import ValidationOptions
 from library.options.training import TrainingOptions
 
 TRAITS = FamilyTraits(
@@ -42,7 +43,7 @@ def make_opts():
         given = {"max_data_loader_n_workers": 0, **given}
         if "dataset_config" in given:
             given["dataset_config"] = Path(given["dataset_config"])
-        groups = (DataOptions, LossOptions, TrainingOptions)
+        groups = (DataOptions, LossOptions, TrainingOptions, ValidationOptions)
         assert given.keys() <= {option.dest for group in groups for option in options_of(group)}
         return build_options(groups, {name: Given(value, "command line") for name, value in given.items()})
 

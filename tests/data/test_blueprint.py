@@ -168,11 +168,9 @@ class_tokens = "x"
         ("face_crop_aug_range = [3, 1]", "face_crop_aug_range must be [low, high]"),
         ("face_crop_aug_range = [3]", "face_crop_aug_range must be two numbers"),
         ("caption_separator = ''", "caption_separator must not be empty"),
-        ("alpha_mask = true", "alpha_mask is not available yet"),
-        ("cache_info = true", "cache_info is not available yet"),
-        ("conditioning_data_dir = 'x'", "conditioning_data_dir is not available yet"),
-        ("metadata_file = 'x.json'", "metadata_file is not available yet"),
-        ("custom_attributes = {a = 1}", "custom_attributes is not available yet"),
+        ("alpha_mask = 1", "alpha_mask must be true or false"),
+        ("metadata_file = 'x.json'", "metadata_file x.json is no file"),
+        ("custom_attributes = 3", "custom_attributes must be a table"),
     ],
 )
 def test_values_of_a_subset(pictures, write_config, make_opts, traits, line, message):
@@ -186,8 +184,8 @@ def test_values_of_a_subset(pictures, write_config, make_opts, traits, line, mes
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("validation_split = 0.1", "validation_split is not available yet"),
-        ("network_multiplier = 0.5", "network_multiplier is not available yet"),
+        ("validation_split = 'a tenth'", "validation_split must be a number"),
+        ("validation_seed = -1", "validation_seed must be at least 0"),
         ("batch_size = 0", "batch_size must be at least 1"),
         ("resolution = [512]", "resolution must be a whole number, or two"),
         ("resolution = 500", "resolution 500x500: Test family needs multiples of 64"),
@@ -205,13 +203,77 @@ def test_values_of_a_dataset(pictures, write_config, make_opts, traits, line, me
     assert message in found[0]
 
 
-def test_defaults_of_later_keys_are_accepted(pictures, write_config, make_opts, traits):
+@pytest.mark.rows("R255")
+def test_every_key_arrives(pictures, write_config, make_opts, traits):
     file = write_config(
-        "[general]\ncache_info = false\nvalidation_split = 0.0\n"
-        "[[datasets]]\nresolution = 512\nnetwork_multiplier = 1.0\n"
-        f"[[datasets.subsets]]\nimage_dir = '{pictures}'\nalpha_mask = false\n"
+        "[general]\ncache_info = true\nvalidation_split = 0.25\nvalidation_seed = 3\n"
+        "[[datasets]]\nresolution = 512\nnetwork_multiplier = 0.5\n"
+        f"[[datasets.subsets]]\nimage_dir = '{pictures}'\nalpha_mask = true\ncustom_attributes = {{ a = 1 }}\n"
     )
-    assert len(build_specs(make_opts(dataset_config=file), traits)) == 1
+    (spec,) = build_specs(make_opts(dataset_config=file, validation_split=0.9), traits)
+    assert (spec.validation_split, spec.validation_seed, spec.network_multiplier) == (0.25, 3, 0.5)
+    (subset,) = spec.subsets
+    assert (subset.cache_info, subset.alpha_mask, subset.custom_attributes) == (True, True, {"a": 1})
+
+
+def test_a_validation_split_that_is_no_share_is_ignored_with_a_warning(
+    pictures, write_config, make_opts, traits, warnings
+):
+    file = write_config(
+        f"[[datasets]]\nresolution = 512\nvalidation_split = 1.5\n[[datasets.subsets]]\nimage_dir = '{pictures}'\n"
+    )
+    (spec,) = build_specs(make_opts(dataset_config=file), traits)
+    assert spec.validation_split == 0
+    assert "validation_split must be from 0 to 1, got 1.5; ignored" in warnings.text
+
+
+@pytest.mark.parametrize(
+    ("lines", "key"),
+    [
+        ("metadata_file = 'm.json'\nclass_tokens = 'x'", "class_tokens has no meaning with metadata_file"),
+        ("metadata_file = 'm.json'\nis_reg = true", "is_reg has no meaning with metadata_file"),
+        ("conditioning_data_dir = 'm'\nis_reg = true", "is_reg has no meaning with conditioning_data_dir"),
+    ],
+)
+def test_keys_of_another_style(pictures, write_config, make_opts, traits, lines, key):
+    file = write_config(f"[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = '{pictures}'\n{lines}\n")
+    assert any(key in line for line in problems(make_opts(dataset_config=file), traits))
+
+
+@pytest.mark.rows("R221")
+def test_a_metadata_file_by_flag(tmp_path, draw, make_opts, traits):
+    draw(tmp_path / "pictures" / "a.png")
+    (tmp_path / "meta.json").write_text("{}")
+    options = {"in_json": str(tmp_path / "meta.json"), "train_data_dir": str(tmp_path / "pictures"), "resolution": "64"}
+    (spec,) = build_specs(make_opts(**options, dataset_repeats=3), traits)
+    (subset,) = spec.subsets
+    assert (subset.metadata_file, subset.image_dir) == (tmp_path / "meta.json", tmp_path / "pictures")
+    assert subset.num_repeats == 3
+    assert "--in_json: there is no file" in problems(make_opts(**{**options, "in_json": "none.json"}), traits)[0]
+
+
+@pytest.mark.rows("R268")
+def test_masks_by_flag(tmp_path, draw, make_opts, traits):
+    draw(tmp_path / "flat" / "a.png")
+    draw(tmp_path / "train" / "2_cat" / "a.png")
+    draw(tmp_path / "train" / "3_dog" / "b.png")
+    draw(tmp_path / "masks" / "2_cat" / "a.png")
+    masked = {"conditioning_data_dir": str(tmp_path / "masks"), "masked_loss": True, "resolution": "64"}
+    ((flat,),) = [s.subsets for s in build_specs(make_opts(train_data_dir=str(tmp_path / "flat"), **masked), traits)]
+    assert (flat.conditioning_data_dir, flat.num_repeats) == (tmp_path / "masks", 1)
+    (spec,) = build_specs(make_opts(train_data_dir=str(tmp_path / "train"), **masked), traits)
+    found = [(s.image_dir.name, s.num_repeats, s.conditioning_data_dir.name) for s in spec.subsets]
+    assert found == [("2_cat", 2, "2_cat"), ("3_dog", 3, "masks")]
+
+
+def test_masks_and_masked_loss_need_each_other(tmp_path, draw, make_opts, traits):
+    draw(tmp_path / "1_a" / "a.png")
+    folder = {"train_data_dir": str(tmp_path), "resolution": "64"}
+    (line,) = problems(make_opts(**folder, masked_loss=True), traits)
+    assert line.startswith("--masked_loss: there are no masks")
+    assert build_specs(make_opts(**folder, masked_loss=True, alpha_mask=True), traits)
+    (line,) = problems(make_opts(**folder, conditioning_data_dir=str(tmp_path)), traits)
+    assert "its pictures are masks for --masked_loss" in line
 
 
 def test_mixed_styles(pictures, write_config, make_opts, traits):
@@ -259,7 +321,7 @@ def test_nothing_said_at_all(make_opts, traits):
 
 
 @pytest.mark.parametrize(
-    "given", [{"train_batch_size": 0}, {"in_json": "x"}, {"cache_latents_to_disk": True}, {"alpha_mask": True}]
+    "given", [{"train_batch_size": 0}, {"in_json": "x.json"}, {"conditioning_data_dir": "none"}, {"dataset_class": "x"}]
 )
 def test_wrong_flags_are_told_once_and_as_the_options_tell_them(tmp_path, draw, make_opts, traits, given):
     draw(tmp_path / "1_a" / "a.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -37,6 +38,69 @@ def test_wildcards_and_lines():
     }
     assert outcomes("a {|x} b", enable_wildcard=True) == {"a  b", "a x b"}
     assert outcomes("one\ntwo", enable_wildcard=True, caption_prefix="P", caption_suffix="S") == {"P one", "two S"}
+
+
+@pytest.mark.rows("R248")
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("{a|{b|c}}", {"a", "b", "c"}),
+        ("{{a|b}|c}", {"a", "b", "c"}),
+        ("{{a|b}|{c|d}}", {"a", "b", "c", "d"}),
+        ("{{a|{b|c}}|d}", {"a", "b", "c", "d"}),
+        ("{a|{b|{c|{d|e}}}}", {"a", "b", "c", "d", "e"}),
+        ("{{{{a|b}|c}|d}|e}", {"a", "b", "c", "d", "e"}),
+        ("{{long|short} hair|{|red }hat}, {x}", {"long hair, x", "short hair, x", "hat, x", "red hat, x"}),
+    ],
+)
+def test_wildcards_may_nest(raw, expected):
+    assert outcomes(raw, enable_wildcard=True) == expected
+
+
+@pytest.mark.rows("R248")
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("{{a|b}}", {"{a|b}"}),
+        ("{{}} {{{{x}}}}", {"{} {{x}}"}),
+        ("{a|{{b}}}", {"a", "{b}"}),
+        ("{{{a}}|b}", {"{a}", "b"}),
+        ("{{{a|b}}}", {"{a}", "{b}"}),
+        ("{{an {a|b}}}", {"{an a}", "{an b}"}),
+        ("{:{{|:}}}", {":{", ":}"}),
+    ],
+)
+def test_doubled_braces_are_plain_also_beside_wildcards(raw, expected):
+    assert outcomes(raw, enable_wildcard=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("a } b { c", {"a } b { c"}),
+        ("{a|b", {"{a|b"}),
+        ("a|b}", {"a|b}"}),
+        ("{x|{a|b}", {"{x|a", "{x|b"}),
+        ("{a|b} :}", {"a :}", "b :}"}),
+        (":{{ {a|b}", {":{ a", ":{ b"}),
+        ("{:}}|:{{}", {":}", ":{"}),
+        ("a | b", {"a | b"}),
+    ],
+)
+def test_braces_without_a_partner(raw, expected):
+    assert outcomes(raw, enable_wildcard=True) == expected
+
+
+@pytest.mark.rows("R248")
+@pytest.mark.parametrize(
+    ("raw", "shares"),
+    [("{a|a|b}", {"a": 2 / 3, "b": 1 / 3}), ("{a|{b|b|b|c}}", {"a": 1 / 2, "b": 3 / 8, "c": 1 / 8})],
+)
+def test_wildcard_shares(raw, shares):
+    counts = Counter(caption(raw, seed=seed, enable_wildcard=True) for seed in range(4000))
+    assert counts.keys() == shares.keys()
+    # 4 standard deviations of a share are 0.032 at most
+    assert all(counts[one] / 4000 == pytest.approx(share, abs=0.032) for one, share in shares.items())
 
 
 @pytest.mark.rows("R195", "R196", "R197")
@@ -174,8 +238,15 @@ def test_the_default_extension_does_not_hide_txt_files():
     ("content", "first", "lines"),
     [
         (b"\xef\xbb\xbfa cat\r\n\r\n b \r\n", "a cat", "a cat\nb"),
+        (b"a cat\r\nb\r\n", "a cat", "a cat\nb"),
+        (b"a cat\rb\r", "a cat", "a cat\nb"),
         (b"", "", ""),
+        (b"\xef\xbb\xbf", "", ""),
         (b"  \n", "", ""),
+        (b" \t \r\n\r\n ", "", ""),
+        (b"\n a cat\n", "", "a cat"),
+        ("a\u2028b\fc\vd\x1ce\x85f\nsecond".encode(), "a\u2028b\fc\vd\x1ce\x85f", "a\u2028b\fc\vd\x1ce\x85f\nsecond"),
+        ("\u3000a cat\u2028\f\n\u2028\nb".encode(), "a cat", "a cat\nb"),
         ("Ünïcode 猫".encode(), "Ünïcode 猫", "Ünïcode 猫"),
     ],
 )
@@ -192,3 +263,19 @@ def test_other_encodings_name_the_file(tmp_path, encoding):
     path.write_bytes("猫".encode(encoding))
     with pytest.raises(UserError, match=r"a\.txt: not UTF-8"):
         read_caption(path, multiline=False)
+
+
+@pytest.mark.parametrize(("content", "byte"), [(b"caf\xe9", 3), (b"\xef\xbb\xbfcaf\xe9", 6), (b"\xff\xfea\0", 0)])
+def test_the_byte_that_is_not_utf8_is_named(tmp_path, content, byte):
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.txt: not UTF-8 text \(byte {byte}\)"):
+        read_caption(path, multiline=True)
+
+
+def test_a_line_separator_inside_a_caption_reaches_the_caption(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("a cat\u2028on a mat, hat\nsecond".encode())
+    assert caption(read_caption(path, multiline=False)) == "a cat\u2028on a mat, hat"
+    whole = read_caption(path, multiline=True)
+    assert outcomes(whole, enable_wildcard=True) == {"a cat\u2028on a mat, hat", "second"}

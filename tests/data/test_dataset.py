@@ -491,9 +491,9 @@ def test_report_tells_what_is_missing(tmp_path, draw, load, warnings):
     draw(tmp_path / "2_y" / "d.png")
     lines = load(tmp_path).report()
     assert "1 picture turned upright as their EXIF orientation says" in lines
-    assert "2 pictures with neither a caption file nor class tokens: they train on no text" in lines
-    assert "1 picture with an empty caption file: they train on no text" in lines
-    assert "1 picture without a caption file: their class tokens are the caption" in lines
+    assert "2 pictures with neither a caption nor class tokens: they train on no text" in lines
+    assert "1 picture with an empty caption: they train on no text" in lines
+    assert "1 picture without a caption: their class tokens are the caption" in lines
     assert "2 pictures have neither" in warnings.text
 
 

@@ -102,9 +102,10 @@ def test_the_file_says_which_model_it_is_for(run):
     weights = load_file(run.out / "last.safetensors")
     assert all(torch.isfinite(value).all() for value in weights.values())
     untouched = {name for name, value in weights.items() if "lora_up" in name and not value.any()}
-    # At 64 pixels the middle has one position, and attention among one has nothing to choose.
+    # At 64 pixels the middle has one position, and attention among one has nothing to choose: its gradient is what
+    # rounding leaves, mostly nothing.
     middle = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_"
-    assert untouched == {f"{middle}{name}.lora_up.weight" for name in "qk"}
+    assert untouched <= {f"{middle}{name}.lora_up.weight" for name in "qk"}
 
 
 @pytest.mark.rows("R138", "R223", "R224")

@@ -36,7 +36,9 @@ class SdFamily(Family):
         tokenizer = sd_tokenizer(parts.source.v2, own, model.tokenizer_cache_dir)
         return Models(parts.denoiser, {"te": parts.text_encoder}, {"te": tokenizer}, parts.vae, parts.source)
 
-    def encode_images(self, models: Models, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode_images(
+        self, models: Models, pixels: Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> Tensor:
         return encode_pixels(_vae(models), pixels, generator)
 
     def scale_latents(self, latents: Tensor) -> Tensor:

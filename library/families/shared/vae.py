@@ -99,13 +99,15 @@ def vae_config(shapes: Shapes, scaling_factor: float) -> dict[str, Any]:
     }
 
 
-def encode_pixels(vae: nn.Module, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def encode_pixels(
+    vae: nn.Module, pixels: Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+) -> Tensor:
     """Draws latents from the VAE's posterior: mean + std * eps, neither shifted nor scaled.
 
     Args:
         vae: AutoencoderKL; works in the dtype of its weights.
         pixels: (B, 3, H, W) in [-1, 1].
-        generator: source of eps, for the same latents again; its device is where eps is drawn.
+        generator: source of eps, for the same latents again; its device is where eps is drawn. A list: one per picture.
     Returns: raw latents, (B, C, H/8, W/8), dtype of the VAE.
     Source: Kingma and Welling 2014 (arXiv:1312.6114), eq. 10.
     """

@@ -1,0 +1,221 @@
+"""Arrays in .npz files: written whole or not at all, and verified whenever they are read.
+
+Knows nothing of what the arrays mean. The files are what `numpy.savez` writes, and any .npz file can be read.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import lzma
+import math
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from zipfile import BadZipFile, ZipFile, ZipInfo, is_zipfile
+
+import numpy as np
+
+from library.checkpoints.writing import replacing
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PROVENANCE = "provenance"  # what names of notes begin with; see pack_note
+
+_EXTENSION = ".npy"
+_FEW = 8  # arrays of at most so many numbers are told by `summary` in full
+_LONG_AGO = (1980, 1, 1, 0, 0, 0)  # every member's time, so that equal arrays make equal files
+_UNIX = 3  # the system that members are said to be from, on every system
+_END = struct.Struct("<4s6xH10x")  # the record at the end of a zip file: its mark, and how many members there are
+_MANY = 0xFFFF  # a count that does not fit into that record stands elsewhere
+
+
+class CacheDamaged(Exception):
+    """A file is not what was written. The message says what is wrong, without the path."""
+
+
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+    length: int  # bytes
+
+
+def read(path: Path, names: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
+    """The arrays called `names`, or all of them. The checksums of what is read are verified.
+
+    Raises:
+        CacheDamaged: the file is cut off, altered, no .npz file, or lacks one of `names`.
+        OSError: it is not there (FileNotFoundError), or the system does not let it be read.
+    """
+    with _opened(path) as archive:
+        members = _members(archive)
+        chosen = list(members) if names is None else list(names)
+        for name in chosen:
+            if name not in members:
+                raise CacheDamaged(f"it has no array {name}")
+        return {name: _unpack(name, archive.read(members[name])) for name in chosen}
+
+
+def names(path: Path) -> list[str]:
+    """What the arrays are called, from the file's directory; the arrays are not looked at. Raises: as `read`."""
+    with _opened(path) as archive:
+        return list(_members(archive))
+
+
+def write(path: Path, arrays: Mapping[str, NDArray[Any]], *, keep_others: bool = False) -> None:
+    """Writes an uncompressed .npz file beside `path` and renames it. Equal arrays make equal bytes.
+
+    Args:
+        keep_others: arrays of other names in an existing file stay; if that is damaged, they are lost. Only one process
+            may write to a file at a time.
+
+    Raises: OSError: disk full, no permission; an existing file is as it was. ValueError: an array of Python objects.
+    """
+    if keep_others:
+        arrays = {**_what_is_left(path), **arrays}
+    content = io.BytesIO()
+    with ZipFile(content, "w") as archive:
+        for name in sorted(arrays):
+            member = ZipInfo(name + _EXTENSION, _LONG_AGO)
+            member.create_system = _UNIX
+            member.external_attr = 0o644 << 16
+            archive.writestr(member, _pack(arrays[name]))
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content.getbuffer())
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """What is in a file, as JSON values, after reading and verifying all of it.
+
+    Returns: {"damaged": reason}, or
+        "arrays": {name: [shape, dtype]}, e.g. {"latents": [[4, 64, 64], "float32"]}
+        "values": {name: list or number} of arrays of at most 8 numbers
+        "not_finite": [name] of arrays with NaN or infinity
+        "provenance": {what follows PROVENANCE in the name of a note: the note}
+    """
+    try:
+        arrays = read(path)
+        notes = {name: unpack_note(array) for name, array in arrays.items() if name.startswith(PROVENANCE)}
+    except CacheDamaged as error:
+        return {"damaged": str(error)}
+    except OSError as error:
+        return {"damaged": error.strerror or type(error).__name__}
+    data = {name: array for name, array in arrays.items() if name not in notes}
+    return {
+        "arrays": {name: [list(array.shape), str(array.dtype)] for name, array in data.items()},
+        "values": {name: a.tolist() for name, a in data.items() if a.size <= _FEW and a.dtype.kind in "biuf"},
+        "not_finite": [name for name, a in data.items() if a.dtype.kind in "fc" and not np.isfinite(a).all()],
+        "provenance": {name.removeprefix(PROVENANCE): note for name, note in notes.items()},
+    }
+
+
+def pack_note(note: Mapping[str, Any]) -> NDArray[np.uint8]:
+    """JSON values as an array: their text in UTF-8, uint8 (bytes,)."""
+    return np.frombuffer(json.dumps(note, sort_keys=True, ensure_ascii=False).encode(), np.uint8)
+
+
+def unpack_note(array: NDArray[Any]) -> dict[str, Any]:
+    """The reverse of `pack_note`. Raises: CacheDamaged: the array holds no note."""
+    try:
+        note = json.loads(array.tobytes()) if array.dtype == np.uint8 else None
+    except ValueError:
+        note = None
+    if not isinstance(note, dict):
+        raise CacheDamaged("its note cannot be read")
+    return note
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[ZipFile]:
+    try:
+        with open(path, "rb") as file, ZipFile(file) as archive:
+            _check_count(file, archive)
+            yield archive
+    except (BadZipFile, EOFError, struct.error) as error:
+        raise CacheDamaged(_why_no_zip(path, error)) from None
+    except (zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, OverflowError, ValueError) as error:
+        raise CacheDamaged(str(error) or type(error).__name__) from None
+    except OSError as error:
+        # A broken offset leads to an invalid seek, and bzip2 has no exception of its own. All else is the system's.
+        if error.errno not in (None, errno.EINVAL):
+            raise
+        raise CacheDamaged(error.strerror or str(error)) from None
+
+
+def _why_no_zip(path: Path, error: Exception) -> str:
+    with open(path, "rb") as file:
+        start = file.read(4)
+        if is_zipfile(file):
+            return str(error) or "it ends too early"
+    if not start:
+        return "the file is empty"
+    return "the file is cut off" if start == b"PK\3\4" else "it is no .npz file"
+
+
+def _check_count(file: io.BufferedReader, archive: ZipFile) -> None:
+    """One wrong byte can make members vanish from the directory, and nothing else notices."""
+    file.seek(-(_END.size + len(archive.comment)), io.SEEK_END)
+    mark, count = _END.unpack(file.read(_END.size))
+    if mark != b"PK\5\6" or (count != _MANY and count != len(archive.filelist)):
+        raise CacheDamaged("its directory is damaged")
+    if not archive.filelist:
+        raise CacheDamaged("there is nothing in it")
+
+
+def _members(archive: ZipFile) -> dict[str, ZipInfo]:
+    for name in archive.NameToInfo:
+        if not name.endswith(_EXTENSION):
+            raise CacheDamaged(f"{name} in it is no array")
+    return {name.removesuffix(_EXTENSION): member for name, member in archive.NameToInfo.items()}
+
+
+def _pack(array: NDArray[Any]) -> bytes:
+    content = io.BytesIO()
+    np.lib.format.write_array(content, np.asarray(array, order="C"), allow_pickle=False)
+    return content.getvalue()
+
+
+def _unpack(name: str, content: bytes) -> NDArray[Any]:
+    length = _header_length(content)
+    try:
+        header = _header(content[:length])
+    except Exception:  # numpy evaluates headers as Python literals, which fails in many ways
+        raise CacheDamaged(f"{name} in it does not begin like an array") from None
+    if header.dtype.hasobject:
+        raise CacheDamaged(f"{name} in it holds Python objects, which are not loaded")
+    if math.prod(header.shape) * header.dtype.itemsize != len(content) - length:
+        raise CacheDamaged(f"{name} in it has not the size that its header says")
+    order = "F" if header.fortran else "C"
+    # Copied, because arrays over bytes are read-only.
+    return np.ndarray(header.shape, header.dtype, content, length, order=order).copy()
+
+
+def _header_length(content: bytes) -> int:
+    """Bytes before the numbers: a mark of 6, the version in 2, the header's length in 2 or 4, the header."""
+    width = 2 if content[6:7] == b"\1" else 4
+    return 8 + width + int.from_bytes(content[8 : 8 + width], "little")
+
+
+@lru_cache(maxsize=256)  # files of one kind have few different headers, and numpy evaluates them as Python literals
+def _header(content: bytes) -> _Header:
+    """Raises: ValueError: no header of an array."""
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError("unknown version of the format")
+    return _Header(*readers[version](stream), stream.tell())
+
+
+def _what_is_left(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        return read(path)
+    except (CacheDamaged, FileNotFoundError):
+        return {}

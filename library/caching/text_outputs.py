@@ -1,0 +1,370 @@
+"""What the text encoders give for captions that never change: encoded once, before training, into memory or files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from library.caching import store
+from library.errors import UserError
+from library.runtime import logs
+from library.types import TextCond
+from library.version import NAME, VERSION
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from library.data.captions import CaptionOptions
+
+Encode = Callable[[list[str]], TextCond]
+Arrays = dict[str, "NDArray[Any]"]
+
+_DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")  # that torch has too
+_SHOWN = 5  # problems of one kind that are told one by one
+
+
+@dataclass(frozen=True)
+class TextLayout:
+    """How a family's files look. Arrays are named as the tensors of its TextCond, one row each, without batch axis."""
+
+    suffix: str  # of file names, e.g. "_te_outputs.npz"
+    keys: tuple[str, ...]
+    flags: Mapping[str, bool] = field(default_factory=dict)  # 0-dim bool arrays that say how the rows were made
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of keys whose rows all have one shape
+
+
+@dataclass(frozen=True)
+class Item:
+    """One record, as far as its text is concerned."""
+
+    picture: Path
+    caption: str  # as training gives it to the encoder
+    shared_stem: bool = False  # another picture of the folder differs in its extension only
+    changed: bool = False  # the caption is not what the caption file says, e.g. it has a prefix
+    caption_file: Path | None = None
+
+
+class TextStore(Protocol):
+    """Rows by item, in the order of the items that the store was made for. Picklable, for data workers."""
+
+    def get(self, number: int) -> dict[str, Tensor]:
+        """One item's tensors on the CPU, without batch axis. Raises: UserError: its file is gone or broken."""
+        ...
+
+
+@dataclass(frozen=True)
+class MemoryStore:
+    """Batches as they were encoded, so that pickling copies each once, and the place of every item in them."""
+
+    batches: tuple[TextCond, ...]
+    places: tuple[tuple[int, int], ...]  # (batch, row) by item
+
+    def get(self, number: int) -> dict[str, Tensor]:
+        batch, row = self.places[number]
+        return {name: tensor[row] for name, tensor in self.batches[batch].tensors.items()}
+
+
+@dataclass(frozen=True)
+class DiskStore:
+    """Reads the item's file whenever it is asked."""
+
+    files: tuple[Path, ...]  # by item
+    keys: tuple[str, ...]
+
+    def get(self, number: int) -> dict[str, Tensor]:
+        file = self.files[number]
+        try:
+            arrays = store.read(file, self.keys)
+            why = _not_finite(arrays)  # also in files that were not checked
+        except FileNotFoundError:
+            why = "it is gone"
+        except OSError as error:
+            why = error.strerror or str(error)
+        except store.CacheDamaged as error:
+            why = str(error)
+        if why:
+            raise UserError(f"{file}: cached text encoder outputs cannot be used ({why}); delete it and start again")
+        return {name: torch.from_numpy(arrays[name]) for name in self.keys}
+
+
+def problems(captions: CaptionOptions, place: str) -> Iterable[str]:
+    """Why the captions of one subset change during training, so that their outputs cannot be cached; one line each.
+
+    Args:
+        place: names the subset, e.g. "data.toml, [[datasets]] 1".
+    """
+    changing = {
+        "shuffle_caption": captions.shuffle_caption,
+        "caption_tag_dropout_rate": captions.caption_tag_dropout_rate > 0,
+        "token_warmup_step": captions.token_warmup_step > 0,
+        "enable_wildcard": captions.enable_wildcard,
+        "caption_dropout_rate": captions.caption_dropout_rate > 0,
+        "caption_dropout_every_n_epochs": captions.caption_dropout_every_n_epochs > 0,
+    }
+    for name, in_use in changing.items():
+        if in_use:
+            yield (
+                f"{place}: {name} changes the caption during training, so text encoder outputs cannot be cached; "
+                f"remove {name}, or train without cached text encoder outputs"
+            )
+
+
+def stack(rows: Sequence[Mapping[str, Tensor]]) -> TextCond:
+    """Rows of one batch to conditioning. Raises: UserError: rows of one name differ in shape."""
+    for name in rows[0]:
+        shapes = list(dict.fromkeys(tuple(row[name].shape) for row in rows))
+        if len(shapes) > 1:
+            raise UserError(
+                f"cached text encoder outputs of one batch differ in shape: {name} has "
+                f"{' and '.join('x'.join(map(str, shape)) for shape in shapes)}; delete the cache files that were made "
+                "with other settings, or use a batch size of 1"
+            )
+    return TextCond({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+
+
+def cache_file(item: Item, layout: TextLayout) -> Path:
+    """The file of an item's outputs. Where a picture shares its stem with another, the extension stays in the name."""
+    stem = item.picture.name if item.shared_stem else item.picture.stem
+    return item.picture.with_name(stem + layout.suffix)
+
+
+def cache_text_in_memory(
+    items: Sequence[Item], encode: Encode, batch_size: int, progress: Callable[..., Any] = logs.progress
+) -> MemoryStore:
+    """Encodes every different caption once and keeps the outputs in the dtypes that the encoder gives.
+
+    Args:
+        encode: up to `batch_size` captions to their conditioning.
+        progress: makes a progress bar, as `library.runtime.logs.progress` does.
+
+    Raises: UserError: the encoder gives NaN for a caption.
+    """
+    owners = {item.caption: item for item in reversed(items)}  # of equal captions, the first item
+    captions = list(dict.fromkeys(item.caption for item in items))
+    batches: list[TextCond] = []
+    places: dict[str, tuple[int, int]] = {}
+    with progress(total=len(captions), desc="caching text encoder outputs", unit="caption") as bar:
+        for group, cond in _encoded(captions, encode, batch_size, owners):
+            places.update({caption: (len(batches), row) for row, caption in enumerate(group)})
+            batches.append(cond)
+            bar.update(len(group))
+    return MemoryStore(tuple(batches), tuple(places[item.caption] for item in items))
+
+
+def cache_text_on_disk(
+    items: Sequence[Item],
+    layout: TextLayout,
+    encode: Encode,
+    encoder: str,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    check: bool = True,
+    summaries: Callable[[Path], dict[str, Any]] = store.summary,
+    progress: Callable[..., Any] = logs.progress,
+) -> tuple[DiskStore | None, list[str]]:
+    """Makes sure that this process's share of the files is there and valid. Files are written after every batch.
+
+    Processes share the work by caption, so that none is encoded twice, and do not wait for each other. Once all are
+    done, each makes its store with `disk_store`; a process that is alone gets it from here.
+
+    Args:
+        encode: up to `batch_size` captions to their conditioning, whose tensors are named as `layout.keys`.
+        encoder: fingerprint of the encoders' weights and of all else that decides what they give for a caption.
+        check: whether to look into files that are there; if not, they are trusted.
+        summaries: what `store.summary` says about a file, perhaps remembered.
+        progress: makes a progress bar, as `library.runtime.logs.progress` does.
+
+    Returns: the store (None with several processes), and a line for each file that was there and is made anew.
+    Raises: UserError: one file would have to hold two captions, the encoder gives NaN, or a file cannot be written.
+    """
+    reasons: list[str] = []
+    todo: dict[str, list[Item]] = {}
+    for caption, members in list(_by_caption(items, layout).items())[rank::world]:
+        for item in members:
+            file = cache_file(item, layout)
+            there = file.is_file()
+            fault = _fault(file, item, layout, encoder, summaries) if there and check else None
+            if fault:
+                reasons.append(f"{file}: {fault}; it is made anew")
+            if fault or not there:
+                todo.setdefault(caption, []).append(item)
+    if todo:
+        _encode_to_files(todo, layout, encode, encoder, batch_size, progress)
+    return (disk_store(items, layout) if world == 1 else None), reasons
+
+
+def disk_store(items: Sequence[Item], layout: TextLayout) -> DiskStore:
+    """The store over files that are all there."""
+    return DiskStore(tuple(cache_file(item, layout) for item in items), layout.keys)
+
+
+def _by_caption(items: Sequence[Item], layout: TextLayout) -> dict[str, list[Item]]:
+    """Every different caption with one item for each file that is to hold it. The same in every process."""
+    owners: dict[str, Item] = {}
+    groups: dict[str, list[Item]] = {}
+    clashes: list[str] = []
+    for item in items:
+        file = cache_file(item, layout)
+        place = os.path.normcase(os.path.abspath(file))
+        if place not in owners:  # one picture may come in several datasets
+            owners[place] = item
+            groups.setdefault(item.caption, []).append(item)
+        elif owners[place].caption != item.caption:
+            clashes.append(f"{file}: cannot hold both {owners[place].caption!r} and {item.caption!r}")
+    if clashes:
+        more = [f"and {len(clashes) - _SHOWN} more files"] if len(clashes) > _SHOWN else []
+        raise UserError(
+            *clashes[:_SHOWN],
+            *more,
+            hint="give a picture the same caption wherever it is used, or cache text encoder outputs in memory",
+        )
+    return groups
+
+
+def _encoded(
+    captions: Sequence[str], encode: Encode, batch_size: int, owners: Mapping[str, Item]
+) -> Iterator[tuple[Sequence[str], TextCond]]:
+    """Captions in runs of `batch_size`, with their conditioning on the CPU. `owners` are for messages."""
+    for start in range(0, len(captions), batch_size):
+        group = captions[start : start + batch_size]
+        with torch.no_grad():
+            cond = encode(list(group)).map(lambda tensor: tensor.detach().cpu().contiguous())
+        _check_rows(cond, group, owners)
+        yield group, cond
+
+
+def _check_rows(cond: TextCond, group: Sequence[str], owners: Mapping[str, Item]) -> None:
+    for name, tensor in cond.tensors.items():
+        if len(tensor) != len(group):
+            raise ValueError(f"{name} has {len(tensor)} rows for {len(group)} captions")
+    broken = [
+        f"{owners[caption].picture}: the text encoder gives NaN or infinite values for its caption"
+        for row, caption in enumerate(group)
+        if not all(torch.isfinite(tensor[row]).all() for tensor in cond.tensors.values())
+    ]
+    if broken:
+        raise UserError(*broken, hint="run the text encoder in bfloat16 or float32")
+
+
+def _encode_to_files(
+    todo: Mapping[str, Sequence[Item]],
+    layout: TextLayout,
+    encode: Encode,
+    encoder: str,
+    batch_size: int,
+    progress: Callable[..., Any],
+) -> None:
+    """Writes the files of one batch while the next is encoded. What was encoded is written even if that fails."""
+    owners = {caption: members[0] for caption, members in todo.items()}
+    files = sum(len(members) for members in todo.values())
+    flags = {name: np.array(value) for name, value in layout.flags.items()}
+    # One thread only: to learn the umask, writing sets it for a moment, which two threads would get wrong.
+    with (
+        progress(total=files, desc="caching text encoder outputs", unit="file") as bar,
+        ThreadPoolExecutor(max_workers=1) as pool,
+    ):
+        writing: list[Future[None]] = []
+        for group, cond in _encoded(list(todo), encode, batch_size, owners):
+            if set(cond.tensors) != set(layout.keys):
+                raise ValueError(f"the encoder gives {sorted(cond.tensors)}, the files hold {sorted(layout.keys)}")
+            _finish(writing, bar)
+            writing = []
+            for row, caption in enumerate(group):
+                arrays = {name: _array(cond.tensors[name][row]) for name in layout.keys}
+                note = store.pack_note(_note(caption, encoder))
+                for item in todo[caption]:
+                    file = cache_file(item, layout)
+                    writing.append(pool.submit(_write, file, {**arrays, **flags, store.PROVENANCE: note}))
+        _finish(writing, bar)
+
+
+def _finish(writing: Iterable[Future[None]], bar: Any) -> None:
+    for future in writing:
+        future.result()
+        bar.update(1)
+
+
+def _write(file: Path, arrays: Arrays) -> None:
+    try:
+        store.write(file, arrays)
+    except OSError as error:
+        raise UserError(
+            f"{file}: the cache file cannot be written ({error.strerror or error})",
+            hint="free some space or make the folder writable, or cache text encoder outputs in memory",
+        ) from None
+
+
+def _array(row: Tensor) -> NDArray[Any]:
+    return (row.float() if row.dtype == torch.bfloat16 else row).numpy()  # numpy has no bfloat16
+
+
+def _note(caption: str, encoder: str) -> dict[str, Any]:
+    return {
+        "software": NAME,
+        "version": VERSION,
+        "caption": hashlib.sha256(caption.encode()).hexdigest()[:32],
+        "encoder": encoder,
+    }
+
+
+def _fault(
+    file: Path, item: Item, layout: TextLayout, encoder: str, summaries: Callable[[Path], dict[str, Any]]
+) -> str | None:
+    """Why a file that is there cannot be used for an item, or None."""
+    facts = summaries(file)
+    if "damaged" in facts:
+        return f"damaged ({facts['damaged']})"
+    found = {name: (tuple(shape), dtype) for name, (shape, dtype) in facts["arrays"].items()}
+    missing = [name for name in (*layout.keys, *layout.flags) if name not in found]
+    if missing:
+        return f"it has no {' and no '.join(missing)}"
+    for name in layout.keys:
+        shape, dtype = found[name]
+        if dtype not in _DTYPES:
+            return f"{name} is of the type {dtype}"
+        if shape != layout.shapes.get(name, shape):
+            return f"{name} has the shape {shape}, not {layout.shapes[name]}"
+    broken = [name for name in layout.keys if name in facts["not_finite"]]
+    if broken:
+        return f"NaN or infinite values in {' and '.join(broken)}"
+    other = [f"{name} {value}" for name, value in layout.flags.items() if facts["values"].get(name) != value]
+    if other:
+        return f"not made with {' and '.join(other)}"
+    note = facts["provenance"].get("")
+    return _foreign_fault(file, item) if note is None else _note_fault(note, _note(item.caption, encoder))
+
+
+def _note_fault(note: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    if note.get("caption") != wanted["caption"]:
+        return "made for another caption"
+    if note.get("encoder") != wanted["encoder"]:
+        return "made by another text encoder, or with other settings of it"
+    return None
+
+
+def _foreign_fault(file: Path, item: Item) -> str | None:
+    """Files of earlier trainers do not tell their caption, so that only time can say whether it has changed."""
+    if item.changed:
+        return "it does not tell its caption, and what earlier trainers put there is the caption file as it is"
+    source = item.caption_file or item.picture
+    try:
+        older = file.stat().st_mtime_ns < source.stat().st_mtime_ns
+    except OSError as error:
+        return f"it does not tell its caption, and cannot be compared with {source.name} ({error.strerror or error})"
+    return f"it does not tell its caption, and is older than {source.name}" if older else None
+
+
+def _not_finite(arrays: Mapping[str, NDArray[Any]]) -> str | None:
+    broken = [name for name, array in arrays.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]
+    return f"NaN or infinite values in {' and '.join(broken)}" if broken else None

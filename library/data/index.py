@@ -1,0 +1,357 @@
+"""Facts about files, kept between runs, so that a start looks only into files that are new or have changed.
+
+A fact is a value of a `kind` ("size", "caption", "digest") that follows from the bytes of one file. It holds while the
+file's size and modification time stay as they are.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager, nullcontext
+from functools import partial
+from itertools import chain
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+from library.checkpoints.writing import replacing
+from library.runtime.logs import LOGGER, progress
+
+Stamp = tuple[int, int]  # bytes, and the modification time in ns
+Entry = list[Any]
+
+VERSION = 1  # of the index files; raise it when a kind of facts gets another meaning
+MANY = 2000  # unknown files from which worker processes, which take half a second to start, pay off
+CHUNK = 64  # files handed to a worker at a time
+
+_SECOND = 10**9
+_COARSEST_CLOCK = 2 * _SECOND  # FAT rounds modification times to this
+_CLOCKS_DIFFER_BY = 24 * 3600 * _SECOND  # at most, between this machine and a file server
+_UNKNOWN = object()
+
+
+class FileIndex:
+    """Facts about files that hold for as long as a file's size and modification time do, kept between runs.
+
+    A run sees one state of each file: the one at its first look, or at the last `put`. Many processes may use one
+    place; the last to save wins, which costs the others' facts to be found again. Not for several threads at once.
+    """
+
+    def __init__(self, place: Path | None):
+        """
+        Args:
+            place: folder for the index files, one for each folder looked at; None: nothing is kept.
+        """
+        self._place = place
+        self._folders: dict[str, _Folder] = {}  # by resolved path
+        self._spellings: dict[str, _Folder] = {}  # by path as given, because resolving is slow
+        self._warned = False
+
+    def listing(self, folder: Path) -> dict[str, Stamp]:
+        """The files of a folder, {name: (bytes, mtime in ns)}, as they were at the first call for it in this run.
+
+        Folders are left out. A link that leads nowhere is listed as (0, 0).
+
+        Raises: OSError: there is no such folder, or it cannot be read.
+        """
+        known = self._folder(os.fspath(folder))
+        if known.listed is None:
+            known.list()
+        return dict(known.listed)
+
+    def stamp(self, file: Path) -> Stamp | None:
+        """(bytes, mtime in ns), or None where there is no such file, or none that may be looked at."""
+        folder, name = self._split(file)
+        return folder.stamp(name)
+
+    def learn(self, kind: str, files: Sequence[Path], compute: Callable[[Path], Any]) -> list[Any]:
+        """The facts of a kind for all `files`, in their order. Unknown ones are computed, in parallel.
+
+        Every value has been through JSON, so that it is the same whether it was kept or computed: a tuple becomes a
+        list. The values belong to the index and must not be changed. What is learnt before an exception stays learnt.
+
+        Args:
+            compute: turns a file into a value that JSON can hold, and expected errors into values too. With `MANY`
+                unknown files it runs in other processes if it can be pickled (a function of a module, or a `partial`
+                of one), else in threads.
+
+        Raises: whatever `compute` raises. TypeError, ValueError: JSON cannot hold its value.
+        """
+        values: list[Any] = [None] * len(files)
+        unknown: dict[tuple[str, str], list[int]] = {}
+        for position, file in enumerate(files):
+            folder, name = self._split(file)
+            value = folder.facts(name).get(kind, _UNKNOWN)
+            if value is _UNKNOWN:
+                unknown.setdefault((folder.path, name), []).append(position)
+            else:
+                values[position] = value
+        if unknown:
+            todo = [files[positions[0]] for positions in unknown.values()]
+            with closing(_compute_all(compute, todo, kind)) as batches:
+                for value, ((path, name), positions) in zip(chain.from_iterable(batches), unknown.items(), strict=True):
+                    self._folders[path].record(name, kind, value)
+                    for position in positions:
+                        values[position] = value
+        return values
+
+    def put(self, kind: str, file: Path, value: Any) -> None:
+        """Records a fact that was found elsewhere, right after the file was read or written.
+
+        Other facts about the file are dropped where it has changed in this run. Nothing happens where it is missing.
+
+        Raises: TypeError, ValueError: JSON cannot hold the value.
+        """
+        folder, name = self._split(file)
+        folder.look_again(name)
+        folder.record(name, kind, json.loads(json.dumps(value)))
+
+    def save(self) -> None:
+        """Writes the index of each folder that has changed. Where that fails, one warning says so."""
+        if self._place is None:
+            return
+        for folder in self._folders.values():
+            if not folder.has_changed():
+                continue
+            try:
+                folder.save(self._place)
+            except OSError as error:
+                if not self._warned:
+                    reason = error.strerror or error
+                    LOGGER.warning(f"{self._place}: the file index cannot be kept ({reason}); the next start is slower")
+                self._warned = True
+                return
+
+    def _split(self, file: Path) -> tuple[_Folder, str]:
+        head, separator, name = os.fspath(file).rpartition(os.sep)
+        parent = head + separator
+        return self._spellings.get(parent) or self._folder(parent), name
+
+    def _folder(self, path: str) -> _Folder:
+        if path not in self._spellings:
+            resolved = os.path.realpath(path or os.curdir)
+            if resolved not in self._folders:
+                self._folders[resolved] = _Folder(resolved, self._place)
+            self._spellings[path] = self._folders[resolved]
+        return self._spellings[path]
+
+
+class _Folder:
+    """What is known about the files of one folder. An entry is [bytes, mtime in ns, {kind: value}], as in the JSON."""
+
+    def __init__(self, path: str, place: Path | None):
+        self.path = path  # resolved
+        self.listed: dict[str, Stamp] | None = None  # None: not in this run
+        self._kept: dict[str, Entry] = {} if place is None else _read(_index_file(place, path), path)
+        self._seen: dict[str, Entry] = {}  # in this run; entries of `_kept`, and of `_loose`
+        self._loose: set[str] = set()  # names whose facts are good for this run only
+        self._changed = False
+
+    def list(self) -> None:
+        listed = {}
+        now = time.time_ns()
+        with _collector_paused(), os.scandir(self.path) as entries:
+            for entry in entries:
+                name = entry.name
+                try:
+                    found = entry.stat()
+                except OSError:
+                    listed[name] = (0, 0)  # whoever opens it learns why, and can tell the user
+                    continue
+                if not stat.S_ISDIR(found.st_mode):
+                    seen = self._seen.get(name) or self._see(name, found, now)
+                    listed[name] = (seen[0], seen[1])
+        self.listed = listed
+
+    def stamp(self, name: str) -> Stamp | None:
+        entry = self._seen.get(name) or self._look(name)
+        return None if entry is None else (entry[0], entry[1])
+
+    def look_again(self, name: str) -> None:
+        before = self._seen.pop(name, None)
+        now = self._look(name)
+        if before is not None and (now is None or before[:2] != now[:2]):
+            self._forget(name)
+            if now is not None:
+                # The caller has written it, or another program has since the caller read it: nobody can tell.
+                self._loose.add(name)
+
+    def facts(self, name: str) -> dict[str, Any]:
+        entry = self._seen.get(name) or self._look(name)
+        return {} if entry is None else entry[2]
+
+    def record(self, name: str, kind: str, value: Any) -> None:
+        entry = self._seen.get(name)
+        if entry is None:
+            return
+        entry[2][kind] = value
+        if name not in self._loose:
+            self._kept[name] = entry
+            self._changed = True
+
+    def has_changed(self) -> bool:
+        if self.listed is not None:
+            for name in self._kept.keys() - self._seen.keys():
+                self._forget(name)
+        return self._changed
+
+    def save(self, place: Path) -> None:
+        content = {"version": VERSION, "folder": self.path, "files": self._kept}
+        text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+        with replacing(_index_file(place, self.path)) as temporary:
+            temporary.write_bytes(text.encode("utf-8", "surrogatepass"))  # file names need not be Unicode
+        self._changed = False
+
+    def _look(self, name: str) -> Entry | None:
+        now = time.time_ns()
+        try:
+            found = os.stat(os.path.join(self.path, name))
+        except (OSError, ValueError):
+            return None
+        return None if stat.S_ISDIR(found.st_mode) else self._see(name, found, now)
+
+    def _see(self, name: str, found: os.stat_result, now: int) -> Entry:
+        """Notes the state of a file that is not yet in `_seen`; `now` is in ns, and not after the look at it."""
+        size, changed = found.st_size, found.st_mtime_ns
+        entry = self._kept.get(name)
+        if entry is None or entry[0] != size or entry[1] != changed:
+            self._forget(name)
+            entry = [size, changed, {}]
+            if -_COARSEST_CLOCK < changed - now < _CLOCKS_DIFFER_BY:
+                # It may change once more without a change of its stamp, where the clock of the file system is coarse.
+                self._loose.add(name)
+        self._seen[name] = entry
+        return entry
+
+    def _forget(self, name: str) -> None:
+        self._loose.discard(name)
+        if self._kept.pop(name, None) is not None:
+            self._changed = True
+
+
+def _index_file(place: Path, folder: str) -> Path:
+    return place / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.json"
+
+
+def _read(file: Path, folder: str) -> dict[str, Entry]:
+    """The entries by file name; none where the file is missing, damaged or not ours."""
+    try:
+        with _collector_paused():
+            content = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        LOGGER.info(f"{file}: the file index is built anew ({error})")
+        return {}
+    if isinstance(content, dict) and content.get("version") == VERSION and content.get("folder") == folder:
+        files = content.get("files")
+        if isinstance(files, dict) and all(map(_is_entry, files.values())):
+            return files
+    LOGGER.info(f"{file}: the file index is built anew (it is of another version or folder)")
+    return {}
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        type(entry) is list
+        and len(entry) == 3
+        and type(entry[0]) is int
+        and type(entry[1]) is int
+        and type(entry[2]) is dict
+    )
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """For making many objects that all stay: looking for garbage among them takes a quarter of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _compute_all(compute: Callable[[Path], Any], files: Sequence[Path], kind: str) -> Iterator[list[Any]]:
+    """The values of all files, as JSON gives them back, some at a time and in order."""
+    size = max(1, min(CHUNK, len(files) // (4 * _cores())))
+    chunks = [files[start : start + size] for start in range(0, len(files), size)]
+    many = len(files) >= MANY
+    ways = [_in_processes, _in_threads] if many and _may_start_workers(compute) else [_in_threads]
+    with progress(len(files), f"new files ({kind})", unit="file") if many else nullcontext() as bar:
+        done = 0
+        for way in ways:
+            with closing(way(compute, chunks[done:])) as results:
+                for values in results:
+                    done += 1
+                    yield json.loads(json.dumps(values))
+                    if bar is not None:
+                        bar.update(len(values))
+
+
+def _may_start_workers(compute: Callable[[Path], Any]) -> bool:
+    if _cores() < 2 or multiprocessing.current_process().daemon:
+        return False
+    try:
+        ForkingPickler.dumps(compute)
+    except Exception as error:  # what cannot be pickled says so by any exception
+        LOGGER.debug(f"{compute!r} cannot run in another process ({error})")
+        return False
+    return True
+
+
+def _in_processes(compute: Callable[[Path], Any], chunks: Sequence[Sequence[Path]]) -> Iterator[list[Any]]:
+    """One list for each chunk; ends early where workers cannot be started, one dies, or `compute` fails."""
+    pool = None
+    try:
+        # Not by fork: this process may have threads, or have CUDA in use.
+        context = multiprocessing.get_context("spawn")
+        workers = min(_cores(), len(chunks), 61)  # more than 61 do not work on Windows
+        pool = ProcessPoolExecutor(workers, context, initializer=_leave_interrupts_to_the_parent)
+        texts = [[os.fspath(file) for file in chunk] for chunk in chunks]  # quicker to send than paths
+        results = pool.map(partial(_attempt, compute), texts)
+        for chunk, values in zip(chunks, results, strict=True):
+            if len(values) < len(chunk):
+                return  # to fail again in this process: on their way between two, exceptions lose things
+            yield values
+    except (OSError, ImportError, NotImplementedError, BrokenProcessPool) as error:
+        LOGGER.debug(f"worker processes cannot be used ({error})")
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+
+def _in_threads(compute: Callable[[Path], Any], chunks: Sequence[Sequence[Path]]) -> Iterator[list[Any]]:
+    with ThreadPoolExecutor(_cores()) as pool:
+        yield from pool.map(lambda chunk: [compute(file) for file in chunk], chunks)
+
+
+def _attempt(compute: Callable[[Path], Any], files: Sequence[str]) -> list[Any]:
+    """The values of the files before the first that fails."""
+    values = []
+    for file in files:
+        try:
+            values.append(compute(Path(file)))
+        except Exception:
+            break
+    return values
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _cores() -> int:
+    """The number that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,137 @@
+"""How each style of data set says which pictures it has: a folder, a folder with masks, or a metadata file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from library.data import info_cache, metadata_files
+from library.data.blueprint import SubsetSpec
+from library.data.captions import caption_file, extension_in_use, read_caption
+from library.data.folders import is_image
+from library.data.index import FileIndex
+from library.data.prepared import Prepared
+from library.errors import UserError
+from library.types import Size
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture as its folder or metadata file tells of it, before anybody has looked into it."""
+
+    path: Path  # where there are latents only: the picture's place without extension
+    caption: str | None  # None: nothing says; the class tokens stand in
+    present: bool = True  # whether there is a picture, and not only its latents
+    size: Size | None = None  # known without looking
+    bucket: Size | None = None  # what the latents were made for, where there is nothing else
+    conditioning: Path | None = None
+    tags: str | None = None  # see Record
+    flip_file: bool = False  # a file of mirrored latents lies beside it
+
+
+@dataclass
+class Notes:
+    """What came up while finding them."""
+
+    warnings: list[str]
+    dropped: list[tuple[Path, str]]  # files, or the metadata file that names them, and why
+    problems: list[str]  # each of these ends the run
+
+
+def find_pictures(subset: SubsetSpec, index: FileIndex, notes: Notes) -> list[Found]:
+    """The pictures of a subset in a stable order, by path.
+
+    Raises: UserError: a metadata file that cannot be read.
+    """
+    if subset.metadata_file is not None:
+        return _of_metadata(subset, subset.metadata_file, index, notes)
+    found = _of_cached_info(subset) if subset.cache_info else None
+    if found is None:
+        found = _of_folder(subset, index, notes)
+    if subset.conditioning_data_dir is not None:
+        found = list(_with_conditioning(found, subset.conditioning_data_dir, index, notes))
+    return found
+
+
+def _of_folder(subset: SubsetSpec, index: FileIndex, notes: Notes) -> list[Found]:
+    names = frozenset(index.listing(subset.image_dir))
+    paths = [subset.image_dir / name for name in sorted(names) if is_image(name)]
+    extension = extension_in_use(subset.caption_extension, paths, names)
+    if extension != subset.caption_extension:
+        notes.warnings.append(
+            f"{subset.image_dir}: no {subset.caption_extension} files; its {extension} files are used as captions "
+            f"(set --caption_extension {extension} to say so)"
+        )
+    files = [caption_file(path, extension, names) for path in paths]
+    captions = _read_captions(files, subset.captions.enable_wildcard, index, notes)
+    return [Found(path, captions.get(file)) for path, file in zip(paths, files, strict=True)]
+
+
+def _read_captions(
+    files: Sequence[Path | None], multiline: bool, index: FileIndex, notes: Notes
+) -> dict[Path | None, str]:
+    there = [file for file in files if file is not None]
+    kind = "caption lines" if multiline else "caption"
+    read = index.learn(kind, there, partial(_caption_or_problem, multiline=multiline))
+    notes.problems += [problem for caption, problem in read if problem]
+    return {file: caption for file, (caption, _) in zip(there, read, strict=True)}
+
+
+def _caption_or_problem(file: Path, multiline: bool) -> tuple[str, str]:
+    try:
+        return read_caption(file, multiline=multiline), ""
+    except UserError as error:
+        return "", error.problems[0]
+
+
+def _of_cached_info(subset: SubsetSpec) -> list[Found] | None:
+    infos = info_cache.read(subset.image_dir)
+    if infos is None:
+        return None
+    return [Found(path, info.caption, size=info.size) for path, info in sorted(infos.items())]
+
+
+def _of_metadata(subset: SubsetSpec, file: Path, index: FileIndex, notes: Notes) -> list[Found]:
+    options = subset.captions
+    entries, problems = metadata_files.resolve(
+        metadata_files.read_metadata(file),
+        subset.image_dir,
+        index.listing,
+        file=file,
+        separator=options.caption_separator,
+        wildcard=options.enable_wildcard,
+    )
+    notes.dropped += [(file, problem.removeprefix(f"{file}: ")) for problem in problems]
+    prepared = Prepared(index.listing)
+    return [_of_entry(entry, prepared) for entry in entries]
+
+
+def _of_entry(entry: metadata_files.Entry, prepared: Prepared) -> Found:
+    caption = entry.caption if entry.captioned else None
+    flip_file = prepared.has_flip_file(entry.base)
+    if entry.picture is not None:
+        return Found(entry.picture, caption, tags=entry.tags, flip_file=flip_file)
+    size = entry.image_size or prepared.size(entry.base) or entry.train_resolution
+    return Found(entry.base, caption, False, size, entry.train_resolution, tags=entry.tags, flip_file=flip_file)
+
+
+def _with_conditioning(found: Sequence[Found], folder: Path, index: FileIndex, notes: Notes) -> Iterable[Found]:
+    by_stem: dict[str, list[str]] = {}
+    for name in sorted(index.listing(folder)):
+        if is_image(name):
+            by_stem.setdefault(Path(name).stem, []).append(name)
+    missing = []
+    for one in found:
+        names = by_stem.get(one.path.stem)
+        if not names:
+            missing.append(one.path)
+            continue
+        yield replace(one, conditioning=folder / (one.path.name if one.path.name in names else names[0]))
+    if missing:
+        names = ", ".join(path.name for path in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        notes.problems.append(f"{folder}: no mask for {len(missing)} pictures of {missing[0].parent}: {names}")
+    surplus = by_stem.keys() - {one.path.stem for one in found}
+    if surplus:
+        notes.warnings.append(f"{folder}: {len(surplus)} pictures belong to no picture of the data set")

@@ -1,0 +1,559 @@
+"""Text encoder outputs in memory and on disk: the right rows for every picture, and no file used that is not theirs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from library.caching import store
+from library.caching.text_outputs import (
+    Item,
+    TextLayout,
+    cache_file,
+    cache_text_in_memory,
+    cache_text_on_disk,
+    disk_store,
+    problems,
+    stack,
+)
+from library.data.captions import CaptionOptions
+from library.errors import UserError
+from library.types import TextCond
+from library.version import NAME, VERSION
+
+LENGTH = 12
+LAYOUT = TextLayout("_te.npz", ("states", "pooled", "mask"), {"apply_mask": True}, {"states": (LENGTH, 4)})
+CAPTIONS = ["a red fox", "an owl", "a red fox", "", "zebra crossing"]  # four different ones
+
+
+class Encoder(nn.Module):
+    """A byte embedding, padded to LENGTH, that counts what it is asked."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(1)
+        self.table = nn.Embedding(256, 4, dtype=dtype)
+        self.calls = []
+
+    def forward(self, captions):
+        assert not torch.is_grad_enabled()
+        self.calls.append(captions)
+        return self.compute(captions)
+
+    def compute(self, captions):
+        tokens = torch.zeros(len(captions), LENGTH, dtype=torch.long)
+        for row, caption in enumerate(captions):
+            known = list(caption.encode()[:LENGTH])
+            tokens[row, : len(known)] = torch.tensor(known, dtype=torch.long)
+        states = self.table(tokens)
+        return TextCond({"states": states, "pooled": states.amax(1), "mask": tokens > 0})
+
+    @property
+    def seen(self):
+        return [caption for call in self.calls for caption in call]
+
+    def row(self, caption):
+        with torch.no_grad():
+            return {name: value[0] for name, value in self.compute([caption]).tensors.items()}
+
+
+class Bar:
+    """Counts as tqdm does."""
+
+    def __init__(self, total, desc, unit):
+        self.total, self.unit, self.done = total, unit, 0
+        Bar.last = self
+
+    def update(self, count):
+        self.done += count
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+
+@pytest.fixture
+def items(tmp_path):
+    return [Item(tmp_path / f"{number}.png", caption) for number, caption in enumerate(CAPTIONS)]
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A picture's item with a caption file, both of long ago."""
+    path, words = tmp_path / "p.png", tmp_path / "p.txt"
+    path.write_bytes(b"picture")
+    words.write_text("an owl")
+    for file in (path, words):
+        os.utime(file, (1000, 1000))
+    return Item(path, "an owl", caption_file=words)
+
+
+def on_disk(items, encoder, layout=LAYOUT, name="encoder one", **more):
+    return cache_text_on_disk(items, layout, encoder, name, 2, progress=Bar, **more)
+
+
+def load(path):
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+# ---- in memory
+
+
+def test_memory_holds_what_the_encoder_gives():
+    encoder = Encoder()
+    items = [Item(Path("x.png"), caption) for caption in CAPTIONS]
+    kept = cache_text_in_memory(items, encoder, 3, Bar)
+    assert encoder.calls == [["a red fox", "an owl", ""], ["zebra crossing"]]  # equal captions once
+    assert (Bar.last.total, Bar.last.done, Bar.last.unit) == (4, 4, "caption")
+    for number, caption in enumerate(CAPTIONS):
+        assert same(kept.get(number), encoder.row(caption))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_memory_keeps_the_dtype(dtype):
+    encoder = Encoder(dtype)
+    row = cache_text_in_memory([Item(Path("x.png"), "an owl")], encoder, 1, Bar).get(0)
+    assert (row["states"].dtype, row["mask"].dtype) == (dtype, torch.bool)
+    assert same(row, encoder.row("an owl"))
+
+
+def test_memory_pickles_each_batch_once():
+    encoder = Encoder()
+    items = [Item(Path("x.png"), f"number {number}") for number in range(256)]
+    kept = cache_text_in_memory(items, encoder, 128, Bar)
+    data = pickle.dumps(kept)
+    assert len(data) < 2 * 256 * (LENGTH * 4 * 4 + 4 * 4 + LENGTH)
+    assert same(pickle.loads(data).get(200), encoder.row("number 200"))
+
+
+def test_no_items_need_no_encoder(tmp_path):
+    encoder = Encoder()
+    cache_text_in_memory([], encoder, 2, Bar)
+    made, reasons = on_disk([], encoder)
+    assert (encoder.calls, made.files, reasons) == ([], (), [])
+
+
+# ---- on disk
+
+
+def test_files_are_as_the_format_has_them(items, tmp_path):
+    encoder = Encoder()
+    kept, reasons = on_disk(items, encoder)
+    assert reasons == []
+    assert sorted(encoder.seen) == sorted(set(CAPTIONS))
+    assert (Bar.last.total, Bar.last.done, Bar.last.unit) == (5, 5, "file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{number}_te.npz" for number in range(5)]
+    for number, caption in enumerate(CAPTIONS):
+        arrays = load(tmp_path / f"{number}_te.npz")
+        wanted = encoder.row(caption)
+        assert set(arrays) == {"states", "pooled", "mask", "apply_mask", "provenance"}
+        for name, value in wanted.items():
+            assert arrays[name].dtype == value.numpy().dtype
+            np.testing.assert_array_equal(arrays[name], value.numpy())
+        assert (arrays["apply_mask"].dtype, arrays["apply_mask"].shape) == (np.bool_, ())
+        assert arrays["apply_mask"]
+        note = json.loads(arrays["provenance"].tobytes())
+        assert (note["software"], note["version"], note["encoder"]) == (NAME, VERSION, "encoder one")
+        assert note["caption"] == hashlib.sha256(caption.encode()).hexdigest()[:32]
+        assert same(kept.get(number), wanted)
+    assert same(pickle.loads(pickle.dumps(kept)).get(1), kept.get(1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [(torch.bfloat16, "float32"), (torch.float16, "float16"), (torch.float32, "float32")]
+)
+def test_numbers_on_disk_are_exact(picture, dtype, stored):
+    encoder = Encoder(dtype)
+    kept, _ = on_disk([picture], encoder)
+    array = load(cache_file(picture, LAYOUT))["states"]
+    assert array.dtype == stored
+    np.testing.assert_array_equal(array.astype(np.float32), encoder.row("an owl")["states"].float().numpy())
+    assert torch.equal(kept.get(0)["states"].to(dtype), encoder.row("an owl")["states"])
+
+
+def test_pictures_that_share_a_stem_have_a_file_each(tmp_path):
+    items = [Item(tmp_path / "a.png", "x", shared_stem=True), Item(tmp_path / "a.jpg", "y", shared_stem=True)]
+    kept, _ = on_disk(items, Encoder())
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png_te.npz", "a.jpg_te.npz"}
+    assert same(kept.get(1), Encoder().row("y"))
+
+
+def test_valid_files_are_not_made_again(items, tmp_path):
+    on_disk(items, Encoder())
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again, asked = Encoder(), []
+    kept, reasons = on_disk(items, again, summaries=lambda path: asked.append(path.name) or store.summary(path))
+    assert (again.calls, reasons) == ([], [])
+    assert sorted(asked) == [f"{number}_te.npz" for number in range(5)]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
+    assert same(kept.get(4), again.row("zebra crossing"))
+
+
+def test_remembered_summaries_spare_reading(items, tmp_path, monkeypatch):
+    on_disk(items, Encoder())
+    remembered = {path: json.loads(json.dumps(store.summary(path))) for path in tmp_path.iterdir()}
+    monkeypatch.setattr(store, "read", None)
+    again = Encoder()
+    assert on_disk(items, again, summaries=remembered.__getitem__)[1] == []
+    assert again.calls == []
+
+
+def test_one_picture_in_two_datasets_has_one_file(picture, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    relative = Item(Path("p.png"), "an owl")
+    written, write = [], store.write
+    monkeypatch.setattr(store, "write", lambda path, arrays: written.append(path) or write(path, arrays))
+    encoder = Encoder()
+    kept, _ = on_disk([picture, relative, picture], encoder)
+    assert (encoder.seen, len(written)) == (["an owl"], 1)
+    assert all(same(kept.get(number), encoder.row("an owl")) for number in range(3))
+
+
+def test_one_file_cannot_hold_two_captions(tmp_path):
+    items = [Item(tmp_path / f"{n}.png", words) for words in ("one", "two") for n in range(7)]
+    with pytest.raises(UserError) as caught:
+        on_disk(items, Encoder())
+    assert len(caught.value.problems) == 6
+    assert caught.value.problems[0] == f"{tmp_path / '0_te.npz'}: cannot hold both 'one' and 'two'"
+    assert caught.value.problems[-1] == "and 2 more files"
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- files that cannot be used
+
+
+def rewrite(path, **changes):
+    """The file as numpy writes it, with some arrays changed; None takes one away."""
+    arrays = {**load(path), **changes}
+    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+
+
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[data.index(b"states.npy") + 150] ^= 0xFF  # within the array
+    path.write_bytes(data)
+
+
+SPOILED = {
+    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:100]), "damaged"),
+    "emptied": (lambda path: path.write_bytes(b""), "damaged"),
+    "a byte flipped": (flip_a_byte, "damaged"),
+    "key gone": (lambda path: rewrite(path, pooled=None), "it has no pooled"),
+    "flag gone": (lambda path: rewrite(path, apply_mask=None), "it has no apply_mask"),
+    "text": (lambda path: rewrite(path, pooled=np.array("words")), "pooled is of the type <U5"),
+    "fields": (lambda path: rewrite(path, pooled=np.zeros(4, [("x", "f4")])), "pooled is of the type [("),
+    "foreign byte order": (lambda path: rewrite(path, pooled=np.zeros(4, ">f4")), "pooled is of the type >f4"),
+    "NaN": (lambda path: rewrite(path, pooled=np.full(4, np.nan)), "NaN or infinite values in pooled"),
+    "another length": (lambda path: rewrite(path, states=np.zeros((7, 4), np.float32)), "shape (7, 4), not (12, 4)"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "reason"), SPOILED.values(), ids=SPOILED.keys())
+def test_a_spoiled_file_is_named_and_made_anew(items, spoil, reason):
+    on_disk(items, Encoder())
+    file = cache_file(items[1], LAYOUT)
+    spoil(file)
+    encoder = Encoder()
+    kept, reasons = on_disk(items, encoder)
+    assert encoder.seen == ["an owl"]
+    assert len(reasons) == 1
+    assert reasons[0].startswith(f"{file}: ")
+    assert reason in reasons[0]
+    assert same(kept.get(1), encoder.row("an owl"))
+    assert on_disk(items, encoder)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("caption", "name", "layout", "reason"),
+    [
+        ("a barn owl", "encoder one", LAYOUT, "made for another caption"),
+        ("an owl", "encoder two", LAYOUT, "made by another text encoder"),
+        (
+            "an owl",
+            "encoder one",
+            TextLayout("_te.npz", LAYOUT.keys, {"apply_mask": False}),
+            "not made with apply_mask False",
+        ),
+    ],
+)
+def test_a_file_made_otherwise_is_named_and_made_anew(picture, caption, name, layout, reason):
+    on_disk([picture], Encoder())
+    encoder, item = Encoder(), Item(picture.picture, caption)
+    kept, reasons = on_disk([item], encoder, layout, name)
+    assert len(reasons) == 1
+    assert reasons[0].startswith(f"{cache_file(item, layout)}: {reason}")
+    assert encoder.seen == [caption]
+    assert same(kept.get(0), encoder.row(caption))
+    assert bool(load(cache_file(item, layout))["apply_mask"]) == layout.flags["apply_mask"]
+
+
+def test_without_checks_files_are_trusted(items):
+    on_disk(items[:4], Encoder())
+    cache_file(items[1], LAYOUT).write_bytes(b"broken")
+    encoder = Encoder()
+    kept, reasons = on_disk(items, encoder, name="encoder two", check=False)
+    assert (encoder.seen, reasons) == (["zebra crossing"], [])
+    with pytest.raises(UserError, match=r"1_te\.npz"):
+        kept.get(1)
+
+
+# ---- files of earlier trainers, without a note
+
+
+@pytest.fixture
+def foreign(picture):
+    """Writes such a file, newer than caption and picture, for what `picture` is not; gives its path."""
+
+    def write(age=2000, **changes):
+        path = cache_file(picture, LAYOUT)
+        rows = {name: value.numpy() for name, value in Encoder().row("written elsewhere").items()}
+        arrays = {**rows, "apply_mask": np.array(True), **changes}
+        np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+        os.utime(path, (age, age))
+        return path
+
+    return write
+
+
+def test_a_foreign_file_is_used(picture, foreign):
+    before, encoder = foreign().read_bytes(), Encoder()
+    kept, reasons = on_disk([picture], encoder)
+    assert (encoder.calls, reasons) == ([], [])
+    assert same(kept.get(0), encoder.row("written elsewhere"))
+    assert cache_file(picture, LAYOUT).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "item", "reason"),
+    [
+        ({"age": 500}, {}, "is older than p.txt"),
+        ({"age": 500}, {"caption_file": None}, "is older than p.png"),
+        ({}, {"changed": True}, "what earlier trainers put there is the caption file as it is"),
+        ({"apply_mask": np.array(False)}, {}, "not made with apply_mask True"),
+        ({"apply_mask": np.array([True, False])}, {}, "not made with apply_mask True"),
+        ({"apply_mask": None}, {}, "it has no apply_mask"),
+        ({"mask": None}, {}, "it has no mask"),
+        ({"pooled": np.array([1, np.nan, 0, 0])}, {}, "NaN or infinite values in pooled"),
+        ({"pooled": np.array([1, np.inf, 0, 0], np.float16)}, {}, "NaN or infinite values in pooled"),
+    ],
+)
+def test_a_foreign_file_that_does_not_fit_is_named_and_made_anew(picture, foreign, changes, item, reason):
+    path, encoder = foreign(**changes), Encoder()
+    item = Item(**{**vars(picture), **item})
+    kept, reasons = on_disk([item], encoder)
+    assert len(reasons) == 1
+    assert reasons[0].startswith(f"{path}: ")
+    assert reason in reasons[0]
+    assert encoder.seen == ["an owl"]
+    assert same(kept.get(0), encoder.row("an owl"))
+    assert on_disk([item], encoder)[1] == []
+
+
+# ---- interruptions and several processes
+
+
+def test_an_interrupted_run_is_resumed(tmp_path):
+    items = [Item(tmp_path / f"{number}.png", f"number {number}") for number in range(9)]
+
+    class Breaks(Encoder):
+        def forward(self, captions):
+            if len(self.calls) == 3:
+                raise RuntimeError("out of memory")
+            return super().forward(captions)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        on_disk(items, Breaks())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{number}_te.npz" for number in range(6)]
+    encoder = Encoder()
+    kept, reasons = on_disk(items, encoder)
+    assert (encoder.seen, reasons) == (["number 6", "number 7", "number 8"], [])
+    assert all(same(kept.get(number), encoder.row(item.caption)) for number, item in enumerate(items))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_the_work(items, tmp_path, monkeypatch, world):
+    written, write = [], store.write
+    monkeypatch.setattr(store, "write", lambda path, arrays: written.append(path.name) or write(path, arrays))
+    encoders = [Encoder() for _ in range(world)]
+    for rank in reversed(range(world)):  # each finds what the others have done already
+        assert on_disk(items, encoders[rank], rank=rank, world=world) == (None, [])
+    assert all(encoder.calls for encoder in encoders)
+    assert sorted(caption for encoder in encoders for caption in encoder.seen) == sorted(set(CAPTIONS))
+    assert sorted(written) == [f"{number}_te.npz" for number in range(5)]
+    kept = disk_store(items, LAYOUT)
+    assert all(same(kept.get(number), Encoder().row(caption)) for number, caption in enumerate(CAPTIONS))
+
+
+def test_each_process_checks_its_share(items):
+    on_disk(items, Encoder())
+    asked = [[], []]
+    for rank in range(2):
+        look = lambda path, rank=rank: asked[rank].append(path.name) or store.summary(path)  # noqa: E731
+        on_disk(items, Encoder(), rank=rank, world=2, summaries=look)
+    assert asked == [["0_te.npz", "2_te.npz", "3_te.npz"], ["1_te.npz", "4_te.npz"]]
+
+
+# ---- what goes wrong
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_captions_that_break_the_encoder_are_named(items, tmp_path, number):
+    encoder = Encoder()
+    with torch.no_grad():
+        encoder.table.weight[ord("z")] = number
+    for cache in (lambda: cache_text_in_memory(items, encoder, 2, Bar), lambda: on_disk(items, encoder)):
+        with pytest.raises(UserError) as caught:
+            cache()
+        assert len(caught.value.problems) == 1
+        assert caught.value.problems[0].startswith(f"{items[4].picture}: the text encoder gives NaN")
+    assert not cache_file(items[4], LAYOUT).exists()
+    assert cache_file(items[0], LAYOUT).exists()
+
+
+def test_an_encoder_that_does_not_fit_the_layout_is_refused(items):
+    with pytest.raises(ValueError, match="the files hold"):
+        on_disk(items, Encoder(), TextLayout("_te.npz", ("states",)))
+    with pytest.raises(ValueError, match="rows for 2 captions"):
+        cache_text_in_memory(items, lambda captions: TextCond({"x": torch.zeros(1, 3)}), 2, Bar)
+
+
+def test_a_file_that_cannot_be_written_is_named(picture):
+    cache_file(picture, LAYOUT).mkdir()
+    with pytest.raises(UserError, match=r"p_te\.npz: the cache file cannot be written"):
+        on_disk([picture], Encoder())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (Path.unlink, "gone"),
+        (lambda path: path.write_bytes(b"PK"), "cannot be used"),
+        (lambda path: rewrite(path, pooled=None), "cannot be used"),
+        (lambda path: rewrite(path, pooled=np.full(4, np.nan)), "NaN"),
+    ],
+)
+def test_a_file_that_breaks_during_the_run_is_named(picture, spoil, reason):
+    kept, _ = on_disk([picture], Encoder())
+    spoil(cache_file(picture, LAYOUT))
+    with pytest.raises(UserError, match=reason) as caught:
+        kept.get(0)
+    assert str(cache_file(picture, LAYOUT)) in str(caught.value)
+
+
+# ---- batches
+
+
+def test_rows_make_a_batch():
+    encoder = Encoder()
+    kept = cache_text_in_memory([Item(Path("x.png"), caption) for caption in CAPTIONS], encoder, 3, Bar)
+    cond = stack([kept.get(4), kept.get(0)])
+    with torch.no_grad():
+        assert same(cond.tensors, encoder(["zebra crossing", "a red fox"]).tensors)
+
+
+def trimmed(captions):
+    """As long as the longest caption of the batch."""
+    length = max(len(caption) for caption in captions)
+    rows = [torch.tensor(list(caption.ljust(length).encode())) for caption in captions]
+    return TextCond({"out": torch.stack(rows).float()[..., None]})
+
+
+def test_rows_may_differ_in_length_but_not_within_a_batch(tmp_path):
+    layout = TextLayout("_t.npz", ("out",))
+    items = [Item(tmp_path / f"{number}.png", words) for number, words in enumerate(["ab", "abcd", "xy"])]
+    in_files, _ = cache_text_on_disk(items, layout, trimmed, "e", 1, progress=Bar)
+    for kept in (in_files, cache_text_in_memory(items, trimmed, 1, Bar)):
+        assert [tuple(kept.get(number)["out"].shape) for number in range(3)] == [(2, 1), (4, 1), (2, 1)]
+        assert stack([kept.get(0), kept.get(2)]).tensors["out"].shape == (2, 2, 1)
+        with pytest.raises(UserError, match="out has 2x1 and 4x1"):
+            stack([kept.get(0), kept.get(1)])
+
+
+# ---- captions that change
+
+
+def test_fixed_captions_give_no_problem():
+    fixed = CaptionOptions(
+        keep_tokens=1, caption_prefix="a", caption_suffix="b", secondary_separator=";", token_warmup_min=3
+    )
+    assert list(problems(fixed, "here")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("shuffle_caption", True),
+        ("caption_tag_dropout_rate", 0.1),
+        ("token_warmup_step", 0.5),
+        ("enable_wildcard", True),
+        ("caption_dropout_rate", 0.1),
+        ("caption_dropout_every_n_epochs", 3),
+    ],
+)
+def test_captions_that_change_are_refused(name, value):
+    (line,) = problems(CaptionOptions(**{name: value}), "data.toml, [[datasets]] 1")
+    assert line.startswith(f"data.toml, [[datasets]] 1: {name} changes the caption")
+    assert f"remove {name}" in line
+
+
+def test_every_reason_has_its_line():
+    captions = CaptionOptions(shuffle_caption=True, enable_wildcard=True, caption_dropout_rate=1)
+    assert [line.split()[1] for line in problems(captions, "here:")] == [
+        "shuffle_caption",
+        "enable_wildcard",
+        "caption_dropout_rate",
+    ]
+
+
+# ---- a real text encoder
+
+
+def test_outputs_of_a_real_text_encoder(items):
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=260,
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH + 2,
+        bos_token_id=257,
+        eos_token_id=258,
+        pad_token_id=259,
+    )
+    model = CLIPTextModelWithProjection(config).eval()
+
+    def encode(captions):
+        known = [list(caption.encode()[:LENGTH]) for caption in captions]
+        tokens = torch.tensor([[257, *k, 258, *[259] * (LENGTH - len(k))] for k in known])
+        out = model(tokens, output_hidden_states=True)
+        return TextCond({"hidden_state1": out.hidden_states[-2], "pool1": out.text_embeds})
+
+    layout = TextLayout("_real_te.npz", ("hidden_state1", "pool1"), shapes={"hidden_state1": (LENGTH + 2, 16)})
+    in_files, _ = cache_text_on_disk(items, layout, encode, "tiny", 2, progress=Bar)
+    in_memory = cache_text_in_memory(items, encode, 2, Bar)
+    with torch.no_grad():
+        wanted = encode(CAPTIONS)
+    for kept in (in_files, in_memory):
+        cond = stack([kept.get(number) for number in range(len(items))])
+        assert not any(tensor.requires_grad for tensor in cond.tensors.values())
+        for name, value in wanted.tensors.items():  # float32 sums in another batch
+            torch.testing.assert_close(cond.tensors[name], value, rtol=1e-5, atol=1e-6)
