@@ -1,0 +1,140 @@
+"""What a run does before training: cold and warm start on many small pictures, and a metadata file of a million keys.
+
+    python benchmarks/bench_start.py
+    python benchmarks/bench_start.py --pictures 10000 --keys 0 --folder /tmp/pictures
+
+Every start is a process of its own. "Cold" means that nothing is known of the files; the operating system has them in
+memory, as after a download. "Warm" is the second start, which finds in the index what the first has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Nothing heavy up here: the index starts worker processes, and these import this module.
+
+
+def start(folder: Path, index: Path) -> dict[str, float]:
+    """Seconds and memory of one start, in this process."""
+    began = time.perf_counter()
+    from library.data.blueprint import build_specs
+    from library.data.dataset import build_training_data
+    from library.families.sd.options import TRAITS
+    from library.options import parsing, scripts
+
+    arguments = [f"--train_data_dir={folder}", f"--data_index_dir={index}", "--resolution=512", "--enable_bucket"]
+    opts = parsing.parse_options(scripts.groups_for("sd", "network"), arguments)
+    imported = time.perf_counter()
+    data = build_training_data(build_specs(opts, TRAITS), opts, TRAITS, seed=1)
+    built = time.perf_counter()
+    data.report()
+    reported = time.perf_counter()
+    return {
+        "pictures": len(data.records),
+        "imports": imported - began,
+        "start": built - imported,
+        "report": reported - built,
+        "mib": _peak_mib(),
+    }
+
+
+def metadata(folder: Path) -> dict[str, float]:
+    """Seconds and memory for reading a metadata file and finding its pictures, in this process."""
+    from library.data import metadata_files
+    from library.data.index import FileIndex
+
+    began = time.perf_counter()
+    entries = metadata_files.read_metadata(folder / "meta.json")
+    read = time.perf_counter()
+    names = frozenset(json.loads((folder / "names.json").read_bytes()))
+    index = FileIndex(None)
+
+    def listing(path: Path) -> dict[str, tuple[int, int]] | frozenset[str]:
+        return names if path == folder / "pictures" else index.listing(path)
+
+    listed = time.perf_counter()
+    found, problems = metadata_files.resolve(
+        entries, folder / "pictures", listing, file=folder / "meta.json", separator=", ", wildcard=False
+    )
+    resolved = time.perf_counter()
+    assert len(found) == len(entries) and not problems
+    return {"keys": len(found), "read": read - began, "resolve": resolved - listed, "mib": _peak_mib()}
+
+
+def write_metadata(folder: Path, keys: int) -> None:
+    """A metadata file, and the names of the pictures in place of a million files."""
+    (folder / "pictures").mkdir(exist_ok=True)
+    names = [f"picture {number:07d}.jpg" for number in range(keys)]
+    entries = {
+        name.removesuffix(".jpg"): {"caption": f"a photo, number {number}", "tags": "tree, hill, cloud"}
+        for number, name in enumerate(names)
+    }
+    (folder / "meta.json").write_text(json.dumps(entries))
+    (folder / "names.json").write_text(json.dumps(names))
+
+
+def _peak_mib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def in_fresh_process(*arguments: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--child", *arguments]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+
+
+def show_starts(folder: Path, pictures: int) -> None:
+    from pictures import write_pictures
+
+    write_pictures(folder / "1_x", pictures, lambda number: (64 + number % 9 * 4, 64))
+    with tempfile.TemporaryDirectory() as index:
+        for name in ("cold", "warm", "warm again"):
+            seen = in_fresh_process("start", str(folder), index)
+            print(
+                f"{name} start, {seen['pictures']} pictures: {seen['start']:.2f} s, "
+                f"{seen['pictures'] / seen['start']:.0f} pictures/s; report {seen['report']:.2f} s, "
+                f"imports {seen['imports']:.2f} s, peak {seen['mib']:.0f} MiB"
+            )
+
+
+def show_metadata(keys: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_metadata(Path(folder), keys)
+        seen = in_fresh_process("metadata", folder)
+    print(
+        f"metadata file, {seen['keys']} keys: read {seen['read']:.1f} s, find the pictures {seen['resolve']:.1f} s, "
+        f"peak {seen['mib']:.0f} MiB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=100_000)
+    parser.add_argument("--keys", type=int, default=1_000_000, help="of the metadata file")
+    parser.add_argument("--folder", type=Path, help="keep the pictures here, for the next time")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        what, *places = args.child
+        seen = {"start": start, "metadata": metadata}[what](*map(Path, places))
+        print(json.dumps(seen))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        if args.pictures:
+            show_starts(args.folder or Path(temporary), args.pictures)
+    if args.keys:
+        show_metadata(args.keys)
+
+
+if __name__ == "__main__":
+    main()

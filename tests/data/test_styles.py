@@ -1,0 +1,311 @@
+"""Every style of data set, from its files to records: metadata files, masks, metadata_cache.json, what is left out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from library.data.blueprint import build_specs
+from library.data.dataset import build_training_data
+from library.errors import UserError
+
+
+@pytest.fixture
+def load(make_opts, traits, tmp_path):
+    """TrainingData by flags, 64x64."""
+
+    def build(seed=1, **options):
+        opts = make_opts(**{"resolution": "64", "data_index_dir": str(tmp_path / "index"), **options})
+        return build_training_data(build_specs(opts, traits), opts, traits, seed)
+
+    return build
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("trainscripts"), "propagate", True)
+    return caplog
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+# ---- metadata files
+
+
+@pytest.fixture
+def pictures(tmp_path, draw):
+    for name in ("a.png", "b.jpg", "c.v2.webp"):
+        draw(tmp_path / "pictures" / name)
+    return tmp_path / "pictures"
+
+
+@pytest.mark.rows("R197", "R198", "R221")
+@pytest.mark.parametrize("keys", ["stems", "names", "paths"])
+def test_a_metadata_file(tmp_path, pictures, load, keys):
+    files = sorted(pictures.iterdir())
+    key = {"stems": lambda p: p.name.rpartition(".")[0], "names": lambda p: p.name, "paths": str}[keys]
+    texts = [{"caption": "a cat", "tags": "red, blue"}, {"caption": "a dog"}, {"tags": "green"}]
+    meta = write_json(tmp_path / "m.json", {key(file): text for file, text in zip(files, texts, strict=True)})
+    data = load(in_json=meta, train_data_dir=str(pictures), dataset_repeats=4)
+    assert [(r.path, r.caption) for r in data.records] == list(
+        zip(files, ["a cat,red, blue", "a dog", "green"], strict=True)
+    )
+    assert data.num_train_images == 12
+
+
+@pytest.mark.rows("R196", "R197")
+def test_keep_tokens_keeps_the_caption_before_its_tags(tmp_path, pictures, load):
+    meta = write_json(tmp_path / "m.json", {"a": {"caption": "a cat", "tags": "red, blue, green, white"}})
+    data = load(in_json=meta, train_data_dir=str(pictures), shuffle_caption=True, keep_tokens=1)
+    captions = {batch.captions[0] for epoch in range(1, 9) for batch in data.loader(epoch)}
+    assert len(captions) > 1
+    assert all(caption.startswith("a cat, ") for caption in captions)
+    assert {frozenset(caption.split(", ")) for caption in captions} == {
+        frozenset(["a cat", "red", "blue", "green", "white"])
+    }
+
+
+def test_entries_without_a_picture_are_left_out_and_named(tmp_path, pictures, load):
+    meta = write_json(tmp_path / "m.json", {"a": {"caption": "x"}, "gone": {"caption": "y"}})
+    data = load(in_json=meta, train_data_dir=str(pictures))
+    assert len(data.records) == 1
+    assert any(line.startswith(f"left out: {meta}: no picture for 'gone'") for line in data.report())
+    with pytest.raises(UserError, match=r"no picture for 'gone'.*\(--strict\)"):
+        load(in_json=meta, train_data_dir=str(pictures), strict=True)
+    none = write_json(tmp_path / "n.json", {"gone": {"caption": "y"}})
+    with pytest.raises(UserError, match="no usable training picture"):
+        load(in_json=none, train_data_dir=str(pictures))
+
+
+def test_entries_with_only_latents_are_known_by_them(tmp_path, pictures, load):
+    np.savez(pictures / "old.npz", latents=np.zeros((4, 8, 8), np.float32), original_size=np.array([64, 64]))
+    (pictures / "new_0064x0064_test.npz").write_bytes(b"looked into later")
+    meta = write_json(tmp_path / "m.json", {name: {"caption": name} for name in ("old", "new", "a")})
+    data = load(in_json=meta, train_data_dir=str(pictures))
+    assert [(r.path.name, r.present, r.size) for r in data.records] == [
+        ("a.png", True, (64, 64)),
+        ("new", False, (64, 64)),
+        ("old", False, (64, 64)),
+    ]
+    assert "2 pictures of which only latents are there" in data.report()
+    with pytest.raises(UserError, match="color_aug needs the pictures, and some have latents only"):
+        load(in_json=meta, train_data_dir=str(pictures), color_aug=True)
+
+
+@pytest.mark.rows("R110")
+def test_a_file_of_mirrored_latents_turns_mirroring_on(tmp_path, pictures, load):
+    np.savez(pictures / "a_flip.npz", np.zeros((4, 8, 8), np.float32))
+    meta = write_json(tmp_path / "m.json", {"a": {"caption": "a"}, "b": {"caption": "b"}})
+    data = load(in_json=meta, train_data_dir=str(pictures))
+    assert [record.flip for record in data.records] == [True, False]
+
+
+def test_metadata_of_a_metadata_data_set(tmp_path, pictures, make_opts, traits, write_config):
+    meta = write_json(tmp_path / "m.json", {"a": {"caption": "a cat, sitting", "tags": "Red, blue"}})
+    subset = {"metadata_file": meta, "image_dir": str(pictures), "num_repeats": 2}
+    opts = make_opts(dataset_config=write_config({"datasets": [{"resolution": 64, "subsets": [subset]}]}))
+    values = build_training_data(build_specs(opts, traits), opts, traits, 1).metadata()
+    (dataset,) = json.loads(values["ss_datasets"])
+    assert dataset["is_dreambooth"] is False
+    assert dataset["subsets"][0]["metadata_file"] == "m.json"
+    assert json.loads(values["ss_tag_frequency"]) == {"m.json": {"red": 1, "blue": 1}}
+    assert json.loads(values["ss_dataset_dirs"]) == {"m.json": {"n_repeats": 2, "img_count": 1}}
+
+
+# ---- masks
+
+
+@pytest.fixture
+def masked(tmp_path, draw):
+    """Two pictures, and masks with another level on each side, one in another format and half the size."""
+    for name in ("a.png", "b.png"):
+        draw(tmp_path / "pictures" / name)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for name, side in (("a.png", 64), ("b.bmp", 32)):
+        levels = np.zeros((side, side, 3), np.uint8)
+        levels[:, : side // 2, 0] = 255
+        levels[:, side // 2 :, 0] = 128
+        levels[..., 1] = 77  # green and blue say nothing
+        Image.fromarray(levels).save(masks / name)
+    return {"train_data_dir": str(tmp_path / "pictures"), "conditioning_data_dir": str(masks), "masked_loss": True}
+
+
+@pytest.mark.rows("R267", "R268", "R270")
+def test_the_red_channel_of_a_mask_weighs_the_loss(masked, load):
+    for batch in load(**masked).loader(1):
+        assert batch.masks.shape == (1, 1, 64, 64)
+        assert torch.all(batch.masks[..., :31] == 1.0)
+        assert torch.allclose(batch.masks[..., 33:], torch.tensor(128 / 255))
+
+
+def test_masks_are_mirrored_with_their_pictures(masked, load):
+    data = load(**masked, flip_aug=True)
+    plain = {batch.keys[0]: batch for batch in load(**masked).loader(1)}
+    mirrored = 0
+    for epoch in range(1, 5):
+        for batch in data.loader(epoch):
+            expected = plain[batch.keys[0]]
+            if torch.equal(batch.pixels, expected.pixels):
+                assert torch.equal(batch.masks, expected.masks)
+            else:
+                mirrored += 1
+                assert torch.equal(batch.pixels, expected.pixels.flip(-1))
+                assert torch.equal(batch.masks, expected.masks.flip(-1))
+    assert 0 < mirrored < 8
+
+
+def test_a_picture_without_a_mask_is_an_error_and_a_mask_without_a_picture_a_warning(
+    masked, load, tmp_path, draw, warnings
+):
+    draw(tmp_path / "masks" / "z.png")
+    load(**masked)
+    assert "1 pictures belong to no picture of the data set" in warnings.text
+    draw(tmp_path / "pictures" / "c.png")
+    with pytest.raises(UserError, match=r"masks: no mask for 1 pictures of .*pictures: c\.png"):
+        load(**masked)
+
+
+def test_a_broken_mask_leaves_its_picture_out(masked, load, tmp_path):
+    (tmp_path / "masks" / "a.png").write_bytes(b"")
+    data = load(**masked)
+    assert [record.path.name for record in data.records] == ["b.png"]
+    assert any("its mask" in line and "the file is empty" in line for line in data.report())
+
+
+def test_a_mask_of_another_shape_is_told(masked, load, tmp_path):
+    Image.new("RGB", (64, 32), "white").save(tmp_path / "masks" / "a.png")
+    assert any(line.startswith("1 masks of another shape") for line in load(**masked).report())
+
+
+@pytest.mark.rows("R255", "R271")
+def test_transparency_weighs_the_loss(tmp_path, load):
+    image = Image.new("RGBA", (64, 64), (10, 20, 30, 255))
+    image.paste((200, 100, 50, 0), (0, 0, 32, 64))
+    image.paste((200, 100, 50, 128), (32, 0, 48, 64))
+    (tmp_path / "1_x").mkdir()
+    image.save(tmp_path / "1_x" / "a.png")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "1_x" / "b.png")
+    for batch in load(train_data_dir=str(tmp_path), alpha_mask=True, train_batch_size=2).loader(1):
+        see_through = batch.keys.index(str(tmp_path / "1_x" / "a.png"))
+        mask = batch.masks[see_through, 0]
+        assert torch.all(mask[:, :32] == 0)
+        assert torch.allclose(mask[:, 32:48], torch.tensor(128 / 255))
+        assert torch.all(mask[:, 48:] == 1)
+        assert torch.all(batch.masks[1 - see_through] == 1)  # what has no transparency counts in full
+        colours = (batch.pixels[see_through, :, 0, 0] + 1) * 127.5
+        assert torch.allclose(colours, torch.tensor([200.0, 100.0, 50.0]), atol=1e-3)  # as stored, not blended
+
+
+def test_without_alpha_mask_there_are_no_masks(tmp_path, load, draw):
+    draw(tmp_path / "1_x" / "a.png")
+    assert all(batch.masks is None for batch in load(train_data_dir=str(tmp_path)).loader(1))
+
+
+# ---- metadata_cache.json
+
+
+@pytest.mark.rows("R254")
+def test_sizes_and_captions_are_kept_and_trusted(tmp_path, draw, load):
+    folder = tmp_path / "2_cat"
+    draw(folder / "a.png", caption="one")
+    draw(folder / "b.png")
+    first = load(train_data_dir=str(tmp_path), cache_info=True)
+    kept = json.loads((folder / "metadata_cache.json").read_text(encoding="utf-8"))
+    assert kept == {
+        str(folder / "a.png"): {"caption": "one", "resolution": [64, 64]},
+        str(folder / "b.png"): {"caption": "cat", "resolution": [64, 64]},
+    }
+    draw(folder / "c.png")
+    (folder / "a.caption").write_text("changed")
+    again = load(train_data_dir=str(tmp_path), cache_info=True)
+    assert [(r.path, r.caption, r.size) for r in again.records] == [(r.path, r.caption, r.size) for r in first.records]
+    fresh = load(train_data_dir=str(tmp_path))
+    assert [r.caption for r in fresh.records] == ["changed", "cat", "cat"]
+
+
+def test_nothing_is_written_beside_pictures_unless_asked(tmp_path, draw, load):
+    picture = draw(tmp_path / "pictures" / "2_cat" / "a.png")
+    before = picture.read_bytes()
+    list(load(train_data_dir=str(tmp_path / "pictures")).loader(1))
+    assert os.listdir(picture.parent) == ["a.png"]
+    assert picture.read_bytes() == before
+
+
+# ---- what is left out
+
+
+def test_broken_pictures_are_left_out_and_end_a_strict_run(tmp_path, draw, load):
+    draw(tmp_path / "1_x" / "good.png")
+    (tmp_path / "1_x" / "empty.png").write_bytes(b"")
+    (tmp_path / "1_x" / "text.jpg").write_text("no picture")
+    data = load(train_data_dir=str(tmp_path))
+    assert [record.path.name for record in data.records] == ["good.png"]
+    lines = [line for line in data.report() if line.startswith("left out: ")]
+    assert len(lines) == 2
+    assert "2 pictures left out" in data.report()
+    with pytest.raises(UserError) as caught:
+        load(train_data_dir=str(tmp_path), strict=True)
+    assert len(caught.value.problems) == 2
+    assert all("(--strict)" in line for line in caught.value.problems)
+
+
+def test_the_second_start_looks_into_nothing(tmp_path, draw, load, monkeypatch):
+    from library.data import images
+
+    for name in ("a.png", "b.png"):
+        path = draw(tmp_path / "1_x" / name, caption="words")
+        for file in (path, path.with_suffix(".caption")):
+            os.utime(file, (1_600_000_000, 1_600_000_000))
+    first = load(train_data_dir=str(tmp_path))
+
+    def never(path):
+        raise AssertionError(f"{path} was looked into")
+
+    monkeypatch.setattr(images, "probe", never)
+    again = load(train_data_dir=str(tmp_path))
+    assert [(r.path, r.size, r.caption) for r in again.records] == [(r.path, r.size, r.caption) for r in first.records]
+
+
+# ---- what looks the same
+
+
+def test_equal_and_alike_pictures_are_told(tmp_path, load):
+    folder = tmp_path / "1_x"
+    folder.mkdir()
+    waves = np.random.default_rng(5).standard_normal((8, 8, 3))
+    picture = Image.fromarray(((waves - waves.min()) / np.ptp(waves) * 255).astype(np.uint8))
+    picture = picture.resize((64, 64), Image.Resampling.BICUBIC)
+    picture.save(folder / "a.png")
+    picture.save(folder / "again.png")
+    picture.save(folder / "saved.jpg", quality=70)
+    Image.fromarray(np.random.default_rng(6).integers(0, 255, (64, 64, 3), np.uint8)).save(folder / "other.png")
+    lines = load(train_data_dir=str(tmp_path)).report()
+    assert f"the same picture: {folder / 'a.png'}, {folder / 'again.png'}" in lines
+    assert f"look almost the same: {folder / 'a.png'}, {folder / 'saved.jpg'}" in lines
+    assert not any("other.png" in line for line in lines)
+
+
+# ---- what goes through to the batch
+
+
+def test_multipliers_and_attributes_reach_the_batch(tmp_path, draw, make_opts, traits, write_config):
+    draw(tmp_path / "one" / "a.png")
+    draw(tmp_path / "two" / "b.png")
+    datasets = [
+        {"resolution": 64, "network_multiplier": -0.5, "subsets": [{"image_dir": str(tmp_path / "one")}]},
+        {"resolution": 64, "subsets": [{"image_dir": str(tmp_path / "two"), "custom_attributes": {"style": "ink"}}]},
+    ]
+    opts = make_opts(dataset_config=write_config({"datasets": datasets}))
+    batches = list(build_training_data(build_specs(opts, traits), opts, traits, 1).loader(1))
+    found = {batch.keys[0][-5:]: (batch.network_multiplier, batch.attributes) for batch in batches}
+    assert found == {"a.png": (-0.5, [None]), "b.png": (1.0, [{"style": "ink"}])}
