@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from library.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -34,6 +36,21 @@ class TextCond:
         import torch
 
         return TextCond({name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors})
+
+    @staticmethod
+    def stack(rows: Sequence[Mapping[str, Tensor]]) -> TextCond:
+        """Single items' tensors, without batch axis, to a batch. Raises: UserError: shapes of one name differ."""
+        import torch
+
+        for name in rows[0]:
+            shapes = list(dict.fromkeys(tuple(row[name].shape) for row in rows))
+            if len(shapes) > 1:
+                raise UserError(
+                    f"cached text encoder outputs of one batch differ in shape: {name} has "
+                    f"{' and '.join('x'.join(map(str, shape)) for shape in shapes)}; delete the cache files that were "
+                    "made with other settings, or use a batch size of 1"
+                )
+        return TextCond({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from library.caching import latent_files, store
 from library.caching.latent_files import CacheLayout, Entry, Identity, Latents, Wanted
+from library.caching.stems import shared_stems
 from library.data import buckets, images
 from library.data.rendering import View, loss_mask, render
 from library.errors import UserError
@@ -141,12 +142,11 @@ def cache_on_disk(data: TrainingData, encoder: Encoder, layout: CacheLayout, vae
 
 def wanted_of(records: Sequence[Record]) -> list[Wanted]:
     """What each record needs of a cache. Records of the same look of a picture need the same."""
-    by_stem: dict[Path, set[Path]] = {}
+    shared = shared_stems(records)
     flips: dict[_Look, bool] = {}
     variants: dict[tuple[Path, Size], dict[_Look, str]] = {}
     for record in records:
         look = _look(record)
-        by_stem.setdefault(_stem(record), set()).add(record.path)
         flips[look] = flips.get(look, False) or record.flip
         others = variants.setdefault((record.path, record.bucket), {})
         if look not in others:
@@ -155,7 +155,7 @@ def wanted_of(records: Sequence[Record]) -> list[Wanted]:
     return [
         _wanted(
             record,
-            shared=len(by_stem[_stem(record)]) > 1,
+            shared=record.path in shared,
             flip=flips[_look(record)],
             variant=variants[record.path, record.bucket][_look(record)],
         )
@@ -178,10 +178,6 @@ def _look(record: Record) -> _Look:
     subset = record.subset
     frame = (record.path, record.bucket, record.resized)
     return _Look(*frame, subset.resize_interpolation, subset.alpha_mask, record.conditioning)
-
-
-def _stem(record: Record) -> Path:
-    return record.path.with_suffix("") if record.present else record.path
 
 
 def _wanted(record: Record, *, shared: bool, flip: bool, variant: str) -> Wanted:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from library.caching import store
+from library.caching.stems import shared_stems
+from library.data.captions import make_caption
 from library.errors import UserError
 from library.runtime import logs
 from library.types import TextCond
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from library.data.captions import CaptionOptions
+    from library.data.records import Record
 
 Encode = Callable[[list[str]], TextCond]
 Arrays = dict[str, "NDArray[Any]"]
@@ -118,17 +122,19 @@ def problems(captions: CaptionOptions, place: str) -> Iterable[str]:
             )
 
 
-def stack(rows: Sequence[Mapping[str, Tensor]]) -> TextCond:
-    """Rows of one batch to conditioning. Raises: UserError: rows of one name differ in shape."""
-    for name in rows[0]:
-        shapes = list(dict.fromkeys(tuple(row[name].shape) for row in rows))
-        if len(shapes) > 1:
-            raise UserError(
-                f"cached text encoder outputs of one batch differ in shape: {name} has "
-                f"{' and '.join('x'.join(map(str, shape)) for shape in shapes)}; delete the cache files that were made "
-                "with other settings, or use a batch size of 1"
-            )
-    return TextCond({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+def items_of(records: Sequence[Record]) -> list[Item]:
+    """What a cache needs to know of each record. Their captions must not change, see `problems`."""
+    shared = shared_stems(records)
+    return [
+        Item(
+            picture=record.path if record.present else record.path.with_name(f"{record.path.name}.png"),
+            # Nothing is drawn and no step counts, as nothing in the caption changes.
+            caption=make_caption(record.caption, record.subset.captions, Random(0), epoch=1, step=0),
+            shared_stem=record.path in shared,
+            changed=bool(record.subset.captions.caption_prefix or record.subset.captions.caption_suffix),
+        )
+        for record in records
+    ]
 
 
 def cache_file(item: Item, layout: TextLayout) -> Path:
@@ -269,7 +275,6 @@ def _encode_to_files(
     owners = {caption: members[0] for caption, members in todo.items()}
     files = sum(len(members) for members in todo.values())
     flags = {name: np.array(value) for name, value in layout.flags.items()}
-    # One thread only: to learn the umask, writing sets it for a moment, which two threads would get wrong.
     with (
         progress(total=files, desc="caching text encoder outputs", unit="file") as bar,
         ThreadPoolExecutor(max_workers=1) as pool,

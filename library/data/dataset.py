@@ -22,7 +22,7 @@ from library.data.rendering import loss_mask, recorded_crop, render
 from library.data.sampler import Address, BatchLoader, make_loader
 from library.runtime.places import cache_folder
 from library.runtime.seeds import derive
-from library.types import Batch, Size
+from library.types import Batch, Size, TextCond
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
@@ -44,6 +44,7 @@ class Sample:
     key: str
     network_multiplier: float
     attributes: Mapping[str, Any] | None
+    text: Mapping[str, Tensor] | None = None  # cached text-encoder outputs, without batch axis
 
 
 class LatentEntry(Protocol):
@@ -54,6 +55,13 @@ class LatentEntry(Protocol):
 
         Raises: UserError: its file is gone or damaged.
         """
+
+
+class TextStore(Protocol):
+    """Text-encoder outputs by record, in memory or in files. Picklable."""
+
+    def get(self, number: int) -> Mapping[str, Tensor]:
+        """One record's tensors on the CPU, without batch axis. Raises: UserError: its file is gone or damaged."""
 
 
 class ItemDataset(Dataset[Sample]):
@@ -74,6 +82,8 @@ class ItemDataset(Dataset[Sample]):
         self.prior_loss_weight = prior_loss_weight
         self.total_steps = total_steps  # optimizer steps of the whole run; fractional token warm-up asks
         self.latents: Sequence[LatentEntry] | None = None  # by record
+        self.text: TextStore | None = None
+        self.first_text = 0  # the first record's number in the store
 
     def __len__(self) -> int:
         return len(self.items)
@@ -102,6 +112,7 @@ class ItemDataset(Dataset[Sample]):
             key=str(record.path),
             network_multiplier=self.multipliers[record.dataset],
             attributes=record.subset.custom_attributes,
+            text=None if self.text is None else self.text.get(self.first_text + number),
         )
 
     def _caption(self, record: Record, address: Address) -> str:
@@ -128,6 +139,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         keys=[sample.key for sample in samples],
         network_multiplier=samples[0].network_multiplier,
         attributes=[sample.attributes for sample in samples],
+        text=None if samples[0].text is None else TextCond.stack([sample.text for sample in samples]),
     )
 
 
@@ -205,6 +217,13 @@ class TrainingData:
         self._loader = None
         if self.held_out is not None:
             self.held_out.set_latents(entries[len(self.records) :], in_memory=in_memory)
+
+    def set_text(self, store: TextStore) -> None:
+        """From now on items carry these text-encoder outputs: of every record, then of every record held out."""
+        self.items.text, self._loader = store, None
+        if self.held_out is not None:
+            self.held_out.set_text(store)
+            self.held_out.items.first_text = len(self.records)
 
     def is_prepared(self) -> bool:
         """Whether all of it comes from metadata files, and nothing varies the pictures: latents may lie beside them."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from library.caching import store
@@ -21,14 +22,22 @@ from library.caching.text_outputs import (
     cache_text_in_memory,
     cache_text_on_disk,
     disk_store,
+    items_of,
     problems,
-    stack,
 )
+from library.data.blueprint import build_specs
 from library.data.captions import CaptionOptions
+from library.data.dataset import build_training_data
 from library.errors import UserError
+from library.families.base import FamilyTraits
+from library.options.base import Given, build_options
+from library.options.data import DataOptions
+from library.options.loss import LossOptions
+from library.options.training import TrainingOptions
 from library.types import TextCond
 from library.version import NAME, VERSION
 
+TRAITS = FamilyTraits("Test family", ("te",), 3, 8, 64, "ddpm", "_test.npz", 512, 1, 1.0)
 LENGTH = 12
 LAYOUT = TextLayout("_te.npz", ("states", "pooled", "mask"), {"apply_mask": True}, {"states": (LENGTH, 4)})
 CAPTIONS = ["a red fox", "an owl", "a red fox", "", "zebra crossing"]  # four different ones
@@ -461,7 +470,7 @@ def test_a_file_that_breaks_during_the_run_is_named(picture, spoil, reason):
 def test_rows_make_a_batch():
     encoder = Encoder()
     kept = cache_text_in_memory([Item(Path("x.png"), caption) for caption in CAPTIONS], encoder, 3, Bar)
-    cond = stack([kept.get(4), kept.get(0)])
+    cond = TextCond.stack([kept.get(4), kept.get(0)])
     with torch.no_grad():
         assert same(cond.tensors, encoder(["zebra crossing", "a red fox"]).tensors)
 
@@ -479,9 +488,9 @@ def test_rows_may_differ_in_length_but_not_within_a_batch(tmp_path):
     in_files, _ = cache_text_on_disk(items, layout, trimmed, "e", 1, progress=Bar)
     for kept in (in_files, cache_text_in_memory(items, trimmed, 1, Bar)):
         assert [tuple(kept.get(number)["out"].shape) for number in range(3)] == [(2, 1), (4, 1), (2, 1)]
-        assert stack([kept.get(0), kept.get(2)]).tensors["out"].shape == (2, 2, 1)
+        assert TextCond.stack([kept.get(0), kept.get(2)]).tensors["out"].shape == (2, 2, 1)
         with pytest.raises(UserError, match="out has 2x1 and 4x1"):
-            stack([kept.get(0), kept.get(1)])
+            TextCond.stack([kept.get(0), kept.get(1)])
 
 
 # ---- captions that change
@@ -553,7 +562,46 @@ def test_outputs_of_a_real_text_encoder(items):
     with torch.no_grad():
         wanted = encode(CAPTIONS)
     for kept in (in_files, in_memory):
-        cond = stack([kept.get(number) for number in range(len(items))])
+        cond = TextCond.stack([kept.get(number) for number in range(len(items))])
         assert not any(tensor.requires_grad for tensor in cond.tensors.values())
         for name, value in wanted.tensors.items():  # float32 sums in another batch
             torch.testing.assert_close(cond.tensors[name], value, rtol=1e-5, atol=1e-6)
+
+
+# ---- in a data set
+
+
+class Letters:
+    """An encoder that tells captions apart: their length and their first letter."""
+
+    def __call__(self, captions):
+        rows = [[float(len(caption)), float(ord(caption[0]))] for caption in captions]
+        return TextCond({"out": torch.tensor(rows)})
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_every_batch_has_the_outputs_of_its_captions(tmp_path, kind):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, caption in enumerate(["one", "two", "three", "three", "fifth picture", "six"]):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.caption").write_text(caption)
+    subset = {"image_dir": str(folder), "caption_prefix": "a photo,", "num_repeats": 2}
+    config = tmp_path / "data.json"
+    table = {"resolution": 64, "batch_size": 2, "validation_split": 0.3, "subsets": [subset]}
+    config.write_text(json.dumps({"datasets": [table]}))
+    given = {"dataset_config": config, "max_data_loader_n_workers": 0}
+    groups = (DataOptions, LossOptions, TrainingOptions)
+    opts = build_options(groups, {name: Given(value, "command line") for name, value in given.items()})
+    data = build_training_data(build_specs(opts, TRAITS), opts, TRAITS, 1)
+    items = items_of(data.all_records)
+    if kind == "memory":
+        data.set_text(cache_text_in_memory(items, Letters(), 2))
+    else:
+        data.set_text(cache_text_on_disk(items, TextLayout("_te.npz", ("out",)), Letters(), "letters", 2)[0])
+    seen = []
+    for part in (data, data.held_out):
+        for batch in part.loader(1):
+            assert torch.equal(batch.text.tensors["out"], Letters()(batch.captions).tensors["out"])
+            seen += batch.captions
+    assert sorted(set(seen)) == sorted(f"a photo, {c}" for c in ("one", "two", "three", "fifth picture", "six"))
