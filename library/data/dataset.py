@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from library.data import buckets, images, likeness, summary
+from library.data import buckets, images, summary
 from library.data.blueprint import DatasetSpec
 from library.data.captions import make_caption
 from library.data.index import FileIndex
@@ -288,7 +288,6 @@ def build_training_data(
     index = FileIndex(Path(place).expanduser() if place else cache_folder() / "index")
     records, held_out, findings = read_records(specs, index, seed, strict=opts.data.strict, main=main)
     if main:
-        findings.alike = likeness.alike([r.path for r in [*records, *held_out] if r.present], findings.copies, index)
         index.save()
     data = TrainingData(specs, records, findings, index, opts, seed)
     if held_out:

@@ -41,13 +41,14 @@ def exact(digests: Sequence[str]) -> list[list[int]]:
 def look(path: Path) -> int | None:
     """A 64-bit difference hash of the upright picture: which of 9x8 grey fields are brighter than their left neighbour.
 
-    Returns: None for a file that is no whole picture, and for pictures with so little in them (flat, a gradient, a dot
-        on a plain ground) that different ones would have the same hash.
+    Returns: None for pictures with so little in them (flat, a gradient, a dot on a plain ground) that different ones
+        would have the same hash.
+    Raises: OSError or ValueError: the file is no whole picture.
     """
     try:
         fields = np.asarray(_small_grey(path))
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError):
-        return None
+    except (SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from None  # Pillow's ways to say that a file is broken
     steps = np.diff(fields, axis=1).ravel()
     bits = steps > _STEP
     few = np.count_nonzero(np.abs(steps) > _STEP) < _FEWEST_STEPS

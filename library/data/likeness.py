@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from library.data import duplicates, images
 from library.data.index import FileIndex
 from library.types import Size
 
-MOST = 2000  # pictures that are decoded at start, only to see which look alike
+MOST = 2000  # pictures that are decoded at start, to see which are damaged and which look alike
 
 
 def copies(sizes: Mapping[Path, Size], index: FileIndex) -> dict[Path, Path]:
@@ -28,14 +29,32 @@ def copies(sizes: Mapping[Path, Size], index: FileIndex) -> dict[Path, Path]:
     return {read[member]: read[group[0]] for group in groups for member in group}
 
 
-def alike(paths: Sequence[Path], same: Mapping[Path, Path], index: FileIndex) -> list[list[Path]] | None:
-    """Groups of pictures that are not the same and look it: saved again, resized. None: too many to look at.
+@dataclass(frozen=True)
+class Looks:
+    """What decoding every picture told."""
+
+    damaged: dict[Path, str]  # and how; their headers are whole
+    alike: list[list[Path]]  # groups of pictures that are not the same and look it: saved again, resized
+
+
+def look_at(paths: Sequence[Path], same: Mapping[Path, Path], index: FileIndex) -> Looks | None:
+    """Decodes every picture, or what the index does not know of. None: there are too many.
 
     Args:
-        same: as `copies` gives them; of equal files only the first is compared.
+        same: as `copies` gives them; of equal files only the first is looked at.
     """
     different = list(dict.fromkeys(same.get(path, path) for path in paths))
     if len(different) > MOST:
         return None
-    looks = index.learn("look", different, duplicates.look)
-    return [[different[member] for member in group] for group in duplicates.near(looks)]
+    seen = index.learn("look", different, _look_or_reason)
+    faults = {path: reason for path, (_, reason) in zip(different, seen, strict=True) if reason}
+    damaged = {path: faults[same.get(path, path)] for path in paths if same.get(path, path) in faults}
+    groups = duplicates.near([look for look, _ in seen])
+    return Looks(damaged, [[different[member] for member in group] for group in groups])
+
+
+def _look_or_reason(path: Path) -> tuple[int | None, str]:
+    try:
+        return duplicates.look(path), ""
+    except (OSError, ValueError) as error:
+        return None, images.reason(error)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from library.data import buckets, images, info_cache, likeness
 from library.data.blueprint import DatasetSpec, SubsetSpec
+from library.data.buckets import Fit
 from library.data.holdout import hold_out
 from library.data.index import FileIndex
 from library.data.styles import Found, Notes, find_pictures
@@ -88,13 +90,13 @@ def read_records(
                 _keep_info(subset, found)
             records += found
     _check_masks(records, index, findings)
+    _check_looks(records, index, findings)
     if strict:
         notes.problems += [f"{path}: {reason} (--strict)" for path, reason in findings.dropped]
     if notes.problems:
         raise UserError(*dict.fromkeys(notes.problems))
     dropped = {path for path, _ in findings.dropped}
     records = [record for record in records if record.path not in dropped]
-    findings.copies = likeness.copies({r.path: r.size for r in records if r.present}, index)
     train, held_out = hold_out(records, specs, seed, findings.copies)
     balanced = [
         record
@@ -115,6 +117,15 @@ def _check_masks(records: Sequence[Record], index: FileIndex, findings: Findings
             findings.dropped.append((record.path, f"its mask {mask} cannot be used: {look.reason}"))
         elif abs(buckets.aspect_error(look.size, record.size)) > 0.02 * record.size.width / record.size.height:
             findings.other_shapes.append(mask)
+
+
+def _check_looks(records: Sequence[Record], index: FileIndex, findings: Findings) -> None:
+    """Notes which pictures are the same or look it, and drops those whose header is whole and whose pixels are not."""
+    sizes = {record.path: record.size for record in records if record.present}
+    findings.copies = likeness.copies(sizes, index)
+    looks = likeness.look_at(list(sizes), findings.copies, index)
+    findings.alike = None if looks is None else looks.alike
+    findings.dropped += looks.damaged.items() if looks is not None else ()
 
 
 def _look_at(pictures: Sequence[Found], index: FileIndex) -> list[_Look]:
@@ -145,12 +156,12 @@ def _usable(
     problems: list[str],
 ) -> list[Record]:
     records, wrong_size = [], []
-    sizes = _bucket_list(spec)
+    bucket_of = _bucket_chooser(spec)
     for one, look in zip(pictures, looks, strict=True):
         if look.size is None:
             findings.dropped.append((one.path, look.reason or "neither a picture nor its size is known"))
             continue
-        frame = (one.bucket, one.bucket) if one.bucket else _frame(one.path, look.size, subset, spec, sizes)
+        frame = (one.bucket, one.bucket) if one.bucket else _frame(one.path, look.size, subset, spec, bucket_of)
         if frame is None and not spec.enable_bucket:
             wrong_size.append((one.path, look.size))
         elif frame is None:
@@ -194,23 +205,24 @@ def _count(look: _Look, one: Found, findings: Findings) -> None:
     findings.latents_only += not one.present
 
 
-def _bucket_list(spec: DatasetSpec) -> list[Size]:
-    if not spec.enable_bucket or spec.bucket_no_upscale:
-        return []
-    return buckets.bucket_sizes(spec.resolution, spec.min_bucket_reso, spec.max_bucket_reso, spec.bucket_reso_steps)
+def _bucket_chooser(spec: DatasetSpec) -> Callable[[Size], Fit | None]:
+    """Chooses the bucket for a size of pictures, once for all pictures that have it."""
+    step = spec.bucket_reso_steps
+    if spec.bucket_no_upscale:
+        return cache(lambda size: buckets.choose_no_upscale(size, spec.resolution, step))
+    sizes = buckets.bucket_sizes(spec.resolution, spec.min_bucket_reso, spec.max_bucket_reso, step)
+    return cache(lambda size: buckets.choose(size, sizes))
 
 
 def _frame(
-    path: Path, size: Size, subset: SubsetSpec, spec: DatasetSpec, sizes: Sequence[Size]
+    path: Path, size: Size, subset: SubsetSpec, spec: DatasetSpec, bucket_of: Callable[[Size], Fit | None]
 ) -> tuple[Size, Size | None] | None:
     """(bucket, resized) of a picture, or None where it does not fit."""
     if not spec.enable_bucket:
         covers = size.width >= spec.resolution.width and size.height >= spec.resolution.height
         may_be_cut = subset.random_crop or (subset.face_crop_aug_range and images.face_box(path))
         return (spec.resolution, None) if size == spec.resolution or (covers and may_be_cut) else None
-    if spec.bucket_no_upscale:
-        return buckets.choose_no_upscale(size, spec.resolution, spec.bucket_reso_steps)
-    return buckets.choose(size, sizes)
+    return bucket_of(size)
 
 
 def _caption(one: Found, subset: SubsetSpec, findings: Findings) -> str:

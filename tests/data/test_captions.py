@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from random import Random
 
 import pytest
 
-from library.data.captions import CaptionOptions, caption_file, extension_in_use, make_caption, read_caption
+from library.data.captions import CaptionOptions, caption_name, extension_in_use, make_caption, read_caption
 from library.errors import UserError
 
 
@@ -219,15 +218,16 @@ def test_order_of_steps():
     assert result == {"pre, one, x,y, z, end, suf", "pre, one, z, x,y, end, suf"}
 
 
-def test_caption_file_of_a_picture(tmp_path):
-    image = tmp_path / "a_b.c_1_2_3_4.png"
-    assert caption_file(image, ".txt", frozenset(["a_b.c_1_2_3_4.txt"])) == tmp_path / "a_b.c_1_2_3_4.txt"
-    assert caption_file(image, ".txt", frozenset(["a_b.c.txt"])) == tmp_path / "a_b.c.txt"
-    assert caption_file(image, ".caption", frozenset(["a_b.c.txt"])) is None
+def test_caption_file_of_a_picture():
+    picture = "a_b.c_1_2_3_4.png"
+    assert caption_name(picture, ".txt", ["a_b.c_1_2_3_4.txt", "a_b.c.txt"]) == "a_b.c_1_2_3_4.txt"
+    assert caption_name(picture, ".txt", ["a_b.c.txt"]) == "a_b.c.txt"
+    assert caption_name(picture, ".caption", ["a_b.c.txt"]) is None
+    assert caption_name("b_1_2_3.png", ".txt", ["b.txt", ".txt", "b_1_2_3.png.txt"]) is None
 
 
 def test_the_default_extension_does_not_hide_txt_files():
-    images = [Path("a.png"), Path("b.png")]
+    images = ["a.png", "b.png"]
     assert extension_in_use(".caption", images, frozenset(["a.txt"])) == ".txt"
     assert extension_in_use(".caption", images, frozenset(["a.txt", "b.caption"])) == ".caption"
     assert extension_in_use(".caption", images, frozenset(["notes.txt"])) == ".caption"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from library.data import likeness
 from library.data.blueprint import build_specs
 from library.data.dataset import build_training_data
 from library.errors import UserError
@@ -257,6 +258,32 @@ def test_broken_pictures_are_left_out_and_end_a_strict_run(tmp_path, draw, load)
         load(train_data_dir=str(tmp_path), strict=True)
     assert len(caught.value.problems) == 2
     assert all("(--strict)" in line for line in caught.value.problems)
+
+
+def damage_pixels(path):
+    """One wrong byte inside the compressed pixels; header and end stay whole."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 200] ^= 0xFF
+    path.write_bytes(content)
+
+
+def test_pixels_that_cannot_be_decoded_are_found_at_start(tmp_path, draw, load):
+    draw(tmp_path / "1_x" / "good.png")
+    damage_pixels(draw(tmp_path / "1_x" / "bad.png"))
+    data = load(train_data_dir=str(tmp_path))
+    assert [record.path.name for record in data.records] == ["good.png"]
+    assert any(line.startswith(f"left out: {tmp_path / '1_x' / 'bad.png'}: ") for line in data.report())
+
+
+def test_in_large_sets_damaged_pixels_are_named_when_they_are_met(tmp_path, draw, load, monkeypatch):
+    monkeypatch.setattr(likeness, "MOST", 1)
+    draw(tmp_path / "1_x" / "good.png")
+    damage_pixels(draw(tmp_path / "1_x" / "bad.png"))
+    data = load(train_data_dir=str(tmp_path))
+    assert len(data.records) == 2
+    assert "pictures were not decoded to see which are damaged or look alike, as they are more than 1" in data.report()
+    with pytest.raises(UserError, match=r"bad\.png: the picture cannot be read"):
+        list(data.loader(1))
 
 
 def test_the_second_start_looks_into_nothing(tmp_path, draw, load, monkeypatch):

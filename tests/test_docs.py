@@ -1,0 +1,220 @@
+"""What the guides print is what the code does: configs, captions, buckets, flags and links."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from random import Random
+from urllib.parse import unquote
+
+import pytest
+import toml
+from PIL import Image
+
+from library.data import buckets
+from library.data.blueprint import build_specs
+from library.data.captions import CaptionOptions, make_caption
+from library.data.config_schema import KEYS
+from library.data.dataset import build_training_data
+from library.families.sd.options import TRAITS
+from library.options import parsing, scripts
+from library.types import Size
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+GUIDES = ("dataset_config.md", "captions.md", "caching.md", "pictures.md")
+GROUPS = scripts.groups_for("sd", "network")
+
+
+def blocks(guide: str, language: str) -> list[tuple[str, str]]:
+    """(heading above it, text) of every fenced block of a language."""
+    found, heading = [], ""
+    for part in re.split(r"^(#+ .*|```\w*\n.*?^```)$", (DOCS / guide).read_text("utf-8"), flags=re.M | re.S):
+        if part.startswith("#"):
+            heading = part.lstrip("# ")
+        elif part.startswith(f"```{language}\n"):
+            found.append((heading, part.removeprefix(f"```{language}\n").removesuffix("```")))
+    return found
+
+
+def tables(guide: str, first: str) -> list[list[str]]:
+    """The rows below every table whose first column is called so."""
+    rows, inside = [], False
+    for line in (DOCS / guide).read_text("utf-8").splitlines():
+        if not line.startswith("|"):
+            inside = False
+            continue
+        cells = [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if inside and not set(line) <= set("|-"):
+            rows.append(cells)
+        inside = inside or cells[0] == first
+    return rows
+
+
+# ---- dataset configs
+
+CONFIGS = blocks("dataset_config.md", "toml")
+ENTRIES, JSON_FORM = (json.loads(text) for _, text in blocks("dataset_config.md", "json"))
+
+
+def prepare(config: dict) -> list[str]:
+    """Makes the files that a config names, below the working directory; returns the options that it needs."""
+    arguments: set[str] = set()
+    for dataset in config["datasets"]:
+        for subset in dataset["subsets"]:
+            for key in ("image_dir", "conditioning_data_dir"):
+                if key in subset:
+                    folder = Path(subset[key])
+                    folder.mkdir(parents=True, exist_ok=True)
+                    for number in range(16):
+                        Image.new("RGB", (128, 128), (number, 0, 0)).save(folder / f"flower_{number:02}.png")
+            if "metadata_file" in subset:
+                Path(subset["metadata_file"]).write_text(json.dumps(ENTRIES), encoding="utf-8")
+            if "conditioning_data_dir" in subset:
+                arguments.add("--masked_loss")
+    return sorted(arguments)
+
+
+def data_of(file: Path, *more: str):
+    options = ("--output_dir=out", "--network_module=networks.lora", "--pretrained_model_name_or_path=none", "--seed=1")
+    opts = parsing.parse_options(GROUPS, [f"--dataset_config={file}", *options, *more])
+    specs = build_specs(opts, TRAITS)
+    return specs, build_training_data(specs, opts, TRAITS, 1)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("text", [text for _, text in CONFIGS], ids=[heading for heading, _ in CONFIGS])
+def test_every_config_of_the_guide_makes_a_data_set(elsewhere, text):
+    config = toml.loads(text)
+    more = prepare(config)
+    (elsewhere / "data.toml").write_text(text, encoding="utf-8")
+    specs, data = data_of(Path("data.toml"), *more)
+    assert len(specs) == len(config["datasets"])
+    for spec, dataset in zip(specs, config["datasets"], strict=True):
+        table = config.get("general", {}) | dataset
+        size = table["resolution"]
+        assert spec.resolution == (tuple(size) if isinstance(size, list) else (size, size))
+        assert spec.batch_size == table.get("batch_size", 1)
+        assert spec.network_multiplier == table.get("network_multiplier", 1.0)
+        for subset, said in zip(spec.subsets, dataset["subsets"], strict=True):
+            assert str(subset.image_dir) == said["image_dir"]
+            assert subset.num_repeats == said.get("num_repeats", 1)
+            for key in ("keep_tokens", "shuffle_caption", "caption_prefix"):
+                assert getattr(subset.captions, key) == (table | said).get(key, KEYS[key].default)
+    assert data.num_train_images > 0
+
+
+def test_what_the_guide_says_of_single_configs(elsewhere):
+    by_heading = dict(CONFIGS)
+
+    def data(heading):
+        prepare(toml.loads(by_heading[heading]))
+        Path("data.toml").write_text(by_heading[heading], encoding="utf-8")
+        return data_of(Path("data.toml"))[1]
+
+    assert data("A metadata file").num_train_images == 10 * len(ENTRIES)
+    assert len(data("Pictures kept for validation").held_out.records) == 2
+    assert data("One folder at three resolutions").num_train_images == 16 + 16 + 2 * 16
+    regular = data("Regularisation pictures")
+    assert regular.num_reg_images == regular.num_train_images == 160
+
+
+def test_the_json_form(elsewhere):
+    prepare(JSON_FORM)
+    Path("data.json").write_text(json.dumps(JSON_FORM), encoding="utf-8")
+    specs, data = data_of(Path("data.json"))
+    assert specs[0].batch_size == 4
+    assert data.num_train_images == 160
+
+
+# ---- captions
+
+
+CAPTIONS = tables("captions.md", "caption")
+
+
+@pytest.mark.parametrize(("raw", "options", "result", "count"), CAPTIONS, ids=[row[0] + row[1] for row in CAPTIONS])
+def test_every_worked_caption(raw, options, result, count):
+    said = toml.loads("\n".join(re.findall(r"`(.+?)`", options)))
+    epoch, step = said.pop("epoch", 1), said.pop("step", 0)
+    caption = raw.strip("`").replace("⏎", "\n")
+
+    def make(seed: int) -> str:
+        return make_caption(caption, CaptionOptions(**said), Random(seed), epoch, step)
+
+    assert make(0) == ("" if result == "(empty)" else result.strip("`"))
+    assert len({make(seed) for seed in range(2000)}) == int(count)
+
+
+def test_there_are_worked_captions():
+    assert len(CAPTIONS) > 20
+
+
+def test_weighted_and_nested_wildcards():
+    options = CaptionOptions(enable_wildcard=True)
+    drawn = [make_caption("{a {red|blue} hat|no hat}", options, Random(seed), 1, 0) for seed in range(4000)]
+    shares = {caption: drawn.count(caption) / 4000 for caption in set(drawn)}
+    # 4 standard deviations of a share are 0.032 at most
+    expected = {"no hat": 1 / 2, "a red hat": 1 / 4, "a blue hat": 1 / 4}
+    assert shares == {caption: pytest.approx(share, abs=0.032) for caption, share in expected.items()}
+
+
+# ---- buckets
+
+
+def size_of(text: str) -> Size:
+    return Size(*map(int, text.split("x")))
+
+
+BUCKETS = tables("pictures.md", "picture")
+
+
+@pytest.mark.parametrize("row", BUCKETS, ids=[" ".join(row[:3]) for row in BUCKETS])
+def test_every_worked_bucket(row):
+    picture, resolution, limits, bucket, resized, cut = row
+    if limits == "none":
+        fit = buckets.choose_no_upscale(size_of(picture), size_of(resolution), 64)
+    else:
+        low, high = map(int, limits.split(" to "))
+        fit = buckets.choose(size_of(picture), buckets.bucket_sizes(size_of(resolution), low, high, 64))
+    assert fit == (size_of(bucket), size_of(resized))
+    assert size_of(cut) == (fit.resized.width - fit.bucket.width, fit.resized.height - fit.bucket.height)
+
+
+def test_there_are_worked_buckets():
+    assert len(BUCKETS) > 10
+
+
+# ---- commands and links
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_flags_and_commands_exist(guide):
+    text = (DOCS / guide).read_text("utf-8")
+    known = set(parsing.build_parser(GROUPS, prog="x", description="x")._option_string_actions)
+    assert set(re.findall(r"--\w+", text)) - known == set()
+    for _, block in blocks(guide, ""):
+        if block.startswith("python train_network.py"):
+            arguments = shlex.split(block)[2:]
+            parsing.parse_options(GROUPS, arguments)
+
+
+@pytest.mark.parametrize("page", [*GUIDES, "train_network.md", "architecture.md", "../README.md", "../CONTRIBUTING.md"])
+def test_links_lead_somewhere(page):
+    source = DOCS / page
+    for target in re.findall(r"\]\(([^)\s]+)\)", source.read_text("utf-8")):
+        if target.startswith("http"):
+            continue
+        place, _, anchor = unquote(target).partition("#")
+        file = (source.parent / place).resolve() if place else source.resolve()
+        assert file.exists(), f"{page}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text("utf-8"), flags=re.M)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{page}: {target}"
