@@ -30,7 +30,7 @@ GROUPS = scripts.groups_for("sd", "network")
 def blocks(guide: str, language: str) -> list[tuple[str, str]]:
     """(heading above it, text) of every fenced block of a language."""
     found, heading = [], ""
-    for part in re.split(r"^(#+ .*|```\w*\n.*?^```)$", (DOCS / guide).read_text("utf-8"), flags=re.M | re.S):
+    for part in re.split(r"^(#+ [^\n]*|```\w*\n.*?^```)$", (DOCS / guide).read_text("utf-8"), flags=re.M | re.S):
         if part.startswith("#"):
             heading = part.lstrip("# ")
         elif part.startswith(f"```{language}\n"):

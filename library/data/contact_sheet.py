@@ -1,8 +1,4 @@
-"""Contact sheets for --debug_dataset: pictures, masks and captions as training would see them, on PNG pages.
-
-Texts are set in the first of `_FACES` that is installed, and each character that it lacks in the next one that has it.
-Pillow's own face comes last, which knows little beyond ASCII. A character that no face has becomes an empty box.
-"""
+"""Contact sheets for --debug_dataset: pictures, masks and captions as training would see them, on PNG pages."""
 
 from __future__ import annotations
 
@@ -10,26 +6,22 @@ import os
 import re
 import subprocess
 import sys
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 from itertools import islice
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from library.checkpoints.writing import replacing
 from library.data import images
-from library.data.captions import make_caption
+from library.data.lettering import TEXT, length, shorten, step, without_face, wrap, write
 from library.data.sampler import Address
 from library.errors import UserError
 from library.runtime.logs import LOGGER, progress
-from library.runtime.seeds import derive
 from library.types import Size
 
 if TYPE_CHECKING:
@@ -48,39 +40,11 @@ _SLOT = 216  # width of a cell, at least, so that there is room for words
 _WIDTH = 1640  # of a sheet, about
 _ROWS = 4  # on a page
 _MARGIN, _GAP, _CLOSE = 20, 18, 6  # around all, between cells, within one
-_TITLE, _TEXT = 20, 12  # height of letters
+_TITLE = 20  # height of letters
 
 _PAPER, _EDGE, _BLANK = "#f3f3f1", "#a5a5a0", "#dededa"
 _INK, _QUIET, _MARK, _ALARM = "#161616", "#6a6a66", "#1f5fa8", "#b3261e"
 _RED = np.array((225, 20, 20), np.float32)  # laid over what a mask leaves out
-
-# Found by file name in the system's own folders. Faces for many alphabets first, then Chinese, Japanese and Korean.
-_FACES = (
-    "NotoSans-Regular.ttf",
-    "DejaVuSans.ttf",
-    "segoeui.ttf",
-    "Arial Unicode.ttf",
-    "Arial.ttf",
-    "arial.ttf",
-    "LiberationSans-Regular.ttf",
-    "NotoSansCJK-Regular.ttc",
-    "NotoSansCJKjp-Regular.otf",
-    "NotoSansJP-Regular.otf",
-    "YuGothM.ttc",
-    "meiryo.ttc",
-    "msgothic.ttc",
-    "msyh.ttc",
-    "malgun.ttf",
-    "PingFang.ttc",
-    "Hiragino Sans GB.ttc",
-    "AppleSDGothicNeo.ttc",
-    "wqy-microhei.ttc",
-    "wqy-zenhei.ttc",
-    "DroidSansFallbackFull.ttf",
-    "ipag.ttf",
-    "seguisym.ttf",
-)
-_OWN_FACE = ""  # Pillow's
 
 
 @dataclass(frozen=True)
@@ -141,7 +105,7 @@ def write_sheets(data: TrainingData, folder: Path, *, epochs: int = 3, most: int
                     with replacing(folder / page.name) as temporary:
                         _draw(page, rows).save(temporary, "PNG")
                     sheets.append(folder / page.name)
-                    strange.update(_without_face(caption for row in rows for cell in row for caption in cell.captions))
+                    strange.update(without_face(caption for row in rows for cell in row for caption in cell.captions))
         _remove_others(folder, sheets)
     except OSError as error:
         raise UserError(f"{folder}: the contact sheets cannot be written ({error.strerror or error})") from None
@@ -173,7 +137,7 @@ def cells_of(data: TrainingData, numbers: Sequence[int], epochs: int) -> Iterato
 
 
 def _cell(data: TrainingData, record: Record, moments: Sequence[Address]) -> Cell:
-    captions = tuple(_caption(data, record, moment) for moment in moments)
+    captions = tuple(data.items.caption_at(moment) for moment in moments)
     if not record.present:
         return Cell(record, None, None, captions, False, "no picture here, only its latents")
     try:
@@ -182,18 +146,7 @@ def _cell(data: TrainingData, record: Record, moments: Sequence[Address]) -> Cel
         return Cell(record, None, None, captions, False, str(error).removeprefix(f"{record.path}: "))
     picture = ((sample.pixels + 1) * 127.5).round().byte().numpy().transpose(1, 2, 0)
     mask = None if sample.mask is None else sample.mask[0].numpy()
-    return Cell(record, picture, mask, captions, _is_mirrored(data, record, moments[0]))
-
-
-def _caption(data: TrainingData, record: Record, moment: Address) -> str:
-    """As `data.items` has it, but without the picture, which takes long and need not be there."""
-    options = record.subset.captions.with_run_length(data.items.total_steps)
-    words = Random(derive(data.seed, "caption", moment.epoch, moment.index))
-    return make_caption(record.caption, options, words, moment.epoch, moment.step)
-
-
-def _is_mirrored(data: TrainingData, record: Record, moment: Address) -> bool:
-    return record.flip and Random(derive(data.seed, "picture", moment.epoch, moment.index)).random() < 0.5
+    return Cell(record, picture, mask, captions, data.items.is_mirrored_at(moments[0]))
 
 
 # ---- which pictures, on which page
@@ -316,24 +269,40 @@ def _remove_others(folder: Path, sheets: Iterable[Path]) -> None:
 def _draw(page: _Page, rows: Sequence[Sequence[Cell]]) -> Image.Image:
     size, slot = _shown_size(page.bucket), _slot_width(page.bucket)
     texts = [[_cell_lines(cell, page.names_folders, _cell_width(cell, slot)) for cell in row] for row in rows]
-    heights = [size.height + _CLOSE + max(map(len, row)) * _step(_TEXT) for row in texts]
+    heights = [size.height + _CLOSE + max(map(len, row)) * step(TEXT) for row in texts]
     columns = max(sum(_slots(cell.record) for cell in row) for row in rows)
     inside = max(
-        columns * (slot + _GAP) - _GAP, _length(page.title, _TITLE), *(_length(note, _TEXT + 1) for note in page.notes)
+        columns * (slot + _GAP) - _GAP,
+        length(page.title, _TITLE),
+        *(length(note, TEXT + 1) for note in page.notes),
     )
-    top = _MARGIN + _step(_TITLE) + len(page.notes) * _step(_TEXT + 1) + _GAP
+    top = _MARGIN + step(_TITLE) + len(page.notes) * step(TEXT + 1) + _GAP
     sheet = Image.new("RGB", (int(inside) + 2 * _MARGIN, top + sum(heights) + _GAP * (len(rows) - 1) + _MARGIN), _PAPER)
     pen = ImageDraw.Draw(sheet)
-    _write(pen, _MARGIN, _MARGIN, page.title, _TITLE, _INK)
+    write(pen, _MARGIN, _MARGIN, page.title, _TITLE, _INK)
     for line, note in enumerate(page.notes):
-        _write(pen, _MARGIN, _MARGIN + _step(_TITLE) + line * _step(_TEXT + 1), note, _TEXT + 1, _QUIET)
+        write(
+            pen,
+            _MARGIN,
+            _MARGIN + step(_TITLE) + line * step(TEXT + 1),
+            note,
+            TEXT + 1,
+            _QUIET,
+        )
     for row, lines_of_row, height in zip(rows, texts, heights, strict=True):
         left = _MARGIN
         for cell, lines in zip(row, lines_of_row, strict=True):
             for at, panel in enumerate(_panels(cell)):
                 _put(sheet, pen, left + at * (size.width + _CLOSE), top, size, panel)
             for line, (text, colour) in enumerate(lines):
-                _write(pen, left, top + size.height + _CLOSE + line * _step(_TEXT), text, _TEXT, colour)
+                write(
+                    pen,
+                    left,
+                    top + size.height + _CLOSE + line * step(TEXT),
+                    text,
+                    TEXT,
+                    colour,
+                )
             left += _slots(cell.record) * (slot + _GAP)
         top += height + _GAP
     return sheet
@@ -372,19 +341,19 @@ def _cell_lines(cell: Cell, with_folder: bool, width: int) -> list[tuple[str, st
     subset = record.subset
     varied = [name for name in ("random_crop", "color_aug", "face_crop_aug_range") if getattr(subset, name)]
     marks = ["regularisation"] * subset.is_reg + ["mirrored"] * cell.mirrored + varied
-    lines = [(_shorten(record.path.name, width, 0.6), _INK)]
+    lines = [(shorten(record.path.name, width, 0.6), _INK)]
     if with_folder:
-        lines.append((_shorten(f"in {record.path.parent.name}", width), _QUIET))
-    lines += [(line, _QUIET) for line in _wrap(facts, width, 2)]
-    lines += [(line, _MARK) for line in _wrap(", ".join(marks), width, 2)]
-    lines += [(line, _ALARM if record.present else _QUIET) for line in _wrap(cell.problem, width, 4)]
+        lines.append((shorten(f"in {record.path.parent.name}", width), _QUIET))
+    lines += [(line, _QUIET) for line in wrap(facts, width, 2)]
+    lines += [(line, _MARK) for line in wrap(", ".join(marks), width, 2)]
+    lines += [(line, _ALARM if record.present else _QUIET) for line in wrap(cell.problem, width, 4)]
     epochs: dict[str, list[str]] = {}
     for epoch, caption in enumerate(cell.captions, 1):
         epochs.setdefault(caption, []).append(str(epoch))
     if len(epochs) == 1:
         return lines + _caption_lines(cell.captions[0], width, 6)
     for caption, when in epochs.items():
-        lines.append((_shorten(f"epoch{'s' if len(when) > 1 else ''} {', '.join(when)}", width), _QUIET))
+        lines.append((shorten(f"epoch{'s' if len(when) > 1 else ''} {', '.join(when)}", width), _QUIET))
         lines += _caption_lines(caption, width, 3)
     return lines
 
@@ -392,107 +361,7 @@ def _cell_lines(cell: Cell, with_folder: bool, width: int) -> list[tuple[str, st
 def _caption_lines(caption: str, width: int, most: int) -> list[tuple[str, str]]:
     if not caption.strip():
         return [("(empty caption)", _INK)]
-    return [(line, _INK) for line in _wrap(caption, width, most)]
-
-
-# ---- texts
-
-
-def _wrap(text: str, width: int, most: int) -> list[str]:
-    """Lines at most `width` pixels wide, and at most `most` of them, the last one cut where there would be more."""
-    lines: list[str] = []
-    for word in text.split():
-        if lines and _length(f"{lines[-1]} {word}", _TEXT) <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines += _break(word, width)
-        if len(lines) > most:
-            return [*lines[: most - 1], _shorten(f"{lines[most - 1]} {lines[most]}", width)]
-    return lines
-
-
-def _break(word: str, width: int) -> list[str]:
-    """One line, or several where the language has no spaces or the word is very long."""
-    pieces = [""]
-    for char in word:
-        if pieces[-1] and _length(pieces[-1] + char, _TEXT) > width:
-            pieces.append("")
-        pieces[-1] += char
-    return pieces
-
-
-def _shorten(text: str, width: int, front: float = 1.0) -> str:
-    """The text, or what fits of it with an ellipsis; `front` is the share that is kept of the beginning."""
-    kept = len(text)
-    short = text
-    while _length(short, _TEXT) > width and kept > 1:
-        kept -= 1
-        head = max(1, round(kept * front))
-        short = f"{text[:head].rstrip()}…{text[len(text) - (kept - head) :]}"
-    return short
-
-
-def _step(size: int) -> int:
-    """From line to line."""
-    return round(size * 1.35)
-
-
-def _length(text: str, size: int) -> float:
-    return sum(_typeface(face, size).getlength(run) for face, run in _runs(text))
-
-
-def _write(pen: ImageDraw.ImageDraw, left: float, top: int, text: str, size: int, colour: str) -> None:
-    for face, run in _runs(text):
-        font = _typeface(face, size)
-        pen.text((left, top + size), run, fill=colour, font=font, anchor="ls")  # faces meet at the base line
-        left += font.getlength(run)
-
-
-def _runs(text: str) -> list[tuple[str, str]]:
-    """(face, part of the text) one after the other. What has no look of its own goes with what stands before it."""
-    runs: list[tuple[str, str]] = []
-    for char in text:
-        belongs = runs and (char.isspace() or unicodedata.category(char)[0] in "MC")
-        face = runs[-1][0] if belongs else _face_of(char) or _first_face()
-        if runs and runs[-1][0] == face:
-            runs[-1] = (face, runs[-1][1] + char)
-        else:
-            runs.append((face, char))
-    return runs
-
-
-def _without_face(texts: Iterable[str]) -> set[str]:
-    characters = {char for text in texts for char in text}
-    return {c for c in characters if unicodedata.category(c)[0] not in "MCZ" and _face_of(c) is None}
-
-
-@cache
-def _face_of(char: str) -> str | None:
-    """The first face that has the character."""
-    for face in (*_FACES, _OWN_FACE):
-        font = _typeface(face, _TEXT)
-        if font is not None and _look(font, char) != _look(font, "\U0010ffff"):  # never a character, so drawn as a box
-            return face
-    return None
-
-
-def _look(font: ImageFont.FreeTypeFont, char: str) -> tuple[tuple[int, int], bytes]:
-    mask = font.getmask(char)
-    return mask.size, bytes(mask)
-
-
-@cache
-def _first_face() -> str:
-    return next(face for face in (*_FACES, _OWN_FACE) if _typeface(face, _TEXT) is not None)
-
-
-@cache
-def _typeface(face: str, size: int) -> ImageFont.FreeTypeFont | None:
-    """None where the face is not installed."""
-    try:
-        return ImageFont.load_default(size) if face == _OWN_FACE else ImageFont.truetype(face, size)
-    except OSError:
-        return None
+    return [(line, _INK) for line in wrap(caption, width, most)]
 
 
 # ---- showing

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from library.data import buckets, images, summary
 from library.data.blueprint import DatasetSpec
 from library.data.captions import make_caption
-from library.data.index import FileIndex
+from library.data.index import FileIndex, collector_paused
 from library.data.records import Findings, Record, read_records
 from library.data.rendering import loss_mask, recorded_crop, render
 from library.data.sampler import Address, BatchLoader, make_loader
@@ -92,8 +92,7 @@ class ItemDataset(Dataset[Sample]):
         """Raises: UserError: the picture or its latents cannot be read."""
         number = self.items[address.index]
         record = self.records[number]
-        look = Random(derive(self.seed, "picture", address.epoch, address.index))
-        flip = record.flip and look.random() < 0.5
+        flip, look = self._look(record, address)
         pixels = latents = None
         if self.latents is None:
             view = render(record, flip, look)
@@ -101,7 +100,7 @@ class ItemDataset(Dataset[Sample]):
         else:
             latents, mask = self.latents[number].load(flip)
         return Sample(
-            caption=self._caption(record, address),
+            caption=self.caption_at(address),
             pixels=pixels,
             latents=latents,
             mask=mask,
@@ -115,10 +114,21 @@ class ItemDataset(Dataset[Sample]):
             text=None if self.text is None else self.text.get(self.first_text + number),
         )
 
-    def _caption(self, record: Record, address: Address) -> str:
+    def caption_at(self, address: Address) -> str:
+        """The caption as it is drawn there."""
+        record = self.records[self.items[address.index]]
         options = record.subset.captions.with_run_length(self.total_steps)
         words = Random(derive(self.seed, "caption", address.epoch, address.index))
         return make_caption(record.caption, options, words, address.epoch, address.step)
+
+    def is_mirrored_at(self, address: Address) -> bool:
+        """Whether the picture is mirrored there."""
+        return self._look(self.records[self.items[address.index]], address)[0]
+
+    def _look(self, record: Record, address: Address) -> tuple[bool, Random]:
+        """Whether it is mirrored, and what decides over the rest."""
+        rng = Random(derive(self.seed, "picture", address.epoch, address.index))
+        return record.flip and rng.random() < 0.5, rng
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -286,10 +296,11 @@ def build_training_data(
     """
     place = opts.data.data_index_dir
     index = FileIndex(Path(place).expanduser() if place else cache_folder() / "index")
-    records, held_out, findings = read_records(specs, index, seed, strict=opts.data.strict, main=main)
-    if main:
-        index.save()
-    data = TrainingData(specs, records, findings, index, opts, seed)
-    if held_out:
-        data.held_out = TrainingData(specs, held_out, findings, index, opts, seed)
+    with collector_paused(), index.many_questions():
+        records, held_out, findings = read_records(specs, index, seed, strict=opts.data.strict, main=main)
+        if main:
+            index.save()
+        data = TrainingData(specs, records, findings, index, opts, seed)
+        if held_out:
+            data.held_out = TrainingData(specs, held_out, findings, index, opts, seed)
     return data

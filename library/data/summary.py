@@ -65,7 +65,9 @@ def _likeness_lines(findings: Findings) -> list[str]:
     if len(groups) > _NAMED:
         lines.append(f"and {len(groups) - _NAMED} more groups of equal files")
     if findings.alike is None:
-        lines.append(f"pictures were not decoded to see which are damaged or look alike, as they are more than {likeness.MOST}")
+        lines.append(
+            f"pictures were not decoded to see which are damaged or look alike, as they are more than {likeness.MOST}"
+        )
         return lines
     lines += [f"look almost the same: {_joined(group)}" for group in findings.alike[:_NAMED]]
     if len(findings.alike) > _NAMED:
