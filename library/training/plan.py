@@ -50,6 +50,9 @@ def describe(plan: RunPlan, images: int, reg_images: int) -> list[str]:
         f"= {plan.steps_per_epoch}",
         f"total: {plan.total_steps} optimizer steps, {plan.epochs} epochs",
     ]
+    twice = plan.batches_per_process * plan.processes - plan.batches_per_epoch
+    if twice:
+        lines.append(f"{twice} batches of each epoch come twice, so that all {plan.processes} processes have as many")
     if plan.by_default:
         lines.append(
             f"the length of {plan.total_steps} steps is the default: "

@@ -33,3 +33,11 @@ def test_the_default_length_is_announced():
     assert any("1600" in line and "default" in line for line in describe(by_default, 10, 0))
     chosen = make_plan(10, 1, 1, steps=1600, epochs=None, by_default=False)
     assert not any("default" in line for line in describe(chosen, 10, 0))
+
+
+def test_batches_that_come_twice_are_told():
+    def lines(batches, processes):
+        return describe(make_plan(batches, processes, 1, steps=10, epochs=None, by_default=False), 10, 0)
+
+    assert "2 batches of each epoch come twice, so that all 4 processes have as many" in lines(10, 4)
+    assert not any("twice" in line for line in lines(12, 4))
