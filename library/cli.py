@@ -51,9 +51,11 @@ def run(family: str, method: str, argv: Sequence[str] | None = None) -> None:
     try:
         _train(family, method, sys.argv[1:] if argv is None else argv)
     except UserError as error:
+        logs.end_progress()
         print(error.render(), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
+        logs.end_progress()
         print("interrupted; what was saved before is whole", file=sys.stderr)
         raise SystemExit(130) from None
 
@@ -311,7 +313,8 @@ def _show_data(data: Any, opts: Options, accelerator: Accelerator) -> None:
 
     folder = Path(opts.saving.output_dir or ".") / "debug_dataset"
     sheets = write_sheets(data, folder)
-    LOGGER.info("%d contact sheets in %s; nothing was trained (--debug_dataset)", len(sheets), folder)
+    count = f"{len(sheets)} contact sheet{'' if len(sheets) == 1 else 's'}"
+    LOGGER.info("%s in %s; nothing was trained (--debug_dataset)", count, folder)
     show(sheets)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
 from random import Random
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 import toml
 from PIL import Image
@@ -191,6 +193,42 @@ def test_there_are_worked_buckets():
     assert len(BUCKETS) > 10
 
 
+# ---- the start-up report
+
+
+def figure(seed: int, size: tuple[int, int] = (128, 128)) -> Image.Image:
+    """A picture with enough in it to tell it from those of other seeds."""
+    fields = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+    return Image.fromarray(fields).resize(size, Image.Resampling.BICUBIC)
+
+
+def test_the_printed_report_is_what_such_a_folder_gives(elsewhere):
+    folder = elsewhere / "messy" / "1_sks flower"
+    folder.mkdir(parents=True)
+    figure(1).save(folder / "plain.png")
+    figure(1).save(folder / "twin.jpg", quality=95)
+    (folder / "plain.caption").write_text("a flower", encoding="utf-8")
+    for name, seed in (("dup_a", 2), ("dup_b", 2), ("silent", 3), ("twin", 4)):
+        figure(seed).save(folder / f"{name}.png")
+    (folder / "silent.caption").write_text("", encoding="utf-8")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    figure(5, (120, 160)).save(folder / "photo.jpg", exif=exif)
+    figure(6).save(folder / "anim.webp", save_all=True, append_images=[figure(7)])
+    figure(8, (2000, 10)).save(folder / "narrow.png")
+    figure(9).convert("RGBA").save(folder / "see_through.png")
+    figure(10).convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(np.asarray(figure(11).convert("L")).astype(np.uint16) * 257).save(folder / "grey16.png")
+    (folder / "broken.png").write_bytes((folder / "plain.png").read_bytes()[:300])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("hello", encoding="utf-8")
+    arguments = ["--train_data_dir=messy", "--resolution=64", "--enable_bucket", "--min_bucket_reso=64"]
+    opts = parsing.parse_options(GROUPS, [*arguments, "--output_dir=out", "--network_module=networks.lora"])
+    data = build_training_data(build_specs(opts, TRAITS), opts, TRAITS, 1)
+    (printed,) = [text for heading, text in blocks("pictures.md", "") if heading == "The start-up report"]
+    assert [line.replace(os.sep, "/") for line in data.report()] == printed.splitlines()
+
+
 # ---- commands and links
 
 
@@ -201,7 +239,7 @@ def test_flags_and_commands_exist(guide):
     assert set(re.findall(r"--\w+", text)) - known == set()
     for _, block in blocks(guide, ""):
         if block.startswith("python train_network.py"):
-            arguments = shlex.split(block)[2:]
+            arguments = shlex.split(block.replace("\\\n", " "))[2:]
             parsing.parse_options(GROUPS, arguments)
 
 

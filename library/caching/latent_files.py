@@ -457,4 +457,5 @@ def _float32(file: Path, name: str, array: NDArray[Any], shape: tuple[int, ...])
 
 
 def _unusable(file: Path, reason: str) -> UserError:
-    return UserError(f"{file}: the cached latents cannot be used ({reason}); delete the file to have them made again")
+    why = f"the cached latents cannot be used ({reason})"
+    return UserError(f"{file}: {why}; delete the file, or leave out --skip_cache_check, to have them made again")

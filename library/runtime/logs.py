@@ -46,3 +46,10 @@ def progress(total: int | None, desc: str, unit: str = "it", **kwargs: Any) -> A
 
     interval = 0.5 if sys.stderr.isatty() else 10.0
     return tqdm(total=total, desc=desc, unit=unit, mininterval=interval, dynamic_ncols=True, smoothing=0.1, **kwargs)
+
+
+def end_progress() -> None:
+    """Ends the lines of bars that are still open, so that what is printed next begins a line of its own."""
+    tqdm = sys.modules.get("tqdm")
+    for bar in list(getattr(tqdm.tqdm, "_instances", ())) if tqdm is not None else ():
+        bar.close()
