@@ -23,6 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 # Nothing heavy up here: the index starts worker processes, and these import this module.
 
+_WHOSE = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+
 
 def start(folder: Path, index: Path) -> dict[str, float]:
     """Seconds and memory of one start, in this process."""
@@ -34,9 +36,9 @@ def start(folder: Path, index: Path) -> dict[str, float]:
 
     arguments = [f"--train_data_dir={folder}", f"--data_index_dir={index}", "--resolution=512", "--enable_bucket"]
     opts = parsing.parse_options(scripts.groups_for("sd", "network"), arguments)
-    imported = time.perf_counter()
+    imported, cpu = time.perf_counter(), _cpu_seconds()
     data = build_training_data(build_specs(opts, TRAITS), opts, TRAITS, seed=1)
-    built = time.perf_counter()
+    built, cpu = time.perf_counter(), _cpu_seconds() - cpu
     data.report()
     reported = time.perf_counter()
     return {
@@ -44,6 +46,7 @@ def start(folder: Path, index: Path) -> dict[str, float]:
         "imports": imported - began,
         "start": built - imported,
         "report": reported - built,
+        "cpu": cpu,
         "mib": _peak_mib(),
     }
 
@@ -67,7 +70,7 @@ def metadata(folder: Path) -> dict[str, float]:
         entries, folder / "pictures", listing, file=folder / "meta.json", separator=", ", wildcard=False
     )
     resolved = time.perf_counter()
-    assert len(found) == len(entries) and not problems
+    assert len(found) == len(entries), problems
     return {"keys": len(found), "read": read - began, "resolve": resolved - listed, "mib": _peak_mib()}
 
 
@@ -81,6 +84,11 @@ def write_metadata(folder: Path, keys: int) -> None:
     }
     (folder / "meta.json").write_text(json.dumps(entries))
     (folder / "names.json").write_text(json.dumps(names))
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of the workers that have ended."""
+    return sum(times.ru_utime + times.ru_stime for times in map(resource.getrusage, _WHOSE))
 
 
 def _peak_mib() -> float:
@@ -100,9 +108,10 @@ def show_starts(folder: Path, pictures: int) -> None:
     with tempfile.TemporaryDirectory() as index:
         for name in ("cold", "warm", "warm again"):
             seen = in_fresh_process("start", str(folder), index)
+            speed = seen["pictures"] / seen["start"]
             print(
                 f"{name} start, {seen['pictures']} pictures: {seen['start']:.2f} s, "
-                f"{seen['pictures'] / seen['start']:.0f} pictures/s; report {seen['report']:.2f} s, "
+                f"{speed:.0f} pictures/s, {seen['cpu']:.1f} s of CPU; report {seen['report']:.2f} s, "
                 f"imports {seen['imports']:.2f} s, peak {seen['mib']:.0f} MiB"
             )
 

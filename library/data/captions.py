@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -163,16 +163,17 @@ def _without_marks(caption: str, options: CaptionOptions) -> str:
     return ", ".join(part for part in (piece.strip(ends) for piece in caption.split(mark)) if part)
 
 
-def caption_file(image: Path, extension: str, names: frozenset[str]) -> Path | None:
-    """The caption file of a picture. `names` are the folder's file names.
+def caption_name(picture: str, extension: str, names: Collection[str]) -> str | None:
+    """The file name of a picture's caption, from that of the picture. `names` are the folder's file names.
 
     Pictures cut out around a face are called ``<name>_<cx>_<cy>_<w>_<h>`` and may share the caption of ``<name>``.
     """
-    stems = [image.stem]
-    fields = image.stem.split("_")
-    if len(fields) >= 5:
-        stems.append("_".join(fields[:-4]))
-    return next((image.with_name(stem + extension) for stem in stems if stem + extension in names), None)
+    stem = picture.rpartition(".")[0] or picture
+    if stem + extension in names:
+        return stem + extension
+    fields = stem.rsplit("_", 4)
+    shared = fields[0] + extension
+    return shared if len(fields) == 5 and shared in names else None
 
 
 def read_caption(path: Path, *, multiline: bool) -> str:
@@ -196,15 +197,15 @@ def read_caption(path: Path, *, multiline: bool) -> str:
     return lines[0]
 
 
-def extension_in_use(extension: str, images: Sequence[Path], names: frozenset[str]) -> str:
+def extension_in_use(extension: str, pictures: Sequence[str], names: Collection[str]) -> str:
     """The extension of a folder's captions: `.txt` where the default finds nothing and there are `.txt` files.
 
     Nearly every caption in the field is a `.txt` file; training on folder names beside them is never what was meant.
     """
-    if extension != DEFAULT_EXTENSION or _any_caption(images, extension, names):
+    if extension != DEFAULT_EXTENSION or _any_caption(pictures, extension, names):
         return extension
-    return ".txt" if _any_caption(images, ".txt", names) else extension
+    return ".txt" if _any_caption(pictures, ".txt", names) else extension
 
 
-def _any_caption(images: Iterable[Path], extension: str, names: frozenset[str]) -> bool:
-    return any(caption_file(image, extension, names) for image in images)
+def _any_caption(pictures: Iterable[str], extension: str, names: Collection[str]) -> bool:
+    return any(caption_name(picture, extension, names) for picture in pictures)

@@ -31,6 +31,11 @@ def image_extensions() -> frozenset[str]:
 
 
 @cache
+def _endings() -> tuple[str, ...]:
+    return tuple(image_extensions())
+
+
+@cache
 def register_jpeg_xl() -> bool:
     """Makes Pillow read JPEG XL, and says whether it does: where the package pillow-jxl-plugin is installed."""
     try:
@@ -43,7 +48,9 @@ def register_jpeg_xl() -> bool:
 
 def is_image(name: str) -> bool:
     """Whether a file name has a picture's extension, in any case (`.Png` too)."""
-    return os.path.splitext(name)[1].lower() in image_extensions() and not name.startswith("._")
+    if not name.lower().endswith(_endings()):
+        return False
+    return not name.startswith(".") or (os.path.splitext(name)[1] != "" and not name.startswith("._"))
 
 
 def has_images(folder: Path) -> bool:

@@ -47,6 +47,7 @@ _ANIMATED = ("WEBP", "PNG", "AVIF", "GIF", "JXL")  # MPO and TIFF have several p
 _DRAWINGS = ("EPS", "WMF", "EMF")  # Pillow would start another program to draw these
 _GREY = ("1", "L", "LA", "La")
 _PILLOW = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
+_SMALL = 1 << 18  # bytes; files up to this are read in one go
 _TAIL = 1024  # bytes at a file's end that are searched for its end mark
 
 # What Pillow raises, beside OSError and ValueError, over the bytes of a broken file.
@@ -92,12 +93,15 @@ def probe(path: Path) -> Probe:
 
     Raises: OSError or ValueError: no picture, an unknown format, too large, or a truncated file. See `reason`.
     """
-    with _opened(path) as image:
-        orientation = _orientation(image)
-        frames = image.n_frames if image.format in _ANIMATED else 1
-        if not _ends_well(path):
-            image.load()
-        width, height = image.size
+    with open(path, "rb") as file:
+        length = os.fstat(file.fileno()).st_size
+        stream = BytesIO(file.read()) if length <= _SMALL else file
+        with _opened(path, stream) as image:
+            orientation = _orientation(image)
+            frames = image.n_frames if image.format in _ANIMATED else 1
+            if not _ends_well(stream, length):
+                image.load()
+            width, height = image.size
     size = Size(height, width) if orientation in _SIDEWAYS else Size(width, height)
     return Probe(size, orientation != 1, frames)
 
@@ -177,12 +181,16 @@ def read_mask(path: Path) -> NDArray[np.uint8]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """The picture with its header read. What goes wrong, also inside the block, is an OSError or ValueError."""
-    if os.path.splitext(path)[1].lower() == ".jxl":
+def _opened(path: Path, stream: BinaryIO | None = None) -> Iterator[Image.Image]:
+    """The picture with its header read. What goes wrong, also inside the block, is an OSError or ValueError.
+
+    Args:
+        stream: the file's bytes, where they are at hand.
+    """
+    if path.suffix.lower() == ".jxl":
         register_jpeg_xl()
     try:
-        with Image.open(path) as image:
+        with Image.open(stream or path) as image:
             if image.format in _DRAWINGS:
                 raise UnidentifiedImageError
             yield image
@@ -196,28 +204,41 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _what_is_wrong(path: Path, error: Exception) -> str:
-    if os.path.getsize(path) == 0:
+    length = os.path.getsize(path)
+    if length == 0:
         return "the file is empty"
-    if not _ends_well(path):
-        return "the file is truncated"
+    with open(path, "rb") as file:
+        if not _ends_well(file, length):
+            return "the file is truncated"
     if isinstance(error, UnidentifiedImageError):
         return "no picture that can be read"
     return f"the file is damaged: {' '.join(str(error).split())[:80]}"
 
 
-def _ends_well(path: Path) -> bool:
-    """Whether the file ends like a whole one. False is only a suspicion: some programs append their own data."""
-    length = os.path.getsize(path)
-    with open(path, "rb") as file:
-        head = file.read(8)
-        if head[4:] in (b"ftyp", b"JXL "):
-            return _boxes_end_well(file, length)
-        if head[:4] == b"RIFF":
-            return int.from_bytes(head[4:], "little") + 8 <= length
-        if head[:2] == b"BM":
-            return int.from_bytes(head[2:6], "little") <= length
-        file.seek(max(0, length - _TAIL))
-        tail = file.read()
+def _ends_well(stream: BinaryIO, length: int) -> bool:
+    """Whether a file ends like a whole one. False is only a suspicion: some programs append their own data.
+
+    Args:
+        length: of the file, in bytes. Its position stays where it is, as Pillow reads on from there.
+    """
+    position = stream.tell()
+    try:
+        return _looks_whole(stream, length)
+    finally:
+        stream.seek(position)
+
+
+def _looks_whole(stream: BinaryIO, length: int) -> bool:
+    stream.seek(0)
+    head = stream.read(8)
+    if head[4:] in (b"ftyp", b"JXL "):
+        return _boxes_end_well(stream, length)
+    if head[:4] == b"RIFF":
+        return int.from_bytes(head[4:], "little") + 8 <= length
+    if head[:2] == b"BM":
+        return int.from_bytes(head[2:6], "little") <= length
+    stream.seek(max(0, length - _TAIL))
+    tail = stream.read()
     if head[:2] == b"\xff\xd8":
         return b"\xff\xd9" in tail  # JPEG's end mark; cannot occur inside compressed data
     return b"IEND" in tail if head[:4] == b"\x89PNG" else True
@@ -467,5 +488,8 @@ def to_pixels(image: NDArray[np.uint8]) -> Tensor:
     """uint8 (H, W, 3) to float32 (3, H, W) in [-1, 1]."""
     import torch
 
-    planes = np.ascontiguousarray(image.transpose(2, 0, 1))
-    return torch.from_numpy(planes).float().div_(127.5).sub_(1.0)
+    # In numpy, because it runs in the threads that decode: torch's own threads would fight those of the VAE.
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32)
+    planes /= np.float32(127.5)
+    planes -= np.float32(1)
+    return torch.from_numpy(planes)

@@ -30,7 +30,7 @@ from library.runtime.logs import LOGGER, progress
 Stamp = tuple[int, int]  # bytes, and the modification time in ns
 Entry = list[Any]
 
-VERSION = 1  # of the index files; raise it when a kind of facts gets another meaning
+VERSION = 2  # of the index files; raise it when a kind of facts gets another meaning
 MANY = 2000  # unknown files from which worker processes, which take half a second to start, pay off
 CHUNK = 64  # files handed to a worker at a time
 
@@ -55,7 +55,18 @@ class FileIndex:
         self._place = place
         self._folders: dict[str, _Folder] = {}  # by resolved path
         self._spellings: dict[str, _Folder] = {}  # by path as given, because resolving is slow
+        self._workers = _Workers()
         self._warned = False
+
+    @contextmanager
+    def many_questions(self) -> Iterator[None]:
+        """Inside, worker processes stay for the next `learn`: starting them takes half a second."""
+        self._workers.stay = True
+        try:
+            yield
+        finally:
+            self._workers.stay = False
+            self._workers.stop()
 
     def listing(self, folder: Path) -> dict[str, Stamp]:
         """The files of a folder, {name: (bytes, mtime in ns)}, as they were at the first call for it in this run.
@@ -69,12 +80,12 @@ class FileIndex:
             known.list()
         return dict(known.listed)
 
-    def stamp(self, file: Path) -> Stamp | None:
+    def stamp(self, file: Path | str) -> Stamp | None:
         """(bytes, mtime in ns), or None where there is no such file, or none that may be looked at."""
         folder, name = self._split(file)
         return folder.stamp(name)
 
-    def learn(self, kind: str, files: Sequence[Path], compute: Callable[[Path], Any]) -> list[Any]:
+    def learn(self, kind: str, files: Sequence[Path | str], compute: Callable[[Path], Any]) -> list[Any]:
         """The facts of a kind for all `files`, in their order. Unknown ones are computed, in parallel.
 
         Every value has been through JSON, so that it is the same whether it was kept or computed: a tuple becomes a
@@ -98,7 +109,7 @@ class FileIndex:
                 values[position] = value
         if unknown:
             todo = [files[positions[0]] for positions in unknown.values()]
-            with closing(_compute_all(compute, todo, kind)) as batches:
+            with closing(_compute_all(compute, todo, kind, self._workers)) as batches:
                 for value, ((path, name), positions) in zip(chain.from_iterable(batches), unknown.items(), strict=True):
                     self._folders[path].record(name, kind, value)
                     for position in positions:
@@ -132,7 +143,7 @@ class FileIndex:
                 self._warned = True
                 return
 
-    def _split(self, file: Path) -> tuple[_Folder, str]:
+    def _split(self, file: Path | str) -> tuple[_Folder, str]:
         head, separator, name = os.fspath(file).rpartition(os.sep)
         parent = head + separator
         return self._spellings.get(parent) or self._folder(parent), name
@@ -160,7 +171,7 @@ class _Folder:
     def list(self) -> None:
         listed = {}
         now = time.time_ns()
-        with _collector_paused(), os.scandir(self.path) as entries:
+        with collector_paused(), os.scandir(self.path) as entries:
             for entry in entries:
                 name = entry.name
                 try:
@@ -209,7 +220,7 @@ class _Folder:
         content = {"version": VERSION, "folder": self.path, "files": self._kept}
         text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
         with replacing(_index_file(place, self.path)) as temporary:
-            temporary.write_bytes(text.encode("utf-8", "surrogatepass"))  # file names need not be Unicode
+            temporary.write_bytes(seal(text.encode("utf-8", "surrogatepass")))  # file names need not be Unicode
         self._changed = False
 
     def _look(self, name: str) -> Entry | None:
@@ -239,15 +250,40 @@ class _Folder:
             self._changed = True
 
 
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """For making many objects that all stay: looking for garbage among them takes a quarter of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def _index_file(place: Path, folder: str) -> Path:
     return place / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.json"
+
+
+def seal(content: bytes) -> bytes:
+    """Puts a line with the SHA-256 before it: a fact with one wrong bit would still look like a fact."""
+    return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+
+
+def unseal(sealed: bytes) -> bytes:
+    """The reverse of `seal`. Raises: ValueError: a byte has changed."""
+    checksum, _, content = sealed.partition(b"\n")
+    if checksum != hashlib.sha256(content).hexdigest().encode():
+        raise ValueError("the checksum is wrong")
+    return content
 
 
 def _read(file: Path, folder: str) -> dict[str, Entry]:
     """The entries by file name; none where the file is missing, damaged or not ours."""
     try:
-        with _collector_paused():
-            content = json.loads(file.read_bytes())
+        with collector_paused():
+            content = json.loads(unseal(file.read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -271,31 +307,21 @@ def _is_entry(entry: Any) -> bool:
     )
 
 
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """For making many objects that all stay: looking for garbage among them takes a quarter of the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def _compute_all(compute: Callable[[Path], Any], files: Sequence[Path], kind: str) -> Iterator[list[Any]]:
+def _compute_all(
+    compute: Callable[[Path], Any], files: Sequence[Path | str], kind: str, workers: _Workers
+) -> Iterator[list[Any]]:
     """The values of all files, as JSON gives them back, some at a time and in order."""
     size = max(1, min(CHUNK, len(files) // (4 * _cores())))
     chunks = [files[start : start + size] for start in range(0, len(files), size)]
     many = len(files) >= MANY
-    ways = [_in_processes, _in_threads] if many and _may_start_workers(compute) else [_in_threads]
+    ways = [workers.run, _in_threads] if many and _may_start_workers(compute) else [_in_threads]
     with progress(len(files), f"new files ({kind})", unit="file") if many else nullcontext() as bar:
         done = 0
         for way in ways:
             with closing(way(compute, chunks[done:])) as results:
                 for values in results:
                     done += 1
-                    yield json.loads(json.dumps(values))
+                    yield values
                     if bar is not None:
                         bar.update(len(values))
 
@@ -311,41 +337,63 @@ def _may_start_workers(compute: Callable[[Path], Any]) -> bool:
     return True
 
 
-def _in_processes(compute: Callable[[Path], Any], chunks: Sequence[Sequence[Path]]) -> Iterator[list[Any]]:
-    """One list for each chunk; ends early where workers cannot be started, one dies, or `compute` fails."""
-    pool = None
-    try:
-        # Not by fork: this process may have threads, or have CUDA in use.
-        context = multiprocessing.get_context("spawn")
-        workers = min(_cores(), len(chunks), 61)  # more than 61 do not work on Windows
-        pool = ProcessPoolExecutor(workers, context, initializer=_leave_interrupts_to_the_parent)
-        texts = [[os.fspath(file) for file in chunk] for chunk in chunks]  # quicker to send than paths
-        results = pool.map(partial(_attempt, compute), texts)
-        for chunk, values in zip(chunks, results, strict=True):
-            if len(values) < len(chunk):
-                return  # to fail again in this process: on their way between two, exceptions lose things
-            yield values
-    except (OSError, ImportError, NotImplementedError, BrokenProcessPool) as error:
-        LOGGER.debug(f"worker processes cannot be used ({error})")
-    finally:
+class _Workers:
+    """Processes that compute, started when there is something for them."""
+
+    def __init__(self) -> None:
+        self.stay = False  # for the next run
+        self._pool: ProcessPoolExecutor | None = None
+
+    def run(self, compute: Callable[[Path], Any], chunks: Sequence[Sequence[Path | str]]) -> Iterator[list[Any]]:
+        """One list for each chunk; ends early where workers cannot be started, one dies, or `compute` fails."""
+        whole = False
+        try:
+            texts = [[os.fspath(file) for file in chunk] for chunk in chunks]  # quicker to send than paths
+            results = self._started().map(partial(_attempt, compute), texts)
+            for chunk, answer in zip(chunks, results, strict=True):
+                values = json.loads(answer)
+                if len(values) < len(chunk):
+                    return  # to fail again in this process: on their way between two, exceptions lose things
+                yield values
+            whole = True
+        except (OSError, ImportError, NotImplementedError, BrokenProcessPool) as error:
+            LOGGER.debug(f"worker processes cannot be used ({error})")
+        finally:
+            if not (whole and self.stay):
+                self.stop()
+
+    def stop(self) -> None:
+        pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(cancel_futures=True)
 
+    def _started(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            # Not by fork: this process may have threads, or have CUDA in use.
+            context = multiprocessing.get_context("spawn")
+            count = min(_cores(), 61)  # more do not work on Windows
+            self._pool = ProcessPoolExecutor(count, context, initializer=_leave_interrupts_to_the_parent)
+        return self._pool
 
-def _in_threads(compute: Callable[[Path], Any], chunks: Sequence[Sequence[Path]]) -> Iterator[list[Any]]:
+
+def _in_threads(compute: Callable[[Path], Any], chunks: Sequence[Sequence[Path | str]]) -> Iterator[list[Any]]:
     with ThreadPoolExecutor(_cores()) as pool:
-        yield from pool.map(lambda chunk: [compute(file) for file in chunk], chunks)
+        for values in pool.map(lambda chunk: [compute(Path(file)) for file in chunk], chunks):
+            yield json.loads(json.dumps(values))
 
 
-def _attempt(compute: Callable[[Path], Any], files: Sequence[str]) -> list[Any]:
-    """The values of the files before the first that fails."""
+def _attempt(compute: Callable[[Path], Any], files: Sequence[str]) -> str:
+    """The values of the files before the first that fails, as JSON: making it of many is work for many cores too."""
     values = []
     for file in files:
         try:
             values.append(compute(Path(file)))
         except Exception:
             break
-    return values
+    try:
+        return json.dumps(values)
+    except (TypeError, ValueError, RecursionError):
+        return "[]"
 
 
 def _leave_interrupts_to_the_parent() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import os
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,22 +13,43 @@ from library.data import duplicates, images
 from library.data.index import FileIndex
 from library.types import Size
 
+_END = 1 << 12  # bytes
+_SMALL = 1 << 16  # bytes; to read so much takes no longer than to read its end
 MOST = 2000  # pictures that are decoded at start, to see which are damaged and which look alike
 
 
 def copies(sizes: Mapping[Path, Size], index: FileIndex) -> dict[Path, Path]:
     """Files with the same bytes: each -> the first of them, in the order of `sizes`; files without a copy are left out.
 
-    Only files of equal length and picture size are read.
+    Only files of equal length and picture size are read; of larger ones first the ends, as among a million pictures
+    many have the length of another by chance.
     """
     suspects: dict[tuple[int, Size], list[Path]] = defaultdict(list)
     for path, size in sizes.items():
         stamp = index.stamp(path)
         if stamp is not None:
             suspects[stamp[0], size].append(path)
-    read = [path for group in suspects.values() if len(group) > 1 for path in group]
+    read: list[Path] = []
+    large: list[Path] = []
+    for (length, _), group in suspects.items():
+        if len(group) > 1:
+            (large if length > _SMALL else read).extend(group)
+    read += _with_equal_ends(large, index)
     groups = duplicates.exact(index.learn("digest", read, images.content_digest))
     return {read[member]: read[group[0]] for group in groups for member in group}
+
+
+def _with_equal_ends(paths: Sequence[Path], index: FileIndex) -> Iterator[Path]:
+    ends = index.learn("end", paths, _end_checksum)
+    counts = Counter(ends)
+    return (path for path, end in zip(paths, ends, strict=True) if counts[end] > 1)
+
+
+def _end_checksum(path: Path) -> int:
+    """Of the last bytes. Pictures of one program begin alike, and nearly always end in compressed pixels."""
+    with open(path, "rb") as file:
+        file.seek(-_END, os.SEEK_END)
+        return zlib.crc32(file.read())
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from library.data.folders import is_image
+from library.data.index import collector_paused
 from library.errors import UserError
 from library.types import Size
 
@@ -22,8 +23,7 @@ _KEY_NAMES = ("image_path", "file_name")  # of a JSON Lines entry; the first one
 _CACHE = re.compile(r"(.+)_\d+x\d+_.+\.npz", re.DOTALL)  # <stem>_<width>x<height>_<what it is for>.npz
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One picture of a metadata file."""
 
     key: str  # as the file says
@@ -36,6 +36,7 @@ class Entry:
     train_resolution: Size | None  # the bucket that prepare_buckets_latents chose
 
 
+@collector_paused()
 def read_metadata(path: Path) -> dict[str, dict[str, Any]]:
     """What the file says of each picture: ``{key: {"caption", "tags", "image_size", "train_resolution", ...}}``.
 
@@ -196,9 +197,10 @@ def join_caption(caption: str | None, tags: str | None, separator: str, wildcard
 
 
 def _lines(text: str | None) -> list[str]:
-    return [line for line in map(str.strip, (text or "").splitlines()) if line]
+    return [line for line in map(str.strip, text.splitlines()) if line] if text else []
 
 
+@collector_paused()
 def resolve(
     entries: Mapping[str, Mapping[str, Any]],
     image_dir: Path | None,

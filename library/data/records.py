@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from library.data import buckets, images, info_cache, likeness
 from library.data.blueprint import DatasetSpec, SubsetSpec
@@ -54,8 +55,7 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Look:
+class _Look(NamedTuple):
     """What looking at a picture's header told; `reason` why it cannot be used."""
 
     size: Size | None
@@ -210,7 +210,8 @@ def _bucket_chooser(spec: DatasetSpec) -> Callable[[Size], Fit | None]:
     step = spec.bucket_reso_steps
     if spec.bucket_no_upscale:
         return cache(lambda size: buckets.choose_no_upscale(size, spec.resolution, step))
-    sizes = buckets.bucket_sizes(spec.resolution, spec.min_bucket_reso, spec.max_bucket_reso, step)
+    limits = spec.min_bucket_reso, spec.max_bucket_reso
+    sizes = buckets.bucket_sizes(spec.resolution, *limits, step) if spec.enable_bucket else []
     return cache(lambda size: buckets.choose(size, sizes))
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from library.data import info_cache, metadata_files
 from library.data.blueprint import SubsetSpec
-from library.data.captions import caption_file, extension_in_use, read_caption
+from library.data.captions import caption_name, extension_in_use, read_caption
 from library.data.folders import is_image
 from library.data.index import FileIndex
 from library.data.prepared import Prepared
@@ -17,8 +19,7 @@ from library.errors import UserError
 from library.types import Size
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A picture as its folder or metadata file tells of it, before anybody has looked into it."""
 
     path: Path  # where there are latents only: the picture's place without extension
@@ -56,27 +57,28 @@ def find_pictures(subset: SubsetSpec, index: FileIndex, notes: Notes) -> list[Fo
 
 
 def _of_folder(subset: SubsetSpec, index: FileIndex, notes: Notes) -> list[Found]:
-    names = frozenset(index.listing(subset.image_dir))
-    paths = [subset.image_dir / name for name in sorted(names) if is_image(name)]
-    extension = extension_in_use(subset.caption_extension, paths, names)
+    names = index.listing(subset.image_dir)
+    pictures = sorted(filter(is_image, names))
+    extension = extension_in_use(subset.caption_extension, pictures, names)
     if extension != subset.caption_extension:
         notes.warnings.append(
             f"{subset.image_dir}: no {subset.caption_extension} files; its {extension} files are used as captions "
             f"(set --caption_extension {extension} to say so)"
         )
-    files = [caption_file(path, extension, names) for path in paths]
-    captions = _read_captions(files, subset.captions.enable_wildcard, index, notes)
-    return [Found(path, captions.get(file)) for path, file in zip(paths, files, strict=True)]
+    files = [caption_name(picture, extension, names) for picture in pictures]
+    captions = _read_captions(subset, dict.fromkeys(filter(None, files)), index, notes)
+    folder = subset.image_dir
+    return [Found(folder / name, captions.get(file)) for name, file in zip(pictures, files, strict=True)]
 
 
-def _read_captions(
-    files: Sequence[Path | None], multiline: bool, index: FileIndex, notes: Notes
-) -> dict[Path | None, str]:
-    there = [file for file in files if file is not None]
+def _read_captions(subset: SubsetSpec, files: Collection[str], index: FileIndex, notes: Notes) -> dict[str | None, str]:
+    """By file name."""
+    multiline = subset.captions.enable_wildcard
     kind = "caption lines" if multiline else "caption"
-    read = index.learn(kind, there, partial(_caption_or_problem, multiline=multiline))
+    places = [os.path.join(subset.image_dir, file) for file in files]
+    read = index.learn(kind, places, partial(_caption_or_problem, multiline=multiline))
     notes.problems += [problem for caption, problem in read if problem]
-    return {file: caption for file, (caption, _) in zip(there, read, strict=True)}
+    return {file: caption for file, (caption, _) in zip(files, read, strict=True)}
 
 
 def _caption_or_problem(file: Path, multiline: bool) -> tuple[str, str]:
@@ -128,7 +130,7 @@ def _with_conditioning(found: Sequence[Found], folder: Path, index: FileIndex, n
         if not names:
             missing.append(one.path)
             continue
-        yield replace(one, conditioning=folder / (one.path.name if one.path.name in names else names[0]))
+        yield one._replace(conditioning=folder / (one.path.name if one.path.name in names else names[0]))
     if missing:
         names = ", ".join(path.name for path in missing[:5]) + (", ..." if len(missing) > 5 else "")
         notes.problems.append(f"{folder}: no mask for {len(missing)} pictures of {missing[0].parent}: {names}")

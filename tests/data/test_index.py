@@ -222,7 +222,7 @@ def test_missing_files_are_computed_each_time(folder, place):
 
 
 def entries(place):
-    return {name for file in place.iterdir() for name in json.loads(file.read_bytes())["files"]}
+    return {name for file in place.iterdir() for name in json.loads(index.unseal(file.read_bytes()))["files"]}
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -307,12 +307,25 @@ def test_a_damaged_or_foreign_index_is_built_anew(folder, place, log, damage):
     reader = Reader()
     learn(place, "text", [file], reader)
     (kept,) = place.iterdir()
-    whole = kept.read_text(encoding="utf-8")
-    kept.write_text(damage(whole), encoding="utf-8")
+    whole = kept.read_bytes()
+    kept.write_bytes(index.seal(damage(index.unseal(whole).decode()).encode()))
     assert learn(place, "text", [file], reader) == ["a"]
     assert reader.taken() == ["a.txt"] * 2
-    assert kept.read_text(encoding="utf-8") == whole
+    assert kept.read_bytes() == whole
     assert [record.levelno for record in log.records] == [logging.INFO]
+
+
+def test_one_wrong_byte_anywhere_is_found(folder, place):
+    file = write(folder / "a.txt", "a caption")
+    reader = Reader()
+    learn(place, "text", [file], reader)
+    (kept,) = place.iterdir()
+    whole = kept.read_bytes()
+    assert b"a caption" in whole
+    for position in range(len(whole)):
+        kept.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        assert learn(place, "text", [file], reader) == ["a caption"]
+    assert len(reader.taken()) == 1 + len(whole)
 
 
 def test_a_place_that_cannot_be_written_warns_once(folder, tmp_path, log):
@@ -494,7 +507,7 @@ def test_many_writers_and_readers_see_whole_files(folder, place):
     (kept,) = (file for file in place.iterdir() if file.suffix == ".json")
     looked = 0
     while any(writer.poll() is None for writer in writers):
-        found = json.loads(kept.read_bytes())["files"]
+        found = json.loads(index.unseal(kept.read_bytes()))["files"]
         assert len(found) == 300
         looked += 1
     assert [writer.wait() for writer in writers] == [0, 0]

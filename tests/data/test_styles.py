@@ -14,7 +14,9 @@ from PIL import Image
 from library.data import likeness
 from library.data.blueprint import build_specs
 from library.data.dataset import build_training_data
+from library.data.index import FileIndex
 from library.errors import UserError
+from library.types import Size
 
 
 @pytest.fixture
@@ -320,6 +322,22 @@ def test_equal_and_alike_pictures_are_told(tmp_path, load):
     assert f"the same picture: {folder / 'a.png'}, {folder / 'again.png'}" in lines
     assert f"look almost the same: {folder / 'a.png'}, {folder / 'saved.jpg'}" in lines
     assert not any("other.png" in line for line in lines)
+
+
+@pytest.mark.parametrize("length", [1_000, 200_000])
+def test_copies_are_found_among_files_of_one_length(tmp_path, length):
+    """Larger files are told apart by their ends first; what then looks equal is compared in full."""
+
+    def write(name, start, end):
+        content = bytes([start]) + bytes(length - 2) + bytes([end])
+        (tmp_path / name).write_bytes(content)
+
+    for name, start, end in (("a", 1, 1), ("b", 1, 2), ("c", 1, 1), ("d", 2, 1), ("e", 1, 2), ("f", 3, 3)):
+        write(name, start, end)
+    sizes = {tmp_path / name: Size(8, 8) for name in "abcdef"} | {tmp_path / "none": Size(8, 8)}
+    found = likeness.copies(sizes, FileIndex(None))
+    expected = {"a": "a", "c": "a", "b": "b", "e": "b"}
+    assert {path.name: first.name for path, first in found.items()} == expected
 
 
 # ---- what goes through to the batch
