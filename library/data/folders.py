@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from library.runtime.logs import LOGGER
 
+_OTHER_KINDS = frozenset([".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".tga", ".tif", ".tiff"])
+
 
 class RepeatFolder(NamedTuple):
     """A sub-folder called ``<repeats>_<class tokens>``."""
@@ -36,6 +38,11 @@ def _endings() -> tuple[str, ...]:
 
 
 @cache
+def _other_endings() -> tuple[str, ...]:
+    return tuple(_OTHER_KINDS - image_extensions())
+
+
+@cache
 def register_jpeg_xl() -> bool:
     """Makes Pillow read JPEG XL, and says whether it does: where the package pillow-jxl-plugin is installed."""
     try:
@@ -44,6 +51,11 @@ def register_jpeg_xl() -> bool:
         LOGGER.debug("no JPEG XL: %s", error)
         return False
     return True
+
+
+def is_other_image(name: str) -> bool:
+    """Whether a file name has the extension of a picture of a kind that is not read here."""
+    return name.lower().endswith(_other_endings()) and not name.startswith("._")
 
 
 def is_image(name: str) -> bool:

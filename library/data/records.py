@@ -45,12 +45,14 @@ class Findings:
     turned: int = 0  # by EXIF orientation
     moving: int = 0  # more than one frame: the first is used
     uncaptioned: int = 0  # nothing says a caption: class tokens, or nothing
+    forgotten: list[Path] = field(default_factory=list)  # of these, those in folders where most have a caption
     without_words: int = 0  # of these, no class tokens either
     empty_captions: int = 0
     latents_only: int = 0
     surplus_reg: int = 0  # regularisation pictures that are not used
     copies: dict[Path, Path] = field(default_factory=dict)  # files with the same bytes -> the first of them
     alike: list[list[Path]] | None = field(default_factory=list)  # pictures that look the same; None: not looked for
+    cut: list[Path] = field(default_factory=list)  # pictures that lose more than half of their area to the bucket
     other_shapes: list[Path] = field(default_factory=list)  # masks of another aspect ratio than their picture's
     warnings: list[str] = field(default_factory=list)
 
@@ -80,7 +82,7 @@ def read_records(
     Raises: UserError: nothing is left, captions cannot be read, or pictures of the wrong size without buckets.
     """
     findings, records = Findings(), []
-    notes = Notes(findings.warnings, findings.dropped, [])
+    notes = Notes(findings.warnings, findings.dropped, [], findings.forgotten)
     for number, spec in enumerate(specs):
         for subset in spec.subsets:
             pictures = find_pictures(subset, index, notes)
@@ -168,7 +170,7 @@ def _usable(
             size = f"{look.size.width}x{look.size.height}"
             findings.dropped.append((one.path, f"{size} is too small or too narrow for a bucket"))
         else:
-            _count(look, one, findings)
+            _count(look, one, frame, findings)
             records.append(
                 Record(
                     path=one.path,
@@ -199,7 +201,10 @@ def _usable(
     return records
 
 
-def _count(look: _Look, one: Found, findings: Findings) -> None:
+def _count(look: _Look, one: Found, frame: tuple[Size, Size | None], findings: Findings) -> None:
+    bucket, resized = frame
+    if resized is not None and 2 * bucket.width * bucket.height < resized.width * resized.height:
+        findings.cut.append(one.path)
     findings.turned += look.turned
     findings.moving += look.frames > 1
     findings.latents_only += not one.present
@@ -260,7 +265,8 @@ def balance_regularisation(records: Sequence[Record], findings: Findings) -> lis
 def _check_what_is_left(records: Sequence[Record], specs: Sequence[DatasetSpec], findings: Findings) -> None:
     empty = set(range(len(specs))) - {record.dataset for record in records if not record.subset.is_reg}
     if empty:
-        folders = ", ".join(str(s.place) for number in sorted(empty) for s in specs[number].subsets if not s.is_reg)
+        places = [str(s.place) for number in sorted(empty) for s in specs[number].subsets if not s.is_reg]
+        folders = ", ".join(places) or "the data set, which names no folder"
         reasons = [f"{path}: {why}" for path, why in findings.dropped[:10]]
         raise UserError(f"no usable training picture in {folders}", *reasons)
     if findings.without_words:

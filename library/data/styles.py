@@ -12,7 +12,7 @@ from typing import NamedTuple
 from library.data import info_cache, metadata_files
 from library.data.blueprint import SubsetSpec
 from library.data.captions import caption_name, extension_in_use, read_caption
-from library.data.folders import is_image
+from library.data.folders import is_image, is_other_image
 from library.data.index import FileIndex
 from library.data.prepared import Prepared
 from library.errors import UserError
@@ -39,6 +39,7 @@ class Notes:
     warnings: list[str]
     dropped: list[tuple[Path, str]]  # files, or the metadata file that names them, and why
     problems: list[str]  # each of these ends the run
+    uncaptioned: list[Path]  # pictures without a caption in folders where most have one
 
 
 def find_pictures(subset: SubsetSpec, index: FileIndex, notes: Notes) -> list[Found]:
@@ -65,7 +66,14 @@ def _of_folder(subset: SubsetSpec, index: FileIndex, notes: Notes) -> list[Found
             f"{subset.image_dir}: no {subset.caption_extension} files; its {extension} files are used as captions "
             f"(set --caption_extension {extension} to say so)"
         )
+    others = sorted(filter(is_other_image, names))
+    notes.dropped += [
+        (subset.image_dir / name, "pictures of this kind are not read; save it as PNG") for name in others
+    ]
     files = [caption_name(picture, extension, names) for picture in pictures]
+    missing = [subset.image_dir / name for name, file in zip(pictures, files, strict=True) if file is None]
+    if 2 * len(missing) <= len(pictures):
+        notes.uncaptioned += missing
     captions = _read_captions(subset, dict.fromkeys(filter(None, files)), index, notes)
     folder = subset.image_dir
     return [Found(folder / name, captions.get(file)) for name, file in zip(pictures, files, strict=True)]

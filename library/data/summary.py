@@ -42,6 +42,10 @@ def report(data: TrainingData) -> list[str]:
     lines += [f"{_pictures(count)} {text}" for count, text in notes if count]
     lines += [f"left out: {path}: {reason}" for path, reason in findings.dropped]
     lines += _likeness_lines(findings)
+    forgotten = list(dict.fromkeys(findings.forgotten))
+    lines += _named(forgotten, f"{_pictures(len(forgotten))} without a caption where most of the folder have one")
+    cut = list(dict.fromkeys(findings.cut))
+    lines += _named(cut, f"{_pictures(len(cut))} of an odd shape, of which more than half is cut off")
     shapes = findings.other_shapes
     lines += _named(shapes, f"{len(shapes)} masks of another shape than their pictures, stretched to fit")
     return lines

@@ -262,6 +262,26 @@ def test_broken_pictures_are_left_out_and_end_a_strict_run(tmp_path, draw, load)
     assert all("(--strict)" in line for line in caught.value.problems)
 
 
+def test_forgotten_captions_and_odd_shapes_are_named(tmp_path, draw, load):
+    draw(tmp_path / "1_x" / "told.png", caption="words")
+    draw(tmp_path / "1_x" / "forgotten.png")
+    draw(tmp_path / "1_y" / "no captions here.png")
+    draw(tmp_path / "1_y" / "strip.png", size=(512, 32))
+    lines = load(train_data_dir=str(tmp_path), enable_bucket=True, min_bucket_reso=64, max_bucket_reso=64).report()
+    assert any(
+        line.startswith("1 picture without a caption where most") and line.endswith("forgotten.png") for line in lines
+    )
+    assert any(line.startswith("1 picture of an odd shape") and line.endswith("strip.png") for line in lines)
+
+
+def test_pictures_of_other_kinds_are_named(tmp_path, draw, load):
+    draw(tmp_path / "1_x" / "a.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "1_x" / "b.GIF")
+    data = load(train_data_dir=str(tmp_path))
+    assert len(data.records) == 1
+    assert any("b.GIF: pictures of this kind are not read" in line for line in data.report())
+
+
 def damage_pixels(path):
     """One wrong byte inside the compressed pixels; header and end stay whole."""
     content = bytearray(path.read_bytes())
