@@ -62,7 +62,7 @@ def our_step(batch: Batch, device: torch.device) -> Callable[[], None]:
 
     def step() -> None:
         rng = seeds.generator(device, 1, "noise", next(numbers))
-        training_step(parts, batch, rng).mean().backward()
+        training_step(parts, batch, rng).losses.mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -28,21 +28,31 @@ if TYPE_CHECKING:
     from library.methods.base import Method
     from library.options.base import Options
     from library.training.loop import Run, RunFacts
-    from library.training.plan import RunPlan
+    from library.training.plan import RunPlan, Start
     from library.types import Models
 
 # name -> (package of the family, its adapter class in `<package>.adapter`); `<package>.options` holds TRAITS and
 # `<package>.variants` `check_paths(opts)`, both without torch
 FAMILIES = {"sd": ("library.families.sd", "SdFamily")}
 # name -> (module, its class); `<module>_args` holds `check_options(opts)`, without torch
-METHODS = {"network": ("library.methods.network", "NetworkMethod")}
+METHODS = {
+    "network": ("library.methods.network", "NetworkMethod"),
+    "finetune": ("library.methods.finetune", "FinetuneMethod"),
+    "dreambooth": ("library.methods.finetune", "FinetuneMethod"),
+}
+TITLES = {
+    "network": "Trains a LoRA-type network.",
+    "finetune": "Fine-tunes a whole model on pictures that a metadata file lists.",
+    "dreambooth": "Trains a whole model on folders of pictures of a concept (DreamBooth).",
+}
+TRACKERS = {"network": "network_train", "finetune": "finetuning", "dreambooth": "dreambooth"}  # where logs go
 
 
 def build_parser(family: str, method: str) -> argparse.ArgumentParser:
     """The argument parser of a script, as GUIs and documentation tools want it."""
     from library.options import parsing, scripts
 
-    return parsing.build_parser(scripts.groups_for(family, method), prog=_script_name(), description=_title(method))
+    return parsing.build_parser(scripts.groups_for(family, method), prog=_script_name(), description=TITLES[method])
 
 
 def run(family: str, method: str, argv: Sequence[str] | None = None) -> None:
@@ -77,10 +87,6 @@ def _script_name() -> str:
     return os.path.basename(sys.argv[0] or "train")
 
 
-def _title(method: str) -> str:
-    return {"network": "Trains a LoRA-type network."}[method]
-
-
 def _train(family_name: str, method_name: str, argv: Sequence[str]) -> None:
     opts, specs, traits = _check(family_name, method_name, argv)
     accelerator = _make_accelerator(opts)
@@ -113,7 +119,7 @@ def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Opt
     from library.options import parsing, scripts, validation
 
     groups = scripts.groups_for(family_name, method_name)
-    opts = parsing.parse_options(groups, argv, prog=_script_name(), description=_title(method_name))
+    opts = parsing.parse_options(groups, argv, prog=_script_name(), description=TITLES[method_name])
     main = int(os.environ.get("RANK", "0")) == 0  # the other processes report errors only
     level = opts.logging.console_log_level if main else "ERROR"
     logs.setup_logging(level, opts.logging.console_log_file, opts.logging.console_log_simple)
@@ -124,10 +130,11 @@ def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Opt
     if not problems:  # the options make sense: now the files that they name
         problems += importlib.import_module(f"{METHODS[method_name][0]}_args").check_options(opts)
         problems += importlib.import_module(f"{package}.variants").check_paths(opts)
-        try:
-            specs = build_specs(opts, traits)
-        except UserError as error:
-            problems += error.problems
+        for look in (lambda: specs.extend(build_specs(opts, traits)), lambda: _seed_of_state(opts)):
+            try:
+                look()
+            except UserError as error:
+                problems += error.problems
     if problems:
         raise UserError(*problems)
     for line in validation.warnings(opts, traits):
@@ -183,6 +190,7 @@ def _assemble(
         placement.release_vae(models, opts)
     optimizer = make_optimizer(method.parameter_groups(), opts.optimizer)
     schedule = make_schedule(optimizer, opts.optimizer, run_plan.total_steps)
+    start = _choose_start(opts, run_plan, schedule)
     for line in plan.describe(run_plan, data.num_train_images, data.num_reg_images):
         LOGGER.info("%s", line)
     LOGGER.info(
@@ -204,10 +212,44 @@ def _assemble(
         saves=saves,
         preview=preview,
         validation=Validation(opts, data.held_out, opts.training.seed),
-        tracker=Tracker(opts, f"{method_name}_train", enabled=accelerator.is_main_process),
+        tracker=Tracker(opts, TRACKERS[method_name], enabled=accelerator.is_main_process),
         make_metadata=_metadata_maker(opts, family, method, models, data, run_plan, optimizer),
         save_dtype=_save_dtype(opts),
+        start=start,
+        resume=Path(opts.saving.resume) if opts.saving.resume else None,
+        average=_average(opts, optimizer),
     )
+
+
+def _average(opts: Options, optimizer: Any) -> Any:
+    from library.training.ema import Average
+
+    if not opts.training.ema:
+        return None
+    return Average([p for group in optimizer.param_groups for p in group["params"]], opts.training.ema_decay)
+
+
+def _choose_start(opts: Options, run_plan: RunPlan, schedule: Any) -> Start:
+    """Where the run begins; brings the schedule there where no state does that.
+
+    Raises: UserError: the run is over already.
+    """
+    from library.training import plan, state
+    from library.training.lr_schedules import wants_loss
+
+    progress = state.read_progress(Path(opts.saving.resume)) if opts.saving.resume else None
+    start = plan.choose_start(run_plan, opts.training, progress and progress.step)
+    if start.step >= run_plan.total_steps:
+        raise UserError(
+            f"{start.step} steps are done already, and the run has {run_plan.total_steps}; "
+            "raise --max_train_steps or --max_train_epochs, which count from the very beginning"
+        )
+    if opts.saving.resume and progress is None and not start.step:
+        LOGGER.warning("%s does not tell its step, so it counts from 0; --initial_step tells it", opts.saving.resume)
+    if not opts.saving.resume and start.step:
+        for _ in range(0 if wants_loss(schedule) else start.step):
+            schedule.step()
+    return start
 
 
 def _make(place: tuple[str, str], opts: Options, module: str | None = None) -> Family | Method:
@@ -233,13 +275,29 @@ def _make_accelerator(opts: Options) -> Accelerator:
 
 def _agreed_seed(opts: Options, accelerator: Accelerator) -> int:
     """--seed, or one that the first process draws for all of them."""
+    saved = _seed_of_state(opts)
     if opts.training.seed is not None:
+        if saved not in (None, opts.training.seed):
+            LOGGER.warning(
+                "--seed %d is not that of the resumed run, %d: the data comes in another order",
+                opts.training.seed,
+                saved,
+            )
         return opts.training.seed
+    if saved is not None:
+        return saved
     from accelerate.utils import broadcast_object_list
 
     (seed,) = broadcast_object_list([random.SystemRandom().randrange(2**32)])
     LOGGER.info("--seed was not given; this run's is %d", seed)
     return seed
+
+
+def _seed_of_state(opts: Options) -> int | None:
+    from library.training.state import read_progress
+
+    progress = read_progress(Path(opts.saving.resume)) if opts.saving.resume else None
+    return progress.seed if progress is not None else None
 
 
 def _save_dtype(opts: Options) -> torch.dtype | None:
@@ -322,9 +380,12 @@ def _metadata_maker(
     opts: Options, family: Family, method: Method, models: Any, data: Any, run_plan: Any, optimizer: Any
 ) -> Any:
     from library.checkpoints import metadata
+    from library.options.optimizer import sets_own_rate
     from library.training.optimizers import describe_optimizer
 
+    own_rate = {"ss_lr_scheduler": f"adafactor:{opts.optimizer.learning_rate}"} if sets_own_rate(opts.optimizer) else {}
     fixed = {
+        **own_rate,
         "ss_session_id": random.SystemRandom().randrange(2**32),
         "ss_optimizer": describe_optimizer(optimizer, opts.optimizer),
         "ss_max_train_steps": run_plan.total_steps,

@@ -38,6 +38,8 @@ def render(script: str, groups: Iterable[type[OptionGroup]]) -> str:
         "yet* are known, and refused where they are given.",
     ]
     for group in groups:
+        if not options_of(group):
+            continue
         lines += ["", f"## {group.title}", "", "| option | values | default | meaning |", "|---|---|---|---|"]
         lines += [_row(option) for option in options_of(group)]
     return "\n".join(lines) + "\n"

@@ -97,6 +97,10 @@ class Family(ABC):
     ) -> None:
         """Writes a whole model. `save_as`: ckpt, safetensors, diffusers, diffusers_safetensors. None keeps dtypes."""
 
+    def source_format(self, models: Models) -> str:
+        """The `save_as` of the kind that was read, which the family's note about the source knows."""
+        return models.source.save_as
+
     @abstractmethod
     def model_metadata(self, models: Models) -> dict[str, Any]:
         """ss_* values that describe the base model (ss_v2, ss_base_model_version, ...), see formats.

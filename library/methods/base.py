@@ -52,6 +52,9 @@ class Method(ABC):
     def start_epoch(self, epoch: int) -> None:  # noqa: B027
         """Called before each epoch, counted from 1."""
 
+    def start_step(self, step: int) -> None:  # noqa: B027
+        """Called before each optimizer step; `step` of them are done. Counts on when a run is resumed."""
+
     def before_batch(self, batch: Batch) -> None:  # noqa: B027
         """Called before each forward pass of training; must not wait for the device."""
 

@@ -96,13 +96,21 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class OptionGroup:
-    """Options that belong together. Subclasses are frozen dataclasses whose fields are made with `opt`."""
+    """Options that belong together. Subclasses are frozen dataclasses whose fields are made with `opt`.
+
+    A script whose options differ has a subclass of a shared group in its place: it declares again what is different,
+    and names in `without` what the script does not offer. Code that reads the group need not know.
+    """
 
     group: ClassVar[str]  # attribute of `Options`
     title: ClassVar[str]  # heading in help and docs
+    without: ClassVar[frozenset[str]] = frozenset()  # inherited fields that are no options here: always the default
 
-    def __init_subclass__(cls, *, group: str, title: str):
-        cls.group, cls.title = group, title
+    def __init_subclass__(cls, *, group: str | None = None, title: str | None = None, without: Iterable[str] = ()):
+        cls.group, cls.title = group or cls.group, title or cls.title
+        cls.without = cls.without.union(without)
+        unknown = [name for name in cls.without if not hasattr(cls, name)]
+        assert not unknown, f"{cls.__name__}: there is no option {unknown[0]} to leave out"
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         """One line per problem that a single value does not show, beginning with the option's flag."""
@@ -117,7 +125,8 @@ class OptionGroup:
 def options_of(group: type[OptionGroup]) -> tuple[Option, ...]:
     """The options of a group, in the order of its fields."""
     hints = typing.get_type_hints(group)
-    return tuple(_read(f.name, f.default, hints[f.name], f.metadata["details"]) for f in fields(group))
+    offered = [f for f in fields(group) if f.name not in group.without]
+    return tuple(_read(f.name, f.default, hints[f.name], f.metadata["details"]) for f in offered)
 
 
 def _read(dest: str, default: Any, hint: Any, details: Details) -> Option:

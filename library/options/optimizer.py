@@ -1,51 +1,94 @@
-"""The optimizer, its rate, and how the rate changes."""
+"""The optimizer, its rate, and how the rate changes. Nothing here imports an optimizer's package."""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
+import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from library.errors import UserError
 from library.options.base import OptionGroup, Options, opt
 from library.options.nearest import did_you_mean
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
 
+# short name, taken in any case of letters -> class
+OPTIMIZERS = {
+    "AdamW": "torch.optim.AdamW",
+    "AdamW8bit": "bitsandbytes.optim.AdamW8bit",
+    "PagedAdamW": "bitsandbytes.optim.PagedAdamW",
+    "PagedAdamW8bit": "bitsandbytes.optim.PagedAdamW8bit",
+    "PagedAdamW32bit": "bitsandbytes.optim.PagedAdamW32bit",
+    "Lion": "lion_pytorch.Lion",
+    "Lion8bit": "bitsandbytes.optim.Lion8bit",
+    "PagedLion8bit": "bitsandbytes.optim.PagedLion8bit",
+    "SGDNesterov": "torch.optim.SGD",
+    "SGDNesterov8bit": "bitsandbytes.optim.SGD8bit",
+    "DAdaptation": "dadaptation.experimental.DAdaptAdamPreprint",
+    "DAdaptAdamPreprint": "dadaptation.experimental.DAdaptAdamPreprint",
+    "DAdaptAdaGrad": "dadaptation.DAdaptAdaGrad",
+    "DAdaptAdam": "dadaptation.DAdaptAdam",
+    "DAdaptAdan": "dadaptation.DAdaptAdan",
+    "DAdaptAdanIP": "dadaptation.experimental.DAdaptAdanIP",
+    "DAdaptLion": "dadaptation.DAdaptLion",
+    "DAdaptSGD": "dadaptation.DAdaptSGD",
+    "Prodigy": "prodigyopt.Prodigy",
+    "AdaFactor": "transformers.optimization.Adafactor",
+    "RAdamScheduleFree": "schedulefree.RAdamScheduleFree",
+    "AdamWScheduleFree": "schedulefree.AdamWScheduleFree",
+    "SGDScheduleFree": "schedulefree.SGDScheduleFree",
+}
+_PATHS = {name.lower(): path for name, path in OPTIMIZERS.items()}
 # by their class names, as torch.optim has them up to 2.13
 TORCH_OPTIMIZERS = (
-    "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop",
-    "SGD", "SparseAdam",
+    "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
 )  # fmt: skip
-OPTIMIZERS = ("AdamW", "AdamW8bit", "SGDNesterov")  # in any case of letters
-LATER_OPTIMIZERS = (
-    "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "Lion", "Lion8bit", "PagedLion8bit", "SGDNesterov8bit",
-    "DAdaptation", "DAdaptAdamPreprint", "DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan", "DAdaptAdanIP", "DAdaptLion",
-    "DAdaptSGD", "Prodigy", "AdaFactor", "RAdamScheduleFree", "AdamWScheduleFree", "SGDScheduleFree",
-)  # fmt: skip
+UNUSABLE_OPTIMIZERS = {
+    "LBFGS": "computes the loss several times in each step",
+    "SparseAdam": "takes sparse gradients only",
+}
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-    "cosine_with_min_lr", "warmup_stable_decay",
+    "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "piecewise_constant",
+    "reduce_lr_on_plateau", "adafactor",
 )  # fmt: skip
-LATER_SCHEDULES = ("piecewise_constant", "adafactor", "reduce_lr_on_plateau", "cosine_warmup_with_min_lr")
+# likewise of torch.optim.lr_scheduler
+TORCH_SCHEDULES = (
+    "ConstantLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts", "CyclicLR", "ExponentialLR", "LinearLR",
+    "MultiStepLR", "OneCycleLR", "PolynomialLR", "ReduceLROnPlateau", "StepLR",
+)  # fmt: skip
+UNUSABLE_SCHEDULES = ("ChainedScheduler", "LambdaLR", "MultiplicativeLR", "SequentialLR")
+_FLOORS = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
+_WITHOUT_ARGS = ("constant", "constant_with_warmup")
+# import name -> name for pip, where they differ
+_PACKAGES = {"lion_pytorch": "lion-pytorch", "prodigyplus": "prodigy-plus-schedule-free"}
+_RULES = re.compile(r"(-?[\d.]+(e-?\d+)?:\d+,)*-?[\d.]+(e-?\d+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and learning rate"):
     optimizer_type: str = opt(
-        "", "AdamW (used if nothing is given), AdamW8bit, SGDNesterov, or the name of a class of torch.optim"
+        "",
+        f"AdamW (used if nothing is given), {', '.join(n for n in OPTIMIZERS if n != 'AdamW')}, "
+        "the name of a class of torch.optim, or the full import path of a class",
     )
     use_8bit_adam: bool = opt(False, "8-bit AdamW: less memory", deprecated="--optimizer_type AdamW8bit")
-    use_lion_optimizer: bool = opt(False, "the Lion optimizer", later="the Lion optimizer")
+    use_lion_optimizer: bool = opt(False, "the Lion optimizer", deprecated="--optimizer_type Lion")
     learning_rate: float = opt(2e-6, "learning rate of every part that has none of its own")
     max_grad_norm: float = opt(1.0, "gradients longer than this are cut to it; 0 = off", at_least=0)
     optimizer_args: list[str] | None = opt(
         None, 'arguments of the optimizer as name=value, e.g. weight_decay=0.01 "betas=0.9,0.99"'
     )
-    lr_scheduler_type: str = opt("", "a scheduler class of your own", later="scheduler classes by import path")
+    lr_scheduler_type: str = opt(
+        "", "in place of --lr_scheduler: a class of torch.optim.lr_scheduler, or the full import path of a class"
+    )
     lr_scheduler_args: list[str] | None = opt(
-        None, "arguments of that class as name=value", later="scheduler classes by import path"
+        None, "arguments of the schedule as name=value, e.g. T_max=1000 or step_rules=1:500,0.1"
     )
     lr_scheduler: str = opt("constant", f"how the rate changes during the run: {', '.join(SCHEDULES)}")
     lr_warmup_steps: int | float = opt(
@@ -63,7 +106,10 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
         None, "time scale of inverse_sqrt in steps; the warm-up's length if not given", at_least=1
     )
     lr_scheduler_min_lr_ratio: float | None = opt(
-        None, "lowest rate of cosine_with_min_lr and warmup_stable_decay, as a share of the rate", at_least=0, at_most=1
+        None,
+        "lowest rate of cosine_with_min_lr, cosine_warmup_with_min_lr and warmup_stable_decay, as a share of the rate",
+        at_least=0,
+        at_most=1,
     )
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
@@ -80,37 +126,219 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
             yield f"{chosen[0]}: cannot be used with {' and '.join(chosen[1:])}; choose one optimizer"
         yield from self._check_optimizer()
         yield from not_pairs("--optimizer_args", self.optimizer_args, literals=True)
-        yield from not_pairs("--lr_scheduler_args", self.lr_scheduler_args, literals=True)
-        yield from self._check_schedule()
+        yield from not_pairs("--lr_scheduler_args", _without_rules(self), literals=True)
+        if is_schedule_free(self):
+            yield from self._check_no_schedule()
+        elif not sets_own_rate(self):
+            yield from self._check_type() if self.lr_scheduler_type else self._check_schedule()
+        elif schedule_name(self) not in SCHEDULES:
+            yield self._unknown_schedule()
+        yield from self._check_initial_rate()
 
     def _check_optimizer(self) -> Iterator[str]:
-        name = self.optimizer_type
-        lower = name.lower()
-        if not name or name in TORCH_OPTIMIZERS or lower in map(str.lower, OPTIMIZERS):
-            return
-        if "." in name:
-            yield f"--optimizer_type: not available yet (optimizers by import path), got {name!r}"
-        elif lower in map(str.lower, LATER_OPTIMIZERS):
-            yield f"--optimizer_type: not available yet (the {name} optimizer); use one of {', '.join(OPTIMIZERS)}"
-        else:
+        name, path = optimizer_name(self), optimizer_path(self)
+        package = path.split(".")[0]
+        last = path.rpartition(".")[2]
+        if path.startswith("torch.optim.") and last in UNUSABLE_OPTIMIZERS:
+            yield f"--optimizer_type: {last} cannot train here: it {UNUSABLE_OPTIMIZERS[last]}"
+        elif "." not in name and name.lower() not in _PATHS and name not in TORCH_OPTIMIZERS:
             near = did_you_mean(name, (*OPTIMIZERS, *TORCH_OPTIMIZERS))
             yield f"--optimizer_type: unknown optimizer {name!r}; names of torch.optim are case-sensitive{near}"
+        elif not _installed(package):
+            wanted = _PACKAGES.get(package, package)
+            known = package in _PACKAGES or path in _PATHS.values()  # a guessed name is nothing to install
+            remedy = f"pip install {wanted}" if known else "check the path, or install what it comes from"
+            yield f"--optimizer_type: {name} needs the package {wanted}, which is not installed; {remedy}"
+
+    def _check_no_schedule(self) -> Iterator[str]:
+        why = f"{optimizer_name(self)} needs no schedule and no warm-up"
+        if schedule_name(self) != "constant":
+            yield f"--lr_scheduler: {why}; leave it out"
+        for flag, value in (
+            ("--lr_scheduler_type", self.lr_scheduler_type),
+            ("--lr_scheduler_args", self.lr_scheduler_args),
+            ("--lr_warmup_steps", self.lr_warmup_steps),
+            ("--lr_decay_steps", self.lr_decay_steps),
+        ):
+            if value:
+                yield f"{flag}: {why}; leave it out"
+
+    def _check_type(self) -> Iterator[str]:
+        name = self.lr_scheduler_type
+        package = name.split(".")[0]
+        if name.removeprefix("torch.optim.lr_scheduler.") in UNUSABLE_SCHEDULES:
+            yield f"--lr_scheduler_type: {name} cannot be used: it takes functions or other schedules as arguments"
+        elif "." in name and not _installed(package):
+            yield f"--lr_scheduler_type: {name} needs the package {package}, which is not installed; check the path"
+        elif "." not in name and name not in TORCH_SCHEDULES:
+            near = did_you_mean(name, TORCH_SCHEDULES)
+            yield f"--lr_scheduler_type: torch.optim.lr_scheduler has no class {name!r}{near}"
+        if self.lr_warmup_steps:
+            yield "--lr_warmup_steps: --lr_scheduler_type has no warm-up; leave it out"
 
     def _check_schedule(self) -> Iterator[str]:
-        name = self.lr_scheduler.lower()
-        if name.split(":")[0] in LATER_SCHEDULES:
-            yield f"--lr_scheduler: not available yet (the {self.lr_scheduler} schedule)"
-        elif name not in SCHEDULES:
-            yield f"--lr_scheduler: must be one of {', '.join(SCHEDULES)}; got {self.lr_scheduler!r}"
-        if name == "constant" and self.lr_warmup_steps:
+        name = schedule_name(self)
+        if name not in SCHEDULES:
+            yield self._unknown_schedule()
+        elif name == "adafactor":
+            yield "--lr_scheduler: adafactor needs --optimizer_type AdaFactor with its relative_step"
+        if self.lr_warmup_steps and name == "constant":
             yield "--lr_warmup_steps: a constant rate has no warm-up; use --lr_scheduler constant_with_warmup"
+        if self.lr_warmup_steps and name == "reduce_lr_on_plateau":
+            yield "--lr_warmup_steps: reduce_lr_on_plateau has no warm-up; leave it out"
+        if self.lr_scheduler_args and name in _WITHOUT_ARGS:
+            yield f"--lr_scheduler_args: --lr_scheduler {name} takes none"
+        if name == "piecewise_constant":
+            rules = _rules(self)
+            if rules is None or not _RULES.fullmatch(rules) or not _all_numbers(rules):
+                yield (
+                    "--lr_scheduler_args: piecewise_constant needs step_rules=factor:step,...,factor, "
+                    f"e.g. step_rules=1:500,0.1:800,0.01{'' if rules is None else f'; got {rules!r}'}"
+                )
+
+    def _check_initial_rate(self) -> Iterator[str]:
+        name, colon, rate = self.lr_scheduler.partition(":")
+        if not colon or name.lower() not in SCHEDULES:
+            return
+        if name.lower() != "adafactor":
+            yield f"--lr_scheduler: only adafactor takes a rate after a colon, got {self.lr_scheduler!r}"
+        elif not _is_number(rate):
+            yield f"--lr_scheduler: adafactor:rate needs a number as its rate, got {self.lr_scheduler!r}"
+
+    def _unknown_schedule(self) -> str:
+        return f"--lr_scheduler: must be one of {', '.join(SCHEDULES)}; got {self.lr_scheduler!r}"
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        name = self.lr_scheduler.lower()
-        if self.lr_decay_steps and name != "warmup_stable_decay":
+        name = schedule_name(self)
+        if is_adafactor(self):
+            yield from self._advise_adafactor(opts)
+        if sets_own_rate(self):
+            return
+        typed = bool(self.lr_scheduler_type)
+        if typed and "lr_scheduler" in opts.explicit:
+            yield "--lr_scheduler: no effect with --lr_scheduler_type"
+        if self.lr_decay_steps and (typed or name != "warmup_stable_decay"):
             yield "--lr_decay_steps: no effect without --lr_scheduler warmup_stable_decay"
-        if self.lr_scheduler_min_lr_ratio and name not in ("cosine_with_min_lr", "warmup_stable_decay"):
-            yield "--lr_scheduler_min_lr_ratio: no effect without cosine_with_min_lr or warmup_stable_decay"
+        if self.lr_scheduler_min_lr_ratio and (typed or name not in _FLOORS):
+            yield f"--lr_scheduler_min_lr_ratio: no effect without {', '.join(_FLOORS[:-1])} or {_FLOORS[-1]}"
+        if self.lr_warmup_steps and name == "piecewise_constant" and not typed:
+            yield "--lr_warmup_steps: no effect with --lr_scheduler piecewise_constant; write it into step_rules"
+
+    def _advise_adafactor(self, opts: Options) -> Iterator[str]:
+        given = literal_args("--optimizer_args", self.optimizer_args)
+        if self.max_grad_norm:
+            yield "--max_grad_norm: AdaFactor limits its steps itself; 0 is the usual value with it"
+        if not sets_own_rate(self):
+            return
+        if given.get("warmup_init") and not given.get("relative_step", True):
+            yield "--optimizer_args: warmup_init=True goes with relative_step=True only, which is used"
+        own = "AdaFactor with relative_step sets the rate itself"
+        if "lr_scheduler" in opts.explicit and schedule_name(self) != "adafactor":
+            yield f"--lr_scheduler: no effect; {own}"
+        for dest in ("lr_scheduler_type", "lr_scheduler_args", "lr_warmup_steps", "lr_decay_steps"):
+            if getattr(self, dest):
+                yield f"--{dest}: no effect; {own}"
+
+
+# ---- what was chosen
+
+
+def optimizer_name(options: OptimizerOptions) -> str:
+    """The optimizer as the user calls it."""
+    if options.use_8bit_adam:
+        return "AdamW8bit"
+    if options.use_lion_optimizer:
+        return "Lion"
+    return options.optimizer_type or "AdamW"
+
+
+def optimizer_path(options: OptimizerOptions) -> str:
+    """The optimizer's class with its full import path."""
+    name = optimizer_name(options)
+    return name if "." in name else _PATHS.get(name.lower(), f"torch.optim.{name}")
+
+
+def is_schedule_free(options: OptimizerOptions) -> bool:
+    """Whether the optimizer averages its weights and so takes no schedule."""
+    return optimizer_path(options).endswith("ScheduleFree")
+
+
+def is_adafactor(options: OptimizerOptions) -> bool:
+    """Whether the optimizer is AdaFactor as transformers has it."""
+    return optimizer_path(options) in (_PATHS["adafactor"], "transformers.Adafactor")
+
+
+def sets_own_rate(options: OptimizerOptions) -> bool:
+    """Whether AdaFactor computes its rate from the number of steps, which it does unless told otherwise."""
+    if not is_adafactor(options) or any(not_pairs("", options.optimizer_args, literals=True)):
+        return False
+    given = literal_args("--optimizer_args", options.optimizer_args)
+    return bool(given.get("relative_step", True) or given.get("warmup_init"))
+
+
+def schedule_name(options: OptimizerOptions) -> str:
+    """--lr_scheduler in small letters, without the rate of ``adafactor:1e-4``."""
+    return options.lr_scheduler.partition(":")[0].lower()
+
+
+def initial_rate(options: OptimizerOptions) -> float:
+    """The rate before the first step where AdaFactor sets it: from ``adafactor:1e-4``, else --learning_rate."""
+    name, _, rate = options.lr_scheduler.partition(":")
+    return float(rate) if name.lower() == "adafactor" and rate else options.learning_rate
+
+
+def schedule_args(options: OptimizerOptions) -> dict[str, Any]:
+    """--lr_scheduler_args; step_rules is text, in quotes or not. Raises: UserError."""
+    values = literal_args("--lr_scheduler_args", _without_rules(options))
+    rules = _rules(options)
+    return values if rules is None else {**values, "step_rules": rules}
+
+
+def _rules(options: OptimizerOptions) -> str | None:
+    for entry in options.lr_scheduler_args or ():
+        name, _, text = entry.partition("=")
+        if name.strip() == "step_rules":
+            return text.strip().strip("'\"").replace(" ", "")
+    return None
+
+
+def _without_rules(options: OptimizerOptions) -> list[str]:
+    entries = options.lr_scheduler_args or []
+    return [entry for entry in entries if entry.partition("=")[0].strip() != "step_rules"]
+
+
+def _all_numbers(rules: str) -> bool:
+    return all(_is_number(part.partition(":")[0]) for part in rules.split(","))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _installed(package: str) -> bool:
+    """Whether a top-level package is there; nothing is imported."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+# ---- name=value
+
+
+def literal_args(flag: str, entries: Sequence[str] | None) -> dict[str, Any]:
+    """``["weight_decay=0.1", "betas=0.9,0.99"]`` to a dict; values are Python literals.
+
+    Raises: UserError: an entry without "=", or a value that is no literal.
+    """
+    problems = list(not_pairs(flag, entries, literals=True))
+    if problems:
+        raise UserError(*problems)
+    pairs = (entry.partition("=") for entry in entries or ())
+    return {name.strip(): ast.literal_eval(text.strip()) for name, _, text in pairs}
 
 
 def not_pairs(flag: str, entries: Sequence[str] | None, *, literals: bool = False) -> Iterator[str]:

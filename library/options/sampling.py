@@ -54,3 +54,7 @@ class ValidationOptions(OptionGroup, group="validation", title="Validation"):
         at_least=1,
     )
     max_validation_steps: int | None = opt(None, "most batches per validation; all if not given", at_least=1)
+    save_best_validation: bool = opt(False, "keep the copy with the lowest validation loss as <output_name>-best")
+    early_stop_patience: int | None = opt(
+        None, "end the run when so many validations in a row have brought no lower loss", at_least=1
+    )

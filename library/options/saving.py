@@ -11,7 +11,6 @@ from library.options.base import OptionGroup, Options, opt
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
 
-_STATE = "saving and resuming the training state"
 _HUB = "uploads to Hugging Face"
 
 
@@ -28,11 +27,15 @@ class SavingOptions(OptionGroup, group="saving", title="Saving"):
     save_n_epoch_ratio: int | None = opt(None, "save about this many copies over the run", at_least=1, off=0)
     save_last_n_epochs: int | None = opt(None, "keep only the last so many epoch copies", at_least=1, off=0)
     save_last_n_steps: int | None = opt(None, "keep only step copies of the last so many steps", at_least=1, off=0)
-    save_last_n_epochs_state: int | None = opt(None, "the same for states, by epochs", later=_STATE)
-    save_last_n_steps_state: int | None = opt(None, "the same for states, by steps", later=_STATE)
-    save_state: bool = opt(False, "save the training state with every copy", later=_STATE)
-    save_state_on_train_end: bool = opt(False, "save the training state at the end", later=_STATE)
-    resume: str | None = opt(None, "state folder to go on from", later=_STATE)
+    save_last_n_epochs_state: int | None = opt(
+        None, "keep only the last so many epoch states; as many as copies if not given", at_least=1, off=0
+    )
+    save_last_n_steps_state: int | None = opt(
+        None, "keep only the states of the last so many steps; as copies if not given", at_least=1, off=0
+    )
+    save_state: bool = opt(False, "save the training state with every copy and at the end, for --resume")
+    save_state_on_train_end: bool = opt(False, "save the training state at the end, for --resume")
+    resume: str | None = opt(None, "state folder to go on from, exactly where the run was")
     huggingface_repo_id: str | None = opt(None, "repository to upload to", later=_HUB)
     huggingface_repo_type: str | None = opt(None, "kind of that repository: model or dataset", later=_HUB)
     huggingface_path_in_repo: str | None = opt(None, "folder in that repository", later=_HUB)

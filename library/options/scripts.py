@@ -9,6 +9,7 @@ from library.families.base import FamilyTraits
 from library.options.base import OptionGroup
 from library.options.config_file import ConfigOptions
 from library.options.data import DataOptions
+from library.options.finetune import DREAMBOOTH_GROUPS, FINETUNE_GROUPS
 from library.options.logging import LoggingOptions
 from library.options.loss import LossOptions, NoiseOptions
 from library.options.memory import DistributedOptions, MemoryOptions
@@ -19,19 +20,25 @@ from library.options.sampling import SamplingOptions, ValidationOptions
 from library.options.saving import MetadataOptions, SavingOptions
 from library.options.training import TrainingOptions
 
-METHODS: dict[str, type[OptionGroup]] = {"network": NetworkOptions}
+# The method's own group, and what it has in place of shared groups.
+METHODS: dict[str, tuple[type[OptionGroup], ...]] = {
+    "network": (NetworkOptions,),
+    "finetune": FINETUNE_GROUPS,
+    "dreambooth": DREAMBOOTH_GROUPS,
+}
 
 
 def groups_for(family: str, method: str) -> list[type[OptionGroup]]:
     """The groups of a family (a package in library.families whose `options` module has OPTIONS, TRAITS and SCRIPTS) and
     a method, in help order.
     """
-    return [
+    own = {group.group: group for group in METHODS[method]}
+    shared = [
         ConfigOptions,
         ModelOptions,
         _family_module(family).OPTIONS,
         DataOptions,
-        METHODS[method],
+        own["method"],
         TrainingOptions,
         OptimizerOptions,
         NoiseOptions,
@@ -44,6 +51,7 @@ def groups_for(family: str, method: str) -> list[type[OptionGroup]]:
         ValidationOptions,
         LoggingOptions,
     ]
+    return [own.get(group.group, group) for group in shared]
 
 
 def traits_for(family: str) -> FamilyTraits:

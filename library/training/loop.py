@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,9 +17,15 @@ from torch import Tensor
 from library.errors import UserError
 from library.runtime import logs, seeds
 from library.runtime.logs import LOGGER
-from library.training import placement, saving
+from library.runtime.processes import Processes
+from library.runtime.signals import Interruption
+from library.training import placement, saving, state
+from library.training.ema import Average
+from library.training.lr_schedules import wants_loss
+from library.training.optimizers import averaged_weights, effective_rates
 from library.training.scalars import ScalarQueue
 from library.training.step import StepParts, training_step
+from library.training.validation import Best
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,7 +36,7 @@ if TYPE_CHECKING:
     from library.methods.base import Method
     from library.objectives.objective import Objective
     from library.options.base import Options
-    from library.training.plan import RunPlan
+    from library.training.plan import RunPlan, Start
     from library.training.tracking import Tracker
     from library.training.validation import Validation
     from library.types import Batch, Models
@@ -56,6 +63,20 @@ class Run:
     tracker: Tracker
     make_metadata: Callable[[RunFacts], dict[str, str] | None]
     save_dtype: torch.dtype | None
+    start: Start
+    resume: Path | None = None  # state folder
+    average: Average | None = None  # of the trained weights
+    best: Best = field(default_factory=Best)
+
+    @contextmanager
+    def as_used(self) -> Iterator[None]:
+        """Within the block the trained module is what is saved, sampled and validated."""
+        with averaged_weights(self.optimizer), nullcontext() if self.average is None else self.average.in_place():
+            yield
+
+    @property
+    def processes(self) -> Processes:
+        return Processes(self.accelerator.process_index, self.accelerator.num_processes)
 
 
 @dataclass
@@ -64,50 +85,88 @@ class RunFacts:
 
     step: int = 0  # optimizer steps done
     epoch: int = 0  # the epoch being trained, from 1
-    micro_step: int = 0  # batches done by this process
+    micro_step: int = 0  # batches done by this process since the first epoch
     started: float = field(default_factory=time.time)
+    interrupted: bool = False  # by a signal
+    stopped: bool = False  # early, because validation no longer improves
 
 
 def train(run: Run) -> RunFacts:
-    """Runs until the planned number of optimizer steps is done, saving, sampling and logging on the way."""
-    facts = RunFacts()
+    """Runs until the planned number of optimizer steps is done, saving, sampling and logging on the way.
+
+    Ctrl-C and SIGTERM end it after the step at hand, with a state to go on from.
+    """
     grad_text = run.method.trains_text_encoder()
     parts = StepParts(run.family, run.models, run.objective, grad_text)
     placement.training_modes(run.models, run.method.trainable(), grad_text=grad_text)
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    if run.resume is not None:
+        state.load_state(run.resume, _state_parts(run))
+        LOGGER.info("resumed from %s after step %d", run.resume, run.start.step)
+    facts = RunFacts(run.start.step, run.start.epochs, run.start.epochs * run.plan.batches_per_process)
+    facts.micro_step += run.start.batches
     report = _Report(run)
-    main = run.accelerator.is_main_process
-    if main and run.preview.due(0):
+    if run.accelerator.is_main_process and facts.step == 0 and run.preview.due(0):
         _sample(run, facts, epoch_end=False)
-    while facts.step < run.plan.total_steps:
-        facts.epoch += 1
-        run.method.start_epoch(facts.epoch)
-        for group in _groups_of(_batches(run, facts.epoch), run.plan.accumulation):
-            losses = _accumulate(run, parts, group, facts)
-            rates = run.schedule.get_last_lr()
-            gradient_norm = _update(run, parameters)
-            facts.step += 1
-            report.step(facts.step, losses, gradient_norm, rates)
-            if run.validation.due(facts.step):
-                _validate(run, parts, facts)
-            if main:
-                _after_step(run, facts, report)
-            if facts.step >= run.plan.total_steps:
-                break
-        if run.validation.due(facts.step, facts.epoch):
-            _validate(run, parts, facts)
-        if main:
-            _after_epoch(run, facts, report)
+    with Interruption() as interruption:
+        first_batch = run.start.batches
+        while facts.step < run.plan.total_steps and not facts.interrupted and not facts.stopped:
+            facts.epoch += 1
+            run.method.start_epoch(facts.epoch)
+            _epoch(run, parts, facts, report, interruption, first_batch)
+            first_batch = 0
     report.close(facts)
-    if main:
-        _save(run, facts, run.saves.final_path())
+    if run.accelerator.is_main_process:
+        _save_interrupted(run, facts) if facts.interrupted else _save(run, facts, run.saves.final())
     run.tracker.close()
     return facts
 
 
-def _batches(run: Run, epoch: int) -> Iterator[Batch]:
+def _epoch(
+    run: Run, parts: StepParts, facts: RunFacts, report: _Report, interruption: Interruption, first_batch: int
+) -> None:
+    main = run.accelerator.is_main_process
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    all_losses: list[Tensor] = []
+    for group in _groups_of(_batches(run, facts.epoch, first_batch), run.plan.accumulation):
+        run.method.start_step(facts.step)
+        losses = _accumulate(run, parts, group, facts)
+        all_losses += losses if wants_loss(run.schedule) else ()
+        rates = effective_rates(run.optimizer) or run.schedule.get_last_lr()
+        gradient_norm = _update(run, parameters)
+        facts.step += 1
+        if run.average is not None:
+            run.average.update(facts.step)
+        report.step(facts.step, losses, gradient_norm, rates)
+        if run.validation.due(facts.step):
+            _validate(run, parts, facts, report)
+        if main:
+            _after_step(run, facts, report)
+        # All processes must leave at the same step, whichever of them the signal has reached.
+        facts.interrupted = bool(run.processes.largest(int(interruption.asked)))
+        if facts.interrupted or facts.stopped or facts.step >= run.plan.total_steps:
+            break
+    if facts.interrupted:
+        return
+    loss = None
+    if run.validation.due(facts.step, facts.epoch) and not facts.stopped:
+        loss = _validate(run, parts, facts, report)
+    if all_losses:
+        mean = run.accelerator.reduce(torch.stack(all_losses).mean(), "mean")
+        run.schedule.step(mean.item() if loss is None else loss)
+    if main:
+        _after_epoch(run, facts, report)
+
+
+def _state_parts(run: Run) -> state.Parts:
+    extra = {"best": run.best} if run.data.held_out is not None else {}
+    if run.average is not None:
+        extra["average"] = run.average
+    return state.Parts(run.method.trainable(), run.optimizer, run.schedule, run.accelerator.scaler, extra)
+
+
+def _batches(run: Run, epoch: int, first_batch: int) -> Iterator[Batch]:
     accelerator = run.accelerator
-    loader = run.data.loader(epoch, rank=accelerator.process_index, world=accelerator.num_processes)
+    loader = run.data.loader(epoch, first_batch, rank=accelerator.process_index, world=accelerator.num_processes)
     for batch in loader:
         yield batch.to(accelerator.device)
 
@@ -122,12 +181,13 @@ def _accumulate(run: Run, parts: StepParts, group: list[Batch], facts: RunFacts)
     """Forward and backward over the batches of one optimizer step; the gradient is their mean."""
     losses = []
     for batch in group:
-        address = (facts.micro_step, run.accelerator.process_index)
-        torch.manual_seed(seeds.derive(run.seed, "layers", *address))  # dropout inside the modules
+        # The number of the batch among those of all processes: two processes see what one sees that accumulates two.
+        number = facts.micro_step * run.accelerator.num_processes + run.accelerator.process_index
+        torch.manual_seed(seeds.derive(run.seed, "layers", number))  # dropout inside the modules
         run.method.before_batch(batch)
-        rng = seeds.generator(run.accelerator.device, run.seed, "noise", *address)
+        rng = seeds.generator(run.accelerator.device, run.seed, "noise", number)
         with run.accelerator.autocast():
-            loss = training_step(parts, batch, rng).mean()
+            loss = training_step(parts, batch, rng).losses.mean()
         run.accelerator.backward(loss / len(group))
         losses.append(loss.detach())
         facts.micro_step += 1
@@ -143,7 +203,8 @@ def _update(run: Run, parameters: list[Tensor]) -> Tensor | None:
     if limit:
         norm = run.accelerator.clip_grad_norm_(parameters, limit)
     run.optimizer.step()
-    if not run.optimizer.step_was_skipped:  # the fp16 scaler leaves out steps that overflowed
+    skipped = run.optimizer.step_was_skipped  # the fp16 scaler leaves out steps that overflowed
+    if not skipped and not wants_loss(run.schedule):
         run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.method.after_step()
@@ -155,6 +216,7 @@ def average_gradients(parameters: list[Tensor], world: int) -> None:
 
     Adapters are reached through hooks and not through one wrapped forward, so this is done by hand.
     """
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]  # some are stopped on the way
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -176,7 +238,7 @@ def _after_step(run: Run, facts: RunFacts, report: _Report) -> None:
     due = run.saves.after_step(facts.step)
     if due:
         report.drain(wait=True)
-        _save(run, facts, *due)
+        _save(run, facts, due)
     if run.preview.due(facts.step):
         _sample(run, facts, epoch_end=False)
 
@@ -185,32 +247,60 @@ def _after_epoch(run: Run, facts: RunFacts, report: _Report) -> None:
     due = run.saves.after_epoch(facts.epoch, run.plan.epochs)
     if due:
         report.drain(wait=True)
-        _save(run, facts, *due)
+        _save(run, facts, due)
     if run.preview.due(facts.step, facts.epoch):
         _sample(run, facts, epoch_end=True)
 
 
-def _validate(run: Run, parts: StepParts, facts: RunFacts) -> None:
+def _validate(run: Run, parts: StepParts, facts: RunFacts, report: _Report) -> float:
     trained = run.method.trainable()
     trained.eval()  # no dropout
-    loss = run.validation.loss(parts, run.accelerator)
+    with run.as_used():
+        losses = run.validation.losses(parts, run.accelerator)
     placement.training_modes(run.models, trained, grad_text=parts.grad_text)
-    run.tracker.scalars(facts.step, {"loss/validation": loss})
+    run.tracker.scalars(facts.step, losses)
+    loss = losses["loss/validation"]
     LOGGER.info("validation loss %.5f at step %d", loss, facts.step)
+    options = run.opts.validation
+    if run.best.see(loss) and options.save_best_validation and run.accelerator.is_main_process:
+        report.drain(wait=True)
+        _save(run, facts, saving.Due(run.saves.best_path()))
+    facts.stopped = options.early_stop_patience is not None and run.best.since >= options.early_stop_patience
+    if facts.stopped:
+        LOGGER.warning("stopping at step %d: %d validations brought nothing better", facts.step, run.best.since)
+    return loss
 
 
-def _save(run: Run, facts: RunFacts, path: Path, obsolete: Path | None = None) -> None:
-    metadata = run.make_metadata(facts)
-    run.method.save(path, run.save_dtype, metadata)
-    LOGGER.info("saved %s", path)
-    if obsolete is not None:
-        saving.remove(obsolete)
+def _save(run: Run, facts: RunFacts, due: saving.Due) -> None:
+    folder = due.path.parent
+    saving.check_space(folder, state.needed_bytes(_state_parts(run)) if due.state else 0, "what is to be saved")
+    with run.as_used():
+        run.method.save(due.path, run.save_dtype, run.make_metadata(facts))
+    LOGGER.info("saved %s", due.path)
+    if due.obsolete is not None:
+        saving.remove(due.obsolete)
+    if due.state is not None:
+        _save_state(run, facts, due.state)
+        if due.obsolete_state is not None:
+            saving.remove(due.obsolete_state)
+
+
+def _save_state(run: Run, facts: RunFacts, folder: Path) -> None:
+    state.save_state(folder, _state_parts(run), state.Progress(facts.step, facts.epoch, run.seed))
+    LOGGER.info("saved the state in %s", folder)
+
+
+def _save_interrupted(run: Run, facts: RunFacts) -> None:
+    folder = run.saves.state_of(run.saves.step_path(facts.step))
+    _save_state(run, facts, folder)
+    LOGGER.warning("interrupted after step %d; --resume=%s goes on from there", facts.step, folder)
 
 
 def _sample(run: Run, facts: RunFacts, *, epoch_end: bool) -> None:
-    pictures = run.preview.render(
-        run.models, facts.step, facts.epoch if epoch_end else None, trained=run.method.trainable()
-    )
+    with run.as_used():
+        pictures = run.preview.render(
+            run.models, facts.step, facts.epoch if epoch_end else None, trained=run.method.trainable()
+        )
     for index, picture in enumerate(pictures):
         LOGGER.info("sampled %s", picture.path)
         run.tracker.image(facts.step, f"sample/{index:02d} {picture.prompt.prompt[:60]}", picture.image)
@@ -223,7 +313,8 @@ class _Report:
         self._run = run
         self._queue = ScalarQueue()
         quiet = not run.accelerator.is_main_process
-        self._bar = logs.progress(run.plan.total_steps, "steps", unit="step", disable=quiet)
+        done = run.start.step
+        self._bar = logs.progress(run.plan.total_steps, "steps", unit="step", disable=quiet, initial=done)
         self._rates: dict[int, dict[str, float]] = {}
         self._mean: float | None = None
 
@@ -254,7 +345,8 @@ class _Report:
         self.drain(wait=True)
         self._bar.close()
         seconds = time.time() - facts.started
-        LOGGER.info("%d steps in %s, %.2f steps/s", facts.step, _clock(seconds), facts.step / max(seconds, 1e-9))
+        steps = facts.step - self._run.start.step
+        LOGGER.info("%d steps in %s, %.2f steps/s", steps, _clock(seconds), steps / max(seconds, 1e-9))
 
 
 def _clock(seconds: float) -> str:

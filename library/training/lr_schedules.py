@@ -4,12 +4,52 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers.optimization import AdafactorSchedule, get_scheduler
+
 from library.errors import UserError
+from library.options.optimizer import (
+    initial_rate,
+    is_schedule_free,
+    schedule_args,
+    schedule_name,
+    sets_own_rate,
+)
+from library.training.optimizers import construct, import_class
 
 if TYPE_CHECKING:
-    import torch
-
     from library.options.optimizer import OptimizerOptions
+
+_POLYNOMIAL_END = 1e-7
+
+
+class PlateauSchedule(ReduceLROnPlateau):
+    """Lowers the rate once the loss no longer falls; `patience` and `cooldown` count the losses it is shown.
+
+    The loss of one batch says too little, so `step()` without one, after each optimizer step, does nothing.
+    """
+
+    def step(self, metrics: float | None = None, epoch: int | None = None) -> None:
+        if metrics is not None:
+            super().step(metrics)
+
+
+class AdafactorRates(AdafactorSchedule):
+    """Shows the rates that AdaFactor sets itself, of the first tensor of each group, as plain numbers."""
+
+    def get_lr(self) -> list[float]:
+        return [self._rate(group, base) for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True)]
+
+    def _rate(self, group: dict[str, Any], before: float) -> float:
+        state = self.optimizer.state.get(group["params"][0], {})
+        # the step has compared the same values on the host already
+        return float(self.optimizer._get_lr(group, state)) if "step" in state else before
+
+
+def wants_loss(schedule: torch.optim.lr_scheduler.LRScheduler) -> bool:
+    """Whether `step(loss)` is to be called at the end of each epoch, with the same number in every process."""
+    return isinstance(schedule, PlateauSchedule)
 
 
 def as_steps(value: int | float | None, total: int) -> int:
@@ -22,13 +62,31 @@ def as_steps(value: int | float | None, total: int) -> int:
 def make_schedule(
     optimizer: torch.optim.Optimizer, options: OptimizerOptions, total_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule over `total_steps` optimizer steps.
+    """The schedule over `total_steps` optimizer steps; `step()` comes after each.
 
-    Raises: UserError: warm-up and decay take more steps than there are.
+    Raises: UserError: warm-up and decay take more steps than there are, or arguments do not fit.
     """
-    from transformers.optimization import get_scheduler
+    if sets_own_rate(options):
+        return AdafactorRates(optimizer, initial_rate(options))
+    if is_schedule_free(options):
+        return get_scheduler("constant", optimizer)
+    if options.lr_scheduler_type:
+        return _of_class(optimizer, options, total_steps)
+    name = schedule_name(options)
+    arguments = schedule_args(options)
+    if name == "reduce_lr_on_plateau":
+        return construct(PlateauSchedule, name, "--lr_scheduler_args", arguments, optimizer)
+    if name == "piecewise_constant":
+        from diffusers.optimization import get_piecewise_constant_schedule
 
-    name = options.lr_scheduler.lower()
+        return construct(get_piecewise_constant_schedule, name, "--lr_scheduler_args", arguments, optimizer)
+    return _of_transformers(optimizer, options, total_steps, arguments)
+
+
+def _of_transformers(
+    optimizer: torch.optim.Optimizer, options: OptimizerOptions, total_steps: int, arguments: dict[str, Any]
+) -> torch.optim.lr_scheduler.LRScheduler:
+    name = schedule_name(options)
     warmup = as_steps(options.lr_warmup_steps, total_steps)
     decay = as_steps(options.lr_decay_steps, total_steps)
     if warmup + decay > total_steps:
@@ -37,27 +95,49 @@ def make_schedule(
         )
     specific: dict[str, Any] = {}
     cycles = options.lr_scheduler_num_cycles
+    floor = options.lr_scheduler_min_lr_ratio or 0.0
     match name:
         case "constant":
             warmup = None
         case "cosine_with_restarts":
             specific = {"num_cycles": cycles}
         case "polynomial":
-            specific = {"power": options.lr_scheduler_power}
+            end = _POLYNOMIAL_END if optimizer.defaults["lr"] > _POLYNOMIAL_END else 0.0
+            specific = {"power": options.lr_scheduler_power, "lr_end": end}
         case "inverse_sqrt":
             specific = {"timescale": options.lr_scheduler_timescale}
-        case "cosine_with_min_lr":
-            specific = {"num_cycles": cycles / 2, "min_lr_rate": options.lr_scheduler_min_lr_ratio or 0.0}
+        case "cosine_with_min_lr" | "cosine_warmup_with_min_lr":
+            specific = {"num_cycles": cycles / 2}
+            if "min_lr" not in arguments:
+                specific["min_lr_rate"] = floor
         case "warmup_stable_decay":
-            specific = {
-                "num_cycles": cycles / 2,
-                "num_decay_steps": decay,
-                "min_lr_ratio": options.lr_scheduler_min_lr_ratio or 0.0,
-            }
-    return get_scheduler(
-        name,
-        optimizer,
-        num_warmup_steps=warmup,
-        num_training_steps=total_steps,
-        scheduler_specific_kwargs=specific or None,
-    )
+            specific = {"num_cycles": cycles / 2, "num_decay_steps": decay, "min_lr_ratio": floor}
+    specific |= arguments
+    try:
+        return get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=specific or None,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--lr_scheduler_args: {name} refuses {specific}: {error}") from error
+
+
+def _of_class(
+    optimizer: torch.optim.Optimizer, options: OptimizerOptions, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """--lr_scheduler_type."""
+    name, arguments = options.lr_scheduler_type, schedule_args(options)
+    path = name if "." in name else f"torch.optim.lr_scheduler.{name}"
+    cls = import_class("--lr_scheduler_type", path, "torch.optim.lr_scheduler.LRScheduler")
+    if cls is ReduceLROnPlateau:
+        cls = PlateauSchedule
+    elif issubclass(cls, ReduceLROnPlateau):
+        raise UserError(f"--lr_scheduler_type: {name} needs a loss in every step; use reduce_lr_on_plateau")
+    schedule = construct(cls, name, "--lr_scheduler_args", arguments, optimizer)
+    limit = getattr(schedule, "total_steps", None)  # OneCycleLR fails in the step after
+    if isinstance(limit, int) and limit < total_steps:
+        raise UserError(f"--lr_scheduler_args: {name} ends after {limit} steps, the run has {total_steps}")
+    return schedule

@@ -2,76 +2,63 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import contextlib
+import importlib
+import inspect
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from library.errors import UserError
+from library.options.optimizer import (
+    literal_args,
+    optimizer_name,
+    optimizer_path,
+    sets_own_rate,
+)
+from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
     import torch
 
     from library.options.optimizer import OptimizerOptions
 
-
-def literal_args(option: str, entries: Sequence[str] | None) -> dict[str, Any]:
-    """``["weight_decay=0.1", "betas=0.9,0.99"]`` to a dict; values are Python literals.
-
-    Raises: UserError: an entry without "=", or a value that is no literal.
-    """
-    values: dict[str, Any] = {}
-    for entry in entries or ():
-        name, equals, text = entry.partition("=")
-        try:
-            if not equals:
-                raise ValueError
-            values[name.strip()] = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError) as error:
-            raise UserError(
-                f"{option}: {entry!r} is not name=value with a Python literal as its value, e.g. weight_decay=0.01"
-            ) from error
-    return values
-
-
-def optimizer_name(options: OptimizerOptions) -> str:
-    if options.use_8bit_adam:
-        return "AdamW8bit"
-    if options.use_lion_optimizer:
-        return "Lion"
-    return options.optimizer_type or "AdamW"
-
-
-def _optimizer_class(name: str) -> tuple[type, dict[str, Any]]:
-    """The class, and the arguments it gets where the user says nothing."""
-    import torch
-
-    match name.lower():
-        case "adamw":
-            return torch.optim.AdamW, {"fused": True}  # one kernel per step on CUDA, one pass over memory on CPU
-        case "adamw8bit":
-            import bitsandbytes
-
-            return bitsandbytes.optim.AdamW8bit, {}
-        case "sgdnesterov":
-            return torch.optim.SGD, {"nesterov": True, "momentum": 0.9}
-    found = getattr(torch.optim, name, None)
-    if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
-        return found, {}
-    raise UserError(f"--optimizer_type: unknown optimizer {name!r}; names of torch.optim are case-sensitive")
+T = TypeVar("T")
+_ONE_RATE = ("dadaptation", "prodigyopt")  # packages whose optimizers use one rate for everything
+_RATE_OF_ONE = (*_ONE_RATE, "prodigyplus")  # packages whose optimizers find the rate; the given one is a factor
+_LOW_FACTOR = 0.1
 
 
 def make_optimizer(groups: list[dict[str, Any]], options: OptimizerOptions) -> torch.optim.Optimizer:
-    """The optimizer over `groups` ({"params", "lr", "name"}).
+    """The optimizer over `groups` ({"params", "lr", "name"}), ready to train; `groups` stay as they are.
 
-    Raises: UserError: unknown optimizer, or arguments that it does not take.
+    Rates may be negative where the optimizer's rule allows it: training then leads away from the pictures.
+
+    Raises: UserError: the class is not there, refuses its arguments, or cannot run on this device.
     """
-    name = optimizer_name(options)
-    cls, defaults = _optimizer_class(name)
-    arguments = {**defaults, **literal_args("--optimizer_args", options.optimizer_args)}
-    try:
-        return cls(groups, lr=options.learning_rate, **arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--optimizer_args: {name} refuses {arguments}: {error}") from error
+    name, path = optimizer_name(options), optimizer_path(options)
+    groups = [{"lr": options.learning_rate, **group} for group in groups]
+    cls = import_class("--optimizer_type", path, "torch.optim.Optimizer")
+    arguments = literal_args("--optimizer_args", options.optimizer_args)
+    if "lr" in arguments:
+        raise UserError("--optimizer_args: the rate is not given here; use --learning_rate")
+    package = path.split(".")[0]
+    if sets_own_rate(options):
+        arguments["relative_step"] = True
+        groups, rate = _without_rates(groups, name), None
+    else:
+        if package in _ONE_RATE:
+            groups = _with_one_rate(groups, name)
+        if package in _RATE_OF_ONE:
+            _check_factor(groups, name)
+        # classes refuse a default below 0, though they follow such a rate in a group
+        rate = abs(options.learning_rate) or max(abs(group["lr"]) for group in groups)
+    arguments = {**_defaults(name, path, arguments), **arguments}
+    _try(cls, name, arguments, rate, groups[0]["params"][0])
+    optimizer = construct(cls, name, "--optimizer_args", arguments, groups, lr=rate)
+    optimizer_mode(optimizer, training=True)
+    return optimizer
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer, options: OptimizerOptions) -> str:
@@ -80,3 +67,174 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, options: OptimizerOptio
     cls = type(optimizer)
     text = f"{cls.__module__}.{cls.__name__}"
     return text + (f"({','.join(f'{k}={v}' for k, v in arguments.items())})" if arguments else "")
+
+
+def optimizer_mode(optimizer: torch.optim.Optimizer, *, training: bool) -> None:
+    """Turns the weights of schedule-free optimizers into those to train on, or into the average to save and to use.
+
+    Nothing happens with other optimizers. Those that accelerate has wrapped are reached too.
+    """
+    switch = getattr(optimizer, "train" if training else "eval", None)
+    if callable(switch):
+        switch()
+
+
+@contextlib.contextmanager
+def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within the block the weights are the average of a schedule-free optimizer, afterwards exactly what they were.
+
+    Its own way back rounds: a run would depend on how often it saved, and processes would drift apart where only the
+    first one samples. The copies lie in main memory. Nothing happens with other optimizers.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has the method for all
+    if not callable(getattr(inner, "eval", None)):
+        yield
+        return
+    weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kept = [weight.detach().to("cpu", copy=True) for weight in weights]
+    optimizer_mode(optimizer, training=False)
+    try:
+        yield
+    finally:
+        optimizer_mode(optimizer, training=True)
+        for weight, value in zip(weights, kept, strict=True):
+            weight.detach().copy_(value)
+
+
+def effective_rates(optimizer: torch.optim.Optimizer) -> list[float] | None:
+    """Rate of each group in the coming step where the optimizer finds it itself (d * lr); None with all others.
+
+    To be called before `step()`. Most keep d as a number; DAdaptAdanIP keeps a tensor, which its step reads as well.
+    """
+    groups = optimizer.param_groups
+    if not all("d" in group for group in groups):
+        return None
+    return [float(group["d"]) * group["lr"] for group in groups]
+
+
+# ---- classes and their arguments
+
+
+def import_class(flag: str, path: str, base: str) -> type:
+    """The class at a full import path, which must be one of `base`, a path too.
+
+    Raises: UserError: there is none; names `flag`.
+    """
+    module, _, attribute = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except AttributeError:
+        raise UserError(f"{flag}: {module} has no class {attribute!r}") from None
+    except Exception as error:  # whatever a package raises when it cannot be imported on this machine
+        raise UserError(f"{flag}: {path} cannot be imported ({_first_line(error)})") from error
+    base_module, _, base_name = base.rpartition(".")
+    if not isinstance(found, type) or not issubclass(found, getattr(importlib.import_module(base_module), base_name)):
+        raise UserError(f"{flag}: {path} is no {base}")
+    return found
+
+
+def construct(cls: Callable[..., T], name: str, flag: str, arguments: dict[str, Any], target: Any, **fixed: Any) -> T:
+    """``cls(target, **fixed, **arguments)``.
+
+    Raises: UserError: names arguments that `cls` does not take, or what it says to their values.
+    """
+    parameters = list(inspect.signature(cls).parameters.values())[1:]  # the first is for `target`
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        known = [p.name for p in parameters if p.name not in fixed and p.kind is not inspect.Parameter.VAR_POSITIONAL]
+        unknown = [argument for argument in arguments if argument not in known]
+        if unknown:
+            raise UserError(f"{flag}: {name} has no argument {unknown[0]!r}; it takes {', '.join(known)}")
+    try:
+        return cls(target, **fixed, **arguments)
+    except Exception as error:  # what a class raises at its arguments is of any kind, AssertionError too
+        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "no arguments"
+        raise UserError(f"{flag}: {name} refuses {given}: {_first_line(error)}") from error
+
+
+def _defaults(name: str, path: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that an optimizer gets where the user says nothing."""
+    if path == "torch.optim.AdamW" and not {"foreach", "differentiable"} & given.keys():
+        return {"fused": True}  # one kernel per step on CUDA, one pass over memory on CPU
+    if name.lower().startswith("sgdnesterov"):
+        return {"nesterov": True, "momentum": 0.9}
+    return {}
+
+
+def _try(cls: type, name: str, arguments: dict[str, Any], rate: float | None, like: torch.Tensor) -> None:
+    """One step on a small tensor of the device that is trained on: some classes fail there only then.
+
+    Raises: UserError.
+    """
+    import torch
+
+    probe = torch.nn.Parameter(torch.zeros(64, 64, dtype=like.dtype, device=like.device))
+    probe.grad = torch.full_like(probe, 1e-3)
+    with _apart(like.device):
+        optimizer = construct(cls, name, "--optimizer_args", arguments, [probe], lr=rate)
+        try:
+            optimizer_mode(optimizer, training=True)
+            optimizer.step()
+        except Exception as error:  # kernels that are missing show as errors of any kind
+            raise UserError(
+                f"--optimizer_type: {name} cannot train on {like.device.type} here: {_first_line(error)}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _apart(device: torch.device) -> Iterator[None]:
+    """Lets a trial leave nothing behind: no text, no warnings, the random generators as they were."""
+    import torch
+
+    devices = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices),
+        contextlib.redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# ---- rates
+
+
+def _without_rates(groups: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    rates = _distinct(groups)
+    if len(rates) > 1:
+        LOGGER.warning("%s sets the rate itself (relative_step): the rates %s are not used", name, _text(rates))
+    return [{key: value for key, value in group.items() if key != "lr"} for group in groups]
+
+
+def _with_one_rate(groups: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    first = groups[0]["lr"]
+    rates = _distinct(groups)
+    if len(rates) > 1:
+        LOGGER.warning(
+            "%s takes one rate for everything: %g, that of %s, counts; of %s the others are not used",
+            *(name, first, groups[0].get("name", "the first group"), _text(rates)),
+        )
+    return [{**group, "lr": first} for group in groups]
+
+
+def _check_factor(groups: list[dict[str, Any]], name: str) -> None:
+    lowest = min(group["lr"] for group in groups)
+    if lowest <= 0:
+        raise UserError(f"--learning_rate: {name} needs a rate above 0, about 1, got {lowest:g}")
+    if lowest < _LOW_FACTOR:
+        LOGGER.warning(
+            "%s finds the rate itself and multiplies it by the one given, usually 1; with %g it will learn little",
+            *(name, lowest),
+        )
+
+
+def _distinct(groups: list[dict[str, Any]]) -> list[float]:
+    return list(dict.fromkeys(group["lr"] for group in groups))
+
+
+def _text(rates: list[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)

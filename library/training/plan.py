@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from library.options.training import TrainingOptions
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,33 @@ def make_plan(
     if epochs is None:
         return plan
     return RunPlan(batches_per_epoch, processes, accumulation, plan.steps_per_epoch * epochs, False)
+
+
+class Start(NamedTuple):
+    """Where a run begins."""
+
+    step: int = 0  # optimizer steps that count as done
+    epochs: int = 0  # whole ones that count as done
+    batches: int = 0  # that each process leaves out in the epoch after them
+
+
+def start_at(plan: RunPlan, step: int, *, in_the_data: bool = True) -> Start:
+    """After `step` optimizer steps; `in_the_data`: also inside the epoch, else at its beginning."""
+    epochs, inside = divmod(step, plan.steps_per_epoch)
+    return Start(step, epochs, min(inside * plan.accumulation, plan.batches_per_process) if in_the_data else 0)
+
+
+def choose_start(plan: RunPlan, opts: TrainingOptions, saved_step: int | None) -> Start:
+    """Where the options and the state that is resumed say.
+
+    A state alone means exactly where it was saved. --initial_step and --initial_epoch win over it; they count only,
+    unless --skip_until_initial_step asks for the place in the data too.
+    """
+    if opts.initial_step is not None:
+        return start_at(plan, opts.initial_step, in_the_data=opts.skip_until_initial_step)
+    if opts.initial_epoch is not None:
+        return start_at(plan, (opts.initial_epoch - 1) * plan.steps_per_epoch)
+    return start_at(plan, saved_step or 0)
 
 
 def describe(plan: RunPlan, images: int, reg_images: int) -> list[str]:

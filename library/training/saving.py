@@ -5,8 +5,19 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from library.errors import UserError
 from library.options.saving import SavingOptions
+
+
+class Due(NamedTuple):
+    """What to write at one moment, and what to delete when that is done."""
+
+    path: Path
+    obsolete: Path | None = None
+    state: Path | None = None  # None: no state is wanted
+    obsolete_state: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -20,6 +31,10 @@ class SavePlan:
     every_steps: int | None
     last_epochs: int | None
     last_steps: int | None
+    states: bool = False  # with every copy and at the end
+    final_state: bool = False
+    last_epochs_state: int | None = None  # None: as many as copies
+    last_steps_state: int | None = None
 
     def epoch_path(self, epoch: int) -> Path:
         return self.folder / f"{self.name or 'epoch'}-{epoch:06d}{self.suffix}"
@@ -30,22 +45,46 @@ class SavePlan:
     def final_path(self) -> Path:
         return self.folder / f"{self.name or 'last'}{self.suffix}"
 
-    def after_epoch(self, epoch: int, epochs: int) -> tuple[Path, Path | None] | None:
+    def best_path(self) -> Path:
+        """Of the copy with the lowest validation loss."""
+        return self.folder / f"{self.name or 'last'}-best{self.suffix}"
+
+    def state_of(self, path: Path) -> Path:
+        """The state folder beside a copy."""
+        return path.with_name(f"{path.name.removesuffix(self.suffix)}-state")
+
+    def after_epoch(self, epoch: int, epochs: int) -> Due | None:
         """What to save after `epoch` of `epochs` and what to delete then; the last epoch is the final model's."""
         if not self.every_epochs or epoch % self.every_epochs or epoch >= epochs:
             return None
-        old = epoch - self.every_epochs * self.last_epochs if self.last_epochs else -1
-        return self.epoch_path(epoch), self.epoch_path(old) if old >= 0 else None
 
-    def after_step(self, step: int) -> tuple[Path, Path | None] | None:
+        def before(kept: int | None) -> Path | None:
+            old = epoch - self.every_epochs * kept if kept else -1
+            return self.epoch_path(old) if old >= 0 else None
+
+        return self._due(self.epoch_path(epoch), before(self.last_epochs), before(self.last_epochs_state))
+
+    def after_step(self, step: int) -> Due | None:
         """What to save after `step` and what to delete then."""
         if not self.every_steps or step % self.every_steps:
             return None
-        old = -1
-        if self.last_steps:
-            old = step - self.last_steps - 1
-            old -= old % self.every_steps
-        return self.step_path(step), self.step_path(old) if old >= 0 else None
+
+        def before(kept: int | None) -> Path | None:
+            old = step - kept - 1 if kept else -1
+            return self.step_path(old - old % self.every_steps) if old >= 0 else None
+
+        return self._due(self.step_path(step), before(self.last_steps), before(self.last_steps_state))
+
+    def final(self) -> Due:
+        """What to save at the end."""
+        path = self.final_path()
+        return Due(path, None, self.state_of(path) if self.states or self.final_state else None)
+
+    def _due(self, path: Path, old: Path | None, old_by_state: Path | None) -> Due:
+        if not self.states:
+            return Due(path, old)
+        by_state = old_by_state or old
+        return Due(path, old, self.state_of(path), self.state_of(by_state) if by_state else None)
 
 
 def make_save_plan(options: SavingOptions, suffix: str, epochs: int) -> SavePlan:
@@ -60,7 +99,24 @@ def make_save_plan(options: SavingOptions, suffix: str, epochs: int) -> SavePlan
         every_steps=options.save_every_n_steps,
         last_epochs=options.save_last_n_epochs,
         last_steps=options.save_last_n_steps,
+        states=options.save_state,
+        final_state=options.save_state_on_train_end,
+        last_epochs_state=options.save_last_n_epochs_state,
+        last_steps_state=options.save_last_n_steps_state,
     )
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raises: UserError: less than `needed` bytes are free where `folder` is or will be."""
+    place = folder
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: {what} takes about {needed / 2**20:.0f} MiB, and only {free / 2**20:.0f} MiB are free; "
+            "make room, or choose another --output_dir"
+        )
 
 
 def remove(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,10 +41,18 @@ def batch_text(parts: StepParts, batch: Batch) -> TextCond:
         return parts.family.encode_text(parts.models, batch.captions)
 
 
-def training_step(parts: StepParts, batch: Batch, rng: torch.Generator) -> Tensor:
-    """Losses per sample, (B,), float32. All randomness of noise and time comes from `rng` (on the batch's device)."""
+class StepResult(NamedTuple):
+    """What a step gives."""
+
+    losses: Tensor  # per sample, (B,), float32
+    timesteps: Tensor  # (B,), in the family's own units
+
+
+def training_step(parts: StepParts, batch: Batch, rng: torch.Generator) -> StepResult:
+    """The losses of one batch. All randomness of noise and time comes from `rng` (on the batch's device)."""
     latents = batch_latents(parts, batch, rng)
     cond = batch_text(parts, batch)
     draw = parts.objective.draw(latents, rng)
     prediction = parts.family.predict(parts.models, draw.noisy, draw.timesteps, cond, batch)
-    return parts.objective.loss(prediction.float(), draw, batch.loss_weights, batch.masks)
+    losses = parts.objective.loss(prediction.float(), draw, batch.loss_weights, batch.masks)
+    return StepResult(losses, draw.timesteps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 
     from library.data.dataset import TrainingData
     from library.options.base import Options
+
+
+_TIMESTEPS, _RANGES = 1000, 4  # timesteps run from 0 to 999, whatever the family makes of them
 
 
 class Validation:
@@ -34,15 +39,48 @@ class Validation:
         return self._data is not None and bool(every) and (step if epoch is None else epoch) % every == 0
 
     @torch.no_grad()
-    def loss(self, parts: StepParts, accelerator: Accelerator) -> float:
-        """The mean loss per picture. Every process computes its share; all get the same result."""
+    def losses(self, parts: StepParts, accelerator: Accelerator) -> dict[str, float]:
+        """The mean loss per picture, of all and by range of timesteps, by the names they are logged under.
+
+        Every process computes its share; all get the same result.
+        """
         rank, world = accelerator.process_index, accelerator.num_processes
         loader = self._data.loader(1, rank=rank, world=world)
-        total = torch.zeros(2, dtype=torch.float32, device=accelerator.device)  # losses, pictures
+        sums = torch.zeros(2, _RANGES, device=accelerator.device)  # losses, pictures; by range
         for number, batch in enumerate(islice(loader, self._most)):
             rng = seeds.generator(accelerator.device, self._seed, "validation", number * world + rank)
             with accelerator.autocast():
-                losses = training_step(parts, batch.to(accelerator.device), rng)
-            total += torch.stack([losses.sum(), torch.tensor(float(len(losses)), device=losses.device)])
-        loss, pictures = accelerator.reduce(total, "sum").tolist()
-        return loss / pictures
+                losses, timesteps = training_step(parts, batch.to(accelerator.device), rng)
+            place = (timesteps.float() * _RANGES / _TIMESTEPS).long().clamp(0, _RANGES - 1)
+            sums[0].index_add_(0, place, losses.float())
+            sums[1].index_add_(0, place, torch.ones_like(losses, dtype=torch.float32))
+        loss, pictures = accelerator.reduce(sums, "sum").cpu()
+        found = {"loss/validation": float(loss.sum() / pictures.sum())}
+        for number in range(_RANGES):
+            if pictures[number]:
+                low, high = number * _TIMESTEPS // _RANGES, (number + 1) * _TIMESTEPS // _RANGES - 1
+                found[f"loss/validation t {low:03d}-{high:03d}"] = float(loss[number] / pictures[number])
+        return found
+
+
+class Best:
+    """The lowest validation loss, and how long ago it was."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.lowest = math.inf
+        self.since = 0  # validations without a better one
+
+    def see(self, loss: float) -> bool:
+        """Whether this is the best loss so far."""
+        better = loss < self.lowest
+        self.lowest, self.since = (loss, 0) if better else (self.lowest, self.since + 1)
+        return better
+
+    def state_dict(self) -> dict[str, float]:
+        return {"lowest": self.lowest, "since": self.since}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.lowest, self.since = state["lowest"], int(state["since"])

@@ -126,7 +126,7 @@ def test_lengths_of_the_context():
         family = SdFamily(sd_options("", max_token_length=length))
         assert family.encode_text(models, ["a", "b"]).tensors["context"].shape == (2, positions, 64)
     options = sd_options("")
-    options.data = type(options)(no_token_padding=True)
+    options.method = type(options)(no_token_padding=True)
     assert SdFamily(options).encode_text(models, ["a b", "c"]).tensors["context"].shape == (2, 4, 64)
 
 

@@ -1,4 +1,4 @@
-"""The flags of train_network.py are the ecosystem's: same names, defaults, types, choices and numbers of values."""
+"""The flags of every script are the ecosystem's: same names, defaults, types, choices and numbers of values."""
 
 from __future__ import annotations
 
@@ -11,28 +11,36 @@ import pytest
 
 from library.options.base import options_of
 from library.options.parsing import build_parser
+from library.options.scripts import groups_for, scripts_of
 
-FACTS = {row["dest"]: row for row in json.loads((Path(__file__).parent / "train_network_flags.json").read_text())}
-OURS = {"strict", "data_index_dir"}  # options that earlier trainers do not have
+METHODS = scripts_of("sd")
+LISTS = {script: json.loads((Path(__file__).parent / f"{script}_flags.json").read_text()) for script in METHODS}
+FACTS = {script: {row["dest"]: row for row in rows} for script, rows in LISTS.items()}
+COUNTS = {"train_network": 193, "train_db": 169, "fine_tune": 167}
+OURS = {"strict", "data_index_dir", "ema", "ema_decay"}  # options that earlier trainers do not have
+OURS_OF = {"train_network": {"save_best_validation", "early_stop_patience"}}  # of one script
 ADDED_CHOICES = {"max_token_length": {75}}  # means the same as leaving it out
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def actions(groups):
-    parser = build_parser(groups, prog="train_network.py")
+def actions(script):
+    parser = build_parser(groups_for("sd", METHODS[script]), prog=f"{script}.py")
     return {action.dest: action for action in parser._actions if action.dest != "help"}
 
 
-def test_no_flag_is_missing_and_new_ones_are_known(actions):
-    assert sorted(actions) == sorted(FACTS.keys() | OURS)
-    assert len(FACTS) == 193
+ACTIONS = {script: actions(script) for script in METHODS}
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_no_flag_is_missing_and_new_ones_are_known(script):
+    assert sorted(ACTIONS[script]) == sorted(FACTS[script].keys() | OURS | OURS_OF.get(script, set()))
+    assert len(FACTS[script]) == COUNTS[script]
 
 
 @pytest.mark.rows("R26", "R27", "R137", "R177", "R194", "R199", "R200", "R258", "R259", "R261")
-@pytest.mark.parametrize("dest", FACTS)
-def test_flag_is_as_it_was(actions, dest):
-    fact, action = FACTS[dest], actions[dest]
+@pytest.mark.parametrize(("script", "dest"), [(script, dest) for script, facts in FACTS.items() for dest in facts])
+def test_flag_is_as_it_was(script, dest):
+    fact, action = FACTS[script][dest], ACTIONS[script][dest]
     assert list(action.option_strings) == fact.get("flags", [f"--{dest}"])
     assert action.default == fact["default"]
     assert type(action.default) is type(fact["default"]) or {type(action.default), type(fact["default"])} == {
@@ -48,8 +56,9 @@ def test_flag_is_as_it_was(actions, dest):
     assert choices - ADDED_CHOICES.get(dest, set()) == set(fact.get("choices") or ()) - {None}
 
 
-def test_every_option_is_explained_in_one_line(groups):
-    for group in groups:
+@pytest.mark.parametrize("method", METHODS.values())
+def test_every_option_is_explained_in_one_line(method):
+    for group in groups_for("sd", method):
         for option in options_of(group):
             words = option.details.help.split()
             assert len(words) >= 2, option.dest
@@ -57,12 +66,13 @@ def test_every_option_is_explained_in_one_line(groups):
 
 
 @pytest.mark.rows("R4")
-def test_help_shows_every_flag_and_exits_with_0(groups, capsys):
+@pytest.mark.parametrize("script", METHODS)
+def test_help_shows_every_flag_and_exits_with_0(script, capsys):
     with pytest.raises(SystemExit) as stop:
-        build_parser(groups, prog="train_network.py").parse_args(["--help"])
+        build_parser(groups_for("sd", METHODS[script]), prog=f"{script}.py").parse_args(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert all(f"--{dest}" in shown for dest in FACTS)
+    assert all(f"--{dest}" in shown for dest in FACTS[script])
 
 
 def test_parsing_and_checking_import_nothing_heavy():
@@ -73,8 +83,9 @@ start = time.process_time()
 from library.options.parsing import build_parser, parse_options
 from library.options.scripts import groups_for, traits_for
 from library.options.validation import problems, warnings
-groups = groups_for("sd", "network")
-build_parser(groups).format_help()
+for method in ("finetune", "dreambooth", "network"):
+    groups = groups_for("sd", method)
+    build_parser(groups).format_help()
 opts = parse_options(groups, ["--network_dim=4"])
 problems(opts, traits_for("sd")), warnings(opts, traits_for("sd"))
 heavy = {"torch", "numpy", "diffusers", "transformers", "PIL", "accelerate", "cv2"} & set(sys.modules)

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 from library.data.config_schema import KEYS
 from library.options.base import options_of
+from library.options.scripts import groups_for, scripts_of
 from tools.option_tables import pages
 
 
 def test_the_tables_are_current():
     """If this fails: python tools/option_tables.py"""
     found = list(pages())
-    assert [path.name for path, _ in found] == ["train_network.md", "dataset_config.md"]
+    assert [path.stem for path, _ in found] == [*scripts_of("sd"), "dataset_config"]
     for path, page in found:
         assert path.read_text(encoding="utf-8") == page
 
 
-def test_every_option_has_a_row_of_four_cells(groups):
-    (_, page), _ = pages()
-    rows = [line for line in page.splitlines() if line.startswith("| `--")]
-    assert [row.split("`")[1] for row in rows] == [option.flag for group in groups for option in options_of(group)]
-    assert all(row.replace("\\|", "").count("|") == 5 for row in rows)
+def test_every_option_has_a_row_of_four_cells():
+    content = {path.stem: page for path, page in pages()}
+    for script, method in scripts_of("sd").items():
+        lines = content[script].splitlines()
+        rows = [line for line in lines if line.startswith("| `--")]
+        options = [option for group in groups_for("sd", method) for option in options_of(group)]
+        assert [row.split("`")[1] for row in rows] == [option.flag for option in options]
+        assert all(row.replace("\\|", "").count("|") == 5 for row in rows)
+        tables = [index for index, line in enumerate(lines) if line == "|---|---|---|---|"]
+        assert all(lines[index + 1].startswith("| `--") for index in tables), "no table is empty"
 
 
 def test_every_key_has_a_row_of_six_cells():
-    _, (_, page) = pages()
+    *_, (_, page) = pages()
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == list(KEYS)
     for row in rows:

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from library.options.base import options_of
-from library.options.optimizer import SCHEDULES, TORCH_OPTIMIZERS
+from library.options.optimizer import (
+    OPTIMIZERS,
+    SCHEDULES,
+    TORCH_OPTIMIZERS,
+    TORCH_SCHEDULES,
+    UNUSABLE_OPTIMIZERS,
+    UNUSABLE_SCHEDULES,
+)
 from library.options.scripts import groups_for
 from library.options.validation import problems, warnings
 
@@ -26,7 +33,7 @@ def test_a_good_command_line_has_no_problems_and_no_warnings(valid, traits):
 
 
 def test_all_problems_come_at_once_with_their_origin(parse, traits, tmp_path):
-    (tmp_path / "run.toml").write_text("network_dim = 0\nsave_state = true\nhuber_c = nan\n")
+    (tmp_path / "run.toml").write_text("network_dim = 0\ndeepspeed = true\nhuber_c = nan\n")
     lines = problems(parse(f"--config_file={tmp_path}/run", "--learning_rate=inf", "--train_batch_size=0"), traits)
     assert set(lines) == {
         "--pretrained_model_name_or_path: missing; give a checkpoint file, a Diffusers folder or a hub id",
@@ -37,7 +44,7 @@ def test_all_problems_come_at_once_with_their_origin(parse, traits, tmp_path):
         "--learning_rate: must be a finite number, got inf",
         "--huber_c: must be a finite number, got nan (from run.toml)",
         "--output_dir: missing; name the folder to save to",
-        "--save_state: not available yet (saving and resuming the training state) (from run.toml)",
+        "--deepspeed: not available yet (DeepSpeed) (from run.toml)",
     }
 
 
@@ -65,7 +72,10 @@ save_precision save_model_as no_metadata metadata_title sample_prompts sample_sa
 log_prefix log_tracker_name console_log_level network_dim network_alpha network_dropout network_module network_args
 network_weights dim_from_weights unet_lr text_encoder_lr scale_weight_norms training_comment seed max_train_epochs
 max_data_loader_n_workers persistent_data_loader_workers token_warmup_step enable_bucket color_aug random_crop
-face_crop_aug_range flip_aug max_token_length enable_wildcard optimizer_args lr_warmup_steps lr_decay_steps""".split()  # noqa: SIM905
+face_crop_aug_range flip_aug max_token_length enable_wildcard optimizer_type use_8bit_adam
+use_lion_optimizer learning_rate max_grad_norm optimizer_args lr_scheduler lr_scheduler_type
+lr_scheduler_args lr_warmup_steps lr_decay_steps lr_scheduler_num_cycles lr_scheduler_power
+lr_scheduler_timescale lr_scheduler_min_lr_ratio""".split()  # noqa: SIM905
 
 
 def test_what_is_built_is_not_marked_as_missing():
@@ -99,15 +109,35 @@ REFUSED = [
     ("--optimizer_args decay=much", "--optimizer_args: the value in 'decay=much' must be"),
     ("--network_args conv_dim", "--network_args: 'conv_dim' is not name=value"),
     ("--lr_scheduler_args x", "--lr_scheduler_args: 'x' is not name=value"),
-    ("--optimizer_type=Lion", "--optimizer_type: not available yet"),
-    ("--optimizer_type=adafactor", "--optimizer_type: not available yet"),
-    ("--optimizer_type=Adafactor", "--optimizer_type: not available yet"),
-    ("--optimizer_type=RAdamScheduleFree", "--optimizer_type: not available yet"),
-    ("--optimizer_type=bitsandbytes.optim.AdEMAMix8bit", "--optimizer_type: not available yet"),
     ("--optimizer_type=AdmaW", "--optimizer_type: unknown optimizer 'AdmaW'"),
-    ("--lr_scheduler=piecewise_constant", "--lr_scheduler: not available yet"),
-    ("--lr_scheduler=adafactor:1e-4", "--lr_scheduler: not available yet"),
-    ("--lr_scheduler=reduce_lr_on_plateau", "--lr_scheduler: not available yet"),
+    ("--optimizer_type=rmsprop", "--optimizer_type: unknown optimizer 'rmsprop'; names of torch.optim are case-sens"),
+    ("--optimizer_type=no_such_package.Adam", "--optimizer_type: no_such_package.Adam needs the package no_such_pack"),
+    ("--optimizer_type=.Adam", "--optimizer_type: .Adam needs the package"),
+    ("--optimizer_type=LBFGS", "--optimizer_type: LBFGS cannot train here: it computes the loss several times"),
+    ("--optimizer_type=torch.optim.SparseAdam", "--optimizer_type: SparseAdam cannot train here"),
+    ("--optimizer_type=RAdamScheduleFree --lr_scheduler=cosine", "--lr_scheduler: RAdamScheduleFree needs no schedule"),
+    ("--optimizer_type=sgdschedulefree --lr_warmup_steps=5", "--lr_warmup_steps: sgdschedulefree needs no schedule"),
+    ("--optimizer_type=RAdamScheduleFree --lr_scheduler_type=StepLR", "--lr_scheduler_type: RAdamScheduleFree needs"),
+    ("--optimizer_type=a.BScheduleFree --lr_decay_steps=5", "--lr_decay_steps: a.BScheduleFree needs no schedule"),
+    ("--lr_scheduler=adafactor", "--lr_scheduler: adafactor needs --optimizer_type AdaFactor"),
+    ("--lr_scheduler=adafactor:1e-4", "--lr_scheduler: adafactor needs --optimizer_type AdaFactor"),
+    (
+        "--optimizer_type=AdaFactor --optimizer_args relative_step=False --lr_scheduler=adafactor",
+        "--lr_scheduler: adafactor needs --optimizer_type AdaFactor with its relative_step",
+    ),
+    ("--optimizer_type=AdaFactor --lr_scheduler=adafactor:x", "--lr_scheduler: adafactor:rate needs a number"),
+    ("--optimizer_type=AdaFactor --lr_scheduler=cosinus", "--lr_scheduler: must be one of linear"),
+    ("--lr_scheduler=cosine:1e-4", "--lr_scheduler: only adafactor takes a rate after a colon"),
+    ("--lr_scheduler=piecewise_constant", "--lr_scheduler_args: piecewise_constant needs step_rules="),
+    ("--lr_scheduler=piecewise_constant --lr_scheduler_args step_rules=1:x,2", "--lr_scheduler_args: piecewise_const"),
+    ("--lr_scheduler=piecewise_constant --lr_scheduler_args step_rules=1:5", "--lr_scheduler_args: piecewise_const"),
+    ("--lr_scheduler=reduce_lr_on_plateau --lr_warmup_steps=5", "--lr_warmup_steps: reduce_lr_on_plateau has no"),
+    ("--lr_scheduler_args a=1", "--lr_scheduler_args: --lr_scheduler constant takes none"),
+    ("--lr_scheduler_type=StepLR --lr_warmup_steps=5", "--lr_warmup_steps: --lr_scheduler_type has no warm-up"),
+    ("--lr_scheduler_type=StepL", "--lr_scheduler_type: torch.optim.lr_scheduler has no class 'StepL'"),
+    ("--lr_scheduler_type=no_such_package.X", "--lr_scheduler_type: no_such_package.X needs the package no_such_pack"),
+    ("--lr_scheduler_type=LambdaLR", "--lr_scheduler_type: LambdaLR cannot be used"),
+    ("--lr_scheduler_type=torch.optim.lr_scheduler.SequentialLR", "--lr_scheduler_type: torch.optim.lr_scheduler.Seq"),
     ("--lr_scheduler=cosinus", "--lr_scheduler: must be one of linear, cosine"),
     ("--resolution=big", "--resolution: must be one number or width,height"),
     ("--resolution=500", "--resolution: sides must be multiples of 64"),
@@ -146,7 +176,14 @@ ACCEPTED = [
     "--text_encoder_lr 1e-5", "--multires_noise_iterations=6 --noise_offset=0", "--max_timestep=500",
     "--mixed_precision=bf16 --xformers", "--log_with=tensorboard --logging_dir=logs",
     "--network_dim=1 --network_alpha=1", "--network_dim=64 --network_alpha=64", "--network_dim=64 --network_alpha=1",
-    "--network_dim=3 --network_alpha=2.5",
+    "--network_dim=3 --network_alpha=2.5", "--optimizer_type=AdaFactor --max_grad_norm=0",
+    "--optimizer_type=adafactor --max_grad_norm=0 --lr_scheduler=adafactor:1e-4",
+    "--optimizer_type=AdaFactor --max_grad_norm=0 --optimizer_args relative_step=False --lr_scheduler=cosine",
+    "--lr_scheduler_type=CosineAnnealingLR --lr_scheduler_args T_max=100",
+    "--lr_scheduler_type=torch.optim.lr_scheduler.StepLR --lr_scheduler_args step_size=9",
+    "--lr_scheduler=piecewise_constant --lr_scheduler_args step_rules=1:500,0.1:800,1e-3",
+    "--lr_scheduler=reduce_lr_on_plateau --lr_scheduler_args patience=3 factor=0.5",
+    "--lr_scheduler=cosine_with_min_lr --lr_scheduler_args min_lr=1e-7",
 ]  # fmt: skip
 
 
@@ -161,7 +198,37 @@ def test_what_works_gives_neither_problem_nor_warning(valid, traits, flags):
 @pytest.mark.rows("R162")
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_are_accepted(valid, traits, name):
-    assert problems(valid(f"--lr_scheduler={name}"), traits) == []
+    needed = {
+        "adafactor": ["--optimizer_type=AdaFactor"],
+        "piecewise_constant": ["--lr_scheduler_args", "step_rules=1:9,0.1"],
+    }
+    assert problems(valid(f"--lr_scheduler={name}", *needed.get(name, ())), traits) == []
+
+
+@pytest.mark.rows("R161", "R166", "R167", "R168", "R169", "C40", "C85")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *OPTIMIZERS,
+        *map(str.lower, OPTIMIZERS),
+        *TORCH_OPTIMIZERS,
+        "bitsandbytes.optim.AdEMAMix8bit",
+        "bitsandbytes.optim.PagedAdEMAMix8bit",
+        "prodigyplus.ProdigyPlusScheduleFree",
+    ],
+)
+def test_optimizers_are_accepted(valid, traits, name):
+    assert problems(valid(f"--optimizer_type={name}"), traits) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("Lion", "lion-pytorch"), ("Prodigy", "prodigyopt"), ("prodigyplus.ProdigyPlusScheduleFree", "prodigy-plus-sch")],
+)
+def test_a_missing_package_is_named_before_anything_is_loaded(valid, traits, monkeypatch, name, package):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    lines = problems(valid(f"--optimizer_type={name}"), traits)
+    assert any(line.startswith(f"--optimizer_type: {name} needs the package {package}") for line in lines), lines
 
 
 @pytest.mark.rows("C25", "C26", "C27", "C33", "C36", "C41", "C86", "C87", "C89", "C90", "C91", "C93")
@@ -189,7 +256,13 @@ def test_published_fragments_are_accepted(valid, traits, flags):
 def test_the_list_of_torch_optimizers_is_complete():
     """Adafactor is left out: that name has always meant the one of transformers."""
     classes = {n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)}
-    assert classes - {"Optimizer", "Adafactor"} <= set(TORCH_OPTIMIZERS)
+    assert classes - {"Optimizer", "Adafactor"} <= {*TORCH_OPTIMIZERS, *UNUSABLE_OPTIMIZERS}
+
+
+def test_the_list_of_torch_schedules_is_complete():
+    module = torch.optim.lr_scheduler
+    classes = {n for n in module.__all__ if isinstance(getattr(module, n), type)}
+    assert classes - {"LRScheduler"} <= {*TORCH_SCHEDULES, *UNUSABLE_SCHEDULES}
 
 
 WARNED = [
@@ -207,7 +280,24 @@ WARNED = [
     ("--save_last_n_epochs=2", "--save_last_n_epochs: no effect without --save_every_n_epochs"),
     ("--save_last_n_steps=2", "--save_last_n_steps: no effect without --save_every_n_steps"),
     ("--save_every_n_epochs=2 --save_n_epoch_ratio=3", "--save_every_n_epochs: no effect"),
+    ("--use_lion_optimizer", "--use_lion_optimizer: an older way to say --optimizer_type Lion"),
     ("--lr_decay_steps=5", "--lr_decay_steps: no effect"),
+    ("--lr_scheduler_min_lr_ratio=.5", "--lr_scheduler_min_lr_ratio: no effect without cosine_with_min_lr, cosine_wa"),
+    (
+        "--lr_scheduler=piecewise_constant --lr_scheduler_args step_rules=1:9,0 --lr_warmup_steps=5",
+        "--lr_warmup_steps: no effect with --lr_scheduler piecewise_constant",
+    ),
+    (
+        "--lr_scheduler=cosine --lr_scheduler_type=StepLR --lr_scheduler_args step_size=9",
+        "--lr_scheduler: no effect with --lr_scheduler_type",
+    ),
+    ("--optimizer_type=AdaFactor", "--max_grad_norm: AdaFactor limits its steps itself; 0 is the usual value"),
+    ("--optimizer_type=AdaFactor --max_grad_norm=0 --lr_scheduler=cosine", "--lr_scheduler: no effect; AdaFactor"),
+    ("--optimizer_type=AdaFactor --max_grad_norm=0 --lr_warmup_steps=9", "--lr_warmup_steps: no effect; AdaFactor"),
+    (
+        "--optimizer_type=AdaFactor --max_grad_norm=0 --optimizer_args warmup_init=True relative_step=False",
+        "--optimizer_args: warmup_init=True goes with relative_step=True only, which is used",
+    ),
     ("--network_train_unet_only --text_encoder_lr 1e-5", "--text_encoder_lr: no effect"),
     ("--network_train_text_encoder_only --unet_lr=1e-5", "--unet_lr: no effect"),
     ("--persistent_data_loader_workers --max_data_loader_n_workers=0", "--persistent_data_loader_workers: no effect"),

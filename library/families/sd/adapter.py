@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from library.types import Batch
 
+ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
 CONTEXT = "context"  # the only conditioning: hidden states (B, n * 75 + 2, width)
 
 
@@ -89,6 +90,8 @@ class SdFamily(Family):
         self, models: Models, path: Path, *, save_as: str, dtype: torch.dtype | None, metadata: dict[str, str]
     ) -> None:
         v_prediction = self.prediction_type() == "v_prediction"
+        if "modelspec.implementation" in metadata:  # a whole model has the names that its authors' code gives
+            metadata = {**metadata, "modelspec.implementation": ORIGINAL_CODE}
         save_model(models, path, save_as=save_as, dtype=dtype, metadata=metadata, v_prediction=v_prediction)
 
     def model_metadata(self, models: Models) -> dict[str, Any]:
@@ -106,8 +109,8 @@ class SdFamily(Family):
         }
 
     def _no_token_padding(self) -> bool:
-        """Only train_db.py has the option, so other scripts' data options have no such field."""
-        return getattr(getattr(self.opts, "data", None), "no_token_padding", False)
+        """Only train_db.py has the option, so other methods' options have no such field."""
+        return getattr(getattr(self.opts, "method", None), "no_token_padding", False)
 
 
 def _vae(models: Models) -> nn.Module:

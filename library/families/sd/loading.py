@@ -57,7 +57,7 @@ class Source:
     def save_as(self) -> str:
         """The output format that is the same kind as the source."""
         if not self.is_file:
-            return "diffusers"
+            return "diffusers_safetensors" if self.part_dtypes else "diffusers"
         return "safetensors" if self.name.lower().endswith(".safetensors") else "ckpt"
 
 

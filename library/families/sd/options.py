@@ -47,4 +47,8 @@ class SdOptions(OptionGroup, group="family", title="Stable Diffusion 1.x/2.x"):
 
 
 OPTIONS = SdOptions
-SCRIPTS = {"train_network": "network"}  # entry script -> method
+SCRIPTS = {  # entry script -> method
+    "train_network": "network",
+    "train_db": "dreambooth",
+    "fine_tune": "finetune",
+}

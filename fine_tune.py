@@ -1,0 +1,13 @@
+"""Fine-tunes a whole Stable Diffusion 1.x/2.x model on the pictures of a metadata file. Guide: docs/fine_tuning.md"""
+
+from library import cli
+
+SCRIPT = {"family": "sd", "method": "finetune"}
+
+
+def setup_parser():
+    return cli.build_parser(**SCRIPT)
+
+
+if __name__ == "__main__":
+    cli.run(**SCRIPT)

@@ -1,0 +1,151 @@
+"""Trains the model itself: the denoiser, and the text encoders where the options say so."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from library.errors import UserError
+from library.methods.base import Method
+from library.runtime.logs import LOGGER
+
+if TYPE_CHECKING:
+    from library.families.base import Family
+    from library.options.base import Options
+    from library.types import Models
+
+DENOISER = "denoiser"
+FOLDERS = ("diffusers", "diffusers_safetensors")
+
+
+class FinetuneMethod(Method):
+    """Full fine-tuning and DreamBooth; `opts.method.text_encoder_stop` tells how long text encoders are trained."""
+
+    def __init__(self, opts: Options):
+        super().__init__(opts)
+        self._stop = opts.method.text_encoder_stop
+        self._rates: dict[str, float] = {}
+
+    # ---- what is trained
+
+    def attach(self, family: Family, models: Models) -> None:
+        parts = {DENOISER: models.denoiser, **models.text_encoders}
+        for module in (*parts.values(), models.vae):
+            if module is not None:
+                module.requires_grad_(False)
+        self._rates = part_rates(self.opts, family.traits.text_encoders)
+        trained = {part: parts[part].requires_grad_(True) for part, rate in self._rates.items() if rate}
+        if not trained:
+            raise UserError("nothing would be trained with a learning rate of 0; set --learning_rate above 0")
+        self._trained = TrainedParts(trained)
+        self._family = family
+        # What training leaves alone is saved as it was read, whatever format it computes in.
+        kept = {part: module if part in trained else unmoved(module) for part, module in parts.items()}
+        self._whole = replace(
+            models,
+            denoiser=kept.pop(DENOISER),
+            text_encoders=kept,
+            vae=None if models.vae is None else unmoved(models.vae),
+        )
+        counts = {group["name"]: sum(p.numel() for p in group["params"]) for group in self.parameter_groups()}
+        shown = ", ".join(f"{count / 1e6:.1f} million of {name}" for name, count in counts.items())
+        LOGGER.info("trained weights: %s", shown)
+
+    def trainable(self) -> TrainedParts:
+        return self._trained
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        names = _group_names(self._trained)
+        return [
+            {"params": list(module.parameters()), "lr": self._rates[part], "name": names[part]}
+            for part, module in self._trained.items()
+        ]
+
+    def trains_text_encoder(self) -> bool:
+        return any(part not in (DENOISER, *self._trained.stopped) for part in self._trained)
+
+    def start_step(self, step: int) -> None:
+        if self._stop is None or step < self._stop or not self.trains_text_encoder():
+            return
+        for part, module in self._trained.items():
+            if part != DENOISER:
+                self._trained.stop(part)
+                for parameter in module.parameters():
+                    parameter.grad = None  # so that the optimizer passes over it, weight decay included
+        LOGGER.info("the text encoders are not trained from step %d on", self._stop)
+
+    # ---- what is saved
+
+    def file_suffix(self) -> str:
+        save_as = self._save_as()
+        return "" if save_as in FOLDERS else f".{save_as}"
+
+    def metadata(self) -> dict[str, Any]:
+        return {}  # a whole model says what it is, not how it was trained
+
+    def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
+        """Writes the whole model. Parts that were not trained are those that were read, bit for bit without `dtype`."""
+        save_as = self._save_as()
+        metadata = metadata or {}
+        if save_as != "ckpt":  # which keeps counts of steps and epochs, and nothing else
+            metadata = {name: value for name, value in metadata.items() if not name.startswith("ss_")}
+        self._family.save(self._whole, path, save_as=save_as, dtype=dtype, metadata=metadata)
+
+    def _save_as(self) -> str:
+        options = self.opts.saving
+        if options.save_model_as:
+            return options.save_model_as
+        as_read = self._family.source_format(self._whole)
+        if options.use_safetensors:
+            return "diffusers_safetensors" if as_read in FOLDERS else "safetensors"
+        return as_read
+
+
+class TrainedParts(nn.ModuleDict):
+    """The trained models by part. A stopped one stays among them, for the state is theirs together, but rests."""
+
+    def __init__(self, parts: dict[str, nn.Module]):
+        super().__init__(parts)
+        self.stopped: set[str] = set()
+
+    def stop(self, part: str) -> None:
+        self.stopped.add(part)
+        self[part].requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> TrainedParts:
+        super().train(mode)
+        for part in self.stopped:
+            self[part].eval()
+        return self
+
+
+def unmoved(module: nn.Module) -> nn.Module:
+    """The same weights in a module of their own, which stay as they are when `module` is moved or cast.
+
+    Nothing is copied: moving a module gives its parameters new memory, and what they had before lives on here.
+    """
+    own: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in module.parameters()}
+    own |= {id(b): b.detach() for b in module.buffers()}
+    return copy.deepcopy(module, own)
+
+
+def part_rates(opts: Options, text_encoders: tuple[str, ...]) -> dict[str, float]:
+    """Learning rate of every part that is trained from the first step; 0 freezes it."""
+    common, options = opts.optimizer.learning_rate, opts.method
+    rates = {DENOISER: common or 0.0}
+    if options.text_encoder_stop != 0:
+        rate = common if options.learning_rate_te is None else options.learning_rate_te
+        rates |= dict.fromkeys(text_encoders, rate or 0.0)
+    return rates
+
+
+def _group_names(parts: TrainedParts) -> dict[str, str]:
+    """As logs call them: unet, text_encoder; text_encoder1 and so on where there are several."""
+    encoders = [part for part in parts if part != DENOISER]
+    numbered = {part: f"text_encoder{number}" for number, part in enumerate(encoders, 1)}
+    return {DENOISER: "unet", **(numbered if len(encoders) > 1 else dict.fromkeys(encoders, "text_encoder"))}

@@ -1,0 +1,35 @@
+"""What can be said about fine-tuning's options before torch is imported."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from library.data.config_file import read_config
+from library.errors import UserError
+from library.options.finetune import FinetuneOptions
+
+if TYPE_CHECKING:
+    from library.options.base import Options
+
+
+def check_options(opts: Options) -> list[str]:
+    """One line for each subset of --dataset_config that is not of the kind the script takes."""
+    path = opts.data.dataset_config
+    if path is None:
+        return []
+    try:
+        config = read_config(path)
+    except UserError:
+        return []  # whoever builds the data set from it says what is wrong
+    wanted = isinstance(opts.method, FinetuneOptions)
+    reason = (
+        "has no metadata_file, which fine-tuning needs; train_db.py takes folders of pictures"
+        if wanted
+        else "has a metadata_file; train_db.py takes folders of pictures, fine_tune.py takes metadata files"
+    )
+    return [
+        f"{path}, [[datasets]] {number}, [[datasets.subsets]] {place}: {reason}"
+        for number, dataset in enumerate(config["datasets"], 1)
+        for place, subset in enumerate(dataset["subsets"], 1)
+        if ("metadata_file" in subset) != wanted
+    ]

@@ -1,0 +1,54 @@
+"""A running average of the trained weights, which is smoother than any single moment of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Average:
+    """Exponential moving average of parameters: ``average += (1 - decay) * (parameter - average)`` after each step.
+
+    The decay starts low and rises to its value, min(decay, (1 + step) / (10 + step)), so that the first weights, which
+    are random, are soon forgotten. All of it stays in float32 on the parameters' device and never waits for it.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], decay: float):
+        self._parameters = list(parameters)
+        self._decay = decay
+        self._average = [parameter.detach().float().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes the weights in; `step` optimizer steps are done."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._average, [parameter.float() for parameter in self._parameters], 1 - decay)
+
+    @contextmanager
+    @torch.no_grad()
+    def in_place(self) -> Iterator[None]:
+        """Within the block the parameters hold the average; afterwards they are what they were, to the bit."""
+        kept = [parameter.detach().clone() for parameter in self._parameters]
+        for parameter, average in zip(self._parameters, self._average, strict=True):
+            parameter.copy_(average)
+        try:
+            yield
+        finally:
+            for parameter, value in zip(self._parameters, kept, strict=True):
+                parameter.copy_(value)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Forgets everything but the parameters as they are."""
+        for average, parameter in zip(self._average, self._parameters, strict=True):
+            average.copy_(parameter)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {str(number): average for number, average in enumerate(self._average)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for number, average in enumerate(self._average):
+            average.copy_(state[str(number)])

@@ -1,0 +1,156 @@
+"""A run that is stopped and goes on ends in the same weights as one that never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parents[2]
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+STEPS = 9
+# All that draws by chance, in one run: flips, shuffling, dropout of captions and inside the layers, noise options.
+OPTIONS = {
+    "max_train_steps": STEPS,
+    "gradient_accumulation_steps": 2,
+    "flip_aug": True,
+    "shuffle_caption": True,
+    "caption_separator": " ",
+    "caption_dropout_rate": 0.2,
+    "network_dropout": 0.1,
+    "noise_offset": 0.05,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 2,
+    "cache_latents": None,
+    "save_every_n_steps": 2,
+    "save_state": True,
+    "train_batch_size": 2,
+    "loss_type": "huber",
+}
+
+
+@pytest.fixture(scope="module")
+def whole(run_script, train_arguments, tmp_path_factory):
+    """The output folder of a run that never stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    done = run_script(*train_arguments(out, **OPTIONS))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def weights_hash(folder):
+    with safe_open(folder / "lora.safetensors", "pt") as file:
+        return file.metadata()["sshs_model_hash"]
+
+
+@pytest.mark.rows("R141", "R143", "R146", "R147", "R149", "R152")
+def test_states_hold_what_is_trained_and_go_on_exactly(whole, run_script, train_arguments, tmp_path):
+    states = sorted(path.name for path in whole.iterdir() if path.is_dir())
+    assert states == ["lora-state", *(f"lora-step{step:08d}-state" for step in (2, 4, 6, 8))]
+    state = whole / "lora-step00000004-state"
+    assert sorted(path.name for path in state.iterdir()) == [
+        "model.safetensors",
+        "optimizer.bin",
+        "scheduler.bin",
+        "train_state.json",
+    ]
+    told = json.loads((state / "train_state.json").read_text())
+    assert (told["current_epoch"], told["current_step"]) == (1, 4)
+    with safe_open(state / "model.safetensors", "pt") as file:
+        assert all(name.startswith("lora_") for name in file.keys())  # noqa: SIM118  # not a dict
+    # Another number of workers, and no --seed: the state knows it.
+    changed = {"resume": state, "max_data_loader_n_workers": 2, "seed": None}
+    done = run_script(*train_arguments(tmp_path, **OPTIONS | changed))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "5 steps in" in done.stderr
+    assert weights_hash(tmp_path) == weights_hash(whole)
+
+
+def test_three_kills_change_nothing(whole, train_arguments, tmp_path):
+    """SIGKILL at moments nobody chose; each time the run goes on from the newest state."""
+    moments = random.Random(os.getpid())
+    for attempt in range(4):
+        states = sorted(tmp_path.glob("lora-step*-state"))
+        line = train_arguments(tmp_path, **OPTIONS, **({"resume": states[-1]} if states else {}))
+        process = subprocess.Popen(
+            [sys.executable, *line], cwd=ROOT, env={**os.environ, **OFFLINE}, stderr=subprocess.PIPE, text=True
+        )
+        if attempt < 3:
+            enough = len(states) + moments.randint(0, 1)
+            while process.poll() is None and len(list(tmp_path.glob("lora-step*-state"))) < enough:
+                time.sleep(0.05)
+            time.sleep(moments.random() * 4)
+            process.kill()
+        errors = process.communicate()[1]
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0, errors[-3000:]
+    assert weights_hash(tmp_path) == weights_hash(whole)
+    assert not list(tmp_path.glob(".*-state.*/train_state.json")), "a half-written state looks whole"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_a_state(whole, train_arguments, run_script, tmp_path, number):
+    line = train_arguments(tmp_path, **OPTIONS | {"save_state": None, "save_every_n_steps": None})
+    process = subprocess.Popen(
+        [sys.executable, *line], cwd=ROOT, env={**os.environ, **OFFLINE}, stderr=subprocess.PIPE, text=True
+    )
+    printed = ""
+    while "steps:" not in printed or " 0/9" in printed.rsplit("steps:", 1)[-1]:
+        printed += process.stderr.read(1)
+    process.send_signal(number)
+    printed += process.communicate()[1]
+    assert process.returncode == 0, printed[-3000:]
+    (state,) = tmp_path.glob("lora-step*-state")
+    assert f"--resume={state}" in printed
+    assert not (tmp_path / "lora.safetensors").exists()
+    done = run_script(*train_arguments(tmp_path, **OPTIONS | {"resume": state}))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert weights_hash(tmp_path) == weights_hash(whole)
+
+
+def test_what_cannot_be_resumed_is_told_at_once(whole, run_script, train_arguments, tmp_path):
+    def refused(**changes):
+        done = run_script(*train_arguments(tmp_path, **OPTIONS | changes))
+        assert done.returncode == 2, done.stderr[-2000:]
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "there is no folder" in refused(resume=tmp_path / "none")
+    cut = tmp_path / "cut-state"
+    shutil.copytree(whole / "lora-step00000004-state", cut)
+    (cut / "optimizer.bin").unlink()
+    assert "is no whole state, it has no optimizer.bin" in refused(resume=cut)
+    assert "9 steps are done already, and the run has 9" in refused(resume=whole / "lora-state")
+    assert "the state of another network or model" in refused(
+        resume=whole / "lora-state", max_train_steps=12, network_dim=8
+    )
+    broken = tmp_path / "broken-state"
+    shutil.copytree(whole / "lora-step00000004-state", broken)
+    content = (broken / "optimizer.bin").read_bytes()
+    (broken / "optimizer.bin").write_bytes(content[: len(content) // 2])
+    assert "optimizer.bin cannot be read" in refused(resume=broken)
+
+
+@pytest.mark.rows("R150", "R151")
+def test_counting_from_another_step(run_script, train_arguments, whole, tmp_path):
+    """--initial_step counts only; with --skip_until_initial_step the data goes on from there too."""
+    weights = whole / "lora-step00000008.safetensors"
+    options = OPTIONS | {"network_weights": weights, "initial_step": 7, "save_every_n_steps": None, "save_state": None}
+    hashes = []
+    for skip in (None, True):
+        done = run_script(*train_arguments(tmp_path, **options, skip_until_initial_step=skip))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "2 steps in" in done.stderr
+        hashes.append(weights_hash(tmp_path))
+    assert hashes[0] != hashes[1]

@@ -1,0 +1,13 @@
+"""Trains a whole Stable Diffusion 1.x/2.x model on folders of pictures (DreamBooth). Guide: docs/fine_tuning.md"""
+
+from library import cli
+
+SCRIPT = {"family": "sd", "method": "dreambooth"}
+
+
+def setup_parser():
+    return cli.build_parser(**SCRIPT)
+
+
+if __name__ == "__main__":
+    cli.run(**SCRIPT)
