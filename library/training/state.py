@@ -155,5 +155,5 @@ def _read(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0] or "it is empty"
         raise UserError(f"--resume: {file} cannot be read ({reason}); choose an earlier state") from None

@@ -1,6 +1,7 @@
 import pytest
 
-from library.training.plan import describe, make_plan
+from library.options.training import TrainingOptions
+from library.training.plan import choose_start, describe, make_plan, start_at
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,27 @@ def test_batches_that_come_twice_are_told():
 
     assert "2 batches of each epoch come twice, so that all 4 processes have as many" in lines(10, 4)
     assert not any("twice" in line for line in lines(12, 4))
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, (0, 0, 0)), (1, (1, 0, 4)), (2, (2, 0, 8)), (3, (3, 1, 0)), (7, (7, 2, 4))],
+)
+def test_the_place_in_the_data_follows_from_the_steps(step, expected):
+    """20 batches, 2 processes, accumulation 4: 10 batches each in 3 steps per epoch, the last one of 2 batches."""
+    plan = make_plan(20, 2, 4, steps=100, epochs=None, by_default=False)
+    assert start_at(plan, step) == expected
+
+
+def test_what_decides_over_the_start():
+    plan = make_plan(10, 1, 1, steps=100, epochs=None, by_default=False)
+
+    def start(saved=None, **given):
+        return choose_start(plan, TrainingOptions(**given), saved)
+
+    assert start() == (0, 0, 0)
+    assert start(25) == (25, 2, 5)
+    assert start(25, initial_step=31) == (31, 3, 0)
+    assert start(25, initial_step=31, skip_until_initial_step=True) == (31, 3, 1)
+    assert start(initial_epoch=3) == (20, 2, 0)
+    assert start(initial_epoch=3, initial_step=4) == (4, 0, 0)

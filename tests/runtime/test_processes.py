@@ -1,0 +1,52 @@
+"""Processes that share work and tensors, in real processes over gloo."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from library.runtime.processes import Processes
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = """
+from pathlib import Path
+
+import torch
+from library.runtime.processes import Processes
+
+torch.distributed.init_process_group("gloo")
+ours = Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+assert list(ours.share_of("abcde")) == (["a", "c", "e"], ["b", "d"])[ours.rank]
+assert ours.largest(ours.rank * 7) == 7
+ours.wait()
+own = [torch.full((2, n + 1), float(10 * ours.rank + n)) for n in range(2 - ours.rank)]
+shapes = [[(2, 1), (2, 2)], [(2, 1)]]
+seen = [[tensor[0, 0].item() for tensor in theirs] for theirs in ours.exchange(own, shapes)]
+assert seen == [[0.0, 1.0], [10.0]], seen
+Path(f"fine {ours.rank}").touch()
+"""
+
+
+def test_one_process_waits_for_nobody():
+    alone = Processes()
+    alone.wait()
+    assert alone.largest(3) == 3
+    assert list(alone.share_of([1, 2])) == [1, 2]
+
+
+def test_two_processes(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(tmp_path / "worker.py")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(path.name for path in tmp_path.glob("fine *")) == ["fine 0", "fine 1"]
