@@ -12,6 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -259,7 +260,7 @@ def _make(place: tuple[str, str], opts: Options, module: str | None = None) -> F
 
 def _make_accelerator(opts: Options) -> Accelerator:
     import torch
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     chosen = opts.memory.mixed_precision
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", chosen)
@@ -270,7 +271,9 @@ def _make_accelerator(opts: Options) -> Accelerator:
     if chosen == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a GPU, and torch finds none; use bf16 or no")
     # Told so, accelerate also joins several processes on CPUs; left to itself it would take each for the only one.
-    return Accelerator(mixed_precision=chosen, cpu=not torch.accelerator.is_available())
+    minutes = opts.distributed.ddp_timeout
+    patience = [InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))] if minutes else []
+    return Accelerator(mixed_precision=chosen, cpu=not torch.accelerator.is_available(), kwargs_handlers=patience)
 
 
 def _agreed_seed(opts: Options, accelerator: Accelerator) -> int:

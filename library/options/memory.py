@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
 _COMPILE = "compiling the model"
 _PURE_HALF = "training in pure half precision"
 _FP8 = "weights in 8-bit floats"
-_DDP = "tuning of training on several GPUs"
-_DEEPSPEED = "DeepSpeed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +54,52 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs"):
-    ddp_timeout: int | None = opt(None, "minutes that processes wait for each other", later=_DDP)
-    ddp_gradient_as_bucket_view: bool = opt(False, "share memory between gradients and their exchange", later=_DDP)
-    ddp_static_graph: bool = opt(False, "promise that every step uses the same parameters", later=_DDP)
-    deepspeed: bool = opt(False, "train with DeepSpeed", later=_DEEPSPEED)
-    zero_stage: Literal[0, 1, 2, 3] = opt(2, "how much DeepSpeed spreads over the GPUs", later=_DEEPSPEED)
-    offload_optimizer_device: Literal["cpu", "nvme"] | None = opt(
-        None, "where DeepSpeed keeps the optimizer", later=_DEEPSPEED
+    ddp_timeout: int | None = opt(
+        None, "minutes that processes wait for each other in a step; 10 if not given (30 on CPUs)", at_least=1
     )
-    offload_optimizer_nvme_path: str | None = opt(None, "folder for an optimizer on disk", later=_DEEPSPEED)
-    offload_param_device: Literal["cpu", "nvme"] | None = opt(
-        None, "where DeepSpeed keeps parameters", later=_DEEPSPEED
+    ddp_gradient_as_bucket_view: bool = opt(False, "share memory between gradients and their exchange")
+    ddp_static_graph: bool = opt(False, "promise that every step uses the same parameters")
+    deepspeed: bool = opt(False, "train with DeepSpeed; refused, as this toolkit has no part that it could drive")
+    zero_stage: Literal[0, 1, 2, 3] = opt(2, "how much DeepSpeed spreads over the GPUs")
+    offload_optimizer_device: Literal["cpu", "nvme"] | None = opt(None, "where DeepSpeed keeps the optimizer")
+    offload_optimizer_nvme_path: str | None = opt(None, "folder for an optimizer on disk")
+    offload_param_device: Literal["cpu", "nvme"] | None = opt(None, "where DeepSpeed keeps parameters")
+    offload_param_nvme_path: str | None = opt(None, "folder for parameters on disk")
+    zero3_init_flag: bool = opt(False, "spread the model while it is built (stage 3)")
+    zero3_save_16bit_model: bool = opt(False, "gather 16-bit weights for saving (stage 3)")
+    fp16_master_weights_and_gradients: bool = opt(False, "master weights and gradients in fp16")
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if self.deepspeed:
+            yield "--deepspeed: not supported; leave it out, several GPUs work with accelerate launch --multi_gpu"
+        for variable, name in _OTHER_ENGINES.items():
+            if os.environ.get(variable, "false").lower() in ("1", "true"):
+                yield f"accelerate was launched with {name}, which is not supported; choose --multi_gpu in its place"
+
+    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        for name in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):
+            if getattr(self, name):
+                yield f"--{name}: no effect, as all gradients are exchanged in one message anyway"
+        if not self.deepspeed:
+            for name in _OF_DEEPSPEED & opts.explicit:
+                yield f"--{name}: no effect without --deepspeed, which is not supported"
+
+
+# What `accelerate launch` sets for engines that wrap the model, which networks attached by hooks do not survive.
+_OTHER_ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+_OF_DEEPSPEED = frozenset(
+    (
+        "zero_stage",
+        "offload_optimizer_device",
+        "offload_optimizer_nvme_path",
+        "offload_param_device",
+        "offload_param_nvme_path",
+        "zero3_init_flag",
+        "zero3_save_16bit_model",
+        "fp16_master_weights_and_gradients",
     )
-    offload_param_nvme_path: str | None = opt(None, "folder for parameters on disk", later=_DEEPSPEED)
-    zero3_init_flag: bool = opt(False, "spread the model while it is built (stage 3)", later=_DEEPSPEED)
-    zero3_save_16bit_model: bool = opt(False, "gather 16-bit weights for saving (stage 3)", later=_DEEPSPEED)
-    fp16_master_weights_and_gradients: bool = opt(False, "master weights and gradients in fp16", later=_DEEPSPEED)
+)
