@@ -25,7 +25,7 @@ from library.options import parsing, scripts
 from library.types import Size
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-GUIDES = ("dataset_config.md", "captions.md", "caching.md", "pictures.md", "optimizers.md")
+GUIDES = ("dataset_config.md", "captions.md", "caching.md", "pictures.md", "optimizers.md", "resuming.md")
 GROUPS = scripts.groups_for("sd", "network")
 
 

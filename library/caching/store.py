@@ -87,7 +87,7 @@ def write(path: Path, arrays: Mapping[str, NDArray[Any]], *, keep_others: bool =
             member.create_system = _UNIX
             member.external_attr = 0o644 << 16
             archive.writestr(member, _pack(arrays[name]))
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path, flush=False) as temporary, open(temporary, "wb") as file:
         file.write(content.getbuffer())
 
 

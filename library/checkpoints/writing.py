@@ -29,10 +29,14 @@ class Deferred:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
     """Gives a temporary file name in the folder of `path`; on success the file is flushed to disk and renamed.
 
     If the block raises, the temporary file is removed and an earlier `path` stays as it was.
+
+    Args:
+        flush: False for what can be made again and is checked when it is read: waiting for the disk takes longer than
+            many small files do, and only a power cut makes a difference.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,8 +45,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        if flush:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     finally:

@@ -219,7 +219,7 @@ class _Folder:
     def save(self, place: Path) -> None:
         content = {"version": VERSION, "folder": self.path, "files": self._kept}
         text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
-        with replacing(_index_file(place, self.path)) as temporary:
+        with replacing(_index_file(place, self.path), flush=False) as temporary:
             temporary.write_bytes(seal(text.encode("utf-8", "surrogatepass")))  # file names need not be Unicode
         self._changed = False
 

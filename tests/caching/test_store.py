@@ -219,7 +219,7 @@ def test_a_full_disk_leaves_the_old_file(file, keep_others):
 
 
 @pytest.mark.usefixtures("no_leftovers")
-@pytest.mark.parametrize("function", ["replace", "fsync"])
+@pytest.mark.parametrize("function", ["replace"])
 def test_a_failure_at_the_last_moment_leaves_the_old_file(file, monkeypatch, function):
     before = file.read_bytes()
 

@@ -142,7 +142,7 @@ def test_what_cannot_be_resumed_is_told_at_once(whole, run_script, train_argumen
     assert "optimizer.bin cannot be read" in refused(resume=broken)
 
 
-@pytest.mark.rows("R150", "R151")
+@pytest.mark.rows("R148", "R150", "R151")
 def test_counting_from_another_step(run_script, train_arguments, whole, tmp_path):
     """--initial_step counts only; with --skip_until_initial_step the data goes on from there too."""
     weights = whole / "lora-step00000008.safetensors"
@@ -154,3 +154,20 @@ def test_counting_from_another_step(run_script, train_arguments, whole, tmp_path
         assert "2 steps in" in done.stderr
         hashes.append(weights_hash(tmp_path))
     assert hashes[0] != hashes[1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
+def test_a_disk_that_fills_up_leaves_what_was_there(whole, run_script, train_arguments, tmp_path):
+    """Files may be at most 40 kB, which no state and no network fits into; the run says so and breaks nothing."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    options = OPTIONS | {"resume": out / "lora-step00000006-state", "save_every_n_steps": 2}
+    limited = ("-c", "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40960, 40960)); "
+               "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv = sys.argv[1:]; "
+               "runpy.run_path(sys.argv[0], run_name='__main__')")  # fmt: skip
+    done = run_script(*train_arguments(out, **options), launcher=limited)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "cannot be saved (File too large); what was saved before is whole" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -68,3 +68,27 @@ def test_only_the_exact_name_is_deleted(tmp_path):
         "epoch-000002.safetensors.bak",
         "my-epoch-000002.safetensors",
     ]
+
+
+@pytest.mark.rows("R142")
+def test_names_and_retention_of_states():
+    bare = plan(suffix=".safetensors", every_epochs=1, last_epochs=2, states=True)
+    due = bare.after_epoch(3, 9)
+    assert (due.path.name, due.state.name) == ("epoch-000003.safetensors", "epoch-000003-state")
+    assert (due.obsolete.name, due.obsolete_state.name) == ("epoch-000001.safetensors", "epoch-000001-state")
+    named = plan(name="v1.5 cat", every_steps=10, last_steps=30, states=True, last_steps_state=10)
+    due = named.after_step(50)
+    assert due.state.name == "v1.5 cat-step00000050-state"
+    assert (due.obsolete.name, due.obsolete_state.name) == (
+        "v1.5 cat-step00000010.safetensors",
+        "v1.5 cat-step00000030-state",
+    )
+    assert named.final().state.name == "v1.5 cat-state"
+    assert plan(suffix="", name="folder", states=True).final().state.name == "folder-state"
+
+
+def test_states_only_where_they_are_asked_for():
+    assert plan(every_steps=1).after_step(1).state is None
+    assert plan().final().state is None
+    assert plan(final_state=True).final().state.name == "last-state"
+    assert plan(every_steps=1, final_state=True).after_step(1).state is None
