@@ -90,6 +90,10 @@ def _script_name() -> str:
 
 def _train(family_name: str, method_name: str, argv: Sequence[str]) -> None:
     opts, specs, traits = _check(family_name, method_name, argv)
+    if opts.saving.resume_from_huggingface:
+        from library.training.hub import fetch_state
+
+        opts = fetch_state(opts)
     accelerator = _make_accelerator(opts)
     opts = opts.replaced(seed=_agreed_seed(opts, accelerator))
 
@@ -111,13 +115,16 @@ def _train(family_name: str, method_name: str, argv: Sequence[str]) -> None:
 
     from library.training.loop import train
 
-    train(_assemble(opts, family_name, method_name, data, run_plan, accelerator))
+    prepared = _assemble(opts, family_name, method_name, data, run_plan, accelerator)
+    with prepared.tracker, prepared.hub:
+        train(prepared)
 
 
 def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Options, list[Any], FamilyTraits]:
     """Everything that can be wrong and is cheap to know, all at once, before torch is imported."""
     from library.data.blueprint import build_specs
     from library.options import parsing, scripts, validation
+    from library.options.logging import absolute_paths
 
     groups = scripts.groups_for(family_name, method_name)
     opts = parsing.parse_options(groups, argv, prog=_script_name(), description=TITLES[method_name])
@@ -140,6 +147,8 @@ def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Opt
         raise UserError(*problems)
     for line in validation.warnings(opts, traits):
         LOGGER.warning("%s", line)
+    for line in absolute_paths(opts):
+        LOGGER.info("%s", line)
     return opts, specs, traits
 
 
@@ -164,31 +173,37 @@ def _assemble(
     """Loads the model and puts the run together, up to the last thing before the first step."""
     from library.inference.preview import Preview
     from library.memory.attention import set_attention
+    from library.memory.compiling import compile_blocks
     from library.objectives.objective import build_objective
     from library.training import placement, plan
+    from library.training.hub import Hub
     from library.training.loop import Run
     from library.training.lr_schedules import make_schedule
     from library.training.optimizers import make_optimizer
     from library.training.saving import make_save_plan
-    from library.training.tracking import Tracker
+    from library.training.stepping import Stepper
+    from library.training.tracking import make_tracker
     from library.training.validation import Validation
 
     family, method = _make(FAMILIES[family_name], opts, "adapter"), _make(METHODS[method_name], opts)
     preview = Preview.from_options(opts, family)
     started = time.time()
-    models = family.load()
+    with placement.loading(opts, accelerator.device):
+        models = family.load()
     cache = _latent_cache(opts, family, models, data)
     LOGGER.info("loaded %s in %.1f s", opts.model.pretrained_model_name_or_path, time.time() - started)
     method.attach(family, models)
     grad_text = method.trains_text_encoder()
     placement.place(models, opts, accelerator.device, grad_text=grad_text)
-    method.trainable().to(accelerator.device)
+    placement.place_trained(method.trainable(), opts, accelerator.device)
     attention = set_attention(models.denoiser, opts.memory)
     if cache is not None:
         cache(_latent_encoder(opts, family, models, accelerator))
         if accelerator.is_main_process:
             data.index.save()
         placement.release_vae(models, opts)
+    if opts.memory.torch_compile:
+        compile_blocks(family.blocks(models), opts.memory.dynamo_backend, accelerator.device)
     optimizer = make_optimizer(method.parameter_groups(), opts.optimizer)
     schedule = make_schedule(optimizer, opts.optimizer, run_plan.total_steps)
     start = _choose_start(opts, run_plan, schedule)
@@ -197,6 +212,7 @@ def _assemble(
     LOGGER.info(
         "device %s, mixed precision %s, attention %s", accelerator.device, opts.memory.mixed_precision, attention
     )
+    prepared = accelerator.prepare_optimizer(optimizer)
     saves = make_save_plan(opts.saving, method.file_suffix(), run_plan.epochs)
     return Run(
         opts=opts,
@@ -208,12 +224,14 @@ def _assemble(
         data=data,
         plan=run_plan,
         accelerator=accelerator,
-        optimizer=accelerator.prepare_optimizer(optimizer),
+        optimizer=prepared,
+        stepper=Stepper(opts, optimizer, prepared),
         schedule=schedule,
         saves=saves,
         preview=preview,
         validation=Validation(opts, data.held_out, opts.training.seed),
-        tracker=Tracker(opts, TRACKERS[method_name], enabled=accelerator.is_main_process),
+        tracker=make_tracker(opts, TRACKERS[method_name], enabled=accelerator.is_main_process),
+        hub=Hub(opts.saving, enabled=accelerator.is_main_process),
         make_metadata=_metadata_maker(opts, family, method, models, data, run_plan, optimizer),
         save_dtype=_save_dtype(opts),
         start=start,
@@ -273,7 +291,14 @@ def _make_accelerator(opts: Options) -> Accelerator:
     # Told so, accelerate also joins several processes on CPUs; left to itself it would take each for the only one.
     minutes = opts.distributed.ddp_timeout
     patience = [InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))] if minutes else []
-    return Accelerator(mixed_precision=chosen, cpu=not torch.accelerator.is_available(), kwargs_handlers=patience)
+    made = Accelerator(mixed_precision=chosen, cpu=not torch.accelerator.is_available(), kwargs_handlers=patience)
+    if opts.optimizer.fused_backward_pass and made.num_processes > 1:
+        raise UserError("--fused_backward_pass: cannot be used with several processes; leave it out, or start one")
+    if opts.memory.full_fp16:
+        from library.training.precision import HalfGradScaler
+
+        made.scaler = HalfGradScaler()
+    return made
 
 
 def _agreed_seed(opts: Options, accelerator: Accelerator) -> int:
@@ -299,7 +324,9 @@ def _agreed_seed(opts: Options, accelerator: Accelerator) -> int:
 def _seed_of_state(opts: Options) -> int | None:
     from library.training.state import read_progress
 
-    progress = read_progress(Path(opts.saving.resume)) if opts.saving.resume else None
+    if not opts.saving.resume or opts.saving.resume_from_huggingface:  # or not fetched yet
+        return None
+    progress = read_progress(Path(opts.saving.resume))
     return progress.seed if progress is not None else None
 
 

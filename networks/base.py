@@ -28,16 +28,75 @@ class AdapterLayer(nn.Module):
         """Scales the trained tensors so that the norm of the weight change is at most `limit`; never waits."""
         raise NotImplementedError
 
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return list(self.parameters())
+
+    def file_state(self) -> dict[str, Tensor]:
+        """What the file holds of this layer."""
+        return self.state_dict()
+
     def fast_parameters(self) -> list[nn.Parameter]:
         """The parameters whose rate LoRA+ raises (arXiv:2402.12354)."""
         return []
 
 
-class Network(nn.Module):
+class TrainableNetwork(nn.Module):
+    """What the training of a network needs of it, whoever wrote it. Its state_dict is what a resumed run needs.
+
+    `train()` and `eval()` switch dropouts.
+    """
+
+    def attach(self, models: Models) -> None:
+        """Makes the layers act on `models`. Attach before compiling."""
+        raise NotImplementedError
+
+    def layers(self) -> Mapping[str, nn.Module]:
+        """By the names that the file has."""
+        raise NotImplementedError
+
+    def parts(self) -> list[str]:
+        """Names of the model parts that are adapted."""
+        raise NotImplementedError
+
+    def counts(self) -> Counter[str]:
+        """Layers per part."""
+        raise NotImplementedError
+
+    def ranks(self) -> set[int]:
+        """Every rank that occurs."""
+        raise NotImplementedError
+
+    def parameter_groups(self, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+        """Optimizer groups with "params", "lr" and "name". A part missing in `rates` or with rate 0 has none."""
+        raise NotImplementedError
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """Strength of the whole network; 1 is as trained, 0 the bare model."""
+        raise NotImplementedError
+
+    def can_limit_norms(self) -> bool:
+        return True
+
+    def limit_norms(self, limit: float) -> None:
+        """Shrinks every layer that is being trained until the norm of its change is at most `limit`."""
+        raise NotImplementedError
+
+    def start_epoch(self) -> None:
+        """Called before each epoch."""
+
+    def start_step(self) -> None:
+        """Called before each optimizer step."""
+
+    def file_state(self) -> dict[str, Tensor]:
+        """What the file holds."""
+        return self.state_dict()
+
+
+class Network(TrainableNetwork):
     """Adapter layers as children named by their target's key, so that the state_dict is the file.
 
     Hooks do nothing in place and hold no reference from the model's modules to be saved: a model's own state_dict
-    stays what it was. `train()` and `eval()` switch dropouts.
+    stays what it was.
     """
 
     def __init__(self, layers: Mapping[str, AdapterLayer], targets: Mapping[str, LoraTarget]):
@@ -68,6 +127,13 @@ class Network(nn.Module):
         """Strength of the whole network; 1 is as trained, 0 the bare model."""
         for layer in self.layers().values():
             layer.multiplier = float(multiplier)
+
+    def file_state(self) -> dict[str, Tensor]:
+        return {
+            f"{key}.{name}": tensor
+            for key, layer in self.layers().items()
+            for name, tensor in layer.file_state().items()
+        }
 
     def limit_norms(self, limit: float) -> None:
         """`limit_norm` of every layer that is being trained."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from library.runtime.seeds import generator
 from networks import functional
 from networks.base import AdapterLayer, Network, add_to_weights, live_modules
 from networks.lora_args import UNET_25, BlockLayout, LoraArgs, parse, rank_and_alpha
+from networks.lora_files import read as read
 
 if TYPE_CHECKING:
     from library.types import LoraTarget, Models
@@ -31,7 +32,7 @@ class LoraLayer(AdapterLayer):
     def __init__(self, modules: Sequence[nn.Module], rank: int, alpha: float | None, args: LoraArgs):
         super().__init__()
         self.rows = [module.weight.shape[0] for module in modules]
-        self.lora_down, self.lora_up = _matrices(modules, rank, sum(self.rows))
+        self.lora_down, self.lora_up = matrices(modules, rank, sum(self.rows))
         self.register_buffer("alpha", torch.tensor(functional.effective_alpha(alpha, rank)))
         self.scale = float(self.alpha) / rank
         self.dropout, self.rank_dropout, self.module_dropout = args.dropout, args.rank_dropout, args.module_dropout
@@ -99,7 +100,7 @@ def _refresh_scale(layer: LoraLayer, _keys: Any) -> None:
     layer.scale = float(layer.alpha) / layer.rank
 
 
-def _matrices(modules: Sequence[nn.Module], rank: int, rows: int) -> tuple[nn.Module, nn.Module]:
+def matrices(modules: Sequence[nn.Module], rank: int, rows: int) -> tuple[nn.Module, nn.Module]:
     """Down and up without values; drawing them must not touch the global random stream."""
     first = modules[0]
     if isinstance(first, nn.Linear):
@@ -113,6 +114,8 @@ def _matrices(modules: Sequence[nn.Module], rank: int, rows: int) -> tuple[nn.Mo
 
 
 # ---- building networks
+
+LayerKind = Callable[[Sequence[nn.Module], int, float | None, LoraArgs], Any]
 
 
 class LoraNetwork(Network):
@@ -139,12 +142,15 @@ class LoraNetwork(Network):
                 name = "textencoder" if len(text_parts) == 1 else f"textencoder {text_parts.index(target.part) + 1}"
                 block = None
             lr = (rates.get(target.part) or 0.0) * self.args.block_weight(block)
+            own = self.args.own_lr(key)
+            if own is not None and rates.get(target.part):
+                name, block, lr = f"{name} reg {own[0]}", None, own[1]
             if not lr:
                 continue
             name += "" if block is None else f" block {block}"
             ratio = self.args.denoiser_plus if target.part == "denoiser" else self.args.text_plus
             fast = {id(parameter) for parameter in layer.fast_parameters()} if ratio else set()
-            for parameter in layer.parameters():
+            for parameter in layer.trained_parameters():
                 plus = id(parameter) in fast
                 label = f"{name} plus" if plus else name
                 group = groups.setdefault(label, {"params": [], "lr": lr * ratio if plus else lr, "name": label})
@@ -174,18 +180,37 @@ def create(
         layout: how block-wise lists are divided.
     Raises: UserError: wrong arguments, or block-wise ones for a model without blocks.
     """
-    parsed = _parsed(args, dropout, layout)
+    return build(targets, models, _parsed(args, dropout, layout), LoraLayer, dim=dim, alpha=alpha, seed=seed)
+
+
+def build(
+    targets: Sequence[LoraTarget],
+    models: Models,
+    parsed: LoraArgs,
+    kind: LayerKind,
+    *,
+    dim: int,
+    alpha: float | None,
+    seed: int,
+) -> LoraNetwork:
+    """`create` for any kind of layer that is saved as LoRA."""
     if parsed.by_block and all(target.block is None for target in targets if target.part == "denoiser"):
         raise UserError("--network_args: block-wise ranks and rates: nothing that is trained here has numbered blocks")
     layers = {}
     for target in targets:
         modules = live_modules(models, target)
         chosen = rank_and_alpha(
-            parsed, dim, alpha, block=target.block, kernel=_has_kernel(modules[0]), conv_only=target.conv_only
+            parsed,
+            dim,
+            alpha,
+            key=target.key,
+            block=target.block,
+            kernel=_has_kernel(modules[0]),
+            conv_only=target.conv_only,
         )
         if chosen is None:
             continue
-        layers[target.key] = LoraLayer(modules, *chosen, parsed)
+        layers[target.key] = kind(modules, *chosen, parsed)
         layers[target.key].initialise(generator("cpu", seed, "network", target.key))
     return LoraNetwork(layers, targets, parsed)
 
@@ -203,12 +228,18 @@ def from_weights(
 
     Raises: UserError: nothing of the file fits, or a layer is of another size; see also `create`.
     """
-    parsed = _parsed(args, dropout, layout)
+    return rebuild(targets, models, file, _parsed(args, dropout, layout), LoraLayer)
+
+
+def rebuild(
+    targets: Sequence[LoraTarget], models: Models, file: LoraFile, parsed: LoraArgs, kind: LayerKind
+) -> LoraNetwork:
+    """`from_weights` for any kind of layer that is saved as LoRA."""
     entries = file.matching(targets)
     by_key = {target.key: target for target in targets}
     layers = {}
     for key, entry in entries.items():
-        layer = LoraLayer(live_modules(models, by_key[key]), entry.rank, entry.alpha, parsed)
+        layer = kind(live_modules(models, by_key[key]), entry.rank, entry.alpha, parsed)
         layer.load(key, entry)
         layers[key] = layer
     return LoraNetwork(layers, targets, parsed)
@@ -247,10 +278,12 @@ def merge(targets: Sequence[LoraTarget], models: Models, file: LoraFile, multipl
 
 
 def _parsed(args: Mapping[str, str], dropout: float | None, layout: BlockLayout) -> LoraArgs:
-    given = dict(args)
-    if dropout is not None:
-        given.setdefault("dropout", str(dropout))
-    return parse(given, layout)
+    return parse(with_dropout(args, dropout), layout)
+
+
+def with_dropout(args: Mapping[str, str], dropout: float | None) -> dict[str, str]:
+    """The arguments with --network_dropout, unless they have one of their own."""
+    return {**({} if dropout is None else {"dropout": str(dropout)}), **args}
 
 
 def _has_kernel(module: nn.Module) -> bool:

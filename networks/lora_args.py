@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -46,6 +47,8 @@ class LoraArgs:
     block_weights: tuple[float, ...] | None = None  # of the learning rate
     denoiser_plus: float | None = None  # LoRA+ ratio
     text_plus: float | None = None
+    reg_dims: tuple[tuple[re.Pattern[str], int], ...] = ()  # the first that is found in a layer's key counts
+    reg_lrs: tuple[tuple[re.Pattern[str], float], ...] = ()
 
     @property
     def by_block(self) -> bool:
@@ -59,21 +62,36 @@ class LoraArgs:
     def block_weight(self, block: int | None) -> float:
         return 1.0 if block is None or self.block_weights is None else self.block_weights[block]
 
+    def own_dim(self, key: str) -> int | None:
+        """The rank that `network_reg_dims` gives a layer; None where it says nothing."""
+        return next((dim for pattern, dim in self.reg_dims if pattern.search(key)), None)
+
+    def own_lr(self, key: str) -> tuple[int, float] | None:
+        """Which entry of `network_reg_lrs` counts for a layer, from 1, and its rate; None where none does."""
+        found = ((number, lr) for number, (pattern, lr) in enumerate(self.reg_lrs, 1) if pattern.search(key))
+        return next(found, None)
+
 
 def rank_and_alpha(
-    args: LoraArgs, dim: int, alpha: float | None, *, block: int | None, kernel: bool, conv_only: bool
+    args: LoraArgs, dim: int, alpha: float | None, *, key: str = "", block: int | None, kernel: bool, conv_only: bool
 ) -> tuple[int, float | None] | None:
     """Rank and alpha of one layer, or None where it gets no adapter.
 
+    What is chosen by key goes before what is chosen by block.
+
     Args:
+        key: the layer's name in files.
         block: index in the block lists; None for layers that belong to no block, such as a text encoder's.
         kernel: whether the layer is a convolution with a kernel larger than 1 x 1.
         conv_only: whether the layer is one that only networks with convolutions adapt.
     """
     if (conv_only or kernel) and not args.adapts_convs:
         return None
-    if args.block_weight(block) == 0:
+    own_lr, own_dim = args.own_lr(key), args.own_dim(key)
+    if (args.block_weight(block) if own_lr is None else own_lr[1]) == 0:
         return None
+    if own_dim is not None:
+        return (own_dim, alpha) if own_dim else None
     if kernel:
         rank = _at(args.conv_block_dims, block, args.conv_dim or 0)
         strength = _at(args.conv_block_alphas, block, args.conv_alpha)
@@ -97,29 +115,30 @@ _PRESETS: dict[str, Callable[[float], float]] = {  # of x, which goes from 0 to 
     "zeros": lambda x: 0.0,
 }
 # fmt: off
-_KEYS = (
+KEYS = (
     "conv_dim", "conv_alpha", "dropout", "rank_dropout", "module_dropout",
     "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas",
     "down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold",
     "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio",
+    "network_reg_dims", "network_reg_lrs",
 )
 # fmt: on
 
 
-def parse(args: Mapping[str, str], layout: BlockLayout = UNET_25) -> LoraArgs:
-    """The arguments as values.
+def parse(
+    args: Mapping[str, str],
+    layout: BlockLayout = UNET_25,
+    *,
+    module: str = "networks.lora",
+    keys: Sequence[str] = KEYS,
+) -> LoraArgs:
+    """The arguments as values. `keys` are those that `module` knows.
 
     Raises: UserError: every problem at once: unknown keys, values that are no numbers, lists of the wrong length,
         unknown presets.
     """
-    reader = _Reader(args)
-    for key in args:
-        if key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, n=1)
-            reader.problems.append(
-                f"--network_args: networks.lora knows no {key!r}; "
-                + (f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(_KEYS)}")
-            )
+    reader = Reader(args)
+    reader.only(keys, module)
     plus = reader.number("loraplus_lr_ratio", float, above=0)
     unet_plus = reader.number("loraplus_unet_lr_ratio", float, above=0)
     text_plus = reader.number("loraplus_text_encoder_lr_ratio", float, above=0)
@@ -137,6 +156,8 @@ def parse(args: Mapping[str, str], layout: BlockLayout = UNET_25) -> LoraArgs:
         block_weights=reader.block_weights(layout),
         denoiser_plus=plus if unet_plus is None else unet_plus,
         text_plus=plus if text_plus is None else text_plus,
+        reg_dims=reader.by_pattern("network_reg_dims", int),
+        reg_lrs=reader.by_pattern("network_reg_lrs", float),
     )
     if reader.problems:
         raise UserError(*reader.problems)
@@ -170,12 +191,20 @@ def without_effect(args: Mapping[str, str], *, ranks_from_file: bool = False) ->
     return lines
 
 
-class _Reader:
+class Reader:
     """Reads single values and collects what is wrong with them."""
 
     def __init__(self, args: Mapping[str, str]):
         self.args = args
         self.problems: list[str] = []
+
+    def only(self, keys: Sequence[str], module: str) -> None:
+        for key in (key for key in self.args if key not in keys):
+            near = difflib.get_close_matches(key, keys, n=1)
+            self.problems.append(
+                f"--network_args: {module} knows no {key!r}; "
+                + (f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(keys)}")
+            )
 
     def refuse(self, key: str, why: str) -> None:
         self.problems.append(f"--network_args: {key}={self.args[key]}: {why}")
@@ -217,6 +246,28 @@ class _Reader:
         if min(entries) < 0:
             self.refuse(key, "has an entry below 0")
         return entries
+
+    def by_pattern(self, key: str, kind: Callable[[str], T]) -> tuple[tuple[re.Pattern[str], T], ...]:
+        """``regex=value,regex=value``; a pattern may hold "=", but no comma."""
+        pairs = []
+        for entry in self.args.get(key, "").split(","):
+            pattern, equals, value = entry.strip().rpartition("=")
+            if not entry.strip():
+                continue
+            try:
+                if not equals or not pattern:
+                    raise ValueError("is not regex=value")
+                number = kind(value)
+                if not 0 <= number < math.inf:
+                    raise ValueError("must be at least 0")
+                pairs.append((re.compile(pattern), number))
+            except re.error as error:
+                self.refuse(key, f"{pattern!r} is no regular expression ({error})")
+            except ValueError as error:
+                what = "a whole number" if kind is int else "a number"
+                reason = str(error) if str(error).startswith(("is not", "must")) else f"{value!r} is not {what}"
+                self.refuse(key, reason)
+        return tuple(pairs)
 
     def block_weights(self, layout: BlockLayout) -> tuple[float, ...] | None:
         threshold = self.number("block_lr_zero_threshold", float)

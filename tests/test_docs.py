@@ -25,7 +25,17 @@ from library.options import parsing, scripts
 from library.types import Size
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-GUIDES = ("dataset_config.md", "captions.md", "caching.md", "pictures.md", "optimizers.md", "resuming.md")
+GUIDES = (
+    "dataset_config.md",
+    "captions.md",
+    "caching.md",
+    "pictures.md",
+    "optimizers.md",
+    "resuming.md",
+    "memory.md",
+    "fine_tuning.md",
+    "logging.md",
+)
 GROUPS = scripts.groups_for("sd", "network")
 
 
@@ -235,12 +245,15 @@ def test_the_printed_report_is_what_such_a_folder_gives(elsewhere):
 @pytest.mark.parametrize("guide", GUIDES)
 def test_flags_and_commands_exist(guide):
     text = (DOCS / guide).read_text("utf-8")
-    known = set(parsing.build_parser(GROUPS, prog="x", description="x")._option_string_actions)
+    groups = {script: scripts.groups_for("sd", method) for script, method in scripts.scripts_of("sd").items()}
+    known = {"--num_cpu_threads_per_process", "--logdir"}  # of accelerate launch and of tensorboard
+    for own in groups.values():
+        known |= set(parsing.build_parser(own, prog="x", description="x")._option_string_actions)
     assert set(re.findall(r"--\w+", text)) - known == set()
     for _, block in blocks(guide, ""):
-        if block.startswith("python train_network.py"):
-            arguments = shlex.split(block.replace("\\\n", " "))[2:]
-            parsing.parse_options(GROUPS, arguments)
+        command = re.match(r"python (\w+)\.py ", block)
+        if command and command[1] in groups:
+            parsing.parse_options(groups[command[1]], shlex.split(block.replace("\\\n", " "))[2:])
 
 
 @pytest.mark.parametrize("page", [*GUIDES, "train_network.md", "architecture.md", "../README.md", "../CONTRIBUTING.md"])

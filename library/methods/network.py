@@ -6,7 +6,6 @@ import importlib
 import json
 import logging
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from library.families.base import Family
     from library.options.base import Options
     from library.types import Batch, LoraTarget, Models
-    from networks.base import Network
+    from networks.base import TrainableNetwork
 
 DEFAULT_DIM = 4
 
@@ -39,15 +38,13 @@ class NetworkMethod(Method):
         super().__init__(opts)
         self._module = network_module(opts.method.network_module)
         self._args = split_args(opts.method.network_args)
-        self._network: Network | None = None
+        self._network: TrainableNetwork | None = None
         self._multiplier = 1.0  # as the network is now
         self._rates: dict[str, float] = {}
 
     # ---- what is trained
 
     def attach(self, family: Family, models: Models) -> None:
-        from networks import lora_files
-
         for part in (models.denoiser, models.vae, *models.text_encoders.values()):
             if part is not None:
                 part.requires_grad_(False)
@@ -55,13 +52,15 @@ class NetworkMethod(Method):
         targets = family.lora_targets(models)
         self._merge_base_weights(targets, models)
         self._rates = part_rates(self.opts, family.traits.text_encoders)
-        file = lora_files.read(options.network_weights) if options.network_weights else None
+        file = self._module.read(options.network_weights) if options.network_weights else None
         # A part at rate 0 has a place in the network only where a file gives it values: they act, and are saved again.
         kept = file.entries if file else {}
         wanted = [t for t in targets if self._rates.get(t.part) or (t.part in self._rates and t.key in kept)]
         if not wanted:
             raise UserError(_nothing_trained(self._rates))
         self._network = self._build(wanted, models, file)
+        if options.scale_weight_norms and not self._network.can_limit_norms():
+            raise UserError(f"--scale_weight_norms: {options.network_module} does not offer it; leave it out")
         trained = {id(parameter) for group in self.parameter_groups() for parameter in group["params"]}
         for parameter in self._network.parameters():
             parameter.requires_grad_(id(parameter) in trained)
@@ -69,7 +68,7 @@ class NetworkMethod(Method):
         counts = ", ".join(f"{count} in {part}" for part, count in self._network.counts().items())
         LOGGER.info("network %s: layers: %s; rank %s", options.network_module, counts, self._dim_text())
 
-    def _build(self, targets: list[LoraTarget], models: Models, file: Any) -> Network:
+    def _build(self, targets: list[LoraTarget], models: Models, file: Any) -> TrainableNetwork:
         options = self.opts.method
         common = {"dropout": options.network_dropout, "args": self._args}
         if options.dim_from_weights:
@@ -124,6 +123,12 @@ class NetworkMethod(Method):
             return any(part != "denoiser" and self._rates[part] for part in self._network.parts())
         return any(part != "denoiser" and lr for part, lr in part_rates(self.opts, ("any",)).items())
 
+    def start_epoch(self, epoch: int) -> None:
+        self._attached().start_epoch()
+
+    def start_step(self, step: int) -> None:
+        self._attached().start_step()
+
     def before_batch(self, batch: Batch) -> None:
         self._set_multiplier(batch.network_multiplier)
 
@@ -137,7 +142,7 @@ class NetworkMethod(Method):
         if self.opts.method.scale_weight_norms:
             self._attached().limit_norms(self.opts.method.scale_weight_norms)
 
-    def _attached(self) -> Network:
+    def _attached(self) -> TrainableNetwork:
         if self._network is None:
             raise RuntimeError("attach() comes first")
         return self._network
@@ -174,7 +179,7 @@ class NetworkMethod(Method):
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
         """Every tensor, alpha too, in `dtype`, or as trained where that is None. .ckpt and .pt have no metadata."""
-        tensors = {name: _for_file(value, dtype) for name, value in self._attached().state_dict().items()}
+        tensors = {name: _for_file(value, dtype) for name, value in self._attached().file_state().items()}
         if path.suffix in (".ckpt", ".pt"):
             write_torch(path, tensors)
         else:
@@ -193,12 +198,24 @@ def _nothing_trained(rates: dict[str, float]) -> str:
     )
 
 
-def network_module(name: str | None) -> ModuleType:
-    """The module that `--network_module` names. Raises: UserError: missing, not a network, or not available yet."""
+def network_module(name: str | None) -> Any:
+    """What `--network_module` names: one of ours, or the wrapper that makes another's look like one.
+
+    Raises: UserError: missing, not a network, or not importable.
+    """
     require_network_module(name)
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:  # another's code may raise anything
+        LOGGER.debug("importing %s failed", name, exc_info=True)
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"--network_module: {name} cannot be imported: {type(error).__name__}: {reason}") from error
+    if hasattr(module, "create_network"):
+        from networks.third_party import ThirdPartyModule
+
+        return ThirdPartyModule(module)
     if not hasattr(module, "create"):
-        raise UserError(f"--network_module: {name} is no kind of network; networks.lora trains LoRA")
+        raise UserError(f"--network_module: {name} is no kind of network, it has no create_network; try networks.lora")
     return module
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import TYPE_CHECKING
 
 from library.errors import UserError
+from library.options.network import find_module
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def check_options(opts: Options) -> list[str]:
     try:
         require_network_module(options.network_module)
         args = split_args(options.network_args)
-        if _exists(f"{options.network_module}_args"):
+        if options.network_module.startswith("networks.") and find_module(f"{options.network_module}_args"):
             module = importlib.import_module(f"{options.network_module}_args")
             for line in module.check(args, ranks_from_file=options.dim_from_weights):
                 LOGGER.warning("%s", line)
@@ -35,18 +35,9 @@ def check_options(opts: Options) -> list[str]:
 
 
 def require_network_module(name: str | None) -> None:
-    """Raises: UserError: there is no such module, or it is not one of ours."""
-    if not name or not _exists(name):
+    """Raises: UserError: there is no such module."""
+    if not name or not find_module(name):
         raise UserError(f"--network_module: there is no module named {name!r}; networks.lora trains LoRA")
-    if not name.startswith("networks."):
-        raise UserError(f"--network_module: {name}: modules of others are not available yet; networks.lora is")
-
-
-def _exists(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except (ModuleNotFoundError, ValueError):
-        return False
 
 
 def split_args(entries: list[str] | None) -> dict[str, str]:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import importlib.util
+import inspect
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any, Literal
 
-from library.options.base import OptionGroup, Options, opt
+from library.errors import UserError
+from library.options.base import OptionGroup, Options, opt, options_of
+from library.options.nearest import did_you_mean
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
 
-_WANDB = "Weights & Biases"
+# What a table of --log_tracker_config may set; for wandb it is what the installed wandb.init takes.
+TENSORBOARD_KEYS = ("comment", "filename_suffix", "flush_secs", "max_queue", "purge_step")
+_SECRETS_IN_ENVIRONMENT = {"wandb_api_key": "WANDB_API_KEY", "huggingface_token": "HF_TOKEN"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,25 +29,138 @@ class LoggingOptions(OptionGroup, group="logging", title="Messages and logs"):
     )
     console_log_file: str | None = opt(None, "file that messages go to instead of the console")
     console_log_simple: bool = opt(False, "plain messages without time and level, for consoles such as Colab's")
-    logging_dir: str | None = opt(None, "folder for TensorBoard logs, one sub-folder per run")
+    logging_dir: str | None = opt(None, "folder for logs; TensorBoard's have one sub-folder per run")
     log_with: Literal["tensorboard", "wandb", "all"] | None = opt(
-        None, "where curves go; tensorboard if only --logging_dir is given"
+        None, "where curves go, all is both; tensorboard if only --logging_dir is given"
     )
     log_prefix: str | None = opt(None, "text before the date and time in the name of the run's log folder")
-    log_tracker_name: str | None = opt(None, "name of the tracker inside the log folder")
-    log_config: bool = opt(False, "write the options into the log, without keys and absolute paths")
-    log_tracker_config: str | None = opt(None, "TOML file with settings of trackers", later="tracker settings")
-    wandb_run_name: str | None = opt(None, "name of the run at Weights & Biases", later=_WANDB)
-    wandb_api_key: str | None = opt(None, "key for Weights & Biases", later=_WANDB, secret=True)
+    log_tracker_name: str | None = opt(
+        None, "name of the tracker inside the log folder, and of the project at Weights & Biases"
+    )
+    log_config: bool = opt(False, "write the options into the log, without keys, folders and absolute paths")
+    log_tracker_config: str | None = opt(
+        None, "TOML file with a table of settings per tracker, [tensorboard] and [wandb]", exists="file"
+    )
+    wandb_run_name: str | None = opt(None, "name of the run at Weights & Biases; made up there if not given")
+    wandb_api_key: str | None = opt(
+        None, "key for Weights & Biases; best given in WANDB_API_KEY or a --config_file", secret=True
+    )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Where curves go: any of "tensorboard" and "wandb"."""
+        if self.log_with is None:
+            return ("tensorboard",) if self.logging_dir else ()
+        return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        if self.log_with in ("wandb", "all"):
-            yield f"--log_with: not available yet ({_WANDB}), got {self.log_with}; use tensorboard"
-        if self.log_with in ("tensorboard", "all") and not self.logging_dir:
+        if "tensorboard" in self.trackers and not self.logging_dir:
             yield f"--log_with: {self.log_with} needs --logging_dir, the folder to write to"
+        if "wandb" in self.trackers and not _wandb_is_installed():
+            yield f"--log_with: {self.log_with} needs the package wandb; install it with: pip install wandb"
+        elif self.log_tracker_config and Path(self.log_tracker_config).is_file():
+            try:
+                read_tracker_config(self.log_tracker_config, self.trackers)
+            except UserError as error:
+                yield from error.problems
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        if not self.logging_dir:
-            for name in ("log_prefix", "log_tracker_name", "log_config"):
-                if getattr(self, name):
-                    yield f"--{name}: no effect without --logging_dir"
+        if "tensorboard" not in self.trackers and self.log_prefix:
+            yield "--log_prefix: no effect without --logging_dir and TensorBoard's logs in it"
+        for name in ("log_tracker_name", "log_config", "log_tracker_config") if not self.trackers else ():
+            if getattr(self, name):
+                yield f"--{name}: no effect without --logging_dir or --log_with wandb"
+        for name in ("wandb_run_name", "wandb_api_key") if "wandb" not in self.trackers else ():
+            if getattr(self, name):
+                yield f"--{name}: no effect without --log_with wandb or all"
+        yield from _visible_secrets(opts)
+
+
+def read_tracker_config(path: str, trackers: Iterable[str] = ("tensorboard", "wandb")) -> dict[str, dict[str, Any]]:
+    """The settings of each tracker by its name; those of `trackers` are checked by name.
+
+    Raises: UserError: the file cannot be read or is no TOML, or says something that no tracker understands.
+    """
+    import toml
+
+    try:
+        tables = toml.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise UserError(f"--log_tracker_config: {path} is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"--log_tracker_config: cannot read {path}: {error.strerror}") from None
+    except (ValueError, IndexError, TypeError) as error:  # what the toml package raises for broken files
+        raise UserError(f"--log_tracker_config: {path} is not valid TOML: {error}") from None
+    problems = []
+    for name, table in tables.items():
+        if name not in ("tensorboard", "wandb") or not isinstance(table, dict):
+            problems.append(f"--log_tracker_config: {name!r} in {path} is no tracker; use [tensorboard] and [wandb]")
+        elif name in trackers:
+            known = TENSORBOARD_KEYS if name == "tensorboard" else _wandb_keys()
+            problems += [
+                f"--log_tracker_config: unknown key {key!r} in [{name}] of {path}{did_you_mean(key, known)}"
+                for key in table
+                if key not in known
+            ]
+    if problems:
+        raise UserError(*problems)
+    return tables
+
+
+def absolute_paths(opts: Options) -> list[str]:
+    """One line if the command line, which Weights & Biases stores, tells where things lie on this machine."""
+    if "wandb" not in opts.logging.trackers:
+        return []
+    values = opts.flat()
+    told = [name for name in opts.given if opts.origin(name) == "command line" and holds_absolute_path(values[name])]
+    if not told:
+        return []
+    flags = ", ".join(f"--{name}" for name in sorted(told))
+    return [f"{flags}: absolute paths, which Weights & Biases stores with the command line; relative ones tell less"]
+
+
+def holds_absolute_path(value: Any) -> bool:
+    """Whether an option's value is an absolute path of any system, or a list or name=value with one."""
+    if isinstance(value, list):
+        return any(map(holds_absolute_path, value))
+    if not isinstance(value, str | Path):
+        return False
+    parts = [str(value), *re.split(r"[=,]", str(value))]
+    return any(
+        PurePosixPath(part).is_absolute() or PureWindowsPath(part).is_absolute() or part.startswith("~")
+        for part in parts
+    )
+
+
+def secrets(opts: Options) -> dict[str, str]:
+    """The options that hold a key or token, with their values."""
+    found = (option.dest for group in opts.groups for option in options_of(type(group)) if option.details.secret)
+    values = opts.flat()
+    return {name: values[name] for name in found if values[name]}
+
+
+def _visible_secrets(opts: Options) -> Iterator[str]:
+    for name in secrets(opts):
+        if opts.origin(name) == "command line":
+            variable = _SECRETS_IN_ENVIRONMENT.get(name)
+            other = f", or set {variable} in the environment" if variable else ""
+            stored = ", and Weights & Biases stores command lines" if "wandb" in opts.logging.trackers else ""
+            yield (
+                f"--{name}: others can see it on the command line (process list, shell history{stored}); "
+                f"put it into a --config_file{other}"
+            )
+
+
+def _wandb_is_installed() -> bool:
+    """A folder ./wandb, which wandb makes for its logs, is not the package."""
+    try:
+        spec = importlib.util.find_spec("wandb")
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and spec.origin is not None
+
+
+def _wandb_keys() -> tuple[str, ...]:
+    import wandb
+
+    return tuple(inspect.signature(wandb.init).parameters)

@@ -8,13 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from library.options.base import OptionGroup, Options, opt
+from library.options.optimizer import is_schedule_free, optimizer_name
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
-
-_COMPILE = "compiling the model"
-_PURE_HALF = "training in pure half precision"
-_FP8 = "weights in 8-bit floats"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,21 +21,22 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
     sdpa: bool = opt(False, "attention by torch's scaled_dot_product_attention, which is also the default")
     gradient_checkpointing: bool = opt(False, "compute activations again in the backward pass: less memory, slower")
     mixed_precision: Literal["no", "fp16", "bf16"] = opt("no", "number format of the computation; no means float32")
-    lowram: bool = opt(
-        False, "load the model straight to the GPU, for machines with little main memory", later="loading to the GPU"
-    )
+    lowram: bool = opt(False, "load the model straight to the GPU, for machines with little main memory")
     highvram: bool = opt(False, "keep what fits on the GPU and do not empty its cache: faster")
-    torch_compile: bool = opt(False, "compile the model for speed", later=_COMPILE)
+    torch_compile: bool = opt(False, "compile the denoiser's blocks: slow first steps, then faster ones")
     dynamo_backend: Literal[
         "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt", "onnxrt",
         "tensort", "ipex", "tvm",
-    ] = opt("inductor", "compiler behind --torch_compile", later=_COMPILE)  # fmt: skip
-    full_fp16: bool = opt(False, "gradients in fp16 too; needs --mixed_precision fp16", later=_PURE_HALF)
-    full_bf16: bool = opt(False, "gradients in bf16 too; needs --mixed_precision bf16", later=_PURE_HALF)
-    fp8_base: bool = opt(False, "keep the frozen base model in 8-bit floats", later=_FP8)
-    fp8_base_unet: bool = opt(False, "the same for the U-Net alone", later=_FP8)
+    ] = opt("inductor", "compiler behind --torch_compile; which of them work depends on the machine")  # fmt: skip
+    full_fp16: bool = opt(False, "trained weights and gradients in fp16 too; needs --mixed_precision fp16")
+    full_bf16: bool = opt(False, "trained weights and gradients in bf16 too; needs --mixed_precision bf16")
+    stochastic_rounding: bool = opt(
+        False, "step on float32 copies and round back by chance, so that small steps are not lost; needs --full_bf16"
+    )
+    fp8_base: bool = opt(False, "keep the frozen base model's weights in 8-bit floats, text encoders too")
+    fp8_base_unet: bool = opt(False, "the same for the denoiser alone")
     cpu_offload_checkpointing: bool = opt(
-        False, "keep checkpointed activations in main memory", later="activation offload"
+        False, "keep checkpointed activations in main memory; needs --gradient_checkpointing"
     )
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
@@ -50,6 +48,19 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
         for flag, given, needed in (("--full_fp16", self.full_fp16, "fp16"), ("--full_bf16", self.full_bf16, "bf16")):
             if given and self.mixed_precision != needed:
                 yield f"{flag}: needs --mixed_precision {needed}, got {self.mixed_precision}"
+        if self.stochastic_rounding and not self.full_bf16:
+            yield "--stochastic_rounding: needs --full_bf16; float32 weights lose nothing that it could save"
+        elif self.stochastic_rounding and is_schedule_free(opts.optimizer):
+            yield f"--stochastic_rounding: {optimizer_name(opts.optimizer)} averages its weights, which must be float32"
+        if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
+            yield "--cpu_offload_checkpointing: needs --gradient_checkpointing"
+        for flag, given in (("--fp8_base", self.fp8_base), ("--fp8_base_unet", self.fp8_base_unet)):
+            if given and hasattr(opts.method, "text_encoder_stop"):  # the mark of methods that train the model itself
+                yield f"{flag}: only weights that are not trained can be kept in 8 bits; this script trains them all"
+
+    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if "dynamo_backend" in opts.explicit and not self.torch_compile:
+            yield "--dynamo_backend: no effect without --torch_compile"
 
 
 @dataclass(frozen=True, kw_only=True)

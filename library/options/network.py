@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -58,9 +60,9 @@ class NetworkOptions(OptionGroup, group="method", title="Network"):
         name = self.network_module
         if not name:
             yield "--network_module: missing; networks.lora trains a LoRA"
-        elif name in _OURS and not _found(name):
+        elif name in _OURS and not find_module(name):
             yield f"--network_module: not available yet ({name})"
-        elif not _found(name if name.startswith("networks.") else name.split(".")[0]):
+        elif not find_module(name):
             yield f"--network_module: there is no module {name!r}; check the name, or install its package"
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
@@ -70,9 +72,15 @@ class NetworkOptions(OptionGroup, group="method", title="Network"):
             yield "--unet_lr: no effect with --network_train_text_encoder_only"
 
 
-def _found(module: str) -> bool:
-    """Whether `module` could be imported; only packages above it are."""
+def find_module(name: str) -> bool:
+    """Whether there may be such a module, in the current folder too. Imports nothing but our own package above it.
+
+    Of another's package only the top is looked for: to look inside would run its code.
+    """
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)  # last, so that a user's file never hides a package
     try:
-        return importlib.util.find_spec(module) is not None
+        return importlib.util.find_spec(name if name.startswith("networks.") else name.split(".")[0]) is not None
     except (ImportError, ValueError):
         return False

@@ -101,7 +101,9 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
         1, "restarts of cosine_with_restarts; twice the cosine half-waves elsewhere", at_least=1
     )
     lr_scheduler_power: float = opt(1, "exponent of the polynomial schedule", at_least=0)
-    fused_backward_pass: bool = opt(False, "step the optimizer inside the backward pass", later="fused backward pass")
+    fused_backward_pass: bool = opt(
+        False, "step each weight inside the backward pass, as soon as its gradient is there: less memory"
+    )
     lr_scheduler_timescale: int | None = opt(
         None, "time scale of inverse_sqrt in steps; the warm-up's length if not given", at_least=1
     )
@@ -134,6 +136,17 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
         elif schedule_name(self) not in SCHEDULES:
             yield self._unknown_schedule()
         yield from self._check_initial_rate()
+        if self.fused_backward_pass:
+            yield from self._check_fused(opts)
+
+    def _check_fused(self, opts: Options) -> Iterator[str]:
+        flag = "--fused_backward_pass"
+        if not steps_each_alone(self):
+            yield f"{flag}: {optimizer_name(self)} cannot step weights one by one; use AdaFactor or one of torch.optim"
+        if opts.training.gradient_accumulation_steps > 1:
+            yield f"{flag}: cannot be used with --gradient_accumulation_steps; gradients are gone after each batch"
+        if opts.memory.mixed_precision == "fp16":
+            yield f"{flag}: cannot be used with --mixed_precision fp16, whose steps wait for all gradients; use bf16"
 
     def _check_optimizer(self) -> Iterator[str]:
         name, path = optimizer_name(self), optimizer_path(self)
@@ -210,6 +223,8 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         name = schedule_name(self)
+        if self.fused_backward_pass and self.max_grad_norm:
+            yield "--max_grad_norm: not applied with --fused_backward_pass, which never has all gradients at once"
         if is_adafactor(self):
             yield from self._advise_adafactor(opts)
         if sets_own_rate(self):
@@ -226,7 +241,7 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
 
     def _advise_adafactor(self, opts: Options) -> Iterator[str]:
         given = literal_args("--optimizer_args", self.optimizer_args)
-        if self.max_grad_norm:
+        if self.max_grad_norm and not self.fused_backward_pass:
             yield "--max_grad_norm: AdaFactor limits its steps itself; 0 is the usual value with it"
         if not sets_own_rate(self):
             return
@@ -266,6 +281,11 @@ def is_schedule_free(options: OptimizerOptions) -> bool:
 def is_adafactor(options: OptimizerOptions) -> bool:
     """Whether the optimizer is AdaFactor as transformers has it."""
     return optimizer_path(options) in (_PATHS["adafactor"], "transformers.Adafactor")
+
+
+def steps_each_alone(options: OptimizerOptions) -> bool:
+    """Whether the optimizer looks at one weight at a time, so that weights may be stepped in any order and grouping."""
+    return is_adafactor(options) or optimizer_path(options).startswith("torch.optim.")
 
 
 def sets_own_rate(options: OptimizerOptions) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -11,7 +12,18 @@ from library.options.base import OptionGroup, Options, opt
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
 
-_HUB = "uploads to Hugging Face"
+_REPO_KINDS = ("model", "dataset")
+_REPO_ID = re.compile(r"(?!.*(--|\.\.))(?!.*\.git$)(\w[\w.-]*/)?\w([\w.-]{0,94}\w)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class HubFolder:
+    """A folder in a repository at Hugging Face; no revision is its newest."""
+
+    repo: str
+    path: str  # with slashes, never empty
+    revision: str | None = None
+    kind: str = "model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +48,39 @@ class SavingOptions(OptionGroup, group="saving", title="Saving"):
     save_state: bool = opt(False, "save the training state with every copy and at the end, for --resume")
     save_state_on_train_end: bool = opt(False, "save the training state at the end, for --resume")
     resume: str | None = opt(None, "state folder to go on from, exactly where the run was")
-    huggingface_repo_id: str | None = opt(None, "repository to upload to", later=_HUB)
-    huggingface_repo_type: str | None = opt(None, "kind of that repository: model or dataset", later=_HUB)
-    huggingface_path_in_repo: str | None = opt(None, "folder in that repository", later=_HUB)
-    huggingface_token: str | None = opt(None, "access token for uploads", later=_HUB, secret=True)
-    huggingface_repo_visibility: str | None = opt(None, "public or private, for a new repository", later=_HUB)
-    save_state_to_huggingface: bool = opt(False, "upload states too", later=_HUB)
-    resume_from_huggingface: bool = opt(False, "--resume names a state on Hugging Face", later=_HUB)
-    async_upload: bool = opt(False, "upload while training goes on", later=_HUB)
+    huggingface_repo_id: str | None = opt(
+        None, "repository at Hugging Face, user/name, that everything saved is uploaded to; made if it is missing"
+    )
+    huggingface_repo_type: str | None = opt(None, "kind of that repository: model or dataset; model if not given")
+    huggingface_path_in_repo: str | None = opt(None, "folder in that repository; its top if not given")
+    huggingface_token: str | None = opt(
+        None, "access token for Hugging Face; HF_TOKEN or the stored login if not given", secret=True
+    )
+    huggingface_repo_visibility: str | None = opt(
+        None, "public or private, for a repository that the run makes; private if not given"
+    )
+    save_state_to_huggingface: bool = opt(False, "upload the states that are saved, too")
+    resume_from_huggingface: bool = opt(
+        False, "--resume names a state at Hugging Face: user/name/folder, then :revision or :revision:kind"
+    )
+    async_upload: bool = opt(False, "upload while training goes on, instead of waiting for it")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if not self.output_dir:
             yield "--output_dir: missing; name the folder to save to"
+        if self.huggingface_repo_id and not _REPO_ID.fullmatch(self.huggingface_repo_id):
+            yield f"--huggingface_repo_id: must be user/name, got {self.huggingface_repo_id!r}"
+        yield from _one_of("huggingface_repo_type", self.huggingface_repo_type, _REPO_KINDS)
+        yield from _one_of("huggingface_repo_visibility", self.huggingface_repo_visibility, ("public", "private"))
+        if self.huggingface_path_in_repo and ".." in self.huggingface_path_in_repo.replace("\\", "/").split("/"):
+            yield f"--huggingface_path_in_repo: must not contain .., got {self.huggingface_path_in_repo!r}"
+        if self.save_state_to_huggingface and not self.huggingface_repo_id:
+            yield "--save_state_to_huggingface: needs --huggingface_repo_id, the repository to upload to"
+        if self.resume_from_huggingface:
+            try:
+                parse_hub_folder(self.resume)
+            except ValueError as error:
+                yield f"--resume_from_huggingface: {error}"
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.save_n_epoch_ratio and self.save_every_n_epochs:
@@ -56,6 +89,45 @@ class SavingOptions(OptionGroup, group="saving", title="Saving"):
             yield "--save_last_n_epochs: no effect without --save_every_n_epochs"
         if self.save_last_n_steps and not self.save_every_n_steps:
             yield "--save_last_n_steps: no effect without --save_every_n_steps"
+        if self.save_state_to_huggingface and not (self.save_state or self.save_state_on_train_end):
+            yield "--save_state_to_huggingface: no state is saved without --save_state or --save_state_on_train_end"
+        if not self.huggingface_repo_id:
+            for name in (
+                "huggingface_repo_type",
+                "huggingface_path_in_repo",
+                "huggingface_repo_visibility",
+                "async_upload",
+            ):
+                if getattr(self, name):
+                    yield f"--{name}: no effect without --huggingface_repo_id"
+            if self.huggingface_token and not self.resume_from_huggingface:
+                yield "--huggingface_token: no effect without --huggingface_repo_id or --resume_from_huggingface"
+
+
+def parse_hub_folder(text: str | None) -> HubFolder:
+    """``user/name/folder[:revision[:kind]]``. Raises: ValueError."""
+    if not text:
+        raise ValueError("needs --resume user/name/folder[:revision[:kind]]")
+    place, *rest = text.split(":")
+    user, _, below = place.partition("/")
+    name, _, path = below.partition("/")
+    path = path.strip("/")
+    kind = rest[1] if len(rest) == 2 else "model"
+    well_formed = len(rest) <= 2 and all(rest) and _REPO_ID.fullmatch(f"{user}/{name}") and path
+    if not well_formed or ".." in path.split("/"):
+        raise ValueError(f"--resume must be user/name/folder[:revision[:kind]], got {text!r}")
+    if kind not in _REPO_KINDS:
+        raise ValueError(f"the kind of repository in --resume must be {_either(_REPO_KINDS)}, got {kind!r}")
+    return HubFolder(f"{user}/{name}", path, rest[0] if rest else None, kind)
+
+
+def _one_of(name: str, value: str | None, choices: tuple[str, ...]) -> Iterable[str]:
+    if value is not None and value not in choices:
+        yield f"--{name}: must be {_either(choices)}, got {value!r}"
+
+
+def _either(choices: tuple[str, ...]) -> str:
+    return f"{' or '.join(choices)}"
 
 
 @dataclass(frozen=True, kw_only=True)

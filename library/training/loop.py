@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from library.methods.base import Method
     from library.objectives.objective import Objective
     from library.options.base import Options
+    from library.training.hub import Hub
     from library.training.plan import RunPlan, Start
+    from library.training.stepping import Stepper
     from library.training.tracking import Tracker
     from library.training.validation import Validation
     from library.types import Batch, Models
@@ -56,11 +58,13 @@ class Run:
     plan: RunPlan
     accelerator: Accelerator
     optimizer: torch.optim.Optimizer
+    stepper: Stepper
     schedule: torch.optim.lr_scheduler.LRScheduler
     saves: saving.SavePlan
     preview: Preview
     validation: Validation
     tracker: Tracker
+    hub: Hub
     make_metadata: Callable[[RunFacts], dict[str, str] | None]
     save_dtype: torch.dtype | None
     start: Start
@@ -117,7 +121,6 @@ def train(run: Run) -> RunFacts:
     report.close(facts)
     if run.accelerator.is_main_process:
         _save_interrupted(run, facts) if facts.interrupted else _save(run, facts, run.saves.final())
-    run.tracker.close()
     return facts
 
 
@@ -129,6 +132,7 @@ def _epoch(
     all_losses: list[Tensor] = []
     for group in _groups_of(_batches(run, facts.epoch, first_batch), run.plan.accumulation):
         run.method.start_step(facts.step)
+        run.stepper.start(facts.step)
         losses = _accumulate(run, parts, group, facts)
         all_losses += losses if wants_loss(run.schedule) else ()
         rates = effective_rates(run.optimizer) or run.schedule.get_last_lr()
@@ -200,9 +204,9 @@ def _update(run: Run, parameters: list[Tensor]) -> Tensor | None:
         average_gradients(parameters, run.accelerator.num_processes)
     norm = None
     limit = run.opts.optimizer.max_grad_norm
-    if limit:
+    if limit and not run.opts.optimizer.fused_backward_pass:
         norm = run.accelerator.clip_grad_norm_(parameters, limit)
-    run.optimizer.step()
+    run.stepper.step()
     skipped = run.optimizer.step_was_skipped  # the fp16 scaler leaves out steps that overflowed
     if not skipped and not wants_loss(run.schedule):
         run.schedule.step()
@@ -272,22 +276,31 @@ def _validate(run: Run, parts: StepParts, facts: RunFacts, report: _Report) -> f
 
 
 def _save(run: Run, facts: RunFacts, due: saving.Due) -> None:
-    folder = due.path.parent
-    saving.check_space(folder, state.needed_bytes(_state_parts(run)) if due.state else 0, "what is to be saved")
-    with run.as_used():
+    """Raises: UserError: no room, or no permission; what was saved before is whole."""
+    parts = _state_parts(run)
+    needed = state.needed_bytes(parts) if due.state else state.size_of(parts.trained.state_dict())
+    saving.check_space(due.path.parent, needed, "what is to be saved")
+    run.hub.settle(due.path)  # an earlier one of this name
+    with run.as_used(), saving.failing_clearly(due.path):
         run.method.save(due.path, run.save_dtype, run.make_metadata(facts))
     LOGGER.info("saved %s", due.path)
+    run.hub.upload(due.path)
     if due.obsolete is not None:
+        run.hub.settle(due.obsolete)
         saving.remove(due.obsolete)
     if due.state is not None:
         _save_state(run, facts, due.state)
         if due.obsolete_state is not None:
+            run.hub.settle(due.obsolete_state)
             saving.remove(due.obsolete_state)
 
 
 def _save_state(run: Run, facts: RunFacts, folder: Path) -> None:
-    state.save_state(folder, _state_parts(run), state.Progress(facts.step, facts.epoch, run.seed))
+    run.hub.settle(folder)
+    with saving.failing_clearly(folder):
+        state.save_state(folder, _state_parts(run), state.Progress(facts.step, facts.epoch, run.seed))
     LOGGER.info("saved the state in %s", folder)
+    run.hub.upload_state(folder)
 
 
 def _save_interrupted(run: Run, facts: RunFacts) -> None:
@@ -303,7 +316,7 @@ def _sample(run: Run, facts: RunFacts, *, epoch_end: bool) -> None:
         )
     for index, picture in enumerate(pictures):
         LOGGER.info("sampled %s", picture.path)
-        run.tracker.image(facts.step, f"sample/{index:02d} {picture.prompt.prompt[:60]}", picture.image)
+        run.tracker.image(facts.step, f"sample/{index:02d}", picture.image, picture.prompt.prompt)
 
 
 class _Report:

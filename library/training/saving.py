@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -117,6 +119,17 @@ def check_space(folder: Path, needed: int, what: str) -> None:
             f"{folder}: {what} takes about {needed / 2**20:.0f} MiB, and only {free / 2**20:.0f} MiB are free; "
             "make room, or choose another --output_dir"
         )
+
+
+@contextmanager
+def failing_clearly(path: Path) -> Iterator[None]:
+    """Turns what the system says against writing `path` into one line. Raises: UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be saved ({error.strerror or error}); what was saved before is whole"
+        ) from None
 
 
 def remove(path: Path) -> None:

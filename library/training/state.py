@@ -113,16 +113,17 @@ def load_state(folder: Path, parts: Parts) -> None:
 
 
 def needed_bytes(parts: Parts) -> int:
-    """About how large a state is: the trained tensors and the optimizer's."""
-    return _size(parts.trained.state_dict()) + _size(parts.optimizer.state_dict())
+    """About how much a model and its state take: the trained tensors twice, and the optimizer's."""
+    return 2 * size_of(parts.trained.state_dict()) + size_of(parts.optimizer.state_dict())
 
 
-def _size(value: Any) -> int:
+def size_of(value: Any) -> int:
+    """Bytes of all tensors in nested containers."""
     if hasattr(value, "nbytes"):
         return int(value.nbytes)
     if isinstance(value, Mapping):
-        return sum(_size(one) for one in value.values())
-    return sum(map(_size, value)) if isinstance(value, list | tuple) else 0
+        return sum(size_of(one) for one in value.values())
+    return sum(map(size_of, value)) if isinstance(value, list | tuple) else 0
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:

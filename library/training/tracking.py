@@ -1,56 +1,212 @@
-"""TensorBoard logs: losses, rates, gradient norm, pictures, and on request the settings."""
+"""Where the numbers and pictures of a run go: TensorBoard and Weights & Biases.
+
+Each has a thread of its own. One that fails is left out from then on, one that is slow loses values: training goes on.
+"""
 
 from __future__ import annotations
 
+import os
+import queue
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from library.options.logging import holds_absolute_path, read_tracker_config, secrets
+from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from library.options.base import Options
 
-# Never written to a log: secrets, and where things lie on this machine.
-_NOT_LOGGED = ("wandb_api_key", "huggingface_token")
+_MOST_WAITING = 1000  # values and pictures that a slow tracker may be behind
+_PATIENCE = 60.0  # seconds that the end of a run waits for a tracker
+
+
+class Sink(Protocol):
+    """One tracker. Any method may raise or take long."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def image(self, step: int, name: str, image: Image.Image, caption: str) -> None: ...
+
+    def close(self, failed: bool) -> None: ...
 
 
 class Tracker:
-    """Writes to `<logging_dir>/<log_prefix><date and time>/<tracker name>`; does nothing without --logging_dir."""
+    """Hands everything on to the sinks. As a context manager it closes them, also when the run fails."""
 
-    def __init__(self, opts: Options, default_name: str, enabled: bool = True):
-        self._writer = None
-        options = opts.logging
-        if options.logging_dir is None or not enabled:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        run = f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
-        self._writer = SummaryWriter(str(Path(options.logging_dir) / run / (options.log_tracker_name or default_name)))
-        if options.log_config:
-            rows = [f"| {name} | {value} |" for name, value in sorted(loggable(opts.flat()).items())]
-            self._writer.add_text("config", "\n".join(["| option | value |", "|---|---|", *rows]), 0)
+    def __init__(self, sinks: Mapping[str, Sink], patience: float = _PATIENCE, most_waiting: int = _MOST_WAITING):
+        self._threads = [_SinkThread(name, sink, most_waiting) for name, sink in sinks.items()]
+        self._patience = patience
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        for thread in self._threads:
+            thread.put(lambda sink: sink.scalars(step, values))
 
-    def image(self, step: int, name: str, image: Image.Image) -> None:
-        if self._writer is not None:
-            import numpy as np
+    def image(self, step: int, name: str, image: Image.Image, caption: str = "") -> None:
+        for thread in self._threads:
+            thread.put(lambda sink: sink.image(step, name, image, caption))
 
-            self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+    def close(self, failed: bool = False) -> None:
+        """Waits until everything has arrived, but not forever."""
+        end = time.monotonic() + self._patience
+        for thread in self._threads:
+            thread.close(failed, end)
+        self._threads = []
 
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
 
 
-def loggable(values: dict[str, Any]) -> dict[str, Any]:
-    """The options without secrets, and without folders and files that lie at an absolute path."""
+class _SinkThread:
+    def __init__(self, name: str, sink: Sink, most_waiting: int):
+        self._name, self._sink = name, sink
+        self._waiting: queue.Queue[Callable[[Sink], None] | None] = queue.Queue(most_waiting)
+        self._failed = self._told_slow = False
+        # A daemon: the interpreter does not wait for one that hangs.
+        self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
+        self._thread.start()
+
+    def put(self, call: Callable[[Sink], None]) -> None:
+        if self._failed:
+            return
+        try:
+            self._waiting.put_nowait(call)
+        except queue.Full:
+            if not self._told_slow:
+                LOGGER.warning("%s is too slow; some values of this run are not logged there", self._name)
+            self._told_slow = True
+
+    def close(self, failed: bool, end: float) -> None:
+        """`end` in seconds of `time.monotonic`."""
+        try:
+            for call in (lambda sink: sink.close(failed), None):
+                self._waiting.put(call, timeout=max(0.0, end - time.monotonic()))
+        except queue.Full:
+            pass
+        self._thread.join(max(0.0, end - time.monotonic()))
+        if self._thread.is_alive():
+            LOGGER.warning("%s did not end in time; what was logged last may be missing there", self._name)
+
+    def _work(self) -> None:
+        while (call := self._waiting.get()) is not None:
+            if self._failed:
+                continue
+            try:
+                call(self._sink)
+            except Exception as error:  # whatever it is, it is no reason to stop training
+                self._failed = True
+                LOGGER.warning("%s failed, nothing more is logged there: %s", self._name, _reason(error))
+
+
+def make_tracker(opts: Options, default_name: str, enabled: bool = True) -> Tracker:
+    """The trackers that the options ask for; a tracker that cannot be opened is warned about and left out."""
+    options = opts.logging
+    names = options.trackers if enabled else ()
+    settings = read_tracker_config(options.log_tracker_config) if options.log_tracker_config and names else {}
+    sinks: dict[str, Sink] = {}
+    for name in names:
+        kind, title = (TensorBoard, "TensorBoard") if name == "tensorboard" else (WeightsAndBiases, "Weights & Biases")
+        try:
+            sinks[title] = kind(opts, options.log_tracker_name or default_name, settings.get(name, {}))
+        except Exception as error:
+            LOGGER.warning("%s cannot be used, the run goes on without it: %s", title, _reason(error))
+    return Tracker(sinks)
+
+
+class TensorBoard:
+    """Writes to `<logging_dir>/<log_prefix><date and time>/<name>`; `settings` go to SummaryWriter."""
+
+    def __init__(self, opts: Options, name: str, settings: Mapping[str, Any]):
+        from torch.utils.tensorboard import SummaryWriter
+
+        options = opts.logging
+        run = f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
+        self._writer = SummaryWriter(str(Path(options.logging_dir) / run / name), **settings)
+        if options.log_config:
+            rows = [f"| {name} | {value} |" for name, value in sorted(loggable(opts).items())]
+            self._writer.add_text("config", "\n".join(["| option | value |", "|---|---|", *rows]), 0)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: Image.Image, caption: str) -> None:
+        import numpy as np
+
+        self._writer.add_image(f"{name} {caption[:60]}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def close(self, failed: bool) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Logs to a run of its own in the project `name`; `settings` go to wandb.init.
+
+    Its files lie in `<logging_dir>/wandb`, or in ./wandb. Values are drawn over "step", which, unlike wandb's own
+    counter, may also go back: losses arrive a little later than what is measured between the steps.
+    """
+
+    def __init__(self, opts: Options, name: str, settings: Mapping[str, Any]):
+        import wandb
+
+        options = opts.logging
+        if options.wandb_api_key:
+            os.environ["WANDB_API_KEY"] = options.wandb_api_key  # wandb.login would store it on the disk
+        if options.logging_dir:
+            Path(options.logging_dir).mkdir(parents=True, exist_ok=True)
+        chosen = {"project": name, "name": options.wandb_run_name, "dir": options.logging_dir, **settings}
+        limits = {"finish_timeout": 0.8 * _PATIENCE} if "finish_timeout" in wandb.Settings.model_fields else {}
+        chosen["settings"] = {**limits, **chosen.get("settings", {})}
+        if options.log_config:
+            chosen["config"] = {**loggable(opts), **chosen.get("config", {})}
+        with _command_line_without(secrets(opts).values()):
+            self._run = wandb.init(**chosen)
+        self._run.define_metric("*", step_metric="step")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def image(self, step: int, name: str, image: Image.Image, caption: str) -> None:
+        import wandb
+
+        self._run.log({"step": step, name: wandb.Image(image, caption=caption or None)})
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+def loggable(opts: Options) -> dict[str, Any]:
+    """The options that have a value, without secrets, folders and absolute paths."""
+    hidden = secrets(opts)
     return {
-        name: value
-        for name, value in values.items()
-        if name not in _NOT_LOGGED and value is not None and not Path(str(value)).is_absolute()
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in opts.flat().items()
+        if value is not None and name not in hidden and not name.endswith("_dir") and not holds_absolute_path(value)
     }
+
+
+@contextmanager
+def _command_line_without(values: Iterable[str]) -> Iterator[None]:
+    """wandb stores sys.argv; within the block there are stars in it where a secret is."""
+    before, hidden = sys.argv, list(sys.argv)
+    for value in values:
+        hidden = [argument.replace(value, "***") for argument in hidden]
+    sys.argv = hidden
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -99,6 +100,16 @@ def messages():
             {"network_args": ["down_lr_weight=1,0.5,0.25", "conv_dim=2"]},
             {"textencoder": 1e-3, "unet block 1": 5e-4, "unet block 2": 2.5e-4},
         ),
+        (
+            {"network_args": ["network_reg_lrs=unet_a=3e-4,te=2e-4", "loraplus_unet_lr_ratio=2", "conv_dim=2"]},
+            {
+                "textencoder reg 2": 2e-4,
+                "unet reg 1": 3e-4,
+                "unet reg 1 plus": 6e-4,
+                "unet": 1e-3,
+                "unet plus": 2e-3,
+            },
+        ),
     ],
 )
 def test_rates(given, expected, tmp_path):
@@ -160,7 +171,7 @@ def test_nothing_to_train_is_an_error(given):
         ({"network_module": "no_such_package.kohya"}, "there is no module named 'no_such_package.kohya'"),
         ({"network_module": None}, "--network_module"),
         ({"network_module": "networks.functional"}, "networks.functional is no kind of network"),
-        ({"network_module": "lycoris.kohya"}, "lycoris.kohya: modules of others are not available yet"),
+        ({"network_module": "lycoris.koyha"}, "lycoris.koyha cannot be imported: ModuleNotFoundError"),
         ({"network_args": ["conv_dim"]}, "'conv_dim' is not name=value"),
         ({"network_args": ["conv_dim=1", "conv_dim=2"]}, "conv_dim is given twice"),
     ],
@@ -327,3 +338,145 @@ def test_base_weights_are_merged_with_their_strengths(earlier):
     down, up = (state[f"lora_unet_attn.lora_{side}.weight"] for side in ("down", "up"))
     expected = bare.denoiser.attn.weight + 1.5 * (up @ down) / 3  # alpha 1, rank 3; strengths 0.5 and 1
     torch.testing.assert_close(models.denoiser.attn.weight, expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- networks of other modules
+
+
+class Attention(nn.Module):
+    """A class that lycoris looks for."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.proj = nn.Linear(width, width)
+
+
+class Transformer2DModel(Attention):
+    pass
+
+
+class CLIPMLP(Attention):
+    pass
+
+
+class Nested(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+
+def lycoris_models():
+    torch.manual_seed(0)
+    return Models(Nested(Transformer2DModel(6)), {"te": Nested(CLIPMLP(5))}, {}, Block(3))
+
+
+NESTED = [
+    LoraTarget("lora_te_text_model_inner_proj", "te", ("inner.proj",)),
+    LoraTarget("lora_unet_inner_proj", "denoiser", ("inner.proj",)),
+]
+NESTED_FAMILY = SimpleNamespace(traits=SimpleNamespace(text_encoders=("te",)), lora_targets=lambda models: NESTED)
+
+
+def with_lycoris(models=None, algo="loha", **given):
+    method = method_for(network_module="lycoris.kohya", network_args=[f"algo={algo}"], network_dim=2, **given)
+    method.attach(NESTED_FAMILY, models or lycoris_models())
+    return method
+
+
+@pytest.mark.rows("R302")
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"textencoder": 1e-3, "unet": 1e-3}),
+        ({"unet_lr": 1e-4, "text_encoder_lr": [5e-5]}, {"textencoder": 5e-5, "unet": 1e-4}),
+        ({"text_encoder_lr": [0.0]}, {"unet": 1e-3}),
+        ({"network_train_text_encoder_only": True}, {"textencoder": 1e-3}),
+    ],
+)
+def test_a_third_party_network_has_our_rates(given, expected, tmp_path):
+    models = lycoris_models()
+    method = with_lycoris(models, **given)
+    assert rates(method) == expected
+    assert method.trains_text_encoder() == ("textencoder" in expected)
+    trained = {id(p) for group in method.parameter_groups() for p in group["params"]}
+    assert trained == {id(p) for p in method.trainable().parameters()}
+    tensors, _ = saved(method, tmp_path / "a.safetensors", torch.float16)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    names = {"textencoder": "lora_te_text_model_inner_proj", "unet": "lora_unet_inner_proj"}
+    assert {key.partition(".")[0] for key in tensors} == {names[part] for part in expected}
+
+
+def test_third_party_metadata():
+    found = with_lycoris(network_alpha=2.0).metadata()
+    assert (found["ss_network_module"], found["ss_network_dim"]) == ("lycoris.kohya", "2")
+    assert json.loads(found["ss_network_args"]) == {"algo": "loha"}
+
+
+def test_third_party_weights_continue(tmp_path, messages):
+    first = with_lycoris()
+    for parameter in first.trainable().parameters():
+        nn.init.normal_(parameter)
+    first.save(tmp_path / "a.safetensors", None, None)
+    state, path = first.trainable().state_dict(), str(tmp_path / "a.safetensors")
+    for given in ({"dim_from_weights": True}, {}):
+        again = with_lycoris(network_weights=path, **given).trainable().state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in again.items())
+    assert messages(logging.WARNING) == []
+    with_lycoris(network_weights=path, network_train_unet_only=True)
+    (line,) = messages(logging.WARNING)
+    assert "1 layers loaded; 0 layers of the network" in line
+    assert "1 layers of the file are not used" in line
+    frozen = with_lycoris(network_weights=path, text_encoder_lr=[0.0])
+    assert rates(frozen) == {"unet": 1e-3}
+    assert {name.partition(".")[0] for name in frozen.trainable().file_state()} == {t.key for t in NESTED}
+    with pytest.raises(UserError, match="holds hada_w1_a"):
+        with_lycoris(algo="lokr", network_weights=path)
+
+
+def test_a_third_party_network_keeps_its_norm_and_strength():
+    models = lycoris_models()
+    method = with_lycoris(models, scale_weight_norms=0.5)
+    x = torch.randn(3, 6)
+    bare = models.denoiser.inner.proj(x)
+    for parameter in method.trainable().parameters():
+        nn.init.normal_(parameter)
+    method.before_batch(SimpleNamespace(network_multiplier=0.0))
+    torch.testing.assert_close(models.denoiser.inner.proj(x), bare)
+    method.after_step()
+    layer = models.denoiser.inner.proj
+    with torch.no_grad():
+        change = (layer(torch.eye(6)) - layer.bias).T - layer.weight
+    assert torch.linalg.norm(change) == pytest.approx(0.5, rel=1e-4)
+
+
+OWN = """
+from torch import nn
+import torch
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(6))
+    def apply_to(self, text_encoder, unet, train_text_encoder, train_unet):
+        forward = unet.attn.forward
+        unet.attn.forward = lambda x: forward(x) + self.shift
+    def prepare_optimizer_params(self, text_encoder_lr, unet_lr, learning_rate):
+        return [{"params": self.parameters(), "lr": unet_lr}], ["unet"]
+
+def create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet, **kwargs):
+    return Network()
+"""
+
+
+def test_a_module_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "network_in_a_folder.py").write_text(OWN, encoding="utf-8")
+    (tmp_path / "broken_network_in_a_folder.py").write_text("1 / 0", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    given = {"network_module": "network_in_a_folder", "network_train_unet_only": True}
+    assert check_options(options_for(**given)) == []
+    assert rates(attached(**given)) == {"unet": 1e-3}
+    with pytest.raises(UserError, match="--scale_weight_norms: network_in_a_folder does not offer it"):
+        attached(**given, scale_weight_norms=1.0)
+    with pytest.raises(UserError, match="broken_network_in_a_folder cannot be imported: ZeroDivisionError"):
+        attached(network_module="broken_network_in_a_folder")

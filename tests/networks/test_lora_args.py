@@ -74,6 +74,11 @@ def test_layout_with_fixed_ends():
         ({"block_dims": ",".join(["4"] * 26)}, "has 26 entries"),
         ({"block_dims": ",".join(["4", "-1"] + ["4"] * 23)}, "has an entry below 0"),
         ({"conv_block_alphas": "a,b"}, "is not a comma-separated list of numbers"),
+        ({"network_reg_dims": "attn1"}, "network_reg_dims=attn1: is not regex=value"),
+        ({"network_reg_dims": "attn1=4.5"}, "'4.5' is not a whole number"),
+        ({"network_reg_dims": "attn1=-1"}, "must be at least 0"),
+        ({"network_reg_lrs": "attn1=fast"}, "'fast' is not a number"),
+        ({"network_reg_lrs": "attn(=1"}, "'attn(' is no regular expression"),
     ],
 )
 def test_errors_say_what_is_wrong(args, message):
@@ -116,3 +121,31 @@ def test_ranks_by_block():
     assert choose({"conv_block_dims": convs}, conv_only=True) == (4, 1.0)
     assert choose({"down_lr_weight": "zeros"}) is None
     assert choose({"up_lr_weight": "zeros"}) == (4, 1.0)
+
+
+def test_ranks_by_regular_expression():
+    """The first pattern found in the key counts, before what blocks say; 0 leaves the layer out."""
+    args = {"network_reg_dims": "attn1_to_[qk]=8, attn1=0,_ff_=2", "block_dims": ",".join(["3"] * 25)}
+
+    def chosen(key, **more):
+        options = {"block": 1, "kernel": False, "conv_only": False, **more}
+        return rank_and_alpha(parse({**args, **more.pop("args", {})}), 4, 1.0, key=key, **options)
+
+    assert chosen("lora_unet_attn1_to_q") == (8, 1.0)
+    assert chosen("lora_unet_attn1_to_v") is None
+    assert chosen("lora_unet_ff_net_0") == (2, 1.0)
+    assert chosen("lora_unet_attn2_to_q") == (3, 1.0)
+    assert chosen("lora_unet_ff_conv", conv_only=True, kernel=True) is None  # convolutions still want conv_dim
+
+
+def test_rates_by_regular_expression():
+    parsed = parse({"network_reg_lrs": "attn1=1e-5,attn=2e-5,ff=0", "up_lr_weight": "zeros"})
+    assert [parsed.own_lr(f"lora_unet_{name}") for name in ("attn1_to_q", "attn2_to_q", "proj_in")] == [
+        (1, 1e-5),
+        (2, 2e-5),
+        None,
+    ]
+    common = {"block": 13, "kernel": False, "conv_only": False}
+    assert rank_and_alpha(parsed, 4, 1.0, key="lora_unet_attn1", **common) == (4, 1.0)
+    assert rank_and_alpha(parsed, 4, 1.0, key="lora_unet_ff", **common) is None
+    assert rank_and_alpha(parsed, 4, 1.0, key="lora_unet_proj_in", **common) is None

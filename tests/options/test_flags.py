@@ -17,7 +17,8 @@ METHODS = scripts_of("sd")
 LISTS = {script: json.loads((Path(__file__).parent / f"{script}_flags.json").read_text()) for script in METHODS}
 FACTS = {script: {row["dest"]: row for row in rows} for script, rows in LISTS.items()}
 COUNTS = {"train_network": 193, "train_db": 169, "fine_tune": 167}
-OURS = {"strict", "data_index_dir", "ema", "ema_decay"}  # options that earlier trainers do not have
+# options that earlier trainers do not have
+OURS = {"strict", "data_index_dir", "ema", "ema_decay", "stochastic_rounding"}
 OURS_OF = {"train_network": {"save_best_validation", "early_stop_patience"}}  # of one script
 ADDED_CHOICES = {"max_token_length": {75}}  # means the same as leaving it out
 ROOT = Path(__file__).parents[2]

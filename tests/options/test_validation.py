@@ -33,7 +33,7 @@ def test_a_good_command_line_has_no_problems_and_no_warnings(valid, traits):
 
 
 def test_all_problems_come_at_once_with_their_origin(parse, traits, tmp_path):
-    (tmp_path / "run.toml").write_text("network_dim = 0\nfused_backward_pass = true\nhuber_c = nan\n")
+    (tmp_path / "run.toml").write_text("network_dim = 0\nhuber_c = nan\n")
     lines = problems(parse(f"--config_file={tmp_path}/run", "--learning_rate=inf", "--train_batch_size=0"), traits)
     assert set(lines) == {
         "--pretrained_model_name_or_path: missing; give a checkpoint file, a Diffusers folder or a hub id",
@@ -44,7 +44,6 @@ def test_all_problems_come_at_once_with_their_origin(parse, traits, tmp_path):
         "--learning_rate: must be a finite number, got inf",
         "--huber_c: must be a finite number, got nan (from run.toml)",
         "--output_dir: missing; name the folder to save to",
-        "--fused_backward_pass: not available yet (fused backward pass) (from run.toml)",
     }
 
 
@@ -144,7 +143,6 @@ REFUSED = [
     ("--resolution=192 --enable_bucket", "--resolution: 192 is below --min_bucket_reso 256"),
     ("--resolution=512,1088 --enable_bucket", "--resolution: 512,1088 is above --max_bucket_reso 1024"),
     ("--enable_bucket --bucket_reso_steps=32", "--bucket_reso_steps: must be a multiple of 64"),
-    ("--log_with=wandb", "--log_with: not available yet"),
     ("--log_with=tensorboard", "--log_with: tensorboard needs --logging_dir"),
     ("--sample_prompts=none.txt", "--sample_prompts: there is no file 'none.txt'"),
     ("--sample_prompts=none.yaml", "--sample_prompts: must be a .txt, .toml or .json file"),

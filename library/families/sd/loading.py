@@ -141,7 +141,7 @@ class _Reader:
         for key in keys:
             tensor = self.weights[key]
             self.forms[key] = (tensor.dtype, tuple(tensor.shape))
-            taken[key] = tensor.to(torch.float32)
+            taken[key] = tensor.to(torch.get_default_device(), torch.float32)
         return taken
 
 

@@ -1,0 +1,53 @@
+"""torch.compile over a model's repeated blocks: each kind of block is compiled once for each shape, not each block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from library.errors import UserError
+
+# Blocks share one function as far as the compiler's count is concerned: kinds of blocks times bucket shapes times
+# training, validating and sampling. Its own limit of 8 would quietly leave most of them uncompiled.
+_MOST_GRAPHS = 1024
+
+
+def compile_blocks(blocks: Sequence[nn.Module], backend: str, device: torch.device) -> None:
+    """Compiles each block's call, hooks of networks included, at the first input of each shape.
+
+    Raises: UserError: the backend is not there, or does not work on this machine.
+    """
+    require_backend(backend, device)
+    config = torch._dynamo.config
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(config, limit, max(getattr(config, limit), _MOST_GRAPHS))
+    # Left out by default: a block with an adapter would then run what was compiled for one without, and the reverse.
+    config.skip_nnmodule_hook_guards = False
+    for block in blocks:
+        # Every bucket has its own graph: symbolic shapes compile longer and run slower.
+        block.compile(backend=backend, dynamic=False)
+
+
+def require_backend(backend: str, device: torch.device) -> None:
+    """Compiles and runs a small function. Raises: UserError: as above."""
+    if backend not in torch._dynamo.list_backends(exclude_tags=()):
+        raise UserError(
+            f"--dynamo_backend: torch {torch.__version__} has no backend {backend} here; "
+            "choose inductor, aot_eager, eager or cudagraphs"
+        )
+
+    def probe(x: torch.Tensor) -> torch.Tensor:
+        return x.sin() * 2 + x
+
+    x = torch.ones(16, device=device, requires_grad=True)
+    try:
+        torch.compile(probe, backend=backend, dynamic=False)(x).sum().backward()
+    except Exception as error:  # what a backend raises where a compiler or package is missing is of any kind
+        lines = str(getattr(error, "inner_exception", error)).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise UserError(
+            f"--dynamo_backend: {backend} does not work on this machine ({reason}); "
+            "leave out --torch_compile, or choose another backend, such as aot_eager"
+        ) from None

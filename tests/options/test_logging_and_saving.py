@@ -1,0 +1,200 @@
+"""The options of trackers and of the hub: what is refused, what is warned about, and what the command line tells."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from library.options.base import options_of
+from library.options.logging import absolute_paths, read_tracker_config
+from library.options.saving import HubFolder, parse_hub_folder
+from library.options.validation import problems, warnings
+
+
+@pytest.mark.parametrize(
+    ("flags", "trackers"),
+    [
+        ([], ()),
+        (["--logging_dir=logs"], ("tensorboard",)),
+        (["--log_with=tensorboard", "--logging_dir=logs"], ("tensorboard",)),
+        (["--log_with=wandb"], ("wandb",)),
+        (["--log_with=wandb", "--logging_dir=logs"], ("wandb",)),
+        (["--log_with=all", "--logging_dir=logs"], ("tensorboard", "wandb")),
+    ],
+)
+def test_where_curves_go(valid, traits, flags, trackers):
+    opts = valid(*flags)
+    assert opts.logging.trackers == trackers
+    assert problems(opts, traits) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("--log_with=all", "--log_with: all needs --logging_dir"),
+        ("--log_with=tensorboard", "--log_with: tensorboard needs --logging_dir"),
+        ("--log_tracker_config=no.toml", "--log_tracker_config: there is no file 'no.toml'"),
+        ("--huggingface_repo_id=a/b/c", "--huggingface_repo_id: must be user/name, got 'a/b/c'"),
+        ("--huggingface_repo_id=me/a--b", "--huggingface_repo_id: must be user/name"),
+        ("--huggingface_repo_id=me/b.git", "--huggingface_repo_id: must be user/name"),
+        ("--huggingface_repo_id=https://huggingface.co/me/b", "--huggingface_repo_id: must be user/name"),
+        ("--huggingface_repo_type=space", "--huggingface_repo_type: must be model or dataset, got 'space'"),
+        ("--huggingface_repo_visibility=secret", "--huggingface_repo_visibility: must be public or private, got"),
+        ("--huggingface_path_in_repo=../x", "--huggingface_path_in_repo: must not contain .."),
+        ("--save_state_to_huggingface", "--save_state_to_huggingface: needs --huggingface_repo_id"),
+        ("--resume_from_huggingface", "--resume_from_huggingface: needs --resume user/name/folder"),
+        ("--resume_from_huggingface --resume=me/style", "--resume_from_huggingface: --resume must be user/name/folder"),
+    ],
+)
+def test_refused(valid, traits, tmp_path, monkeypatch, flags, problem):
+    monkeypatch.chdir(tmp_path)
+    assert [line for line in problems(valid(*flags.split()), traits) if line.startswith(problem)]
+
+
+def test_names_that_the_hub_takes(valid, traits):
+    for name in ("me/style", "style", "My_Name/a.b-c_1"):
+        assert problems(valid(f"--huggingface_repo_id={name}"), traits) == []
+
+
+@pytest.mark.parametrize("flag", ["--log_with=wandb", "--log_with=all"])
+def test_wandb_must_be_installed(valid, traits, monkeypatch, flag):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not there
+    line = f"{flag.replace('=', ': ')} needs the package wandb; install it with: pip install wandb"
+    assert problems(valid(flag, "--logging_dir=logs"), traits) == [line]
+
+
+def test_the_folder_that_wandb_makes_is_not_the_package(valid, traits, monkeypatch, tmp_path):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in [name for name in sys.modules if name.split(".")[0] == "wandb"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert [line for line in problems(valid("--log_with=wandb"), traits) if "needs the package wandb" in line]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[wandb", "is not valid TOML"),
+        ('[comet]\nname = "x"', "'comet' in {} is no tracker; use [tensorboard] and [wandb]"),
+        ("tags = 1", "'tags' in {} is no tracker"),
+        ("[wandb]\ntaggs = []", "unknown key 'taggs' in [wandb] of {}; did you mean"),
+        ("[tensorboard]\nflush = 1", "unknown key 'flush' in [tensorboard] of {}"),
+    ],
+)
+def test_a_tracker_config_is_read_before_anything_else(valid, traits, tmp_path, text, problem):
+    file = tmp_path / "trackers.toml"
+    file.write_text(text, encoding="utf-8")
+    (line,) = problems(valid("--log_with=all", "--logging_dir=logs", f"--log_tracker_config={file}"), traits)
+    assert line.startswith("--log_tracker_config: ")
+    assert problem.format(file) in line
+
+
+def test_a_tracker_config_may_speak_of_a_tracker_that_is_not_used(valid, traits, tmp_path):
+    file = tmp_path / "trackers.toml"
+    file.write_text("[wandb]\nof_another_version = 1\n[tensorboard]\nflush_secs = 3\n", encoding="utf-8")
+    assert problems(valid("--logging_dir=logs", f"--log_tracker_config={file}"), traits) == []
+    assert read_tracker_config(str(file), ("tensorboard",))["tensorboard"] == {"flush_secs": 3}
+
+
+@pytest.mark.parametrize(
+    ("flags", "warning"),
+    [
+        ("--log_prefix=x --log_with=wandb", "--log_prefix: no effect without --logging_dir and TensorBoard"),
+        ("--log_config", "--log_config: no effect without --logging_dir or --log_with wandb"),
+        ("--wandb_run_name=x --logging_dir=l", "--wandb_run_name: no effect without --log_with wandb or all"),
+        ("--async_upload", "--async_upload: no effect without --huggingface_repo_id"),
+        ("--huggingface_repo_id=a/b --save_state_to_huggingface", "--save_state_to_huggingface: no state is saved"),
+    ],
+)
+def test_warned_about(valid, traits, flags, warning):
+    (line,) = warnings(valid(*flags.split()), traits)
+    assert line.startswith(warning)
+
+
+@pytest.mark.rows("R236", "R238")
+def test_secrets_on_the_command_line_are_warned_about(valid, traits, tmp_path):
+    flags = ("--log_with=wandb", "--huggingface_repo_id=me/style")
+    lines = warnings(valid(*flags, "--wandb_api_key=abc123", "--huggingface_token=hf_abc123"), traits)
+    assert sorted(line.split(":")[0] for line in lines) == ["--huggingface_token", "--wandb_api_key"]
+    for line, variable in zip(sorted(lines), ("HF_TOKEN", "WANDB_API_KEY"), strict=True):
+        assert "Weights & Biases stores command lines" in line
+        assert f"put it into a --config_file, or set {variable} in the environment" in line
+        assert "abc123" not in line
+    file = tmp_path / "keys.toml"
+    file.write_text('wandb_api_key = "abc123"\nhuggingface_token = "hf_abc123"\n', encoding="utf-8")
+    assert warnings(valid(*flags, f"--config_file={file}"), traits) == []
+
+
+@pytest.mark.rows("R238")
+def test_absolute_paths_on_the_command_line_are_told_with_wandb(valid, tmp_path, monkeypatch):
+    paths = ("--vae=/models/vae.pt", "--network_weights=C:\\lora.safetensors", "--reg_data_dir=pictures")
+    (line,) = absolute_paths(valid("--log_with=wandb", *paths, "--network_args", "file=/x", "conv_dim=2"))
+    flags, rest = line.split(": ")
+    assert flags == "--network_args, --network_weights, --vae"
+    assert "relative ones tell less" in rest
+    assert absolute_paths(valid("--logging_dir=logs", *paths)) == []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text('vae = "/models/vae.pt"\n', encoding="utf-8")
+    assert absolute_paths(valid("--log_with=wandb", "--config_file=run.toml")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "folder"),
+    [
+        ("me/style/runs/a-state", HubFolder("me/style", "runs/a-state")),
+        ("me/style/a-state:v1", HubFolder("me/style", "a-state", "v1")),
+        ("me/style/a-state/:refs/pr/1:dataset", HubFolder("me/style", "a-state", "refs/pr/1", "dataset")),
+    ],
+)
+def test_a_folder_at_the_hub(text, folder):
+    assert parse_hub_folder(text) == folder
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "me", "me/style", "me/style/", "/a/b", "me/style/a:", "me/style/a:v:model:x"]
+)
+def test_no_folder_at_the_hub(text):
+    with pytest.raises(ValueError, match="--resume"):
+        parse_hub_folder(text)
+
+
+def test_kinds_and_ways_out_of_the_folder_are_refused():
+    with pytest.raises(ValueError, match="must be model or dataset, got 'space'"):
+        parse_hub_folder("me/style/a:main:space")
+    with pytest.raises(ValueError, match="must be user/name/folder"):
+        parse_hub_folder("me/style/../a")
+
+
+# ---- the guide
+
+
+GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "logging.md").read_text("utf-8")
+
+
+def test_the_guide_names_options_that_exist(groups):
+    known = {option.flag for group in groups for option in options_of(group)} | {"--config_file", "--logdir"}
+    assert set(re.findall(r"--\w+", GUIDE)) - known == set()
+    own = {option.flag for group in groups for option in options_of(group) if group.group == "logging"}
+    own |= {option.flag for group in groups for option in options_of(group) if "huggingface" in option.dest}
+    assert {flag for flag in own if flag not in GUIDE and not flag.startswith("--console")} == set()
+
+
+def test_the_commands_of_the_guide_are_complete(parse, traits, monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    commands = re.findall(r"^```\npython train_network.py (.*?)^```$", GUIDE, flags=re.M | re.S)
+    assert len(commands) == 2
+    for command in commands:
+        opts = parse(*shlex.split(command.replace("\\\n", " ")))
+        assert problems(opts, traits) == []
+        assert warnings(opts, traits) == []
+
+
+def test_the_tracker_config_of_the_guide_is_one(tmp_path):
+    (text,) = re.findall(r"^```toml\n(.*?)^```$", GUIDE, flags=re.M | re.S)
+    file = tmp_path / "trackers.toml"
+    file.write_text(text, encoding="utf-8")
+    assert read_tracker_config(str(file)).keys() == {"tensorboard", "wandb"}

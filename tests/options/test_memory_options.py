@@ -1,0 +1,49 @@
+"""What of precision, compiling and stepping goes together, and what is said where it does not."""
+
+from __future__ import annotations
+
+import pytest
+
+from library.options.parsing import parse_options
+from library.options.scripts import groups_for
+from library.options.validation import problems, warnings
+
+BF16 = "--mixed_precision=bf16 --full_bf16"
+REFUSED = [
+    ("--stochastic_rounding", "--stochastic_rounding: needs --full_bf16"),
+    (f"{BF16} --stochastic_rounding --optimizer_type=RAdamScheduleFree", "--stochastic_rounding: RAdamScheduleFree av"),
+    ("--cpu_offload_checkpointing", "--cpu_offload_checkpointing: needs --gradient_checkpointing"),
+    ("--fused_backward_pass --optimizer_type=Prodigy", "--fused_backward_pass: Prodigy cannot step weights one by one"),
+    ("--fused_backward_pass --gradient_accumulation_steps=2", "--fused_backward_pass: cannot be used with --gradient_"),
+    ("--fused_backward_pass --mixed_precision=fp16", "--fused_backward_pass: cannot be used with --mixed_precision"),
+]
+ADVISED = [
+    ("--fused_backward_pass", ["--max_grad_norm: not applied with --fused_backward_pass"]),
+    ("--fused_backward_pass --max_grad_norm=0", []),
+    ("--dynamo_backend=eager", ["--dynamo_backend: no effect without --torch_compile"]),
+    ("--dynamo_backend=eager --torch_compile", []),
+    (f"{BF16} --stochastic_rounding", []),
+    ("--fp8_base --fp8_base_unet", []),
+    ("--cpu_offload_checkpointing --gradient_checkpointing", []),
+]
+
+
+@pytest.mark.rows("R183")
+@pytest.mark.parametrize(("flags", "beginning"), REFUSED)
+def test_what_cannot_work_is_refused(valid, traits, flags, beginning):
+    assert [line[: len(beginning)] for line in problems(valid(*flags.split()), traits)] == [beginning]
+
+
+@pytest.mark.parametrize(("flags", "beginnings"), ADVISED)
+def test_what_works_is_let_be(valid, traits, flags, beginnings):
+    opts = valid(*flags.split())
+    assert problems(opts, traits) == []
+    lines = warnings(opts, traits)
+    assert len(lines) == len(beginnings)
+    assert all(line.startswith(beginning) for line, beginning in zip(lines, beginnings, strict=True))
+
+
+@pytest.mark.parametrize("method", ["finetune", "dreambooth"])
+def test_whole_models_are_not_trained_in_8_bits(traits, method):
+    lines = problems(parse_options(groups_for("sd", method), ["--fp8_base"]), traits)
+    assert any(line.startswith("--fp8_base: only weights that are not trained") for line in lines)

@@ -1,0 +1,84 @@
+"""Number formats and places of what is trained and what is not."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from library.memory.low_precision import Fp8Conv2d, Fp8Linear
+from library.training import placement
+from tests.builders import tiny_sd
+
+CPU = torch.device("cpu")
+
+
+def options(**memory):
+    defaults = {
+        "mixed_precision": "bf16", "full_fp16": False, "full_bf16": False, "fp8_base": False, "fp8_base_unet": False,
+        "gradient_checkpointing": False, "cpu_offload_checkpointing": False, "lowram": False,
+    }  # fmt: skip
+    return SimpleNamespace(memory=SimpleNamespace(**defaults | memory), model=SimpleNamespace(no_half_vae=False))
+
+
+def formats(module: nn.Module) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in module.parameters()}
+
+
+@pytest.mark.rows("R182")
+def test_what_is_trained_is_wide_unless_told_otherwise():
+    for full, expected in ((False, torch.float32), (True, torch.bfloat16)):
+        models = tiny_sd()
+        models.denoiser.requires_grad_(True)
+        placement.place(models, options(full_bf16=full), CPU, grad_text=False)
+        assert formats(models.denoiser) == {expected}
+        assert formats(models.text_encoders["te"]) == {torch.bfloat16}
+        assert formats(models.vae) == {torch.float32}
+    half = options(full_fp16=True, mixed_precision="fp16")
+    assert placement.trained_dtype(half) == torch.float16
+
+
+def test_a_network_is_cast_but_for_its_buffers_and_what_rests():
+    network = nn.Linear(2, 2)
+    network.register_buffer("alpha", torch.tensor(0.3))
+    network.bias.requires_grad_(False)
+    placement.place_trained(network, options(full_bf16=True), CPU)
+    assert (network.weight.dtype, network.bias.dtype, network.alpha.dtype) == (torch.bfloat16, *[torch.float32] * 2)
+
+
+@pytest.mark.parametrize("flag", ["fp8_base", "fp8_base_unet"])
+def test_which_parts_are_kept_in_8_bits(flag):
+    models = tiny_sd()
+    placement.place(models, options(**{flag: True}), CPU, grad_text=False)
+
+    def turned(part):
+        return [isinstance(m, Fp8Linear | Fp8Conv2d) for m in part.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+
+    assert all(turned(models.denoiser))
+    assert set(turned(models.text_encoders["te"])) == {flag == "fp8_base"}
+    assert not any(turned(models.vae))
+    assert formats(models.denoiser) == {torch.bfloat16}  # biases and norms
+
+
+@pytest.mark.rows("R190")
+def test_lowram_loads_to_the_device_and_says_where_that_means_nothing(caplog, monkeypatch):
+    monkeypatch.setattr(placement.LOGGER, "propagate", True)
+    with caplog.at_level(logging.WARNING), placement.loading(options(lowram=True), CPU):
+        assert torch.get_default_device() == CPU
+    assert "--lowram: no effect on a CPU" in caplog.text
+    elsewhere = torch.device("meta")  # what every build has besides the CPU
+    with placement.loading(options(lowram=True), elsewhere):
+        assert torch.get_default_device() == elsewhere
+    with placement.loading(options(), elsewhere):
+        assert torch.get_default_device() == CPU
+
+
+def test_offloading_says_where_it_means_nothing(caplog, monkeypatch):
+    monkeypatch.setattr(placement.LOGGER, "propagate", True)
+    chosen = options(gradient_checkpointing=True, cpu_offload_checkpointing=True)
+    with caplog.at_level(logging.WARNING):
+        placement.place(tiny_sd(), chosen, CPU, grad_text=False)
+    assert "--cpu_offload_checkpointing: no effect on a CPU" in caplog.text

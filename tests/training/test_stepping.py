@@ -1,0 +1,175 @@
+"""Stepping in parts and inside the backward pass gives what one step after it gives."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from library.options.optimizer import TORCH_OPTIMIZERS, OptimizerOptions, steps_each_alone
+from library.training.optimizers import make_optimizer
+from library.training.stepping import Stepper, step_in_backward, step_in_parts, step_only
+
+NAMES = [*TORCH_OPTIMIZERS, "AdaFactor", "AdaFactor with relative steps"]
+
+
+class Model(nn.Module):
+    """Uses one weight twice, checkpoints a part, and leaves a weight out where told to."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.shared, self.last = (nn.Linear(8, 8, bias=False) for _ in range(3))
+            self.sometimes = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x, with_all=True):
+        x = checkpoint(lambda given: self.shared(self.first(given).tanh()), x, use_reentrant=False)
+        x = self.shared(x).tanh()
+        return self.last(self.sometimes(x) if with_all else x)
+
+
+def optimizer_of(model, name):
+    path, _, relative = name.partition(" with ")
+    args = ["relative_step=True" if relative else "relative_step=False"] if path == "AdaFactor" else None
+    options = OptimizerOptions(optimizer_type=path, learning_rate=1e-2, optimizer_args=args)
+    assert steps_each_alone(options)
+    weights = list(model.parameters())
+    groups = [
+        {"params": weights[:2], "lr": 1e-2, "name": "a"},
+        {"params": weights[2:], "lr": 1e-2 if relative else 3e-2, "name": "b"},
+    ]
+    return make_optimizer(groups, options)
+
+
+def batches(count=3):
+    rng = torch.Generator().manual_seed(4)
+    return [torch.randn(5, 8, generator=rng) for _ in range(count)]
+
+
+def train(model, optimizer, step):
+    for number, x in enumerate(batches()):
+        model(x, with_all=number != 1).square().mean().backward()
+        step()
+        optimizer.zero_grad()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def plain(name):
+    model = Model()
+    optimizer = optimizer_of(model, name)
+    return train(model, optimizer, optimizer.step), optimizer.state_dict()
+
+
+def assert_same(model_weights, optimizer, name):
+    expected, state = plain(name)
+    torch.testing.assert_close(model_weights, expected, rtol=1e-6, atol=1e-7)
+    got = optimizer.state_dict()
+    assert got["param_groups"] == state["param_groups"]
+    torch.testing.assert_close(got["state"], state["state"], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_inside_the_backward_pass_are_exact(name):
+    model = Model()
+    optimizer = optimizer_of(model, name)
+    step_in_backward(optimizer)
+    weights = train(model, optimizer, lambda: None)
+    assert_same(weights, optimizer, name)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("most", [1, 64, 128, 10_000])
+def test_steps_in_parts_are_exact(name, most):
+    model = Model()
+    optimizer = optimizer_of(model, name)
+    weights = train(model, optimizer, lambda: step_in_parts(optimizer, most))
+    assert_same(weights, optimizer, name)
+
+
+def test_gradients_never_live_together():
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(6)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    alive = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(p.grad is not None for p in model.parameters()))
+        )
+    model(torch.randn(2, 8)).sum().backward()
+    assert max(alive) == 6
+    optimizer.zero_grad()
+    alive.clear()
+    step_in_backward(optimizer)
+    model(torch.randn(2, 8)).sum().backward()
+    assert max(alive) == 1
+
+
+def test_rates_of_a_schedule_and_loaded_groups_are_followed():
+    model = nn.Linear(4, 4, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
+    handles = step_in_backward(optimizer)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # which makes new groups
+    moves = []
+    for _ in range(3):
+        before = model.weight.detach().clone()
+        model(torch.ones(1, 4)).sum().backward()
+        moves.append(float((before - model.weight).mean().detach()))
+        schedule.step()
+    assert moves == pytest.approx([0.1, 0.01, 0.001], rel=1e-4)
+    for handle in handles:
+        handle.remove()
+    model(torch.ones(1, 4)).sum().backward()
+    assert model.weight.grad is not None
+
+
+def test_groups_stay_when_a_step_fails():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    groups = optimizer.param_groups
+    optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step_only(optimizer, {0: [weight]})
+    assert optimizer.param_groups is groups
+
+
+def options(name, *, fused=False, rounding=False):
+    return SimpleNamespace(
+        optimizer=OptimizerOptions(optimizer_type=name, fused_backward_pass=fused),
+        memory=SimpleNamespace(stochastic_rounding=rounding),
+        training=SimpleNamespace(seed=5),
+    )
+
+
+def test_rounding_is_the_same_however_steps_are_taken():
+    """At once, in parts and inside the backward pass: the stream of a weight depends on none of it."""
+    results = []
+    for fused, parts in itertools.product((False, True), repeat=2):
+        model = Model().bfloat16()
+        optimizer = optimizer_of(model, "AdamW")
+        stepper = Stepper(options("AdamW", fused=fused, rounding=True), optimizer, optimizer)
+        stepper._in_parts = parts
+        for number, x in enumerate(batches()):
+            stepper.start(number)
+            model(x.bfloat16()).square().mean().backward()
+            stepper.step()
+            optimizer.zero_grad()
+        results.append([parameter.detach().clone() for parameter in model.parameters()])
+        assert all(state["exp_avg"].dtype == torch.float32 for state in optimizer.state.values())
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    start = Model().bfloat16()
+    assert not any(torch.equal(a, b) for a, b in zip(results[0], start.parameters(), strict=True))
+
+
+def test_which_optimizers_look_at_each_weight_alone():
+    for name in ("", "AdamW", "SGD", "AdaFactor", "transformers.Adafactor", "torch.optim.RAdam"):
+        assert steps_each_alone(OptimizerOptions(optimizer_type=name))
+    for name in ("Prodigy", "DAdaptation", "AdamW8bit", "RAdamScheduleFree"):
+        assert not steps_each_alone(OptimizerOptions(optimizer_type=name))
