@@ -1,15 +1,18 @@
 """What a training step costs beyond the mathematics: ours against a bare diffusers + peft step, in one process.
 
     python benchmarks/bench_step.py
+    python benchmarks/bench_step.py --width 128 --side 32 --batch 2 --steps 8
 
 Both train the same LoRA (rank 8 on the U-Net's attention and feed-forward layers) on the bundled model, on the same
-latents and text states, alternating, so that a machine's mood falls on both. The figure that counts is the ratio.
+latents and text states, alternating, so that a machine's mood falls on both. The figure that counts is the ratio. With
+`--width` a larger U-Net of random weights takes the bundled one's place. Peak memory is that of a fresh process each.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,11 +24,12 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from library import cli
+from library.families.base import Family
 from library.methods.network import NetworkMethod
 from library.objectives.objective import build_objective
 from library.runtime import seeds
 from library.training.step import StepParts, training_step
-from library.types import Batch, TextCond
+from library.types import Batch, Models, TextCond
 
 MODEL = ROOT / "examples" / "tiny_model" / "tiny-sd.safetensors"
 ARGUMENTS = [f"--pretrained_model_name_or_path={MODEL}", "--network_module=networks.lora", "--network_dim=8"]
@@ -49,8 +53,21 @@ def make_batch(size: int, side: int, device: torch.device) -> Batch:
     return batch.to(device)
 
 
-def our_step(batch: Batch, device: torch.device) -> Callable[[], None]:
-    family, models = cli.load_family("sd", [*ARGUMENTS, "--network_train_unet_only", "--seed=1"])
+def load(width: int, *arguments: str) -> tuple[Family, Models]:
+    """The bundled model; with a `width`, its U-Net replaced by a random one with so many channels at the top."""
+    family, models = cli.load_family("sd", [*ARGUMENTS, *arguments])
+    if width:
+        from diffusers import UNet2DConditionModel
+
+        torch.manual_seed(0)
+        channels = (width, 2 * width, 4 * width, 4 * width)
+        models.denoiser = UNet2DConditionModel(block_out_channels=channels, cross_attention_dim=64, layers_per_block=2)
+        models.denoiser.requires_grad_(False)
+    return family, models
+
+
+def our_step(batch: Batch, device: torch.device, width: int) -> Callable[[], None]:
+    family, models = load(width, "--network_train_unet_only", "--seed=1")
     method = NetworkMethod(family.opts)
     method.attach(family, models)
     models.denoiser.to(device).train()
@@ -69,12 +86,12 @@ def our_step(batch: Batch, device: torch.device) -> Callable[[], None]:
     return step
 
 
-def bare_step(batch: Batch, device: torch.device) -> Callable[[], None]:
+def bare_step(batch: Batch, device: torch.device, width: int) -> Callable[[], None]:
     """The shortest correct loop one would write with diffusers and peft."""
     from diffusers import DDPMScheduler
     from peft import LoraConfig
 
-    _, models = cli.load_family("sd", ARGUMENTS)
+    _, models = load(width)
     unet = models.denoiser.to(device).train()
     layers = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
     unet.add_adapter(LoraConfig(r=8, lora_alpha=1, target_modules=layers))
@@ -101,15 +118,34 @@ def timed(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+STEPS = {"ours": our_step, "bare diffusers + peft": bare_step}
+
+
+def peak_mib(name: str, arguments: list[str]) -> int:
+    """Peak memory of a fresh process that does five steps of one kind; Linux and macOS."""
+    command = [sys.executable, __file__, *arguments, "--only", name]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--side", type=int, default=16, help="latent side; pixels / 8")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each, after 3 that are not timed")
+    parser.add_argument("--width", type=int, default=0, help="channels of a random U-Net in place of the bundled one")
+    parser.add_argument("--only", choices=STEPS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = make_batch(args.batch, args.side, device)
-    steps = {"ours": our_step(batch, device), "bare diffusers + peft": bare_step(batch, device)}
+    if args.only:
+        import resource
+
+        step = STEPS[args.only](batch, device, args.width)
+        for _ in range(5):
+            step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        return
+    steps = {name: make(batch, device, args.width) for name, make in STEPS.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(args.steps + 3):
         for name, step in steps.items():
@@ -118,7 +154,8 @@ def main() -> None:
                 times[name].append(seconds)
     for name, seconds in times.items():
         spread = f"{min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f}"
-        print(f"{name}: median {statistics.median(seconds) * 1e3:.1f} ms per step ({spread})")
+        peak = peak_mib(name, sys.argv[1:])
+        print(f"{name}: median {statistics.median(seconds) * 1e3:.1f} ms per step ({spread}); peak {peak} MiB")
     ratio = statistics.median(o / b for o, b in zip(*times.values(), strict=True))
     print(f"ours / bare: {ratio:.3f} (median of paired steps)")
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from library.checkpoints.hashes import tensor_hash
+
 ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 STEPS = 9
@@ -171,3 +173,50 @@ def test_a_disk_that_fills_up_leaves_what_was_there(whole, run_script, train_arg
     assert "cannot be saved (File too large); what was saved before is whole" in done.stderr
     assert "Traceback" not in done.stderr
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+WHOLE_MODELS = {
+    "train_db.py": ["--train_data_dir=examples/concept", "--stop_text_encoder_training=3", "--no_token_padding"],
+    "fine_tune.py": ["--train_data_dir=examples/concept/10_sks flower", "--train_text_encoder", "--shuffle_caption"],
+}
+
+
+@pytest.mark.parametrize("script", WHOLE_MODELS)
+def test_whole_models_go_on_exactly_after_a_kill(run_script, tmp_path, script):
+    own = list(WHOLE_MODELS[script])
+    if script == "fine_tune.py":
+        stems = sorted(path.stem for path in Path("examples/concept/10_sks flower").glob("*.png"))
+        entries = {stem: {"caption": "a flower", "tags": f"sks, {stem}, pink"} for stem in stems}
+        (tmp_path / "meta.json").write_text(json.dumps(entries))
+        own.append(f"--in_json={tmp_path / 'meta.json'}")
+
+    def line(folder, *more):
+        return [
+            script,
+            "--pretrained_model_name_or_path=examples/tiny_model/tiny-sd.safetensors",
+            *own,
+            f"--output_dir={tmp_path / folder}",
+            "--output_name=model",
+            "--save_model_as=safetensors",
+            *("--resolution=64", "--enable_bucket", "--min_bucket_reso=64", "--train_batch_size=2", "--flip_aug"),
+            *("--max_train_steps=5", "--gradient_accumulation_steps=2", "--learning_rate=1e-5", "--noise_offset=0.1"),
+            *("--max_data_loader_n_workers=0", "--seed=1", "--save_state", "--save_every_n_steps=2"),
+            *more,
+        ]
+
+    assert run_script(*line("whole")).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, *line("killed")],
+        cwd=ROOT,
+        env={**os.environ, **OFFLINE},
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not list((tmp_path / "killed").glob("model-step*-state")):
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    newest = max((tmp_path / "killed").glob("model-step*-state"))
+    done = run_script(*line("killed", f"--resume={newest}", "--max_data_loader_n_workers=1"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    hashes = [tensor_hash(tmp_path / folder / "model.safetensors") for folder in ("whole", "killed")]
+    assert hashes[0] == hashes[1]
