@@ -221,7 +221,7 @@ def test_two_processes_share_the_work_and_one_writes(tmp_path, run_script, train
         ({"network_dim": 0}, "--network_dim"),
         ({"learning_rat": 1}, None),  # an abbreviation that argparse has always taken
         ({"learnign_rate": 1}, "learning_rate"),
-        ({"resume": "state"}, "not available yet"),
+        ({"resume": "state"}, "--resume: there is no folder state"),
         ({"network_module": "networks.lorra"}, "networks.lorra"),
         ({"mixed_precision": "fp61"}, "fp61"),
         ({"network_weights": "README.md"}, "README.md"),
