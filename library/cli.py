@@ -257,7 +257,8 @@ def _choose_start(opts: Options, run_plan: RunPlan, schedule: Any) -> Start:
     from library.training.lr_schedules import wants_loss
 
     progress = state.read_progress(Path(opts.saving.resume)) if opts.saving.resume else None
-    start = plan.choose_start(run_plan, opts.training, progress and progress.step)
+    step, ended = (progress.step, progress.epoch_ended) if progress is not None else (None, True)
+    start = plan.choose_start(run_plan, opts.training, step, epoch_ended=ended)
     if start.step >= run_plan.total_steps:
         raise UserError(
             f"{start.step} steps are done already, and the run has {run_plan.total_steps}; "

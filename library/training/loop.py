@@ -91,6 +91,7 @@ class RunFacts:
     epoch: int = 0  # the epoch being trained, from 1
     micro_step: int = 0  # batches done by this process since the first epoch
     started: float = field(default_factory=time.time)
+    epoch_ended: bool = False  # whether all that the epoch's end asks for is done, but for saving
     interrupted: bool = False  # by a signal
     stopped: bool = False  # early, because validation no longer improves
 
@@ -115,6 +116,7 @@ def train(run: Run) -> RunFacts:
         first_batch = run.start.batches
         while facts.step < run.plan.total_steps and not facts.interrupted and not facts.stopped:
             facts.epoch += 1
+            facts.epoch_ended = False
             run.method.start_epoch(facts.epoch)
             _epoch(run, parts, facts, report, interruption, first_batch)
             first_batch = 0
@@ -157,6 +159,7 @@ def _epoch(
     if all_losses:
         mean = run.accelerator.reduce(torch.stack(all_losses).mean(), "mean")
         run.schedule.step(mean.item() if loss is None else loss)
+    facts.epoch_ended = True
     if main:
         _after_epoch(run, facts, report)
 
@@ -298,9 +301,13 @@ def _save(run: Run, facts: RunFacts, due: saving.Due) -> None:
 def _save_state(run: Run, facts: RunFacts, folder: Path) -> None:
     run.hub.settle(folder)
     with saving.failing_clearly(folder):
-        state.save_state(folder, _state_parts(run), state.Progress(facts.step, facts.epoch, run.seed))
+        state.save_state(folder, _state_parts(run), _progress(run, facts))
     LOGGER.info("saved the state in %s", folder)
     run.hub.upload_state(folder)
+
+
+def _progress(run: Run, facts: RunFacts) -> state.Progress:
+    return state.Progress(facts.step, facts.epoch, run.seed, facts.epoch_ended)
 
 
 def _save_interrupted(run: Run, facts: RunFacts) -> None:

@@ -52,13 +52,19 @@ class Start(NamedTuple):
     batches: int = 0  # that each process leaves out in the epoch after them
 
 
-def start_at(plan: RunPlan, step: int, *, in_the_data: bool = True) -> Start:
-    """After `step` optimizer steps; `in_the_data`: also inside the epoch, else at its beginning."""
+def start_at(plan: RunPlan, step: int, *, in_the_data: bool = True, epoch_ended: bool = True) -> Start:
+    """After `step` optimizer steps; `in_the_data`: also inside the epoch, else at its beginning.
+
+    Where the step is an epoch's last and that epoch has not `epoch_ended`, the run starts behind all of its batches,
+    so that it is validated and saved as it would have been.
+    """
     epochs, inside = divmod(step, plan.steps_per_epoch)
+    if epochs and not inside and not epoch_ended:
+        return Start(step, epochs - 1, plan.batches_per_process)
     return Start(step, epochs, min(inside * plan.accumulation, plan.batches_per_process) if in_the_data else 0)
 
 
-def choose_start(plan: RunPlan, opts: TrainingOptions, saved_step: int | None) -> Start:
+def choose_start(plan: RunPlan, opts: TrainingOptions, saved_step: int | None, *, epoch_ended: bool = True) -> Start:
     """Where the options and the state that is resumed say.
 
     A state alone means exactly where it was saved. --initial_step and --initial_epoch win over it; they count only,
@@ -68,7 +74,7 @@ def choose_start(plan: RunPlan, opts: TrainingOptions, saved_step: int | None) -
         return start_at(plan, opts.initial_step, in_the_data=opts.skip_until_initial_step)
     if opts.initial_epoch is not None:
         return start_at(plan, (opts.initial_epoch - 1) * plan.steps_per_epoch)
-    return start_at(plan, saved_step or 0)
+    return start_at(plan, saved_step or 0, epoch_ended=epoch_ended)
 
 
 def describe(plan: RunPlan, images: int, reg_images: int) -> list[str]:

@@ -31,6 +31,7 @@ class Progress:
     step: int  # optimizer steps done
     epoch: int  # the epoch of that step, from 1
     seed: int | None  # None: an earlier trainer's state, which does not tell
+    epoch_ended: bool = True  # False: what happens at the end of that epoch is still to be done, if it is over
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def read_progress(folder: Path) -> Progress | None:
         return None
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
-        return Progress(int(told["current_step"]), int(told["current_epoch"]), told.get("seed"))
+        step, epoch = int(told["current_step"]), int(told["current_epoch"])
+        return Progress(step, epoch, told.get("seed"), told.get("epoch_ended", True))
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--resume: {file} cannot be read; choose an earlier state") from None
 
@@ -82,6 +84,7 @@ def save_state(folder: Path, parts: Parts, progress: Progress) -> None:
         if parts.extra:
             torch.save({name: part.state_dict() for name, part in parts.extra.items()}, fresh / EXTRA)
         told = {"current_epoch": progress.epoch, "current_step": progress.step, "seed": progress.seed}
+        told["epoch_ended"] = progress.epoch_ended
         text = json.dumps({**told, "made_by": f"{NAME} {VERSION}"}, indent=2)
         (fresh / PROGRESS).write_text(text, encoding="utf-8")
 

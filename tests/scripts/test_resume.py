@@ -220,3 +220,21 @@ def test_whole_models_go_on_exactly_after_a_kill(run_script, tmp_path, script):
     assert done.returncode == 0, done.stderr[-3000:]
     hashes = [tensor_hash(tmp_path / folder / "model.safetensors") for folder in ("whole", "killed")]
     assert hashes[0] == hashes[1]
+
+
+def test_an_epoch_that_was_stopped_at_its_end_is_saved_after_all(run_script, train_arguments, tmp_path):
+    """The state of an epoch's last step is written before the epoch's own copy; a kill may come between."""
+    config = tmp_path / "data.json"
+    subset = {"image_dir": "examples/concept/10_sks flower"}
+    config.write_text(json.dumps({"datasets": [{"batch_size": 8, "validation_split": 0.2, "subsets": [subset]}]}))
+    options = {"train_data_dir": None, "dataset_config": config, "max_train_steps": 6, "save_state": True}
+    options |= {"save_every_n_steps": 2, "save_every_n_epochs": 1}
+    done = run_script(*train_arguments(tmp_path / "whole", **options))
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = tmp_path / "whole" / "lora-step00000002-state"
+    done = run_script(*train_arguments(tmp_path / "again", **options, resume=state))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("validation loss") == 3
+    files = [sorted(path.name for path in (tmp_path / name).glob("lora-00*")) for name in ("whole", "again")]
+    assert files[0] == files[1] == [f"lora-00000{n}{end}" for n in (1, 2) for end in ("-state", ".safetensors")]
+    assert weights_hash(tmp_path / "again") == weights_hash(tmp_path / "whole")

@@ -66,3 +66,11 @@ def test_what_decides_over_the_start():
     assert start(25, initial_step=31, skip_until_initial_step=True) == (31, 3, 1)
     assert start(initial_epoch=3) == (20, 2, 0)
     assert start(initial_epoch=3, initial_step=4) == (4, 0, 0)
+
+
+def test_an_epoch_whose_end_is_still_to_come_is_ended_first():
+    plan = make_plan(20, 2, 4, steps=100, epochs=None, by_default=False)
+    assert start_at(plan, 6, epoch_ended=False) == (6, 1, 10)  # behind all 10 batches of the second epoch
+    assert start_at(plan, 6) == (6, 2, 0)
+    assert start_at(plan, 7, epoch_ended=False) == start_at(plan, 7)
+    assert start_at(plan, 0, epoch_ended=False) == (0, 0, 0)
