@@ -26,7 +26,6 @@ import torch
 from library import cli
 from library.families.base import Family
 from library.methods.network import NetworkMethod
-from library.objectives.objective import build_objective
 from library.runtime import seeds
 from library.training.step import StepParts, training_step
 from library.types import Batch, Models, TextCond
@@ -72,8 +71,7 @@ def our_step(batch: Batch, device: torch.device, width: int) -> Callable[[], Non
     method.attach(family, models)
     models.denoiser.to(device).train()
     method.trainable().to(device).train()
-    objective = build_objective(family.traits.objective, family.prediction_type(), family.opts)
-    parts = StepParts(family, models, objective, grad_text=False)
+    parts = StepParts(family, models, family.objective(), grad_text=False)
     optimizer = torch.optim.AdamW(method.parameter_groups(), lr=1e-4, fused=True)
     numbers = iter(range(sys.maxsize))
 

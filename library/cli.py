@@ -174,7 +174,6 @@ def _assemble(
     from library.inference.preview import Preview
     from library.memory.attention import set_attention
     from library.memory.compiling import compile_blocks
-    from library.objectives.objective import build_objective
     from library.training import placement, plan
     from library.training.hub import Hub
     from library.training.loop import Run
@@ -220,7 +219,7 @@ def _assemble(
         family=family,
         method=method,
         models=models,
-        objective=build_objective(family.traits.objective, family.prediction_type(), opts),
+        objective=family.objective(),
         data=data,
         plan=run_plan,
         accelerator=accelerator,

@@ -69,6 +69,7 @@ class Batch:
     keys: list[str] = field(default_factory=list)  # the pictures' paths, for messages
     network_multiplier: float = 1.0  # strength of a trained network for this batch
     attributes: list[Mapping[str, Any] | None] = field(default_factory=list)  # custom_attributes of the dataset config
+    guidance: float | None = None  # what distilled models are told; None: what the options say
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `change` applied to every tensor."""
@@ -101,7 +102,10 @@ class NoiseDraw:
 
 @dataclass
 class Models:
-    """The parts of a loaded model. `source` is the family's own note of what it must remember in order to save."""
+    """The parts of a loaded model. `source` is the family's own note of what it must remember in order to save.
+
+    Its `save_as` is the `save_as` of `Family.save` that gives the kind of file or folder that was read.
+    """
 
     denoiser: nn.Module
     text_encoders: dict[str, nn.Module]  # keys are FamilyTraits.text_encoders
@@ -122,3 +126,4 @@ class LoraTarget:
     modules: tuple[str, ...]  # paths inside that part, as torch's get_submodule takes them
     conv_only: bool = False  # a target only of networks that also train convolutions (resnets, samplers)
     block: int | None = None  # index for block-wise ranks and rates; None: belongs to no block
+    swap_halves: bool = False  # the file has the two halves of the output rows the other way round than the module

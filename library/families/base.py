@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from library.caching.text_outputs import TextLayout
+    from library.objectives.objective import Objective
     from library.options.base import Options
     from library.types import Batch, LoraTarget, Models, TextCond
 
@@ -30,6 +33,8 @@ class FamilyTraits:
     sample_steps: int
     sample_scale: float
     cache_keys_by_size: bool = False  # arrays in latent cache files are named by the size of the latents
+    # Flow models: (height, width) of the latents -> s; sampling takes sigma' = s sigma / (1 + (s - 1) sigma).
+    flow_shift: Callable[[int, int], float] | None = None
 
 
 class Family(ABC):
@@ -42,7 +47,9 @@ class Family(ABC):
 
     @abstractmethod
     def load(self) -> Models:
-        """Reads the model named by the options, on the CPU, in float32, with nothing trainable and in eval mode.
+        """Reads the model named by the options, on the CPU, with nothing trainable and in eval mode.
+
+        In float32, or in the narrower formats of its files where a model is large.
 
         Raises: UserError: missing or unreadable file, or one of another family.
         """
@@ -80,6 +87,10 @@ class Family(ABC):
         """The denoiser's output, same shape as `noisy`. `batch` carries sizes for families that are told them."""
 
     @abstractmethod
+    def objective(self) -> Objective:
+        """What the denoiser is trained to do. Raises: UserError: options that contradict each other."""
+
+    @abstractmethod
     def prediction_type(self) -> Literal["epsilon", "v_prediction", "flow"]:
         """What the denoiser predicts."""
 
@@ -97,9 +108,9 @@ class Family(ABC):
     ) -> None:
         """Writes a whole model. `save_as`: ckpt, safetensors, diffusers, diffusers_safetensors. None keeps dtypes."""
 
-    def source_format(self, models: Models) -> str:
-        """The `save_as` of the kind that was read, which the family's note about the source knows."""
-        return models.source.save_as
+    def text_layout(self) -> TextLayout | None:
+        """How files of cached text-encoder outputs look; None: this family has none."""
+        return None
 
     @abstractmethod
     def model_metadata(self, models: Models) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class FinetuneMethod(Method):
         options = self.opts.saving
         if options.save_model_as:
             return options.save_model_as
-        as_read = self._family.source_format(self._whole)
+        as_read = self._whole.source.save_as
         if options.use_safetensors:
             return "diffusers_safetensors" if as_read in FOLDERS else "safetensors"
         return as_read

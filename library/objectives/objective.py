@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from library.options.base import Options
-
 
 class Objective(ABC):
     """All randomness comes from the generator, which must be on the latents' device. Nothing waits for the device."""
@@ -142,16 +140,6 @@ class DdpmObjective(Objective):
         """Keeps the tables where the latents are; they move once."""
         if self._alpha_bar.device != tensor.device:
             self._alpha_bar, self._snr = self._alpha_bar.to(tensor.device), self._snr.to(tensor.device)
-
-
-def build_objective(objective: str, prediction_type: str, opts: Options) -> Objective:
-    """The objective of a family: `objective` as in `FamilyTraits`, `prediction_type` as in `Family.prediction_type`.
-
-    Raises: UserError: contradicting options, or an objective that is not available yet.
-    """
-    if objective == "ddpm":
-        return DdpmObjective(prediction_type, opts.noise, opts.loss)
-    raise UserError(f"training with the {objective} objective (SD3, FLUX) is not available yet")
 
 
 def _problems(prediction_type: str, noise: Any, loss: Any) -> list[str]:

@@ -29,14 +29,18 @@ METHODS: dict[str, tuple[type[OptionGroup], ...]] = {
 
 
 def groups_for(family: str, method: str) -> list[type[OptionGroup]]:
-    """The groups of a family (a package in library.families whose `options` module has OPTIONS, TRAITS and SCRIPTS) and
-    a method, in help order.
+    """The groups of a family and a method, in help order.
+
+    A family is a package in library.families whose `options` module has OPTIONS, TRAITS and SCRIPTS. It may have
+    GROUPS, by method: groups in place of those of the same name, and further ones.
     """
+    module = _family_module(family)
     own = {group.group: group for group in METHODS[method]}
+    own |= {group.group: group for group in getattr(module, "GROUPS", {}).get(method, ())}
     shared = [
         ConfigOptions,
         ModelOptions,
-        _family_module(family).OPTIONS,
+        module.OPTIONS,
         DataOptions,
         own["method"],
         TrainingOptions,
@@ -51,7 +55,9 @@ def groups_for(family: str, method: str) -> list[type[OptionGroup]]:
         ValidationOptions,
         LoggingOptions,
     ]
-    return [own.get(group.group, group) for group in shared]
+    groups = [own.pop(group.group, group) for group in shared]
+    place = groups.index(module.OPTIONS) + 1
+    return [*groups[:place], *own.values(), *groups[place:]]
 
 
 def traits_for(family: str) -> FamilyTraits:

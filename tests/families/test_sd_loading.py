@@ -21,7 +21,6 @@ from library.errors import UserError
 from library.families.sd.adapter import SdFamily
 from library.families.sd.loading import load_model, load_vae
 from library.families.shared.clip import final_layer_norm, live_name, public_state
-from library.objectives.objective import build_objective
 from library.options.parsing import parse_options
 from library.options.scripts import groups_for
 from library.types import Models
@@ -155,7 +154,7 @@ def test_v_parameterization_changes_what_is_predicted_and_nothing_else(tmp_path)
         assert_same_state(models.denoiser.state_dict(), original.denoiser.state_dict())
         assert_same_state(public_state(models.text_encoders["te"]), public_state(original.text_encoders["te"]))
         assert models.tokenizers["te"].pad_token_id == 0
-        objective = build_objective(family.traits.objective, family.prediction_type(), opts)
+        objective = family.objective()
         draws[flags[-1]] = objective.draw(latents, torch.Generator().manual_seed(3), times)
     base, v = draws["--v2"], draws["--v_parameterization"]
     assert torch.equal(base.noisy, v.noisy)

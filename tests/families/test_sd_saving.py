@@ -190,7 +190,7 @@ def test_folder_keeps_its_scheduler_and_becomes_a_file(v2, tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "PNDMScheduler"}))
     family = family_for(folder, v2)
     models = family.load()
-    assert family.source_format(models) == "diffusers_safetensors"
+    assert models.source.save_as == "diffusers_safetensors"
     family.save(models, tmp_path / "again", save_as="diffusers_safetensors", dtype=None, metadata={})
     index = json.loads((tmp_path / "again" / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "PNDMScheduler"]

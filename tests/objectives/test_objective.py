@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.errors import UserError
-from library.objectives.objective import DdpmObjective, build_objective
+from library.objectives.objective import DdpmObjective
 from library.options.parsing import parse_options
 from library.options.scripts import groups_for
 
@@ -54,8 +54,7 @@ def make(prediction: str = "epsilon", **changes) -> DdpmObjective:
     noise = {**NOISE, **{k: v for k, v in changes.items() if k in NOISE}}
     loss = {**LOSS, **{k: v for k, v in changes.items() if k in LOSS}}
     assert set(changes) <= {*NOISE, *LOSS}
-    opts = SimpleNamespace(noise=SimpleNamespace(**noise), loss=SimpleNamespace(**loss))
-    return build_objective("ddpm", prediction, opts)
+    return DdpmObjective(prediction, SimpleNamespace(**noise), SimpleNamespace(**loss))
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -226,7 +225,8 @@ def test_loss_matches_its_definition(prediction, changes, masked):
 )
 def test_what_flags_alone_ask_for(flags, meaning):
     """The flags as they are parsed, with the defaults of all that is left out."""
-    objective = build_objective("ddpm", "epsilon", parse_options(groups_for("sd", "network"), flags))
+    opts = parse_options(groups_for("sd", "network"), flags)
+    objective = DdpmObjective("epsilon", opts.noise, opts.loss)
     draw = objective.draw(LATENTS, rng(), TIMES)
     loss = objective.loss(PREDICTION, draw, WEIGHTS)
     # float32 means of 384 numbers, and weights through a square root
@@ -280,11 +280,6 @@ def test_every_accepted_combination_is_finite():
 def test_contradictions_are_refused(prediction, changes, message):
     with pytest.raises(UserError, match=message):
         make(prediction, **changes)
-
-
-def test_flow_is_not_available_yet():
-    with pytest.raises(UserError, match="not available yet"):
-        build_objective("flow", "flow", SimpleNamespace())
 
 
 class HostReads(TorchDispatchMode):

@@ -13,6 +13,7 @@ from library.families.sd.targets import text_targets, unet_targets
 from library.families.sd.tokenizer import sd_tokenizer
 from library.families.shared.clip import encode_clip
 from library.families.shared.vae import decode_latents, encode_pixels
+from library.objectives.objective import DdpmObjective
 from library.text.chunking import tokenize
 from library.text.emphasis import tokenize_weighted
 from library.types import LoraTarget, Models, TextCond
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from library.objectives.objective import Objective
     from library.types import Batch
 
 ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
@@ -62,6 +64,9 @@ class SdFamily(Family):
         self, models: Models, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch | None = None
     ) -> Tensor:
         return models.denoiser(noisy, timesteps, encoder_hidden_states=cond.tensors[CONTEXT]).sample
+
+    def objective(self) -> Objective:
+        return DdpmObjective(self.prediction_type(), self.opts.noise, self.opts.loss)
 
     def prediction_type(self) -> Literal["epsilon", "v_prediction", "flow"]:
         return "v_prediction" if self.opts.family.v_parameterization else "epsilon"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from library.families.base import FamilyTraits
-from library.options.base import OptionGroup, Options, opt
+from library.families.shared.option_groups import CommonOptions
+
+if TYPE_CHECKING:
+    from library.options.base import Options
 
 TRAITS = FamilyTraits(
     label="Stable Diffusion 1.x/2.x",
@@ -23,27 +25,11 @@ TRAITS = FamilyTraits(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SdOptions(OptionGroup, group="family", title="Stable Diffusion 1.x/2.x"):
-    v2: bool = opt(False, "the base model is Stable Diffusion 2.x")
-    v_parameterization: bool = opt(False, "the base model predicts v, as the 768 pixel version of 2.x does")
-    clip_skip: int | None = opt(
-        None, "text features from this layer, counted from the end: 1 the last, 2 the one before", at_least=1, off=0
-    )
-    max_token_length: Literal[75, 150, 225] | None = opt(None, "longest caption in tokens; 75 if not given", off=75)
-    weighted_captions: bool = opt(False, "follow weights such as (word:1.2) and [word] in captions")
-
-    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        if opts.loss.scale_v_pred_loss_like_noise_pred and not self.v_parameterization:
-            yield "--scale_v_pred_loss_like_noise_pred: needs --v_parameterization"
-        if opts.loss.v_pred_like_loss is not None and self.v_parameterization:
-            yield "--v_pred_like_loss: cannot be used with --v_parameterization, which makes it a v loss already"
-
+class SdOptions(CommonOptions, group="family", title="Stable Diffusion 1.x/2.x"):
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().advise(opts, traits)
         if self.v2 and self.clip_skip is not None:
             yield "--clip_skip: 2.x models use the layer before the last by themselves; leave it out for them"
-        if opts.noise.zero_terminal_snr and not self.v_parameterization:
-            yield "--zero_terminal_snr: meant for --v_parameterization; predicting noise in pure noise teaches little"
 
 
 OPTIONS = SdOptions

@@ -1,0 +1,71 @@
+"""Options that several families have. A family's own group builds on these; each option is declared once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from library.options.base import OptionGroup, Options, opt
+
+if TYPE_CHECKING:
+    from library.families.base import FamilyTraits
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonOptions(OptionGroup, group="family", title="Model family"):
+    """What every training script takes; a family says which of them mean something to it."""
+
+    v2: bool = opt(False, "the base model is Stable Diffusion 2.x")
+    v_parameterization: bool = opt(False, "the base model predicts v, as the 768 pixel version of 2.x does")
+    clip_skip: int | None = opt(
+        None, "text features from this layer, counted from the end: 1 the last, 2 the one before", at_least=1, off=0
+    )
+    max_token_length: Literal[75, 150, 225] | None = opt(None, "longest caption in tokens; 75 if not given", off=75)
+    weighted_captions: bool = opt(False, "follow weights such as (word:1.2) and [word] in captions")
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if opts.loss.scale_v_pred_loss_like_noise_pred and not self.v_parameterization:
+            yield "--scale_v_pred_loss_like_noise_pred: needs --v_parameterization"
+        if opts.loss.v_pred_like_loss is not None and self.v_parameterization:
+            yield "--v_pred_like_loss: cannot be used with --v_parameterization, which makes it a v loss already"
+
+    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if opts.noise.zero_terminal_snr and not self.v_parameterization:
+            yield "--zero_terminal_snr: meant for --v_parameterization; predicting noise in pure noise teaches little"
+
+
+# Options of the scripts whose objective is Stable Diffusion's, by group; with rectified flow they do nothing.
+_DDPM_ONLY = {
+    "family": ("v2", "v_parameterization", "clip_skip", "max_token_length", "weighted_captions"),
+    "noise": ("noise_offset", "adaptive_noise_scale", "multires_noise_iterations", "zero_terminal_snr"),
+    "loss": ("min_snr_gamma", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss", "debiased_estimation_loss"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowOptions(CommonOptions):
+    """What the rectified-flow families share: T5, and densities and weights of time."""
+
+    clip_l: str | None = opt(None, "file of the text encoder CLIP-L", exists="file")
+    t5xxl: str | None = opt(None, "file of the text encoder T5-XXL", exists="file")
+    apply_t5_attn_mask: bool = opt(False, "hide the padding of T5's captions from attention")
+    weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"] = opt(
+        "uniform", "which times are drawn more often (logit_normal, mode) or weigh more (sigma_sqrt, cosmap)"
+    )
+    logit_mean: float = opt(0.0, "mean of --weighting_scheme logit_normal")
+    logit_std: float = opt(1.0, "standard deviation of --weighting_scheme logit_normal", above=0)
+    mode_scale: float = opt(1.29, "strength of --weighting_scheme mode")
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if opts.loss.loss_type in ("huber", "smooth_l1") and opts.loss.huber_schedule == "snr":
+            yield (
+                f"--huber_schedule: snr does not exist for {traits.label}, which has no such ratio; "
+                "choose constant or exponential"
+            )
+
+    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        for group, names in _DDPM_ONLY.items():
+            for name in names:
+                if getattr(getattr(opts, group), name):
+                    yield f"--{name}: no effect on {traits.label}"
