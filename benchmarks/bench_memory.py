@@ -41,7 +41,9 @@ def main() -> None:
             text = (text + piece)[-400:]
             counts = [part.rpartition(" ")[2] for part in text.split(f"/{args.steps} [")[:-1]]
             if counts and counts[-1].isdecimal():
-                seen[int(counts[-1])] = resident_mib(run.pid)
+                resident = resident_mib(run.pid)
+                if resident:  # 0 once it has ended
+                    seen[int(counts[-1])] = resident
             time.sleep(0)
         if run.wait():
             raise SystemExit(text)

@@ -95,6 +95,7 @@ def _train(family_name: str, method_name: str, argv: Sequence[str]) -> None:
 
         opts = fetch_state(opts)
     accelerator = _make_accelerator(opts)
+    _rehearse(opts, accelerator)
     opts = opts.replaced(seed=_agreed_seed(opts, accelerator))
 
     from library.runtime.processes import Processes
@@ -299,6 +300,15 @@ def _make_accelerator(opts: Options) -> Accelerator:
 
         made.scaler = HalfGradScaler()
     return made
+
+
+def _rehearse(opts: Options, accelerator: Accelerator) -> None:
+    """What only the classes themselves can say about their arguments, while nothing large is loaded yet."""
+    from library.training import lr_schedules, optimizers
+
+    if not opts.data.debug_dataset:
+        optimizers.rehearse(opts.optimizer, accelerator.device)
+        lr_schedules.rehearse(opts.optimizer)
 
 
 def _agreed_seed(opts: Options, accelerator: Accelerator) -> int:

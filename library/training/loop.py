@@ -131,12 +131,13 @@ def _epoch(
 ) -> None:
     main = run.accelerator.is_main_process
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    all_losses: list[Tensor] = []
+    plateau = run.schedule if wants_loss(run.schedule) else None
     for group in _groups_of(_batches(run, facts.epoch, first_batch), run.plan.accumulation):
         run.method.start_step(facts.step)
         run.stepper.start(facts.step)
         losses = _accumulate(run, parts, group, facts)
-        all_losses += losses if wants_loss(run.schedule) else ()
+        if plateau is not None:
+            plateau.see(losses)
         rates = effective_rates(run.optimizer) or run.schedule.get_last_lr()
         gradient_norm = _update(run, parameters)
         facts.step += 1
@@ -156,9 +157,9 @@ def _epoch(
     loss = None
     if run.validation.due(facts.step, facts.epoch) and not facts.stopped:
         loss = _validate(run, parts, facts, report)
-    if all_losses:
-        mean = run.accelerator.reduce(torch.stack(all_losses).mean(), "mean")
-        run.schedule.step(mean.item() if loss is None else loss)
+    if plateau is not None and (mean := plateau.epoch_mean()) is not None:
+        mean = run.accelerator.reduce(mean, "mean")
+        plateau.step(mean.item() if loss is None else loss)
     facts.epoch_ended = True
     if main:
         _after_epoch(run, facts, report)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers.optimization import AdafactorSchedule, get_scheduler
 
@@ -22,13 +24,30 @@ if TYPE_CHECKING:
     from library.options.optimizer import OptimizerOptions
 
 _POLYNOMIAL_END = 1e-7
+_LONG = 10**9  # steps
 
 
 class PlateauSchedule(ReduceLROnPlateau):
-    """Lowers the rate once the loss no longer falls; `patience` and `cooldown` count the losses it is shown.
+    """Lowers the rate once the loss no longer falls; `patience` and `cooldown` count epochs.
 
-    The loss of one batch says too little, so `step()` without one, after each optimizer step, does nothing.
+    The loss of one batch says too little, so `step()` without one, after each optimizer step, does nothing. The losses
+    of the epoch so far belong to the state, for a run may be resumed within it.
     """
+
+    _sum: Tensor | None = None
+    _count = 0
+
+    def see(self, losses: list[Tensor]) -> None:
+        """Losses of batches, (), on any device; does not wait for them."""
+        total = torch.stack(losses).sum()
+        self._sum = total if self._sum is None else self._sum.to(total.device) + total
+        self._count += len(losses)
+
+    def epoch_mean(self) -> Tensor | None:
+        """The mean of what was seen since the last call, (); None: nothing was."""
+        mean = None if self._sum is None else self._sum / self._count
+        self._sum, self._count = None, 0
+        return mean
 
     def step(self, metrics: float | None = None, epoch: int | None = None) -> None:
         if metrics is not None:
@@ -81,6 +100,19 @@ def make_schedule(
 
         return construct(get_piecewise_constant_schedule, name, "--lr_scheduler_args", arguments, optimizer)
     return _of_transformers(optimizer, options, total_steps, arguments)
+
+
+def rehearse(options: OptimizerOptions) -> None:
+    """Finds out, before anything large is read, whether the schedule takes its arguments.
+
+    Raises: UserError, as `make_schedule` does, but for warm-ups that are longer than the run.
+    """
+    if sets_own_rate(options) or is_schedule_free(options):
+        return
+    weight = torch.nn.Parameter(torch.zeros(()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make_schedule(torch.optim.SGD([weight], lr=abs(options.learning_rate) or 1.0, momentum=0.5), options, _LONG)
 
 
 def _of_transformers(

@@ -37,15 +37,10 @@ def make_optimizer(groups: list[dict[str, Any]], options: OptimizerOptions) -> t
 
     Raises: UserError: the class is not there, refuses its arguments, or cannot run on this device.
     """
-    name, path = optimizer_name(options), optimizer_path(options)
+    cls, name, arguments = _chosen(options)
     groups = [{"lr": options.learning_rate, **group} for group in groups]
-    cls = import_class("--optimizer_type", path, "torch.optim.Optimizer")
-    arguments = literal_args("--optimizer_args", options.optimizer_args)
-    if "lr" in arguments:
-        raise UserError("--optimizer_args: the rate is not given here; use --learning_rate")
-    package = path.split(".")[0]
+    package = optimizer_path(options).split(".")[0]
     if sets_own_rate(options):
-        arguments["relative_step"] = True
         groups, rate = _without_rates(groups, name), None
     else:
         if package in _ONE_RATE:
@@ -54,11 +49,34 @@ def make_optimizer(groups: list[dict[str, Any]], options: OptimizerOptions) -> t
             _check_factor(groups, name)
         # classes refuse a default below 0, though they follow such a rate in a group
         rate = abs(options.learning_rate) or max(abs(group["lr"]) for group in groups)
-    arguments = {**_defaults(name, path, arguments), **arguments}
     _try(cls, name, arguments, rate, groups[0]["params"][0])
     optimizer = construct(cls, name, "--optimizer_args", arguments, groups, lr=rate)
     optimizer_mode(optimizer, training=True)
     return optimizer
+
+
+def rehearse(options: OptimizerOptions, device: torch.device) -> None:
+    """Finds out, before anything large is read, whether the optimizer takes its arguments and can step on `device`.
+
+    Raises: UserError, as `make_optimizer` does.
+    """
+    import torch
+
+    cls, name, arguments = _chosen(options)
+    rate = None if sets_own_rate(options) else abs(options.learning_rate or 1.0)  # a part's own rate may be meant
+    _try(cls, name, arguments, rate, torch.zeros((), device=device))
+
+
+def _chosen(options: OptimizerOptions) -> tuple[type, str, dict[str, Any]]:
+    """The class, the name that it was chosen by, and its arguments but for the rate."""
+    name, path = optimizer_name(options), optimizer_path(options)
+    cls = import_class("--optimizer_type", path, "torch.optim.Optimizer")
+    arguments = literal_args("--optimizer_args", options.optimizer_args)
+    if "lr" in arguments:
+        raise UserError("--optimizer_args: the rate is not given here; use --learning_rate")
+    if sets_own_rate(options):
+        arguments["relative_step"] = True
+    return cls, name, {**_defaults(name, path, arguments), **arguments}
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer, options: OptimizerOptions) -> str:

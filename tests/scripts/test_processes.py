@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -39,6 +42,38 @@ def test_two_processes_give_the_same_model_as_one_with_twice_the_batch(
     with safe_open(two / "lora.safetensors", "pt") as file:
         metadata = file.metadata()
     assert (metadata["ss_batch_size_per_device"], metadata["ss_total_batch_size"]) == ("2", "4")
+
+
+@pytest.mark.parametrize("script", ["train_db.py", "fine_tune.py"])
+def test_whole_models_too(run_script, tmp_path, monkeypatch, script):
+    """Two trained models, the denoiser and the text encoder, in two processes."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    data = ("--train_data_dir=examples/concept",)
+    if script == "fine_tune.py":
+        pictures = Path("examples/concept/10_sks flower")
+        entries = {path.stem: {"caption": "a sks flower"} for path in pictures.glob("*.png")}
+        (tmp_path / "meta.json").write_text(json.dumps(entries))
+        data = (f"--train_data_dir={pictures}", f"--in_json={tmp_path / 'meta.json'}", "--train_text_encoder")
+    weights = []
+    for launcher, more in (((), ("--gradient_accumulation_steps=2",)), (LAUNCHER, ())):
+        out = tmp_path / ("two" if launcher else "one")
+        done = run_script(
+            *(script, "--pretrained_model_name_or_path=examples/tiny_model/tiny-sd.safetensors", *data),
+            *(f"--output_dir={out}", "--output_name=model", "--resolution=64", "--enable_bucket"),
+            *("--min_bucket_reso=64", "--train_batch_size=2", "--max_train_steps=2", "--learning_rate=0.1"),
+            *("--optimizer_type=SGD", "--max_data_loader_n_workers=0", "--seed=1", "--cache_latents"),
+            "--save_precision=float",
+            *more,
+            launcher=launcher,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        weights.append(load_file(out / "model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    assert max((weights[0][key] - weights[1][key]).abs().max().item() for key in weights[0]) < 1e-6
+    before = load_file("examples/tiny_model/tiny-sd.safetensors")
+    for part in ("model.diffusion_model", "cond_stage_model"):
+        keys = [key for key in weights[0] if key.startswith(part)]
+        assert max((weights[0][key] - before[key].float()).abs().max().item() for key in keys) > 1e-4
 
 
 @pytest.mark.parametrize("engine", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])

@@ -77,18 +77,24 @@ def test_states_hold_what_is_trained_and_go_on_exactly(whole, run_script, train_
     assert weights_hash(tmp_path) == weights_hash(whole)
 
 
-def test_three_kills_change_nothing(whole, train_arguments, tmp_path):
-    """SIGKILL at moments nobody chose; each time the run goes on from the newest state."""
+def killed_thrice(line, folder):
+    """SIGKILL at moments nobody chose; each time the run goes on from the newest state.
+
+    `line(state)` gives the arguments, without a state those of the first start.
+    """
     moments = random.Random(os.getpid())
     for attempt in range(4):
-        states = sorted(tmp_path.glob("lora-step*-state"))
-        line = train_arguments(tmp_path, **OPTIONS, **({"resume": states[-1]} if states else {}))
+        states = sorted(folder.glob("*-step*-state"))
         process = subprocess.Popen(
-            [sys.executable, *line], cwd=ROOT, env={**os.environ, **OFFLINE}, stderr=subprocess.PIPE, text=True
+            [sys.executable, *line(states[-1] if states else None)],
+            cwd=ROOT,
+            env={**os.environ, **OFFLINE},
+            stderr=subprocess.PIPE,
+            text=True,
         )
         if attempt < 3:
             enough = len(states) + moments.randint(0, 1)
-            while process.poll() is None and len(list(tmp_path.glob("lora-step*-state"))) < enough:
+            while process.poll() is None and len(list(folder.glob("*-step*-state"))) < enough:
                 time.sleep(0.05)
             time.sleep(moments.random() * 4)
             process.kill()
@@ -96,8 +102,16 @@ def test_three_kills_change_nothing(whole, train_arguments, tmp_path):
         if process.returncode == 0:
             break
     assert process.returncode == 0, errors[-3000:]
+    assert not list(folder.glob(".*-state.*/train_state.json")), "a half-written state looks whole"
+
+
+def test_three_kills_change_nothing(whole, train_arguments, tmp_path):
+    def line(state):
+        workers = 0 if state is None else 1
+        return train_arguments(tmp_path, **OPTIONS | {"resume": state, "max_data_loader_n_workers": workers})
+
+    killed_thrice(line, tmp_path)
     assert weights_hash(tmp_path) == weights_hash(whole)
-    assert not list(tmp_path.glob(".*-state.*/train_state.json")), "a half-written state looks whole"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -182,7 +196,7 @@ WHOLE_MODELS = {
 
 
 @pytest.mark.parametrize("script", WHOLE_MODELS)
-def test_whole_models_go_on_exactly_after_a_kill(run_script, tmp_path, script):
+def test_whole_models_go_on_exactly_after_kills(run_script, tmp_path, script):
     own = list(WHOLE_MODELS[script])
     if script == "fine_tune.py":
         stems = sorted(path.stem for path in Path("examples/concept/10_sks flower").glob("*.png"))
@@ -200,24 +214,15 @@ def test_whole_models_go_on_exactly_after_a_kill(run_script, tmp_path, script):
             "--save_model_as=safetensors",
             *("--resolution=64", "--enable_bucket", "--min_bucket_reso=64", "--train_batch_size=2", "--flip_aug"),
             *("--max_train_steps=5", "--gradient_accumulation_steps=2", "--learning_rate=1e-5", "--noise_offset=0.1"),
-            *("--max_data_loader_n_workers=0", "--seed=1", "--save_state", "--save_every_n_steps=2"),
+            *("--max_data_loader_n_workers=0", "--seed=1", "--save_state", "--save_every_n_steps=1"),
             *more,
         ]
 
     assert run_script(*line("whole")).returncode == 0
-    process = subprocess.Popen(
-        [sys.executable, *line("killed")],
-        cwd=ROOT,
-        env={**os.environ, **OFFLINE},
-        stderr=subprocess.DEVNULL,
+    again = ("--max_data_loader_n_workers=1",)
+    killed_thrice(
+        lambda state: line("killed", *(() if state is None else (f"--resume={state}", *again))), tmp_path / "killed"
     )
-    while process.poll() is None and not list((tmp_path / "killed").glob("model-step*-state")):
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    newest = max((tmp_path / "killed").glob("model-step*-state"))
-    done = run_script(*line("killed", f"--resume={newest}", "--max_data_loader_n_workers=1"))
-    assert done.returncode == 0, done.stderr[-3000:]
     hashes = [tensor_hash(tmp_path / folder / "model.safetensors") for folder in ("whole", "killed")]
     assert hashes[0] == hashes[1]
 

@@ -227,6 +227,8 @@ def test_two_processes_share_the_work_and_one_writes(tmp_path, run_script, train
         ({"network_weights": "README.md"}, "README.md"),
         ({"sample_prompts": "no_such.txt", "sample_at_first": True}, "no_such.txt"),
         ({"lr_warmup_steps": 10}, "warm"),
+        ({"optimizer_args": ["no_such=1"]}, "AdamW has no argument 'no_such'"),
+        ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_args": ["no_such=1"]}, "no_such"),
     ],
 )
 def test_mistakes_are_one_clear_line(tmp_path, run_script, train_arguments, changes, said):
@@ -237,6 +239,7 @@ def test_mistakes_are_one_clear_line(tmp_path, run_script, train_arguments, chan
     assert result.returncode == 2, result.stderr
     assert said in result.stderr
     assert "Traceback" not in result.stderr
+    assert "loaded" not in result.stderr or said in ("--network_dim", "warm", "README.md")
     assert not list(tmp_path.glob("*.safetensors"))
 
 
