@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import inspect
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from library.inference.pictures import to_pictures
 from library.inference.placement import in_float32
 from library.inference.prompts import SamplePrompt
-from library.inference.samplers import make_scheduler
+from library.inference.samplers import make_flow_scheduler, make_scheduler
 from library.runtime.logs import LOGGER
 from library.types import Batch, Models, TextCond
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from library.families.base import Family
+    from library.families.base import Family, FamilyTraits
 
 LATENT_STRIDE = 8  # pixels per latent position, each way; the same in every family
 Progress = Callable[[int], object]
@@ -38,6 +38,7 @@ def generate(
     batch_size: int = 1,
     vae_float32: bool = False,
     zero_terminal_snr: bool = False,
+    known: Mapping[str, TextCond] | None = None,
     progress: Progress | None = None,
 ) -> list[Image]:
     """One picture per prompt, in the prompts' order.
@@ -48,9 +49,10 @@ def generate(
     Args:
         models: with denoiser, text encoders and VAE on `device`, in eval mode.
         dtype: computing precision; another than float32 turns autocast on. Latents between steps stay float32.
-        batch_size: how many neighbours of equal size, steps, scale and sampler are made at once.
+        batch_size: how many neighbours are made at once; they may differ in texts and seed only.
         vae_float32: decodes in float32, for VAEs that overflow in half precision.
         zero_terminal_snr: the model was trained with that schedule.
+        known: the conditioning of every text, as `encode_texts` gave it, where `models` lacks text encoders by now.
         progress: called with the number of (picture, step) pairs just done, e.g. the `update` of a bar of
             `total_steps(prompts)`.
     Raises: UserError: a sampler that cannot run.
@@ -60,7 +62,7 @@ def generate(
     pictures = []
     for group in _batches(prompts, batch_size):
         latents = sample_latents(
-            family, models, group, device, dtype, zero_terminal_snr=zero_terminal_snr, progress=progress
+            family, models, group, device, dtype, zero_terminal_snr=zero_terminal_snr, known=known, progress=progress
         )
         pixels = decode(family, models, latents, torch.float32 if vae_float32 else dtype, widen=vae_float32)
         for prompt, finite in zip(group, pixels.isfinite().flatten(1).all(1).tolist(), strict=True):
@@ -84,26 +86,24 @@ def sample_latents(
     dtype: torch.dtype = torch.float32,
     *,
     zero_terminal_snr: bool = False,
+    known: Mapping[str, TextCond] | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Denoised latents of prompts with equal size, steps, scale and sampler: (B, C, H/8, W/8), float32, scaled."""
+    """Denoised latents of prompts that differ in texts and seed only: (B, C, H/8, W/8), float32, scaled."""
     first = prompts[0]
-    scheduler = make_scheduler(
-        first.sampler,
-        steps=first.steps,
-        prediction_type=family.prediction_type(),
-        zero_terminal_snr=zero_terminal_snr,
-        device=device,
-    )
+    scheduler = _scheduler(family, first, zero_terminal_snr, device)
     generators = [torch.Generator("cpu").manual_seed(with_seed(prompt).seed) for prompt in prompts]
     step_extras = {"generator": generators} if _takes_generator(scheduler) else {}
-    latents = initial_noise(prompts, family.traits.latent_channels, generators).to(device) * scheduler.init_noise_sigma
+    latents = initial_noise(prompts, family.traits.latent_channels, generators).to(device)
+    # The scheduler for flow has neither: it starts from plain noise, and the denoiser takes latents as they are.
+    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+    as_input = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
     with _precision(device, dtype):
-        guidance = _Guidance.of(family, models, prompts, device)
+        guidance = _Guidance.of(family, models, prompts, device, known)
         # Some samplers look at the denoiser more than once per step.
         ends = _step_ends(len(scheduler.timesteps), first.steps)
         for index, timestep in enumerate(scheduler.timesteps):
-            prediction = guidance.predict(scheduler.scale_model_input(latents, timestep), timestep)
+            prediction = guidance.predict(as_input(latents, timestep), timestep)
             latents = scheduler.step(prediction, timestep, latents, **step_extras).prev_sample.float()
             if progress is not None and ends[index]:
                 progress(ends[index] * len(prompts))
@@ -117,6 +117,15 @@ def decode(family: Family, models: Models, latents: Tensor, dtype: torch.dtype, 
         return family.decode_latents(models, latents).float()
 
 
+def flow_shift(traits: FamilyTraits, prompt: SamplePrompt) -> float:
+    """The shift of a flow model's noise levels: the prompt's, or what the family takes at this size."""
+    if prompt.flow_shift is not None:
+        return prompt.flow_shift
+    if traits.flow_shift is None:
+        return 1.0
+    return traits.flow_shift(prompt.height // LATENT_STRIDE, prompt.width // LATENT_STRIDE)
+
+
 def initial_noise(prompts: Sequence[SamplePrompt], channels: int, generators: Sequence[torch.Generator]) -> Tensor:
     """Standard normal latents, float32 on the CPU, each picture's from its own generator."""
     shapes = [(channels, prompt.height // LATENT_STRIDE, prompt.width // LATENT_STRIDE) for prompt in prompts]
@@ -126,6 +135,27 @@ def initial_noise(prompts: Sequence[SamplePrompt], channels: int, generators: Se
 def with_seed(prompt: SamplePrompt) -> SamplePrompt:
     """The prompt with a seed from the system's entropy where it has none; the global random state is not touched."""
     return prompt if prompt.seed is not None else replace(prompt, seed=secrets.randbits(32))
+
+
+@torch.no_grad()
+def encode_texts(
+    family: Family, models: Models, prompts: Sequence[SamplePrompt], dtype: torch.dtype, device: torch.device
+) -> dict[str, TextCond]:
+    """The conditioning of each text of the prompts, on the CPU, for pictures made without the text encoders."""
+    texts = dict.fromkeys(text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt))
+    with _precision(device, dtype):
+        return {
+            text: family.encode_text(models, [text], emphasis=True).map(lambda tensor: tensor.cpu()) for text in texts
+        }
+
+
+def _conditioning(
+    family: Family, models: Models, texts: list[str], device: torch.device, known: Mapping[str, TextCond] | None
+) -> TextCond:
+    if known is None:
+        return family.encode_text(models, texts, emphasis=True)
+    found = TextCond.cat([known[text] for text in texts]).map(lambda tensor: tensor.to(device))
+    return family.encode_text(models, texts, emphasis=True, known=found) if models.text_encoders else found
 
 
 @dataclass(frozen=True)
@@ -140,12 +170,18 @@ class _Guidance:
     sizes: Batch
 
     @staticmethod
-    def of(family: Family, models: Models, prompts: Sequence[SamplePrompt], device: torch.device) -> _Guidance:
+    def of(
+        family: Family,
+        models: Models,
+        prompts: Sequence[SamplePrompt],
+        device: torch.device,
+        known: Mapping[str, TextCond] | None,
+    ) -> _Guidance:
         scale = prompts[0].scale
-        positive = family.encode_text(models, [prompt.prompt for prompt in prompts], emphasis=True)
+        positive = _conditioning(family, models, [prompt.prompt for prompt in prompts], device, known)
         negative = None
         if scale != 1.0:
-            negative = family.encode_text(models, [prompt.negative_prompt for prompt in prompts], emphasis=True)
+            negative = _conditioning(family, models, [prompt.negative_prompt for prompt in prompts], device, known)
         return _Guidance(family, models, positive, negative, scale, _sizes(prompts, device))
 
     def predict(self, noisy: Tensor, timestep: Tensor) -> Tensor:
@@ -171,7 +207,7 @@ def _same_lengths(one: TextCond, other: TextCond) -> bool:
 
 
 def _sizes(prompts: Sequence[SamplePrompt], device: torch.device) -> Batch:
-    """What families that are told sizes hear: a whole picture of the size asked for, not cropped."""
+    """What families that are told sizes and guidance hear: a whole picture of the size asked for, not cropped."""
     sizes = torch.tensor([(prompt.width, prompt.height) for prompt in prompts], device=device)
     return Batch(
         captions=[prompt.prompt for prompt in prompts],
@@ -182,6 +218,7 @@ def _sizes(prompts: Sequence[SamplePrompt], device: torch.device) -> Batch:
         original_sizes=sizes,
         crop_top_lefts=torch.zeros_like(sizes),
         target_sizes=sizes,
+        guidance=prompts[0].guidance,
     )
 
 
@@ -213,6 +250,19 @@ def _step_ends(evaluations: int, steps: int) -> list[int]:
     """For each look at the denoiser, how many steps it completes; they add up to `steps`."""
     done = [(index + 1) * steps // evaluations for index in range(evaluations)]
     return [now - before for now, before in zip(done, [0, *done], strict=False)]
+
+
+def _scheduler(family: Family, prompt: SamplePrompt, zero_terminal_snr: bool, device: torch.device) -> Any:
+    prediction_type = family.prediction_type()
+    if prediction_type == "flow":
+        return make_flow_scheduler(steps=prompt.steps, shift=flow_shift(family.traits, prompt), device=device)
+    return make_scheduler(
+        prompt.sampler,
+        steps=prompt.steps,
+        prediction_type=prediction_type,
+        zero_terminal_snr=zero_terminal_snr,
+        device=device,
+    )
 
 
 def _takes_generator(scheduler: object) -> bool:

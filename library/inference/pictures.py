@@ -24,6 +24,7 @@ def to_pictures(pixels: Tensor) -> list[Image]:
 
 def png_text(prompt: SamplePrompt) -> dict[str, str]:
     """What a PNG file says about its making."""
+    asked_for = {"guidance": prompt.guidance, "flow-shift": prompt.flow_shift}
     return {
         "prompt": prompt.prompt,
         "negative-prompt": prompt.negative_prompt,
@@ -31,6 +32,7 @@ def png_text(prompt: SamplePrompt) -> dict[str, str]:
         "sampler": prompt.sampler,
         "steps": str(prompt.steps),
         "scale": str(prompt.scale),
+        **{name: str(value) for name, value in asked_for.items() if value is not None},
     }
 
 

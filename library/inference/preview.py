@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from library.errors import UserError
 from library.inference.pictures import png_text, save_png
 from library.inference.placement import evaluating, on_device
-from library.inference.prompts import SamplePrompt, load_prompts
+from library.inference.prompts import FLOW_SAMPLER, SamplePrompt, flow_sampler_note, load_prompts
 from library.runtime.logs import LOGGER
 from library.runtime.seeds import derive
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import nn
 
-    from library.families.base import Family
+    from library.families.base import Family, FamilyTraits
     from library.options.base import Options
-    from library.types import Models
+    from library.types import Models, TextCond
 
 
 class PreviewPicture(NamedTuple):
@@ -41,6 +41,7 @@ class Preview:
 
     def __init__(self, opts: Options, family: Family, prompts: Sequence[SamplePrompt]):
         self.opts, self.family, self.prompts = opts, family, list(prompts)
+        self._known: dict[str, TextCond] | None = None
         self.at_first: bool = opts.sampling.sample_at_first
         self.every_n_steps = _period("--sample_every_n_steps", opts.sampling.sample_every_n_steps)
         self.every_n_epochs = _period("--sample_every_n_epochs", opts.sampling.sample_every_n_epochs)
@@ -54,6 +55,7 @@ class Preview:
         sampling = opts.sampling
         prompts = []
         if sampling.sample_prompts is not None:
+            _advise_sampler(opts, family.traits)
             prompts = load_prompts(sampling.sample_prompts, family.traits, sampling.sample_sampler)
         preview = cls(opts, family, prompts)
         wanted = preview.at_first or preview.every_n_steps or preview.every_n_epochs
@@ -81,6 +83,14 @@ class Preview:
         if self.every_n_epochs is not None:  # overrides steps
             return epoch_end is not None and epoch_end % self.every_n_epochs == 0
         return self.every_n_steps is not None and epoch_end is None and step % self.every_n_steps == 0
+
+    def remember_texts(self, models: Models, device: torch.device) -> None:
+        """Encodes all prompts now, so that text encoders which are not trained may go."""
+        from library.inference.generate import encode_texts
+
+        if self.prompts:
+            dtype = _mixed_precision(self.opts.memory.mixed_precision)
+            self._known = encode_texts(self.family, models, self.prompts, dtype, device)
 
     def render(
         self,
@@ -121,6 +131,7 @@ class Preview:
                 dtype or _mixed_precision(self.opts.memory.mixed_precision),
                 vae_float32=self.opts.model.no_half_vae,
                 zero_terminal_snr=self.opts.noise.zero_terminal_snr,
+                known=self._known,
                 progress=bar.update,
             )
         now = time.strftime("%Y%m%d%H%M%S")
@@ -151,6 +162,15 @@ class Preview:
         if prompt.seed is not None:
             return prompt
         return replace(prompt, seed=derive(self.opts.training.seed or 0, "preview", step, index) % 2**32)
+
+
+def _advise_sampler(opts: Options, traits: FamilyTraits) -> None:
+    """Says so once where a sampler was chosen that a flow model has no use for; the default is nobody's choice."""
+    if traits.objective != "flow" or "sample_sampler" not in opts.explicit:
+        return
+    chosen = opts.sampling.sample_sampler
+    if chosen.removeprefix("k_") != FLOW_SAMPLER:
+        LOGGER.warning(f"--sample_sampler {chosen} has no effect: {flow_sampler_note(traits)}")
 
 
 def _period(flag: str, value: int | None) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ SAMPLERS = (
     "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
     "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
 )  # fmt: skip
+FLOW_SAMPLER = "euler"  # the only one for flow models
 MIN_SIDE = 64  # pixels
 MAX_STEPS = 1000
 MAX_SEED = 2**64 - 1  # what torch's generators take
@@ -37,6 +39,7 @@ class SamplePrompt:
     scale: float  # classifier-free guidance; 1 = none
     sampler: str  # one of SAMPLERS
     guidance: float | None = None  # guidance that distilled flow models are told
+    flow_shift: float | None = None  # shift of a flow model's noise levels, above 0; None: the family's own
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ _OPTIONS = (
     _Option("cn", "controlnet_image", None),
     _Option("ctr", "cfg_trunc_ratio", None),
     _Option("rcfg", "renorm_cfg", None),
-    _Option("fs", "flow_shift", None),
+    _Option("fs", "flow_shift", "flow_shift", float),
 )
 _BY_LETTER = {option.letter: option for option in _OPTIONS}
 _BY_KEY = {option.key: option for option in _OPTIONS}
@@ -69,9 +72,18 @@ _KIND_NAMES = {int: "a whole number", float: "a number", str: "a text"}
 
 
 def default_prompt(traits: FamilyTraits, sampler: str) -> SamplePrompt:
-    """What holds where a prompt says nothing: the family's size, steps and scale, and --sample_sampler."""
+    """What holds where a prompt says nothing: the family's size, steps and scale, and --sample_sampler.
+
+    Flow models have a sampler of their own, whatever `sampler` is.
+    """
     side = traits.default_resolution
+    sampler = FLOW_SAMPLER if traits.objective == "flow" else sampler
     return SamplePrompt("", "", side, side, None, traits.sample_steps, traits.sample_scale, sampler)
+
+
+def flow_sampler_note(traits: FamilyTraits) -> str:
+    """Why a flow model does not take another sampler, to end a message with."""
+    return f"pictures of {traits.label} are always made with {FLOW_SAMPLER}"
 
 
 def load_prompts(path: str | Path, traits: FamilyTraits, sampler: str) -> list[SamplePrompt]:
@@ -205,10 +217,20 @@ def _finish(base: SamplePrompt, changes: dict[str, Any], traits: FamilyTraits, w
         raise UserError(f"{where}: unknown sampler {prompt.sampler!r}; choose one of {', '.join(SAMPLERS)}")
     if prompt.seed is not None and not 0 <= prompt.seed <= MAX_SEED:
         raise UserError(f"{where}: the seed must be from 0 to {MAX_SEED}, got {prompt.seed}")
-    if prompt.scale != prompt.scale or abs(prompt.scale) == float("inf"):
-        raise UserError(f"{where}: the scale must be a finite number, got {prompt.scale}")
-    if prompt.guidance is not None and traits.objective != "flow":
-        LOGGER.warning(f"{where}: --g (guidance_scale) has no effect with {traits.label}")
+    for name, value in (("scale", prompt.scale), ("guidance", prompt.guidance)):
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{where}: the {name} must be a finite number, got {value}")
+    if prompt.flow_shift is not None and not 0 < prompt.flow_shift < math.inf:
+        raise UserError(f"{where}: the flow shift must be a finite number above 0, got {prompt.flow_shift}")
+    if traits.objective == "flow":
+        if prompt.sampler.removeprefix("k_") != FLOW_SAMPLER:
+            LOGGER.warning(f"{where}: --ss (sample_sampler) has no effect: {flow_sampler_note(traits)}")
+        prompt = replace(prompt, sampler=FLOW_SAMPLER)
+    else:
+        without_effect = {"--g (guidance_scale)": prompt.guidance, "--fs (flow_shift)": prompt.flow_shift}
+        for name, value in without_effect.items():
+            if value is not None:
+                LOGGER.warning(f"{where}: {name} has no effect with {traits.label}")
 
     def side(pixels: int) -> int:
         return max(MIN_SIDE, pixels // traits.pixel_multiple * traits.pixel_multiple)

@@ -1,4 +1,4 @@
-"""The names of --sample_sampler and the diffusers schedulers behind them, set up for Stable Diffusion's schedule."""
+"""The names of --sample_sampler and the diffusers schedulers behind them, set up for the schedules of our families."""
 
 from __future__ import annotations
 
@@ -50,17 +50,15 @@ def make_scheduler(
     Args:
         name: one of SAMPLERS; a name with "k_" means the same as the one without.
         steps: denoising steps, 1..1000.
-        prediction_type: "epsilon" or "v_prediction".
+        prediction_type: "epsilon" or "v_prediction"; flow models have `make_flow_scheduler`.
         zero_terminal_snr: for models trained so; the first step then starts at the last timestep, from pure noise.
-    Raises: UserError: unknown name, a missing package, a prediction type that is not available yet, or too few steps
-        for the sampler.
+    Raises: UserError: unknown name, a missing package, or too few steps for the sampler.
     """
     import diffusers
 
     if name not in SAMPLERS:
         raise UserError(f"--sample_sampler: unknown sampler {name!r}; choose one of {', '.join(SAMPLERS)}")
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise UserError(f"pictures of models with {prediction_type} prediction are not available yet")
+    assert prediction_type in ("epsilon", "v_prediction"), prediction_type
     plain_name = name.removeprefix("k_")
     if plain_name == "lms" and importlib.util.find_spec("scipy") is None:
         raise UserError(f"--sample_sampler {name} needs the package scipy: install it, or choose another sampler")
@@ -84,6 +82,25 @@ def make_scheduler(
     scheduler.set_timesteps(steps, device=device)
     if not scheduler.timesteps.isfinite().all():  # differences of sigmas, rounded below zero
         raise UserError(f"the sampler {name} cannot make a picture in {steps} steps with this schedule: take more")
+    return scheduler
+
+
+def make_flow_scheduler(*, steps: int, shift: float, device: torch.device | str = "cpu") -> Any:
+    """A fresh Euler scheduler for models that predict the velocity of a rectified flow; timesteps are 1000 * sigma.
+
+    Sigma goes from 1 to 0 in `steps` equal parts, each level then shifted to ``s sigma / (1 + (s - 1) sigma)``.
+
+    Args:
+        steps: denoising steps, 1..1000.
+        shift: s above 0; 1 leaves the levels as they are, above 1 more of the steps are spent on noisy latents.
+        device: of the timesteps and sigmas.
+    """
+    import diffusers
+    import numpy
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=ddpm.NUM_TIMESTEPS, shift=shift)
+    scheduler.set_timesteps(sigmas=numpy.linspace(1, 1 / steps, steps), device=device)
+    scheduler.set_begin_index(0)  # otherwise it looks for its place by timestep, which waits for the device
     return scheduler
 
 

@@ -90,6 +90,9 @@ class TinyFamily(Family):
     def decode_latents(self, models, latents):
         return models.vae.decode(latents / 0.18215).sample
 
+    def objective(self):
+        raise NotImplementedError
+
     def prediction_type(self):
         return self.prediction
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import random
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy
@@ -104,6 +105,21 @@ def test_prompts_come_from_the_option(tmp_path, make_family, said):
     assert not Preview.from_options(options(tmp_path), make_family()).due(0)
     with pytest.raises(UserError, match="--sample_prompts"):
         Preview.from_options(options(tmp_path, sample_every_n_steps=5), make_family())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "warnings"), [(None, 0), ("euler", 0), ("k_euler", 0), ("ddim", 1), ("dpmsolver++", 1)]
+)
+def test_a_sampler_chosen_for_a_flow_model_is_said_to_have_no_effect(tmp_path, make_family, said, chosen, warnings):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    family = make_family()
+    family.traits = replace(family.traits, objective="flow")
+    given = {} if chosen is None else {"sample_sampler": chosen}
+    opts = options(tmp_path, sample_prompts=str(tmp_path / "prompts.txt"), sample_at_first=True, **given)
+    opts.explicit = frozenset(given)
+    preview = Preview.from_options(opts, family)
+    assert [prompt.sampler for prompt in preview.prompts] == ["euler", "euler"]
+    assert said.text.count(f"--sample_sampler {chosen} has no effect") == len(said.records) == warnings
 
 
 @pytest.mark.parametrize(

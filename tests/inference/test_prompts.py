@@ -140,7 +140,10 @@ def test_steps_are_clamped(given, kept, traits):
         ("x --zz 3", r"line 2: unknown option --zz"),
         ("x --ss plms", r"line 2: unknown sampler 'plms'"),
         ("x --cn control.png", r"line 2: --cn \(controlnet_image\) is not available yet"),
-        ("x --fs 3", r"line 2: --fs \(flow_shift\) is not available yet"),
+        ("x --rcfg 1", r"line 2: --rcfg \(renorm_cfg\) is not available yet"),
+        ("x --g inf", r"line 2: the guidance must be a finite number"),
+        ("x --fs 0", r"line 2: the flow shift must be a finite number above 0, got 0.0"),
+        ("x --fs nan", r"line 2: the flow shift must be a finite number above 0"),
     ],
 )
 def test_a_bad_line_is_named(line, message, tmp_path, traits):
@@ -167,7 +170,8 @@ def test_a_bad_line_is_named(line, message, tmp_path, traits):
         ("p.json", b'[{"prompt": "a", "width": "64"}]', "prompt 1: width needs a whole number, got '64'"),
         ("p.json", b'[{"prompt": "a", "seed": true}]', "prompt 1: seed needs a whole number, got True"),
         ("p.json", b'[{"prompt": "a", "steps": 3}]', "prompt 1: unknown key 'steps'"),
-        ("p.json", b'[{"prompt": "a", "flow_shift": "3"}]', "not available yet"),
+        ("p.json", b'[{"prompt": "a", "renorm_cfg": "3"}]', "not available yet"),
+        ("p.json", b'[{"prompt": "a", "flow_shift": "3"}]', "flow_shift needs a number, got '3'"),
     ],
 )
 def test_a_bad_file_is_named(name, content, message, tmp_path, traits):
@@ -189,14 +193,32 @@ def test_a_byte_order_mark_is_no_part_of_the_prompt(tmp_path, traits):
     assert [p.prompt for p in load_prompts(file, traits, "ddim")] == ["a cat", "a dog"]
 
 
-def test_guidance_without_effect_is_said(traits, caplog, monkeypatch):
+@pytest.fixture
+def said(caplog, monkeypatch):
     monkeypatch.setattr(LOGGER, "propagate", True)
-    with caplog.at_level(logging.WARNING, logger=LOGGER.name):
-        assert parse_prompt("x --g 3.5", traits, "ddim").guidance == 3.5
-    assert "--g (guidance_scale) has no effect" in caplog.text
-    caplog.clear()
-    parse_prompt("x --g 3.5", replace(traits, objective="flow"), "ddim")
-    assert caplog.text == ""
+    caplog.set_level(logging.WARNING, logger=LOGGER.name)
+    return caplog
+
+
+@pytest.mark.parametrize(
+    ("letter", "field", "key"), [("g", "guidance", "guidance_scale"), ("fs", "flow_shift", "flow_shift")]
+)
+def test_what_only_flow_models_take_is_said_elsewhere(traits, said, letter, field, key):
+    line = f"x --{letter} 3.5"
+    assert getattr(parse_prompt(line, traits, "ddim"), field) == 3.5
+    assert f"--{letter} ({key}) has no effect with the test family" in said.text
+    said.clear()
+    assert getattr(parse_prompt(line, replace(traits, objective="flow"), "ddim"), field) == 3.5
+    assert said.text == ""
+
+
+def test_flow_models_have_a_sampler_of_their_own(traits, said):
+    flow = replace(traits, objective="flow")
+    for line, default in (("x", "ddim"), ("x --ss euler", "ddim"), ("x --ss k_euler", "pndm")):
+        assert parse_prompt(line, flow, default).sampler == "euler"
+    assert said.text == ""
+    assert parse_prompt("x --ss heun", flow, "ddim", "line 7").sampler == "euler"
+    assert said.text.count("line 7: --ss (sample_sampler) has no effect") == 1
 
 
 def test_nothing_heavy_is_imported():

@@ -131,8 +131,6 @@ def test_zero_terminal_starts_at_the_last_timestep_from_pure_noise(name):
 def test_mistakes_are_refused(monkeypatch):
     with pytest.raises(UserError, match="unknown sampler 'plms'"):
         make_scheduler("plms", steps=3, prediction_type="epsilon")
-    with pytest.raises(UserError, match="not available yet"):
-        make_scheduler("euler", steps=3, prediction_type="flow")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "scipy" else find(name))
     with pytest.raises(UserError, match="k_lms needs the package scipy"):
