@@ -114,8 +114,9 @@ class Network(TrainableNetwork):
         if self._handles:
             raise ValueError("this network is attached already")
         for key, layer in self.layers().items():
+            hook = _swapped_hook if self.targets[key].swap_halves else _hook
             for index, module in enumerate(live_modules(models, self.targets[key])):
-                self._handles.append(module.register_forward_hook(_hook(layer, index)))
+                self._handles.append(module.register_forward_hook(hook(layer, index)))
 
     def detach(self) -> None:
         """Takes every hook away; the models behave as before."""
@@ -157,6 +158,19 @@ def _hook(layer: AdapterLayer, index: int) -> Callable[[nn.Module, tuple[Any, ..
     return adapt
 
 
+def _swapped_hook(layer: AdapterLayer, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    """The layer sees the output as the file orders it, so that its tensors are the file's."""
+
+    def adapt(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return _swap_halves(layer.adapt(index, args[0], _swap_halves(output, -1)), -1)
+
+    return adapt
+
+
+def _swap_halves(tensor: Tensor, axis: int) -> Tensor:
+    return tensor.roll(tensor.shape[axis] // 2, axis)
+
+
 def live_modules(models: Models, target: LoraTarget) -> list[nn.Module]:
     """The modules that a target covers."""
     part = models.denoiser if target.part == "denoiser" else models.text_encoders[target.part]
@@ -165,9 +179,13 @@ def live_modules(models: Models, target: LoraTarget) -> list[nn.Module]:
 
 @torch.no_grad()
 def add_to_weights(models: Models, target: LoraTarget, change: Tensor) -> None:
-    """Adds `change` to the target's weights for good. `change`: rows over all its modules, (sum of out, in, ...)."""
+    """Adds `change` to the target's weights for good.
+
+    Args: change: rows over all its modules, in the file's order, (sum of out, in, ...).
+    """
     modules = live_modules(models, target)
     rows = [module.weight.shape[0] for module in modules]
     for module, part in zip(modules, change.split(rows), strict=True):
+        part = _swap_halves(part, 0) if target.swap_halves else part
         summed = module.weight.float() + part.to(module.weight.device, torch.float32).reshape(module.weight.shape)
         module.weight.copy_(summed)

@@ -193,11 +193,13 @@ def build(
     alpha: float | None,
     seed: int,
 ) -> LoraNetwork:
-    """`create` for any kind of layer that is saved as LoRA."""
-    if parsed.by_block and all(target.block is None for target in targets if target.part == "denoiser"):
-        raise UserError("--network_args: block-wise ranks and rates: nothing that is trained here has numbered blocks")
+    """`create` for any kind of layer that is saved as LoRA. Leaves optional targets out."""
+    if parsed.blocks:
+        _check_blocks(targets, parsed.blocks)
     layers = {}
     for target in targets:
+        if target.optional:
+            continue
         modules = live_modules(models, target)
         chosen = rank_and_alpha(
             parsed,
@@ -211,8 +213,22 @@ def build(
         if chosen is None:
             continue
         layers[target.key] = kind(modules, *chosen, parsed)
-        layers[target.key].initialise(generator("cpu", seed, "network", target.key))
+        initialise(layers[target.key], target.key, seed)
     return LoraNetwork(layers, targets, parsed)
+
+
+def initialise(layer: Any, key: str, seed: int) -> None:
+    """Draws a layer's first values: the same for the same seed and key, whatever else is trained."""
+    layer.initialise(generator("cpu", seed, "network", key))
+
+
+def _check_blocks(targets: Sequence[LoraTarget], count: int) -> None:
+    numbers = [target.block for target in targets if target.block is not None]
+    what = "--network_args: block-wise ranks and rates"
+    if not numbers:
+        raise UserError(f"{what}: nothing that is trained here has numbered blocks")
+    if max(numbers) >= count:
+        raise UserError(f"{what}: the lists are for {count} blocks, and this model has {max(numbers) + 1}")
 
 
 def from_weights(

@@ -10,22 +10,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from library.errors import UserError
+from library.types import BlockLayout
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class BlockLayout:
-    """How many blocks a U-Net has for block-wise lists. `edge` blocks before the first and after the last are fixed."""
-
-    down: int
-    mid: int
-    up: int
-    edge: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.down + self.mid + self.up + 2 * self.edge
 
 
 UNET_25 = BlockLayout(12, 1, 12)
@@ -51,9 +38,10 @@ class LoraArgs:
     reg_lrs: tuple[tuple[re.Pattern[str], float], ...] = ()
 
     @property
-    def by_block(self) -> bool:
+    def blocks(self) -> int:
+        """How many blocks the lists are for; 0 without lists."""
         lists = (self.block_dims, self.block_alphas, self.conv_block_dims, self.conv_block_alphas, self.block_weights)
-        return any(entries is not None for entries in lists)
+        return max(len(entries or ()) for entries in lists)
 
     @property
     def adapts_convs(self) -> bool:
@@ -139,29 +127,36 @@ def parse(
     """
     reader = Reader(args)
     reader.only(keys, module)
-    plus = reader.number("loraplus_lr_ratio", float, above=0)
-    unet_plus = reader.number("loraplus_unet_lr_ratio", float, above=0)
-    text_plus = reader.number("loraplus_text_encoder_lr_ratio", float, above=0)
     conv_alpha = reader.number("conv_alpha", float, least=0)
     parsed = LoraArgs(
         conv_dim=reader.number("conv_dim", int, least=1),
         conv_alpha=1.0 if conv_alpha is None else conv_alpha,
-        dropout=reader.number("dropout", float, least=0, most=1),
-        rank_dropout=reader.number("rank_dropout", float, least=0, below=1),
-        module_dropout=reader.number("module_dropout", float, least=0, most=1),
         block_dims=reader.block_list("block_dims", int, layout),
         block_alphas=reader.block_list("block_alphas", float, layout),
         conv_block_dims=reader.block_list("conv_block_dims", int, layout),
         conv_block_alphas=reader.block_list("conv_block_alphas", float, layout),
         block_weights=reader.block_weights(layout),
-        denoiser_plus=plus if unet_plus is None else unet_plus,
-        text_plus=plus if text_plus is None else text_plus,
-        reg_dims=reader.by_pattern("network_reg_dims", int),
-        reg_lrs=reader.by_pattern("network_reg_lrs", float),
+        **common_fields(reader),
     )
     if reader.problems:
         raise UserError(*reader.problems)
     return parsed
+
+
+def common_fields(reader: Reader) -> dict[str, Any]:
+    """The fields of `LoraArgs` that have nothing to do with convolutions or blocks: dropouts, LoRA+, patterns."""
+    plus = reader.number("loraplus_lr_ratio", float, above=0)
+    unet_plus = reader.number("loraplus_unet_lr_ratio", float, above=0)
+    text_plus = reader.number("loraplus_text_encoder_lr_ratio", float, above=0)
+    return {
+        "dropout": reader.number("dropout", float, least=0, most=1),
+        "rank_dropout": reader.number("rank_dropout", float, least=0, below=1),
+        "module_dropout": reader.number("module_dropout", float, least=0, most=1),
+        "denoiser_plus": plus if unet_plus is None else unet_plus,
+        "text_plus": plus if text_plus is None else text_plus,
+        "reg_dims": reader.by_pattern("network_reg_dims", int),
+        "reg_lrs": reader.by_pattern("network_reg_lrs", float),
+    }
 
 
 def check(args: Mapping[str, str], *, ranks_from_file: bool, layout: BlockLayout = UNET_25) -> list[str]:
@@ -231,6 +226,13 @@ class Reader:
             self.refuse(key, "must be " + ", ".join(f"{k} {v:g}" for k, v in limits.items() if math.isfinite(v)))
             return None
         return value
+
+    def flag(self, key: str) -> bool:
+        """Whether the argument is True; False says the same as nothing."""
+        text = self.args.get(key, "False").strip().lower()
+        if text not in ("true", "false"):
+            self.refuse(key, "is neither True nor False")
+        return text == "true"
 
     def block_list(self, key: str, kind: Callable[[str], T], layout: BlockLayout) -> tuple[T, ...] | None:
         if key not in self.args:

@@ -41,9 +41,13 @@ class LoraFile:
     entries: dict[str, Entry]
 
     def matching(self, targets: Iterable[LoraTarget]) -> dict[str, Entry]:
-        """The entries that have a target here, in the targets' order. Raises: UserError: none has."""
+        """The entries that have a target here, by the targets' keys and in their order. Raises: UserError: none has."""
         targets = list(targets)
-        found = {target.key: self.entries[target.key] for target in targets if target.key in self.entries}
+        found: dict[str, Entry] = {}
+        for target in targets:
+            name = next((name for name in (target.key, target.alias) if name in self.entries), None)
+            if name is not None:
+                found[target.key] = self.entries[name]
         if not found:
             raise UserError(
                 f"{self.path}: none of its {len(self.entries)} layers fits the {len(targets)} layers that are trained "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from library.types import LoraTarget, Models
-from networks import lora
+from networks import dylora, lora, lora_fa
 from networks.base import add_to_weights
 from networks.functional import delta
 
@@ -52,6 +55,49 @@ def test_fused_layer_shares_down_and_cuts_up_by_rows(randomise):
     network.detach()
     add_to_weights(models, FUSED, change)
     torch.testing.assert_close(denoiser(x), expected, rtol=1e-5, atol=1e-6)
+
+
+class Modulation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 8)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("module", [lora, lora_fa, dylora])
+def test_halves_that_a_file_has_the_other_way_round(module, randomise):
+    denoiser, x = Modulation(), torch.randn(2, 3, 6)
+    models, target = Models(denoiser, {}, {}, None), LoraTarget("k", "denoiser", ("linear",), swap_halves=True)
+    network = module.create([target], models, dim=2, alpha=1.0, dropout=None, args={}, seed=3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(len(parameter)))
+    state = network.eval().file_state()
+    change = state["k.lora_up.weight"] @ state["k.lora_down.weight"] * 0.5
+    expected = denoiser(x) + x @ torch.cat([change[4:], change[:4]]).T
+    network.attach(models)
+    torch.testing.assert_close(denoiser(x), expected, rtol=1e-5, atol=1e-5)
+    network.detach()
+    add_to_weights(models, target, change)
+    torch.testing.assert_close(denoiser(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_optional_targets_are_left_out_until_a_file_has_them(tmp_path):
+    models = Models(Attention(), {}, {}, None)
+    targets = [LoraTarget("q", "denoiser", ("to_q",)), LoraTarget("k", "denoiser", ("to_k",), optional=True)]
+    for module in (lora, lora_fa, dylora):
+        network = module.create(targets, models, dim=2, alpha=1.0, dropout=None, args={}, seed=3)
+        assert list(network.layers()) == ["q"]
+    both = lora.create(
+        [replace(t, optional=False) for t in targets], models, dim=2, alpha=1.0, dropout=None, args={}, seed=3
+    )
+    save_file(both.file_state(), tmp_path / "a.safetensors")
+    for module in (lora, lora_fa, dylora):
+        file = module.read(tmp_path / "a.safetensors")
+        assert list(module.from_weights(targets, models, file, dropout=None, args={}).layers()) == ["q", "k"]
+    assert lora.merge(targets, models, file, 1.0) == (2, 0)
 
 
 def test_detach_leaves_nothing_and_the_model_never_holds_the_network(randomise):
