@@ -127,3 +127,19 @@ class LoraTarget:
     conv_only: bool = False  # a target only of networks that also train convolutions (resnets, samplers)
     block: int | None = None  # index for block-wise ranks and rates; None: belongs to no block
     swap_halves: bool = False  # the file has the two halves of the output rows the other way round than the module
+    alias: str | None = None  # another key under which files may have it
+    optional: bool = False  # a target only where a file has it, or arguments ask for it by name
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """How many blocks a U-Net has for block-wise lists. `edge` blocks before the first and after the last are fixed."""
+
+    down: int
+    mid: int
+    up: int
+    edge: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.down + self.mid + self.up + 2 * self.edge

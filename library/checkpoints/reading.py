@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+_MOST_MAPPED = 1 << 26  # bytes of a file that stay mapped after they were copied
 
 Header = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -90,22 +91,31 @@ class SafetensorsFile(Mapping[str, "Tensor"]):
     """A .safetensors file as a mapping whose tensors are read one at a time, each into memory of its own."""
 
     def __init__(self, path: str | Path):
-        from safetensors import SafetensorError, safe_open
-
         self.path = Path(path)
         self.metadata, header = read_header(path)
         self.shapes = {key: shape for key, (_, shape) in header.items()}
         self._words = {key: word for key, (word, _) in header.items()}
-        try:
-            self._file = safe_open(str(path), framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
+        self._open()
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self.shapes:
             raise KeyError(key)
+        if self._mapped > _MOST_MAPPED:
+            self._open()
         # The library's tensor may be a view of the mapped file, which must stay free to be replaced.
-        return self._file.get_tensor(key).clone()
+        tensor = self._file.get_tensor(key).clone()
+        self._mapped += tensor.nbytes
+        return tensor
+
+    def _open(self) -> None:
+        """Maps the file anew, which lets go of what was read: beside the tensors it would be a second copy."""
+        from safetensors import SafetensorError, safe_open
+
+        self._mapped = 0  # bytes read since
+        try:
+            self._file = safe_open(str(self.path), framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.path}: cannot be read as safetensors ({error})") from None
 
     def dtype(self, key: str) -> torch.dtype:
         return {word: dtype for dtype, word in safetensors_dtypes().items()}[self._words[key]]

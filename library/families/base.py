@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from library.caching.text_outputs import TextLayout
     from library.objectives.objective import Objective
     from library.options.base import Options
-    from library.types import Batch, LoraTarget, Models, TextCond
+    from library.types import Batch, BlockLayout, LoraTarget, Models, TextCond
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class FamilyTraits:
     sample_steps: int
     sample_scale: float
     cache_keys_by_size: bool = False  # arrays in latent cache files are named by the size of the latents
+    block_layout: BlockLayout | None = None  # how block-wise lists of networks are divided; None: there are no such
+    blocks_per_swap: float = 1.0  # that --blocks_to_swap counts as one
     # Flow models: (height, width) of the latents -> s; sampling takes sigma' = s sigma / (1 + (s - 1) sigma).
     flow_shift: Callable[[int, int], float] | None = None
 
@@ -73,8 +75,12 @@ class Family(ABC):
         """Latents as the denoiser sees them to pixels (B, 3, H, W), about [-1, 1], not clamped."""
 
     @abstractmethod
-    def encode_text(self, models: Models, captions: list[str], *, emphasis: bool | None = None) -> TextCond:
+    def encode_text(
+        self, models: Models, captions: list[str], *, emphasis: bool | None = None, known: TextCond | None = None
+    ) -> TextCond:
         """Captions to conditioning; differentiable, so that text encoders can be trained through it.
+
+        What encoders give that `models` no longer has is taken from `known`, an earlier conditioning of the captions.
 
         `emphasis` is whether brackets weigh words, as in "(this:1.2)"; None leaves it to --weighted_captions. Families
         without such weights ignore it.
@@ -97,6 +103,10 @@ class Family(ABC):
     @abstractmethod
     def blocks(self, models: Models) -> list[nn.Module]:
         """The denoiser's repeated blocks in execution order: checkpointing, compiling and swapping work on these."""
+
+    def block_number(self, models: Models, name: str) -> int | None:
+        """Which entry of `traits.block_layout` a tensor of the denoiser belongs to; None where there are no such."""
+        return None
 
     @abstractmethod
     def lora_targets(self, models: Models) -> list[LoraTarget]:

@@ -15,7 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from library.families.sd.adapter import SdFamily
 from library.families.sd.targets import block_index, text_targets, unet_targets
-from library.families.sd.variants import check_paths, recognise
+from library.families.sd.variants import check_paths
+from library.families.shared.recognition import recognise
 from library.types import Models
 from tests.builders import sd_options, tiny_sd, write_tiny_sd1, write_tiny_sd2
 

@@ -84,6 +84,18 @@ def test_file_ckpt_and_folder_are_the_same_model(v2, original, single_file, thei
         assert_same_model(load_model(str(path), v2), original)
 
 
+@pytest.mark.rows("R190")
+def test_files_and_folders_go_straight_to_the_default_device(v2, original, single_file, theirs):
+    """With a device whose name is another than the CPU's own, though it is the CPU: what --lowram does on a GPU."""
+    for path in (single_file, theirs):
+        with torch.device("cpu", 0):
+            parts = load_model(str(path), v2)
+        assert_same_model(parts, original)
+        placed = getattr(parts.denoiser, "hf_device_map", None)
+        assert placed == (None if path is single_file else {"": torch.device("cpu", 0)})
+        assert parts.text_encoder.to(torch.bfloat16).dtype == torch.bfloat16
+
+
 def test_unet_agrees_with_diffusers_converter(v2, single_file):
     """diffusers reads the single file with code of its own; its names and values must be those of our U-Net."""
     unet = load_model(str(single_file), v2).denoiser

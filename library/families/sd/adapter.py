@@ -12,6 +12,7 @@ from library.families.sd.saving import save_model
 from library.families.sd.targets import text_targets, unet_targets
 from library.families.sd.tokenizer import sd_tokenizer
 from library.families.shared.clip import encode_clip
+from library.families.shared.unet import unet_blocks
 from library.families.shared.vae import decode_latents, encode_pixels
 from library.objectives.objective import DdpmObjective
 from library.text.chunking import tokenize
@@ -50,7 +51,9 @@ class SdFamily(Family):
     def decode_latents(self, models: Models, latents: Tensor) -> Tensor:
         return decode_latents(_vae(models), latents / SCALING_FACTOR)
 
-    def encode_text(self, models: Models, captions: list[str], *, emphasis: bool | None = None) -> TextCond:
+    def encode_text(
+        self, models: Models, captions: list[str], *, emphasis: bool | None = None, known: TextCond | None = None
+    ) -> TextCond:
         """The text encoder's states under "context", (B, n * 75 + 2, width); shorter without token padding."""
         family, tokenizer, text_encoder = self.opts.family, models.tokenizers["te"], models.text_encoders["te"]
         if family.weighted_captions if emphasis is None else emphasis:
@@ -72,21 +75,7 @@ class SdFamily(Family):
         return "v_prediction" if self.opts.family.v_parameterization else "epsilon"
 
     def blocks(self, models: Models) -> list[nn.Module]:
-        """Resnets and transformer blocks, in the order in which the U-Net runs them."""
-        unet = models.denoiser
-        order: list[nn.Module] = []
-        for level in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-            resnets, attentions = list(level.resnets), list(getattr(level, "attentions", []))
-            if level is unet.mid_block:
-                order.append(resnets.pop(0))  # the middle's attention stands between its resnets
-                pairs = zip(attentions, resnets, strict=True)
-                order += [module for attention, resnet in pairs for module in (*attention.transformer_blocks, resnet)]
-                continue
-            for number, resnet in enumerate(resnets):
-                order.append(resnet)
-                if attentions:
-                    order += list(attentions[number].transformer_blocks)
-        return order
+        return unet_blocks(models.denoiser)
 
     def lora_targets(self, models: Models) -> list[LoraTarget]:
         return text_targets(models.text_encoders["te"]) + unet_targets(models.denoiser)

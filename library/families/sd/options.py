@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from library.families.base import FamilyTraits
 from library.families.shared.option_groups import CommonOptions
+from library.types import BlockLayout
 
 if TYPE_CHECKING:
     from library.options.base import Options
@@ -22,6 +23,7 @@ TRAITS = FamilyTraits(
     default_resolution=512,
     sample_steps=30,
     sample_scale=7.5,
+    block_layout=BlockLayout(12, 1, 12),
 )
 
 

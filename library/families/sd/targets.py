@@ -6,36 +6,28 @@ U-Net names in these files are diffusers' own, text encoder names are transforme
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from library.families.shared.clip import public_name
+from library.families.shared.targets import CONV_CONTAINERS, UNET_CONTAINERS, clip_targets, layers, lora_key
 from library.types import LoraTarget
 
 if TYPE_CHECKING:
     from torch import nn
 
-TEXT_CONTAINERS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
-UNET_CONTAINERS = ("Transformer2DModel",)
-CONV_CONTAINERS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")  # only for networks that train convolutions too
-
 PER_LEVEL, SAMPLER_PLACE = 3, 2
 FIRST_DOWN_BLOCK, MID_BLOCK, FIRST_UP_BLOCK = 1, 12, 13
 
 
-def text_targets(text_encoder: nn.Module, prefix: str = "te") -> list[LoraTarget]:
+def text_targets(text_encoder: nn.Module) -> list[LoraTarget]:
     """The linear layers of attention and MLP, in the model's order."""
-    return [
-        LoraTarget(_key(prefix, public_name(path)), prefix, (path,))
-        for _, path in _layers(text_encoder, TEXT_CONTAINERS)
-    ]
+    return clip_targets(text_encoder, "te")
 
 
 def unet_targets(denoiser: nn.Module) -> list[LoraTarget]:
     """The layers of transformers and, marked `conv_only`, those of resnets and samplers."""
     return [
-        LoraTarget(_key("unet", path), "denoiser", (path,), container in CONV_CONTAINERS, block_index(path))
-        for container, path in _layers(denoiser, UNET_CONTAINERS + CONV_CONTAINERS)
+        LoraTarget(lora_key("unet", path), "denoiser", (path,), container in CONV_CONTAINERS, block_index(path))
+        for container, path in layers(denoiser, UNET_CONTAINERS + CONV_CONTAINERS)
     ]
 
 
@@ -52,19 +44,3 @@ def block_index(path: str) -> int | None:
     way, level, kind, layer = match.groups()
     place = PER_LEVEL * int(level) + (SAMPLER_PLACE if kind.endswith("samplers") else int(layer))
     return (FIRST_DOWN_BLOCK if way == "down" else FIRST_UP_BLOCK) + place
-
-
-def _layers(model: nn.Module, containers: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """(class name of the container, path of a Linear or Conv2d below it), each path once, in the model's order."""
-    from torch import nn
-
-    for outer, container in model.named_modules():
-        name = type(container).__name__
-        if name in containers:
-            for inner, layer in container.named_modules():
-                if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                    yield name, f"{outer}.{inner}"
-
-
-def _key(prefix: str, path: str) -> str:
-    return f"lora_{prefix}_{path.replace('.', '_')}"

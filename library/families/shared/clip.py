@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.families.shared.building import build
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 HEAD_WIDTH = 64  # of every published CLIP text encoder
@@ -51,7 +52,7 @@ def clip_config(shapes: Mapping[str, tuple[int, ...]], hidden_act: str, pad_id: 
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": intermediate,
-        "projection_dim": width,
+        "projection_dim": shapes.get("text_projection.weight", (width,))[0],
         "num_hidden_layers": layers,
         "num_attention_heads": width // HEAD_WIDTH,
         "max_position_embeddings": positions,
@@ -64,14 +65,18 @@ def clip_config(shapes: Mapping[str, tuple[int, ...]], hidden_act: str, pad_id: 
 
 
 def build_clip(tensors: Mapping[str, Tensor], config: Mapping[str, Any], what: str = "text encoder") -> nn.Module:
-    """A CLIPTextModel around tensors under public names. Raises: UserError, see `build`."""
-    import torch
-    from transformers import CLIPTextConfig, CLIPTextModel
+    """A CLIPTextModel around tensors under public names; one with projection where they hold that.
 
+    Raises: UserError, see `build`.
+    """
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    model = CLIPTextModelWithProjection if "text_projection.weight" in tensors else CLIPTextModel
     with torch.device("meta"):
-        shell = CLIPTextModel(CLIPTextConfig(**config))
+        shell = model(CLIPTextConfig(**config))
     live = {live_name(shell, name): tensor for name, tensor in tensors.items()}
-    return build(lambda: CLIPTextModel(CLIPTextConfig(**config)), live, what)
+    return build(lambda: model(CLIPTextConfig(**config)), live, what)
 
 
 def final_layer_norm(text_encoder: nn.Module) -> nn.Module:
@@ -91,11 +96,50 @@ def encode_clip(text_encoder: nn.Module, input_ids: Tensor, clip_skip: int | Non
     Returns: (B, n * (length - 2) + 2, width).
     Raises: UserError: clip_skip is larger than the number of layers.
     """
+    return _in_chunks(input_ids, text_encoder.device, lambda flat: _states(text_encoder, flat, clip_skip))
+
+
+def encode_penultimate(text_encoder: nn.Module, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Chunks of token ids to the states of the layer before the last, without the final norm.
+
+    Args:
+        text_encoder: CLIPTextModel, with projection or without.
+        input_ids: (B, n, 77).
+    Returns: (B, n * 75 + 2, width), put together as by `encode_clip`; and the first chunk's states after the last
+        layer and the final norm, (B, 77, width).
+    """
+    last: list[Tensor] = []
+
+    def states(flat: Tensor) -> Tensor:
+        found = text_encoder(flat, output_hidden_states=True)
+        last.append(found.last_hidden_state)
+        return found.hidden_states[-2]  # the embeddings, then every layer
+
+    joined = _in_chunks(input_ids, text_encoder.device, states)
+    return joined, last[0].unflatten(0, input_ids.shape[:2])[:, 0]
+
+
+def project_first_eos(text_encoder: nn.Module, input_ids: Tensor, states: Tensor, eos: int) -> Tensor:
+    """The pooled text: the state at the first EOS, projected; (B, projection).
+
+    Args:
+        text_encoder: CLIPTextModelWithProjection.
+        input_ids: (B, 77).
+        states: after the last layer and the final norm, (B, 77, width).
+    """
+    import torch
+
+    # Not the model's own pooling: a config from before transformers 4.31 has another id for EOS.
+    place = (input_ids == eos).int().argmax(-1).to(states.device)
+    return text_encoder.text_projection(states[torch.arange(len(states), device=states.device), place])
+
+
+def _in_chunks(input_ids: Tensor, device: torch.device, states_of: Callable[[Tensor], Tensor]) -> Tensor:
     import torch
 
     batch, chunks, length = input_ids.shape
-    flat = input_ids.reshape(batch * chunks, length).to(text_encoder.device, non_blocking=True)
-    states = _states(text_encoder, flat, clip_skip).reshape(batch, chunks, length, -1)
+    flat = input_ids.reshape(batch * chunks, length).to(device, non_blocking=True)
+    states = states_of(flat).reshape(batch, chunks, length, -1)
     inner = states[:, :, 1:-1].flatten(1, 2)
     return torch.cat([states[:, 0, :1], inner, states[:, -1, -1:]], dim=1)
 

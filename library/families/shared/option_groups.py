@@ -63,9 +63,22 @@ class FlowOptions(CommonOptions):
                 f"--huber_schedule: snr does not exist for {traits.label}, which has no such ratio; "
                 "choose constant or exponential"
             )
+        if opts.text_cache.in_use and _trains_t5(opts.method):
+            yield (
+                "--cache_text_encoder_outputs: T5 cannot be trained when its outputs are cached; drop this option or "
+                "train_t5xxl=True in --network_args"
+            )
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         for group, names in _DDPM_ONLY.items():
             for name in names:
                 if getattr(getattr(opts, group), name):
                     yield f"--{name}: no effect on {traits.label}"
+
+
+def _trains_t5(method: OptionGroup) -> bool:
+    """Whether a network is to have trained layers in T5."""
+    if getattr(method, "network_train_unet_only", True):
+        return False
+    arguments = (entry.partition("=") for entry in getattr(method, "network_args", None) or ())
+    return any(name.strip() == "train_t5xxl" and value.strip().lower() == "true" for name, _, value in arguments)

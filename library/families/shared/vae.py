@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoints.keymap import Conv1x1, Each, Rename, Rule
+from library.checkpoints.keymap import Conv1x1, Each, KeyMap, Rename, Rule
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+VAE = "first_stage_model."  # before every name in a single file of a whole model
+VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 RESNET = (
     Rename("norm1.{p}", "norm1.{p}"),
@@ -67,9 +70,22 @@ def vae_rules(levels: int) -> tuple[Rule, ...]:
     )
 
 
-def vae_config(shapes: Shapes, scaling_factor: float) -> dict[str, Any]:
+def vae_map(levels: int, prefix: str = VAE) -> KeyMap:
+    """VAE names in the file against those of AutoencoderKL; stand-alone files may have no prefix."""
+    return KeyMap(Each(prefix, "", *vae_rules(levels)))
+
+
+def vae_shapes(shapes: Shapes) -> Shapes:
+    """The VAE's part of a file's shapes, without prefix; a stand-alone file may have none to take off."""
+    inside = {key.removeprefix(VAE): shape for key, shape in shapes.items() if key.startswith(VAE)}
+    return inside or shapes
+
+
+def vae_config(shapes: Shapes, scaling_factor: float, shift_factor: float | None = None) -> dict[str, Any]:
     """AutoencoderKL's arguments, read from the shapes of a latent-diffusion VAE (names without prefix).
 
+    Args:
+        scaling_factor, shift_factor: from raw latents z to what the denoiser sees, (z - shift) * scaling.
     Raises: UserError: the names are not those of such a VAE.
     """
 
@@ -96,6 +112,7 @@ def vae_config(shapes: Shapes, scaling_factor: float) -> dict[str, Any]:
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
         "norm_num_groups": 32,
         "scaling_factor": scaling_factor,
+        "shift_factor": shift_factor,
     }
 
 

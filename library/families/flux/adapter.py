@@ -1,0 +1,189 @@
+"""FLUX.1 dev and schnell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from library.errors import UserError
+from library.families.base import Family
+from library.families.flux.loading import SCALING_FACTOR, SHIFT_FACTOR, encoder_file_options, load_model
+from library.families.flux.options import TRAITS, resolution_shift
+from library.families.flux.prediction import exact_times, pack, picture_ids, unpack, visible_tokens
+from library.families.flux.saving import save_model
+from library.families.flux.targets import text_targets, transformer_targets
+from library.families.flux.variants import FLAGS, TOKENIZERS, variant
+from library.families.shared.clip_tokenizer import find_clip_tokenizer
+from library.families.shared.t5 import encode_t5
+from library.families.shared.vae import decode_latents, encode_pixels
+from library.text.chunking import tokenize
+from library.text.t5_tokenizer import t5_tokenizer, tokenize_t5
+from library.types import LoraTarget, Models, TextCond
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from library.caching.text_outputs import TextLayout
+    from library.objectives.objective import Objective
+    from library.types import Batch
+
+ORIGINAL_CODE = "https://github.com/black-forest-labs/flux"
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
+# What the denoiser takes from the text, by the names that cache files have.
+POOLED, T5_OUT, TXT_IDS, T5_MASK = "l_pooled", "t5_out", "txt_ids", "t5_attn_mask"
+T5_LENGTHS = {"dev": 512, "schnell": 256}
+# Options that files of networks tell.
+TOLD = (
+    "model_type", "apply_t5_attn_mask", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "guidance_scale",
+    "timestep_sampling", "sigmoid_scale", "model_prediction_type", "discrete_flow_shift",
+)  # fmt: skip
+
+
+class FluxFamily(Family):
+    traits = TRAITS
+    _usual_length: int | None = None  # of the variant that was loaded
+
+    def load(self) -> Models:
+        model, options = self.opts.model, self.opts.family
+        name, mapped = model.pretrained_model_name_or_path, not model.disable_mmap_load_safetensors
+        parts = load_model(name, encoder_file_options(options), options.ae, mapped=mapped)
+        folder, cache = parts.source.folder, model.tokenizer_cache_dir
+        tokenizers = {
+            "te1": find_clip_tokenizer(CLIP_TOKENIZER, model=folder, subfolder=TOKENIZERS["te1"], cache_dir=cache),
+            "te3": t5_tokenizer(folder, TOKENIZERS["te3"], cache),
+        }
+        self._usual_length = T5_LENGTHS[parts.source.variant]
+        return Models(parts.denoiser, parts.text_encoders, tokenizers, parts.vae, parts.source)
+
+    def encode_images(
+        self, models: Models, pixels: Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> Tensor:
+        """See `Family.encode_images`. Caches of this family hold shifted and scaled latents."""
+        return (encode_pixels(_vae(models), pixels, generator) - SHIFT_FACTOR) * SCALING_FACTOR
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def decode_latents(self, models: Models, latents: Tensor) -> Tensor:
+        return decode_latents(_vae(models), latents / SCALING_FACTOR + SHIFT_FACTOR)
+
+    def encode_text(
+        self, models: Models, captions: list[str], *, emphasis: bool | None = None, known: TextCond | None = None
+    ) -> TextCond:
+        """CLIP-L's pooled vector (B, P), T5's states (B, L, W), their positions (B, L, 3), and their mask (B, L).
+
+        Raises: UserError: a text encoder is not there.
+        """
+        missing = [part for part in FLAGS if part not in models.text_encoders]
+        if missing and known is None:
+            raise UserError(*(f"--{FLAGS[part]}: needed, as texts cannot be encoded without it" for part in missing))
+        tensors = {} if known is None else dict(known.tensors)
+        if "te1" not in missing:
+            clip = models.text_encoders["te1"]
+            ids = tokenize(models.tokenizers["te1"], captions)[:, 0]
+            tensors[POOLED] = clip(ids.to(clip.device, non_blocking=True)).pooler_output
+        if "te3" not in missing:
+            ids, mask = tokenize_t5(models.tokenizers["te3"], captions, self._t5_length(models))
+            states = encode_t5(models.text_encoders["te3"], ids, mask if self.opts.family.apply_t5_attn_mask else None)
+            tensors |= {T5_OUT: states, TXT_IDS: states.new_zeros((*ids.shape, 3))}
+            tensors[T5_MASK] = mask.to(states.device, non_blocking=True)
+        return TextCond(tensors)
+
+    def predict(
+        self, models: Models, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch | None = None
+    ) -> Tensor:
+        """The velocity, see `Family.predict`. `batch.guidance`, where it is given, replaces --guidance_scale."""
+        denoiser, text = models.denoiser, cond.tensors
+        height, width = noisy.shape[-2:]
+        tokens = pack(noisy)
+        guidance = None
+        if denoiser.config.guidance_embeds:
+            asked = batch.guidance if batch is not None else None
+            scale = self.opts.family.guidance_scale if asked is None else asked
+            guidance = noisy.new_full((len(noisy),), float(scale))
+        attention = {}
+        if self.opts.family.apply_t5_attn_mask:
+            attention["attention_mask"] = visible_tokens(text[T5_MASK], tokens.shape[1])
+        timesteps = timesteps.to(noisy.device)
+        with exact_times(denoiser, timesteps, guidance):
+            output = denoiser(
+                hidden_states=tokens,
+                encoder_hidden_states=text[T5_OUT].to(noisy.dtype),
+                pooled_projections=text[POOLED].to(noisy.dtype),
+                timestep=timesteps / 1000,
+                img_ids=picture_ids(height, width, noisy.device),
+                txt_ids=text[TXT_IDS][0].float(),
+                guidance=guidance,
+                joint_attention_kwargs=attention,
+            ).sample
+        return unpack(output, height, width)
+
+    def objective(self) -> Objective:
+        from library.objectives.flow import FlowObjective, FlowSettings
+
+        options = self.opts.family
+        settings = FlowSettings(
+            sampling=options.timestep_sampling,
+            shift=options.discrete_flow_shift,
+            shift_of=resolution_shift,
+            sigmoid_scale=options.sigmoid_scale,
+            weighting_scheme=options.weighting_scheme,
+            logit_mean=options.logit_mean,
+            logit_std=options.logit_std,
+            mode_scale=options.mode_scale,
+            prediction=options.model_prediction_type,
+            target="velocity",
+        )
+        return FlowObjective(settings, self.opts.noise, self.opts.loss)
+
+    def prediction_type(self) -> Literal["epsilon", "v_prediction", "flow"]:
+        return "flow"
+
+    def blocks(self, models: Models) -> list[nn.Module]:
+        """The blocks with two streams, then those with one."""
+        return [*models.denoiser.transformer_blocks, *models.denoiser.single_transformer_blocks]
+
+    def lora_targets(self, models: Models) -> list[LoraTarget]:
+        return text_targets(models.text_encoders) + transformer_targets(models.denoiser)
+
+    def save(
+        self, models: Models, path: Path, *, save_as: str, dtype: torch.dtype | None, metadata: dict[str, str]
+    ) -> None:
+        save_model(models, path, save_as=save_as, dtype=dtype, metadata=metadata)
+
+    def text_layout(self) -> TextLayout:
+        """See `Family.text_layout`. Only after `load` is it known how long captions are that no option limits."""
+        from library.caching.text_outputs import TextLayout
+
+        length = self.opts.family.t5xxl_max_token_length or self._usual_length
+        return TextLayout(
+            suffix="_flux_te.npz",
+            keys=(POOLED, T5_OUT, TXT_IDS, T5_MASK),
+            flags={"apply_t5_attn_mask": self.opts.family.apply_t5_attn_mask},
+            shapes={TXT_IDS: (length, 3), T5_MASK: (length,)} if length else {},
+        )
+
+    def model_metadata(self, models: Models) -> dict[str, Any]:
+        options = self.opts.family
+        return {
+            "ss_v2": False,
+            "ss_base_model_version": "flux1",
+            **{f"ss_{name}": getattr(options, name) for name in TOLD},
+            "modelspec.architecture": f"flux-1-{_variant(models)}",
+            "modelspec.implementation": ORIGINAL_CODE,
+            "modelspec.resolution": "1024x1024",
+        }
+
+    def _t5_length(self, models: Models) -> int:
+        """Tokens of every caption: --t5xxl_max_token_length, or the variant's own."""
+        return self.opts.family.t5xxl_max_token_length or T5_LENGTHS[_variant(models)]
+
+
+def _variant(models: Models) -> str:
+    return variant(models.denoiser.config.guidance_embeds)
+
+
+def _vae(models: Models) -> nn.Module:
+    assert models.vae is not None, "the VAE was dropped"
+    return models.vae

@@ -1,0 +1,260 @@
+"""Reads FLUX.1 models: the transformer's file with files for the other parts, bundles, Diffusers folders, hub ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.checkpoints.keymap import KeyMap, KeyMapError
+from library.checkpoints.reading import open_weights
+from library.errors import UserError
+from library.families.flux.keymap import AE, flux_map
+from library.families.flux.variants import (
+    FLAGS,
+    FOLDERS,
+    TITLES,
+    TOKENIZERS,
+    channels_problem,
+    encoder_prefix,
+    encoder_problem,
+    flux_shape,
+    folder_problem,
+    mismatch,
+    variant,
+)
+from library.families.shared.building import build
+from library.families.shared.clip import build_clip, clip_config, public_name
+from library.families.shared.hub import hub_folder
+from library.families.shared.reading import (
+    Reader,
+    counters,
+    folder_dtype,
+    folder_dtypes,
+    from_pretrained,
+    load_vae,
+    naming,
+    open_model,
+    require_model_name,
+    vae_from_file,
+)
+from library.families.shared.recognition import FLUX
+from library.families.shared.t5 import build_t5, t5_from_folder, t5_keys
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from library.families.shared.reading import Form, Weights
+
+SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
+CHANNELS = 16
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from, and what saving it in the same form needs to know."""
+
+    name: str  # path or hub id
+    variant: str  # "dev" or "schnell"
+    origins: dict[str, str]  # where the other parts came from, files or folders: "te1", "te3", "vae"
+    folder: str | None = None  # of a model that is no single file: where it lies on this machine
+    prefix: str = ""  # before the denoiser's names in the file
+    diffusers: bool = False  # whether the file has diffusers' own names
+    forms: dict[str, Form] = field(default_factory=dict)  # dtype and shape that each used key of the file had
+    preserved: tuple[str, ...] = ()  # keys of the file that the denoiser does not use
+    part_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of a folder, by subfolder
+    counters: dict[str, int] = field(default_factory=dict)  # epoch and global_step of a .ckpt
+
+    @property
+    def save_as(self) -> str:
+        """The output format that is the same kind as the source."""
+        if self.folder is not None:
+            return "diffusers_safetensors" if self.part_dtypes else "diffusers"
+        return "safetensors" if self.name.lower().endswith(".safetensors") else "ckpt"
+
+
+@dataclass
+class Parts:
+    denoiser: nn.Module
+    text_encoders: dict[str, nn.Module]
+    vae: nn.Module
+    source: Source
+
+
+def load_model(name: str, encoder_files: Mapping[str, str], ae: str | None = None, *, mapped: bool = True) -> Parts:
+    """Loads a model on the CPU, frozen: the autoencoder in float32, the rest in the formats of its files (not 8 bit).
+
+    Args:
+        name: a single file, a Diffusers folder or a hub id.
+        encoder_files: by names of text encoders, files to take them from instead.
+        ae: file to take the autoencoder from instead.
+        mapped: False reads .safetensors files from beginning to end instead of mapping them.
+    Raises: UserError: missing, unreadable, incomplete, of another family, or parts that do not fit together.
+    """
+    given = {**encoder_files, **({"vae": ae} if ae else {})}
+    denoiser, source = _load_file(name, given, mapped) if Path(name).is_file() else _load_folder(name, given)
+    encoders = {part: load_encoder(source, part, mapped=mapped) for part in FLAGS}
+    _check_widths(denoiser, encoders)
+    return Parts(denoiser, encoders, load_ae(source), source)
+
+
+def encoder_file_options(family: Any) -> dict[str, str]:
+    """By names of text encoders, the files that the options give."""
+    return {part: file for part, option in FLAGS.items() if (file := getattr(family, option))}
+
+
+def _check_widths(denoiser: nn.Module, encoders: Mapping[str, nn.Module]) -> None:
+    config = denoiser.config
+    for part, width, wanted in (
+        ("te1", encoders["te1"].config.hidden_size, config.pooled_projection_dim),
+        ("te3", encoders["te3"].config.d_model, config.joint_attention_dim),
+    ):
+        if width != wanted:
+            raise UserError(
+                f"{TITLES[part]} gives {width} numbers, the model asks for {wanted}; give the {TITLES[part]} that "
+                f"belongs to it with --{FLAGS[part]}"
+            )
+
+
+# --- the denoiser -----------------------------------------------------------------------------------------------------
+
+
+def _load_file(name: str, given: Mapping[str, str], mapped: bool) -> tuple[nn.Module, Source]:
+    from diffusers import FluxTransformer2DModel
+
+    with naming(name):
+        weights = open_model(Path(name), mapped=mapped)
+        problem = mismatch(weights)
+        if problem:
+            raise UserError(problem)
+        shape = flux_shape(weights.shapes)
+        problem = channels_problem(shape.in_channels)
+        if problem:
+            raise UserError(problem)
+        others = (AE, "text_encoders.")
+        keys = [key for key in weights if key.startswith(shape.prefix) and not key.startswith(others)]
+        reader = Reader(weights, None)
+        tensors = _converted(reader, flux_map(shape.prefix, diffusers=shape.diffusers), keys)
+        denoiser = build(lambda: FluxTransformer2DModel(**shape.diffusers_config()), tensors, "the transformer")
+    source = Source(
+        name=name,
+        variant=variant(shape.guidance),
+        origins={part: given.get(part, name) for part in (*FLAGS, "vae")},
+        prefix=shape.prefix,
+        diffusers=shape.diffusers,
+        forms=reader.forms,
+        preserved=tuple(key for key in weights if key not in reader.forms),
+        counters=counters(weights),
+    )
+    return denoiser, source
+
+
+def _converted(reader: Reader, keys: KeyMap, names: Iterable[str]) -> dict[str, Tensor]:
+    """The file's tensors under the model's names, one after the other: a model of 24 GB has no room for a copy."""
+    tensors: dict[str, Tensor] = {}
+    unknown = []
+    for name in names:
+        entry = keys.by_file(name)
+        if entry is None:
+            unknown.append(name)
+            continue
+        tensors.update(zip(entry.models, entry.rule.split(reader.take([name])[name]), strict=True))
+    if unknown:
+        raise KeyMapError(f"{len(unknown)} tensors have unknown names", unknown)
+    return tensors
+
+
+def _load_folder(name: str, given: Mapping[str, str]) -> tuple[nn.Module, Source]:
+    from diffusers import FluxTransformer2DModel
+
+    require_model_name(name)
+    parts = ("transformer", *FOLDERS.values(), "vae", *TOKENIZERS.values(), "scheduler")
+    folder = Path(name) if Path(name).is_dir() else hub_folder(name, parts, folder_problem)
+    with naming(name):
+        problem = folder_problem(folder)
+        if problem:
+            raise UserError(problem)
+        dtypes = folder_dtypes(folder, ("transformer", *FOLDERS.values(), "vae"))
+        denoiser = from_pretrained(FluxTransformer2DModel, str(folder), "transformer", dtypes.get("transformer"))
+    source = Source(
+        name=name,
+        variant=variant(denoiser.config.guidance_embeds),
+        origins={part: given.get(part, str(folder)) for part in (*FLAGS, "vae")},
+        folder=str(folder),
+        part_dtypes=dtypes,
+    )
+    return denoiser, source
+
+
+# --- text encoders and autoencoder ------------------------------------------------------------------------------------
+
+
+def load_encoder(source: Source, part: str, *, mapped: bool = True) -> nn.Module:
+    """The text encoder "te1" (CLIP-L) or "te3" (T5), from where the source says.
+
+    Raises: UserError: missing, unreadable, or not this encoder.
+    """
+    origin = Path(source.origins[part])
+    if origin.is_dir():
+        return _encoder_from_folder(origin, part)
+    with naming(origin):
+        weights = open_model(origin, mapped=mapped)
+        is_model = str(origin) == source.name
+        prefix = encoder_prefix(weights, part, inside=is_model)
+        if prefix is None:
+            problem = encoder_problem(weights, part)
+            raise UserError(f"holds no {TITLES[part]}; give its file with --{FLAGS[part]}" if is_model else problem)
+        return _encoder_from_file(_Inside(weights, prefix), part)
+
+
+def _encoder_from_file(weights: _Inside, part: str) -> nn.Module:
+    reader = Reader(weights, None)
+    if part == "te3":
+        return build_t5(reader.take(t5_keys(weights)), "T5")
+    names = [key for key in weights if public_name(key).startswith("text_model.") and not key.endswith("position_ids")]
+    tensors = {public_name(key): tensor for key, tensor in reader.take(names).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return build_clip(tensors, clip_config(shapes, hidden_act="quick_gelu", pad_id=49407), "CLIP-L")
+
+
+def _encoder_from_folder(folder: Path, part: str) -> nn.Module:
+    from transformers import CLIPTextModel
+
+    dtype = folder_dtype(folder / FOLDERS[part])
+    if part == "te3":
+        return t5_from_folder(folder, FOLDERS[part], dtype)
+    return from_pretrained(CLIPTextModel, str(folder), FOLDERS[part], dtype)
+
+
+def load_ae(source: Source) -> nn.Module:
+    """The autoencoder, in float32. Raises: UserError: missing, unreadable, or another kind of VAE."""
+    origin = source.origins["vae"]
+    if Path(origin).is_file():
+        weights = open_weights(origin)
+        if any(key.startswith(AE) for key in weights):
+            with naming(origin):
+                return vae_from_file(_Inside(weights, AE), SCALING_FACTOR, SHIFT_FACTOR)[0]
+        if origin == source.name:
+            raise UserError(f"{origin}: holds no autoencoder; give its file with --ae")
+    facts = {"channels": CHANNELS, "scaling_factor": SCALING_FACTOR, "shift_factor": SHIFT_FACTOR}
+    return load_vae(origin, kinds=(FLUX,), **facts)[0]
+
+
+class _Inside(Mapping[str, "Tensor"]):
+    """The tensors of an open file whose names begin with a prefix, under what follows it."""
+
+    def __init__(self, weights: Weights, prefix: str):
+        self._weights, self._prefix = weights, prefix
+        names = [key.removeprefix(prefix) for key in weights if key.startswith(prefix)]
+        self.shapes = {name: weights.shapes[prefix + name] for name in names}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._weights[self._prefix + key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)

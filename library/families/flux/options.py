@@ -1,0 +1,100 @@
+"""What only FLUX.1 is asked, and its numbers. No torch here: --help needs this module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from library.families.base import FamilyTraits
+from library.families.shared.option_groups import FlowOptions
+from library.options.base import opt
+from library.options.finetune import DENOISER_ONLY_GROUPS
+from library.options.large_models import LargeModelOptions, SplitModeOptions, TextCacheOptions
+
+if TYPE_CHECKING:
+    from library.options.base import Options
+
+# (tokens of a picture, mu): sampling schedules lie on the line through these two.
+FEW_TOKENS, MANY_TOKENS = (256, 0.5), (4096, 1.15)
+
+
+def resolution_shift(height: int, width: int) -> float:
+    """The flow shift e^mu of pictures with latents of this size: large pictures need more noise.
+
+    Source: the sampling schedule of the model's authors, github.com/black-forest-labs/flux.
+    """
+    tokens = (height // 2) * (width // 2)
+    slope = (MANY_TOKENS[1] - FEW_TOKENS[1]) / (MANY_TOKENS[0] - FEW_TOKENS[0])
+    return math.exp(FEW_TOKENS[1] + slope * (tokens - FEW_TOKENS[0]))
+
+
+TRAITS = FamilyTraits(
+    label="FLUX.1",
+    text_encoders=("te1", "te3"),  # CLIP-L, T5-XXL
+    latent_channels=16,
+    pixel_multiple=16,
+    bucket_step=32,
+    objective="flow",
+    cache_suffix="_flux.npz",
+    default_resolution=512,
+    sample_steps=20,
+    sample_scale=1.0,
+    cache_keys_by_size=True,
+    blocks_per_swap=1.5,  # two of the smaller single blocks count as one
+    flow_shift=resolution_shift,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
+    ae: str | None = opt(None, "file of the autoencoder", exists="file")
+    controlnet_model_name_or_path: str | None = opt(
+        None, "a ControlNet that takes part in training; refused, as its pictures cannot be given here"
+    )
+    t5xxl_max_token_length: int | None = opt(
+        None, "longest caption for T5 in tokens; 512 (256 for schnell) if not given; all are padded to it", at_least=1
+    )
+    guidance_scale: float = opt(3.5, "embedded guidance that dev is told while it is trained; 1 for new concepts")
+    timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = opt(
+        "sigma", "which times are trained: shift and flux_shift (by picture size) are as in sampling"
+    )
+    sigmoid_scale: float = opt(
+        1.0, "spread of --timestep_sampling sigmoid, shift and flux_shift: lower keeps to the middle", above=0
+    )
+    model_prediction_type: Literal["raw", "additive", "sigma_scaled"] = opt(
+        "sigma_scaled", "how the model's output is read before it is compared with the velocity; raw is right for FLUX"
+    )
+    discrete_flow_shift: float = opt(
+        3.0, "shift of --timestep_sampling sigma and shift: above 1 more noise, below 1 less", above=0
+    )
+    model_type: Literal["flux", "chroma"] = opt("flux", "kind of model; chroma is refused, as it is another network")
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().check(opts, traits)
+        if self.model_type == "chroma":
+            yield "--model_type: chroma is not supported; leave it out and give a FLUX.1 model"
+        if self.controlnet_model_name_or_path is not None:
+            yield (
+                "--controlnet_model_name_or_path: not supported, as no option gives the ControlNet its pictures; "
+                "leave it out"
+            )
+
+    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().advise(opts, traits)
+        if opts.model.vae:
+            yield f"--vae: no effect on {traits.label}; give its autoencoder with --ae"
+        if self.model_prediction_type != "raw":
+            yield (
+                f"--model_prediction_type: {self.model_prediction_type} (the default is kept for old commands) does "
+                "not fit the velocity that FLUX predicts and is trained on; --model_prediction_type raw does"
+            )
+
+
+OPTIONS = FluxOptions
+SCRIPTS = {"flux_train_network": "network", "flux_train": "finetune"}  # entry script -> method
+GROUPS = {
+    "network": (LargeModelOptions, TextCacheOptions, SplitModeOptions),
+    "finetune": DENOISER_ONLY_GROUPS,
+}

@@ -1,0 +1,71 @@
+"""Latents as the denoiser's tokens and back, where the tokens are, which of them see each other, and exact times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) with even h and w to one token for each 2 x 2 patch, (B, h/2 * w/2, 4C), by rows."""
+    batch, channels, height, width = latents.shape
+    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, (height // 2) * (width // 2), channels * 4)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`. Args: height, width: of the latents."""
+    batch, _, numbers = tokens.shape
+    patches = tokens.reshape(batch, height // 2, width // 2, numbers // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(batch, numbers // 4, height, width)
+
+
+def picture_ids(height: int, width: int, device: Any) -> Tensor:
+    """Where the tokens of latents of this size are: (0, row, column) of each, (h/2 * w/2, 3), float32."""
+    import torch
+
+    rows, columns = torch.meshgrid(
+        torch.arange(height // 2, device=device, dtype=torch.float32),
+        torch.arange(width // 2, device=device, dtype=torch.float32),
+        indexing="ij",
+    )
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+
+
+def visible_tokens(text_mask: Tensor, picture_tokens: int) -> Tensor:
+    """The attention mask of text and picture together: text as its mask says, the picture always.
+
+    Args:
+        text_mask: (B, L), not 0 for what is seen.
+    Returns: (B, L + picture_tokens) bool, True for what is seen; the text comes first, as in every block. With two
+        axes it means the same to all of diffusers' attention backends; a boolean mask with four does not to xformers.
+    """
+    from torch.nn import functional as F
+
+    return F.pad(text_mask != 0, (0, picture_tokens), value=True)
+
+
+@contextmanager
+def exact_times(denoiser: nn.Module, timesteps: Tensor, guidance: Tensor | None) -> Iterator[None]:
+    """Within it the denoiser is told these times and guidance as they are.
+
+    diffusers rounds both to the format of the computation first: in bfloat16 times are then off by up to 0.2%.
+
+    Args:
+        timesteps: (B,), from 0 to 1000.
+        guidance: (B,), or None for models that are told none.
+    """
+    times, guidances = timesteps.float(), None if guidance is None else guidance.float() * 1000
+
+    def tell(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (times, args[-1]) if guidances is None else (times, guidances, args[-1])
+
+    handle = denoiser.time_text_embed.register_forward_pre_hook(tell)
+    try:
+        yield
+    finally:
+        handle.remove()

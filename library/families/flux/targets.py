@@ -1,0 +1,46 @@
+"""What a network may adapt in FLUX.1, with the names that LoRA files use for it: those of the original layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from library.families.flux.keymap import EMBEDDERS, flux_map
+from library.families.shared.t5 import t5_targets
+from library.families.shared.targets import clip_targets, lora_key
+from library.types import LoraTarget
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DOUBLE_LAYERS = tuple(
+    f"{stream}_{layer}" for stream in ("img", "txt") for layer in ("mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2")
+)
+SINGLE_LAYERS = ("linear1", "linear2", "modulation.lin")
+# Outside the blocks: adapted only where a network asks for them. The final layer never is.
+OUTER_LAYERS = (
+    "img_in",
+    *(f"{name}.{layer}" for name in EMBEDDERS for layer in ("in_layer", "out_layer")),
+    "txt_in",
+)
+
+
+def transformer_targets(denoiser: nn.Module) -> list[LoraTarget]:
+    """The layers of the blocks, in the order of the original layers, then those outside them, marked `optional`."""
+    config, keys = denoiser.config, flux_map()
+    names = [f"double_blocks.{i}.{layer}" for i in range(config.num_layers) for layer in DOUBLE_LAYERS]
+    names += [f"single_blocks.{i}.{layer}" for i in range(config.num_single_layers) for layer in SINGLE_LAYERS]
+    outer = [name for name in OUTER_LAYERS if config.guidance_embeds or not name.startswith("guidance_in.")]
+    targets = []
+    for name in (*names, *outer):
+        entry = keys.by_file(f"{name}.weight")
+        assert entry is not None
+        modules = tuple(model.removesuffix(".weight") for model in entry.models)
+        targets.append(LoraTarget(lora_key("unet", name), "denoiser", modules, optional=name in outer))
+    return targets
+
+
+def text_targets(text_encoders: Mapping[str, nn.Module]) -> list[LoraTarget]:
+    """Of CLIP-L and T5, as far as they are there."""
+    targets = clip_targets(text_encoders["te1"], "te1") if "te1" in text_encoders else []
+    return targets + (t5_targets(text_encoders["te3"]) if "te3" in text_encoders else [])

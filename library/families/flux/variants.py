@@ -1,0 +1,267 @@
+"""Which FLUX.1 a model is, told from names and shapes alone: no torch, so that it can be asked at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.checkpoints.reading import read_header
+from library.errors import UserError
+from library.families.flux.keymap import AE, ENCODERS, PREFIX
+from library.families.shared.recognition import (
+    FLUX,
+    path_problem,
+    pipeline_kind,
+    read_json,
+    recognise,
+    recognise_file,
+    vae_problem,
+)
+from library.families.shared.t5 import is_t5
+
+if TYPE_CHECKING:
+    from library.options.base import Options
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+FLAGS = {"te1": "clip_l", "te3": "t5xxl"}  # the option that gives an encoder's file
+TITLES = {"te1": "CLIP-L", "te3": "T5"}
+FOLDERS = {"te1": "text_encoder", "te3": "text_encoder_2"}  # of a Diffusers model
+TOKENIZERS = {"te1": "tokenizer", "te3": "tokenizer_2"}
+CLIP_SIGN = "encoder.layers.0.mlp.fc1.weight"
+DIFFUSERS_SIGN = "transformer_blocks.0.attn.add_k_proj.bias"
+IN_CHANNELS = 64  # 16 of the latents, in patches of 2 x 2
+HEAD_UNIT = 32  # rotary axes take 1/8, 7/16 and 7/16 of a head's width, in pairs
+# Models with FLUX's block names that are others all the same, or weights that cannot be read.
+STRANGERS = (
+    (r"distilled_guidance_layer\.", "this is a Chroma model; a FLUX.1 model is needed here"),
+    (r"double_stream_modulation_img\.", "this is a FLUX.2 model; a FLUX.1 model is needed here"),
+    (
+        r"\.(quant_state\.|absmax$|quant_map$)",
+        "its weights are quantised to 4 bits, which cannot be trained on; use the file in 16 bits or fp8",
+    ),
+    (
+        r"(^|\.)(scaled_fp8|scale_weight|weight_scale|input_scale|scale_input)$",
+        "its weights are in 8 bits with separate scales, which cannot be read; use the file in 16 bits or as plain fp8",
+    ),
+)
+
+
+def mismatch(keys: Iterable[str]) -> str | None:
+    """Why a file with these keys is not the model that is asked for; None when it is."""
+    keys = list(keys)
+    text = "\n".join(keys)
+    kind = recognise(keys)
+    for sign, problem in STRANGERS:
+        if kind == FLUX and re.search(sign, text, re.MULTILINE):
+            return problem
+    return None if kind == FLUX else f"this is {kind}; a FLUX.1 model is needed here"
+
+
+def folder_problem(path: Path) -> str | None:
+    """Why a Diffusers folder is not the model that is asked for; None when it is. Raises: UserError: broken JSON."""
+    kind = pipeline_kind(path)
+    if kind not in (None, FLUX):
+        return f"this is {kind}; a FLUX.1 model is needed here"
+    config = path / "transformer" / "config.json"
+    if not config.is_file():
+        return "not a Diffusers model folder of FLUX.1: transformer/config.json is missing"
+    content = read_json(config)
+    name = content.get("_class_name")
+    if name != "FluxTransformer2DModel":
+        return f"its transformer is a {name}; a FLUX.1 model is needed here"
+    return channels_problem(content.get("in_channels", IN_CHANNELS))
+
+
+def channels_problem(channels: int) -> str | None:
+    """What is wrong with a denoiser that reads so many numbers of each patch; None for none."""
+    if channels == IN_CHANNELS:
+        return None
+    return (
+        f"its input has {channels} channels instead of {IN_CHANNELS}: a FLUX.1 for filling in or for control pictures, "
+        "which cannot be trained here"
+    )
+
+
+def check_paths(opts: Options) -> list[str]:
+    """Every problem with the paths of model, text encoders and autoencoder that can be seen without loading anything.
+
+    Reads only the headers of .safetensors files and the small JSON files of Diffusers folders.
+    """
+    name, family = opts.model.pretrained_model_name_or_path, opts.family
+    if not name:
+        return ["--pretrained_model_name_or_path: name a model: a file, a Diffusers folder or a hub id"]
+    problems = [path_problem("--pretrained_model_name_or_path", name, _model_problem)]
+    for part, option in FLAGS.items():
+        file = getattr(family, option)
+        if file:
+            problems.append(path_problem(f"--{option}", file, lambda path, part=part: _encoder_problem(path, part)))
+    if family.ae:
+        problems.append(path_problem("--ae", family.ae, _ae_problem))
+    return [problem for problem in problems if problem] or _missing_parts(opts)
+
+
+def _model_problem(path: Path) -> str | None:
+    if path.is_dir():
+        return folder_problem(path)
+    if path.suffix.lower() != ".safetensors":
+        return None  # a pickle says nothing before it is loaded
+    shapes = {key: shape for key, (_, shape) in read_header(path)[1].items()}
+    return mismatch(shapes) or channels_problem(flux_shape(shapes).in_channels)
+
+
+def _encoder_problem(path: Path, part: str) -> str | None:
+    return encoder_problem(read_header(path)[1], part) if path.suffix.lower() == ".safetensors" else None
+
+
+def _ae_problem(path: Path) -> str | None:
+    if recognise_file(path) == FLUX:
+        inside = any(key.startswith(AE) for key in read_header(path)[1])
+        return None if inside else "this is FLUX's transformer; its autoencoder, ae.safetensors, is needed here"
+    return vae_problem(path, (FLUX,))
+
+
+def _missing_parts(opts: Options) -> list[str]:
+    """What neither the model nor an option gives."""
+    path, family = Path(opts.model.pretrained_model_name_or_path), opts.family
+    if path.is_dir():
+        inside = {part for part, folder in FOLDERS.items() if (path / folder).is_dir()}
+        has_ae = (path / "vae").is_dir()
+    elif path.suffix.lower() == ".safetensors":
+        keys = read_header(path)[1]
+        inside = {part for part in ENCODERS if encoder_prefix(keys, part, inside=True) is not None}
+        has_ae = any(key.startswith(AE) for key in keys)
+    else:
+        return []
+    lacking = [part for part in FLAGS if part not in inside and not getattr(family, FLAGS[part])]
+    problems = [f"--{FLAGS[part]}: needed, as {path} holds no {TITLES[part]}" for part in lacking]
+    return problems + ([] if has_ae or family.ae else [f"--ae: needed, as {path} holds no autoencoder"])
+
+
+# --- text encoders ----------------------------------------------------------------------------------------------------
+
+
+def encoder_prefix(keys: Iterable[str], part: str, *, inside: bool = False) -> str | None:
+    """What stands before transformers' names of an encoder in a file; None where the file has no such encoder.
+
+    Args:
+        inside: the file is a whole model's, in which an encoder has a prefix.
+    """
+    keys = set(keys)
+    for prefix in (ENCODERS[part],) if inside else (ENCODERS[part], ""):
+        names = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+        if is_t5(names) if part == "te3" else names & {CLIP_SIGN, f"text_model.{CLIP_SIGN}"}:
+            return prefix
+    return None
+
+
+def encoder_problem(keys: Iterable[str], part: str) -> str | None:
+    """Why a file with these keys is not the encoder that is asked for; None when it is."""
+    keys = list(keys)
+    if encoder_prefix(keys, part) is not None:
+        return None
+    return f"this is {recognise(keys)}; {TITLES[part]} in transformers' layout is needed here"
+
+
+# --- the denoiser -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FluxShape:
+    """What the names and shapes of a denoiser in a single file tell about it."""
+
+    prefix: str  # before its names
+    diffusers: bool  # whether its names are diffusers' own
+    width: int
+    head_width: int
+    double: int  # blocks with two streams
+    single: int  # blocks with one stream
+    in_channels: int
+    context: int  # width of T5's states
+    pooled: int  # width of CLIP's vector
+    guidance: bool  # dev is told a guidance, schnell is not
+
+    def diffusers_config(self) -> dict[str, Any]:
+        """FluxTransformer2DModel's arguments. Raises: UserError: heads of a width that rotary axes cannot share."""
+        if self.head_width % HEAD_UNIT or self.width % self.head_width:
+            raise UserError(
+                f"the model's width, {self.width}, and that of its heads, {self.head_width}, do not fit FLUX.1, whose "
+                f"heads are multiples of {HEAD_UNIT} wide"
+            )
+        return {
+            "in_channels": self.in_channels,
+            "num_layers": self.double,
+            "num_single_layers": self.single,
+            "attention_head_dim": self.head_width,
+            "num_attention_heads": self.width // self.head_width,
+            "joint_attention_dim": self.context,
+            "pooled_projection_dim": self.pooled,
+            "guidance_embeds": self.guidance,
+            "axes_dims_rope": (self.head_width // 8, self.head_width * 7 // 16, self.head_width * 7 // 16),
+        }
+
+
+_ORIGINAL = {
+    "in": "img_in",
+    "context": "txt_in",
+    "pooled": "vector_in.in_layer",
+    "guidance": "guidance_in.in_layer",
+    "double": "double_blocks",
+    "single": "single_blocks",
+    "norm": (
+        "double_blocks.0.img_attn.norm.query_norm.scale",
+        "single_blocks.0.norm.query_norm.scale",
+    ),
+}
+_DIFFUSERS = {
+    "in": "x_embedder",
+    "context": "context_embedder",
+    "pooled": "time_text_embed.text_embedder.linear_1",
+    "guidance": "time_text_embed.guidance_embedder.linear_1",
+    "double": "transformer_blocks",
+    "single": "single_transformer_blocks",
+    "norm": ("transformer_blocks.0.attn.norm_q.weight", "single_transformer_blocks.0.attn.norm_q.weight"),
+}
+
+
+def flux_shape(shapes: Shapes) -> FluxShape:
+    """Reads the denoiser's architecture from a whole file's shapes.
+
+    Raises: UserError: the names are not those of a denoiser of this family.
+    """
+    prefix = PREFIX if any(key.startswith(PREFIX) for key in shapes) else ""
+    inside = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+    diffusers = DIFFUSERS_SIGN in inside
+    names: dict[str, Any] = _DIFFUSERS if diffusers else _ORIGINAL
+    try:
+        width, in_channels = inside[f"{names['in']}.weight"]
+        norm = next((inside[name] for name in names["norm"] if name in inside), None)
+        if norm is None:
+            raise KeyError(names["norm"][0])
+        return FluxShape(
+            prefix=prefix,
+            diffusers=diffusers,
+            width=width,
+            head_width=norm[0],
+            double=_depth(inside, names["double"]),
+            single=_depth(inside, names["single"]),
+            in_channels=in_channels,
+            context=inside[f"{names['context']}.weight"][1],
+            pooled=inside[f"{names['pooled']}.weight"][1],
+            guidance=f"{names['guidance']}.weight" in inside,
+        )
+    except KeyError as error:
+        raise UserError(f"the model lacks the tensor {prefix}{error.args[0]}") from None
+
+
+def _depth(shapes: Shapes, blocks: str) -> int:
+    numbers = [int(match[1]) for key in shapes if (match := re.match(rf"{blocks}\.(\d+)\.", key))]
+    return 1 + max(numbers, default=-1)
+
+
+def variant(guidance: bool) -> str:
+    """`dev` or `schnell`: whether the denoiser is told a guidance."""
+    return "dev" if guidance else "schnell"

@@ -1,0 +1,200 @@
+"""Stable Diffusion 3 and 3.5."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from library.errors import UserError
+from library.families.base import Family
+from library.families.sd3 import text
+from library.families.sd3.loading import SCALING_FACTOR, SHIFT_FACTOR, encoder_file_options, load_model
+from library.families.sd3.options import TRAITS
+from library.families.sd3.saving import save_model
+from library.families.sd3.targets import mmdit_targets
+from library.families.sd3.tokenizers import load_tokenizers
+from library.families.sd3.variants import missing_encoder
+from library.families.shared.t5 import encode_t5, t5_targets
+from library.families.shared.targets import clip_targets
+from library.families.shared.vae import decode_latents, encode_pixels
+from library.runtime.logs import LOGGER
+from library.text.chunking import tokenize
+from library.text.t5_tokenizer import tokenize_t5
+from library.types import LoraTarget, Models, TextCond
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from library.caching.text_outputs import TextLayout
+    from library.objectives.objective import Objective
+    from library.types import Batch
+
+ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
+
+
+class Sd3Family(Family):
+    traits = TRAITS
+
+    def load(self) -> Models:
+        model, options = self.opts.model, self.opts.family
+        parts = load_model(model.pretrained_model_name_or_path, encoder_file_options(options), model.vae)
+        tokenizers = load_tokenizers(parts.text_encoders, parts.source.folder, model.tokenizer_cache_dir)
+        if options.pos_emb_random_crop_rate or options.enable_scaled_pos_embed:
+            self._place_positions(parts.denoiser, parts.source.variant)
+        return Models(parts.denoiser, parts.text_encoders, tokenizers, parts.vae, parts.source)
+
+    def _place_positions(self, denoiser: nn.Module, variant: str) -> None:
+        from library.families.sd3.positions import place_positions
+
+        options = self.opts.family
+        if variant != "5-medium":
+            LOGGER.warning(
+                "--pos_emb_random_crop_rate and --enable_scaled_pos_embed are meant for Stable Diffusion 3.5 medium"
+            )
+        place_positions(
+            denoiser, random_crop_rate=options.pos_emb_random_crop_rate, scaled=options.enable_scaled_pos_embed
+        )
+
+    def encode_images(
+        self, models: Models, pixels: Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> Tensor:
+        return encode_pixels(_vae(models), pixels, generator)
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        return (latents - SHIFT_FACTOR) * SCALING_FACTOR
+
+    def decode_latents(self, models: Models, latents: Tensor) -> Tensor:
+        return decode_latents(_vae(models), latents / SCALING_FACTOR + SHIFT_FACTOR)
+
+    def encode_text(
+        self, models: Models, captions: list[str], *, emphasis: bool | None = None, known: TextCond | None = None
+    ) -> TextCond:
+        """The tensors of `text.KEYS`; without T5, 77 rows of zeros stand for its output.
+
+        Raises: UserError: a CLIP text encoder is not there.
+        """
+        missing = [part for part in ("te1", "te2") if part not in models.text_encoders]
+        if missing and known is None:
+            raise UserError(*(missing_encoder(part) for part in missing))
+        options = self.opts.family
+        states, pooled, masks = [], [], []
+        for number, part in enumerate(("te1", "te2")):
+            if part in missing:
+                found, mask = text.known_clip(known, number, models.source.clip_l or text.published_clip_l(known))
+                states.append(found[0])
+                pooled.append(found[1])
+                masks.append(mask)
+                continue
+            tokenizer = models.tokenizers[part]
+            ids = tokenize(tokenizer, captions)[:, 0]
+            mask = text.token_mask(ids, tokenizer.eos_token_id)
+            found = text.encode_projected_clip(
+                models.text_encoders[part], ids, mask if options.apply_lg_attn_mask else None
+            )
+            states.append(found[0])
+            pooled.append(found[1])
+            masks.append(mask)
+        if known is not None and "te3" not in models.text_encoders:
+            t5 = (known.tensors[text.T5_OUT], known.tensors[text.T5_MASK])
+        else:
+            t5 = self._encode_t5(models, captions, states[0])
+        return text.conditioning(states, pooled, masks, *t5)
+
+    def _encode_t5(self, models: Models, captions: list[str], like: Tensor) -> tuple[Tensor, Tensor]:
+        """T5's states (B, L, width) and the mask of its tokens (B, L)."""
+        import torch
+
+        encoder, options = models.text_encoders.get("te3"), self.opts.family
+        if encoder is None:
+            shape = (len(captions), text.CLIP_LENGTH, models.denoiser.config.joint_attention_dim)
+            return like.new_zeros(shape), torch.zeros(shape[:2], dtype=torch.long)
+        ids, mask = tokenize_t5(models.tokenizers["te3"], captions, options.t5xxl_max_token_length)
+        return encode_t5(encoder, ids, mask if options.apply_t5_attn_mask else None), mask
+
+    def predict(
+        self, models: Models, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch | None = None
+    ) -> Tensor:
+        """See `Family.predict`. While gradients are computed in train mode, encoders' outputs may be dropped."""
+        import torch
+
+        options, denoiser = self.opts.family, models.denoiser
+        if denoiser.training and torch.is_grad_enabled():  # here, so that cached outputs are dropped like others
+            rates = (options.clip_l_dropout_rate, options.clip_g_dropout_rate, options.t5_dropout_rate)
+            cond = text.drop_encoders(cond, rates, models.source.clip_l or text.published_clip_l(cond))
+        context, pooled = text.context_of(cond, denoiser.config.joint_attention_dim, noisy.dtype)
+        return denoiser(noisy, encoder_hidden_states=context, pooled_projections=pooled, timestep=timesteps).sample
+
+    def objective(self) -> Objective:
+        from library.objectives.flow import FlowObjective, FlowSettings
+
+        options = self.opts.family
+        settings = FlowSettings(
+            sampling="discrete",
+            shift=options.training_shift,
+            weighting_scheme=options.weighting_scheme,
+            logit_mean=options.logit_mean,
+            logit_std=options.logit_std,
+            mode_scale=options.mode_scale,
+            prediction="sigma_scaled",
+            target="clean",
+        )
+        return FlowObjective(settings, self.opts.noise, self.opts.loss)
+
+    def prediction_type(self) -> Literal["epsilon", "v_prediction", "flow"]:
+        return "flow"
+
+    def blocks(self, models: Models) -> list[nn.Module]:
+        return list(models.denoiser.transformer_blocks)
+
+    def lora_targets(self, models: Models) -> list[LoraTarget]:
+        targets: list[LoraTarget] = []
+        for part, encoder in models.text_encoders.items():
+            targets += t5_targets(encoder) if part == "te3" else clip_targets(encoder, part)
+        return targets + mmdit_targets(models.denoiser)
+
+    def save(
+        self, models: Models, path: Path, *, save_as: str, dtype: torch.dtype | None, metadata: dict[str, str]
+    ) -> None:
+        options = self.opts.family
+        separate = [*(("te1", "te2") if options.save_clip else ()), *(("te3",) if options.save_t5xxl else ())]
+        if "modelspec.implementation" in metadata:  # a whole model has the names that its authors' code gives
+            metadata = {**metadata, "modelspec.implementation": ORIGINAL_CODE}
+        save_model(models, path, save_as=save_as, dtype=dtype, metadata=metadata, separate=separate)
+
+    def text_layout(self) -> TextLayout:
+        from library.caching.text_outputs import TextLayout
+
+        options = self.opts.family
+        return TextLayout(
+            text.CACHE_SUFFIX,
+            text.KEYS,
+            flags={
+                "apply_lg_attn_mask": options.apply_lg_attn_mask,
+                "apply_t5_attn_mask": options.apply_t5_attn_mask,
+            },
+            shapes={text.L_MASK: (text.CLIP_LENGTH,), text.G_MASK: (text.CLIP_LENGTH,)},
+            settings={"t5xxl_max_token_length": options.t5xxl_max_token_length},
+        )
+
+    def model_metadata(self, models: Models) -> dict[str, Any]:
+        options, variant = self.opts.family, models.source.variant
+        return {
+            "ss_v2": False,
+            "ss_base_model_version": variant,
+            "ss_apply_lg_attn_mask": options.apply_lg_attn_mask,
+            "ss_apply_t5_attn_mask": options.apply_t5_attn_mask,
+            "ss_weighting_scheme": options.weighting_scheme,
+            "ss_logit_mean": options.logit_mean,
+            "ss_logit_std": options.logit_std,
+            "ss_mode_scale": options.mode_scale,
+            "modelspec.architecture": f"stable-diffusion-3-{variant}",
+            "modelspec.implementation": "diffusers",
+            "modelspec.prediction_type": "epsilon",  # as all files of this family say, although it is not true
+            "modelspec.resolution": "1024x1024",
+        }
+
+
+def _vae(models: Models) -> nn.Module:
+    assert models.vae is not None, "the VAE was dropped"
+    return models.vae

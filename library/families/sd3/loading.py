@@ -1,0 +1,287 @@
+"""Reads Stable Diffusion 3/3.5 models: single files with or without text encoders, Diffusers folders and hub ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.checkpoints.reading import open_weights
+from library.errors import UserError
+from library.families.sd3.keymap import ENCODERS, MMDIT, mmdit_map
+from library.families.sd3.variants import (
+    FLAGS,
+    FOLDERS,
+    TITLES,
+    TOKENIZERS,
+    encoder_prefix,
+    encoder_problem,
+    folder_problem,
+    mismatch,
+    mmdit_prefix,
+    mmdit_shape,
+    variant,
+)
+from library.families.shared.building import build
+from library.families.shared.clip import build_clip, clip_config
+from library.families.shared.hub import hub_folder
+from library.families.shared.reading import (
+    Reader,
+    counters,
+    folder_dtypes,
+    from_pretrained,
+    load_vae,
+    naming,
+    require_model_name,
+    vae_from_file,
+)
+from library.families.shared.recognition import SD3, recognise
+from library.families.shared.t5 import build_t5, t5_from_folder, t5_keys
+from library.families.shared.vae import VAE
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from library.families.shared.reading import Form, Weights
+
+SCALING_FACTOR, SHIFT_FACTOR = 1.5305, 0.0609
+CHANNELS = 16
+PROJECTION = "text_projection.weight"
+HUB_PARTS = ("transformer", "vae", "scheduler", *FOLDERS.values(), *TOKENIZERS.values())
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from, and what saving it in the same form needs to know."""
+
+    name: str  # path or hub id
+    vae_name: str  # where the VAE came from
+    variant: str  # "medium", "5-medium" or "5-large"
+    folder: str | None = None  # of a model that is no single file: where it lies on this machine
+    prefix: str = MMDIT  # before the denoiser's names in the file
+    encoder_names: dict[str, str] = field(default_factory=dict)  # where each text encoder came from: file or folder
+    clip_l: tuple[int, int] | None = None  # widths of CLIP-L's states and pooled vector, where it was loaded
+    parts: frozenset[str] = frozenset()  # what else the file held: "vae", and names of text encoders
+    forms: dict[str, Form] = field(default_factory=dict)  # dtype and shape that each used key of the file had
+    preserved: tuple[str, ...] = ()  # keys of the file that the model does not use
+    part_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of a folder, by subfolder
+    counters: dict[str, int] = field(default_factory=dict)  # epoch and global_step of a .ckpt
+
+    @property
+    def is_file(self) -> bool:
+        return self.folder is None
+
+    @property
+    def save_as(self) -> str:
+        """The output format that is the same kind as the source."""
+        if not self.is_file:
+            return "diffusers_safetensors" if "transformer" in self.part_dtypes else "diffusers"
+        return "safetensors" if self.name.lower().endswith(".safetensors") else "ckpt"
+
+
+@dataclass
+class Parts:
+    denoiser: nn.Module
+    text_encoders: dict[str, nn.Module]
+    vae: nn.Module | None
+    source: Source
+
+
+def load_model(name: str, encoder_files: Mapping[str, str], vae_name: str | None = None) -> Parts:
+    """Loads a model on the CPU, frozen: the VAE in float32, the rest in the formats of its files (not 8 bit ones).
+
+    Args:
+        name: a single file, a Diffusers folder or a hub id.
+        encoder_files: by names of text encoders, files to take them from instead.
+        vae_name: where to take the VAE from instead; see `load_vae`.
+    Raises: UserError: missing, unreadable, incomplete, of another family, or parts that do not fit together.
+    """
+    load = _load_file if Path(name).is_file() else _load_folder
+    parts = load(name, skip=frozenset(encoder_files) | ({"vae"} if vae_name else set()))
+    for part, file in encoder_files.items():
+        parts.text_encoders[part], forms = load_encoder(file, part)
+        source = _with_forms(parts.source, ENCODERS[part], forms, FOLDERS[part])
+        parts.source = replace(source, encoder_names=source.encoder_names | {part: file})
+    if vae_name:
+        parts.vae, forms = load_vae(vae_name, **VAE_FACTS)
+        parts.source = replace(_with_forms(parts.source, VAE, forms, "vae"), vae_name=vae_name)
+    _check_widths(parts)
+    if "te1" in parts.text_encoders:
+        config = parts.text_encoders["te1"].config
+        parts.source = replace(parts.source, clip_l=(config.hidden_size, config.projection_dim))
+    parts.text_encoders = {part: parts.text_encoders[part] for part in TITLES if part in parts.text_encoders}
+    return parts
+
+
+VAE_FACTS: dict[str, Any] = {
+    "kinds": (SD3,),
+    "channels": CHANNELS,
+    "scaling_factor": SCALING_FACTOR,
+    "shift_factor": SHIFT_FACTOR,
+}
+
+
+def load_encoder(name: str, part: str) -> tuple[nn.Module, dict[str, Form]]:
+    """Loads a text encoder, and the forms of its tensors by a whole model's file names (none for folders).
+
+    Args:
+        name: the encoder's own file, a whole model's, or a Diffusers folder.
+    Raises: UserError: missing, unreadable, or not this encoder.
+    """
+    if Path(name).is_dir():
+        return _encoder_from_folder(Path(name), part, folder_dtypes(Path(name), [FOLDERS[part]])), {}
+    with naming(name):
+        weights = open_weights(name)
+        problem = encoder_problem(weights.shapes, part)
+        if problem:
+            raise UserError(problem)
+        prefix = encoder_prefix(weights, part) or ""
+        reader = Reader(weights, None)
+        encoder = _encoder_from_file(reader, part, prefix)
+    return encoder, {ENCODERS[part] + key.removeprefix(prefix): form for key, form in reader.forms.items()}
+
+
+def _with_forms(source: Source, prefix: str, forms: Mapping[str, Form], folder: str) -> Source:
+    """The source with a part's forms replaced by those of the file that the part came from."""
+    kept = {key: form for key, form in source.forms.items() if not key.startswith(prefix)}
+    dtypes = {name: dtype for name, dtype in source.part_dtypes.items() if name != folder}
+    return replace(source, forms=kept | dict(forms), part_dtypes=dtypes)
+
+
+def _check_widths(parts: Parts) -> None:
+    """Raises: UserError: encoders of other widths than the denoiser asks for."""
+    config, encoders = parts.denoiser.config, parts.text_encoders
+    if "te1" in encoders and "te2" in encoders:
+        pooled = encoders["te1"].config.projection_dim + encoders["te2"].config.projection_dim
+        if pooled != config.pooled_projection_dim:
+            raise UserError(
+                f"CLIP-L and CLIP-G give pooled vectors of {pooled} numbers together, the model asks for "
+                f"{config.pooled_projection_dim}; give the text encoders that belong to it"
+            )
+    if "te3" in encoders and encoders["te3"].config.d_model != config.joint_attention_dim:
+        raise UserError(
+            f"T5 gives states of width {encoders['te3'].config.d_model}, the model asks for "
+            f"{config.joint_attention_dim}; give the T5 that belongs to it"
+        )
+
+
+# --- single files -----------------------------------------------------------------------------------------------------
+
+
+def _load_file(name: str, skip: frozenset[str]) -> Parts:
+    from diffusers import SD3Transformer2DModel
+
+    vae, vae_forms = None, {}
+    with naming(name):
+        weights = open_weights(name)
+        problem = mismatch(recognise(weights))
+        if problem:
+            raise UserError(problem)
+        prefix = mmdit_prefix(weights)
+        shape = mmdit_shape(weights.shapes, prefix)
+        reader = Reader(weights, None)
+        tensors = mmdit_map(shape.depth, prefix).to_model(reader.take(_mmdit_keys(weights, prefix)))
+        denoiser = build(lambda: SD3Transformer2DModel(**shape.diffusers_config()), tensors, "the denoiser")
+        inside = {part for part in ENCODERS if encoder_prefix(weights, part, inside=True) is not None}
+        encoders = {
+            part: _encoder_from_file(reader, part, ENCODERS[part]) for part in ENCODERS if part in inside - skip
+        }
+        if any(key.startswith(VAE) for key in weights):
+            inside.add("vae")
+            if "vae" not in skip:
+                vae, vae_forms = vae_from_file(weights, SCALING_FACTOR, SHIFT_FACTOR)
+    forms = reader.forms | vae_forms
+    source = Source(
+        name=name,
+        vae_name=name,
+        variant=variant(dual=bool(shape.dual), qk_norm=shape.qk_norm),
+        prefix=prefix,
+        encoder_names=dict.fromkeys(encoders, name),
+        parts=frozenset(inside),
+        forms=forms,
+        preserved=tuple(key for key in weights if key not in forms),
+        counters=counters(weights),
+    )
+    return Parts(denoiser, encoders, vae, source)
+
+
+def _mmdit_keys(weights: Weights, prefix: str) -> list[str]:
+    others = () if prefix else (VAE, *ENCODERS.values())
+    return [key for key in weights if key.startswith(prefix) and not key.startswith(others)]
+
+
+def _encoder_from_file(reader: Reader, part: str, prefix: str) -> nn.Module:
+    names = [key.removeprefix(prefix) for key in reader.weights if key.startswith(prefix)]
+    if part == "te3":
+        return build_t5(_taken(reader, prefix, t5_keys(names)), "T5")
+    used = [name for name in names if name.startswith("text_model.") and not name.endswith("position_ids")]
+    tensors = _taken(reader, prefix, [*used, PROJECTION] if PROJECTION in names else used)
+    return _build_clip(tensors, part)
+
+
+def _taken(reader: Reader, prefix: str, names: list[str]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in reader.take(prefix + name for name in names).items()}
+
+
+def _build_clip(tensors: dict[str, Tensor], part: str) -> nn.Module:
+    """CLIP with its projection. Files of CLIP-L often lack it: what is pooled is then taken as it is."""
+    import torch
+
+    is_l = part == "te1"
+    if PROJECTION not in tensors:
+        if not is_l:
+            raise UserError(f"{TITLES[part]} lacks the tensor {PROJECTION}")
+        like = tensors["text_model.final_layer_norm.weight"]
+        tensors[PROJECTION] = torch.eye(len(like), dtype=like.dtype, device=like.device)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    config = clip_config(shapes, hidden_act="quick_gelu" if is_l else "gelu", pad_id=49407 if is_l else 0)
+    return build_clip(tensors, config, TITLES[part])
+
+
+# --- Diffusers folders and the hub ------------------------------------------------------------------------------------
+
+
+def _load_folder(name: str, skip: frozenset[str]) -> Parts:
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
+
+    require_model_name(name)
+    folder = Path(name) if Path(name).is_dir() else hub_folder(name, HUB_PARTS, folder_problem)
+    with naming(name):
+        problem = folder_problem(folder)
+        if problem:
+            raise UserError(problem)
+    there = [part for part, place in FOLDERS.items() if (folder / place / "config.json").is_file()]
+    dtypes = folder_dtypes(folder, ("transformer", "vae", *FOLDERS.values()))
+    with naming(name):
+        denoiser = from_pretrained(SD3Transformer2DModel, str(folder), "transformer", dtypes.get("transformer"))
+        encoders = {part: _encoder_from_folder(folder, part, dtypes) for part in there if part not in skip}
+        vae = None
+        if "vae" not in skip and (folder / "vae").is_dir():
+            vae = from_pretrained(AutoencoderKL, str(folder), "vae")
+    config = denoiser.config
+    source = Source(
+        name=name,
+        vae_name=str(folder),
+        variant=variant(dual=bool(config.dual_attention_layers), qk_norm=config.qk_norm is not None),
+        folder=str(folder),
+        encoder_names=dict.fromkeys(encoders, str(folder)),
+        parts=frozenset({"vae"}),
+        part_dtypes=dtypes,
+    )
+    return Parts(denoiser, encoders, vae, source)
+
+
+def _encoder_from_folder(folder: Path, part: str, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
+    from transformers import CLIPTextModelWithProjection
+
+    dtype = dtypes.get(FOLDERS[part])
+    if part == "te3":
+        return t5_from_folder(folder, FOLDERS[part], dtype)
+    return from_pretrained(CLIPTextModelWithProjection, str(folder), FOLDERS[part], dtype)
+
+
+def encoder_file_options(family: Any) -> dict[str, str]:
+    """By names of text encoders, the files that the options give."""
+    return {part: file for part, option in FLAGS.items() if (file := getattr(family, option))}

@@ -1,0 +1,89 @@
+"""What only Stable Diffusion 3 and 3.5 are asked, and their numbers. No torch here: --help needs this module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from library.families.base import FamilyTraits
+from library.families.shared.option_groups import FlowOptions
+from library.options.base import opt
+from library.options.finetune import THREE_ENCODER_GROUPS
+from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
+
+if TYPE_CHECKING:
+    from library.options.base import Options
+
+SAMPLING_SHIFT = 3.0  # of the published models' schedule
+
+
+def _sampling_shift(height: int, width: int) -> float:
+    return SAMPLING_SHIFT  # at every size
+
+
+TRAITS = FamilyTraits(
+    label="Stable Diffusion 3/3.5",
+    text_encoders=("te1", "te2", "te3"),  # CLIP-L, CLIP-G, T5-XXL
+    latent_channels=16,
+    pixel_multiple=16,
+    bucket_step=32,
+    objective="flow",
+    cache_suffix="_sd3.npz",
+    default_resolution=512,
+    sample_steps=30,
+    sample_scale=7.5,
+    cache_keys_by_size=True,
+    flow_shift=_sampling_shift,
+)
+
+_SAVED_APART = "networks hold what was trained of the text encoders; whole encoders are saved by whole-model training"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sd3Options(FlowOptions, group="family", title="Stable Diffusion 3/3.5"):
+    clip_g: str | None = opt(None, "file of the text encoder CLIP-G", exists="file")
+    save_clip: bool = opt(False, "write trained CLIP text encoders to files of their own, beside the model")
+    save_t5xxl: bool = opt(False, "write a trained T5 text encoder to a file of its own, beside the model")
+    t5xxl_device: str | None = opt(None, "once the device of T5; now it goes where it is needed and leaves again")
+    t5xxl_dtype: str | None = opt(None, "once the number format of T5; now --mixed_precision and --fp8_base say it")
+    t5xxl_max_token_length: int = opt(256, "longest caption for T5 in tokens; all are padded to it", at_least=1)
+    apply_lg_attn_mask: bool = opt(False, "hide the padding of CLIP-L's and CLIP-G's captions from attention")
+    clip_l_dropout_rate: float = opt(
+        0.0, "share of captions whose CLIP-L output is replaced by zeros in training", at_least=0, at_most=1
+    )
+    clip_g_dropout_rate: float = opt(
+        0.0, "share of captions whose CLIP-G output is replaced by zeros in training", at_least=0, at_most=1
+    )
+    t5_dropout_rate: float = opt(
+        0.0, "share of captions whose T5 output is replaced by zeros in training", at_least=0, at_most=1
+    )
+    pos_emb_random_crop_rate: float = opt(
+        0.0,
+        "share of training steps in which a picture lies anywhere on the table of positions, not in its middle; for "
+        "3.5 medium",
+        at_least=0,
+        at_most=1,
+    )
+    enable_scaled_pos_embed: bool = opt(
+        False,
+        "scale positions so that pictures of every resolution span as much of the table as 1024 pixel ones do; for "
+        "3.5 medium",
+    )
+    training_shift: float = opt(
+        1.0, "moves the times that are drawn: below 1 nearer the picture, above nearer pure noise", above=0
+    )
+
+    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().advise(opts, traits)
+        for name, instead in (("t5xxl_device", "T5 is moved as needed"), ("t5xxl_dtype", "see --mixed_precision")):
+            if getattr(self, name) is not None:
+                yield f"--{name}: no effect any more; {instead}"
+        for name in ("save_clip", "save_t5xxl"):
+            if getattr(self, name) and hasattr(opts.method, "network_module"):
+                yield f"--{name}: no effect here; {_SAVED_APART}"
+
+
+OPTIONS = Sd3Options
+SCRIPTS = {"sd3_train_network": "network", "sd3_train": "finetune"}  # entry script -> method
+GROUPS = {"network": (LargeModelOptions, TextCacheOptions, BlockSwapOptions), "finetune": THREE_ENCODER_GROUPS}

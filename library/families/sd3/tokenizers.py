@@ -1,0 +1,36 @@
+"""Where the tokenizers of a Stable Diffusion 3 model come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from library.families.sd3.variants import TOKENIZERS
+from library.families.shared.clip_tokenizer import PAD_ZERO, find_clip_tokenizer
+from library.text.t5_tokenizer import t5_tokenizer
+
+IDS = {"te1": "openai/clip-vit-large-patch14", "te2": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"}
+
+
+def load_tokenizers(parts: Iterable[str], folder: str | None = None, cache_dir: str | None = None) -> dict[str, Any]:
+    """The tokenizers of the text encoders `parts`, each from the first place that has it.
+
+    CLIP's are looked for in `cache_dir/<id with / as _>`, in the model's own folder, and in this package; T5's in the
+    hub's cache and on the hub, too.
+
+    Args:
+        folder: of a model that is no single file.
+        cache_dir: --tokenizer_cache_dir; a folder in it that is missing is given what was found.
+    Raises: UserError: one that exists but cannot be read, or T5's, where there is none.
+    """
+    return {
+        part: t5_tokenizer(folder, TOKENIZERS[part], cache_dir) if part == "te3" else _clip(part, folder, cache_dir)
+        for part in parts
+    }
+
+
+def _clip(part: str, folder: str | None, cache_dir: str | None) -> Any:
+    tokenizer = find_clip_tokenizer(IDS[part], model=folder, subfolder=TOKENIZERS[part], cache_dir=cache_dir)
+    if part == "te2":
+        tokenizer.pad_token = PAD_ZERO  # the published one pads with EOS
+    return tokenizer

@@ -1,0 +1,143 @@
+"""Reads SDXL models: single files, Diffusers folders and hub ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.checkpoints.keymap import KeyMap
+from library.errors import UserError
+from library.families.sdxl.keymap import PROJECTION, TE1, TE2, text1_map, text2_map
+from library.families.sdxl.options import TRAITS
+from library.families.sdxl.variants import VAE_SOURCES, file_problem, folder_problem, projection_name, text_keys
+from library.families.shared import reading
+from library.families.shared.building import build
+from library.families.shared.clip import build_clip, clip_config
+from library.families.shared.reading import Reader, from_pretrained, naming, open_model
+from library.families.shared.unet import UNET, unet_map, unet_shape
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from library.families.shared.reading import Form
+
+SCALING_FACTOR = 0.13025
+SAMPLE_SIZE = 128  # side of the latents that pipelines make where they are told nothing
+PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")  # of a Diffusers folder
+
+
+@dataclass(frozen=True)
+class Source(reading.Source):
+    """Where a model came from, and what saving it in the same form needs to know."""
+
+    projection: str = PROJECTION  # the file's name of the second text encoder's projection
+
+
+@dataclass
+class Parts:
+    denoiser: nn.Module
+    text_encoders: dict[str, nn.Module]
+    vae: nn.Module
+    source: Source
+
+
+def load_model(name: str, vae_name: str | None = None, *, mapped: bool = True) -> Parts:
+    """Loads a whole model on the CPU, in float32, frozen.
+
+    Args:
+        name: a single file, a Diffusers folder or a hub id.
+        vae_name: where to take the VAE from instead; see `load_vae`.
+        mapped: False reads a .safetensors file from its beginning to its end instead of mapping it.
+    Raises: UserError: missing, unreadable, incomplete or of another family.
+    """
+    parts = _load_file(Path(name), mapped=mapped) if Path(name).is_file() else _load_folder(name)
+    if vae_name:
+        parts.vae, forms = load_vae(vae_name)
+        parts.source = parts.source.with_vae(vae_name, forms)
+    return parts
+
+
+def load_vae(name: str) -> tuple[nn.Module, dict[str, Form]]:
+    """The VAE of a file, folder or hub id, see `shared.reading.load_vae`."""
+    return reading.load_vae(name, kinds=VAE_SOURCES, channels=TRAITS.latent_channels, scaling_factor=SCALING_FACTOR)
+
+
+# --- single files -----------------------------------------------------------------------------------------------------
+
+
+def _load_file(path: Path, *, mapped: bool) -> Parts:
+    import torch
+
+    with naming(path):
+        weights = open_model(path, mapped=mapped)
+        problem = file_problem(weights)
+        if problem:
+            raise UserError(problem)
+        reader = Reader(weights, torch.float32)
+        projection = projection_name(weights)
+        denoiser = _unet_from_file(reader)
+        text_encoders = {
+            "te1": _text_encoder(reader, TE1, text1_map(), hidden_act="quick_gelu", pad_id=49407),
+            "te2": _text_encoder(reader, TE2, text2_map(projection), hidden_act="gelu", pad_id=0),
+        }
+        vae, vae_forms = reading.vae_from_file(weights, SCALING_FACTOR)
+    forms = reader.forms | vae_forms
+    source = Source(
+        name=str(path),
+        vae_name=str(path),
+        is_file=True,
+        forms=forms,
+        preserved=tuple(key for key in weights if key not in forms),
+        counters=reading.counters(weights),
+        projection=projection,
+    )
+    return Parts(denoiser, text_encoders, vae, source)
+
+
+def _unet_from_file(reader: Reader) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    shape = unet_shape(reader.weights.shapes)
+    if shape.added is None:
+        raise UserError(f"the U-Net lacks the tensor {UNET}label_emb.0.0.weight, with which it is told sizes")
+    keys = unet_map(shape.layers, shape.attention, added=True)
+    tensors = keys.to_model(reader.take([key for key in reader.weights if key.startswith(UNET)]))
+    config = shape.diffusers_config(sample_size=SAMPLE_SIZE)
+    return build(lambda: UNet2DConditionModel(**config), tensors, "the U-Net")
+
+
+def _text_encoder(reader: Reader, prefix: str, keys: KeyMap, *, hidden_act: str, pad_id: int) -> nn.Module:
+    tensors = keys.to_model(reader.take(text_keys(reader.weights, prefix)))
+    if prefix == TE2 and "text_projection.weight" not in tensors:
+        raise UserError(f"the second text encoder lacks the tensor {TE2}{PROJECTION}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    what = f"the text encoder at {prefix.rstrip('.')}"
+    return build_clip(tensors, clip_config(shapes, hidden_act=hidden_act, pad_id=pad_id), what)
+
+
+# --- Diffusers folders and the hub ------------------------------------------------------------------------------------
+
+
+def _load_folder(name: str) -> Parts:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    reading.require_model_name(name)
+    with naming(name):
+        if Path(name).is_dir():
+            problem = folder_problem(Path(name))
+            if problem:
+                raise UserError(problem)
+        # First what a model of another family lacks, so that little of one is fetched.
+        text_encoders = {
+            "te2": from_pretrained(CLIPTextModelWithProjection, name, "text_encoder_2"),
+            "te1": from_pretrained(CLIPTextModel, name, "text_encoder"),
+        }
+        denoiser = from_pretrained(UNet2DConditionModel, name, "unet")
+        if denoiser.config.addition_embed_type != "text_time":
+            raise UserError("its U-Net is not told sizes, so this is no SDXL model")
+        vae = from_pretrained(AutoencoderKL, name, "vae")
+    dtypes = reading.folder_dtypes(Path(name), PARTS)
+    ordered = {encoder: text_encoders[encoder] for encoder in TRAITS.text_encoders}
+    return Parts(denoiser, ordered, vae, Source(name, name, is_file=False, part_dtypes=dtypes))

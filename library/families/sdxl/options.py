@@ -1,0 +1,51 @@
+"""What only SDXL is asked, and its numbers. No torch here: --help needs this module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from library.families.base import FamilyTraits
+from library.families.shared.option_groups import CommonOptions
+from library.options.finetune import TWO_ENCODER_GROUPS
+from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
+from library.types import BlockLayout
+
+if TYPE_CHECKING:
+    from library.options.base import Options
+
+TRAITS = FamilyTraits(
+    label="SDXL",
+    text_encoders=("te1", "te2"),
+    latent_channels=4,
+    pixel_multiple=8,
+    bucket_step=32,
+    objective="ddpm",
+    cache_suffix="_sdxl.npz",
+    default_resolution=1024,
+    sample_steps=30,
+    sample_scale=7.5,
+    block_layout=BlockLayout(9, 3, 9, edge=1),
+)
+
+
+class SdxlOptions(CommonOptions, group="family", title="SDXL"):
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().check(opts, traits)
+        if opts.text_cache.in_use and not getattr(opts.method, "network_train_unet_only", True):
+            yield (
+                "--cache_text_encoder_outputs: text encoders whose outputs are cached cannot be trained; "
+                "add --network_train_unet_only"
+            )
+
+    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().advise(opts, traits)
+        if self.v2:
+            yield f"--v2: no effect on {traits.label}"
+        if self.clip_skip is not None:
+            yield f"--clip_skip: no effect on {traits.label}, which always reads the layer before the last"
+
+
+OPTIONS = SdxlOptions
+SCRIPTS = {"sdxl_train_network": "network", "sdxl_train": "finetune"}  # entry script -> method
+GROUPS = {"network": (LargeModelOptions, TextCacheOptions, BlockSwapOptions), "finetune": TWO_ENCODER_GROUPS}

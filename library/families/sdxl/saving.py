@@ -1,0 +1,130 @@
+"""Writes SDXL models: single files and Diffusers folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.checkpoints.writing import replacing_folder
+from library.families.sdxl.keymap import text1_map, text2_map
+from library.families.sdxl.loading import Source, load_vae
+from library.families.shared.clip import public_state
+from library.families.shared.recognition import read_json
+from library.families.shared.unet import map_of_config
+from library.families.shared.vae import vae_map
+from library.families.shared.writing import (
+    deferred_part,
+    preserved,
+    require_format,
+    save_clip,
+    save_scheduler,
+    write_model_index,
+    write_single_file,
+)
+from library.runtime.logs import LOGGER
+from library.text.tokenizers import save_clip_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from library.families.shared.writing import FileTensors
+    from library.types import Models
+
+FOLDERS = {"te1": "text_encoder", "te2": "text_encoder_2"}  # and tokenizer, tokenizer_2
+
+
+def save_model(
+    models: Models,
+    path: Path,
+    *,
+    save_as: str,
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str],
+    v_prediction: bool = False,
+    zero_terminal_snr: bool = False,
+) -> None:
+    """Writes a whole model; an earlier `path` survives a failure.
+
+    Args:
+        models: as `load_model` made them; a VAE that was dropped since is read from its source again.
+        path: file or folder to write.
+        save_as: one of `shared.writing.FORMATS`.
+        dtype: of every tensor of the model in a single file; None keeps what each had in the source. A Diffusers
+            folder has the dtype of the models in memory, whatever this says: so do other trainers.
+        metadata: goes into a .safetensors file; a .ckpt has only `ss_epoch` and `ss_steps`, added to its source's.
+        v_prediction, zero_terminal_snr: what a new Diffusers folder's scheduler is told.
+    Raises: UserError: an unknown format. OSError: it cannot be written.
+    """
+    require_format(save_as)
+    source: Source = models.source
+    vae = models.vae if models.vae is not None else load_vae(source.vae_name)[0]
+    if save_as.startswith("diffusers"):
+        if dtype is not None:
+            LOGGER.info("--save_precision acts on single files only; the Diffusers folder keeps the models' precision")
+        with replacing_folder(path) as folder:
+            _fill_folder(models, vae, folder, save_as == "diffusers_safetensors", v_prediction, zero_terminal_snr)
+        return
+    tensors = file_tensors(models, vae, dtype)
+    tensors.update(preserved(source.name, source.preserved, tensors))
+    write_single_file(path, tensors, save_as=save_as, metadata=metadata, counters=source.counters)
+
+
+def file_tensors(models: Models, vae: nn.Module, dtype: torch.dtype | None) -> FileTensors:
+    """Everything that the models hold, under a single file's names; each tensor is converted when it is written."""
+    source: Source = models.source
+    te1, te2 = models.text_encoders["te1"], models.text_encoders["te2"]
+    parts = (
+        ("unet", map_of_config(models.denoiser.config), models.denoiser.state_dict()),
+        ("vae", vae_map(len(vae.config.block_out_channels)), vae.state_dict()),
+        ("text_encoder", text1_map(), public_state(te1)),
+        ("text_encoder_2", text2_map(source.projection), public_state(te2)),
+    )
+    tensors: FileTensors = {}
+    for part, keys, state in parts:
+        folder_dtype = source.part_dtypes.get(part)
+        tensors |= deferred_part(keys, state, forms=source.forms, folder_dtype=folder_dtype, dtype=dtype)
+    return tensors
+
+
+def _fill_folder(
+    models: Models, vae: nn.Module, folder: Path, safe: bool, v_prediction: bool, zero_terminal_snr: bool
+) -> None:
+    """Writes what StableDiffusionXLPipeline.from_pretrained loads."""
+    source: Source = models.source
+    models.denoiser.save_pretrained(folder / "unet", safe_serialization=safe)
+    vae.save_pretrained(folder / "vae", safe_serialization=safe)
+    for name, subfolder in FOLDERS.items():
+        save_clip(models.text_encoders[name], folder / subfolder, safe=safe)
+        save_clip_tokenizer(models.tokenizers[name], folder / subfolder.replace("text_encoder", "tokenizer"))
+    scheduler = save_scheduler(source.name, folder / "scheduler", lambda: _euler(v_prediction, zero_terminal_snr))
+    index = Path(source.name) / "model_index.json"
+    old = read_json(index) if index.is_file() else {}
+    parts = {
+        "feature_extractor": None,
+        "force_zeros_for_empty_prompt": old.get("force_zeros_for_empty_prompt", True),
+        "image_encoder": None,
+        "scheduler": ("diffusers", scheduler),
+        "text_encoder": ("transformers", "CLIPTextModel"),
+        "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+        "tokenizer": ("transformers", "CLIPTokenizer"),
+        "tokenizer_2": ("transformers", "CLIPTokenizer"),
+        "unet": ("diffusers", "UNet2DConditionModel"),
+        "vae": ("diffusers", "AutoencoderKL"),
+    }
+    write_model_index(folder, "StableDiffusionXLPipeline", parts)
+
+
+def _euler(v_prediction: bool, zero_terminal_snr: bool) -> Any:
+    from diffusers import EulerDiscreteScheduler
+
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        timestep_spacing="trailing" if zero_terminal_snr else "leading",  # only the former begins in pure noise
+        prediction_type="v_prediction" if v_prediction else "epsilon",
+        rescale_betas_zero_snr=zero_terminal_snr,
+    )

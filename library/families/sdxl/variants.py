@@ -1,0 +1,88 @@
+"""Whether a file or folder is SDXL, told from names alone: no torch, so that it can be asked at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.checkpoints.reading import read_header
+from library.families.sdxl.keymap import PROJECTION, PROJECTION_LAYER, TE1, TE2
+from library.families.shared.recognition import (
+    SDXL,
+    path_problem,
+    pipeline_kind,
+    read_json,
+    recognise,
+    vae_problem,
+)
+
+if TYPE_CHECKING:
+    from library.options.base import Options
+
+VAE_SOURCES = (SDXL,)  # files that a VAE may be taken from
+UNUSED_TEXT = ("logit_scale", "attn_mask", "position_ids")  # ends of names below the text encoders
+
+
+def check_paths(opts: Options) -> list[str]:
+    """Every problem with the paths of model and VAE that can be seen without loading anything.
+
+    Reads only the headers of .safetensors files and the small JSON files of Diffusers folders.
+    """
+    flag, model, vae = "--pretrained_model_name_or_path", opts.model.pretrained_model_name_or_path, opts.model.vae
+    if not model:
+        return [f"{flag}: name a model: a file, a Diffusers folder or a hub id"]
+    problems = [path_problem(flag, model, _model_problem)]
+    if vae:
+        problems.append(path_problem("--vae", vae, lambda path: vae_problem(path, VAE_SOURCES)))
+    return [problem for problem in problems if problem]
+
+
+def _model_problem(path: Path) -> str | None:
+    if path.is_dir():
+        return folder_problem(path)
+    if path.suffix.lower() != ".safetensors":
+        return None  # a pickle says nothing before it is loaded
+    return file_problem(read_header(path)[1])
+
+
+def file_problem(keys: Iterable[str]) -> str | None:
+    """Why a file with these keys is not a whole SDXL model; None when it is."""
+    keys = list(keys)
+    kind = recognise(keys)
+    if kind != SDXL:
+        return _mismatch(kind)
+    if not any(key.startswith(TE1) for key in keys):
+        return "this is an SDXL model with one text encoder (the refiner?); the base model, which has two, is needed"
+    return None
+
+
+def folder_problem(path: Path) -> str | None:
+    """Why a Diffusers folder is not the model that is asked for; None when it is."""
+    kind = pipeline_kind(path)
+    if not (path / "unet" / "config.json").is_file():
+        return _mismatch(kind) if kind else "not a Diffusers model folder: unet/config.json is missing"
+    if kind not in (None, SDXL):
+        return _mismatch(kind)
+    if not (path / "text_encoder_2").is_dir():
+        return _mismatch("a Diffusers model with one text encoder")
+    if not (path / "text_encoder").is_dir():
+        return "this is an SDXL model with one text encoder (the refiner?); the base model, which has two, is needed"
+    channels = read_json(path / "unet" / "config.json").get("in_channels", 4)
+    if channels != 4:
+        return f"its U-Net takes {channels} channels (an inpainting model?); training those is not available yet"
+    return None
+
+
+def _mismatch(kind: str) -> str:
+    return f"this is {kind}; a whole SDXL model is needed here"
+
+
+def text_keys(keys: Iterable[str], prefix: str) -> list[str]:
+    """The keys of the text encoder below `prefix` that its model has a place for."""
+    return [key for key in keys if key.startswith(prefix) and not key.endswith(UNUSED_TEXT)]
+
+
+def projection_name(keys: Iterable[str]) -> str:
+    """What a file calls the projection of its second text encoder."""
+    return PROJECTION_LAYER if TE2 + PROJECTION_LAYER in keys else PROJECTION

@@ -1,0 +1,57 @@
+"""Where the tokenizer of a CLIP text encoder comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from library.text.tokenizers import (
+    bundled_clip_tokenizer,
+    local_clip_tokenizer,
+    read_clip_tokenizer,
+    save_clip_tokenizer,
+)
+
+PAD_ZERO = "!"  # the token with id 0, with which encoders in OpenCLIP's layout are padded
+
+
+def find_clip_tokenizer(
+    published: str,
+    *,
+    pad_token: str | None = None,
+    model: str | None = None,
+    subfolder: str = "tokenizer",
+    cache_dir: str | None = None,
+) -> Any:
+    """The first tokenizer that exists.
+
+    They are looked for in `cache_dir/<published with / as _>`, in the model's own folder (or its copy in the hub's
+    cache), and in the bundled vocabulary. A cache folder that has none is given what was found.
+
+    Args:
+        published: hub id under which the tokenizer is known.
+        pad_token: of the bundled one; EOS if not given.
+        model: Diffusers folder or hub id; None for a single file, which has no tokenizer.
+        subfolder: of the model.
+        cache_dir: --tokenizer_cache_dir.
+    Raises: UserError: a tokenizer that exists but cannot be read.
+    """
+    cached = Path(cache_dir) / published.replace("/", "_") if cache_dir else None
+    if cached is not None and cached.is_dir():
+        return read_clip_tokenizer(cached)
+    tokenizer = _own_tokenizer(model, subfolder) if model else None
+    if tokenizer is None:
+        tokenizer = bundled_clip_tokenizer(pad_token)
+    if cached is not None:
+        save_clip_tokenizer(tokenizer, cached)
+    return tokenizer
+
+
+def _own_tokenizer(model: str, subfolder: str) -> Any | None:
+    if Path(model).is_dir():
+        folder = Path(model) / subfolder
+        return read_clip_tokenizer(folder) if folder.is_dir() else None
+    try:
+        return local_clip_tokenizer(model, subfolder=subfolder)
+    except (OSError, ValueError):
+        return None  # not in the hub's cache; the bundled vocabulary is the same

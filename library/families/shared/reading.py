@@ -1,0 +1,268 @@
+"""Taking models out of weight files, Diffusers folders and the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from library.checkpoints.reading import SafetensorsFile, TorchFile, open_weights, read_header
+from library.errors import UserError
+from library.families.shared.building import build, freeze
+from library.families.shared.recognition import is_hub_id, recognise, vae_kind_problem
+from library.families.shared.vae import VAE, VAE_PARTS, vae_config, vae_map, vae_shapes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    Weights = SafetensorsFile | TorchFile
+    Form = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor in a file
+
+S = TypeVar("S", bound="Source")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from, and what saving it in the same form needs to know."""
+
+    name: str  # path or hub id
+    vae_name: str  # where the VAE came from
+    is_file: bool
+    forms: dict[str, Form] = field(default_factory=dict)  # dtype and shape that each used key of the file had
+    preserved: tuple[str, ...] = ()  # keys of the file that the model does not use
+    part_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of a Diffusers folder, by subfolder
+    counters: dict[str, int] = field(default_factory=dict)  # epoch and global_step of a .ckpt
+
+    @property
+    def save_as(self) -> str:
+        """The output format that is the same kind as the source."""
+        if not self.is_file:
+            return "diffusers_safetensors" if self.part_dtypes else "diffusers"
+        return "safetensors" if self.name.lower().endswith(".safetensors") else "ckpt"
+
+    def with_vae(self: S, name: str, forms: Mapping[str, Form]) -> S:
+        """The same with the VAE from another place."""
+        others = {key: form for key, form in self.forms.items() if not key.startswith(VAE)}
+        dtypes = {part: dtype for part, dtype in self.part_dtypes.items() if part != "vae"}
+        return replace(self, vae_name=name, forms=others | dict(forms), part_dtypes=dtypes)
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Puts the file's name before the messages of mistakes found inside it."""
+    try:
+        yield
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        raise UserError(*(f"{path}: {problem}" for problem in error.problems), hint=error.hint) from None
+
+
+class Reader:
+    """Takes tensors out of a file, onto torch's default device, and notes their forms.
+
+    Args:
+        dtype: what tensors become; None keeps each one's own, but for 8 bit floats, in which nothing can be computed:
+            they become bfloat16.
+    """
+
+    def __init__(self, weights: Weights, dtype: torch.dtype | None):
+        self.weights = weights
+        self.dtype = dtype
+        self.forms: dict[str, Form] = {}
+
+    def take(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        import torch
+
+        taken = {}
+        for key in keys:
+            tensor = self.weights[key]
+            self.forms[key] = (tensor.dtype, tuple(tensor.shape))
+            is_fp8 = tensor.is_floating_point() and tensor.dtype.itemsize == 1
+            dtype = self.dtype or (torch.bfloat16 if is_fp8 else tensor.dtype)
+            taken[key] = tensor.to(torch.get_default_device(), dtype)
+        return taken
+
+
+def open_model(path: Path, *, mapped: bool = True) -> Weights:
+    """`open_weights`; with `mapped` False a .safetensors file is read by ordinary reads instead of being mapped."""
+    if mapped or path.suffix.lower() != ".safetensors":
+        return open_weights(path)
+    return PlainFile(path)
+
+
+class PlainFile(SafetensorsFile):
+    """A .safetensors file without a memory map, which network drives and WSL read slowly."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.metadata, header = read_header(path)
+        self.shapes = {key: shape for key, (_, shape) in header.items()}
+        self._words = {key: word for key, (word, _) in header.items()}
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
+        self._starts = {key: 8 + length + entries[key]["data_offsets"][0] for key in self.shapes}
+
+    def __getitem__(self, key: str) -> Tensor:
+        import torch
+
+        if key not in self.shapes:
+            raise KeyError(key)
+        tensor = torch.empty(self.shapes[key], dtype=self.dtype(key), device="cpu")
+        with open(self.path, "rb") as file:
+            file.seek(self._starts[key])
+            if tensor.numel():
+                file.readinto(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        return tensor
+
+
+def counters(weights: Weights) -> dict[str, int]:
+    """How long a .ckpt says that it was trained: epoch and global_step, as far as it has them."""
+    return {name: value for name, value in getattr(weights, "extra", {}).items() if name in ("epoch", "global_step")}
+
+
+def require_model_name(name: str) -> None:
+    """Raises: UserError: neither a file or folder nor anything that could be a hub id."""
+    if not Path(name).exists() and not is_hub_id(name):
+        raise UserError(f"{name}: no such file or folder (and not a hub id of the form owner/model)")
+
+
+def from_pretrained(
+    model_class: Any, name: str, subfolder: str | None, dtype: torch.dtype | None = None, **options: Any
+) -> nn.Module:
+    """Loads one part of a Diffusers folder or of a hub model; the hub's cache is asked before the hub.
+
+    Args:
+        dtype: of its weights; None means float32.
+        options: further ones of `model_class.from_pretrained`.
+    Raises: UserError: it is in none of these, or cannot be read.
+    """
+    import torch
+
+    dtype_word = "dtype" if model_class.__module__.startswith("transformers") else "torch_dtype"
+    options |= {dtype_word: dtype or torch.float32} | ({"subfolder": subfolder} if subfolder else {})
+    device = torch.get_default_device()
+    if device != torch.device("cpu"):
+        options["device_map"] = {"": device}  # tensor by tensor, never as a whole in main memory
+    error: Exception | None = None
+    for local in (True,) if Path(name).is_dir() else (True, False):
+        for variant in (None, "fp16"):  # some models come in half precision only
+            try:
+                model = model_class.from_pretrained(name, local_files_only=local, variant=variant, **options)
+                return freeze(model)
+            except (OSError, ValueError, RuntimeError) as problem:
+                error = error if variant and error else problem
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    where = f"{name}/{subfolder}" if subfolder else name
+    if Path(name).is_dir():
+        raise UserError(f"{where}: cannot be loaded ({reason})")
+    raise UserError(
+        f"{where}: neither a file or folder here, nor in the hub's cache, and the hub did not give it ({reason})"
+    )
+
+
+def folder_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype of a part's safetensors file, or None where there is none to ask."""
+    import torch
+
+    words = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+    for path in sorted(folder.glob("*.safetensors")):
+        for dtype, _ in read_header(path)[1].values():
+            if dtype in words:
+                return words[dtype]
+    return None
+
+
+def folder_dtypes(folder: Path, parts: Iterable[str]) -> dict[str, torch.dtype]:
+    """`folder_dtype` by subfolder, of those that have one."""
+    return {part: dtype for part in parts if (dtype := folder_dtype(folder / part)) is not None}
+
+
+# --- VAEs -------------------------------------------------------------------------------------------------------------
+
+
+def load_vae(
+    name: str,
+    *,
+    kinds: tuple[str, ...],
+    channels: int,
+    scaling_factor: float,
+    shift_factor: float | None = None,
+) -> tuple[nn.Module, dict[str, Form]]:
+    """Loads a VAE in float32, and the dtypes and shapes of its tensors by their single-file names (none for folders).
+
+    Args:
+        name: a model's file, a VAE file (latent-diffusion or Diffusers names), a Diffusers model folder, a VAE folder,
+            or a hub id of one of these.
+        kinds: what a file may be besides a VAE by itself, see `recognition`.
+        channels: of the latents.
+        scaling_factor, shift_factor: for a file, which does not tell them.
+    Raises: UserError: missing, unreadable, or without such a VAE.
+    """
+    path = Path(name)
+    if path.is_file():
+        with naming(path):
+            weights = open_weights(path)
+            problem = vae_kind_problem(recognise(weights), kinds)
+            if problem:
+                raise UserError(problem)
+            vae, forms = vae_from_file(weights, scaling_factor, shift_factor)
+    else:
+        vae, forms = _vae_from_folder(name), {}
+    if vae.config.latent_channels != channels:
+        raise UserError(f"{name}: this VAE's latents have {vae.config.latent_channels} channels; {channels} are needed")
+    return vae, forms
+
+
+def _vae_from_folder(name: str) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    path = Path(name)
+    if path.is_dir():
+        return from_pretrained(AutoencoderKL, name, "vae" if (path / "vae").is_dir() else None)
+    try:
+        return from_pretrained(AutoencoderKL, name, "vae")
+    except UserError:
+        return from_pretrained(AutoencoderKL, name, None)
+
+
+def vae_from_file(
+    weights: Weights, scaling_factor: float, shift_factor: float | None = None
+) -> tuple[nn.Module, dict[str, Form]]:
+    """The VAE of an open file, in float32, and the forms of its tensors under the names in a whole model's file.
+
+    Raises: UserError: there is none, or it lacks tensors.
+    """
+    import torch
+    from diffusers import AutoencoderKL
+
+    prefix = VAE if any(key.startswith(VAE) for key in weights) else ""
+    reader = Reader(weights, torch.float32)
+    used = [key for key in weights if key.startswith(tuple(prefix + part for part in VAE_PARTS))]
+    tensors = {key.removeprefix(prefix): tensor for key, tensor in reader.take(used).items()}
+    forms = {VAE + key.removeprefix(prefix): form for key, form in reader.forms.items()}
+    if any(key.startswith("encoder.down_blocks.") for key in tensors):
+        dtype = next(iter(forms.values()))[0]
+        tensors = _to_ldm_names(tensors)
+        forms = {VAE + key: (dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    shapes = vae_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    config = vae_config(shapes, scaling_factor, shift_factor)
+    keys = vae_map(len(config["block_out_channels"]), prefix="")
+    return build(lambda: AutoencoderKL(**config), keys.to_model(tensors), "the VAE"), forms
+
+
+def _to_ldm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A VAE file with Diffusers' names, new or old, under latent-diffusion names."""
+    old = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+    renamed = {}
+    for key, tensor in tensors.items():
+        for was, now in old.items():
+            key = key.replace(was, now)
+        renamed[key] = tensor
+    levels = 1 + max(int(key.split(".")[2]) for key in renamed if key.startswith("encoder.down_blocks."))
+    return vae_map(levels, prefix="").to_file(renamed)

@@ -1,0 +1,111 @@
+"""What a weight file or a model folder is, told from names alone: no torch, so that it can be asked at once."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from library.checkpoints.reading import read_header
+from library.errors import UserError
+
+SD1, SD2, SDXL = "a Stable Diffusion 1.x model", "a Stable Diffusion 2.x model", "an SDXL model"
+SD3, FLUX = "a Stable Diffusion 3 model", "a FLUX model"
+VAE_ONLY, TEXT_ENCODER, T5 = "a VAE", "a text encoder by itself", "a T5 text encoder"
+UNKNOWN = "not a model that is known here"
+
+# The first line whose pattern is found in any key names the file.
+SIGNS = (
+    (r"^lora_|\.lora_(down|up|A|B)\.|\.hada_w1_a$|\.lokr_w1|\.oft_(blocks|diag)$", "a LoRA (or similar network) file"),
+    (r"^emb_params$|^clip_[lg]$|^string_to_param", "a Textual Inversion embedding"),
+    (r"^conditioner\.embedders\.", SDXL),
+    (r"joint_blocks\.\d+\.", SD3),
+    (r"double_blocks\.\d+\.|^transformer_blocks\.\d+\.attn\.add_k_proj", FLUX),
+    (r"^control_model\.|^input_hint_block\.|^controlnet_", "a ControlNet"),
+    (r"^cond_stage_model\.model\.", SD2),
+    (r"^cond_stage_model\.transformer\.", SD1),
+    (r"^model\.diffusion_model\.|^input_blocks\.", "a U-Net without a text encoder"),
+    (r"^(unet\.)?(down_blocks|up_blocks)\.", "a Diffusers U-Net by itself"),
+    (r"^(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|conv_in|down_blocks|mid_block)", VAE_ONLY),
+    (r"^(text_model\.)?encoder\.layers?\.", TEXT_ENCODER),
+    (r"^encoder\.block\.\d+\.", T5),
+)
+PIPELINES = {"StableDiffusionXL": SDXL, "StableDiffusion3": SD3, "Flux": FLUX}  # by the beginning of the class's name
+
+
+def recognise(keys: Iterable[str]) -> str:
+    """What a weight file is, in words, from its key names."""
+    text = "\n".join(keys)
+    return next((label for sign, label in SIGNS if re.search(sign, text, re.MULTILINE)), UNKNOWN)
+
+
+def recognise_file(path: Path) -> str | None:
+    """`recognise` for a file; None for a pickle, which says nothing before it is loaded. Raises: UserError: broken."""
+    return recognise(read_header(path)[1]) if path.suffix.lower() == ".safetensors" else None
+
+
+def pipeline_kind(folder: Path) -> str | None:
+    """What the model_index.json of a Diffusers folder says; None where it says nothing that is known here.
+
+    Raises: UserError: the file is broken.
+    """
+    index = folder / "model_index.json"
+    name = str(read_json(index).get("_class_name")) if index.is_file() else ""
+    return next((kind for start, kind in PIPELINES.items() if name.startswith(start)), None)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no file or folder here could be a model on the hub: `owner/model`."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not re.search(
+        r"\.(safetensors|ckpt|pth?|bin)$", name, re.IGNORECASE
+    )
+
+
+def path_problem(flag: str, name: str, problem_of: Callable[[Path], str | None]) -> str | None:
+    """What is wrong with the path or hub id that `flag` names, or None.
+
+    Args:
+        problem_of: what is wrong with a file or folder that exists; may raise UserError.
+    """
+    path = Path(name)
+    if not path.exists():
+        if is_hub_id(name):
+            return None
+        return f"{flag}: {name}: no such file or folder (and not a hub id of the form owner/model)"
+    try:
+        problem = problem_of(path)
+    except UserError as error:
+        return f"{flag}: {error}"
+    return problem and f"{flag}: {name}: {problem}"
+
+
+def vae_problem(path: Path, kinds: tuple[str, ...]) -> str | None:
+    """Why a file or folder cannot give a VAE; None when it can.
+
+    Args:
+        kinds: what a file may be besides a VAE by itself.
+    """
+    if path.is_dir():
+        is_vae = (path / "vae" / "config.json").is_file() or (path / "config.json").is_file()
+        return None if is_vae else "holds neither vae/config.json nor a VAE's config.json"
+    kind = recognise_file(path)
+    return None if kind is None else vae_kind_problem(kind, kinds)
+
+
+def vae_kind_problem(kind: str, kinds: tuple[str, ...]) -> str | None:
+    """Why a file of this kind cannot give a VAE; see `vae_problem`."""
+    if kind in (*kinds, VAE_ONLY):
+        return None
+    return f"this is {kind}; a VAE, or {' or '.join(kinds)}, is needed here"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON file of a Diffusers folder. Raises: UserError: missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing from the Diffusers folder") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None

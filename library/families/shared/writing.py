@@ -1,0 +1,165 @@
+"""Writing whole models: tensors that are converted when their turn comes, and the parts of Diffusers folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.checkpoints.keymap import Entry, KeyMap
+from library.checkpoints.reading import open_weights
+from library.checkpoints.writing import Deferred, materialise, write_safetensors, write_torch
+from library.errors import UserError
+from library.families.shared.clip import public_state
+from library.runtime.logs import LOGGER
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from library.families.shared.reading import Form
+
+    FileTensors = dict[str, Tensor | Deferred]
+
+FORMATS = ("ckpt", "safetensors", "diffusers", "diffusers_safetensors")
+
+
+def require_format(save_as: str, formats: Iterable[str] = FORMATS) -> None:
+    """Raises: UserError: not one of the formats."""
+    if save_as not in formats:
+        raise UserError(f"--save_model_as {save_as}: choose one of {', '.join(formats)}")
+
+
+# --- single files -----------------------------------------------------------------------------------------------------
+
+
+def deferred_part(
+    keys: KeyMap,
+    state: Mapping[str, Tensor],
+    *,
+    forms: Mapping[str, Form],
+    folder_dtype: torch.dtype | None,
+    dtype: torch.dtype | None,
+) -> FileTensors:
+    """One part of a model under a file's names; each tensor is converted when it is written.
+
+    Args:
+        keys: file names against those of `state`.
+        state: the part's tensors under the model's names.
+        forms: dtype and shape that tensors had in the source file, by file name; shapes that differ only in axes of 1
+            are restored.
+        folder_dtype: of the part in a source that was a folder.
+        dtype: of every tensor; None: as in the source, else as in memory.
+    Raises: KeyMapError: a tensor has no name in the file.
+    """
+    return {entry.file: _deferred(entry, state, forms, folder_dtype, dtype) for entry in keys.entries(state)}
+
+
+def _deferred(
+    entry: Entry,
+    state: Mapping[str, Tensor],
+    forms: Mapping[str, Form],
+    folder_dtype: torch.dtype | None,
+    dtype: torch.dtype | None,
+) -> Deferred:
+    live = [state[name].detach() for name in entry.models]
+    shape = tuple(entry.rule.join([tensor.to("meta") for tensor in live]).shape)
+    old_dtype, old_shape = forms.get(entry.file, (folder_dtype or live[0].dtype, shape))
+    if prod(old_shape) == prod(shape):
+        shape = old_shape  # 1x1 convolutions may be stored flat or not; keep the file's way
+    kept = dtype or old_dtype
+
+    def make() -> Tensor:
+        return entry.rule.join([tensor.cpu() for tensor in live]).reshape(shape).to(kept)
+
+    return Deferred(kept, shape, make)
+
+
+def preserved(name: str, keys: Iterable[str], written: Mapping[str, Any]) -> FileTensors:
+    """Tensors of a source file that its model does not use, exactly as they are.
+
+    Args:
+        name: the file. Where it is gone or broken, there are none, and a warning.
+        keys: of these tensors.
+        written: what is saved anyway.
+    """
+    keys = [key for key in keys if key not in written]
+    if not keys:
+        return {}
+    try:
+        weights = open_weights(name)
+    except UserError as error:
+        LOGGER.warning(f"saving without the {len(keys)} tensors that training does not use: {error}")
+        return {}
+    tensors: FileTensors = {}
+    for key in keys:
+        if key in weights:
+            tensors[key] = Deferred(weights.dtype(key), weights.shapes[key], lambda key=key: weights[key])
+    return tensors
+
+
+def write_single_file(
+    path: Path, tensors: FileTensors, *, save_as: str, metadata: Mapping[str, str], counters: Mapping[str, int]
+) -> None:
+    """Writes a whole model's file.
+
+    Args:
+        save_as: "safetensors" or "ckpt".
+        metadata: goes into a .safetensors file; a .ckpt has only its `ss_epoch` and `ss_steps`.
+        counters: epoch and global_step of the source, to which these are added.
+    Raises: OSError: it cannot be written.
+    """
+    if save_as == "safetensors":
+        write_safetensors(path, tensors, metadata)
+        return
+    done = {"epoch": int(metadata.get("ss_epoch", 0)), "global_step": int(metadata.get("ss_steps", 0))}
+    done = {name: value + counters.get(name, 0) for name, value in done.items()}
+    write_torch(path, {"state_dict": {key: materialise(value) for key, value in tensors.items()}, **done})
+
+
+# --- Diffusers folders ------------------------------------------------------------------------------------------------
+
+
+def save_clip(text_encoder: nn.Module, folder: Path, *, safe: bool) -> None:
+    """Writes a CLIP text encoder by hand: transformers 5 leaves `text_model.` out, without which nothing older reads.
+
+    Args:
+        safe: a .safetensors file, else a .bin.
+    """
+    folder.mkdir()
+    text_encoder.config.architectures = [type(text_encoder).__name__]
+    text_encoder.config.to_json_file(folder / "config.json")
+    state = {name: materialise(tensor) for name, tensor in public_state(text_encoder).items()}
+    if safe:
+        write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
+    else:
+        write_torch(folder / "pytorch_model.bin", state)
+
+
+def save_scheduler(source: str, folder: Path, make: Callable[[], Any]) -> str:
+    """Copies the scheduler of a source folder, or writes the one that `make` gives. Returns: its class's name."""
+    own = Path(source) / "scheduler" / "scheduler_config.json"
+    if own.is_file():
+        folder.mkdir()
+        shutil.copyfile(own, folder / own.name)
+    else:
+        make().save_pretrained(folder)
+    return json.loads((folder / own.name).read_text(encoding="utf-8"))["_class_name"]
+
+
+def write_model_index(folder: Path, pipeline: str, parts: Mapping[str, Any]) -> None:
+    """Writes model_index.json, by which diffusers knows the pipeline.
+
+    Args:
+        pipeline: the class's name.
+        parts: part -> ("diffusers" or "transformers", class name), None where it has none; other values as they are.
+    """
+    import diffusers
+
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
+    for name, value in sorted(parts.items()):
+        index[name] = [None, None] if value is None else list(value) if isinstance(value, tuple) else value
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,184 @@
+"""T5's tokenizer: where it comes from, and captions to token ids. The network is asked only when nothing is here."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T5_TOKENIZER = "google/t5-v1_1-xxl"
+VOCABULARIES = ("tokenizer.json", "spiece.model")  # one of them is a whole tokenizer
+PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
+LENGTH = 512  # tokens; T5's own length
+
+
+def t5_tokenizer(model: str | None = None, subfolder: str = "tokenizer_2", cache_dir: str | None = None) -> Any:
+    """T5's tokenizer, from the first place that has it.
+
+    Those are: `cache_dir/google_t5-v1_1-xxl`, the model's own folder, the hub's cache (of the model, then of
+    google/t5-v1_1-xxl), and the hub itself. A cache folder that has none is given what was found.
+
+    Args:
+        model: Diffusers folder or hub id; None for a single file, which has no tokenizer.
+        subfolder: where Diffusers models of this kind keep it.
+        cache_dir: --tokenizer_cache_dir.
+    Raises: UserError: there is none, or it cannot be read.
+    """
+    cached = Path(cache_dir) / T5_TOKENIZER.replace("/", "_") if cache_dir else None
+    if cached is not None and cached.is_dir():
+        if not _vocabulary(cached):
+            raise UserError(f"{cached}: no T5 tokenizer in it; put {' or '.join(VOCABULARIES)} of {T5_TOKENIZER} there")
+        return read_t5_tokenizer(cached)
+    tokenizer = read_t5_tokenizer(_find(model, subfolder) or _download(model, subfolder))
+    if cached is not None:
+        tokenizer.save_pretrained(cached)
+    return tokenizer
+
+
+def read_t5_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`, from its tokenizer.json or its spiece.model.
+
+    Raises: UserError: neither is there, or it cannot be read, or it is not T5's.
+    """
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    path = _vocabulary(folder)
+    if path is None:
+        raise UserError(f"{folder}: no {' or '.join(VOCABULARIES)} in it")
+    try:
+        backend = Tokenizer.from_file(str(path)) if path.suffix == ".json" else _from_sentencepiece(path.read_bytes())
+    except Exception as error:  # the tokenizers library raises bare Exception for files that it cannot parse
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: cannot be read as a T5 tokenizer ({reason})") from None
+    missing = [token for token in (PAD, EOS, UNKNOWN) if backend.token_to_id(token) is None]
+    if missing:
+        raise UserError(f"{path}: not the tokenizer of T5, as it has no {' and no '.join(missing)}")
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, backend.token_to_id(EOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN, model_max_length=LENGTH
+    )
+
+
+def tokenize_t5(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+    """Captions to ids and attention mask, each (B, length) int64: the caption's tokens, EOS, padding.
+
+    What is beyond `length` is dropped. The mask is 1 for tokens and 0 for padding.
+    """
+    rows = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return rows.input_ids, rows.attention_mask
+
+
+def _vocabulary(folder: Path) -> Path | None:
+    return next((folder / name for name in VOCABULARIES if (folder / name).is_file()), None)
+
+
+def _find(model: str | None, subfolder: str) -> Path | None:
+    """The folder of a tokenizer on this machine: the model's own, or one in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if model and Path(model).is_dir():
+        own = Path(model) / subfolder
+        if _vocabulary(own):
+            return own
+        model = None
+    for name, inside in ((model, f"{subfolder}/"), (T5_TOKENIZER, "")):
+        for file in VOCABULARIES if name else ():
+            found = try_to_load_from_cache(name, inside + file)
+            if isinstance(found, str):
+                return Path(found).parent
+    return None
+
+
+def _download(model: str | None, subfolder: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    reason = ""
+    for name, inside in ((None if model and Path(model).is_dir() else model, f"{subfolder}/"), (T5_TOKENIZER, "")):
+        if not name:
+            continue
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=[inside + file for file in VOCABULARIES])) / inside
+        except Exception as error:  # whatever the hub's client and the network may raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            continue
+        if _vocabulary(folder):
+            return folder
+        reason = f"{name} has none"
+    raise UserError(
+        f"T5's tokenizer is neither here nor in the hub's cache, and the hub did not give it ({reason})",
+        hint=f"get {' or '.join(VOCABULARIES)} of {T5_TOKENIZER}, put it into "
+        f"<folder>/{T5_TOKENIZER.replace('/', '_')} "
+        "and give --tokenizer_cache_dir <folder>",
+    )
+
+
+def _from_sentencepiece(content: bytes) -> Any:
+    """A tokenizer from the bytes of a SentencePiece model: pieces with scores, and a table of equal characters.
+
+    transformers would need two further packages to read the same.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers.models import Unigram
+
+    pieces: list[tuple[str, float]] = []
+    special: list[str] = []
+    unknown, normalizer = 0, b""
+    for number, value in _fields(content):
+        if number == 1:
+            piece = dict(_fields(value))
+            kind = piece.get(3, 1)  # 1 ordinary, 2 unknown, 3 control, 4 user's own
+            name = piece[1].decode()
+            if kind == 2:
+                unknown = len(pieces)
+            if kind != 1:
+                special.append(name)
+            pieces.append((name, struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0))
+        elif number == 3:
+            normalizer = dict(_fields(value)).get(2, b"")
+    tokenizer = Tokenizer(Unigram(pieces, unk_id=unknown, byte_fallback=False))
+    if normalizer:
+        tokenizer.normalizer = normalizers.Precompiled(normalizer)
+    spaces = {"replacement": "\u2581", "prepend_scheme": "always"}
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**spaces)]
+    )
+    tokenizer.decoder = decoders.Metaspace(**spaces)
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    return tokenizer
+
+
+def _fields(content: bytes) -> Iterator[tuple[int, Any]]:
+    """The numbered fields of a message in Protocol Buffers' wire format: integers, or bytes for everything else."""
+    place = 0
+
+    def varint() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte = content[place]
+            place += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while place < len(content):
+        number, wire = divmod(varint(), 8)
+        if wire == 0:
+            yield number, varint()
+            continue
+        size = {1: 8, 2: None, 5: 4}[wire]
+        size = varint() if size is None else size
+        if place + size > len(content):
+            raise ValueError("cut short")
+        yield number, content[place : place + size]
+        place += size

@@ -1,0 +1,183 @@
+"""Tiny FLUX.1 models with random weights, in the layout of published files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from library.families.flux.options import FluxOptions
+from library.families.shared.vae import vae_map
+from library.options.loss import LossOptions, NoiseOptions
+from tests.builders.t5 import t5_weights, tiny_t5, write_t5_tokenizer
+
+HEAD, HEADS = 32, 2  # the narrowest head whose rotary axes are all even
+WIDTH = HEAD * HEADS
+CLIP, T5 = 64, 48  # widths of what the text encoders give
+IN_CHANNELS = 64
+SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
+
+
+def flux_tensors(
+    variant: str = "dev",
+    *,
+    double: int = 2,
+    single: int = 2,
+    width: int = WIDTH,
+    head: int = HEAD,
+    seed: int = 0,
+    blank: bool = False,
+) -> dict[str, Tensor]:
+    """The transformer under the names of its authors' code, without prefix. `blank`: zeros in bfloat16, made fast."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+
+    def draw(*shape: int) -> Tensor:
+        if blank:
+            return torch.zeros(shape, dtype=torch.bfloat16)
+        return torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1)
+
+    def linear(name: str, inside: int, outside: int) -> None:
+        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = draw(outside, inside), draw(outside)
+
+    def norms(name: str) -> None:
+        tensors[f"{name}.query_norm.scale"], tensors[f"{name}.key_norm.scale"] = 1 + draw(head), 1 + draw(head)
+
+    linear("img_in", IN_CHANNELS, width)
+    for name, inside in (("time_in", 256), ("vector_in", CLIP), ("guidance_in", 256)):
+        if name != "guidance_in" or variant == "dev":
+            linear(f"{name}.in_layer", inside, width)
+            linear(f"{name}.out_layer", width, width)
+    linear("txt_in", T5, width)
+    for number in range(double):
+        for stream in ("img", "txt"):
+            place = f"double_blocks.{number}.{stream}"
+            linear(f"{place}_mod.lin", width, 6 * width)
+            linear(f"{place}_attn.qkv", width, 3 * width)
+            norms(f"{place}_attn.norm")
+            linear(f"{place}_attn.proj", width, width)
+            linear(f"{place}_mlp.0", width, 4 * width)
+            linear(f"{place}_mlp.2", 4 * width, width)
+    for number in range(single):
+        place = f"single_blocks.{number}"
+        linear(f"{place}.linear1", width, 7 * width)
+        linear(f"{place}.linear2", 5 * width, width)
+        norms(f"{place}.norm")
+        linear(f"{place}.modulation.lin", width, 3 * width)
+    linear("final_layer.linear", width, IN_CHANNELS)
+    linear("final_layer.adaLN_modulation.1", width, 2 * width)
+    return tensors
+
+
+def tiny_clip_l(seed: int = 1) -> CLIPTextModel:
+    """CLIP-L with the whole vocabulary."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = CLIPTextConfig(
+            vocab_size=49408,
+            hidden_size=CLIP,
+            intermediate_size=96,
+            projection_dim=CLIP,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            bos_token_id=49406,
+            eos_token_id=49407,
+            pad_token_id=49407,
+        )
+        model = CLIPTextModel(config)
+        _shake(model)
+    return model.requires_grad_(False).eval()
+
+
+def clip_l_tensors(model: CLIPTextModel) -> dict[str, Tensor]:
+    """A CLIP text encoder under the names of published files, which hold a projection too."""
+    names = {name.removeprefix("text_model."): tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors = {f"text_model.{name}": tensor for name, tensor in names.items() if not name.endswith("position_ids")}
+    return {**tensors, "text_projection.weight": torch.eye(CLIP), "logit_scale": torch.tensor(4.6)}
+
+
+def tiny_ae(seed: int = 2) -> AutoencoderKL:
+    """16 channels of latents, no quant_conv, as the published autoencoder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(
+            block_out_channels=(32, 32, 32, 32),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            latent_channels=16,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=SCALING_FACTOR,
+            shift_factor=SHIFT_FACTOR,
+        )
+        _shake(vae)
+    return vae.requires_grad_(False).eval()
+
+
+def ae_tensors() -> dict[str, Tensor]:
+    """The autoencoder under the names of the published ae.safetensors."""
+    return {name: tensor.clone() for name, tensor in vae_map(4, prefix="").to_file(tiny_ae().state_dict()).items()}
+
+
+def write_flux(folder: Path, variant: str = "dev", *, dtype: torch.dtype = torch.float32, prefix: str = "") -> Path:
+    """Writes the transformer's file, named by its variant, and returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {prefix + name: tensor.to(dtype) for name, tensor in flux_tensors(variant).items()}
+    save_file(tensors, folder / f"{variant}.safetensors")
+    return folder / f"{variant}.safetensors"
+
+
+def write_parts(folder: Path) -> dict[str, str]:
+    """Writes the other parts' files and T5's tokenizer, and returns the options that name them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(clip_l_tensors(tiny_clip_l()), folder / "clip_l.safetensors")
+    save_file(t5_weights(tiny_t5(T5)), folder / "t5xxl.safetensors")
+    save_file(ae_tensors(), folder / "ae.safetensors")
+    write_t5_tokenizer(folder / "google_t5-v1_1-xxl")
+    files = {name: str(folder / f"{name}.safetensors") for name in ("clip_l", "t5xxl", "ae")}
+    return {**files, "tokenizer_cache_dir": str(folder)}
+
+
+def write_bundle(path: Path, variant: str = "dev") -> Path:
+    """Writes one file that holds all parts, as some are published."""
+    parts = {
+        "model.diffusion_model.": flux_tensors(variant),
+        "text_encoders.clip_l.transformer.": clip_l_tensors(tiny_clip_l()),
+        "text_encoders.t5xxl.transformer.": t5_weights(tiny_t5(T5)),
+        "vae.": ae_tensors(),
+    }
+    tensors = {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
+    save_file({**tensors, "text_encoders.t5xxl.logit_scale": torch.tensor(1.0)}, path)
+    return path
+
+
+def flux_options(
+    model: str | Path, tokenizer_cache_dir: str | None = None, *, mapless: bool = False, **family: Any
+) -> SimpleNamespace:
+    """The option groups that the FLUX family reads, with their defaults. `mapless`: files are not mapped."""
+    return SimpleNamespace(
+        model=SimpleNamespace(
+            pretrained_model_name_or_path=str(model),
+            tokenizer_cache_dir=tokenizer_cache_dir,
+            vae=None,
+            no_half_vae=False,
+            disable_mmap_load_safetensors=mapless,
+        ),
+        family=FluxOptions(**family),
+        noise=NoiseOptions(),
+        loss=LossOptions(),
+    )
+
+
+def _shake(model: torch.nn.Module) -> None:
+    """Fresh biases and norms are all zeros and ones, so that mixed-up names would not show."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.05 * torch.randn_like(parameter)

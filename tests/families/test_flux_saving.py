@@ -1,0 +1,100 @@
+"""FLUX.1 models come out of saving as they went in, and what is saved opens in diffusers."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from library.errors import UserError
+from library.families.flux.adapter import FluxFamily
+from library.families.flux.keymap import flux_map
+from tests.builders.flux import flux_options, flux_tensors, write_bundle, write_flux, write_parts
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return write_parts(tmp_path_factory.mktemp("parts"))
+
+
+def load(model, parts):
+    family = FluxFamily(flux_options(model, **parts))
+    return family, family.load()
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_read_then_saved_gives_the_same_bytes(tmp_path, parts, dtype, prefix):
+    source = write_flux(tmp_path, dtype=dtype, prefix=prefix)
+    family, models = load(source, parts)
+    assert models.source.save_as == "safetensors"
+    family.save(models, tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={})
+    assert digest(tmp_path / "again.safetensors") == digest(source)
+
+
+def test_a_bundle_keeps_its_other_parts(tmp_path, parts):
+    source = write_bundle(tmp_path / "all.safetensors")
+    family, models = load(source, {"tokenizer_cache_dir": parts["tokenizer_cache_dir"]})
+    family.save(models, tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={})
+    assert digest(tmp_path / "again.safetensors") == digest(source)
+
+
+def test_precision_and_metadata(tmp_path, parts):
+    family, models = load(write_flux(tmp_path), parts)
+    path = tmp_path / "out.safetensors"
+    family.save(models, path, save_as="safetensors", dtype=torch.bfloat16, metadata={"modelspec.title": "x"})
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"modelspec.title": "x"}
+    saved = load_file(path)
+    assert saved.keys() == flux_tensors().keys()
+    assert all(saved[name].equal(tensor.to(torch.bfloat16)) for name, tensor in flux_tensors().items())
+
+
+def test_ckpt(tmp_path, parts):
+    family, models = load(write_flux(tmp_path), parts)
+    path = tmp_path / "out.ckpt"
+    family.save(models, path, save_as="ckpt", dtype=None, metadata={"ss_epoch": "2", "ss_steps": "30"})
+    content = torch.load(path, weights_only=True)
+    assert (content["epoch"], content["global_step"]) == (2, 30)
+    assert all(content["state_dict"][name].equal(tensor) for name, tensor in flux_tensors().items())
+    again = load(path, parts)[1]
+    assert again.source.save_as == "ckpt"
+    assert again.source.counters == {"epoch": 2, "global_step": 30}
+
+
+@pytest.mark.parametrize("variant", ["dev", "schnell"])
+def test_a_folder_opens_in_diffusers_and_its_file_is_the_first_again(tmp_path, parts, variant):
+    source = write_flux(tmp_path, variant, dtype=torch.bfloat16)
+    family, models = load(source, parts)
+    models.vae = None  # as after caching
+    models.text_encoders.clear()
+    family.save(models, tmp_path / "folder", save_as="diffusers_safetensors", dtype=None, metadata={})
+    pipe = FluxPipeline.from_pretrained(tmp_path / "folder", torch_dtype=torch.float32)
+    expected = {name: tensor.to(torch.bfloat16).float() for name, tensor in flux_tensors(variant).items()}
+    for name, tensor in flux_map().to_model(expected).items():
+        assert_close(pipe.transformer.state_dict()[name], tensor, atol=0, rtol=0, msg=name)
+    assert pipe.scheduler.config.use_dynamic_shifting == (variant == "dev")
+    again_family, again = load(tmp_path / "folder", {})
+    with torch.no_grad():
+        states, pooled, _ = pipe.encode_prompt(["a red house"], None, max_sequence_length=256)
+        opts = flux_options(tmp_path / "folder", t5xxl_max_token_length=256)
+        cond = FluxFamily(opts).encode_text(again, ["a red house"])
+    assert_close(cond.tensors["t5_out"], states, atol=1e-5, rtol=0)
+    assert_close(cond.tensors["l_pooled"], pooled, atol=1e-5, rtol=0)
+    again_family.save(again, tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={})
+    assert digest(tmp_path / "again.safetensors") == digest(source)
+
+
+def test_an_unknown_format(tmp_path, parts):
+    family, models = load(write_flux(tmp_path), parts)
+    with pytest.raises(UserError, match="--save_model_as onnx"):
+        family.save(models, tmp_path / "x", save_as="onnx", dtype=None, metadata={})
