@@ -30,12 +30,17 @@ if TYPE_CHECKING:
     from library.options.base import Options
     from library.training.loop import Run, RunFacts
     from library.training.plan import RunPlan, Start
-    from library.types import Models
+    from library.types import Models, TextCond
 
 # name -> (package of the family, its adapter class in `<package>.adapter`); `<package>.options` holds TRAITS and
 # `<package>.variants` `check_paths(opts)`, both without torch
-FAMILIES = {"sd": ("library.families.sd", "SdFamily")}
-# name -> (module, its class); `<module>_args` holds `check_options(opts)`, without torch
+FAMILIES = {
+    "sd": ("library.families.sd", "SdFamily"),
+    "sdxl": ("library.families.sdxl", "SdxlFamily"),
+    "sd3": ("library.families.sd3", "Sd3Family"),
+    "flux": ("library.families.flux", "FluxFamily"),
+}
+# name -> (module, its class); `<module>_args` holds `check_options(opts, traits)`, without torch
 METHODS = {
     "network": ("library.methods.network", "NetworkMethod"),
     "finetune": ("library.methods.finetune", "FinetuneMethod"),
@@ -137,7 +142,7 @@ def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Opt
     problems = list(validation.problems(opts, traits))
     specs: list[Any] = []
     if not problems:  # the options make sense: now the files that they name
-        problems += importlib.import_module(f"{METHODS[method_name][0]}_args").check_options(opts)
+        problems += importlib.import_module(f"{METHODS[method_name][0]}_args").check_options(opts, traits)
         problems += importlib.import_module(f"{package}.variants").check_paths(opts)
         for look in (lambda: specs.extend(build_specs(opts, traits)), lambda: _seed_of_state(opts)):
             try:
@@ -187,24 +192,39 @@ def _assemble(
 
     family, method = _make(FAMILIES[family_name], opts, "adapter"), _make(METHODS[method_name], opts)
     preview = Preview.from_options(opts, family)
+    _require_texts(opts, family, data, samples=bool(preview.prompts))
     started = time.time()
     with placement.loading(opts, accelerator.device):
         models = family.load()
-    cache = _latent_cache(opts, family, models, data)
     LOGGER.info("loaded %s in %.1f s", opts.model.pretrained_model_name_or_path, time.time() - started)
+    cache_latents = _latent_cache(opts, family, models, data)
     method.attach(family, models)
+    cache_text = _text_cache(opts, family, method, models, data)  # knows what was merged into the encoders
     grad_text = method.trains_text_encoder()
-    placement.place(models, opts, accelerator.device, grad_text=grad_text)
-    placement.place_trained(method.trainable(), opts, accelerator.device)
-    attention = set_attention(models.denoiser, opts.memory)
-    if cache is not None:
-        cache(_latent_encoder(opts, family, models, accelerator))
+    # One part after the other, so that a large model's need not be on the device together.
+    placement.place_text_encoders(models, opts, accelerator.device, grad_text=grad_text)
+    added = method.added()
+    if added is not None:
+        placement.place_trained(added.eval(), opts, accelerator.device)
+    if cache_text is not None:
+        cache_text(accelerator)
+        preview.remember_texts(models, accelerator.device)
+        placement.release_text_encoders(models, opts, keep=method.working_text_encoders())
+    placement.place_vae(models, opts, accelerator.device)
+    if cache_latents is not None:
+        cache_latents(_latent_encoder(opts, family, models, accelerator))
         if accelerator.is_main_process:
             data.index.save()
-        placement.release_vae(models, opts)
+        placement.release(models.vae, opts)
+    placement.place_denoiser(models, opts, accelerator.device)
+    placement.place_trained(method.trainable(), opts, accelerator.device)
+    attention = set_attention(models.denoiser, opts.memory)
     if opts.memory.torch_compile:
         compile_blocks(family.blocks(models), opts.memory.dynamo_backend, accelerator.device)
+    swap = placement.swap_blocks(family, models, opts, accelerator.device)
     optimizer = make_optimizer(method.parameter_groups(), opts.optimizer)
+    if swap is not None:
+        swap.serve(optimizer)
     schedule = make_schedule(optimizer, opts.optimizer, run_plan.total_steps)
     start = _choose_start(opts, run_plan, schedule)
     for line in plan.describe(run_plan, data.num_train_images, data.num_reg_images):
@@ -225,7 +245,7 @@ def _assemble(
         plan=run_plan,
         accelerator=accelerator,
         optimizer=prepared,
-        stepper=Stepper(opts, optimizer, prepared),
+        stepper=Stepper(opts, optimizer, prepared, _stepped_together(opts, family, models, optimizer)),
         schedule=schedule,
         saves=saves,
         preview=preview,
@@ -238,6 +258,19 @@ def _assemble(
         resume=Path(opts.saving.resume) if opts.saving.resume else None,
         average=_average(opts, optimizer),
     )
+
+
+def _stepped_together(opts: Options, family: Family, models: Models, optimizer: Any) -> Any:
+    """The weights by the parts that are stepped inside the backward pass; None: they are not, or each by itself."""
+    from library.training.stepping import equal_parts, parts_by_block
+
+    fused = getattr(opts, "fused", None)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if fused is None or not fused.in_use:
+        return None
+    if fused.blockwise_fused_optimizers:
+        return parts_by_block(weights, family.blocks(models))
+    return equal_parts(weights, fused.fused_optimizer_groups)
 
 
 def _average(opts: Options, optimizer: Any) -> Any:
@@ -293,8 +326,9 @@ def _make_accelerator(opts: Options) -> Accelerator:
     minutes = opts.distributed.ddp_timeout
     patience = [InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))] if minutes else []
     made = Accelerator(mixed_precision=chosen, cpu=not torch.accelerator.is_available(), kwargs_handlers=patience)
-    if opts.optimizer.fused_backward_pass and made.num_processes > 1:
-        raise UserError("--fused_backward_pass: cannot be used with several processes; leave it out, or start one")
+    fused = opts.optimizer.fused_backward_pass or (getattr(opts, "fused", None) is not None and opts.fused.in_use)
+    if fused and made.num_processes > 1:
+        raise UserError("steps inside the backward pass cannot be used with several processes; leave them out")
     if opts.memory.full_fp16:
         from library.training.precision import HalfGradScaler
 
@@ -401,6 +435,82 @@ def _latent_encoder(opts: Options, family: Family, models: Any, accelerator: Acc
     bar = partial(logs.progress, disable=not accelerator.is_main_process)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     return Encoder(encode, opts.data.vae_batch_size, opts.training.seed, processes, bar)
+
+
+def _require_texts(opts: Options, family: Family, data: Any, *, samples: bool) -> None:
+    """Raises: UserError: text encoders are missing, and not everything that is to be encoded is in cache files."""
+    missing = family.missing_text_encoders()
+    if not missing:
+        return
+    if samples:
+        raise UserError(*missing, hint="--sample_prompts have to be encoded even where captions need not be")
+    from library.caching import text_outputs
+
+    items, layout = text_outputs.items_of(data.all_records), family.text_layout()
+    assert layout is not None, "a family that does without encoders has such files"
+    lacking = text_outputs.unusable_files(items, layout, check=not opts.data.skip_cache_check)
+    for file, why in lacking.items():
+        more = f" and {len(lacking) - 1} more files" if len(lacking) > 1 else ""
+        raise UserError(*(f"{line}: {file} would have to be made ({why}){more}" for line in missing))
+
+
+def _text_cache(opts: Options, family: Family, method: Method, models: Any, data: Any) -> Any:
+    """What caches the text encoders' outputs once they are in place; None: captions are encoded as they come up."""
+    options = getattr(opts, "text_cache", None)
+    if options is None or not options.in_use:
+        return None
+    from library.checkpoints.hashes import weights_fingerprint
+
+    layout = family.text_layout()
+    assert layout is not None, "a family with these options has such files"
+    encoder = {part: weights_fingerprint(module) for part, module in sorted(models.text_encoders.items())}
+    added = method.added()
+    if added is not None and opts.method.network_weights and not opts.method.network_train_unet_only:
+        encoder["network"] = weights_fingerprint(added)  # one that has learned something acts on the encoders
+    encoder |= {name: str(value) for name, value in sorted(layout.settings.items())}
+    return partial(_cache_text, opts, family, method, models, data, layout, encoder)
+
+
+def _cache_text(
+    opts: Options,
+    family: Family,
+    method: Method,
+    models: Any,
+    data: Any,
+    layout: Any,
+    encoder: dict[str, str],
+    accelerator: Accelerator,
+) -> None:
+    from library.caching import text_outputs
+    from library.runtime.processes import Processes
+
+    def encode(captions: list[str]) -> TextCond:
+        with accelerator.autocast():
+            return family.encode_text(models, captions)
+
+    items = text_outputs.items_of(data.all_records)
+    batch_size = opts.text_cache.text_encoder_batch_size or opts.data.train_batch_size
+    bar = partial(logs.progress, disable=not accelerator.is_main_process)
+    if not opts.text_cache.cache_text_encoder_outputs_to_disk:
+        data.set_text(text_outputs.cache_text_in_memory(items, encode, batch_size, bar))
+        return
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    _, reasons = text_outputs.cache_text_on_disk(
+        items,
+        layout,
+        encode,
+        encoder,
+        batch_size,
+        unread=method.working_text_encoders(),
+        rank=processes.rank,
+        world=processes.world,
+        check=not opts.data.skip_cache_check,
+        progress=bar,
+    )
+    for reason in reasons:
+        LOGGER.warning("%s", reason)
+    processes.wait()
+    data.set_text(text_outputs.disk_store(items, layout))
 
 
 def _show_data(data: Any, opts: Options, accelerator: Accelerator) -> None:

@@ -15,6 +15,7 @@ import pytest
 import toml
 from PIL import Image
 
+import library.families
 from library.data import buckets
 from library.data.blueprint import build_specs
 from library.data.captions import CaptionOptions, make_caption
@@ -35,7 +36,9 @@ GUIDES = (
     "memory.md",
     "fine_tuning.md",
     "logging.md",
+    "timesteps.md",
 )
+FAMILIES = sorted(file.parent.name for file in Path(library.families.__path__[0]).glob("*/options.py"))
 GROUPS = scripts.groups_for("sd", "network")
 
 
@@ -245,7 +248,11 @@ def test_the_printed_report_is_what_such_a_folder_gives(elsewhere):
 @pytest.mark.parametrize("guide", GUIDES)
 def test_flags_and_commands_exist(guide):
     text = (DOCS / guide).read_text("utf-8")
-    groups = {script: scripts.groups_for("sd", method) for script, method in scripts.scripts_of("sd").items()}
+    groups = {
+        script: scripts.groups_for(family, method)
+        for family in FAMILIES
+        for script, method in scripts.scripts_of(family).items()
+    }
     known = {"--num_cpu_threads_per_process", "--logdir"}  # of accelerate launch and of tensorboard
     for own in groups.values():
         known |= set(parsing.build_parser(own, prog="x", description="x")._option_string_actions)

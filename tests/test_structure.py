@@ -262,7 +262,7 @@ def line_count(file: Path) -> int:
 @pytest.mark.parametrize(("package", "name"), [("families", "Family"), ("methods", "Method")])
 def test_base_classes_stay_small(package, name):
     found = members(ROOT / "library" / package / "base.py", name)
-    assert 0 < len(found) <= 14, found
+    assert 0 < len(found) <= 15, found
 
 
 def required_packages() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,6 @@ from library.version import NAME, VERSION
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from library.data.captions import CaptionOptions
     from library.data.records import Record
 
 Encode = Callable[[list[str]], TextCond]
@@ -44,6 +43,7 @@ class TextLayout:
     keys: tuple[str, ...]
     flags: Mapping[str, bool] = field(default_factory=dict)  # 0-dim bool arrays that say how the rows were made
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of keys whose rows all have one shape
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what, beside the weights, decides what encoders give
 
 
 @dataclass(frozen=True)
@@ -100,30 +100,8 @@ class DiskStore:
         return {name: torch.from_numpy(arrays[name]) for name in self.keys}
 
 
-def problems(captions: CaptionOptions, place: str) -> Iterable[str]:
-    """Why the captions of one subset change during training, so that their outputs cannot be cached; one line each.
-
-    Args:
-        place: names the subset, e.g. "data.toml, [[datasets]] 1".
-    """
-    changing = {
-        "shuffle_caption": captions.shuffle_caption,
-        "caption_tag_dropout_rate": captions.caption_tag_dropout_rate > 0,
-        "token_warmup_step": captions.token_warmup_step > 0,
-        "enable_wildcard": captions.enable_wildcard,
-        "caption_dropout_rate": captions.caption_dropout_rate > 0,
-        "caption_dropout_every_n_epochs": captions.caption_dropout_every_n_epochs > 0,
-    }
-    for name, in_use in changing.items():
-        if in_use:
-            yield (
-                f"{place}: {name} changes the caption during training, so text encoder outputs cannot be cached; "
-                f"remove {name}, or train without cached text encoder outputs"
-            )
-
-
 def items_of(records: Sequence[Record]) -> list[Item]:
-    """What a cache needs to know of each record. Their captions must not change, see `problems`."""
+    """What a cache needs to know of each record. Their captions must not change, see `captions.changing`."""
     shared = shared_stems(records)
     return [
         Item(
@@ -170,9 +148,10 @@ def cache_text_on_disk(
     items: Sequence[Item],
     layout: TextLayout,
     encode: Encode,
-    encoder: str,
+    encoder: Mapping[str, str],
     batch_size: int,
     *,
+    unread: Collection[str] = (),
     rank: int = 0,
     world: int = 1,
     check: bool = True,
@@ -186,7 +165,9 @@ def cache_text_on_disk(
 
     Args:
         encode: up to `batch_size` captions to their conditioning, whose tensors are named as `layout.keys`.
-        encoder: fingerprint of the encoders' weights and of all else that decides what they give for a caption.
+        encoder: by name, fingerprints of the encoders' weights and all else that decides what they give for a caption.
+            Files may have been made with more encoders than these.
+        unread: names in `encoder` that may be others in files, as nothing of theirs will be read.
         check: whether to look into files that are there; if not, they are trusted.
         summaries: what `store.summary` says about a file, perhaps remembered.
         progress: makes a progress bar, as `library.runtime.logs.progress` does.
@@ -194,13 +175,14 @@ def cache_text_on_disk(
     Returns: the store (None with several processes), and a line for each file that was there and is made anew.
     Raises: UserError: one file would have to hold two captions, the encoder gives NaN, or a file cannot be written.
     """
+    wanted = {name: value for name, value in encoder.items() if name not in unread}
     reasons: list[str] = []
     todo: dict[str, list[Item]] = {}
     for caption, members in list(_by_caption(items, layout).items())[rank::world]:
         for item in members:
             file = cache_file(item, layout)
             there = file.is_file()
-            fault = _fault(file, item, layout, encoder, summaries) if there and check else None
+            fault = _fault(file, item, layout, wanted, summaries) if there and check else None
             if fault:
                 reasons.append(f"{file}: {fault}; it is made anew")
             if fault or not there:
@@ -208,6 +190,28 @@ def cache_text_on_disk(
     if todo:
         _encode_to_files(todo, layout, encode, encoder, batch_size, progress)
     return (disk_store(items, layout) if world == 1 else None), reasons
+
+
+def unusable_files(
+    items: Sequence[Item],
+    layout: TextLayout,
+    *,
+    check: bool = True,
+    summaries: Callable[[Path], dict[str, Any]] = store.summary,
+) -> dict[Path, str]:
+    """The items' files that would have to be made, and why, whichever encoders made those that are there.
+
+    Args: as those of `cache_text_on_disk`.
+    """
+    found: dict[Path, str] = {}
+    for item in items:
+        file = cache_file(item, layout)
+        fault = "it is not there"
+        if file.is_file():
+            fault = _fault(file, item, layout, {}, summaries) if check else None
+        if fault:
+            found[file] = fault
+    return found
 
 
 def disk_store(items: Sequence[Item], layout: TextLayout) -> DiskStore:
@@ -267,7 +271,7 @@ def _encode_to_files(
     todo: Mapping[str, Sequence[Item]],
     layout: TextLayout,
     encode: Encode,
-    encoder: str,
+    encoder: Mapping[str, str],
     batch_size: int,
     progress: Callable[..., Any],
 ) -> None:
@@ -314,17 +318,17 @@ def _array(row: Tensor) -> NDArray[Any]:
     return (row.float() if row.dtype == torch.bfloat16 else row).numpy()  # numpy has no bfloat16
 
 
-def _note(caption: str, encoder: str) -> dict[str, Any]:
+def _note(caption: str, encoder: Mapping[str, str]) -> dict[str, Any]:
     return {
         "software": NAME,
         "version": VERSION,
         "caption": hashlib.sha256(caption.encode()).hexdigest()[:32],
-        "encoder": encoder,
+        "encoder": dict(encoder),
     }
 
 
 def _fault(
-    file: Path, item: Item, layout: TextLayout, encoder: str, summaries: Callable[[Path], dict[str, Any]]
+    file: Path, item: Item, layout: TextLayout, encoder: Mapping[str, str], summaries: Callable[[Path], dict[str, Any]]
 ) -> str | None:
     """Why a file that is there cannot be used for an item, or None."""
     facts = summaries(file)
@@ -353,7 +357,8 @@ def _fault(
 def _note_fault(note: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
     if note.get("caption") != wanted["caption"]:
         return "made for another caption"
-    if note.get("encoder") != wanted["encoder"]:
+    made = note.get("encoder")
+    if not isinstance(made, dict) or not wanted["encoder"].items() <= made.items():
         return "made by another text encoder, or with other settings of it"
     return None
 

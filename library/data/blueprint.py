@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.data.buckets import round_limits
-from library.data.captions import CaptionOptions
+from library.data.captions import CaptionOptions, changing
 from library.data.config_file import read_config
 from library.data.config_schema import DATASET, KEYS, SUBSET, Key, check_value
 from library.data.folders import has_images, repeat_folders
@@ -242,6 +242,8 @@ def _check_augmentation(subset: SubsetSpec, buckets: bool, opts: Options, place:
                     f"{place}: {name} changes the picture every time, so its latents cannot be cached; "
                     f"remove {'--cache_latents' if opts.data.cache_latents else '--cache_latents_to_disk'} or {name}"
                 )
+    if getattr(opts, "text_cache", None) and opts.text_cache.in_use:
+        yield from changing(subset.captions, place)
     if buckets and subset.face_crop_aug_range:
         LOGGER.warning(f"{place}: face_crop_aug_range has no effect on pictures in buckets (enable_bucket)")
 

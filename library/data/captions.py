@@ -46,6 +46,28 @@ class CaptionOptions:
         return replace(self, token_warmup_step=math.floor(self.token_warmup_step * total_steps))
 
 
+def changing(captions: CaptionOptions, place: str) -> Iterable[str]:
+    """Why the captions of one subset change during training, so that their outputs cannot be cached; one line each.
+
+    Args:
+        place: names the subset, e.g. "data.toml, [[datasets]] 1".
+    """
+    changing = {
+        "shuffle_caption": captions.shuffle_caption,
+        "caption_tag_dropout_rate": captions.caption_tag_dropout_rate > 0,
+        "token_warmup_step": captions.token_warmup_step > 0,
+        "enable_wildcard": captions.enable_wildcard,
+        "caption_dropout_rate": captions.caption_dropout_rate > 0,
+        "caption_dropout_every_n_epochs": captions.caption_dropout_every_n_epochs > 0,
+    }
+    for name, in_use in changing.items():
+        if in_use:
+            yield (
+                f"{place}: {name} changes the caption during training, so text encoder outputs cannot be cached; "
+                f"remove {name}, or train without cached text encoder outputs"
+            )
+
+
 def make_caption(raw: str, options: CaptionOptions, rng: Random, epoch: int, step: int) -> str:
     """The caption of one item at one moment of the run.
 

@@ -1,4 +1,4 @@
-"""Frozen weights kept in 8-bit floats: a quarter of float32's memory, half of bf16's.
+"""Frozen weights kept small. Here: in 8-bit floats, a quarter of float32's memory, half of bf16's.
 
 A layer stays the object that it was, with its hooks and its place in the model; only its class and how it keeps its
 weight change. The computation is in the layer's input format, or autocast's.
@@ -6,7 +6,8 @@ weight change. The computation is in the layer's input format, or autocast's.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,10 @@ from torch.nn import functional as F
 FORMAT = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FORMAT).max  # 448
 _LEAST_EXPONENT = -14  # of a scale: the smallest that fp16 holds in full
+
+
+Pack = Callable[[Tensor], tuple[Tensor, Tensor]]  # weight -> bits and scale, which `Module.to(dtype)` does not harm
+Widen = Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]  # bits, scale, shape and format -> weight
 
 
 def keep_in_fp8(part: nn.Module) -> int:
@@ -26,14 +31,27 @@ def keep_in_fp8(part: nn.Module) -> int:
     Returns: how many layers were turned.
     Raises: ValueError: a weight is being trained.
     """
+    return keep_small(part, to_fp8, {nn.Linear: Fp8Linear, nn.Conv2d: Fp8Conv2d})
+
+
+def keep_small(part: nn.Module, pack: Pack, kinds: Mapping[type, type[SmallWeight]]) -> int:
+    """Gives the layers inside `part` the class that `kinds` has for theirs, and what `pack` makes of their weight.
+
+    Subclasses of linear layers and convolutions stay as they are, and so do convolutions that pad otherwise than by
+    a number of zeros.
+
+    Returns: how many layers were turned.
+    Raises: ValueError: a weight is being trained.
+    """
     turned = 0
     for module in part.modules():
-        kind = _KINDS.get(type(module))
+        kind = kinds.get(type(module))
         if kind is None or (isinstance(module, nn.Conv2d) and not _plain(module)):
             continue
         if module.weight.requires_grad:
-            raise ValueError("weights in 8-bit floats cannot be trained")
-        bits, scale = to_fp8(module.weight)
+            raise ValueError("weights that are kept small cannot be trained")
+        with torch.no_grad():
+            bits, scale = pack(module.weight)
         del module.weight
         module.register_buffer("weight_bits", bits, persistent=False)
         module.register_buffer("weight_scale", scale, persistent=False)
@@ -58,41 +76,75 @@ def from_fp8(bits: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return bits.view(FORMAT).to(dtype) * scale.to(dtype)
 
 
-class Fp8Linear(nn.Linear):
+def _widen_fp8(bits: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return from_fp8(bits, scale, dtype)
+
+
+class SmallWeight:
+    """What layers have in common that hold `weight_bits` and `weight_scale` in place of a weight."""
+
+    widen: ClassVar[Widen]
+    weight_bits: Tensor
+    weight_scale: Tensor
+    bias: nn.Parameter | None
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        raise NotImplementedError
+
     @property
     def weight(self) -> Tensor:
         """A copy in the bias's format, or float32; frozen."""
-        return from_fp8(self.weight_bits, self.weight_scale, _format_of(self))
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = _computing(x)
-        return _Linear.apply(x.to(dtype), self.weight_bits, self.weight_scale, _cast(self.bias, dtype))
+        dtype = torch.float32 if self.bias is None else self.bias.dtype
+        return self.widen(self.weight_bits, self.weight_scale, self.weight_shape, dtype)
 
 
-class Fp8Conv2d(nn.Conv2d):
+class SmallLinear(SmallWeight, nn.Linear):
     @property
-    def weight(self) -> Tensor:
-        """A copy in the bias's format, or float32; frozen."""
-        return from_fp8(self.weight_bits, self.weight_scale, _format_of(self))
+    def weight_shape(self) -> torch.Size:
+        return torch.Size((self.out_features, self.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = _computing(x)
-        bits, scale, bias = self.weight_bits, self.weight_scale, _cast(self.bias, dtype)
-        return _Conv2d.apply(x.to(dtype), bits, scale, bias, self.stride, self.padding, self.dilation, self.groups)
+        kept = self.weight_bits, self.weight_scale, self.widen, self.weight_shape
+        return _Linear.apply(x.to(dtype), *kept, _cast(self.bias, dtype))
+
+
+class SmallConv2d(SmallWeight, nn.Conv2d):
+    @property
+    def weight_shape(self) -> torch.Size:
+        return torch.Size((self.out_channels, self.in_channels // self.groups, *self.kernel_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = _computing(x)
+        kept = self.weight_bits, self.weight_scale, self.widen, self.weight_shape
+        geometry = self.stride, self.padding, self.dilation, self.groups
+        return _Conv2d.apply(x.to(dtype), *kept, _cast(self.bias, dtype), *geometry)
+
+
+class Fp8Linear(SmallLinear):
+    widen = staticmethod(_widen_fp8)
+
+
+class Fp8Conv2d(SmallConv2d):
+    widen = staticmethod(_widen_fp8)
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps the 8-bit weight for the backward pass instead of the wide one."""
+    """Keeps the small weight for the backward pass instead of the wide one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, bits: Tensor, scale: Tensor, widen: Widen, shape: torch.Size, bias: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(bits, scale)
-        return F.linear(x, from_fp8(bits, scale, x.dtype), bias)
+        ctx.widen, ctx.shape = widen, shape
+        return F.linear(x, widen(bits, scale, shape, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         bits, scale = ctx.saved_tensors
-        return gradient @ from_fp8(bits, scale, gradient.dtype), None, None, None
+        return gradient @ ctx.widen(bits, scale, ctx.shape, gradient.dtype), *[None] * 5
 
 
 class _Conv2d(torch.autograd.Function):
@@ -100,20 +152,19 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None, stride, padding, dilation, groups
-    ) -> Tensor:
+        ctx: Any, x: Tensor, bits: Tensor, scale: Tensor, widen: Widen, shape: torch.Size, bias: Tensor | None,
+        stride, padding, dilation, groups,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(bits, scale)
-        ctx.shape, ctx.geometry = x.shape, (stride, padding, dilation, groups)
-        return F.conv2d(x, from_fp8(bits, scale, x.dtype), bias, stride, padding, dilation, groups)
+        ctx.widen, ctx.shape = widen, shape
+        ctx.input, ctx.geometry = x.shape, (stride, padding, dilation, groups)
+        return F.conv2d(x, widen(bits, scale, shape, x.dtype), bias, *ctx.geometry)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         bits, scale = ctx.saved_tensors
-        weight = from_fp8(bits, scale, gradient.dtype)
-        return nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.geometry), *[None] * 7
-
-
-_KINDS: dict[type, type] = {nn.Linear: Fp8Linear, nn.Conv2d: Fp8Conv2d}
+        weight = ctx.widen(bits, scale, ctx.shape, gradient.dtype)
+        return nn.grad.conv2d_input(ctx.input, weight, gradient, *ctx.geometry), *[None] * 9
 
 
 def _plain(conv: nn.Conv2d) -> bool:
@@ -127,7 +178,3 @@ def _computing(x: Tensor) -> torch.dtype:
 
 def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias.to(dtype)
-
-
-def _format_of(layer: Fp8Linear | Fp8Conv2d) -> torch.dtype:
-    return torch.float32 if layer.bias is None else layer.bias.dtype

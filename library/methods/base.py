@@ -29,13 +29,25 @@ class Method(ABC):
     def trainable(self) -> nn.Module:
         """The one module that holds all trained parameters (accelerate prepares it; state is its state_dict)."""
 
+    def added(self) -> nn.Module | None:
+        """What acts on the models from beside them, such as a network; None: their own weights are trained."""
+        return None
+
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups: {"params": [...], "lr": float, "name": str}; the name labels the rate in the logs."""
 
     @abstractmethod
+    def trained_text_encoders(self) -> list[str]:
+        """The text encoders in which gradients are needed at present; for those that have called `attach`."""
+
     def trains_text_encoder(self) -> bool:
         """Whether any gradient is needed in a text encoder."""
+        return bool(self.trained_text_encoders())
+
+    def working_text_encoders(self) -> list[str]:
+        """The text encoders that encode captions in every step, even where outputs are cached."""
+        return self.trained_text_encoders()
 
     @abstractmethod
     def file_suffix(self) -> str:

@@ -39,7 +39,11 @@ class FinetuneMethod(Method):
             if module is not None:
                 module.requires_grad_(False)
         self._rates = part_rates(self.opts, family.traits.text_encoders)
-        trained = {part: parts[part].requires_grad_(True) for part, rate in self._rates.items() if rate}
+        given = {part: rate for part, rate in self._rates.items() if part in parts}  # some text encoders may be absent
+        trained = {part: parts[part].requires_grad_(True) for part, rate in given.items() if rate}
+        blocks = family.blocks(models)
+        for block in blocks[len(blocks) - min(self.opts.method.frozen_blocks, len(blocks)) :]:
+            block.requires_grad_(False)
         if not trained:
             raise UserError("nothing would be trained with a learning rate of 0; set --learning_rate above 0")
         self._trained = TrainedParts(trained)
@@ -60,14 +64,29 @@ class FinetuneMethod(Method):
         return self._trained
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        names = _group_names(self._trained)
-        return [
-            {"params": list(module.parameters()), "lr": self._rates[part], "name": names[part]}
-            for part, module in self._trained.items()
-        ]
+        names, groups = _group_names(self._trained), []
+        for part, module in self._trained.items():
+            block_rates = self.opts.method.block_rates if part == DENOISER else None
+            by_label: dict[str, dict[str, Any]] = {}
+            for name, weight in module.named_parameters():
+                if not (weight.requires_grad or part in self._trained.stopped):
+                    continue
+                label, rate = names[part], self._rates[part]
+                if block_rates is not None:
+                    number = self._family.block_number(self._whole, name)
+                    label, rate = f"{label} block {number}", block_rates[number]
+                by_label.setdefault(label, {"params": [], "lr": rate, "name": label})["params"].append(weight)
+            groups += by_label.values()
+        return groups
 
-    def trains_text_encoder(self) -> bool:
-        return any(part not in (DENOISER, *self._trained.stopped) for part in self._trained)
+    def trained_text_encoders(self) -> list[str]:
+        return [part for part in self._trained if part not in (DENOISER, *self._trained.stopped)]
+
+    def working_text_encoders(self) -> list[str]:
+        trained = self.trained_text_encoders()
+        numbers = {part: number for number, part in enumerate(self._family.traits.text_encoders)}
+        uncached = (part for part in self._whole.text_encoders if not self.opts.method.reads_cache_of(numbers[part]))
+        return list(dict.fromkeys([*trained, *uncached]))
 
     def start_step(self, step: int) -> None:
         if self._stop is None or step < self._stop or not self.trains_text_encoder():
@@ -139,8 +158,9 @@ def part_rates(opts: Options, text_encoders: tuple[str, ...]) -> dict[str, float
     common, options = opts.optimizer.learning_rate, opts.method
     rates = {DENOISER: common or 0.0}
     if options.text_encoder_stop != 0:
-        rate = common if options.learning_rate_te is None else options.learning_rate_te
-        rates |= dict.fromkeys(text_encoders, rate or 0.0)
+        for number, part in enumerate(text_encoders):
+            rate = options.text_rate(number)
+            rates[part] = (common if rate is None else rate) or 0.0
     return rates
 
 

@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING
 
 from library.data.config_file import read_config
 from library.errors import UserError
-from library.options.finetune import FinetuneOptions
+from library.options.finetune import AnyData, FinetuneOptions
 
 if TYPE_CHECKING:
+    from library.families.base import FamilyTraits
     from library.options.base import Options
 
 
-def check_options(opts: Options) -> list[str]:
+def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str]:
     """One line for each subset of --dataset_config that is not of the kind the script takes."""
     path = opts.data.dataset_config
-    if path is None:
+    if path is None or isinstance(opts.data, AnyData):
         return []
     try:
         config = read_config(path)

@@ -15,11 +15,11 @@ from library.checkpoints.metadata import finalise
 from library.checkpoints.writing import write_safetensors, write_torch
 from library.errors import UserError
 from library.methods.base import Method
-from library.methods.network_args import require_network_module, split_args
+from library.methods.network_args import block_layout, require_network_module, split_args
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
-    from library.families.base import Family
+    from library.families.base import Family, FamilyTraits
     from library.options.base import Options
     from library.types import Batch, LoraTarget, Models
     from networks.base import TrainableNetwork
@@ -55,10 +55,12 @@ class NetworkMethod(Method):
         file = self._module.read(options.network_weights) if options.network_weights else None
         # A part at rate 0 has a place in the network only where a file gives it values: they act, and are saved again.
         kept = file.entries if file else {}
-        wanted = [t for t in targets if self._rates.get(t.part) or (t.part in self._rates and t.key in kept)]
+        wanted = [
+            t for t in targets if self._rates.get(t.part) or (t.part in self._rates and {t.key, t.alias} & kept.keys())
+        ]
         if not wanted:
             raise UserError(_nothing_trained(self._rates))
-        self._network = self._build(wanted, models, file)
+        self._network = self._build(wanted, models, file, family.traits)
         if options.scale_weight_norms and not self._network.can_limit_norms():
             raise UserError(f"--scale_weight_norms: {options.network_module} does not offer it; leave it out")
         trained = {id(parameter) for group in self.parameter_groups() for parameter in group["params"]}
@@ -68,14 +70,16 @@ class NetworkMethod(Method):
         counts = ", ".join(f"{count} in {part}" for part, count in self._network.counts().items())
         LOGGER.info("network %s: layers: %s; rank %s", options.network_module, counts, self._dim_text())
 
-    def _build(self, targets: list[LoraTarget], models: Models, file: Any) -> TrainableNetwork:
+    def _build(self, targets: list[LoraTarget], models: Models, file: Any, traits: FamilyTraits) -> TrainableNetwork:
         options = self.opts.method
         common = {"dropout": options.network_dropout, "args": self._args}
         if options.dim_from_weights:
+            common |= block_layout(self._module.from_weights, traits)
             network = self._module.from_weights(targets, models, file, **common)
             loaded, missing = len(network.layers()), 0
             unused = len(file.entries) - loaded
         else:
+            common |= block_layout(self._module.create, traits)
             seed = self.opts.training.seed
             network = self._module.create(
                 targets,
@@ -112,16 +116,17 @@ class NetworkMethod(Method):
     def trainable(self) -> nn.Module:
         return self._attached()
 
+    def added(self) -> nn.Module:
+        return self._attached()
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups = self._attached().parameter_groups(self._rates)
         if not groups:
             raise UserError(_nothing_trained(self._rates))
         return groups
 
-    def trains_text_encoder(self) -> bool:
-        if self._network is not None:
-            return any(part != "denoiser" and self._rates[part] for part in self._network.parts())
-        return any(part != "denoiser" and lr for part, lr in part_rates(self.opts, ("any",)).items())
+    def trained_text_encoders(self) -> list[str]:
+        return [part for part in self._attached().parts() if part != "denoiser" and self._rates.get(part)]
 
     def start_epoch(self, epoch: int) -> None:
         self._attached().start_epoch()

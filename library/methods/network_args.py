@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.options.network import find_module
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
+    from library.families.base import FamilyTraits
     from library.options.base import Options
 
 
-def check_options(opts: Options) -> list[str]:
+def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str]:
     """One line for each thing to mend; arguments that have no effect are logged as warnings.
 
     A network module may have a neighbour `<module>_args` whose `check(args, ranks_from_file=...)` knows its arguments.
@@ -27,11 +30,19 @@ def check_options(opts: Options) -> list[str]:
         args = split_args(options.network_args)
         if options.network_module.startswith("networks.") and find_module(f"{options.network_module}_args"):
             module = importlib.import_module(f"{options.network_module}_args")
-            for line in module.check(args, ranks_from_file=options.dim_from_weights):
+            layout = block_layout(module.check, traits)
+            for line in module.check(args, ranks_from_file=options.dim_from_weights, **layout):
                 LOGGER.warning("%s", line)
     except UserError as error:
         problems += error.problems
     return problems
+
+
+def block_layout(function: Callable[..., Any], traits: FamilyTraits | None) -> dict[str, Any]:
+    """The argument `layout` for a function of a network module, where it takes one and the family has blocks."""
+    if traits is None or traits.block_layout is None or "layout" not in inspect.signature(function).parameters:
+        return {}
+    return {"layout": traits.block_layout}
 
 
 def require_network_module(name: str | None) -> None:

@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING, Literal
 
 from library.options.base import OptionGroup, Options, opt
 from library.options.data import DataOptions
+from library.options.large_models import (
+    BlockSwapOptions,
+    FusedOptions,
+    LargeModelOptions,
+    OldBlockSwapOptions,
+    TextCacheOptions,
+)
 from library.options.loss import LossOptions
 from library.options.memory import MemoryOptions
 from library.options.sampling import ValidationOptions
@@ -17,14 +24,41 @@ from library.options.training import TrainingOptions
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
 
-_TEXT_RATE = "learning rate of the text encoders; --learning_rate if not given"
+
+@dataclass(frozen=True, kw_only=True)
+class WholeModelOptions(OptionGroup, group="method", title="Training"):
+    """What every script for whole models says to the method."""
+
+    learning_rate_te: float | None = opt(None, "learning rate of the text encoders; --learning_rate if not given")
+
+    @property
+    def text_encoder_stop(self) -> int | None:
+        """Number of optimizer steps after which text encoders stay as they are; None: they are trained to the end."""
+        raise NotImplementedError
+
+    def text_rate(self, number: int) -> float | None:
+        """The learning rate of the text encoder `number`, from 0; None: the common one."""
+        return self.learning_rate_te
+
+    def reads_cache_of(self, number: int) -> bool:
+        """Whether cached outputs of the text encoder `number`, from 0, are used where there are some."""
+        return True
+
+    @property
+    def block_rates(self) -> tuple[float, ...] | None:
+        """Learning rates by block of the denoiser, where there are such."""
+        return None
+
+    @property
+    def frozen_blocks(self) -> int:
+        """How many of the denoiser's last blocks are not trained."""
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(OptionGroup, group="method", title="Fine-tuning"):
+class FinetuneOptions(WholeModelOptions, title="Fine-tuning"):
     """Pictures by metadata file; text encoders on request."""
 
-    learning_rate_te: float | None = opt(None, _TEXT_RATE)
     train_text_encoder: bool = opt(False, "train the text encoders too; takes a little more memory")
     diffusers_xformers: bool = opt(False, "the same as --xformers", alias_of="xformers", deprecated="--xformers")
 
@@ -34,15 +68,13 @@ class FinetuneOptions(OptionGroup, group="method", title="Fine-tuning"):
         return None if self.train_text_encoder else 0
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        if self.learning_rate_te is not None and not self.train_text_encoder:
-            yield "--learning_rate_te: no effect without --train_text_encoder"
+        yield from _rates_of_untrained(self, ("learning_rate_te",))
 
 
 @dataclass(frozen=True, kw_only=True)
-class DreamBoothOptions(OptionGroup, group="method", title="DreamBooth"):
+class DreamBoothOptions(WholeModelOptions, title="DreamBooth"):
     """Pictures by folders; text encoders unless they are stopped."""
 
-    learning_rate_te: float | None = opt(None, _TEXT_RATE)
     stop_text_encoder_training: int | None = opt(
         None, "train only the denoiser from this optimizer step on; -1: the text encoders are never trained"
     )
@@ -125,3 +157,135 @@ class NoValidation(ValidationOptions, without=[field.name for field in fields(Va
 _WHOLE_MODEL = (WholeModelSaving, WholeModelTraining, WholeModelMemory, WholeModelMetadata, NoValidation)
 FINETUNE_GROUPS = (FinetuneOptions, FinetuneData, FinetuneLoss, *_WHOLE_MODEL)
 DREAMBOOTH_GROUPS = (DreamBoothOptions, DreamBoothData, *_WHOLE_MODEL)
+
+
+# ---- models with several text encoders, and large ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoEncoderOptions(FinetuneOptions, without=("learning_rate_te",)):
+    learning_rate_te1: float | None = opt(None, "learning rate of the first text encoder; --learning_rate if not given")
+    learning_rate_te2: float | None = opt(None, "the same of the second")
+    block_lr: str | None = opt(
+        None, "learning rates of the denoiser's blocks from input to output, with commas between them", comma_list=True
+    )
+
+    def text_rate(self, number: int) -> float | None:
+        return (self.learning_rate_te1, self.learning_rate_te2)[number]
+
+    @property
+    def block_rates(self) -> tuple[float, ...] | None:
+        return tuple(float(rate) for rate in self.block_lr.split(",")) if self.block_lr else None
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().check(opts, traits)
+        yield from _cached_and_trained(self.train_text_encoder, opts)
+        wanted = traits.block_layout.total if traits.block_layout else 0
+        try:
+            rates = self.block_rates or ()
+        except ValueError:
+            yield f"--block_lr: must be numbers with commas between them, got {self.block_lr}"
+            return
+        if rates and len(rates) != wanted:
+            yield f"--block_lr: needs {wanted} rates, got {len(rates)}"
+
+    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().advise(opts, traits)
+        yield from _rates_of_untrained(self, ("learning_rate_te1", "learning_rate_te2"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreeEncoderOptions(FinetuneOptions, without=("learning_rate_te", "diffusers_xformers")):
+    learning_rate_te1: float | None = opt(None, "learning rate of the first text encoder; --learning_rate if not given")
+    learning_rate_te2: float | None = opt(None, "the same of the second")
+    learning_rate_te3: float | None = opt(None, "the same of the third, T5")
+    train_t5xxl: bool = opt(False, "train T5 too; needs --train_text_encoder")
+    use_t5xxl_cache_only: bool = opt(False, "cache T5's outputs only, so that the other text encoders can be trained")
+    num_last_block_to_freeze: int | None = opt(
+        None, "leave this many of the denoiser's last blocks as they are", at_least=0
+    )
+
+    @property
+    def frozen_blocks(self) -> int:
+        return self.num_last_block_to_freeze or 0
+
+    def reads_cache_of(self, number: int) -> bool:
+        return number == _T5 or not self.use_t5xxl_cache_only
+
+    def text_rate(self, number: int) -> float | None:
+        if number == _T5 and not self.train_t5xxl:
+            return 0.0
+        return (self.learning_rate_te1, self.learning_rate_te2, self.learning_rate_te3)[number]
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().check(opts, traits)
+        if self.train_t5xxl and not self.train_text_encoder:
+            yield "--train_t5xxl: needs --train_text_encoder"
+        yield from _cached_and_trained(self.train_t5xxl, opts)
+
+    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().advise(opts, traits)
+        yield from _rates_of_untrained(self, ("learning_rate_te1", "learning_rate_te2", "learning_rate_te3"))
+        if self.use_t5xxl_cache_only and not opts.text_cache.in_use:
+            yield "--use_t5xxl_cache_only: no effect without --cache_text_encoder_outputs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserOnlyOptions(FinetuneOptions, without=("learning_rate_te", "train_text_encoder", "diffusers_xformers")):
+    """No text encoder is trained."""
+
+
+_T5 = 2  # its number among three text encoders
+
+
+def _cached_and_trained(trained: bool, opts: Options) -> Iterable[str]:
+    if trained and opts.text_cache.in_use:
+        yield "--cache_text_encoder_outputs: a text encoder whose outputs are cached cannot be trained; drop one"
+
+
+def _rates_of_untrained(options: FinetuneOptions, names: Iterable[str]) -> Iterable[str]:
+    for name in names:
+        if getattr(options, name) is not None and not options.train_text_encoder:
+            yield f"--{name}: no effect without --train_text_encoder"
+
+
+class AnyData(DataOptions):
+    """Folders or a metadata file."""
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        for line in super().check(opts, traits):
+            if not (self.in_json and line.startswith("--resolution: missing")):  # prepared latents have their sizes
+                yield line
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyDataAliased(AnyData):
+    skip_latents_validity_check: bool = opt(
+        False, "the same as --skip_cache_check", alias_of="skip_cache_check", deprecated="--skip_cache_check"
+    )
+
+
+class NoPriorLoss(LossOptions, without=("prior_loss_weight",)):
+    pass
+
+
+class LargeModelFinetune(LargeModelOptions, without=("no_half_vae",)):
+    pass
+
+
+class CheckpointOffload(MemoryOptions, without=("fp8_base_unet",)):
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfficientSaving(WholeModelSaving):
+    mem_eff_save: bool = opt(False, "write one tensor after another without a copy of the model; always so here")
+
+
+_LARGE = (NoPriorLoss, TextCacheOptions, FusedOptions)
+TWO_ENCODER_GROUPS = (TwoEncoderOptions, AnyData, LargeModelOptions, *_LARGE, BlockSwapOptions)
+THREE_ENCODER_GROUPS = (ThreeEncoderOptions, AnyDataAliased, LargeModelFinetune, *_LARGE, BlockSwapOptions)
+DENOISER_ONLY_GROUPS = (
+    *(DenoiserOnlyOptions, AnyDataAliased, LargeModelFinetune, *_LARGE, OldBlockSwapOptions),
+    *(CheckpointOffload, EfficientSaving),
+)

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 
 from library.options.base import OptionGroup, Options, opt
 from library.options.models import ModelOptions
+from library.options.optimizer import is_schedule_free, keeps_state_of_all, optimizer_name
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
+
+_SPLIT_MODE_BLOCKS = 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +49,85 @@ class BlockSwapOptions(OptionGroup, group="swap", title="Block swap"):
     blocks_to_swap: int | None = opt(
         None, "keep this many of the denoiser's blocks in main memory and bring each to the GPU in its turn", at_least=0
     )
+
+    @property
+    def count(self) -> int:
+        """How many blocks are swapped."""
+        return self.blocks_to_swap or 0
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if not self.count:
+            return
+        flag = "--blocks_to_swap"
+        if opts.memory.cpu_offload_checkpointing:
+            yield f"{flag}: cannot be used with --cpu_offload_checkpointing; choose one of them"
+        if opts.memory.torch_compile and opts.memory.dynamo_backend == "cudagraphs":
+            yield f"{flag}: cannot be used with --dynamo_backend cudagraphs, whose weights must not move"
+        if hasattr(opts.method, "text_encoder_stop"):  # the mark of methods that train the model itself
+            if not opts.optimizer.fused_backward_pass:
+                yield f"{flag}: needs --fused_backward_pass here, so that a block is stepped while it is on the GPU"
+            if is_schedule_free(opts.optimizer):
+                yield f"{flag}: cannot be used with {optimizer_name(opts.optimizer)}, which needs all weights at once"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitModeOptions(BlockSwapOptions):
+    split_mode: bool = opt(False, "by itself the same as --blocks_to_swap 18", deprecated="--blocks_to_swap 18")
+
+    @property
+    def count(self) -> int:
+        return _SPLIT_MODE_BLOCKS if self.split_mode and self.blocks_to_swap is None else self.blocks_to_swap or 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OldBlockSwapOptions(BlockSwapOptions):
+    double_blocks_to_swap: int | None = opt(
+        None, "double blocks to swap; now one number counts for all", at_least=0, deprecated="--blocks_to_swap"
+    )
+    single_blocks_to_swap: int | None = opt(
+        None, "single blocks to swap, two of which count as one", at_least=0, deprecated="--blocks_to_swap"
+    )
+
+    @property
+    def count(self) -> int:
+        if self.blocks_to_swap is not None:
+            return self.blocks_to_swap
+        return (self.double_blocks_to_swap or 0) + (self.single_blocks_to_swap or 0) // 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedOptions(OptionGroup, group="fused", title="Steps inside the backward pass"):
+    fused_optimizer_groups: int | None = opt(
+        None,
+        "step the weights in this many groups inside the backward pass: less memory with more of them; 4 to 10",
+        at_least=1,
+        off=0,
+    )
+    blockwise_fused_optimizers: bool = opt(
+        False, "step each of the denoiser's blocks inside the backward pass, with any optimizer"
+    )
+
+    @property
+    def in_use(self) -> bool:
+        return self.fused_optimizer_groups is not None or self.blockwise_fused_optimizers
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if not self.in_use:
+            return
+        flag = "--blockwise_fused_optimizers" if self.blockwise_fused_optimizers else "--fused_optimizer_groups"
+        if self.blockwise_fused_optimizers and self.fused_optimizer_groups is not None:
+            yield f"{flag}: cannot be used with --fused_optimizer_groups; choose one of them"
+        if opts.optimizer.fused_backward_pass:
+            yield f"{flag}: cannot be used with --fused_backward_pass; choose one of them"
+        if keeps_state_of_all(opts.optimizer):
+            yield f"{flag}: {optimizer_name(opts.optimizer)} must see all weights at once; choose another optimizer"
+        if opts.training.gradient_accumulation_steps > 1:
+            yield f"{flag}: cannot be used with --gradient_accumulation_steps; gradients are gone after each batch"
+        if opts.memory.mixed_precision == "fp16":
+            yield f"{flag}: cannot be used with --mixed_precision fp16, whose steps wait for all gradients; use bf16"
+        if opts.memory.stochastic_rounding:
+            yield f"{flag}: cannot be used with --stochastic_rounding; use --fused_backward_pass instead"
+
+    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if self.in_use and opts.optimizer.max_grad_norm:
+            yield "--max_grad_norm: not applied when weights are stepped inside the backward pass"

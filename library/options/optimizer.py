@@ -288,6 +288,11 @@ def steps_each_alone(options: OptimizerOptions) -> bool:
     return is_adafactor(options) or optimizer_path(options).startswith("torch.optim.")
 
 
+def keeps_state_of_all(options: OptimizerOptions) -> bool:
+    """Whether the optimizer keeps numbers that belong to all weights together, such as a rate that it finds."""
+    return optimizer_path(options).split(".")[0] in ("dadaptation", "prodigyopt", "prodigyplus", "schedulefree")
+
+
 def sets_own_rate(options: OptimizerOptions) -> bool:
     """Whether AdaFactor computes its rate from the number of steps, which it does unless told otherwise."""
     if not is_adafactor(options) or any(not_pairs("", options.optimizer_args, literals=True)):

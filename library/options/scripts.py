@@ -56,7 +56,7 @@ def groups_for(family: str, method: str) -> list[type[OptionGroup]]:
         LoggingOptions,
     ]
     groups = [own.pop(group.group, group) for group in shared]
-    place = groups.index(module.OPTIONS) + 1
+    place = next(n for n, group in enumerate(groups, 1) if group.group == module.OPTIONS.group)
     return [*groups[:place], *own.values(), *groups[place:]]
 
 

@@ -208,7 +208,7 @@ def _update(run: Run, parameters: list[Tensor]) -> Tensor | None:
         average_gradients(parameters, run.accelerator.num_processes)
     norm = None
     limit = run.opts.optimizer.max_grad_norm
-    if limit and not run.opts.optimizer.fused_backward_pass:
+    if limit and not run.stepper.inside_backward:
         norm = run.accelerator.clip_grad_norm_(parameters, limit)
     run.stepper.step()
     skipped = run.optimizer.step_was_skipped  # the fp16 scaler leaves out steps that overflowed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,8 @@ from library.memory.offload import offloading_checkpoint
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
+    from library.families.base import Family
+    from library.memory.block_swap import BlockSwap
     from library.options.base import Options
     from library.types import Models
 
@@ -39,28 +43,62 @@ def trained_dtype(opts: Options) -> torch.dtype:
     return WEIGHT_DTYPES[opts.memory.mixed_precision] if full else torch.float32
 
 
-def place(models: Models, opts: Options, device: torch.device, *, grad_text: bool) -> None:
-    """Moves every part to `device`; frozen ones in the mixed-precision format, trained ones as `trained_dtype` says.
+def place_text_encoders(models: Models, opts: Options, device: torch.device, *, grad_text: bool) -> None:
+    """Moves them to `device`; frozen ones in the mixed-precision format, trained ones as `trained_dtype` says."""
+    for encoder in models.text_encoders.values():
+        _place(encoder, opts, device, in_fp8=opts.memory.fp8_base and not opts.memory.fp8_base_unet)
+        if opts.memory.gradient_checkpointing and grad_text:
+            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    The VAE stays in float32 with --no_half_vae, and on the CPU in any case: half precision there is slower.
-    """
-    half = WEIGHT_DTYPES[opts.memory.mixed_precision]
-    encoders = list(models.text_encoders.values())
-    for part in (models.denoiser, *encoders):
-        if opts.memory.fp8_base or (opts.memory.fp8_base_unet and part is models.denoiser):
-            keep_in_fp8(part)  # from float32, and before it is moved: rounded once, and small when it arrives
-        part.to(device, trained_dtype(opts) if has_trained_weights(part) else half)
+
+def place_vae(models: Models, opts: Options, device: torch.device) -> None:
+    """Moves it to `device`; in float32 with --no_half_vae, and on the CPU always: half precision is slower there."""
     if models.vae is not None:
         whole = opts.model.no_half_vae or device.type == "cpu"
-        models.vae.to(device, torch.float32 if whole else half)
+        models.vae.to(device, torch.float32 if whole else WEIGHT_DTYPES[opts.memory.mixed_precision])
+
+
+def place_denoiser(models: Models, opts: Options, device: torch.device) -> None:
+    """Moves it to `device`, in the formats of `place_text_encoders`, with checkpointing as the options say.
+
+    Where blocks are swapped it stays on the CPU, until `swap_blocks`.
+    """
+    denoiser, fp8 = models.denoiser, opts.memory.fp8_base or opts.memory.fp8_base_unet
+    _place(denoiser, opts, torch.device("cpu") if swaps(opts, device) else device, in_fp8=fp8)
     if opts.memory.gradient_checkpointing:
         if _offloads(opts, device):
-            models.denoiser.enable_gradient_checkpointing(offloading_checkpoint(device))
+            denoiser.enable_gradient_checkpointing(offloading_checkpoint(device))
         else:
-            models.denoiser.enable_gradient_checkpointing()
-        if grad_text:
-            for encoder in encoders:
-                encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            denoiser.enable_gradient_checkpointing()
+
+
+def swaps(opts: Options, device: torch.device) -> bool:
+    """Whether blocks are swapped; on a CPU there is nothing to be gained."""
+    asked = getattr(opts, "swap", None) is not None and opts.swap.count > 0
+    return asked and device.type != "cpu"
+
+
+def swap_blocks(family: Family, models: Models, opts: Options, device: torch.device) -> BlockSwap | None:
+    """Spreads the denoiser over `device` and main memory; None: it is on `device` as a whole.
+
+    Compile before it, and let the optimizer know it. Raises: UserError: more blocks than can be swapped.
+    """
+    if not swaps(opts, device):
+        if getattr(opts, "swap", None) is not None and opts.swap.count:
+            LOGGER.warning("--blocks_to_swap: no effect on a CPU; the model is in main memory anyway")
+        return None
+    from library.memory.block_swap import BlockSwap
+
+    swap = BlockSwap(family.blocks(models), math.ceil(opts.swap.count * family.traits.blocks_per_swap), device)
+    swap.attach()
+    models.denoiser.to(device)  # all but the swapped blocks
+    return swap
+
+
+def _place(part: nn.Module, opts: Options, device: torch.device, *, in_fp8: bool) -> None:
+    if in_fp8:
+        keep_in_fp8(part)  # as it was read, and before it is moved: rounded once, and small when it arrives
+    part.to(device, trained_dtype(opts) if has_trained_weights(part) else WEIGHT_DTYPES[opts.memory.mixed_precision])
 
 
 def _offloads(opts: Options, device: torch.device) -> bool:
@@ -86,9 +124,15 @@ def training_modes(models: Models, trained: nn.Module, *, grad_text: bool) -> No
     trained.train()
 
 
-def release_vae(models: Models, opts: Options) -> None:
-    """After latents are cached the VAE is needed for sample pictures only; --highvram keeps it on the device."""
-    if models.vae is not None and not opts.memory.highvram:
-        models.vae.to("cpu")
+def release_text_encoders(models: Models, opts: Options, *, keep: Iterable[str]) -> None:
+    """After their outputs are cached: those not in `keep` leave the device and memory."""
+    for name in set(models.text_encoders) - set(keep):
+        release(models.text_encoders.pop(name), opts)
+
+
+def release(part: nn.Module | None, opts: Options) -> None:
+    """After its outputs are cached, a part is needed for sample pictures only; --highvram keeps it on the device."""
+    if part is not None and not opts.memory.highvram:
+        part.to("cpu")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from library.runtime import seeds
+
 if TYPE_CHECKING:
     from library.families.base import Family
     from library.objectives.objective import Objective
@@ -25,20 +27,24 @@ class StepParts:
 
 
 def batch_latents(parts: StepParts, batch: Batch, rng: torch.Generator) -> Tensor:
-    """The batch's clean latents as the denoiser sees them, float32, (B, C, h, w)."""
+    """The batch's clean latents as the denoiser sees them, float32, (B, C, h, w).
+
+    Encoding leaves `rng` alone, so that noise and times are the same with cached latents and without.
+    """
     if batch.latents is not None:
         latents = batch.latents
     else:
+        own = seeds.generator(rng.device, rng.initial_seed(), "latents")
         with torch.no_grad():
-            latents = parts.family.encode_images(parts.models, batch.pixels, generator=rng)
+            latents = parts.family.encode_images(parts.models, batch.pixels, generator=own)
     return parts.family.scale_latents(latents.float())
 
 
 def batch_text(parts: StepParts, batch: Batch) -> TextCond:
-    if batch.text is not None:
+    if batch.text is not None and not parts.models.text_encoders:  # those whose outputs are cached have gone
         return batch.text
     with torch.set_grad_enabled(parts.grad_text and torch.is_grad_enabled()):
-        return parts.family.encode_text(parts.models, batch.captions)
+        return parts.family.encode_text(parts.models, batch.captions, known=batch.text)
 
 
 class StepResult(NamedTuple):

@@ -23,10 +23,9 @@ from library.caching.text_outputs import (
     cache_text_on_disk,
     disk_store,
     items_of,
-    problems,
+    unusable_files,
 )
 from library.data.blueprint import build_specs
-from library.data.captions import CaptionOptions
 from library.data.dataset import build_training_data
 from library.errors import UserError
 from library.families.base import FamilyTraits
@@ -108,7 +107,8 @@ def picture(tmp_path):
 
 
 def on_disk(items, encoder, layout=LAYOUT, name="encoder one", **more):
-    return cache_text_on_disk(items, layout, encoder, name, 2, progress=Bar, **more)
+    encoders = name if isinstance(name, dict) else {"te": name}
+    return cache_text_on_disk(items, layout, encoder, encoders, 2, progress=Bar, **more)
 
 
 def load(path):
@@ -177,7 +177,7 @@ def test_files_are_as_the_format_has_them(items, tmp_path):
         assert (arrays["apply_mask"].dtype, arrays["apply_mask"].shape) == (np.bool_, ())
         assert arrays["apply_mask"]
         note = json.loads(arrays["provenance"].tobytes())
-        assert (note["software"], note["version"], note["encoder"]) == (NAME, VERSION, "encoder one")
+        assert (note["software"], note["version"], note["encoder"]) == (NAME, VERSION, {"te": "encoder one"})
         assert note["caption"] == hashlib.sha256(caption.encode()).hexdigest()[:32]
         assert same(kept.get(number), wanted)
     assert same(pickle.loads(pickle.dumps(kept)).get(1), kept.get(1))
@@ -309,6 +309,31 @@ def test_a_file_made_otherwise_is_named_and_made_anew(picture, caption, name, la
     assert encoder.seen == [caption]
     assert same(kept.get(0), encoder.row(caption))
     assert bool(load(cache_file(item, layout))["apply_mask"]) == layout.flags["apply_mask"]
+
+
+def test_files_are_read_without_the_encoders_that_made_them(items):
+    """An encoder that is not there cannot disagree; one that is must have been there, unless nothing of it is read."""
+    both = {"one": "a", "two": "b"}
+    on_disk(items, Encoder(), name=both)
+    for known, more, remade in (
+        (both, {}, 0),
+        ({"two": "b"}, {}, 0),
+        ({}, {}, 0),
+        ({"one": "new", "two": "b"}, {"unread": ["one"]}, 0),
+        ({"one": "new", "two": "b"}, {}, len(items)),
+        ({**both, "three": "c"}, {}, len(items)),
+    ):
+        on_disk(items, Encoder(), name=both)
+        assert len(on_disk(items, Encoder(), name=known, **more)[1]) == remade, known
+
+
+def test_files_that_would_have_to_be_made_are_named(items):
+    on_disk(items[:3], Encoder())
+    cache_file(items[1], LAYOUT).write_bytes(b"broken")
+    found = unusable_files(items, LAYOUT)
+    assert list(found) == [cache_file(items[number], LAYOUT) for number in (1, 3, 4)]
+    assert [reason.split(" (")[0] for reason in found.values()] == ["damaged", "it is not there", "it is not there"]
+    assert len(unusable_files(items, LAYOUT, check=False)) == 2
 
 
 def test_without_checks_files_are_trusted(items):
@@ -491,42 +516,6 @@ def test_rows_may_differ_in_length_but_not_within_a_batch(tmp_path):
         assert TextCond.stack([kept.get(0), kept.get(2)]).tensors["out"].shape == (2, 2, 1)
         with pytest.raises(UserError, match="out has 2x1 and 4x1"):
             TextCond.stack([kept.get(0), kept.get(1)])
-
-
-# ---- captions that change
-
-
-def test_fixed_captions_give_no_problem():
-    fixed = CaptionOptions(
-        keep_tokens=1, caption_prefix="a", caption_suffix="b", secondary_separator=";", token_warmup_min=3
-    )
-    assert list(problems(fixed, "here")) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("shuffle_caption", True),
-        ("caption_tag_dropout_rate", 0.1),
-        ("token_warmup_step", 0.5),
-        ("enable_wildcard", True),
-        ("caption_dropout_rate", 0.1),
-        ("caption_dropout_every_n_epochs", 3),
-    ],
-)
-def test_captions_that_change_are_refused(name, value):
-    (line,) = problems(CaptionOptions(**{name: value}), "data.toml, [[datasets]] 1")
-    assert line.startswith(f"data.toml, [[datasets]] 1: {name} changes the caption")
-    assert f"remove {name}" in line
-
-
-def test_every_reason_has_its_line():
-    captions = CaptionOptions(shuffle_caption=True, enable_wildcard=True, caption_dropout_rate=1)
-    assert [line.split()[1] for line in problems(captions, "here:")] == [
-        "shuffle_caption",
-        "enable_wildcard",
-        "caption_dropout_rate",
-    ]
 
 
 # ---- a real text encoder

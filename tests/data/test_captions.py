@@ -7,7 +7,14 @@ from random import Random
 
 import pytest
 
-from library.data.captions import CaptionOptions, caption_name, extension_in_use, make_caption, read_caption
+from library.data.captions import (
+    CaptionOptions,
+    caption_name,
+    changing,
+    extension_in_use,
+    make_caption,
+    read_caption,
+)
 from library.errors import UserError
 
 
@@ -279,3 +286,39 @@ def test_a_line_separator_inside_a_caption_reaches_the_caption(tmp_path):
     assert caption(read_caption(path, multiline=False)) == "a cat\u2028on a mat, hat"
     whole = read_caption(path, multiline=True)
     assert outcomes(whole, enable_wildcard=True) == {"a cat\u2028on a mat, hat", "second"}
+
+
+# ---- captions that change
+
+
+def test_fixed_captions_give_no_problem():
+    fixed = CaptionOptions(
+        keep_tokens=1, caption_prefix="a", caption_suffix="b", secondary_separator=";", token_warmup_min=3
+    )
+    assert list(changing(fixed, "here")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("shuffle_caption", True),
+        ("caption_tag_dropout_rate", 0.1),
+        ("token_warmup_step", 0.5),
+        ("enable_wildcard", True),
+        ("caption_dropout_rate", 0.1),
+        ("caption_dropout_every_n_epochs", 3),
+    ],
+)
+def test_captions_that_change_are_refused(name, value):
+    (line,) = changing(CaptionOptions(**{name: value}), "data.toml, [[datasets]] 1")
+    assert line.startswith(f"data.toml, [[datasets]] 1: {name} changes the caption")
+    assert f"remove {name}" in line
+
+
+def test_every_reason_has_its_line():
+    captions = CaptionOptions(shuffle_caption=True, enable_wildcard=True, caption_dropout_rate=1)
+    assert [line.split()[1] for line in changing(captions, "here:")] == [
+        "shuffle_caption",
+        "enable_wildcard",
+        "caption_dropout_rate",
+    ]

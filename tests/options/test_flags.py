@@ -13,28 +13,44 @@ from library.options.base import options_of
 from library.options.parsing import build_parser
 from library.options.scripts import groups_for, scripts_of
 
-METHODS = scripts_of("sd")
-LISTS = {script: json.loads((Path(__file__).parent / f"{script}_flags.json").read_text()) for script in METHODS}
+FAMILIES = ("sd", "sdxl", "sd3", "flux")
+SCRIPTS = {script: (family, method) for family in FAMILIES for script, method in scripts_of(family).items()}
+LISTS = {script: json.loads((Path(__file__).parent / f"{script}_flags.json").read_text()) for script in SCRIPTS}
 FACTS = {script: {row["dest"]: row for row in rows} for script, rows in LISTS.items()}
-COUNTS = {"train_network": 193, "train_db": 169, "fine_tune": 167}
+COUNTS = {
+    "train_network": 193,
+    "train_db": 169,
+    "fine_tune": 167,
+    "sdxl_train_network": 196,
+    "sd3_train_network": 218,
+    "flux_train_network": 215,
+    "sdxl_train": 176,
+    "sd3_train": 201,
+    "flux_train": 194,
+}
 # options that earlier trainers do not have
 OURS = {"strict", "data_index_dir", "ema", "ema_decay", "stochastic_rounding"}
-OURS_OF = {"train_network": {"save_best_validation", "early_stop_patience"}}  # of one script
+OURS_OF = {  # of one method, or of one script
+    "network": {"save_best_validation", "early_stop_patience"},
+    "sdxl_train_network": {"text_encoder_batch_size", "blocks_to_swap"},
+    "sdxl_train": {"text_encoder_batch_size", "blocks_to_swap", "blockwise_fused_optimizers"},
+}
 ADDED_CHOICES = {"max_token_length": {75}}  # means the same as leaving it out
 ROOT = Path(__file__).parents[2]
 
 
 def actions(script):
-    parser = build_parser(groups_for("sd", METHODS[script]), prog=f"{script}.py")
+    parser = build_parser(groups_for(*SCRIPTS[script]), prog=f"{script}.py")
     return {action.dest: action for action in parser._actions if action.dest != "help"}
 
 
-ACTIONS = {script: actions(script) for script in METHODS}
+ACTIONS = {script: actions(script) for script in SCRIPTS}
 
 
-@pytest.mark.parametrize("script", METHODS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_no_flag_is_missing_and_new_ones_are_known(script):
-    assert sorted(ACTIONS[script]) == sorted(FACTS[script].keys() | OURS | OURS_OF.get(script, set()))
+    ours = OURS | OURS_OF.get(SCRIPTS[script][1], set()) | OURS_OF.get(script, set())
+    assert sorted(ACTIONS[script]) == sorted(FACTS[script].keys() | ours)
     assert len(FACTS[script]) == COUNTS[script]
 
 
@@ -57,9 +73,9 @@ def test_flag_is_as_it_was(script, dest):
     assert choices - ADDED_CHOICES.get(dest, set()) == set(fact.get("choices") or ()) - {None}
 
 
-@pytest.mark.parametrize("method", METHODS.values())
-def test_every_option_is_explained_in_one_line(method):
-    for group in groups_for("sd", method):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_option_is_explained_in_one_line(script):
+    for group in groups_for(*SCRIPTS[script]):
         for option in options_of(group):
             words = option.details.help.split()
             assert len(words) >= 2, option.dest
@@ -67,10 +83,10 @@ def test_every_option_is_explained_in_one_line(method):
 
 
 @pytest.mark.rows("R4")
-@pytest.mark.parametrize("script", METHODS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_every_flag_and_exits_with_0(script, capsys):
     with pytest.raises(SystemExit) as stop:
-        build_parser(groups_for("sd", METHODS[script]), prog=f"{script}.py").parse_args(["--help"])
+        build_parser(groups_for(*SCRIPTS[script]), prog=f"{script}.py").parse_args(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert all(f"--{dest}" in shown for dest in FACTS[script])

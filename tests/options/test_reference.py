@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from library.cli import FAMILIES
 from library.data.config_schema import KEYS
 from library.options.base import options_of
 from library.options.scripts import groups_for, scripts_of
@@ -11,17 +12,18 @@ from tools.option_tables import pages
 def test_the_tables_are_current():
     """If this fails: python tools/option_tables.py"""
     found = list(pages())
-    assert [path.stem for path, _ in found] == [*scripts_of("sd"), "dataset_config"]
+    scripts = {script for family in FAMILIES for script in scripts_of(family)}
+    assert {path.stem for path, _ in found} == scripts | {"dataset_config"}
     for path, page in found:
         assert path.read_text(encoding="utf-8") == page
 
 
 def test_every_option_has_a_row_of_four_cells():
     content = {path.stem: page for path, page in pages()}
-    for script, method in scripts_of("sd").items():
+    for family, script, method in ((name, *pair) for name in FAMILIES for pair in scripts_of(name).items()):
         lines = content[script].splitlines()
         rows = [line for line in lines if line.startswith("| `--")]
-        options = [option for group in groups_for("sd", method) for option in options_of(group)]
+        options = [option for group in groups_for(family, method) for option in options_of(group)]
         assert [row.split("`")[1] for row in rows] == [option.flag for option in options]
         assert all(row.replace("\\|", "").count("|") == 5 for row in rows)
         tables = [index for index, line in enumerate(lines) if line == "|---|---|---|---|"]

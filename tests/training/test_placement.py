@@ -24,6 +24,12 @@ def options(**memory):
     return SimpleNamespace(memory=SimpleNamespace(**defaults | memory), model=SimpleNamespace(no_half_vae=False))
 
 
+def place(models, chosen):
+    placement.place_text_encoders(models, chosen, CPU, grad_text=False)
+    placement.place_vae(models, chosen, CPU)
+    placement.place_denoiser(models, chosen, CPU)
+
+
 def formats(module: nn.Module) -> set[torch.dtype]:
     return {parameter.dtype for parameter in module.parameters()}
 
@@ -33,7 +39,7 @@ def test_what_is_trained_is_wide_unless_told_otherwise():
     for full, expected in ((False, torch.float32), (True, torch.bfloat16)):
         models = tiny_sd()
         models.denoiser.requires_grad_(True)
-        placement.place(models, options(full_bf16=full), CPU, grad_text=False)
+        place(models, options(full_bf16=full))
         assert formats(models.denoiser) == {expected}
         assert formats(models.text_encoders["te"]) == {torch.bfloat16}
         assert formats(models.vae) == {torch.float32}
@@ -52,7 +58,7 @@ def test_a_network_is_cast_but_for_its_buffers_and_what_rests():
 @pytest.mark.parametrize("flag", ["fp8_base", "fp8_base_unet"])
 def test_which_parts_are_kept_in_8_bits(flag):
     models = tiny_sd()
-    placement.place(models, options(**{flag: True}), CPU, grad_text=False)
+    place(models, options(**{flag: True}))
 
     def turned(part):
         return [isinstance(m, Fp8Linear | Fp8Conv2d) for m in part.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -80,5 +86,5 @@ def test_offloading_says_where_it_means_nothing(caplog, monkeypatch):
     monkeypatch.setattr(placement.LOGGER, "propagate", True)
     chosen = options(gradient_checkpointing=True, cpu_offload_checkpointing=True)
     with caplog.at_level(logging.WARNING):
-        placement.place(tiny_sd(), chosen, CPU, grad_text=False)
+        place(tiny_sd(), chosen)
     assert "--cpu_offload_checkpointing: no effect on a CPU" in caplog.text

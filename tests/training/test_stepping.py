@@ -13,7 +13,15 @@ from torch.utils.checkpoint import checkpoint
 
 from library.options.optimizer import TORCH_OPTIMIZERS, OptimizerOptions, steps_each_alone
 from library.training.optimizers import make_optimizer
-from library.training.stepping import Stepper, step_in_backward, step_in_parts, step_only
+from library.training.stepping import (
+    Stepper,
+    StepsTogether,
+    equal_parts,
+    parts_by_block,
+    step_in_backward,
+    step_in_parts,
+    step_only,
+)
 
 NAMES = [*TORCH_OPTIMIZERS, "AdaFactor", "AdaFactor with relative steps"]
 
@@ -173,3 +181,45 @@ def test_which_optimizers_look_at_each_weight_alone():
         assert steps_each_alone(OptimizerOptions(optimizer_type=name))
     for name in ("Prodigy", "DAdaptation", "AdamW8bit", "RAdamScheduleFree"):
         assert not steps_each_alone(OptimizerOptions(optimizer_type=name))
+
+
+# ---- several weights together, inside the backward pass
+
+
+@pytest.mark.rows("R329", "R395")
+@pytest.mark.parametrize("name", [*NAMES, "AdamW8bit", "Lion"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_groups_inside_the_backward_pass_change_nothing(name, count):
+    plain, grouped = Model(), Model()
+    optimizers = [any_optimizer_of(model, name) for model in (plain, grouped)]
+    together = StepsTogether(optimizers[1], equal_parts(list(grouped.parameters()), count))
+    expected = train(plain, optimizers[0], optimizers[0].step)
+    for got, wanted in zip(train(grouped, optimizers[1], together.finish), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def any_optimizer_of(model, name):
+    if name in NAMES:
+        return optimizer_of(model, name)
+    groups = [{"params": list(model.parameters()), "lr": 1e-2, "name": "a"}]
+    return make_optimizer(groups, OptimizerOptions(optimizer_type=name, learning_rate=1e-2))
+
+
+def test_gradients_are_freed_as_soon_as_a_group_is_whole():
+    model = Model()
+    parts = parts_by_block(list(model.parameters()), [model.last, model.shared])
+    assert [len(part) for part in parts] == [1, 1, 2]
+    together = StepsTogether(optimizer_of(model, "SGD"), parts)
+    seen = []
+    model.first.weight.register_hook(lambda grad: seen.append(model.last.weight.grad))
+    model(batches()[0]).square().mean().backward()
+    assert seen == [None], "the last layer was stepped before the first had its gradient"
+    together.finish()
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_parts_are_about_equal():
+    weights = [torch.zeros(size) for size in (10, 10, 100, 40, 40, 10, 10)]
+    parts = equal_parts(weights, 3)
+    assert [sum(weight.numel() for weight in part) for part in parts] == [120, 40, 60]
+    assert [len(part) for part in equal_parts(weights[:2], 5)] == [1, 1]

@@ -1,0 +1,13 @@
+"""Trains a whole FLUX.1 model. Guide: docs/fine_tuning.md"""
+
+from library import cli
+
+SCRIPT = {"family": "flux", "method": "finetune"}
+
+
+def setup_parser():
+    return cli.build_parser(**SCRIPT)
+
+
+if __name__ == "__main__":
+    cli.run(**SCRIPT)

@@ -1,0 +1,13 @@
+"""Trains a LoRA-type network on FLUX.1. Guide: docs/train_network.md"""
+
+from library import cli
+
+SCRIPT = {"family": "flux", "method": "network"}
+
+
+def setup_parser():
+    return cli.build_parser(**SCRIPT)
+
+
+if __name__ == "__main__":
+    cli.run(**SCRIPT)

@@ -1,0 +1,13 @@
+"""Trains a whole Stable Diffusion 3 and 3.5 model. Guide: docs/fine_tuning.md"""
+
+from library import cli
+
+SCRIPT = {"family": "sd3", "method": "finetune"}
+
+
+def setup_parser():
+    return cli.build_parser(**SCRIPT)
+
+
+if __name__ == "__main__":
+    cli.run(**SCRIPT)
