@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
@@ -12,6 +14,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from library.caching.text_outputs import Item, cache_text_on_disk
 from library.families.sdxl.adapter import SdxlFamily
 from library.families.sdxl.options import TRAITS
 from library.families.sdxl.targets import block_index, unet_targets
@@ -116,6 +119,21 @@ def test_cached_text_has_the_conditionings_names(models):
     layout = family.text_layout()
     assert layout.suffix == "_te_outputs.npz"
     assert set(layout.keys) == set(family.encode_text(models, ["a"]).tensors)
+
+
+def test_text_files_of_earlier_trainers_are_made_anew(models, tmp_path):
+    """Their pooled text went through the projection the wrong way round."""
+    family = SdxlFamily(sdxl_options(""))
+    item = Item(picture=tmp_path / "a.png", caption="a cat")
+    item.picture.touch()
+    wanted = {name: rows[0].numpy() for name, rows in family.encode_text(models, ["a cat"]).tensors.items()}
+    file = tmp_path / "a_te_outputs.npz"
+    np.savez(file, **wanted | {"pool2": wanted["pool2"][::-1]})
+    encode = partial(family.encode_text, models)
+    kept, (reason,) = cache_text_on_disk([item], family.text_layout(), encode, {}, 1)
+    assert "made by another trainer" in reason
+    assert_close(kept.get(0)["pool2"].numpy(), wanted["pool2"], atol=1e-6, rtol=0)
+    assert cache_text_on_disk([item], family.text_layout(), encode, {}, 1)[1] == []
 
 
 # ---- targets and blocks

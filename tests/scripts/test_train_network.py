@@ -214,6 +214,22 @@ def test_two_processes_share_the_work_and_one_writes(tmp_path, run_script, train
 
 
 @pytest.mark.parametrize(
+    ("module", "args"), [("networks.lora_fa", None), ("networks.dylora", ["unit=2"])], ids=["lora_fa", "dylora"]
+)
+def test_other_networks_of_the_package(tmp_path, run_script, train_arguments, module, args):
+    """LoRA-FA leaves the down matrices as they were drawn, DyLoRA does not."""
+    options = {"network_module": module, "network_args": args, "max_train_steps": 2, "save_every_n_steps": 1}
+    result = run_script(*train_arguments(tmp_path, **options, network_train_unet_only=True))
+    assert result.returncode == 0, result.stderr
+    weights = [load_file(tmp_path / f"lora{end}.safetensors") for end in ("-step00000001", "")]
+    assert weights[0].keys() == weights[1].keys()
+    moved = {name.rsplit(".", 2)[1] for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
+    assert "lora_up" in moved
+    assert ("lora_down" in moved) == (module == "networks.dylora")
+    assert len(weights[0]) == 3 * sum(name.endswith(".alpha") for name in weights[0])
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"pretrained_model_name_or_path": "no_such.safetensors"}, "no_such.safetensors"),

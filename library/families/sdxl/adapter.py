@@ -32,6 +32,8 @@ ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
 # The conditioning: states of both text encoders, (B, n * 75 + 2, width), and the pooled text, (B, projection).
 STATES = {"te1": "hidden_state1", "te2": "hidden_state2"}
 POOLED = "pool2"
+# They did not turn the projection of single files the other way round, so that the pooled text is another.
+FOREIGN_POOLED = f"it was made by another trainer, and those often compute {POOLED} wrongly"
 VAE_STRIDE = 8  # pixels for each latent
 
 
@@ -121,7 +123,8 @@ class SdxlFamily(Family):
     def text_layout(self) -> TextLayout:
         names = ("max_token_length", "weighted_captions")
         settings = {name: getattr(self.opts.family, name) for name in names}
-        return TextLayout("_te_outputs.npz", (*STATES.values(), POOLED), settings=settings)
+        keys = (*STATES.values(), POOLED)
+        return TextLayout("_te_outputs.npz", keys, settings=settings, distrust=FOREIGN_POOLED)
 
     def model_metadata(self, models: Models) -> dict[str, Any]:
         return {
