@@ -4,10 +4,13 @@
     python benchmarks/bench_models.py --only sdxl-lora sdxl-full --variants plain gc
     python benchmarks/bench_models.py --tiny
 
-Nothing is downloaded and no file is read: each model is built on the device in bf16 from its published configuration.
-All else is what a training script does with cached latents and text: options, network or whole-model method, placement,
-swapping, compiling, optimizer, and step. It prints a Markdown table. `--tiny` runs every row with toy models on the CPU,
-which only shows that the command works: nothing is swapped there, blocks are compiled by the backend "eager".
+Nothing is downloaded and no file is read: each model is built on the device in bf16 from its published configuration,
+so the card must hold it at that moment, also where its blocks are swapped afterwards. All else is what a training
+script does with cached latents and text: options, network or whole-model method, placement, swapping, compiling,
+optimizer, and step. It prints a Markdown table.
+
+`--tiny` runs every row with toy models on the CPU, in four variants, which only shows that the command works: nothing
+is swapped there, and one block is compiled by the backend "eager".
 
 How to read the table:
 - s/step: the median of steps that follow one another without a wait.
@@ -17,7 +20,8 @@ How to read the table:
 - of the rate: TFLOP in s/step over what a large bf16 matrix product reaches on this card in the same run.
 - host ms: until a step has been handed over to an idle device. Where the device is slower than that, it may include
   waiting for room in its queue.
-- launches, busy ms: kernels of one step and the time that they run, by torch.profiler; U-Nets only.
+- launches, busy ms: kernel launches of one step, and the time that kernels and copies take; by torch.profiler, for
+  U-Nets only.
 """
 
 from __future__ import annotations
@@ -30,8 +34,9 @@ import logging
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,8 +44,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import diffusers
 import torch
+from architectures import FLUX_DEV, SD15, SD35_LARGE, SDXL, TINY_SIDE, TINY_TOKENS, Model, build_denoiser
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -60,143 +65,11 @@ from library.training.stepping import Stepper
 from library.types import Batch, Models, TextCond
 
 GIB, TERA = 2**30, 1e12
-CLIP_TOKENS = 77
 SEED = 1
 LEFT_OVER = 0.25  # GiB that libraries keep for themselves; more is what another row has failed to give back
 
 
 # ---- what is measured
-
-
-@dataclass(frozen=True)
-class Model:
-    """A denoiser: its class in diffusers, the published configuration, and what changes to make a toy of it."""
-
-    family: str
-    kind: str
-    config: dict[str, Any]
-    tiny: dict[str, Any]
-    side: int  # pixels of the square picture
-    text: Callable[[dict[str, Any], int], dict[str, tuple[int, ...]]]  # configuration, T5's tokens -> shapes, no batch
-    t5_tokens: int = 0
-
-
-def _sd_text(config: dict[str, Any], _: int) -> dict[str, tuple[int, ...]]:
-    return {"context": (CLIP_TOKENS, config["cross_attention_dim"])}
-
-
-def _sdxl_text(config: dict[str, Any], _: int) -> dict[str, tuple[int, ...]]:
-    width = config["cross_attention_dim"]
-    first = width * 3 // 8  # 768 of 2048
-    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-    states = {"hidden_state1": (CLIP_TOKENS, first), "hidden_state2": (CLIP_TOKENS, width - first)}
-    return {**states, "pool2": (pooled,)}
-
-
-def _sd3_text(config: dict[str, Any], tokens: int) -> dict[str, tuple[int, ...]]:
-    pooled = config["pooled_projection_dim"]  # both CLIPs side by side, as wide as their states
-    states = {"lg_out": (CLIP_TOKENS, pooled), "lg_pooled": (pooled,), "t5_out": (tokens, config["joint_attention_dim"])}
-    masks = {"clip_l_attn_mask": (CLIP_TOKENS,), "clip_g_attn_mask": (CLIP_TOKENS,), "t5_attn_mask": (tokens,)}
-    return states | masks
-
-
-def _flux_text(config: dict[str, Any], tokens: int) -> dict[str, tuple[int, ...]]:
-    states = {"l_pooled": (config["pooled_projection_dim"],), "t5_out": (tokens, config["joint_attention_dim"])}
-    return {**states, "txt_ids": (tokens, 3), "t5_attn_mask": (tokens,)}
-
-
-# Configurations as published in the repositories stable-diffusion-v1-5, stable-diffusion-xl-base-1.0,
-# stable-diffusion-3.5-large and FLUX.1-dev, less what the classes have by themselves.
-SD15 = Model(
-    "sd",
-    "UNet2DConditionModel",
-    {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-    {
-        "sample_size": 8,
-        "block_out_channels": (32,),
-        "down_block_types": ("CrossAttnDownBlock2D",),
-        "up_block_types": ("CrossAttnUpBlock2D",),
-        "layers_per_block": 1,
-        "cross_attention_dim": 32,
-        "attention_head_dim": 2,
-    },
-    512,
-    _sd_text,
-)
-SDXL = Model(
-    "sdxl",
-    "UNet2DConditionModel",
-    {
-        "sample_size": 128,
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-    {
-        "sample_size": 8,
-        "block_out_channels": (32,),
-        "down_block_types": ("CrossAttnDownBlock2D",),
-        "up_block_types": ("CrossAttnUpBlock2D",),
-        "layers_per_block": 1,
-        "transformer_layers_per_block": (1,),
-        "attention_head_dim": (2,),
-        "cross_attention_dim": 64,
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 6 * 8 + 40,
-    },
-    1024,
-    _sdxl_text,
-)
-SD35_LARGE = Model(
-    "sd3",
-    "SD3Transformer2DModel",
-    {
-        "num_layers": 38,
-        "num_attention_heads": 38,
-        "caption_projection_dim": 2432,
-        "pos_embed_max_size": 192,
-        "qk_norm": "rms_norm",
-    },
-    {
-        "sample_size": 8,
-        "num_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "caption_projection_dim": 32,
-        "joint_attention_dim": 64,
-        "pooled_projection_dim": 64,
-        "pos_embed_max_size": 8,
-    },
-    1024,
-    _sd3_text,
-    t5_tokens=256,
-)
-FLUX_DEV = Model(
-    "flux",
-    "FluxTransformer2DModel",
-    {"guidance_embeds": True, "joint_attention_dim": 4096, "pooled_projection_dim": 768},
-    {
-        "num_layers": 1,
-        "num_single_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "axes_dims_rope": (4, 6, 6),
-        "joint_attention_dim": 32,
-        "pooled_projection_dim": 32,
-    },
-    1024,
-    _flux_text,
-    t5_tokens=512,
-)
-SD3_AND_OTHERS_DEFAULTS = {"joint_attention_dim": 4096, "pooled_projection_dim": 2048}  # of SD3Transformer2DModel
-TINY_SIDE, TINY_TOKENS = 64, 8
 
 _LORA = ("--network_dim=16", "--network_alpha=16", "--network_train_unet_only", "--learning_rate=1e-4")
 _ADAFACTOR = "--optimizer_args relative_step=False scale_parameter=False warmup_init=False"
@@ -247,21 +120,10 @@ VARIANTS = {
     # without any it is the variant "gc"
     **{f"swap-{n}": Variant((_CHECKPOINTING, f"--blocks_to_swap={n}"), "gc", True) for n in (10, 20, 28, 35)},
 }
+TINY_VARIANTS = ("plain", "gc", "compile", "swap-35")
 
 
 # ---- building
-
-
-def build_denoiser(model: Model, config: dict[str, Any], device: torch.device) -> nn.Module:
-    """On `device`, in bf16, with the random weights that its class starts from."""
-    usual = torch.get_default_dtype()
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            return getattr(diffusers, model.kind)(**config)
-    finally:
-        torch.set_default_dtype(usual)
 
 
 def build_models(model: Model, config: dict[str, Any], device: torch.device) -> Models:
@@ -269,7 +131,7 @@ def build_models(model: Model, config: dict[str, Any], device: torch.device) -> 
     encoders: dict[str, nn.Module] = {}
     if model.family == "sd":  # whose list of targets starts with those of the text encoder
         with torch.device("meta"):
-            encoders["te"] = CLIPTextModel(CLIPTextConfig())
+            encoders["te"] = CLIPTextModel(CLIPTextConfig(num_hidden_layers=1))
     source = SimpleNamespace(clip_l=None)  # as of a model without text encoders
     return Models(build_denoiser(model, config, device), encoders, {}, None, source)
 
@@ -278,15 +140,9 @@ def make_batch(model: Model, config: dict[str, Any], channels: int, size: int, t
     """Random latents and text; their values do not matter to the time."""
     rng = torch.Generator().manual_seed(0)
     side = TINY_SIDE if tiny else model.side
-    shapes = model.text(SD3_AND_OTHERS_DEFAULTS | config, TINY_TOKENS if tiny else model.t5_tokens)
-    text = {
-        name: torch.ones(size, *shape, dtype=torch.long)
-        if name.endswith("mask")
-        else torch.zeros(size, *shape)
-        if name == "txt_ids"
-        else torch.randn(size, *shape, generator=rng)
-        for name, shape in shapes.items()
-    }
+    shapes = model.text(config, TINY_TOKENS if tiny else model.t5_tokens)
+    text = {name: torch.randn(size, *shape, generator=rng) for name, shape in shapes.items()}
+    text |= {name: torch.ones_like(value, dtype=torch.long) for name, value in text.items() if name.endswith("mask")}
     sizes = torch.full((size, 2), side)
     return Batch(
         captions=[""] * size,
@@ -319,8 +175,9 @@ def prepare(row: Row, arguments: tuple[str, ...], batch_size: int, device: torch
     config = {**model.config, **(model.tiny if tiny else {})}
     models = build_models(model, config, device)
     batch = make_batch(model, config, family.traits.latent_channels, batch_size, tiny).to(device)
-    # In the order of the scripts.
+    # In the order of the scripts, but for compiling, which waits until the operations have been counted.
     method.attach(family, models)
+    models.text_encoders.clear()  # their outputs are cached
     placement.place_denoiser(models, opts, device)
     placement.place_trained(method.trainable(), opts, device)
     set_attention(models.denoiser, opts.memory)
@@ -332,7 +189,8 @@ def prepare(row: Row, arguments: tuple[str, ...], batch_size: int, device: torch
 
     def compile() -> None:
         if opts.memory.torch_compile:
-            compile_blocks(family.blocks(models), opts.memory.dynamo_backend, device)
+            blocks = family.blocks(models)
+            compile_blocks(blocks[:1] if tiny else blocks, opts.memory.dynamo_backend, device)
 
     return Training(make_step(opts, family, method, models, optimizer, batch, device), compile, swap)
 
@@ -507,10 +365,14 @@ def attempt(run: Callable[[], Seen]) -> Seen:
         return Seen(notes=[f"{type(error).__name__}: {lines[0] if lines else ''}"], failed=True)
 
 
-def run_variant(row: Row, arguments: tuple[str, ...], args: argparse.Namespace, device: torch.device) -> Seen:
+def run_variant(row: Row, variant: Variant, args: argparse.Namespace, device: torch.device) -> Seen:
+    arguments = variant.arguments
+    if args.tiny and "--torch_compile" in arguments:
+        arguments = (*arguments, "--dynamo_backend=eager")  # others take a compiler, and a while
     training = prepare(row, arguments, args.batch, device, args.tiny)
     try:
-        return measure(training, args.steps, device, profiled=row.profiled)
+        profiled = row.profiled and not (args.tiny and variant.base)
+        return measure(training, args.steps, device, profiled=profiled)
     finally:
         if training.swap is not None:
             training.swap.detach()  # or its memory stays registered with the driver
@@ -525,10 +387,11 @@ def clean_up(device: torch.device) -> None:
 
 # ---- the table
 
-HEAD = (
-    "| row | variant | s/step | against | peak GiB | TFLOP | TFLOP/s | of the rate | host ms | launches | busy ms | note |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|"
+COLUMNS = (
+    *("row", "variant", "s/step", "against", "peak GiB", "TFLOP", "TFLOP/s", "of the rate"),
+    *("host ms", "launches", "busy ms", "note"),
 )
+HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
 def line(name: str, variant: str, seen: Seen, base: tuple[str, float | None] | None, rate: float) -> str:
@@ -556,27 +419,30 @@ def _shown(value: float | None, form: str, factor: float = 1) -> str:
     return "-" if value is None else form.format(value * factor)
 
 
-def chosen_variants(row: Row, asked: list[str] | None) -> Iterator[tuple[str, Variant]]:
+def chosen_variants(row: Row, asked: Sequence[str]) -> Iterator[tuple[str, Variant]]:
     for name, variant in VARIANTS.items():
-        if (not asked or name in asked) and (row.swaps or not variant.needs_swaps):
+        if name in asked and (row.swaps or not variant.needs_swaps):
             yield name, variant
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=ROWS, help="rows to run; by default all")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="variants to run; by default all")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, help="variants to run; by default all, or four if tiny"
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, help="timed steps; by default 10, with --tiny 1")
     parser.add_argument("--tiny", action="store_true", help="toy models on the CPU: shows that the command works")
     args = parser.parse_args(argv)
     args.steps = args.steps or (1 if args.tiny else 10)
+    args.variants = args.variants or (TINY_VARIANTS if args.tiny else tuple(VARIANTS))
     if not args.tiny and not torch.cuda.is_available():
         raise SystemExit("no GPU was found, and models of this size need one; --tiny shows that the command works")
     device = torch.device("cpu" if args.tiny else "cuda")
     logs.quiet_third_parties()
     logs.LOGGER.setLevel(logging.ERROR)
-    rate = matrix_rate(device, 256 if args.tiny else 8192)
+    rate = matrix_rate(device, 64 if args.tiny else 8192)
     card = "CPU, toy models" if args.tiny else torch.cuda.get_device_name(device)
     facts = f"{card}, torch {torch.__version__}, batch {args.batch}, median of {args.steps} steps"
     print(f"{time.strftime('%Y-%m-%d')}, {facts}; large bf16 matrix product: {rate / TERA:.4g} TFLOP/s\n\n{HEAD}")
@@ -585,9 +451,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.only or ROWS:
         row, seconds = ROWS[name], {}
         for label, variant in chosen_variants(row, args.variants):
-            backend = ("--dynamo_backend=eager",) if args.tiny and "--torch_compile" in variant.arguments else ()
             left = 0 if args.tiny else torch.cuda.memory_allocated(device) / GIB
-            seen = attempt(lambda row=row, extra=(*variant.arguments, *backend): run_variant(row, extra, args, device))
+            seen = attempt(partial(run_variant, row, variant, args, device))
             if left > LEFT_OVER:
                 seen.notes.append(f"peak has {left:.1f} GiB of earlier rows")
             clean_up(device)

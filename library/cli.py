@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from library.types import Models, TextCond
 
 # name -> (package of the family, its adapter class in `<package>.adapter`); `<package>.options` holds TRAITS and
-# `<package>.variants` `check_paths(opts)`, both without torch
+# `<package>.variants` `check_paths(opts)`, and `missing_encoders(opts)` where models may lack some; without torch
 FAMILIES = {
     "sd": ("library.families.sd", "SdFamily"),
     "sdxl": ("library.families.sdxl", "SdxlFamily"),
@@ -192,7 +192,7 @@ def _assemble(
 
     family, method = _make(FAMILIES[family_name], opts, "adapter"), _make(METHODS[method_name], opts)
     preview = Preview.from_options(opts, family)
-    _require_texts(opts, family, data, samples=bool(preview.prompts))
+    _require_texts(opts, family, family_name, data, samples=bool(preview.prompts))
     started = time.time()
     with placement.loading(opts, accelerator.device):
         models = family.load()
@@ -437,9 +437,10 @@ def _latent_encoder(opts: Options, family: Family, models: Any, accelerator: Acc
     return Encoder(encode, opts.data.vae_batch_size, opts.training.seed, processes, bar)
 
 
-def _require_texts(opts: Options, family: Family, data: Any, *, samples: bool) -> None:
+def _require_texts(opts: Options, family: Family, family_name: str, data: Any, *, samples: bool) -> None:
     """Raises: UserError: text encoders are missing, and not everything that is to be encoded is in cache files."""
-    missing = family.missing_text_encoders()
+    variants = importlib.import_module(f"{FAMILIES[family_name][0]}.variants")
+    missing = variants.missing_encoders(opts) if hasattr(variants, "missing_encoders") else []
     if not missing:
         return
     if samples:
@@ -460,10 +461,14 @@ def _text_cache(opts: Options, family: Family, method: Method, models: Any, data
     if options is None or not options.in_use:
         return None
     from library.checkpoints.hashes import weights_fingerprint
+    from library.training import placement
 
     layout = family.text_layout()
     assert layout is not None, "a family with these options has such files"
-    encoder = {part: weights_fingerprint(module) for part, module in sorted(models.text_encoders.items())}
+    # The weights as read are at hand, those that encode may be smaller. Outputs of fp8 are shared with exact ones.
+    form = placement.text_encoder_form(opts)
+    made_by = f" in {form}" if form not in (None, "fp8") else ""
+    encoder = {part: weights_fingerprint(module) + made_by for part, module in sorted(models.text_encoders.items())}
     added = method.added()
     if added is not None and opts.method.network_weights and not opts.method.network_train_unet_only:
         encoder["network"] = weights_fingerprint(added)  # one that has learned something acts on the encoders

@@ -37,6 +37,9 @@ GUIDES = (
     "fine_tuning.md",
     "logging.md",
     "timesteps.md",
+    "sdxl.md",
+    "sd3.md",
+    "flux.md",
 )
 FAMILIES = sorted(file.parent.name for file in Path(library.families.__path__[0]).glob("*/options.py"))
 GROUPS = scripts.groups_for("sd", "network")

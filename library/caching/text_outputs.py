@@ -44,6 +44,7 @@ class TextLayout:
     flags: Mapping[str, bool] = field(default_factory=dict)  # 0-dim bool arrays that say how the rows were made
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of keys whose rows all have one shape
     settings: Mapping[str, Any] = field(default_factory=dict)  # what, beside the weights, decides what encoders give
+    distrust: str | None = None  # why files of earlier trainers are of no use; None: they may be
 
 
 @dataclass(frozen=True)
@@ -351,7 +352,7 @@ def _fault(
     if other:
         return f"not made with {' and '.join(other)}"
     note = facts["provenance"].get("")
-    return _foreign_fault(file, item) if note is None else _note_fault(note, _note(item.caption, encoder))
+    return _foreign_fault(file, item, layout) if note is None else _note_fault(note, _note(item.caption, encoder))
 
 
 def _note_fault(note: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
@@ -363,8 +364,10 @@ def _note_fault(note: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | Non
     return None
 
 
-def _foreign_fault(file: Path, item: Item) -> str | None:
+def _foreign_fault(file: Path, item: Item, layout: TextLayout) -> str | None:
     """Files of earlier trainers do not tell their caption, so that only time can say whether it has changed."""
+    if layout.distrust:
+        return layout.distrust
     if item.changed:
         return "it does not tell its caption, and what earlier trainers put there is the caption file as it is"
     source = item.caption_file or item.picture

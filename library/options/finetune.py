@@ -142,7 +142,7 @@ class WholeModelTraining(TrainingOptions, without=("skip_until_initial_step", "i
     pass
 
 
-class WholeModelMemory(MemoryOptions, without=("fp8_base_unet", "cpu_offload_checkpointing")):
+class WholeModelMemory(MemoryOptions, without=("fp8_base_unet", "quantize_base", "cpu_offload_checkpointing")):
     pass
 
 
@@ -273,7 +273,7 @@ class LargeModelFinetune(LargeModelOptions, without=("no_half_vae",)):
     pass
 
 
-class CheckpointOffload(MemoryOptions, without=("fp8_base_unet",)):
+class CheckpointOffload(MemoryOptions, without=("fp8_base_unet", "quantize_base")):
     pass
 
 

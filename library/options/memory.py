@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -35,6 +36,9 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
     )
     fp8_base: bool = opt(False, "keep the frozen base model's weights in 8-bit floats, text encoders too")
     fp8_base_unet: bool = opt(False, "the same for the denoiser alone")
+    quantize_base: Literal["fp8", "int8", "nf4"] | None = opt(
+        None, "keep the frozen base model's weights small, text encoders too; fp8 means --fp8_base, nf4 takes 4.5 bits"
+    )
     cpu_offload_checkpointing: bool = opt(
         False, "keep checkpointed activations in main memory; needs --gradient_checkpointing"
     )
@@ -57,6 +61,12 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
         for flag, given in (("--fp8_base", self.fp8_base), ("--fp8_base_unet", self.fp8_base_unet)):
             if given and hasattr(opts.method, "text_encoder_stop"):  # the mark of methods that train the model itself
                 yield f"{flag}: only weights that are not trained can be kept in 8 bits; this script trains them all"
+            if given and self.quantize_base not in (None, "fp8"):
+                yield f"--quantize_base: {self.quantize_base} cannot be used with {flag}, which asks for fp8; drop one"
+        if self.quantize_base not in (None, "fp8"):
+            lack = _lack_of_bitsandbytes()
+            if lack:
+                yield f"--quantize_base: {self.quantize_base} {lack}; run: pip install -U bitsandbytes; or choose fp8"
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if "dynamo_backend" in opts.explicit and not self.torch_compile:
@@ -114,3 +124,17 @@ _OF_DEEPSPEED = frozenset(
         "fp16_master_weights_and_gradients",
     )
 )
+_OLDEST_BITSANDBYTES = 0, 49  # those before crash on CPUs where a whole block of weights is 0
+
+
+def _lack_of_bitsandbytes() -> str | None:
+    from importlib import metadata  # here, as it imports many modules that are seldom needed
+
+    try:
+        found = metadata.version("bitsandbytes")
+    except metadata.PackageNotFoundError:
+        return "needs the package bitsandbytes, which is not installed"
+    if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < _OLDEST_BITSANDBYTES:
+        oldest = ".".join(map(str, _OLDEST_BITSANDBYTES))
+        return f"needs bitsandbytes {oldest} or newer, {found} is installed"
+    return None

@@ -46,7 +46,7 @@ def trained_dtype(opts: Options) -> torch.dtype:
 def place_text_encoders(models: Models, opts: Options, device: torch.device, *, grad_text: bool) -> None:
     """Moves them to `device`; frozen ones in the mixed-precision format, trained ones as `trained_dtype` says."""
     for encoder in models.text_encoders.values():
-        _place(encoder, opts, device, in_fp8=opts.memory.fp8_base and not opts.memory.fp8_base_unet)
+        _place(encoder, opts, device, text_encoder_form(opts))
         if opts.memory.gradient_checkpointing and grad_text:
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -63,8 +63,8 @@ def place_denoiser(models: Models, opts: Options, device: torch.device) -> None:
 
     Where blocks are swapped it stays on the CPU, until `swap_blocks`.
     """
-    denoiser, fp8 = models.denoiser, opts.memory.fp8_base or opts.memory.fp8_base_unet
-    _place(denoiser, opts, torch.device("cpu") if swaps(opts, device) else device, in_fp8=fp8)
+    denoiser = models.denoiser
+    _place(denoiser, opts, device, _small_form(opts), home=torch.device("cpu") if swaps(opts, device) else device)
     if opts.memory.gradient_checkpointing:
         if _offloads(opts, device):
             denoiser.enable_gradient_checkpointing(offloading_checkpoint(device))
@@ -95,10 +95,34 @@ def swap_blocks(family: Family, models: Models, opts: Options, device: torch.dev
     return swap
 
 
-def _place(part: nn.Module, opts: Options, device: torch.device, *, in_fp8: bool) -> None:
-    if in_fp8:
-        keep_in_fp8(part)  # as it was read, and before it is moved: rounded once, and small when it arrives
-    part.to(device, trained_dtype(opts) if has_trained_weights(part) else WEIGHT_DTYPES[opts.memory.mixed_precision])
+def text_encoder_form(opts: Options) -> str | None:
+    """How text encoders that are not trained keep their weights: as `--quantize_base` names it; None: wide."""
+    return None if opts.memory.fp8_base_unet else _small_form(opts)
+
+
+def _small_form(opts: Options) -> str | None:
+    """How frozen weights are kept: one of --quantize_base; None: in the mixed-precision format."""
+    return opts.memory.quantize_base or ("fp8" if opts.memory.fp8_base or opts.memory.fp8_base_unet else None)
+
+
+def _place(
+    part: nn.Module, opts: Options, device: torch.device, form: str | None, home: torch.device | None = None
+) -> None:
+    """Moves it to `home`, which is `device` unless it says otherwise."""
+    trained = has_trained_weights(part)
+    if form is not None and not trained:
+        # As it was read, and before it is moved: rounded once, and small when it arrives.
+        LOGGER.info("%s: the weights of %d layers are kept in %s", type(part).__name__, _keep(part, form, device), form)
+    dtype = trained_dtype(opts) if trained else WEIGHT_DTYPES[opts.memory.mixed_precision]
+    part.to(home or device, dtype)
+
+
+def _keep(part: nn.Module, form: str, device: torch.device) -> int:
+    if form == "fp8":
+        return keep_in_fp8(part)
+    from library.memory.quantised import keep_quantised
+
+    return keep_quantised(part, form, device)  # a GPU does it many times faster
 
 
 def _offloads(opts: Options, device: torch.device) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from library.options.optimizer import steps_each_alone
+from library.options.optimizer import is_adafactor, steps_each_alone
 from library.training.precision import StochasticRounding
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Stepper:
         self._optimizer, self._prepared = optimizer, prepared
         self._in_backward = opts.optimizer.fused_backward_pass
         self._together = None if parts is None else StepsTogether(optimizer, parts)
-        rounds = opts.memory.stochastic_rounding
+        rounds = rounds_by_chance(opts)
         self._rounding = StochasticRounding(optimizer, opts.training.seed) if rounds else None
         self._in_parts = rounds and steps_each_alone(opts.optimizer)
         if self._in_backward:
@@ -60,6 +60,15 @@ class Stepper:
             step_in_parts(self._optimizer)
         else:
             self._prepared.step()
+
+
+def rounds_by_chance(opts: Options) -> bool:
+    """Whether steps are rounded by chance: where asked to, and with AdaFactor in bf16 inside the backward pass.
+
+    Command lines of the latter kind have always counted on it without naming it.
+    """
+    fused = opts.optimizer.fused_backward_pass and is_adafactor(opts.optimizer)
+    return opts.memory.stochastic_rounding or (fused and opts.memory.full_bf16)
 
 
 def step_in_backward(optimizer: torch.optim.Optimizer) -> list[Any]:

@@ -510,7 +510,7 @@ def trimmed(captions):
 def test_rows_may_differ_in_length_but_not_within_a_batch(tmp_path):
     layout = TextLayout("_t.npz", ("out",))
     items = [Item(tmp_path / f"{number}.png", words) for number, words in enumerate(["ab", "abcd", "xy"])]
-    in_files, _ = cache_text_on_disk(items, layout, trimmed, "e", 1, progress=Bar)
+    in_files, _ = cache_text_on_disk(items, layout, trimmed, {"te": "e"}, 1, progress=Bar)
     for kept in (in_files, cache_text_in_memory(items, trimmed, 1, Bar)):
         assert [tuple(kept.get(number)["out"].shape) for number in range(3)] == [(2, 1), (4, 1), (2, 1)]
         assert TextCond.stack([kept.get(0), kept.get(2)]).tensors["out"].shape == (2, 2, 1)
@@ -546,7 +546,7 @@ def test_outputs_of_a_real_text_encoder(items):
         return TextCond({"hidden_state1": out.hidden_states[-2], "pool1": out.text_embeds})
 
     layout = TextLayout("_real_te.npz", ("hidden_state1", "pool1"), shapes={"hidden_state1": (LENGTH + 2, 16)})
-    in_files, _ = cache_text_on_disk(items, layout, encode, "tiny", 2, progress=Bar)
+    in_files, _ = cache_text_on_disk(items, layout, encode, {"te": "tiny"}, 2, progress=Bar)
     in_memory = cache_text_in_memory(items, encode, 2, Bar)
     with torch.no_grad():
         wanted = encode(CAPTIONS)
@@ -587,7 +587,7 @@ def test_every_batch_has_the_outputs_of_its_captions(tmp_path, kind):
     if kind == "memory":
         data.set_text(cache_text_in_memory(items, Letters(), 2))
     else:
-        data.set_text(cache_text_on_disk(items, TextLayout("_te.npz", ("out",)), Letters(), "letters", 2)[0])
+        data.set_text(cache_text_on_disk(items, TextLayout("_te.npz", ("out",)), Letters(), {"te": "letters"}, 2)[0])
     seen = []
     for part in (data, data.held_out):
         for batch in part.loader(1):

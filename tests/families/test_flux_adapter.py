@@ -67,6 +67,7 @@ def test_text_equals_diffusers(loaded):
     assert cond.tensors["t5_attn_mask"].sum(1).tolist() == [4, 7]  # words and EOS
 
 
+@pytest.mark.rows("R378")
 @torch.no_grad()
 def test_the_mask_acts_inside_t5(loaded):
     models = loaded["dev"]
@@ -78,6 +79,7 @@ def test_the_mask_acts_inside_t5(loaded):
     assert (plain.tensors["t5_out"] - masked)[:, :3].abs().max() > 1e-3
 
 
+@pytest.mark.rows("R407")
 @torch.no_grad()
 def test_captions_have_the_variants_own_length(loaded):
     for variant, length in (("dev", 512), ("schnell", 256)):
@@ -170,6 +172,7 @@ def test_guidance_of_the_batch_replaces_the_option(loaded):
     assert predict("schnell", 3.5).equal(predict("schnell", 1.0, 9.0))
 
 
+@pytest.mark.rows("R378")
 @torch.no_grad()
 def test_masked_padding_does_not_matter(loaded):
     models, latents, times = loaded["dev"], noise(2, 16, 4, 4), torch.tensor([300.0, 600.0])

@@ -124,6 +124,7 @@ def test_narrow_files(tmp_path, parts, dtype):
     assert_same_weights(models.denoiser, flux_map().to_model(expected))
 
 
+@pytest.mark.rows("R409")
 def test_files_that_are_not_mapped(tmp_path, parts):
     models = load(write_flux(tmp_path, dtype=torch.float8_e4m3fn), {**parts, "mapless": True})
     expected = {name: tensor.to(torch.float8_e4m3fn).float() for name, tensor in flux_tensors().items()}

@@ -15,7 +15,8 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from library.errors import UserError
 from library.objectives import flow
 from library.objectives.flow import FlowObjective, FlowSettings
-from tests.objectives.test_objective import LOSS, NOISE, HostReads
+from tests.builders.host_reads import HostReads
+from tests.objectives.test_objective import LOSS, NOISE
 
 SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "discrete")
 SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")

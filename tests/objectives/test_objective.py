@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.errors import UserError
 from library.objectives.objective import DdpmObjective
 from library.options.parsing import parse_options
 from library.options.scripts import groups_for
+from tests.builders.host_reads import HostReads
 
 NOISE = {
     "noise_offset": None,
@@ -280,22 +280,6 @@ def test_every_accepted_combination_is_finite():
 def test_contradictions_are_refused(prediction, changes, message):
     with pytest.raises(UserError, match=message):
         make(prediction, **changes)
-
-
-class HostReads(TorchDispatchMode):
-    """Notes every operation that hands a tensor's value to Python: what would wait for an accelerator."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::").split(".")[0]
-        if name.startswith(self.WAITING):
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 EVERY_LOSS = {"loss_type": "huber", "min_snr_gamma": 5.0, "debiased_estimation_loss": True}

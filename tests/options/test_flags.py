@@ -31,7 +31,7 @@ COUNTS = {
 # options that earlier trainers do not have
 OURS = {"strict", "data_index_dir", "ema", "ema_decay", "stochastic_rounding"}
 OURS_OF = {  # of one method, or of one script
-    "network": {"save_best_validation", "early_stop_patience"},
+    "network": {"save_best_validation", "early_stop_patience", "quantize_base"},
     "sdxl_train_network": {"text_encoder_batch_size", "blocks_to_swap"},
     "sdxl_train": {"text_encoder_batch_size", "blocks_to_swap", "blockwise_fused_optimizers"},
 }
@@ -54,7 +54,7 @@ def test_no_flag_is_missing_and_new_ones_are_known(script):
     assert len(FACTS[script]) == COUNTS[script]
 
 
-@pytest.mark.rows("R26", "R27", "R137", "R177", "R194", "R199", "R200", "R258", "R259", "R261")
+@pytest.mark.rows("R26", "R27", "R137", "R177", "R194", "R199", "R200", "R258", "R259", "R261", "R359")
 @pytest.mark.parametrize(("script", "dest"), [(script, dest) for script, facts in FACTS.items() for dest in facts])
 def test_flag_is_as_it_was(script, dest):
     fact, action = FACTS[script][dest], ACTIONS[script][dest]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import pytest
 
+from library.errors import UserError
 from library.options.parsing import parse_options
 from library.options.scripts import groups_for
 from library.options.validation import problems, warnings
@@ -13,6 +16,8 @@ REFUSED = [
     ("--stochastic_rounding", "--stochastic_rounding: needs --full_bf16"),
     (f"{BF16} --stochastic_rounding --optimizer_type=RAdamScheduleFree", "--stochastic_rounding: RAdamScheduleFree av"),
     ("--cpu_offload_checkpointing", "--cpu_offload_checkpointing: needs --gradient_checkpointing"),
+    ("--quantize_base=nf4 --fp8_base", "--quantize_base: nf4 cannot be used with --fp8_base, which asks for fp8"),
+    ("--quantize_base=int8 --fp8_base_unet", "--quantize_base: int8 cannot be used with --fp8_base_unet, which"),
     ("--fused_backward_pass --optimizer_type=Prodigy", "--fused_backward_pass: Prodigy cannot step weights one by one"),
     ("--fused_backward_pass --gradient_accumulation_steps=2", "--fused_backward_pass: cannot be used with --gradient_"),
     ("--fused_backward_pass --mixed_precision=fp16", "--fused_backward_pass: cannot be used with --mixed_precision"),
@@ -24,6 +29,8 @@ ADVISED = [
     ("--dynamo_backend=eager --torch_compile", []),
     (f"{BF16} --stochastic_rounding", []),
     ("--fp8_base --fp8_base_unet", []),
+    ("--quantize_base=nf4", []),
+    ("--quantize_base=fp8 --fp8_base", []),
     ("--cpu_offload_checkpointing --gradient_checkpointing", []),
 ]
 
@@ -47,3 +54,27 @@ def test_what_works_is_let_be(valid, traits, flags, beginnings):
 def test_whole_models_are_not_trained_in_8_bits(traits, method):
     lines = problems(parse_options(groups_for("sd", method), ["--fp8_base"]), traits)
     assert any(line.startswith("--fp8_base: only weights that are not trained") for line in lines)
+
+
+@pytest.mark.parametrize("method", ["finetune", "dreambooth"])
+def test_whole_models_have_no_base_to_quantise(method):
+    with pytest.raises(UserError, match="--quantize_base"):
+        parse_options(groups_for("sd", method), ["--quantize_base=nf4"])
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [(None, "which is not installed"), ("0.48.2", "0.49 or newer, 0.48.2 is installed"), ("0.49.0.dev0", None)],
+)
+def test_quantising_needs_bitsandbytes(valid, traits, monkeypatch, form, found, said):
+    def version(package):
+        assert package == "bitsandbytes"
+        if found is None:
+            raise metadata.PackageNotFoundError(package)
+        return found
+
+    monkeypatch.setattr(metadata, "version", version)
+    lines = problems(valid(f"--quantize_base={form}"), traits)
+    assert [said in line and line.startswith(f"--quantize_base: {form} needs") for line in lines] == [True] * bool(said)
+    assert problems(valid("--quantize_base=fp8"), traits) == []

@@ -282,7 +282,12 @@ def checked(script: str, line: str):
     return opts, validation.problems(opts, traits), validation.warnings(opts, traits)
 
 
-@pytest.mark.rows(*FRAGMENTS, "R353", "R363", "R398")
+# fmt: off
+@pytest.mark.rows(
+    "C43", "C44", "C45", "C46", "C47", "C48", "C49", "C50", "C51",
+    "C52", "C53", "C54", "C55", "C56", "R353", "R363", "R398",
+)
+# fmt: on
 def test_printed_fragments_are_accepted():
     for name, fragment in FRAGMENTS.items():
         more = "" if "prediction_type" in fragment else " --model_prediction_type raw"

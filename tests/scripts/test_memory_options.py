@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,16 @@ def test_a_base_in_8_bits_with_compiled_blocks(tmp_path: Path, run_script, train
     assert "--cpu_offload_checkpointing: no effect on a CPU" in log
     weights = load_file(tmp_path / "lora.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_a_base_in_4_bits(tmp_path: Path, run_script, train_arguments):
+    more = {"mixed_precision": "bf16", "quantize_base": "nf4", "gradient_checkpointing": True}
+    log = run(run_script, train_arguments(tmp_path, max_train_steps=2, **more))
+    for part in ("UNet2DConditionModel", "CLIPTextModel"):
+        assert re.search(rf"{part}: the weights of \d+ layers are kept in nf4", log)
+    weights = load_file(tmp_path / "lora.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+    assert any(bool(value.any()) for name, value in weights.items() if "lora_up" in name), "nothing was learned"
 
 
 def test_a_whole_model_in_bf16(tmp_path: Path, run_script, train_arguments):

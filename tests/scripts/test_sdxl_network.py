@@ -31,7 +31,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def command(model, train_arguments):
     def build(out: Path, **changes: object) -> list[str]:
-        line = train_arguments(out, pretrained_model_name_or_path=model, **changes)
+        line = train_arguments(out, **{"pretrained_model_name_or_path": model} | changes)
         return ["sdxl_train_network.py", *line[1:]]
 
     return build
@@ -223,7 +223,6 @@ def from_files(tmp_path_factory, run_script, plan) -> SimpleNamespace:
     return SimpleNamespace(
         out=out,
         prompts=prompts,
-        said=result.stderr,
         weights=load_file(out / "lora.safetensors"),
         model_hash=hash_of(out),
     )

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from library.memory.low_precision import Fp8Conv2d, Fp8Linear
+from library import cli
+from library.checkpoints.hashes import weights_fingerprint
+from library.memory.low_precision import Fp8Conv2d, Fp8Linear, SmallWeight
+from library.memory.quantised import Int8Conv2d, Int8Linear, Nf4Conv2d, Nf4Linear
 from library.training import placement
 from tests.builders import tiny_sd
 
@@ -19,6 +22,7 @@ CPU = torch.device("cpu")
 def options(**memory):
     defaults = {
         "mixed_precision": "bf16", "full_fp16": False, "full_bf16": False, "fp8_base": False, "fp8_base_unet": False,
+        "quantize_base": None,
         "gradient_checkpointing": False, "cpu_offload_checkpointing": False, "lowram": False,
     }  # fmt: skip
     return SimpleNamespace(memory=SimpleNamespace(**defaults | memory), model=SimpleNamespace(no_half_vae=False))
@@ -67,6 +71,42 @@ def test_which_parts_are_kept_in_8_bits(flag):
     assert set(turned(models.text_encoders["te"])) == {flag == "fp8_base"}
     assert not any(turned(models.vae))
     assert formats(models.denoiser) == {torch.bfloat16}  # biases and norms
+
+
+LAYERS = {"fp8": {Fp8Linear, Fp8Conv2d}, "int8": {Int8Linear, Int8Conv2d}, "nf4": {Nf4Linear, Nf4Conv2d}}
+
+
+@pytest.mark.parametrize("form", LAYERS)
+def test_which_parts_are_quantised(form):
+    models = tiny_sd()
+    place(models, options(quantize_base=form))
+    assert {type(m) for m in models.denoiser.modules() if isinstance(m, nn.Linear | nn.Conv2d)} == LAYERS[form]
+    encoder = models.text_encoders["te"]
+    assert {type(m) for m in encoder.modules() if isinstance(m, nn.Linear)} < LAYERS[form]
+    assert not any(isinstance(m, SmallWeight) for m in models.vae.modules())
+    assert formats(models.denoiser) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("unet_only", [False, True])
+def test_text_outputs_of_quantised_encoders_are_told_from_exact_ones(unet_only):
+    """Else a run with exact encoders would take the outputs of rounded ones from the disk."""
+    models, opts = tiny_sd(), options(fp8_base_unet=unet_only)
+    opts.text_cache = SimpleNamespace(in_use=True)
+    family = SimpleNamespace(text_layout=lambda: SimpleNamespace(settings={}))
+    made_by = {}
+    for form in (None, "fp8", "int8", "nf4"):
+        opts.memory.quantize_base = form
+        made_by[form] = cli._text_cache(opts, family, SimpleNamespace(added=lambda: None), models, None).args[-1]["te"]
+    assert made_by["fp8"] == made_by[None] == weights_fingerprint(models.text_encoders["te"])
+    assert len(set(made_by.values())) == (1 if unet_only else 3)
+
+
+def test_a_part_that_is_trained_is_not_quantised():
+    models = tiny_sd()
+    models.text_encoders["te"].get_input_embeddings().requires_grad_(True)
+    place(models, options(quantize_base="nf4"))
+    assert not any(isinstance(m, SmallWeight) for m in models.text_encoders["te"].modules())
+    assert any(isinstance(m, SmallWeight) for m in models.denoiser.modules())
 
 
 @pytest.mark.rows("R190")

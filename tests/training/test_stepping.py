@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +19,7 @@ from library.training.stepping import (
     StepsTogether,
     equal_parts,
     parts_by_block,
+    rounds_by_chance,
     step_in_backward,
     step_in_parts,
     step_only,
@@ -153,6 +155,34 @@ def options(name, *, fused=False, rounding=False):
         memory=SimpleNamespace(stochastic_rounding=rounding),
         training=SimpleNamespace(seed=5),
     )
+
+
+@pytest.mark.rows("R394")
+@pytest.mark.parametrize(
+    ("name", "fused", "full", "rounded"),
+    [
+        ("AdaFactor", True, True, True),
+        ("AdaFactor", True, False, False),
+        ("AdaFactor", False, True, False),
+        ("AdamW", True, True, False),
+    ],
+)
+def test_adafactor_rounds_bf16_by_chance_inside_the_backward_pass(name, fused, full, rounded):
+    """A thousandth of the last bit of 1 is lost by rounding, and is there in the mean by chance."""
+    opts = options(name, fused=fused)
+    opts.memory.full_bf16 = full
+    assert rounds_by_chance(opts) == rounded
+    weight = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+    more = {"relative_step": False, "scale_parameter": False} if name == "AdaFactor" else {"weight_decay": 0.0}
+    kind = transformers.Adafactor if name == "AdaFactor" else torch.optim.AdamW
+    optimizer = kind([weight], lr=1e-4, **more)
+    stepper = Stepper(opts, optimizer, optimizer)
+    for number in range(20):
+        stepper.start(number)
+        weight.sum().backward()
+        stepper.step()
+        optimizer.zero_grad()
+    assert (weight.float().mean().item() == pytest.approx(1 - 20e-4, abs=3e-4)) == rounded
 
 
 def test_rounding_is_the_same_however_steps_are_taken():

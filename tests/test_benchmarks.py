@@ -1,0 +1,81 @@
+"""The benchmarks that need a GPU for their figures must at least work without one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+VARIANTS = ("plain", "gc", "compile", "swap-35")
+UNET_ROWS = ("sd15-lora", "sdxl-lora", "sdxl-full")
+ROWS = (*UNET_ROWS, "sd35-lora", "flux-lora", "flux-fp8")
+
+
+@pytest.fixture
+def bench_models(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench_models
+
+    return bench_models
+
+
+@pytest.mark.slow
+def test_every_row_of_the_models_runs_at_tiny_size():
+    command = ["benchmarks/bench_models.py", "--tiny"]
+    run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    facts, table = run.stdout.split("\n\n")
+    assert f"torch {torch.__version__}" in facts
+    head, rule, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    assert len(head) == len(rule)
+    rows = {(cells[0], cells[1]): dict(zip(head, cells, strict=True)) for cells in lines}
+    swapped = {(row, "swap-35") for row in ("flux-lora", "flux-fp8")}
+    assert set(rows) == {(row, variant) for row in ROWS for variant in VARIANTS[:-1]} | swapped
+    assert [cells["note"] for cells in rows.values()] == [""] * len(rows)
+    assert all(float(cells["s/step"]) > 0 for cells in rows.values())
+    assert all(cells["against"].endswith(" x plain") for (_, name), cells in rows.items() if name in ("gc", "compile"))
+    for row in ROWS:
+        plain, again, compiled = (float(rows[row, name]["TFLOP"]) for name in ("plain", "gc", "compile"))
+        assert compiled == plain
+        assert 1.1 * plain < again < 1.6 * plain  # the forward pass once more
+    # Training the weights themselves takes their gradients too.
+    assert float(rows["sdxl-full", "plain"]["TFLOP"]) > float(rows["sdxl-lora", "plain"]["TFLOP"])
+
+
+def test_full_size_architectures_have_the_published_numbers_of_weights(bench_models):
+    sizes = {}
+    for name in ("SD15", "SDXL", "SD35_LARGE", "FLUX_DEV"):
+        model = getattr(bench_models, name)
+        denoiser = bench_models.build_denoiser(model, model.config, torch.device("meta"))
+        sizes[name] = sum(weight.numel() for weight in denoiser.parameters())
+    published = {"SD15": 0.860e9, "SDXL": 2.567e9, "SD35_LARGE": 8.06e9, "FLUX_DEV": 11.90e9}
+    assert sizes == pytest.approx(published, rel=2e-3)
+
+
+def test_a_row_without_memory_says_so_and_the_table_goes_on(bench_models):
+    def run():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    seen = bench_models.attempt(run)
+    assert not seen.failed
+    line = bench_models.line("flux-lora", "plain", seen, None, rate=1e12)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["flux-lora", "plain", *["-"] * 9, "out of memory"]
+
+
+def test_another_failure_is_told_and_counts(bench_models):
+    def run():
+        raise ValueError("first line\nsecond line")
+
+    seen = bench_models.attempt(run)
+    assert seen.failed
+    assert seen.notes == ["ValueError: first line"]
+
+
+def test_launches_are_not_made_up_where_there_is_no_gpu(bench_models):
+    seen = bench_models.count_launches(lambda: torch.ones(4) + 1, torch.device("cpu"))
+    assert seen == (None, None)
