@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from library.options.base import Options
     from library.training.loop import Run, RunFacts
     from library.training.plan import RunPlan, Start
-    from library.types import Models, TextCond
+    from library.types import Models
 
 # name -> (package of the family, its adapter class in `<package>.adapter`); `<package>.options` holds TRAITS and
 # `<package>.variants` `check_paths(opts)`, and `missing_encoders(opts)` where models may lack some; without torch
@@ -177,6 +176,7 @@ def _assemble(
     opts: Options, family_name: str, method_name: str, data: Any, run_plan: RunPlan, accelerator: Accelerator
 ) -> Run:
     """Loads the model and puts the run together, up to the last thing before the first step."""
+    from library import encoding
     from library.inference.preview import Preview
     from library.memory.attention import set_attention
     from library.memory.compiling import compile_blocks
@@ -192,14 +192,14 @@ def _assemble(
 
     family, method = _make(FAMILIES[family_name], opts, "adapter"), _make(METHODS[method_name], opts)
     preview = Preview.from_options(opts, family)
-    _require_texts(opts, family, family_name, data, samples=bool(preview.prompts))
+    encoding.require_texts(opts, family, _missing_encoders(family_name, opts), data, samples=bool(preview.prompts))
     started = time.time()
     with placement.loading(opts, accelerator.device):
         models = family.load()
     LOGGER.info("loaded %s in %.1f s", opts.model.pretrained_model_name_or_path, time.time() - started)
-    cache_latents = _latent_cache(opts, family, models, data)
+    cache_latents = encoding.latent_cache(opts, family, models, data)
     method.attach(family, models)
-    cache_text = _text_cache(opts, family, method, models, data)  # knows what was merged into the encoders
+    cache_text = encoding.text_cache(opts, family, method, models, data)  # knows what was merged into the encoders
     grad_text = method.trains_text_encoder()
     # One part after the other, so that a large model's need not be on the device together.
     placement.place_text_encoders(models, opts, accelerator.device, grad_text=grad_text)
@@ -212,12 +212,11 @@ def _assemble(
         placement.release_text_encoders(models, opts, keep=method.working_text_encoders())
     placement.place_vae(models, opts, accelerator.device)
     if cache_latents is not None:
-        cache_latents(_latent_encoder(opts, family, models, accelerator))
+        cache_latents(encoding.latent_encoder(opts, family, models, accelerator))
         if accelerator.is_main_process:
             data.index.save()
         placement.release(models.vae, opts)
     placement.place_denoiser(models, opts, accelerator.device)
-    placement.place_trained(method.trainable(), opts, accelerator.device)
     attention = set_attention(models.denoiser, opts.memory)
     if opts.memory.torch_compile:
         compile_blocks(family.blocks(models), opts.memory.dynamo_backend, accelerator.device)
@@ -258,6 +257,12 @@ def _assemble(
         resume=Path(opts.saving.resume) if opts.saving.resume else None,
         average=_average(opts, optimizer),
     )
+
+
+def _missing_encoders(family_name: str, opts: Options) -> list[str]:
+    """A line for each text encoder that is not given, with families that can do without."""
+    variants = importlib.import_module(f"{FAMILIES[family_name][0]}.variants")
+    return variants.missing_encoders(opts) if hasattr(variants, "missing_encoders") else []
 
 
 def _stepped_together(opts: Options, family: Family, models: Models, optimizer: Any) -> Any:
@@ -398,124 +403,6 @@ def _data_builder(name: str | None) -> Any:
         raise UserError(f"--dataset_class: {name} cannot be imported ({error})") from None
     finally:
         sys.path.remove(os.getcwd())
-
-
-def _latent_cache(opts: Options, family: Family, models: Any, data: Any) -> Any:
-    """What caches the latents once it is given an encoder; None: pictures are encoded whenever they come up.
-
-    Metadata data sets whose latents all lie beside the pictures use them without being asked to: preparing them is
-    what they were prepared for.
-    """
-    from library.caching import latents
-    from library.caching.latent_files import CacheLayout
-    from library.checkpoints.hashes import weights_fingerprint
-
-    traits, options = family.traits, opts.data
-    layout = CacheLayout(traits.cache_suffix, traits.latent_channels, traits.cache_keys_by_size)
-    on_disk = options.cache_latents_to_disk or any(not record.present for record in data.all_records)
-    if not on_disk and not options.cache_latents and data.is_prepared():
-        on_disk = latents.files_are_there(data, layout)
-    if on_disk:
-        vae = weights_fingerprint(models.vae)
-        check = not options.skip_cache_check
-        return partial(latents.cache_on_disk, data, layout=layout, vae=vae, check=check)
-    return partial(latents.cache_in_memory, data) if options.cache_latents else None
-
-
-def _latent_encoder(opts: Options, family: Family, models: Any, accelerator: Accelerator) -> Any:
-    import torch
-
-    from library.caching.latents import Encoder
-    from library.runtime.processes import Processes
-
-    @torch.no_grad()
-    def encode(pixels: torch.Tensor, rngs: list[torch.Generator]) -> torch.Tensor:
-        return family.encode_images(models, pixels.to(accelerator.device), generator=rngs)
-
-    bar = partial(logs.progress, disable=not accelerator.is_main_process)
-    processes = Processes(accelerator.process_index, accelerator.num_processes)
-    return Encoder(encode, opts.data.vae_batch_size, opts.training.seed, processes, bar)
-
-
-def _require_texts(opts: Options, family: Family, family_name: str, data: Any, *, samples: bool) -> None:
-    """Raises: UserError: text encoders are missing, and not everything that is to be encoded is in cache files."""
-    variants = importlib.import_module(f"{FAMILIES[family_name][0]}.variants")
-    missing = variants.missing_encoders(opts) if hasattr(variants, "missing_encoders") else []
-    if not missing:
-        return
-    if samples:
-        raise UserError(*missing, hint="--sample_prompts have to be encoded even where captions need not be")
-    from library.caching import text_outputs
-
-    items, layout = text_outputs.items_of(data.all_records), family.text_layout()
-    assert layout is not None, "a family that does without encoders has such files"
-    lacking = text_outputs.unusable_files(items, layout, check=not opts.data.skip_cache_check)
-    for file, why in lacking.items():
-        more = f" and {len(lacking) - 1} more files" if len(lacking) > 1 else ""
-        raise UserError(*(f"{line}: {file} would have to be made ({why}){more}" for line in missing))
-
-
-def _text_cache(opts: Options, family: Family, method: Method, models: Any, data: Any) -> Any:
-    """What caches the text encoders' outputs once they are in place; None: captions are encoded as they come up."""
-    options = getattr(opts, "text_cache", None)
-    if options is None or not options.in_use:
-        return None
-    from library.checkpoints.hashes import weights_fingerprint
-    from library.training import placement
-
-    layout = family.text_layout()
-    assert layout is not None, "a family with these options has such files"
-    # The weights as read are at hand, those that encode may be smaller. Outputs of fp8 are shared with exact ones.
-    form = placement.text_encoder_form(opts)
-    made_by = f" in {form}" if form not in (None, "fp8") else ""
-    encoder = {part: weights_fingerprint(module) + made_by for part, module in sorted(models.text_encoders.items())}
-    added = method.added()
-    if added is not None and opts.method.network_weights and not opts.method.network_train_unet_only:
-        encoder["network"] = weights_fingerprint(added)  # one that has learned something acts on the encoders
-    encoder |= {name: str(value) for name, value in sorted(layout.settings.items())}
-    return partial(_cache_text, opts, family, method, models, data, layout, encoder)
-
-
-def _cache_text(
-    opts: Options,
-    family: Family,
-    method: Method,
-    models: Any,
-    data: Any,
-    layout: Any,
-    encoder: dict[str, str],
-    accelerator: Accelerator,
-) -> None:
-    from library.caching import text_outputs
-    from library.runtime.processes import Processes
-
-    def encode(captions: list[str]) -> TextCond:
-        with accelerator.autocast():
-            return family.encode_text(models, captions)
-
-    items = text_outputs.items_of(data.all_records)
-    batch_size = opts.text_cache.text_encoder_batch_size or opts.data.train_batch_size
-    bar = partial(logs.progress, disable=not accelerator.is_main_process)
-    if not opts.text_cache.cache_text_encoder_outputs_to_disk:
-        data.set_text(text_outputs.cache_text_in_memory(items, encode, batch_size, bar))
-        return
-    processes = Processes(accelerator.process_index, accelerator.num_processes)
-    _, reasons = text_outputs.cache_text_on_disk(
-        items,
-        layout,
-        encode,
-        encoder,
-        batch_size,
-        unread=method.working_text_encoders(),
-        rank=processes.rank,
-        world=processes.world,
-        check=not opts.data.skip_cache_check,
-        progress=bar,
-    )
-    for reason in reasons:
-        LOGGER.warning("%s", reason)
-    processes.wait()
-    data.set_text(text_outputs.disk_store(items, layout))
 
 
 def _show_data(data: Any, opts: Options, accelerator: Accelerator) -> None:

@@ -24,6 +24,7 @@ LEVELS = (
     ("library.objectives", "library.text", "library.checkpoints", "library.options", "library.runtime"),
     ("library.data", "library.caching", "library.memory", "networks"),
     ("library.families", "library.methods", "library.training", "library.inference"),
+    ("library.encoding",),
     ("library.cli",),
     ("scripts",),  # everything that a user starts
 )

@@ -101,6 +101,14 @@ def train(run: Run) -> RunFacts:
 
     Ctrl-C and SIGTERM end it after the step at hand, with a state to go on from.
     """
+    with Interruption() as interruption:
+        facts = _steps(run, interruption)
+    if run.accelerator.is_main_process:
+        _save_interrupted(run, facts) if facts.interrupted else _save(run, facts, run.saves.final())
+    return facts
+
+
+def _steps(run: Run, interruption: Interruption) -> RunFacts:
     grad_text = run.method.trains_text_encoder()
     parts = StepParts(run.family, run.models, run.objective, grad_text)
     placement.training_modes(run.models, run.method.trainable(), grad_text=grad_text)
@@ -112,17 +120,14 @@ def train(run: Run) -> RunFacts:
     report = _Report(run)
     if run.accelerator.is_main_process and facts.step == 0 and run.preview.due(0):
         _sample(run, facts, epoch_end=False)
-    with Interruption() as interruption:
-        first_batch = run.start.batches
-        while facts.step < run.plan.total_steps and not facts.interrupted and not facts.stopped:
-            facts.epoch += 1
-            facts.epoch_ended = False
-            run.method.start_epoch(facts.epoch)
-            _epoch(run, parts, facts, report, interruption, first_batch)
-            first_batch = 0
+    first_batch = run.start.batches
+    while facts.step < run.plan.total_steps and not facts.interrupted and not facts.stopped:
+        facts.epoch += 1
+        facts.epoch_ended = False
+        run.method.start_epoch(facts.epoch)
+        _epoch(run, parts, facts, report, interruption, first_batch)
+        first_batch = 0
     report.close(facts)
-    if run.accelerator.is_main_process:
-        _save_interrupted(run, facts) if facts.interrupted else _save(run, facts, run.saves.final())
     return facts
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from library import cli
+from library import encoding
 from library.checkpoints.hashes import weights_fingerprint
 from library.memory.low_precision import Fp8Conv2d, Fp8Linear, SmallWeight
 from library.memory.quantised import Int8Conv2d, Int8Linear, Nf4Conv2d, Nf4Linear
@@ -94,9 +94,10 @@ def test_text_outputs_of_quantised_encoders_are_told_from_exact_ones(unet_only):
     opts.text_cache = SimpleNamespace(in_use=True)
     family = SimpleNamespace(text_layout=lambda: SimpleNamespace(settings={}))
     made_by = {}
+    method = SimpleNamespace(added=lambda: None)
     for form in (None, "fp8", "int8", "nf4"):
         opts.memory.quantize_base = form
-        made_by[form] = cli._text_cache(opts, family, SimpleNamespace(added=lambda: None), models, None).args[-1]["te"]
+        made_by[form] = encoding.text_cache(opts, family, method, models, None).args[-1]["te"]
     assert made_by["fp8"] == made_by[None] == weights_fingerprint(models.text_encoders["te"])
     assert len(set(made_by.values())) == (1 if unet_only else 3)
 
