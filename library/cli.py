@@ -116,6 +116,7 @@ def _train(family_name: str, method_name: str, argv: Sequence[str]) -> None:
     run_plan = _plan_run(opts, data, accelerator)
     if opts.data.debug_dataset:
         _show_data(data, opts, accelerator)
+        processes.leave()
         return
 
     from library.training.loop import train
@@ -123,6 +124,7 @@ def _train(family_name: str, method_name: str, argv: Sequence[str]) -> None:
     prepared = _assemble(opts, family_name, method_name, data, run_plan, accelerator)
     with prepared.tracker, prepared.hub:
         train(prepared)
+    processes.leave()
 
 
 def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Options, list[Any], FamilyTraits]:

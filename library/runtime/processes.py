@@ -30,6 +30,15 @@ class Processes:
 
             torch.distributed.barrier(_patient_group())
 
+    def leave(self) -> None:
+        """Ends the groups once all are here: a process that just goes can bring down those that still listen to it."""
+        if self.world > 1:
+            import torch
+
+            self.wait()
+            torch.distributed.destroy_process_group()
+            _patient_group.cache_clear()
+
     def largest(self, value: int) -> int:
         """The largest of all processes' values."""
         if self.world == 1:

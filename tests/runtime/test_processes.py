@@ -25,6 +25,8 @@ own = [torch.full((2, n + 1), float(10 * ours.rank + n)) for n in range(2 - ours
 shapes = [[(2, 1), (2, 2)], [(2, 1)]]
 seen = [[tensor[0, 0].item() for tensor in theirs] for theirs in ours.exchange(own, shapes)]
 assert seen == [[0.0, 1.0], [10.0]], seen
+ours.leave()
+assert not torch.distributed.is_initialized()
 Path(f"fine {ours.rank}").touch()
 """
 
