@@ -37,3 +37,8 @@ def console() -> Iterator[None]:
     before = list(LOGGER.handlers), LOGGER.level, LOGGER.propagate
     yield
     LOGGER.handlers[:], LOGGER.level, LOGGER.propagate = before
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes may hold times, and the names of cases must be the same in every process that runs them."""
+    return argname if isinstance(val, bytes) else None
