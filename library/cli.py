@@ -103,6 +103,7 @@ def _train(family_name: str, method_name: str, argv: Sequence[str]) -> None:
     opts = opts.replaced(seed=_agreed_seed(opts, accelerator))
 
     from library.runtime.processes import Processes
+    from library.training import lr_schedules
 
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     main = accelerator.is_main_process
@@ -118,6 +119,7 @@ def _train(family_name: str, method_name: str, argv: Sequence[str]) -> None:
         _show_data(data, opts, accelerator)
         processes.leave()
         return
+    lr_schedules.rehearse(opts.optimizer, run_plan.total_steps)  # now that it is known how long the run is
 
     from library.training.loop import train
 
@@ -211,7 +213,7 @@ def _assemble(
     if cache_text is not None:
         cache_text(accelerator)
         preview.remember_texts(models, accelerator.device)
-        placement.release_text_encoders(models, opts, keep=method.working_text_encoders())
+        placement.release_text_encoders(models, keep=method.working_text_encoders())
     placement.place_vae(models, opts, accelerator.device)
     if cache_latents is not None:
         cache_latents(encoding.latent_encoder(opts, family, models, accelerator))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+_TORCH_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip, or a pickle's protocol
 _MOST_MAPPED = 1 << 26  # bytes of a file that stay mapped after they were copied
 
 Header = dict[str, tuple[str, tuple[int, ...]]]
@@ -165,16 +166,7 @@ def read_torch(path: str | Path) -> Any:
     import torch
 
     path = Path(path)
-    require_file(path)
-    with open(path, "rb") as file:
-        if file.read(2) not in (
-            b"PK",
-            b"\x80\x02",
-            b"\x80\x03",
-            b"\x80\x04",
-            b"\x80\x05",
-        ):  # zip, or a pickle's protocol
-            raise UserError(f"{path}: not a torch checkpoint; get the file again")
+    require_weights(path)
     try:
         # mmap leaves what is not used on the disk; only the zip form, written since torch 1.6, can do it.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
@@ -198,6 +190,20 @@ def unwrap(content: Any, path: str | Path) -> dict[str, Tensor]:
     if not tensors:
         raise UserError(f"{path}: holds no weights")
     return tensors
+
+
+def require_weights(path: str | Path) -> None:
+    """Finds out, without torch, whether `path` can be a weight file at all.
+
+    Raises: UserError: missing, cut short, or something else.
+    """
+    if Path(path).suffix.lower() == ".safetensors":
+        read_header(path)
+        return
+    require_file(path)
+    with open(path, "rb") as file:
+        if file.read(2) not in _TORCH_STARTS:
+            raise UserError(f"{path}: not a torch checkpoint; get the file again")
 
 
 def require_file(path: str | Path) -> None:

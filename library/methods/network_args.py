@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from library.checkpoints.reading import require_weights
 from library.errors import UserError
 from library.options.network import find_module
 from library.runtime.logs import LOGGER
@@ -25,6 +26,11 @@ def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str
     bases, multipliers = options.base_weights or [], options.base_weights_multiplier or []
     if len(multipliers) > len(bases):
         problems.append(f"--base_weights_multiplier: {len(multipliers)} values for {len(bases)} --base_weights")
+    for path in filter(None, [options.network_weights, *bases]):
+        try:
+            require_weights(path)
+        except UserError as error:
+            problems += error.problems
     try:
         require_network_module(options.network_module)
         args = split_args(options.network_args)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from library.options.optimizer import OptimizerOptions
 
 _POLYNOMIAL_END = 1e-7
-_LONG = 10**9  # steps
+_LONG = 10**9  # steps, where it is not known yet how many there are
 
 
 class PlateauSchedule(ReduceLROnPlateau):
@@ -102,17 +102,19 @@ def make_schedule(
     return _of_transformers(optimizer, options, total_steps, arguments)
 
 
-def rehearse(options: OptimizerOptions) -> None:
-    """Finds out, before anything large is read, whether the schedule takes its arguments.
+def rehearse(options: OptimizerOptions, total_steps: int = _LONG) -> None:
+    """Finds out, before anything large is read, whether the schedule takes its arguments, and fits into the run.
 
-    Raises: UserError, as `make_schedule` does, but for warm-ups that are longer than the run.
+    Raises: UserError, as `make_schedule` does.
     """
     if sets_own_rate(options) or is_schedule_free(options):
         return
     weight = torch.nn.Parameter(torch.zeros(()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        make_schedule(torch.optim.SGD([weight], lr=abs(options.learning_rate) or 1.0, momentum=0.5), options, _LONG)
+        make_schedule(
+            torch.optim.SGD([weight], lr=abs(options.learning_rate) or 1.0, momentum=0.5), options, total_steps
+        )
 
 
 def _of_transformers(

@@ -148,15 +148,20 @@ def training_modes(models: Models, trained: nn.Module, *, grad_text: bool) -> No
     trained.train()
 
 
-def release_text_encoders(models: Models, opts: Options, *, keep: Iterable[str]) -> None:
-    """After their outputs are cached: those not in `keep` leave the device and memory."""
+def release_text_encoders(models: Models, *, keep: Iterable[str]) -> None:
+    """After their outputs are cached: those not in `keep` are given up."""
     for name in set(models.text_encoders) - set(keep):
-        release(models.text_encoders.pop(name), opts)
+        del models.text_encoders[name]
+    _give_back()
 
 
 def release(part: nn.Module | None, opts: Options) -> None:
     """After its outputs are cached, a part is needed for sample pictures only; --highvram keeps it on the device."""
     if part is not None and not opts.memory.highvram:
         part.to("cpu")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _give_back()
+
+
+def _give_back() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
