@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
+from library.options.sharding import USE_DEEPSPEED, USE_FSDP, sharding_of
 from library.runtime import logs
 from library.runtime.logs import LOGGER
 
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
     from library.families.base import Family, FamilyTraits
     from library.methods.base import Method
     from library.options.base import Options
+    from library.options.sharding import Sharding
+    from library.runtime.processes import Processes
     from library.training.loop import Run, RunFacts
     from library.training.plan import RunPlan, Start
+    from library.training.sharding import Shards
     from library.types import Models
 
 # name -> (package of the family, its adapter class in `<package>.adapter`); `<package>.options` holds TRAITS and
@@ -98,22 +102,17 @@ def _train(family_name: str, method_name: str, argv: Sequence[str]) -> None:
         from library.training.hub import fetch_state
 
         opts = fetch_state(opts)
-    accelerator = _make_accelerator(opts)
-    _rehearse(opts, accelerator)
+    sharding = sharding_of(opts)
+    accelerator = _make_accelerator(opts, sharding)
+    shards = _make_shards(opts, sharding, accelerator)
+    _rehearse(opts, accelerator, shards)
     opts = opts.replaced(seed=_agreed_seed(opts, accelerator))
 
     from library.runtime.processes import Processes
     from library.training import lr_schedules
 
     processes = Processes(accelerator.process_index, accelerator.num_processes)
-    main = accelerator.is_main_process
-    if not main:
-        processes.wait()  # and find in the index what the first process has seen
-    data = _data_builder(opts.data.dataset_class)(specs, opts, traits, opts.training.seed, main=main)
-    if main:
-        processes.wait()
-    for line in data.report():
-        LOGGER.info("%s", line)
+    data = read_data(specs, opts, traits, processes)
     run_plan = _plan_run(opts, data, accelerator)
     if opts.data.debug_dataset:
         _show_data(data, opts, accelerator)
@@ -123,7 +122,7 @@ def _train(family_name: str, method_name: str, argv: Sequence[str]) -> None:
 
     from library.training.loop import train
 
-    prepared = _assemble(opts, family_name, method_name, data, run_plan, accelerator)
+    prepared = _assemble(opts, family_name, method_name, data, run_plan, accelerator, shards)
     with prepared.tracker, prepared.hub:
         train(prepared)
     processes.leave()
@@ -161,6 +160,22 @@ def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Opt
     return opts, specs, traits
 
 
+def read_data(specs: list[Any], opts: Options, traits: FamilyTraits, processes: Processes) -> Any:
+    """The data of a run, whose seed is known by now; what was found is told in the log.
+
+    Raises: UserError: it cannot be used.
+    """
+    main = processes.rank == 0
+    if not main:
+        processes.wait()  # and find in the index what the first process has seen
+    data = _data_builder(opts.data.dataset_class)(specs, opts, traits, opts.training.seed, main=main)
+    if main:
+        processes.wait()
+    for line in data.report():
+        LOGGER.info("%s", line)
+    return data
+
+
 def _plan_run(opts: Options, data: Any, accelerator: Accelerator) -> RunPlan:
     from library.training.plan import make_plan
 
@@ -177,7 +192,13 @@ def _plan_run(opts: Options, data: Any, accelerator: Accelerator) -> RunPlan:
 
 
 def _assemble(
-    opts: Options, family_name: str, method_name: str, data: Any, run_plan: RunPlan, accelerator: Accelerator
+    opts: Options,
+    family_name: str,
+    method_name: str,
+    data: Any,
+    run_plan: RunPlan,
+    accelerator: Accelerator,
+    shards: Shards | None,
 ) -> Run:
     """Loads the model and puts the run together, up to the last thing before the first step."""
     from library import encoding
@@ -206,7 +227,7 @@ def _assemble(
     cache_text = encoding.text_cache(opts, family, method, models, data)  # knows what was merged into the encoders
     grad_text = method.trains_text_encoder()
     # One part after the other, so that a large model's need not be on the device together.
-    placement.place_text_encoders(models, opts, accelerator.device, grad_text=grad_text)
+    placement.place_text_encoders(models, opts, accelerator.device, grad_text=grad_text, shards=shards)
     added = method.added()
     if added is not None:
         placement.place_trained(added.eval(), opts, accelerator.device)
@@ -220,10 +241,12 @@ def _assemble(
         if accelerator.is_main_process:
             data.index.save()
         placement.release(models.vae, opts)
-    placement.place_denoiser(models, opts, accelerator.device)
+    placement.place_denoiser(models, opts, accelerator.device, spread=shards is not None)
     attention = set_attention(models.denoiser, opts.memory)
     if opts.memory.torch_compile:
         compile_blocks(family.blocks(models), opts.memory.dynamo_backend, accelerator.device)
+    if shards is not None:
+        placement.spread_denoiser(family, models, opts, shards)
     swap = placement.swap_blocks(family, models, opts, accelerator.device)
     optimizer = make_optimizer(method.parameter_groups(), opts.optimizer)
     if swap is not None:
@@ -260,6 +283,7 @@ def _assemble(
         start=start,
         resume=Path(opts.saving.resume) if opts.saving.resume else None,
         average=_average(opts, optimizer),
+        shards=shards,
     )
 
 
@@ -319,7 +343,7 @@ def _make(place: tuple[str, str], opts: Options, module: str | None = None) -> F
     return getattr(importlib.import_module(f"{package}.{module}" if module else package), name)(opts)
 
 
-def _make_accelerator(opts: Options) -> Accelerator:
+def _make_accelerator(opts: Options, sharding: Sharding | None) -> Accelerator:
     import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
 
@@ -334,6 +358,11 @@ def _make_accelerator(opts: Options) -> Accelerator:
     # Told so, accelerate also joins several processes on CPUs; left to itself it would take each for the only one.
     minutes = opts.distributed.ddp_timeout
     patience = [InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))] if minutes else []
+    for engine in (USE_FSDP, USE_DEEPSPEED):  # what they stand for is known; accelerate's own part in it is not wanted
+        os.environ.pop(engine, None)
+    if sharding is not None and sharding.offload and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=minutes or 10))
     made = Accelerator(mixed_precision=chosen, cpu=not torch.accelerator.is_available(), kwargs_handlers=patience)
     fused = opts.optimizer.fused_backward_pass or (getattr(opts, "fused", None) is not None and opts.fused.in_use)
     if fused and made.num_processes > 1:
@@ -345,12 +374,24 @@ def _make_accelerator(opts: Options) -> Accelerator:
     return made
 
 
-def _rehearse(opts: Options, accelerator: Accelerator) -> None:
+def _make_shards(opts: Options, sharding: Sharding | None, accelerator: Accelerator) -> Shards | None:
+    """What spreads the trained model over the processes; None: every process keeps all of it."""
+    if sharding is None or opts.data.debug_dataset:
+        return None
+    if accelerator.num_processes == 1:
+        LOGGER.warning("%s: no effect with one process, there is nothing to spread over", sharding.asked_by)
+        return None
+    from library.training.sharding import Shards
+
+    return Shards(sharding, accelerator.device, accelerator.num_processes, first=accelerator.is_main_process)
+
+
+def _rehearse(opts: Options, accelerator: Accelerator, shards: Shards | None) -> None:
     """What only the classes themselves can say about their arguments, while nothing large is loaded yet."""
     from library.training import lr_schedules, optimizers
 
     if not opts.data.debug_dataset:
-        optimizers.rehearse(opts.optimizer, accelerator.device)
+        optimizers.rehearse(opts.optimizer, accelerator.device, None if shards is None else shards.mesh)
         lr_schedules.rehearse(opts.optimizer)
 
 

@@ -100,6 +100,8 @@ class Preview:
         *,
         dtype: torch.dtype | None = None,
         trained: nn.Module | None = None,
+        device: torch.device | None = None,
+        write: bool = True,
     ) -> list[PreviewPicture]:
         """Makes and writes the pictures, and leaves models, modes, devices and random state as they were.
 
@@ -108,13 +110,15 @@ class Preview:
             epoch: names the files by epoch; None names them by step.
             dtype: computing precision; None takes --mixed_precision.
             trained: what is trained beside the models (a network), to be in evaluation mode as well.
+            device: where to compute; None: where the denoiser is.
+            write: without it nothing is written: this process is only needed for the others' work.
         Raises: UserError: the folder cannot be written to.
         """
         from library.inference.generate import generate, total_steps
         from library.runtime.logs import progress
 
         prompts = [self._seeded(prompt, step, index) for index, prompt in enumerate(self.prompts)]
-        device = next(models.denoiser.parameters()).device
+        device = device or next(models.denoiser.parameters()).device
         assert models.vae is not None, "sample images need the VAE: keep it when --sample_prompts is given"
         helpers = [*models.text_encoders.values(), models.vae]
         modules = [models.denoiser, *helpers, *([] if trained is None else [trained])]
@@ -134,6 +138,8 @@ class Preview:
                 known=self._known,
                 progress=bar.update,
             )
+        if not write:
+            return []
         now = time.strftime("%Y%m%d%H%M%S")
         pictures = []
         for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):

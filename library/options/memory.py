@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from library.options import sharding
 from library.options.base import OptionGroup, Options, opt
 from library.options.optimizer import is_schedule_free, optimizer_name
 
@@ -80,22 +81,28 @@ class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs")
     )
     ddp_gradient_as_bucket_view: bool = opt(False, "share memory between gradients and their exchange")
     ddp_static_graph: bool = opt(False, "promise that every step uses the same parameters")
-    deepspeed: bool = opt(False, "train with DeepSpeed; refused, as this toolkit has no part that it could drive")
-    zero_stage: Literal[0, 1, 2, 3] = opt(2, "how much DeepSpeed spreads over the GPUs")
-    offload_optimizer_device: Literal["cpu", "nvme"] | None = opt(None, "where DeepSpeed keeps the optimizer")
-    offload_optimizer_nvme_path: str | None = opt(None, "folder for an optimizer on disk")
-    offload_param_device: Literal["cpu", "nvme"] | None = opt(None, "where DeepSpeed keeps parameters")
-    offload_param_nvme_path: str | None = opt(None, "folder for parameters on disk")
-    zero3_init_flag: bool = opt(False, "spread the model while it is built (stage 3)")
-    zero3_save_16bit_model: bool = opt(False, "gather 16-bit weights for saving (stage 3)")
-    fp16_master_weights_and_gradients: bool = opt(False, "master weights and gradients in fp16")
+    deepspeed: bool = opt(
+        False, "spread a whole model that is trained over the processes as --zero_stage says; torch's FSDP2 does it"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = opt(
+        2, "0: nothing is spread; 1, 2: gradients and the optimizer; 3: weights too, gathered block by block"
+    )
+    offload_optimizer_device: Literal["cpu", "nvme"] | None = opt(
+        None, "cpu: what is spread lies in main memory; nvme is refused"
+    )
+    offload_optimizer_nvme_path: str | None = opt(None, "folder for an optimizer on disk; refused with nvme")
+    offload_param_device: Literal["cpu", "nvme"] | None = opt(None, "the same as --offload_optimizer_device")
+    offload_param_nvme_path: str | None = opt(None, "folder for parameters on disk; refused with nvme")
+    zero3_init_flag: bool = opt(False, "spread the model while it is built; it always is, block by block")
+    zero3_save_16bit_model: bool = opt(
+        False, "gather weights for saving; they always are, in the format of --save_precision"
+    )
+    fp16_master_weights_and_gradients: bool = opt(False, "master weights and gradients in fp16; refused")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        if self.deepspeed:
-            yield "--deepspeed: not supported; leave it out, several GPUs work with accelerate launch --multi_gpu"
-        for variable, name in _OTHER_ENGINES.items():
-            if os.environ.get(variable, "false").lower() in ("1", "true"):
-                yield f"accelerate was launched with {name}, which is not supported; choose --multi_gpu in its place"
+        yield from sharding.problems(opts)
+        if os.environ.get("ACCELERATE_USE_MEGATRON_LM", "false").lower() in ("1", "true"):
+            yield "accelerate was launched with Megatron-LM, which is not supported; choose FSDP in its place"
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         for name in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):
@@ -103,15 +110,10 @@ class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs")
                 yield f"--{name}: no effect, as all gradients are exchanged in one message anyway"
         if not self.deepspeed:
             for name in _OF_DEEPSPEED & opts.explicit:
-                yield f"--{name}: no effect without --deepspeed, which is not supported"
+                yield f"--{name}: no effect without --deepspeed"
+        yield from sharding.advice(opts)
 
 
-# What `accelerate launch` sets for engines that wrap the model, which networks attached by hooks do not survive.
-_OTHER_ENGINES = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
 _OF_DEEPSPEED = frozenset(
     (
         "zero_stage",

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from library.options.base import Options
     from library.training.hub import Hub
     from library.training.plan import RunPlan, Start
+    from library.training.sharding import Shards
     from library.training.stepping import Stepper
     from library.training.tracking import Tracker
     from library.training.validation import Validation
@@ -70,13 +71,30 @@ class Run:
     start: Start
     resume: Path | None = None  # state folder
     average: Average | None = None  # of the trained weights
+    shards: Shards | None = None  # where the trained weights are spread over the processes
     best: Best = field(default_factory=Best)
 
     @contextmanager
     def as_used(self) -> Iterator[None]:
         """Within the block the trained module is what is saved, sampled and validated."""
+        self._settle()
         with averaged_weights(self.optimizer), nullcontext() if self.average is None else self.average.in_place():
             yield
+            self._settle()
+
+    def _settle(self) -> None:
+        if self.shards is not None:  # weights gathered before know nothing of what changes now
+            self.shards.settle()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that saves and samples."""
+        return self.accelerator.is_main_process
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this process is needed for it: spread weights are gathered by all together."""
+        return self.writes or self.shards is not None
 
     @property
     def processes(self) -> Processes:
@@ -103,7 +121,7 @@ def train(run: Run) -> RunFacts:
     """
     with Interruption() as interruption:
         facts = _steps(run, interruption)
-    if run.accelerator.is_main_process:
+    if run.takes_part:
         _save_interrupted(run, facts) if facts.interrupted else _save(run, facts, run.saves.final())
     return facts
 
@@ -113,12 +131,12 @@ def _steps(run: Run, interruption: Interruption) -> RunFacts:
     parts = StepParts(run.family, run.models, run.objective, grad_text)
     placement.training_modes(run.models, run.method.trainable(), grad_text=grad_text)
     if run.resume is not None:
-        state.load_state(run.resume, _state_parts(run))
+        state.load_state(run.resume, _state_parts(run), spread=run.shards is not None)
         LOGGER.info("resumed from %s after step %d", run.resume, run.start.step)
     facts = RunFacts(run.start.step, run.start.epochs, run.start.epochs * run.plan.batches_per_process)
     facts.micro_step += run.start.batches
     report = _Report(run)
-    if run.accelerator.is_main_process and facts.step == 0 and run.preview.due(0):
+    if run.takes_part and facts.step == 0 and run.preview.due(0):
         _sample(run, facts, epoch_end=False)
     first_batch = run.start.batches
     while facts.step < run.plan.total_steps and not facts.interrupted and not facts.stopped:
@@ -134,7 +152,6 @@ def _steps(run: Run, interruption: Interruption) -> RunFacts:
 def _epoch(
     run: Run, parts: StepParts, facts: RunFacts, report: _Report, interruption: Interruption, first_batch: int
 ) -> None:
-    main = run.accelerator.is_main_process
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     plateau = run.schedule if wants_loss(run.schedule) else None
     for group in _groups_of(_batches(run, facts.epoch, first_batch), run.plan.accumulation):
@@ -151,7 +168,7 @@ def _epoch(
         report.step(facts.step, losses, gradient_norm, rates)
         if run.validation.due(facts.step):
             _validate(run, parts, facts, report)
-        if main:
+        if run.takes_part:
             _after_step(run, facts, report)
         # All processes must leave at the same step, whichever of them the signal has reached.
         facts.interrupted = bool(run.processes.largest(int(interruption.asked)))
@@ -166,7 +183,7 @@ def _epoch(
         mean = run.accelerator.reduce(mean, "mean")
         plateau.step(mean.item() if loss is None else loss)
     facts.epoch_ended = True
-    if main:
+    if run.takes_part:
         _after_epoch(run, facts, report)
 
 
@@ -209,12 +226,13 @@ def _accumulate(run: Run, parts: StepParts, group: list[Batch], facts: RunFacts)
 
 def _update(run: Run, parameters: list[Tensor]) -> Tensor | None:
     """Averages gradients over the processes, clips, steps; returns the gradient norm before clipping."""
-    if run.accelerator.num_processes > 1:
+    if run.accelerator.num_processes > 1 and run.shards is None:  # spread ones are averaged as they arrive
         average_gradients(parameters, run.accelerator.num_processes)
     norm = None
     limit = run.opts.optimizer.max_grad_norm
     if limit and not run.stepper.inside_backward:
         norm = run.accelerator.clip_grad_norm_(parameters, limit)
+        norm = norm if run.shards is None else norm.full_tensor()
     run.stepper.step()
     skipped = run.optimizer.step_was_skipped  # the fp16 scaler leaves out steps that overflowed
     if not skipped and not wants_loss(run.schedule):
@@ -275,7 +293,7 @@ def _validate(run: Run, parts: StepParts, facts: RunFacts, report: _Report) -> f
     loss = losses["loss/validation"]
     LOGGER.info("validation loss %.5f at step %d", loss, facts.step)
     options = run.opts.validation
-    if run.best.see(loss) and options.save_best_validation and run.accelerator.is_main_process:
+    if run.best.see(loss) and options.save_best_validation and run.takes_part:
         report.drain(wait=True)
         _save(run, facts, saving.Due(run.saves.best_path()))
     facts.stopped = options.early_stop_patience is not None and run.best.since >= options.early_stop_patience
@@ -290,30 +308,30 @@ def _save(run: Run, facts: RunFacts, due: saving.Due) -> None:
     needed = state.needed_bytes(parts) if due.state else state.size_of(parts.trained.state_dict())
     saving.check_space(due.path.parent, needed, "what is to be saved")
     run.hub.settle(due.path)  # an earlier one of this name
-    with run.as_used(), saving.failing_clearly(due.path):
-        run.method.save(due.path, run.save_dtype, run.make_metadata(facts))
+    with run.as_used(), nullcontext() if run.shards is None else run.shards.whole(), saving.failing_clearly(due.path):
+        if run.writes:
+            run.method.save(due.path, run.save_dtype, run.make_metadata(facts))
     LOGGER.info("saved %s", due.path)
     run.hub.upload(due.path)
-    if due.obsolete is not None:
-        run.hub.settle(due.obsolete)
-        saving.remove(due.obsolete)
+    _forget(run, due.obsolete)
     if due.state is not None:
         _save_state(run, facts, due.state)
-        if due.obsolete_state is not None:
-            run.hub.settle(due.obsolete_state)
-            saving.remove(due.obsolete_state)
+        _forget(run, due.obsolete_state)
+
+
+def _forget(run: Run, obsolete: Path | None) -> None:
+    if obsolete is not None and run.writes:
+        run.hub.settle(obsolete)
+        saving.remove(obsolete)
 
 
 def _save_state(run: Run, facts: RunFacts, folder: Path) -> None:
     run.hub.settle(folder)
     with saving.failing_clearly(folder):
-        state.save_state(folder, _state_parts(run), _progress(run, facts))
+        progress = state.Progress(facts.step, facts.epoch, run.seed, facts.epoch_ended)
+        state.save_state(folder, _state_parts(run), progress, gather=run.shards is not None, write=run.writes)
     LOGGER.info("saved the state in %s", folder)
     run.hub.upload_state(folder)
-
-
-def _progress(run: Run, facts: RunFacts) -> state.Progress:
-    return state.Progress(facts.step, facts.epoch, run.seed, facts.epoch_ended)
 
 
 def _save_interrupted(run: Run, facts: RunFacts) -> None:
@@ -325,7 +343,12 @@ def _save_interrupted(run: Run, facts: RunFacts) -> None:
 def _sample(run: Run, facts: RunFacts, *, epoch_end: bool) -> None:
     with run.as_used():
         pictures = run.preview.render(
-            run.models, facts.step, facts.epoch if epoch_end else None, trained=run.method.trainable()
+            run.models,
+            facts.step,
+            facts.epoch if epoch_end else None,
+            trained=run.method.trainable(),
+            device=run.accelerator.device,
+            write=run.writes,
         )
     for index, picture in enumerate(pictures):
         LOGGER.info("sampled %s", picture.path)

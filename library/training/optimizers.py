@@ -55,9 +55,10 @@ def make_optimizer(groups: list[dict[str, Any]], options: OptimizerOptions) -> t
     return optimizer
 
 
-def rehearse(options: OptimizerOptions, device: torch.device) -> None:
+def rehearse(options: OptimizerOptions, device: torch.device, mesh: Any | None = None) -> None:
     """Finds out, before anything large is read, whether the optimizer takes its arguments and can step on `device`.
 
+    Args: mesh: of the processes that weights are spread over, if they are.
     Raises: UserError, as `make_optimizer` does.
     """
     import torch
@@ -65,6 +66,16 @@ def rehearse(options: OptimizerOptions, device: torch.device) -> None:
     cls, name, arguments = _chosen(options)
     rate = None if sets_own_rate(options) else abs(options.learning_rate or 1.0)  # a part's own rate may be meant
     _try(cls, name, arguments, rate, torch.zeros((), device=device))
+    if mesh is not None:
+        from library.training.sharding import check_optimizer
+
+        def make(weights: list[torch.Tensor]) -> Any:
+            made = construct(cls, name, "--optimizer_args", arguments, weights, lr=rate)
+            optimizer_mode(made, training=True)
+            return made
+
+        with _apart(device):
+            check_optimizer(make, name, mesh)
 
 
 def _chosen(options: OptimizerOptions) -> tuple[type, str, dict[str, Any]]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from library.families.base import Family
     from library.memory.block_swap import BlockSwap
     from library.options.base import Options
+    from library.training.sharding import Shards
     from library.types import Models
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -43,10 +44,18 @@ def trained_dtype(opts: Options) -> torch.dtype:
     return WEIGHT_DTYPES[opts.memory.mixed_precision] if full else torch.float32
 
 
-def place_text_encoders(models: Models, opts: Options, device: torch.device, *, grad_text: bool) -> None:
-    """Moves them to `device`; frozen ones in the mixed-precision format, trained ones as `trained_dtype` says."""
+def place_text_encoders(
+    models: Models, opts: Options, device: torch.device, *, grad_text: bool, shards: Shards | None = None
+) -> None:
+    """Moves them to `device`; frozen ones in the mixed-precision format, trained ones as `trained_dtype` says.
+
+    Trained ones are spread over the processes where there are `shards`.
+    """
     for encoder in models.text_encoders.values():
-        _place(encoder, opts, device, text_encoder_form(opts))
+        if shards is not None and has_trained_weights(encoder):
+            shards.spread(encoder, None, trained_dtype(opts), _compute_dtype(opts))
+        else:
+            _place(encoder, opts, device, text_encoder_form(opts))
         if opts.memory.gradient_checkpointing and grad_text:
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -58,13 +67,15 @@ def place_vae(models: Models, opts: Options, device: torch.device) -> None:
         models.vae.to(device, torch.float32 if whole else WEIGHT_DTYPES[opts.memory.mixed_precision])
 
 
-def place_denoiser(models: Models, opts: Options, device: torch.device) -> None:
+def place_denoiser(models: Models, opts: Options, device: torch.device, *, spread: bool = False) -> None:
     """Moves it to `device`, in the formats of `place_text_encoders`, with checkpointing as the options say.
 
-    Where blocks are swapped it stays on the CPU, until `swap_blocks`.
+    Where blocks are swapped it stays on the CPU, until `swap_blocks`; where it is trained and to be `spread`, it stays
+    as it was read until `spread_denoiser`.
     """
     denoiser = models.denoiser
-    _place(denoiser, opts, device, _small_form(opts), home=torch.device("cpu") if swaps(opts, device) else device)
+    if not (spread and has_trained_weights(denoiser)):
+        _place(denoiser, opts, device, _small_form(opts), home=torch.device("cpu") if swaps(opts, device) else device)
     if opts.memory.gradient_checkpointing:
         if _offloads(opts, device):
             denoiser.enable_gradient_checkpointing(offloading_checkpoint(device))
@@ -93,6 +104,17 @@ def swap_blocks(family: Family, models: Models, opts: Options, device: torch.dev
     swap.attach()
     models.denoiser.to(device)  # all but the swapped blocks
     return swap
+
+
+def spread_denoiser(family: Family, models: Models, opts: Options, shards: Shards) -> None:
+    """Spreads the denoiser over the processes, if it is trained."""
+    if has_trained_weights(models.denoiser):
+        shards.spread(models.denoiser, family.blocks(models), trained_dtype(opts), _compute_dtype(opts))
+
+
+def _compute_dtype(opts: Options) -> torch.dtype | None:
+    """Format in which gathered weights travel and compute; None: as they are kept."""
+    return None if opts.memory.mixed_precision == "no" else WEIGHT_DTYPES[opts.memory.mixed_precision]
 
 
 def text_encoder_form(opts: Options) -> str | None:

@@ -6,8 +6,9 @@ Random streams are not part of it. They follow from the seed and from how many s
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -66,32 +67,45 @@ def read_progress(folder: Path) -> Progress | None:
         raise UserError(f"--resume: {file} cannot be read; choose an earlier state") from None
 
 
-def save_state(folder: Path, parts: Parts, progress: Progress) -> None:
+def save_state(folder: Path, parts: Parts, progress: Progress, *, gather: bool = False, write: bool = True) -> None:
     """Writes a state folder, in the layout of accelerate; it takes its name when everything is in it.
 
+    Args:
+        gather: whether weights are spread over processes; then all of them call this.
+        write: whether this process is the one that writes.
     Raises: OSError: the disk is full or the folder cannot be written; an earlier state of this name stays.
     """
     import torch
 
     from library.checkpoints.writing import replacing_folder, write_safetensors
 
+    whole: Callable[[Any], Any] = _unchanged
+    if gather:
+        from library.training.sharding import whole as gathered
+
+        whole = partial(gathered, keep=write)
+    trained, optimizer = whole(parts.trained.state_dict()), whole(parts.optimizer.state_dict())
+    extra = {name: whole(part.state_dict()) for name, part in (parts.extra or {}).items()}
+    if not write:
+        return
     with replacing_folder(folder) as fresh:
-        write_safetensors(fresh / MODEL, _tensors(parts.trained))
-        torch.save(parts.optimizer.state_dict(), fresh / OPTIMIZER)
+        write_safetensors(fresh / MODEL, {name: t.detach().cpu().contiguous() for name, t in trained.items()})
+        torch.save(optimizer, fresh / OPTIMIZER)
         torch.save(parts.schedule.state_dict(), fresh / SCHEDULE)
         if parts.scaler is not None:
             torch.save(parts.scaler.state_dict(), fresh / SCALER)
-        if parts.extra:
-            torch.save({name: part.state_dict() for name, part in parts.extra.items()}, fresh / EXTRA)
+        if extra:
+            torch.save(extra, fresh / EXTRA)
         told = {"current_epoch": progress.epoch, "current_step": progress.step, "seed": progress.seed}
         told["epoch_ended"] = progress.epoch_ended
         text = json.dumps({**told, "made_by": f"{NAME} {VERSION}"}, indent=2)
         (fresh / PROGRESS).write_text(text, encoding="utf-8")
 
 
-def load_state(folder: Path, parts: Parts) -> None:
+def load_state(folder: Path, parts: Parts, *, spread: bool = False) -> None:
     """Fills the parts from a state folder.
 
+    Args: spread: whether weights are spread over processes; then all of them call this.
     Raises: UserError: the state is of another network, optimizer or schedule, or a file is damaged.
     """
     from safetensors import SafetensorError
@@ -101,8 +115,10 @@ def load_state(folder: Path, parts: Parts) -> None:
         tensors = load_file(folder / MODEL)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--resume: {folder / MODEL} cannot be read ({error}); choose an earlier state") from None
-    _fill(parts.trained, tensors, folder)
-    _load(parts.optimizer, folder / OPTIMIZER, "--optimizer_type and --optimizer_args")
+    spread_like, spread_optimizer_state = _spreading() if spread else (_first, _first)
+    _fill(parts.trained, tensors, folder, spread_like)
+    optimizer_options = "--optimizer_type and --optimizer_args"
+    _load(parts.optimizer, folder / OPTIMIZER, optimizer_options, lambda s: spread_optimizer_state(s, parts.optimizer))
     _load(parts.schedule, folder / SCHEDULE, "--lr_scheduler")
     if parts.scaler is not None and (folder / SCALER).is_file():
         _load(parts.scaler, folder / SCALER, "--mixed_precision")
@@ -110,7 +126,7 @@ def load_state(folder: Path, parts: Parts) -> None:
         found = _read(folder / EXTRA) if (folder / EXTRA).is_file() else {}
         for name, part in parts.extra.items():
             if name in found:
-                part.load_state_dict(found[name])
+                part.load_state_dict(spread_like(found[name], part.state_dict()))
             else:
                 part.restart()
 
@@ -129,11 +145,23 @@ def size_of(value: Any) -> int:
     return sum(map(size_of, value)) if isinstance(value, list | tuple) else 0
 
 
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+def _unchanged(value: Any) -> Any:
+    return value
 
 
-def _fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+def _spreading() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    from library.training.sharding import spread_like, spread_optimizer_state
+
+    return spread_like, spread_optimizer_state
+
+
+def _first(value: Any, _: Any) -> Any:
+    return value
+
+
+def _fill(
+    module: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path, spread_like: Callable[..., Any]
+) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wanted != found:
@@ -142,12 +170,12 @@ def _fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path) 
             f"--resume: {folder} is the state of another network or model: {len(different)} of {len(wanted)} tensors "
             f"are missing or of another shape, the first is {different[0]}; give the options of the run that saved it"
         )
-    module.load_state_dict(tensors)
+    module.load_state_dict(spread_like(tensors, module.state_dict()))
 
 
-def _load(part: Any, file: Path, options: str) -> None:
+def _load(part: Any, file: Path, options: str, prepare: Callable[[Any], Any] = _unchanged) -> None:
     try:
-        part.load_state_dict(_read(file))
+        part.load_state_dict(prepare(_read(file)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{file} does not fit {options} ({str(error) or type(error).__name__})"
         raise UserError(f"--resume: {reason}; give those of the run that saved it") from None

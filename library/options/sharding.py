@@ -1,0 +1,117 @@
+"""How weights shall be spread over the processes: what `accelerate config` and DeepSpeed's options ask for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from library.options.base import Options
+
+USE_FSDP, USE_DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"  # what `accelerate launch` sets
+_DEEPSPEED = "ACCELERATE_DEEPSPEED_"
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Weights, gradients and the optimizer's numbers are spread over all processes."""
+
+    asked_by: str  # the option, or the engine that accelerate was launched with
+    reshard: bool  # a block's weights are given back after its forward pass: FSDP's full shard, ZeRO stage 3
+    offload: bool  # what is spread lies in main memory
+
+
+def sharding_of(opts: Options, environ: Mapping[str, str] = os.environ) -> Sharding | None:
+    """What is asked for; None: every process keeps everything (ZeRO stage 0, NO_SHARD).
+
+    DeepSpeed's options of a script go before what accelerate was launched with.
+
+    Raises: UserError: DeepSpeed's configuration file cannot be read, or it asks for what there is not.
+    """
+    options = opts.distributed
+    if options.deepspeed:
+        return _zero("--deepspeed", options.zero_stage, options.offload_optimizer_device, options.offload_param_device)
+    if _is_on(environ, USE_DEEPSPEED):
+        file = environ.get(f"{_DEEPSPEED}CONFIG_FILE", "")
+        if file not in ("", "none"):
+            return _zero("DeepSpeed", *_zero_of_file(Path(file)))
+        stage = environ.get(f"{_DEEPSPEED}ZERO_STAGE", "2")
+        devices = (environ.get(f"{_DEEPSPEED}OFFLOAD_{what}_DEVICE") for what in ("OPTIMIZER", "PARAM"))
+        return _zero("DeepSpeed", int(stage), *devices)
+    if _is_on(environ, USE_FSDP):
+        # A strategy may stand in either variable, by name or by FSDP 1's numbers.
+        asked = {environ.get(name, "").upper() for name in ("FSDP_SHARDING_STRATEGY", "FSDP_RESHARD_AFTER_FORWARD")}
+        if asked & {"NO_SHARD", "3"} and environ.get("FSDP_VERSION", "1") != "2":
+            return None
+        return Sharding("FSDP", not asked & {"FALSE", "SHARD_GRAD_OP", "2"}, _is_on(environ, "FSDP_OFFLOAD_PARAMS"))
+    return None
+
+
+def problems(opts: Options, environ: Mapping[str, str] = os.environ) -> Iterator[str]:
+    """One line for everything that does not go together with spread weights."""
+    try:
+        sharding = sharding_of(opts, environ)
+    except UserError as error:
+        yield from error.problems
+        return
+    if sharding is None:
+        return
+    by, memory = sharding.asked_by, opts.memory
+    if not hasattr(opts.method, "text_encoder_stop"):  # the mark of methods that train the model itself
+        yield f"{by} spreads a whole model that is trained; here leave it out and use accelerate launch --multi_gpu"
+        return
+    if memory.mixed_precision == "fp16" or memory.full_fp16:
+        yield f"{by} cannot be used with fp16, which overflows apart in every process; use --mixed_precision bf16"
+    swap, fused = getattr(opts, "swap", None), getattr(opts, "fused", None)
+    others = {
+        "--blocks_to_swap": swap is not None and swap.count > 0,
+        "--stochastic_rounding": memory.stochastic_rounding,
+        "--fused_backward_pass": opts.optimizer.fused_backward_pass,
+        "--fused_optimizer_groups or --blockwise_fused_optimizers": fused is not None and fused.in_use,
+        "--torch_compile": memory.torch_compile,
+        "--fp16_master_weights_and_gradients": opts.distributed.fp16_master_weights_and_gradients,
+    }
+    for flag, given in others.items():
+        if given:
+            yield f"{flag}: cannot be used with {by}, which spreads weights over the processes; leave one of them out"
+
+
+def advice(opts: Options, environ: Mapping[str, str] = os.environ) -> Iterator[str]:
+    """One line for everything that is done in another way than its name says."""
+    sharding = sharding_of(opts, environ)
+    if sharding is None:
+        return
+    if sharding.asked_by != "FSDP":
+        yield f"{sharding.asked_by}: weights are spread by torch's own FSDP2, which does what ZeRO's stages describe"
+    elif environ.get("FSDP_VERSION", "1") != "2":
+        yield "FSDP: version 2 is used, whichever accelerate was configured for"
+    if "HYBRID" in environ.get("FSDP_SHARDING_STRATEGY", "").upper():
+        yield "FSDP: weights are spread over all processes, not within each machine only (HYBRID_SHARD)"
+    if _is_on(environ, "FSDP_ACTIVATION_CHECKPOINTING") and not opts.memory.gradient_checkpointing:
+        yield "FSDP's activation checkpointing: no effect; --gradient_checkpointing does it"
+
+
+def _zero(asked_by: str, stage: int, *devices: str | None) -> Sharding | None:
+    if "nvme" in devices:
+        raise UserError(f"{asked_by}: weights cannot be kept on disk (nvme); offload to cpu, or not at all")
+    return Sharding(asked_by, stage == 3, "cpu" in devices) if stage else None
+
+
+def _zero_of_file(file: Path) -> tuple[int, str | None, str | None]:
+    try:
+        zero: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {})
+        stage = zero.get("stage", 0)
+        devices = [zero.get(f"offload_{what}", {}).get("device") for what in ("optimizer", "param")]
+        return 2 if stage == "auto" else int(stage), *devices
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read as DeepSpeed's configuration ({error})") from None
+
+
+def _is_on(environ: Mapping[str, str], name: str) -> bool:
+    return environ.get(name, "false").lower() in ("1", "true", "yes")
