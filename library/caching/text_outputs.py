@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from library.caching.stems import shared_stems
 from library.data.captions import make_caption
 from library.errors import UserError
 from library.runtime import logs
+from library.runtime.processes import Processes
 from library.types import TextCond
 from library.version import NAME, VERSION
 
@@ -32,6 +33,7 @@ Encode = Callable[[list[str]], TextCond]
 Arrays = dict[str, "NDArray[Any]"]
 
 _DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")  # that torch has too
+_ALONE = Processes()
 _SHOWN = 5  # problems of one kind that are told one by one
 
 
@@ -123,12 +125,17 @@ def cache_file(item: Item, layout: TextLayout) -> Path:
 
 
 def cache_text_in_memory(
-    items: Sequence[Item], encode: Encode, batch_size: int, progress: Callable[..., Any] = logs.progress
+    items: Sequence[Item],
+    encode: Encode,
+    batch_size: int,
+    progress: Callable[..., Any] = logs.progress,
+    processes: Processes = _ALONE,
 ) -> MemoryStore:
     """Encodes every different caption once and keeps the outputs in the dtypes that the encoder gives.
 
     Args:
         encode: up to `batch_size` captions to their conditioning.
+        processes: those that share the work; each of them gets all outputs.
         progress: makes a progress bar, as `library.runtime.logs.progress` does.
 
     Raises: UserError: the encoder gives NaN for a caption.
@@ -138,10 +145,14 @@ def cache_text_in_memory(
     batches: list[TextCond] = []
     places: dict[str, tuple[int, int]] = {}
     with progress(total=len(captions), desc="caching text encoder outputs", unit="caption") as bar:
-        for group, cond in _encoded(captions, encode, batch_size, owners):
-            places.update({caption: (len(batches), row) for row, caption in enumerate(group)})
-            batches.append(cond)
-            bar.update(len(group))
+        groups = _groups(captions, batch_size)
+        for start in range(0, len(groups), processes.world):
+            together = groups[start : start + processes.world]
+            own = _encode_group(together[processes.rank], encode, owners) if processes.rank < len(together) else None
+            for group, cond in zip(together, processes.gathered(own), strict=False):
+                places.update({caption: (len(batches), row) for row, caption in enumerate(group)})
+                batches.append(cond)
+                bar.update(len(group))
     return MemoryStore(tuple(batches), tuple(places[item.caption] for item in items))
 
 
@@ -179,7 +190,8 @@ def cache_text_on_disk(
     wanted = {name: value for name, value in encoder.items() if name not in unread}
     reasons: list[str] = []
     todo: dict[str, list[Item]] = {}
-    for caption, members in list(_by_caption(items, layout).items())[rank::world]:
+    share = list(_by_caption(items, layout).items())[rank::world]
+    for caption, members in share:
         for item in members:
             file = cache_file(item, layout)
             there = file.is_file()
@@ -188,6 +200,12 @@ def cache_text_on_disk(
                 reasons.append(f"{file}: {fault}; it is made anew")
             if fault or not there:
                 todo.setdefault(caption, []).append(item)
+    made = sum(map(len, todo.values()))
+    used, again = sum(len(members) for _, members in share) - made, len(reasons)
+    where = "on disk" if world == 1 else f"on disk, of process {rank + 1}"
+    logs.LOGGER.info(
+        "text encoder outputs %s: %d used as they are, %d made again, %d new", where, used, again, made - again
+    )
     if todo:
         _encode_to_files(todo, layout, encode, encoder, batch_size, progress)
     return (disk_store(items, layout) if world == 1 else None), reasons
@@ -243,16 +261,16 @@ def _by_caption(items: Sequence[Item], layout: TextLayout) -> dict[str, list[Ite
     return groups
 
 
-def _encoded(
-    captions: Sequence[str], encode: Encode, batch_size: int, owners: Mapping[str, Item]
-) -> Iterator[tuple[Sequence[str], TextCond]]:
-    """Captions in runs of `batch_size`, with their conditioning on the CPU. `owners` are for messages."""
-    for start in range(0, len(captions), batch_size):
-        group = captions[start : start + batch_size]
-        with torch.no_grad():
-            cond = encode(list(group)).map(lambda tensor: tensor.detach().cpu().contiguous())
-        _check_rows(cond, group, owners)
-        yield group, cond
+def _groups(captions: Sequence[str], size: int) -> list[Sequence[str]]:
+    return [captions[start : start + size] for start in range(0, len(captions), size)]
+
+
+def _encode_group(group: Sequence[str], encode: Encode, owners: Mapping[str, Item]) -> TextCond:
+    """The conditioning of some captions, on the CPU. `owners` are for messages."""
+    with torch.no_grad():
+        cond = encode(list(group)).map(lambda tensor: tensor.detach().cpu().contiguous())
+    _check_rows(cond, group, owners)
+    return cond
 
 
 def _check_rows(cond: TextCond, group: Sequence[str], owners: Mapping[str, Item]) -> None:
@@ -285,7 +303,8 @@ def _encode_to_files(
         ThreadPoolExecutor(max_workers=1) as pool,
     ):
         writing: list[Future[None]] = []
-        for group, cond in _encoded(list(todo), encode, batch_size, owners):
+        for group in _groups(list(todo), batch_size):
+            cond = _encode_group(group, encode, owners)
             if set(cond.tensors) != set(layout.keys):
                 raise ValueError(f"the encoder gives {sorted(cond.tensors)}, the files hold {sorted(layout.keys)}")
             _finish(writing, bar)

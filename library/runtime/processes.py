@@ -49,6 +49,16 @@ class Processes:
         torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MAX, group=_patient_group())
         return int(vote)
 
+    def gathered(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of ranks; each process waits for the last one. Values are pickled."""
+        if self.world == 1:
+            return [value]
+        import torch
+
+        values: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(values, value, group=_patient_group())
+        return values
+
     def exchange(self, own: Sequence[Tensor], shapes: Sequence[Sequence[tuple[int, ...]]]) -> Iterator[list[Tensor]]:
         """Everybody's float32 tensors: one list per process, in the order of ranks.
 

@@ -6,7 +6,10 @@ import hashlib
 import json
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -33,6 +36,7 @@ from library.options.base import Given, build_options
 from library.options.data import DataOptions
 from library.options.loss import LossOptions
 from library.options.training import TrainingOptions
+from library.runtime.processes import Processes
 from library.types import TextCond
 from library.version import NAME, VERSION
 
@@ -131,6 +135,39 @@ def test_memory_holds_what_the_encoder_gives():
     assert (Bar.last.total, Bar.last.done, Bar.last.unit) == (4, 4, "caption")
     for number, caption in enumerate(CAPTIONS):
         assert same(kept.get(number), encoder.row(caption))
+
+
+@dataclass(frozen=True)
+class Thread(Processes):
+    """A thread that stands for a process: what it hands over goes through `table`."""
+
+    table: list = field(default_factory=list)
+    gate: Barrier | None = None
+
+    def gathered(self, value):
+        self.table[self.rank] = value
+        self.gate.wait()
+        values = list(self.table)
+        self.gate.wait()
+        return values
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_memory_is_filled_by_all_processes_together(world):
+    items = [Item(Path("x.png"), caption) for caption in [*CAPTIONS, "a fifth", "a sixth", "a seventh"]]
+    alone = Encoder()
+    wanted = cache_text_in_memory(items, alone, 2, Bar)
+    table, gate, encoders = [None] * world, Barrier(world), [Encoder() for _ in range(world)]
+    with ThreadPoolExecutor(world) as pool:
+        threads = [Thread(rank, world, table, gate) for rank in range(world)]
+        jobs = [pool.submit(cache_text_in_memory, items, e, 2, Bar, t) for e, t in zip(encoders, threads, strict=True)]
+        stores = [job.result(timeout=60) for job in jobs]
+    # The very batches of one process, each encoded once.
+    assert sorted(call for encoder in encoders for call in encoder.calls) == sorted(alone.calls)
+    assert all(len(encoder.calls) < len(alone.calls) for encoder in encoders)
+    for kept in stores:
+        assert kept.places == wanted.places
+        assert all(same(kept.get(number), wanted.get(number)) for number in range(len(items)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -20,6 +20,7 @@ torch.distributed.init_process_group("gloo")
 ours = Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
 assert list(ours.share_of("abcde")) == (["a", "c", "e"], ["b", "d"])[ours.rank]
 assert ours.largest(ours.rank * 7) == 7
+assert ours.gathered({"a": ours.rank}) == [{"a": 0}, {"a": 1}]
 ours.wait()
 own = [torch.full((2, n + 1), float(10 * ours.rank + n)) for n in range(2 - ours.rank)]
 shapes = [[(2, 1), (2, 2)], [(2, 1)]]
@@ -35,12 +36,13 @@ def test_one_process_waits_for_nobody():
     alone = Processes()
     alone.wait()
     assert alone.largest(3) == 3
+    assert alone.gathered("x") == ["x"]
     assert list(alone.share_of([1, 2])) == [1, 2]
 
 
 def test_two_processes(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d"]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     done = subprocess.run(
         [sys.executable, *launcher, str(tmp_path / "worker.py")],
         cwd=tmp_path,
