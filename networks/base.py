@@ -24,6 +24,9 @@ class AdapterLayer(nn.Module):
         """The output that the `index`-th module of the target shall have for input `x`, instead of `output`."""
         raise NotImplementedError
 
+    def before_step(self) -> None:
+        """Called before each optimizer step, when the gradients are as the step sees them; never waits."""
+
     def limit_norm(self, limit: float) -> None:
         """Scales the trained tensors so that the norm of the weight change is at most `limit`; never waits."""
         raise NotImplementedError
@@ -85,7 +88,10 @@ class TrainableNetwork(nn.Module):
         """Called before each epoch."""
 
     def start_step(self) -> None:
-        """Called before each optimizer step."""
+        """Called before each optimizer step, and before its forward passes."""
+
+    def before_step(self) -> None:
+        """Called before each optimizer step, when the gradients are as the step sees them."""
 
     def file_state(self) -> dict[str, Tensor]:
         """What the file holds."""
@@ -135,6 +141,10 @@ class Network(TrainableNetwork):
             for key, layer in self.layers().items()
             for name, tensor in layer.file_state().items()
         }
+
+    def before_step(self) -> None:
+        for layer in self.layers().values():
+            layer.before_step()
 
     def limit_norms(self, limit: float) -> None:
         """`limit_norm` of every layer that is being trained."""

@@ -13,6 +13,7 @@ from library.runtime.logs import LOGGER
 from networks import lora
 from networks.base import live_modules
 from networks.lora_dit_args import T5, DitArgs, Layout, parse, rank_of
+from networks.lora_ggpo import PerturbedLoraLayer
 from networks.lora_split import SplitLoraLayer, with_trained_scales
 
 if TYPE_CHECKING:
@@ -94,7 +95,9 @@ def _fused(targets: Iterable[LoraTarget]) -> dict[str, int]:
 def _layer(
     modules: Sequence[nn.Module], rank: int, alpha: float | None, args: DitArgs
 ) -> lora.LoraLayer | SplitLoraLayer:
-    kind = SplitLoraLayer if args.split_qkv and len(modules) > 1 else lora.LoraLayer
+    kind = lora.LoraLayer if args.ggpo_sigma is None else PerturbedLoraLayer
+    if args.split_qkv and len(modules) > 1:
+        return SplitLoraLayer(modules, rank, alpha, args, kind)
     return kind(modules, rank, alpha, args)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from library.errors import UserError
 from networks.lora_args import LoraArgs, Reader, common_fields
@@ -15,6 +15,7 @@ from networks.lora_args import without_effect as without_effect_in_lora
 
 T5 = "te3"  # the text encoder that is trained only when train_t5xxl says so
 
+GGPO = ("ggpo_sigma", "ggpo_beta")
 # fmt: off
 COMMON_KEYS = (
     "train_t5xxl", "split_qkv", "verbose", "conv_dim", "conv_alpha", "dropout", "rank_dropout", "module_dropout",
@@ -41,7 +42,7 @@ class Layout:
     types: Mapping[str, str]  # argument with the rank of a type of layer -> pattern
     outer: str  # argument with one rank for each entry of `outer_layers`
     outer_layers: Sequence[str]  # patterns of the layers that are adapted only when `outer` is given
-    unavailable: Mapping[str, str] = field(default_factory=dict)  # argument -> what it would do
+    more: Sequence[str] = ()  # arguments of this module alone
 
     @property
     def selectors(self) -> tuple[str, ...]:
@@ -51,7 +52,7 @@ class Layout:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return (*self.selectors, *self.types, self.outer, *COMMON_KEYS, *self.unavailable)
+        return (*self.selectors, *self.types, self.outer, *COMMON_KEYS, *self.more)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class DitArgs(LoraArgs):
     type_dims: tuple[tuple[re.Pattern[str], int], ...] = ()
     outer_dims: tuple[tuple[re.Pattern[str], int], ...] = ()
     selections: tuple[Selection, ...] = ()
+    ggpo_sigma: float | None = None  # both or none
+    ggpo_beta: float | None = None
 
 
 def rank_of(args: DitArgs, dim: int, key: str, *, outer: bool = False) -> int:
@@ -109,10 +112,11 @@ def parse(args: Mapping[str, str], layout: Layout) -> DitArgs:
     """The arguments as values. Raises: UserError: every problem at once."""
     reader = Reader(args)
     reader.only(layout.keys, layout.module)
-    for key in (key for key in layout.unavailable if key in args):
-        reader.refuse(key, f"{layout.unavailable[key]} is not available; leave it out")
     reader.number("conv_dim", int, least=1)
     reader.number("conv_alpha", float, least=0)
+    ggpo = {key: reader.number(key, float, least=0) for key in GGPO}
+    if len(ggpo.keys() & args.keys()) == 1:
+        reader.refuse(*(key for key in GGPO if key in args), f"needs the other one too: {GGPO[0]} and {GGPO[1]}")
     ranks = {key: reader.number(key, int, least=0) for key in layout.types}
     outer = _whole_numbers(reader, layout.outer, len(layout.outer_layers))
     parsed = DitArgs(
@@ -122,6 +126,7 @@ def parse(args: Mapping[str, str], layout: Layout) -> DitArgs:
         type_dims=tuple((re.compile(layout.types[key]), rank) for key, rank in ranks.items() if rank is not None),
         outer_dims=tuple(zip(map(re.compile, layout.outer_layers), outer, strict=False)),
         selections=_selections(reader, layout),
+        **ggpo,
         **common_fields(reader),
     )
     if reader.problems:

@@ -33,7 +33,7 @@ LAYOUT = Layout(
         r"^lora_unet_guidance_in_",
         r"^lora_unet_txt_in$",
     ),
-    unavailable={"ggpo_sigma": "training with perturbed weights", "ggpo_beta": "training with perturbed weights"},
+    more=lora_dit_args.GGPO,
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,9 +24,16 @@ class SplitLoraLayer(AdapterLayer):
     Its alpha is theirs times n, since readers divide it by n * r. The state_dict has the parts as they are trained.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], rank: int, alpha: float | None, args: LoraArgs):
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        rank: int,
+        alpha: float | None,
+        args: LoraArgs,
+        kind: Callable[..., LoraLayer] = LoraLayer,
+    ):
         super().__init__()
-        self.parts = nn.ModuleList(LoraLayer([module], rank, alpha, args) for module in modules)
+        self.parts = nn.ModuleList(kind([module], rank, alpha, args) for module in modules)
 
     @property
     def rank(self) -> int:
@@ -76,6 +83,10 @@ class SplitLoraLayer(AdapterLayer):
 
     def adapt(self, index: int, x: Tensor, output: Tensor) -> Tensor:
         return self.parts[index].adapt(0, x, output)
+
+    def before_step(self) -> None:
+        for part in self.parts:
+            part.before_step()
 
     @torch.no_grad()
     def limit_norm(self, limit: float) -> None:

@@ -65,10 +65,13 @@ class Method(ABC):
         """Called before each epoch, counted from 1."""
 
     def start_step(self, step: int) -> None:  # noqa: B027
-        """Called before each optimizer step; `step` of them are done. Counts on when a run is resumed."""
+        """Called before each optimizer step and its forward passes; `step` of them are done, also before resuming."""
 
     def before_batch(self, batch: Batch) -> None:  # noqa: B027
         """Called before each forward pass of training; must not wait for the device."""
+
+    def before_step(self) -> None:  # noqa: B027
+        """Called when the gradients are as the optimizer step will see them; must not wait for the device."""
 
     def after_step(self) -> None:  # noqa: B027
         """Called after each optimizer step; must not wait for the device."""

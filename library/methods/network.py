@@ -142,6 +142,9 @@ class NetworkMethod(Method):
             self._attached().set_multiplier(multiplier)
             self._multiplier = multiplier
 
+    def before_step(self) -> None:
+        self._attached().before_step()
+
     def after_step(self) -> None:
         self._set_multiplier(1.0)  # what is sampled and validated is the network as it will be used
         if self.opts.method.scale_weight_norms:

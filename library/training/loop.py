@@ -233,6 +233,7 @@ def _update(run: Run, parameters: list[Tensor]) -> Tensor | None:
     if limit and not run.stepper.inside_backward:
         norm = run.accelerator.clip_grad_norm_(parameters, limit)
         norm = norm if run.shards is None else norm.full_tensor()
+    run.method.before_step()
     run.stepper.step()
     skipped = run.optimizer.step_was_skipped  # the fp16 scaler leaves out steps that overflowed
     if not skipped and not wants_loss(run.schedule):

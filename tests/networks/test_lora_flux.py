@@ -20,6 +20,7 @@ from library.options.optimizer import OptimizerOptions
 from library.options.saving import SavingOptions
 from library.options.training import TrainingOptions
 from library.runtime.logs import LOGGER
+from library.training.placement import release_text_encoders
 from library.types import Models
 from networks import dylora, lora, lora_fa, lora_flux, lora_flux_args
 from tests.networks import dits
@@ -205,7 +206,8 @@ def test_verbose_lists_ranks(models, targets, caplog, monkeypatch):
             {"train_single_block_indices": "1-3"},
             "_single_block_indices=1-3: there is no block 3; this model has 0-2",
         ),
-        ({"ggpo_sigma": "0.03"}, "ggpo_sigma=0.03: training with perturbed weights is not available; leave it out"),
+        ({"ggpo_sigma": "0.03"}, "ggpo_sigma=0.03: needs the other one too: ggpo_sigma and ggpo_beta"),
+        ({"ggpo_sigma": "-1", "ggpo_beta": "0"}, "ggpo_sigma=-1: must be at least 0"),
         ({"network_reg_dims": "img"}, "network_reg_dims=img: is not regex=value"),
         ({"rank_dropout": "1"}, "rank_dropout=1: must be at least 0, below 1"),
     ],
@@ -487,6 +489,20 @@ def method(targets, models, **given):
 def test_rates_of_the_text_encoders(models, targets, given, expected):
     groups = method(targets, models, **given).parameter_groups()
     assert {group["name"]: group["lr"] for group in groups} == pytest.approx(expected)
+
+
+@pytest.mark.rows("R387")
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"network_train_unet_only": True}, set()),
+        ({}, {"te1"}),
+        ({"network_args": ["train_t5xxl=True"]}, {"te1", "te3"}),
+    ],
+)
+def test_text_encoders_that_are_trained_stay_in_memory(models, targets, given, kept):
+    release_text_encoders(models, keep=method(targets, models, **given).working_text_encoders())
+    assert set(models.text_encoders) == kept
 
 
 def test_a_file_with_t5_brings_it_back(models, targets, randomise, tmp_path):

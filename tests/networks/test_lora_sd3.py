@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import copy
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
+from library.methods.network import NetworkMethod
+from library.options.base import Given, build_options
+from library.options.network import NetworkOptions
+from library.options.optimizer import OptimizerOptions
+from library.options.saving import SavingOptions
+from library.options.training import TrainingOptions
 from library.types import Models
 from networks import lora, lora_fa, lora_sd3, lora_sd3_args
 from networks.functional import delta
@@ -86,6 +93,28 @@ def test_rates_of_the_text_encoders(models, targets):
     rates = {"te1": 1e-4, "te2": 2e-4, "te3": 3e-4, "denoiser": 1e-3}
     groups = {group["name"]: group["lr"] for group in network.parameter_groups(rates)}
     assert groups == {"textencoder 1": 1e-4, "textencoder 2": 2e-4, "textencoder 3": 3e-4, "unet": 1e-3}
+
+
+@pytest.mark.rows("R445")
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        ([], {"textencoder 1": 1e-4, "textencoder 2": 2e-4}),
+        (["train_t5xxl=True"], {"textencoder 1": 1e-4, "textencoder 2": 2e-4, "textencoder 3": 2e-4}),
+    ],
+)
+def test_text_encoders_alone(models, targets, tmp_path, args, parts):
+    given = {"network_module": "networks.lora_sd3", "learning_rate": 1e-3, "seed": 5, "network_args": args}
+    given |= {"network_train_text_encoder_only": True, "text_encoder_lr": [1e-4, 2e-4]}
+    groups = [NetworkOptions, OptimizerOptions, SavingOptions, TrainingOptions]
+    made = NetworkMethod(build_options(groups, {name: Given(value, "test") for name, value in given.items()}))
+    traits = SimpleNamespace(text_encoders=("te1", "te2", "te3"), block_layout=None)
+    made.attach(SimpleNamespace(traits=traits, lora_targets=lambda _: targets), models)
+    assert {group["name"]: group["lr"] for group in made.parameter_groups()} == pytest.approx(parts)
+    assert made.trains_text_encoder()
+    made.save(tmp_path / "te.safetensors", None, None)
+    kept = {key.split("_")[1] for key in load_file(tmp_path / "te.safetensors")}
+    assert kept == {"te1", "te2", "te3"} if args else {"te1", "te2"}
 
 
 TYPES = {
