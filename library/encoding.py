@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from library.families.base import Family
+    from library.caching.latent_files import CacheLayout
+    from library.families.base import Family, FamilyTraits
     from library.methods.base import Method
     from library.options.base import Options
     from library.types import TextCond
@@ -27,11 +28,9 @@ def latent_cache(opts: Options, family: Family, models: Any, data: Any) -> Any:
     what they were prepared for.
     """
     from library.caching import latents
-    from library.caching.latent_files import CacheLayout
     from library.checkpoints.hashes import weights_fingerprint
 
-    traits, options = family.traits, opts.data
-    layout = CacheLayout(traits.cache_suffix, traits.latent_channels, traits.cache_keys_by_size)
+    options, layout = opts.data, latent_layout(family.traits)
     on_disk = options.cache_latents_to_disk or any(not record.present for record in data.all_records)
     if not on_disk and not options.cache_latents and data.is_prepared():
         on_disk = latents.files_are_there(data, layout)
@@ -40,6 +39,13 @@ def latent_cache(opts: Options, family: Family, models: Any, data: Any) -> Any:
         check = not options.skip_cache_check
         return partial(latents.cache_on_disk, data, layout=layout, vae=vae, check=check)
     return partial(latents.cache_in_memory, data) if options.cache_latents else None
+
+
+def latent_layout(traits: FamilyTraits) -> CacheLayout:
+    """How a family's files of latents look."""
+    from library.caching.latent_files import CacheLayout
+
+    return CacheLayout(traits.cache_suffix, traits.latent_channels, traits.cache_keys_by_size)
 
 
 def latent_encoder(opts: Options, family: Family, models: Any, accelerator: Accelerator) -> Any:
@@ -120,10 +126,10 @@ def _cache_text(
     items = text_outputs.items_of(data.all_records)
     batch_size = opts.text_cache.text_encoder_batch_size or opts.data.train_batch_size
     bar = partial(logs.progress, disable=not accelerator.is_main_process)
-    if not opts.text_cache.cache_text_encoder_outputs_to_disk:
-        data.set_text(text_outputs.cache_text_in_memory(items, encode, batch_size, bar))
-        return
     processes = Processes(accelerator.process_index, accelerator.num_processes)
+    if not opts.text_cache.cache_text_encoder_outputs_to_disk:
+        data.set_text(text_outputs.cache_text_in_memory(items, encode, batch_size, bar, processes))
+        return
     _, reasons = text_outputs.cache_text_on_disk(
         items,
         layout,

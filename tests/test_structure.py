@@ -26,6 +26,7 @@ LEVELS = (
     ("library.families", "library.methods", "library.training", "library.inference"),
     ("library.encoding",),
     ("library.cli",),
+    ("library.preparation",),
     ("scripts",),  # everything that a user starts
 )
 SIBLINGS_APART = 3  # the level whose packages meet only through contracts
@@ -54,7 +55,8 @@ def code_files(*folders: str) -> list[Path]:
 
 
 def entry_scripts() -> list[Path]:
-    return sorted(file for file in ROOT.glob("*.py") if file.name not in NOT_ENTRY_SCRIPTS)
+    training = (file for file in ROOT.glob("*.py") if file.name not in NOT_ENTRY_SCRIPTS)
+    return sorted([*training, *code_files("finetune")])
 
 
 def all_code() -> list[Path]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pkgutil
+import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,18 +28,25 @@ _KINDS = {
     "Path": "path",
     "int_or_float": "steps or share",
 }
+_STARTS_PREPARATION = re.compile(r"^(from|import) library\.preparation\b", re.MULTILINE)
 
 
-def render(script: str, groups: Iterable[type[OptionGroup]]) -> str:
+_OF_TRAINING = """Every option is a flag on the command line and, without the dashes, a key of the file given with
+`--config_file`. A flag wins over the file, the file over the default. Options that are marked *not available
+yet* are known, and refused where they are given."""
+_OF_PREPARATION = """Options without dashes have to be given, in this order and without their names; the others may
+stand anywhere between them."""
+
+
+def render(script: str, groups: Sequence[type[OptionGroup]]) -> str:
     """The page about a script's options, in Markdown."""
+    from_files = any(group.group == "config" for group in groups)
     lines = [
         f"# Options of {script}.py",
         "",
         "Made by `python tools/option_tables.py` from the declarations in `library/options`; do not edit.",
         "",
-        "Every option is a flag on the command line and, without the dashes, a key of the file given with",
-        "`--config_file`. A flag wins over the file, the file over the default. Options that are marked *not available",
-        "yet* are known, and refused where they are given.",
+        _OF_TRAINING if from_files else _OF_PREPARATION,
     ]
     for group in groups:
         if not options_of(group):
@@ -54,7 +65,32 @@ def pages() -> Iterator[tuple[Path, str]]:
                 groups = scripts.groups_for(family, method)
                 helps |= {option.flag: option.details.help for group in groups for option in options_of(group)}
                 yield DOCS / f"{script}.md", render(script, groups)
+    for script in preparation_scripts():
+        yield DOCS / f"{script.stem}.md", render(script.stem, preparation_groups(script))
     yield DOCS / "dataset_config.md", render_keys(helps)
+
+
+def preparation_scripts() -> list[Path]:
+    """The scripts that work with `library.preparation`."""
+    scripts = [*sorted(ROOT.glob("finetune/*.py")), *sorted(ROOT.glob("tools/*.py"))]
+    return [script for script in scripts if _STARTS_PREPARATION.search(script.read_text(encoding="utf-8"))]
+
+
+def preparation_groups(script: Path) -> Sequence[type[OptionGroup]]:
+    """The option groups of such a script: its GROUPS, or those of the module that it starts."""
+    spec = spec_from_file_location(f"{script.parent.name}.{script.stem}", script)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for place in (module, *(_home(value) for value in vars(module).values())):
+        if hasattr(place, "GROUPS"):
+            return place.GROUPS
+    raise LookupError(f"{script}: there is no GROUPS, neither in it nor in what it imports of library.preparation")
+
+
+def _home(value: Any) -> ModuleType | None:
+    """The module of library.preparation that `value` is or comes from."""
+    module = value if isinstance(value, ModuleType) else sys.modules.get(getattr(value, "__module__", None) or "")
+    return module if module is not None and module.__name__.startswith("library.preparation") else None
 
 
 def render_keys(helps: Mapping[str, str]) -> str:

@@ -40,6 +40,7 @@ class CacheLayout:
     suffix: str  # of file names, e.g. "_sd.npz"
     channels: int  # of the latents
     keys_by_size: bool  # array names always end in the size of the latents
+    as_prepared: bool = False  # new files are named as preparing by metadata file has always named them
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,18 @@ class Latents:
 
 
 def files_of(wanted: Wanted, layout: CacheLayout) -> list[Path]:
-    """Where latents may lie, in the order in which earlier trainers look. The last one is where ours go.
+    """Where latents may lie, in the order in which earlier trainers look, or with `as_prepared` in the reverse order.
 
-    Where two pictures differ in the extension only, it stays in the name: earlier trainers mix such pictures up.
+    The last one is where ours go. Where two pictures differ in the extension only, it stays in the name: earlier
+    trainers mix such pictures up.
     """
     folder = wanted.picture.parent
     stem = (wanted.picture.name if wanted.shared_stem else wanted.picture.stem) + wanted.variant
     named = folder / f"{stem}_{wanted.size.width:04d}x{wanted.size.height:04d}{layout.suffix}"
     if layout.keys_by_size or wanted.shared_stem or wanted.variant:
         return [named]
-    return [_oldest_file(wanted.picture), named]
+    oldest = _oldest_file(wanted.picture)
+    return [named, oldest] if layout.as_prepared else [oldest, named]
 
 
 def find(
@@ -172,7 +175,8 @@ def save(wanted: Wanted, layout: CacheLayout, latents: Latents, identity: Identi
     """Adds latents to the file of a picture. Entries of other sizes stay if they can still be of use.
 
     Where array names need no size, the first size in a file has none, as that is what earlier trainers read. Mirrored
-    latents and masks that are there already and made from the same stay beside the new latents.
+    latents and masks that are there already and made from the same stay beside the new latents. With `as_prepared`,
+    mirrored latents are in a file of their own too, and such a file of earlier latents goes.
     Only one process at a time may write the latents of a picture.
 
     Raises: OSError: disk full, no permission; an existing file is as it was. ValueError: not what `wanted` says.
@@ -197,7 +201,17 @@ def save(wanted: Wanted, layout: CacheLayout, latents: Latents, identity: Identi
     useless = {suffix, _by_size(shape)} | {other for other in notes if not _same_origin(notes[other], identity)}
     kept = {name: array for name, array in old.items() if _suffix_of(name) not in useless}
     store.write(file, kept | {name + suffix: array for name, array in arrays.items()})
+    if layout.as_prepared and file == _oldest_file(wanted.picture):
+        _save_flip_file(wanted, arrays)
     return Entry(file, suffix, shape)
+
+
+def _save_flip_file(wanted: Wanted, arrays: Mapping[str, NDArray[Any]]) -> None:
+    file = _flip_file(wanted.picture)
+    if wanted.flip:
+        store.write(file, {_LATENTS: arrays[_FLIPPED], _SIZE: arrays[_SIZE], _CROP: arrays[_CROP]})
+    else:
+        file.unlink(missing_ok=True)
 
 
 def _oldest_file(picture: Path) -> Path:
@@ -339,7 +353,7 @@ def _note_problem(note: Mapping[str, Any], wanted: Wanted, identity: Identity) -
         return "the picture has changed since"
     if identity.vae is not None and note["vae"] != now["vae"]:
         return "made by another VAE"
-    if note["resized"] != now["resized"]:
+    if wanted.present and note["resized"] != now["resized"]:  # without the picture, only the note knows
         return f"the picture was resized to {_times(note['resized'])}, not to {_times(now['resized'])}"
     if note["interpolation"] != now["interpolation"]:
         return f"resized with interpolation {note['interpolation']}, not {now['interpolation']}"

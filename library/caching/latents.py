@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,7 @@ class Encoder:
     seed: int  # of the draws from the VAE's posterior
     processes: Processes = field(default_factory=Processes)
     progress: Callable[..., Any] = logs.progress
+    workers: int | None = None  # threads that decode pictures ahead; None: one per processor, up to 8
 
 
 # ---- what the data holds afterwards
@@ -122,22 +124,74 @@ def cache_on_disk(data: TrainingData, encoder: Encoder, layout: CacheLayout, vae
     Raises: UserError: a picture cannot be read, the VAE gives NaN for it, latents without a picture cannot be used, or
         a file cannot be written.
     """
-    wanted = wanted_of(data.all_records)
-    owners = dict(zip(wanted, data.all_records, strict=True))
-    shelf = _Shelf(data.index, layout, vae, list(owners), check)
-    found = {one: shelf.find(one) for one in owners}
-    missing = [one for one, entry in found.items() if not isinstance(entry, Entry)]
-    _refuse_lost_pictures(missing, found)
-    _tell_what_is_made(found)
-    encoder.processes.wait()  # nobody writes while others still look
-    places = sorted({shelf.place(one) for one in missing})
-    mine = set(encoder.processes.share_of(places))
-    for one, latents in _encode(_in_order(one for one in missing if shelf.place(one) in mine), owners, encoder):
-        shelf.save(one, latents)
-    encoder.processes.wait()
+    wanted, shelf, missing, found = _make_files(data.all_records, data.index, encoder, layout, vae, check=check)
     found |= {one: shelf.find_written(one) for one in missing}
     entries = [LatentsOnDisk(found[one], one.alpha, one.mask is not None) for one in wanted]
     data.set_latents(entries, in_memory=False)
+
+
+def make_files(
+    records: Sequence[Record],
+    index: FileIndex,
+    encoder: Encoder,
+    layout: CacheLayout,
+    vae: str,
+    failed: Callable[[Path, str], None],
+    *,
+    check: bool = True,
+    again: bool = False,
+) -> int:
+    """Makes sure that every record's latents lie beside its picture, for later runs. Processes share the work.
+
+    Args:
+        vae: fingerprint of the VAE's weights.
+        failed: is told of pictures that cannot be read or encoded, and why, in the process that had them to do.
+        check: as in `cache_on_disk`.
+        again: files that are there are made again, even if they fit.
+
+    Returns: how many of the records had latents already that fit; the same in every process.
+    Raises: UserError: latents without a picture cannot be used, or a file cannot be written.
+    """
+    made = _make_files(records, index, encoder, layout, vae, check=check, again=again, failed=failed)
+    missing = set(made.missing)
+    return sum(one not in missing for one in made.wanted)
+
+
+class _Made(NamedTuple):
+    wanted: list[Wanted]  # of every record
+    shelf: _Shelf
+    missing: list[Wanted]  # what had to be made, by whichever process
+    found: dict[Wanted, Entry | str | None]  # what was there, or why it does not fit
+
+
+def _make_files(
+    records: Sequence[Record],
+    index: FileIndex,
+    encoder: Encoder,
+    layout: CacheLayout,
+    vae: str,
+    *,
+    check: bool,
+    again: bool = False,
+    failed: Callable[[Path, str], None] | None = None,
+) -> _Made:
+    """`failed`: see `make_files`; None: the first failure ends the run."""
+    wanted = wanted_of(records)
+    owners = dict(zip(wanted, records, strict=True))
+    shelf = _Shelf(index, layout, vae, [] if again else list(owners), check)
+    found = {one: None if again else shelf.find(one) for one in owners}
+    missing = [one for one, entry in found.items() if not isinstance(entry, Entry)]
+    _refuse_lost_pictures(missing, found)
+    if not again:
+        _tell_what_is_made(found)
+    encoder.processes.wait()  # nobody writes while others still look
+    places = sorted({shelf.place(one) for one in missing})
+    mine = set(encoder.processes.share_of(places))
+    jobs = _in_order(one for one in missing if shelf.place(one) in mine)
+    for one, latents in _encode(jobs, owners, encoder, failed):
+        shelf.save(one, latents)
+    encoder.processes.wait()
+    return _Made(wanted, shelf, missing, found)
 
 
 def wanted_of(records: Sequence[Record]) -> list[Wanted]:
@@ -339,21 +393,62 @@ def _in_order(wanted: Iterable[Wanted]) -> list[Wanted]:
 
 
 def _encode(
-    jobs: Sequence[Wanted], owners: Mapping[Wanted, Record], encoder: Encoder
+    jobs: Sequence[Wanted],
+    owners: Mapping[Wanted, Record],
+    encoder: Encoder,
+    failed: Callable[[Path, str], None] | None = None,
 ) -> Iterator[tuple[Wanted, Encoded]]:
     """Encodes in batches of one size; pictures are decoded ahead in threads.
 
-    Raises: UserError: a picture cannot be read, or the VAE gives NaN for it.
+    Args:
+        failed: is told of each picture that cannot be read or for which the VAE gives NaN; None: UserError is raised.
     """
     if not jobs and encoder.processes.world == 1:
         return
-    total = len(jobs)
-    with encoder.progress(total=total, desc="caching latents", unit="img") as bar, torch.no_grad():
-        decoded = _ahead(lambda one: _decode(owners[one]), jobs, window=2 * encoder.batch_size)
+    ahead = _ahead(partial(_decoded_or_error, owners), jobs, 2 * encoder.batch_size, encoder.workers)
+    bar = encoder.progress(total=len(jobs), desc="caching latents", unit="img")
+    with bar as bar, closing(ahead) as decoded, torch.no_grad():
         for group in _batches(jobs, encoder.batch_size):
-            pictures = [next(decoded) for _ in group]
-            yield from zip(group, _encode_group(group, pictures, encoder), strict=True)
+            usable = []
+            for one in group:
+                picture = next(decoded)
+                if isinstance(picture, _Decoded):
+                    usable.append((one, picture))
+                elif failed is None:
+                    raise picture
+                else:
+                    failed(one.picture, picture.problems[0])
+            yield from _encode_usable(usable, encoder, failed)
             bar.update(len(group))
+
+
+def _decoded_or_error(owners: Mapping[Wanted, Record], wanted: Wanted) -> _Decoded | UserError:
+    try:
+        return _decode(owners[wanted])
+    except UserError as error:
+        return error
+
+
+def _encode_usable(
+    usable: Sequence[tuple[Wanted, _Decoded]], encoder: Encoder, failed: Callable[[Path, str], None] | None
+) -> Iterator[tuple[Wanted, Encoded]]:
+    """A batch; one by one where the VAE gives NaN for some, so that the others have their latents."""
+    if not usable:
+        return
+    group = [one for one, _ in usable]
+    try:
+        encoded = _encode_group(group, [picture for _, picture in usable], encoder)
+    except UserError as error:
+        if failed is None:
+            raise
+        if len(usable) == 1:
+            failed(group[0].picture, error.problems[0])
+            return
+    else:
+        yield from zip(group, encoded, strict=True)
+        return
+    for one in usable:
+        yield from _encode_usable([one], encoder, failed)
 
 
 def _encode_group(group: Sequence[Wanted], pictures: Sequence[_Decoded], encoder: Encoder) -> list[Encoded]:
@@ -400,9 +495,18 @@ def _batches(jobs: Sequence[Wanted], batch_size: int) -> Iterator[list[Wanted]]:
         yield group
 
 
-def _ahead(work: Callable[[Work], Result], todo: Iterable[Work], window: int) -> Iterator[Result]:
-    """Results in order, computed in threads; at most `window` plus one per thread are waiting, to bound memory."""
-    threads = min(8, os.cpu_count() or 1)
+def _ahead(
+    work: Callable[[Work], Result], todo: Iterable[Work], window: int, threads: int | None = None
+) -> Iterator[Result]:
+    """Results in order, computed in threads; at most `window` plus one per thread are waiting, to bound memory.
+
+    Args:
+        threads: 0 computes each when it is asked for; None takes as many as there are processors, up to 8.
+    """
+    if threads == 0:
+        yield from map(work, todo)
+        return
+    threads = threads or min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Any] = deque()
         try:

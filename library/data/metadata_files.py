@@ -37,13 +37,14 @@ class Entry(NamedTuple):
 
 
 @collector_paused()
-def read_metadata(path: Path) -> dict[str, dict[str, Any]]:
+def read_metadata(path: Path, *, may_be_empty: bool = False) -> dict[str, dict[str, Any]]:
     """What the file says of each picture: ``{key: {"caption", "tags", "image_size", "train_resolution", ...}}``.
 
     A `.jsonl` file has one object per line, with the key as "image_path" or "file_name"; any other is one JSON object.
     The four named values are checked, and each may be missing or null; others are passed on as they are.
 
-    Raises: UserError: the file is missing, empty, not UTF-8, malformed, or has values of the wrong type.
+    Raises: UserError: the file is missing, not UTF-8, malformed, or has values of the wrong type; or it is empty, and
+        `may_be_empty` does not say otherwise.
     """
     text = _read_text(path)
     problems: list[str] = []
@@ -52,7 +53,7 @@ def read_metadata(path: Path) -> dict[str, dict[str, Any]]:
         problems[_SHOWN:] = [f"{path}: and {len(problems) - _SHOWN} more problems"]
     if problems:
         raise UserError(*problems)
-    if not entries:
+    if not entries and not may_be_empty:
         raise UserError(
             f"{path}: there are no pictures in it; write captions into it with merge_captions_to_metadata.py, "
             "or tags with merge_dd_tags_to_metadata.py"

@@ -158,12 +158,12 @@ def _usable(
     problems: list[str],
 ) -> list[Record]:
     records, wrong_size = [], []
-    bucket_of = _bucket_chooser(spec)
+    bucket_of = bucket_chooser(spec)
     for one, look in zip(pictures, looks, strict=True):
         if look.size is None:
             findings.dropped.append((one.path, look.reason or "neither a picture nor its size is known"))
             continue
-        frame = (one.bucket, one.bucket) if one.bucket else _frame(one.path, look.size, subset, spec, bucket_of)
+        frame = _prepared_frame(one, look.size, spec) or _frame(one.path, look.size, subset, spec, bucket_of)
         if frame is None and not spec.enable_bucket:
             wrong_size.append((one.path, look.size))
         elif frame is None:
@@ -210,7 +210,7 @@ def _count(look: _Look, one: Found, frame: tuple[Size, Size | None], findings: F
     findings.latents_only += not one.present
 
 
-def _bucket_chooser(spec: DatasetSpec) -> Callable[[Size], Fit | None]:
+def bucket_chooser(spec: DatasetSpec) -> Callable[[Size], Fit | None]:
     """Chooses the bucket for a size of pictures, once for all pictures that have it."""
     step = spec.bucket_reso_steps
     if spec.bucket_no_upscale:
@@ -218,6 +218,15 @@ def _bucket_chooser(spec: DatasetSpec) -> Callable[[Size], Fit | None]:
     limits = spec.min_bucket_reso, spec.max_bucket_reso
     sizes = buckets.bucket_sizes(spec.resolution, *limits, step) if spec.enable_bucket else []
     return cache(lambda size: buckets.choose(size, sizes))
+
+
+def _prepared_frame(one: Found, size: Size, spec: DatasetSpec) -> tuple[Size, Size] | None:
+    """(bucket, resized) as a metadata file says, where there are latents only or the dataset asks for no buckets."""
+    if one.bucket is None:
+        return None
+    if not one.present:
+        return one.bucket, one.bucket
+    return None if spec.enable_bucket else buckets.choose(size, [one.bucket])
 
 
 def _frame(

@@ -26,7 +26,7 @@ class Found(NamedTuple):
     caption: str | None  # None: nothing says; the class tokens stand in
     present: bool = True  # whether there is a picture, and not only its latents
     size: Size | None = None  # known without looking
-    bucket: Size | None = None  # what the latents were made for, where there is nothing else
+    bucket: Size | None = None  # what the latents were made for, as a metadata file says
     conditioning: Path | None = None
     tags: str | None = None  # see Record
     flip_file: bool = False  # a file of mirrored latents lies beside it
@@ -122,7 +122,8 @@ def _of_entry(entry: metadata_files.Entry, prepared: Prepared) -> Found:
     caption = entry.caption if entry.captioned else None
     flip_file = prepared.has_flip_file(entry.base)
     if entry.picture is not None:
-        return Found(entry.picture, caption, tags=entry.tags, flip_file=flip_file)
+        bucket = entry.train_resolution
+        return Found(entry.picture, caption, bucket=bucket, tags=entry.tags, flip_file=flip_file)
     size = entry.image_size or prepared.size(entry.base) or entry.train_resolution
     return Found(entry.base, caption, False, size, entry.train_resolution, tags=entry.tags, flip_file=flip_file)
 

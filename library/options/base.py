@@ -34,6 +34,8 @@ class Details:
     deprecated: str | None = None  # what to use instead
     alias_of: str | None = None  # the option whose value this one gives
     secret: bool = False  # never written anywhere
+    positional: bool = False  # named by its place on the command line, and always given there
+    required: bool = False  # a flag that has to be given
 
 
 def opt(default: Any, help: str, **details: Any) -> Any:
@@ -60,7 +62,8 @@ class Option:
 
     @property
     def flag(self) -> str:
-        return f"--{self.dest}"
+        """What messages call it; a positional one has no dashes."""
+        return self.dest if self.details.positional else f"--{self.dest}"
 
     def range_problem(self, value: Any) -> str | None:
         """ "must be ..., got ..." where `value`, or an item of it, lies outside the limits."""

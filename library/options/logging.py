@@ -23,12 +23,16 @@ _SECRETS_IN_ENVIRONMENT = {"wandb_api_key": "WANDB_API_KEY", "huggingface_token"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoggingOptions(OptionGroup, group="logging", title="Messages and logs"):
+class ConsoleOptions(OptionGroup, group="console", title="Messages"):
     console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = opt(
         None, "least importance of messages that are shown; INFO if not given"
     )
     console_log_file: str | None = opt(None, "file that messages go to instead of the console")
     console_log_simple: bool = opt(False, "plain messages without time and level, for consoles such as Colab's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingOptions(ConsoleOptions, group="logging", title="Messages and logs"):
     logging_dir: str | None = opt(None, "folder for logs; TensorBoard's have one sub-folder per run")
     log_with: Literal["tensorboard", "wandb", "all"] | None = opt(
         None, "where curves go, all is both; tensorboard if only --logging_dir is given"

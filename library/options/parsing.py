@@ -27,12 +27,17 @@ class OptionParser(argparse.ArgumentParser):
 
 def build_parser(groups: Iterable[type[OptionGroup]], prog: str | None = None, description: str = "") -> OptionParser:
     """A parser with every option of `groups`; flags may be abbreviated as long as they stay unique."""
-    parser = OptionParser(prog=prog, usage="%(prog)s [options]", description=description)
-    parser.groups = tuple(groups)
+    groups = tuple(groups)
+    usage = " ".join(["%(prog)s [options]", *_positional(groups)])
+    parser = OptionParser(prog=prog, usage=usage, description=description)
+    parser.groups = groups
     for group in parser.groups:
         section = parser.add_argument_group(group.title)
         for option in options_of(group):
-            section.add_argument(option.flag, dest=option.dest, **_argument(option))
+            if option.details.positional:
+                section.add_argument(option.dest, help=_help(option), type=_converter(option))
+            else:
+                section.add_argument(option.flag, dest=option.dest, **_argument(option))
     return parser
 
 
@@ -86,15 +91,21 @@ def _from_command_line(parser: OptionParser, argv: Sequence[str] | None) -> dict
 
 
 def _unknown_problems(parser: OptionParser, unknown: Sequence[str]) -> list[str]:
-    known = [f"--{option.dest}" for group in parser.groups for option in options_of(group)]
+    known = [option.flag for g in parser.groups for option in options_of(g) if not option.details.positional]
     flags = [text.split("=", 1)[0] for text in unknown if text.startswith("-") and text != "--"]
     if not flags:
-        return [f"unexpected value {' '.join(unknown)!r}: every value needs its option before it"]
+        alone = _positional(parser.groups)
+        rule = f"beside {' and '.join(alone)} " if alone else ""
+        return [f"unexpected value {' '.join(unknown)!r}: {rule}every value needs its option before it"]
     return [f"unknown option {flag}{did_you_mean(flag, known)}" for flag in flags]
 
 
+def _positional(groups: Iterable[type[OptionGroup]]) -> list[str]:
+    return [option.dest for group in groups for option in options_of(group) if option.details.positional]
+
+
 def _argument(option: Option) -> dict[str, Any]:
-    shown: dict[str, Any] = {"default": option.default, "help": _help(option)}
+    shown: dict[str, Any] = {"default": option.default, "help": _help(option), "required": option.details.required}
     if option.kind == "bool":
         return {**shown, "action": "store_true"}
     if option.choices:
@@ -120,6 +131,8 @@ def _help(option: Option) -> str:
     text = option.details.help
     if option.kind != "bool" and option.default not in (None, ""):
         text += f" (default: {option.default})"
+    if option.details.required:
+        text += " (required)"
     if option.details.later:
         text += f" [not available yet: {option.details.later}]"
     return text.replace("%", "%%")

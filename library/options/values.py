@@ -20,8 +20,10 @@ _WANTED = {
 def from_text(option: Option, text: str) -> Any:
     """One value of the command line. Empty text means "not given" where an option may be absent.
 
-    Raises: ValueError: not of the option's type, or none of its choices.
+    Raises: ValueError: not of the option's type, none of its choices, or empty where something has to be named.
     """
+    if text == "" and (option.details.positional or option.details.required):
+        raise ValueError("must not be empty")
     if text == "" and option.optional and not option.many:
         return None
     try:

@@ -6,18 +6,22 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from library.errors import UserError
 from library.families.flux.adapter import FluxFamily
 from library.families.flux.keymap import flux_map
 from library.families.flux.variants import check_paths, flux_shape
+from library.memory.low_precision import Fp8Linear
+from library.options.memory import MemoryOptions
+from library.training import placement
 from tests.builders.flux import (
     WIDTH,
     ae_tensors,
@@ -30,7 +34,7 @@ from tests.builders.flux import (
     write_flux,
     write_parts,
 )
-from tests.builders.t5 import tiny_t5
+from tests.builders.t5 import t5_weights, tiny_t5
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +134,29 @@ def test_files_that_are_not_mapped(tmp_path, parts):
     expected = {name: tensor.to(torch.float8_e4m3fn).float() for name, tensor in flux_tensors().items()}
     assert_same_weights(models.denoiser, flux_map().to_model(expected))
     assert_same_weights(models.text_encoders["te3"], tiny_t5(48).state_dict())
+
+
+@pytest.mark.rows("R346", "R347")
+@pytest.mark.parametrize("base", [True, False], ids=["fp8_base", "plain"])
+def test_files_in_8_bits_keep_their_numbers(tmp_path, parts, base):
+    """In 8 bits again with --fp8_base, in the computing precision without it: nothing is rounded a second time."""
+    t5 = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in t5_weights(tiny_t5(48)).items()}
+    save_file(t5, tmp_path / "t5xxl_fp8_e4m3fn.safetensors")
+    flux = write_flux(tmp_path, dtype=torch.float8_e4m3fn)
+    models = load(flux, {**parts, "t5xxl": str(tmp_path / "t5xxl_fp8_e4m3fn.safetensors")})
+    memory = MemoryOptions(mixed_precision="bf16", fp8_base=base)
+    opts, cpu = SimpleNamespace(memory=memory, swap=None), torch.device("cpu")
+    placement.place_text_encoders(models, opts, cpu, grad_text=False)
+    placement.place_denoiser(models, opts, cpu)
+    layer = "encoder.block.0.layer.0.SelfAttention.q"
+    assert models.text_encoders["te3"].get_submodule(layer).weight.float().equal(t5[f"{layer}.weight"].float())
+    expected = flux_map().to_model({name: tensor.float() for name, tensor in load_file(flux).items()})
+    for part in (models.denoiser, models.text_encoders["te3"]):
+        layers = [module for module in part.modules() if isinstance(module, torch.nn.Linear)]
+        assert {isinstance(module, Fp8Linear) for module in layers} == {base}
+    for name, module in models.denoiser.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert module.weight.float().equal(expected[f"{name}.weight"]), name
 
 
 def test_diffusers_names_in_a_single_file(tmp_path, parts):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from library.errors import UserError
@@ -57,6 +61,36 @@ def test_precision_and_metadata(tmp_path, parts):
     saved = load_file(path)
     assert saved.keys() == flux_tensors().keys()
     assert all(saved[name].equal(tensor.to(torch.bfloat16)) for name, tensor in flux_tensors().items())
+
+
+def most_memory(work: Callable[[], object]) -> int:
+    """Bytes of main memory that `work` takes at its height, beyond what is in use before."""
+
+    def kilobytes(name: str) -> int:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1])
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the height counts from now on
+    before = kilobytes("VmRSS")
+    work()
+    return 1024 * (kilobytes("VmHWM") - before)
+
+
+@pytest.mark.rows("R406")
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="measured as Linux tells it")
+def test_saving_takes_the_memory_of_one_tensor(tmp_path, parts):
+    save_file(flux_tensors(width=1024, head=32, blank=True), tmp_path / "wide.safetensors")
+    family, models = load(tmp_path / "wide.safetensors", parts)
+    sizes = [weight.nbytes for weight in models.denoiser.parameters()]
+    assert sum(sizes) > 150e6
+    state = models.denoiser.state_dict()
+    assert most_memory(lambda: [tensor.clone() for tensor in state.values()]) > 0.9 * sum(sizes), "it is measured"
+    path = tmp_path / "out.safetensors"
+    taken = most_memory(lambda: family.save(models, path, save_as="safetensors", dtype=None, metadata={}))
+    largest = max(tensor.nbytes for tensor in load_file(path).values())
+    assert taken < 1.2 * largest + 4e6, "and little beside it"
+    assert digest(path) == digest(tmp_path / "wide.safetensors")
 
 
 def test_ckpt(tmp_path, parts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,10 @@ from library.errors import UserError
 from library.families.sd3.adapter import Sd3Family
 from library.families.sd3.loading import load_model
 from library.families.sd3.variants import check_paths, mmdit_shape
+from library.memory.low_precision import Fp8Linear
+from library.options.memory import MemoryOptions
+from library.training import placement
+from library.types import Models
 from tests.builders import write_tiny_sd1
 from tests.builders.sd3 import (
     DUAL,
@@ -177,6 +182,36 @@ def test_weights_keep_the_formats_of_the_file(tmp_path):
     assert set(dtypes.values()) == {torch.float16}
     assert {p.dtype for encoder in parts.text_encoders.values() for p in encoder.parameters()} == {torch.float16}
     assert {p.dtype for p in parts.vae.parameters()} == {torch.float32}
+
+
+@pytest.mark.rows("R431")
+def test_denoiser_and_t5_in_8_bits_keep_their_numbers_with_fp8_base(tmp_path):
+    t5 = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in t5_weights(tiny_t5(T5)).items()}
+    save_file(t5, tmp_path / "t5xxl_fp8_e4m3fn.safetensors")
+    prefix = "model.diffusion_model."
+    narrow = {
+        name: tensor.to(torch.float8_e4m3fn) if name.startswith(prefix) else tensor
+        for name, tensor in sd3_tensors("5-large").items()
+    }
+    save_file(narrow, tmp_path / "sd3.5_large_fp8.safetensors")
+    parts = load_model(
+        str(tmp_path / "sd3.5_large_fp8.safetensors"), {"te3": str(tmp_path / "t5xxl_fp8_e4m3fn.safetensors")}
+    )
+    models = Models(parts.denoiser, parts.text_encoders, {}, parts.vae, parts.source)
+    opts = SimpleNamespace(memory=MemoryOptions(mixed_precision="bf16", fp8_base=True), swap=None)
+    placement.place_text_encoders(models, opts, torch.device("cpu"), grad_text=False)
+    placement.place_denoiser(models, opts, torch.device("cpu"))
+    mmdit = {name.removeprefix(prefix): t.float() for name, t in narrow.items() if name.startswith(prefix)}
+    expected = {
+        "te3": {name: tensor.float() for name, tensor in t5.items()},
+        "denoiser": convert_sd3_transformer_checkpoint_to_diffusers(mmdit),
+    }
+    for part, module in (("te3", models.text_encoders["te3"]), ("denoiser", models.denoiser)):
+        layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)}
+        assert len(layers) > 10
+        for name, layer in layers.items():
+            assert isinstance(layer, Fp8Linear), name
+            assert layer.weight.float().equal(expected[part][f"{name}.weight"]), name
 
 
 def test_files_of_the_denoiser_alone_need_no_prefix(tmp_path):

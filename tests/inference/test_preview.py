@@ -164,6 +164,18 @@ def test_a_prompt_without_seed_varies_by_step_and_repeats_with_the_run(make, mod
     assert make(seed=43).render(models, 1, None)[1].prompt.seed != seeds[0]
 
 
+@pytest.mark.rows("R284")
+def test_prompts_are_those_of_the_start(tmp_path, make_family, models):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat --w 64 --h 64 --s 1 --d 5", encoding="utf-8")
+    preview = Preview.from_options(options(tmp_path, sample_prompts=str(file), sample_every_n_steps=1), make_family())
+    (before,) = preview.render(models, 1, None)
+    file.write_text("a dog --w 64 --h 64 --s 1 --d 6\na house", encoding="utf-8")
+    (after,) = preview.render(models, 2, None)
+    assert after.prompt == before.prompt
+    assert numpy.array_equal(after.image, before.image)
+
+
 def test_the_run_is_left_as_it_was(make, models):
     network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout())
     models.denoiser.train()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from library.errors import UserError
+from library.families.flux.adapter import FluxFamily
 from library.families.sd.adapter import SdFamily
+from library.families.sd3.adapter import Sd3Family
 from library.memory import block_swap
 from library.memory.block_swap import RING, BlockSwap
 from library.memory.compiling import compile_blocks
@@ -49,8 +52,32 @@ def tiny_flux():
     )
 
 
+def tiny_sd3():
+    """Its blocks are of three kinds: the first has a second attention, the last lacks half of the text's side."""
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        num_layers=5,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=32,
+        pooled_projection_dim=8,
+        out_channels=4,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+
+
 def flux_blocks(flux) -> list[nn.Module]:
     return [*flux.transformer_blocks, *flux.single_transformer_blocks]
+
+
+def sd3_blocks(sd3) -> list[nn.Module]:
+    return list(sd3.transformer_blocks)
 
 
 def unet_blocks(unet) -> list[nn.Module]:
@@ -72,13 +99,25 @@ def flux_step(flux, seed: int) -> torch.Tensor:
     ).sample
 
 
+def sd3_step(sd3, seed: int) -> torch.Tensor:
+    device = sd3.proj_out.weight.device
+    noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).to(device)
+    text = TEXT.to(device)
+    times = torch.tensor([10.0, 900.0], device=device)
+    return sd3(noisy, encoder_hidden_states=text, pooled_projections=text[:, 0, :8], timestep=times).sample
+
+
 def unet_step(unet, seed: int) -> torch.Tensor:
     device = unet.conv_in.weight.device
     noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).to(device)
     return unet(noisy, torch.tensor([10, 900], device=device), TEXT.to(device)).sample
 
 
-KINDS = {"flux": (tiny_flux, flux_blocks, flux_step), "unet": (tiny_unet, unet_blocks, unet_step)}
+KINDS = {
+    "flux": (tiny_flux, flux_blocks, flux_step),
+    "sd3": (tiny_sd3, sd3_blocks, sd3_step),
+    "unet": (tiny_unet, unet_blocks, unet_step),
+}
 
 
 class Case:
@@ -196,8 +235,12 @@ def test_each_pass_copies_as_many_blocks_as_are_swapped():
         assert max(moved[5:]) <= (count + RING) * size
 
 
-def test_no_more_than_the_ring_is_on_the_device(monkeypatch):
-    case = Case("unet")
+@pytest.mark.rows("R404")
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_more_than_the_ring_is_on_the_device(kind, monkeypatch):
+    """Two places, used again and again by blocks of every kind; the parameters stay the objects that they were."""
+    case = Case(kind)
+    parameters = [id(parameter) for parameter in case.model.parameters()]
     swap = case.swap(most(case))
     fetched, together = [], []
     real = BlockSwap._call
@@ -215,10 +258,64 @@ def test_no_more_than_the_ring_is_on_the_device(monkeypatch):
     swap.detach()
     swap.attach()
     case.train()
+    assert [id(parameter) for parameter in case.model.parameters()] == parameters
     assert set(together) == {1}, "the others' weights are those in main memory"
     assert set(fetched) == {slot.memory for slot in swap._slots}
     assert len(swap._slots) == RING
     assert sum(slot.buffer.nbytes for slot in swap._slots) == RING * max(block.size for block in swap._blocks)
+
+
+@pytest.mark.rows("R405")
+def test_what_is_outside_the_swapped_blocks_is_on_the_device_for_good():
+    """Blocks of SD3 that differ from the others take turns like them."""
+    case, device = Case("sd3", with_lora=False), torch.device("meta")  # what every build has besides the CPU
+    swap = BlockSwap(case.blocks, most(case), device, simulate=True)
+    swap.attach()
+    case.model.to(device)
+    swapped = {f"transformer_blocks.{number}" for number in range(5)}
+    assert len(swap._blocks) == len(swapped) == 5
+    for name, parameter in case.model.named_parameters():
+        inside = ".".join(name.split(".")[:2]) in swapped
+        assert parameter.device.type == ("cpu" if inside else "meta"), name
+    fewer = BlockSwap(case.blocks[1:], 1, CPU, simulate=True)
+    assert len(fewer._resident) == 1
+    assert {id(module) for module in fewer._resident}.isdisjoint(id(block.module) for block in fewer._blocks)
+
+
+def published(kind: str, **config: object) -> nn.Module:
+    """A model of published sizes that takes no memory."""
+    import diffusers
+
+    with torch.device("meta"):
+        return getattr(diffusers, kind)(**config)
+
+
+SD35 = {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "qk_norm": "rms_norm"}
+LARGE = SD35 | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
+MEDIUM = SD35 | {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+MEDIUM["dual_attention_layers"] = tuple(range(13))
+
+
+@pytest.mark.rows("R432")
+@pytest.mark.parametrize(("config", "largest"), [(LARGE, 36), (MEDIUM, 22)], ids=["3.5 large", "3.5 medium"])
+def test_how_many_blocks_of_the_published_models_can_be_swapped(config, largest):
+    models = Models(published("SD3Transformer2DModel", **config), {}, {}, None, None)
+    blocks = Sd3Family(None).blocks(models)
+    assert Sd3Family.traits.blocks_per_swap == 1
+    assert len(BlockSwap(blocks, largest, CPU)._blocks) == len(blocks) == largest + RING
+    with pytest.raises(UserError, match=f"give a number from 0 to {largest}$"):
+        BlockSwap(blocks, largest + 1, CPU)
+
+
+@pytest.mark.rows("R403")
+@pytest.mark.parametrize("count", [8, 16, 28, 35])
+def test_what_each_swapped_block_of_flux_saves(count):
+    """Counted from the weights. The two places of the ring are taken off, so few blocks save a little less each."""
+    model = published("FluxTransformer2DModel", guidance_embeds=True, pooled_projection_dim=768)
+    blocks = FluxFamily(None).blocks(Models(model, {}, {}, None, None))
+    swap = BlockSwap(blocks, math.ceil(count * FluxFamily.traits.blocks_per_swap), CPU)
+    in_bf16 = swap.bytes_saved / 2
+    assert in_bf16 / count == pytest.approx(640e6, rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -378,9 +475,11 @@ def test_any_order_of_calls_is_right(order):
         assert_same(run(blocks), expected)
 
 
-def test_with_activations_kept_in_main_memory_too():
-    expected = Case("flux", checkpointing=True).train()
-    case = Case("flux")
+@pytest.mark.rows("R364", "R433")
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_activations_kept_in_main_memory_too(kind):
+    expected = Case(kind, checkpointing=True).train()
+    case = Case(kind)
     case.model.enable_gradient_checkpointing(offloading_checkpoint(CPU, smallest=0))
     case.swap(most(case))
     assert_same(case.train(), expected)

@@ -23,6 +23,7 @@ def gradients(unet) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return noisy.grad, [parameter.grad for parameter in unet.parameters()]
 
 
+@pytest.mark.rows("R364")
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_results_are_those_of_plain_checkpointing(trained, monkeypatch):
     unet = tiny_sd().denoiser.requires_grad_(trained).train()
@@ -70,6 +71,7 @@ def test_nothing_is_kept_without_gradients(monkeypatch):
     assert out.shape == (2, 4)
 
 
+@pytest.mark.rows("R364")
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_memory_falls_and_numbers_stay():

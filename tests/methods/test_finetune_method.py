@@ -203,6 +203,21 @@ def test_precision_and_metadata_of_a_whole_model(files, tmp_path):
         }
 
 
+@pytest.mark.rows("R231")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_models_trained_in_bf16_are_files_of_the_usual_kind(files, tmp_path, dtype):
+    """Under the names of the model that was read, in one number format, with nothing to unpickle."""
+    made, models = attached("dreambooth", source(files), "--mixed_precision=bf16", "--full_bf16")
+    for part in (models.denoiser, *models.text_encoders.values()):
+        part.to(torch.bfloat16)
+    made.save(tmp_path / "out.safetensors", dtype, METADATA)
+    before, after = load_file(files["safetensors"]), load_file(tmp_path / "out.safetensors")
+    assert {name: value.shape for name, value in after.items()} == {name: value.shape for name, value in before.items()}
+    assert {value.dtype for value in after.values()} == {dtype}
+    trained = [name for name in before if name.startswith("model.diffusion_model.")]
+    assert all(torch.equal(after[name], before[name].bfloat16().to(dtype)) for name in trained)
+
+
 def test_unmoved_shares_memory_until_the_module_moves():
     module = torch.nn.BatchNorm1d(3)
     other = unmoved(module)

@@ -50,6 +50,14 @@ def test_what_works_is_let_be(valid, traits, flags, beginnings):
     assert all(line.startswith(beginning) for line, beginning in zip(lines, beginnings, strict=True))
 
 
+@pytest.mark.rows("R433")
+def test_checkpoints_of_sd3_are_kept_in_main_memory_for_networks_only():
+    flags = ["--gradient_checkpointing", "--cpu_offload_checkpointing"]
+    assert parse_options(groups_for("sd3", "network"), flags).memory.cpu_offload_checkpointing
+    with pytest.raises(UserError, match="--cpu_offload_checkpointing"):
+        parse_options(groups_for("sd3", "finetune"), flags)
+
+
 @pytest.mark.parametrize("method", ["finetune", "dreambooth"])
 def test_whole_models_are_not_trained_in_8_bits(traits, method):
     lines = problems(parse_options(groups_for("sd", method), ["--fp8_base"]), traits)

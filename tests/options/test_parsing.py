@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import toml
 
 from library.errors import UserError
-from library.options.parsing import parse_options
+from library.options.base import OptionGroup, opt
+from library.options.parsing import build_parser, parse_options
+from library.options.validation import problems
 
 NOT_KEPT = ("config_file", "output_config", "wandb_api_key", "huggingface_token")
 
@@ -44,6 +47,53 @@ def test_abbreviations_work_while_they_are_unique(parse):
 
 def test_a_negative_rate_needs_the_equals_sign(parse):
     assert parse("--learning_rate=-1e-7").optimizer.learning_rate == -1e-7
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceOptions(OptionGroup, group="places", title="Places"):
+    source: str = opt(None, "what is read", positional=True)
+    target: str = opt(None, "what is written", positional=True, exists="folder")
+    model: str = opt(None, "what is used", required=True)
+    size: int | None = opt(None, "how large", at_least=1)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["a b --model=m --size 3", "a --model m --size=3 b", "--size 3 --model m a b", "--model=m a --size 3 -- b"],
+)
+def test_positional_values_may_have_options_between_them(line):
+    opts = parse_options([PlaceOptions], line.split())
+    assert opts.flat() == {"source": "a", "target": "b", "model": "m", "size": 3}
+    assert opts.origin("source") == "command line"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (["--model=m"], "the following arguments are required: source, target"),
+        (["a", "--model=m"], "the following arguments are required: target"),
+        (["a", "b"], "the following arguments are required: --model"),
+        (["a", "", "--model=m"], "target: must not be empty"),
+        (["a", "b", "--model="], "--model: must not be empty"),
+        (["a", "b", "c", "--model=m"], "unexpected value 'c': beside source and target every value needs its option"),
+        (["a", "b", "--model=m", "--sorce=x"], "unknown option --sorce"),
+    ],
+)
+def test_what_has_to_be_given_is_asked_for(line, problem):
+    (told,) = refused(parse_options, [PlaceOptions], line)
+    assert told.startswith(problem)
+    assert "did you mean '--source'" not in told
+
+
+def test_a_positional_value_is_checked_and_named_without_dashes(tmp_path):
+    opts = parse_options([PlaceOptions], ["a", str(tmp_path / "none"), "--model=m"])
+    assert problems(opts, None) == [f"target: there is no folder {str(tmp_path / 'none')!r}"]
+
+
+def test_help_shows_positional_values_and_what_is_required():
+    text = build_parser([PlaceOptions], prog="x.py").format_help()
+    assert text.startswith("usage: x.py [options] source target\n")
+    assert "what is used (required)" in text
 
 
 def test_lists(parse):

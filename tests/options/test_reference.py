@@ -6,13 +6,14 @@ from library.cli import FAMILIES
 from library.data.config_schema import KEYS
 from library.options.base import options_of
 from library.options.scripts import groups_for, scripts_of
-from tools.option_tables import pages
+from tools.option_tables import pages, preparation_scripts
 
 
 def test_the_tables_are_current():
     """If this fails: python tools/option_tables.py"""
     found = list(pages())
     scripts = {script for family in FAMILIES for script in scripts_of(family)}
+    scripts |= {script.stem for script in preparation_scripts()}
     assert {path.stem for path, _ in found} == scripts | {"dataset_config"}
     for path, page in found:
         assert path.read_text(encoding="utf-8") == page

@@ -1,39 +1,64 @@
-"""Runs the scripts as a user does: subprocesses, from the repository root, with the network shut off."""
+"""Runs the scripts as a user does: in processes of their own, from the repository root, with the network shut off."""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.scripts.starting import Started, Starter, as_words
+
 MODEL = "examples/tiny_model/tiny-sd.safetensors"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # sums in the same order in one process and in several; and less work
 
 
 @pytest.fixture(scope="session")
-def run_script() -> Callable[..., subprocess.CompletedProcess]:
-    def run(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, *launcher, *arguments],
-            cwd=ROOT,
-            env={**os.environ, **OFFLINE},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=900,
-        )
+def start_script(tmp_path_factory) -> Iterator[Callable[..., Started]]:
+    """Starts a script. One at a time: what it wrote is there until the next one is started.
+
+    `processes`: as many that train together, as if torch's launcher had started them. `launcher`: words between Python
+    and the script.
+    """
+    starter = Starter(tmp_path_factory.mktemp("scripts"))
+
+    def start(*arguments: str | Path, launcher: tuple[str, ...] = (), processes: int = 1) -> Started:
+        line, environment = [os.fspath(argument) for argument in arguments], {**os.environ, **OFFLINE, **ONE_THREAD}
+        return starter.start(line, [{**environment, **place} for place in _places(processes)], launcher=launcher)
+
+    yield start
+    starter.end()
+
+
+@pytest.fixture(scope="session")
+def run_script(start_script) -> Callable[..., subprocess.CompletedProcess]:
+    """Starts a script, see `start_script`, and waits for its end."""
+
+    def run(*arguments: str | Path, **how: object) -> subprocess.CompletedProcess:
+        return start_script(*arguments, **how).result()
 
     return run
 
 
+def _places(processes: int) -> list[dict[str, str]]:
+    """What torch's launcher tells each of several processes."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranked = [{**common, "RANK": number, "LOCAL_RANK": number} for number in range(processes)]
+    return [{name: str(value) for name, value in place.items()} for place in ranked]
+
+
 @pytest.fixture(scope="session")
 def train_arguments() -> Callable[..., list[str]]:
-    """A short, complete command line of train_network.py; keywords add options, None removes one, True is a flag."""
+    """A short, complete command line of train_network.py; keywords add options, see `as_words`."""
 
     def arguments(output_dir: Path, **changes: object) -> list[str]:
         options: dict[str, object] = {
@@ -54,14 +79,6 @@ def train_arguments() -> Callable[..., list[str]]:
             "seed": 1,
             **changes,
         }
-        line = ["train_network.py"]
-        for name, value in options.items():
-            if value is True:
-                line.append(f"--{name}")
-            elif isinstance(value, list):
-                line += [f"--{name}", *map(str, value)]
-            elif value is not None:
-                line.append(f"--{name}={value}")
-        return line
+        return ["train_network.py", *as_words(options)]
 
     return arguments

@@ -19,7 +19,7 @@ from library.runtime import seeds
 from library.types import Size
 
 MODEL = "examples/tiny_model/tiny-sd.safetensors"
-LAUNCHER = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d")
+LAUNCHER = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 
 
 @pytest.fixture(scope="module")

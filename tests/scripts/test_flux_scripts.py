@@ -22,8 +22,9 @@ from library import cli
 from library.options import parsing, scripts, validation
 from networks import lora_flux_args
 from tests.builders.flux import write_flux, write_parts
+from tests.scripts.starting import as_words
+from tests.scripts.weights import furthest, hash_of
 
-TWO = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d")
 CONCEPT = Path("examples/concept/10_sks flower")
 SIDES = (128, 96, 64)
 MULTI_RESOLUTION = """
@@ -149,30 +150,19 @@ def short(script: str, model, data, out: Path, **changes: object) -> list[str]:
         **({"network_module": "networks.lora_flux"} if script == "flux_train_network.py" else {}),
         **changes,
     }
-    line = [script]
-    for name, value in options.items():
-        if isinstance(value, list):
-            line += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            line.append(f"--{name}" if value is True else f"--{name}={value}")
-    return line
+    return [script, *as_words(options)]
 
 
-def trained(run_script, line: list[str], launcher=()) -> str:
-    done = run_script(*line, launcher=launcher)
+def trained(run_script, line: list[str], processes: int = 1) -> str:
+    done = run_script(*line, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
-
-
-def hash_of(path: Path) -> str:
-    with safe_open(path, "pt") as file:
-        return file.metadata()["sshs_model_hash"]
 
 
 # ---- the printed command lines
 
 
-@pytest.mark.rows("C42", "C64", "R344", "R346", "R349", "R350", "R351", "R352", "R360")
+@pytest.mark.rows("C42", "C64", "R3", "R193", "R344", "R346", "R349", "R350", "R351", "R352", "R360")
 def test_a_lora_with_cached_latents_and_texts_on_a_base_in_8_bits(printed_lora):
     files = sorted(path.name for path in printed_lora.out.iterdir())
     assert files == ["flux-lora-name-000001.safetensors", "flux-lora-name.safetensors"]
@@ -229,7 +219,7 @@ def test_one_file_holds_the_latents_of_all_resolutions(printed_lora, data):
     assert texts == {"l_pooled": (64,), "t5_out": (512, 48), "txt_ids": (512, 3), "t5_attn_mask": (512,)}
 
 
-@pytest.mark.rows("C61", "R391", "R393", "R394")
+@pytest.mark.rows("C61", "R391", "R393", "R394", "R397")
 def test_a_whole_model_in_bf16_from_cached_texts(run_script, tmp_path, model, data, printed_lora):
     printed = ran(run_script, WHOLE_MODEL, model, data, tmp_path)
     assert "--blocks_to_swap: no effect on a CPU" in printed
@@ -312,7 +302,7 @@ def test_older_words_for_block_swap(script, line, count):
         assert any(said.startswith(f"{flag}: an older way to say --blocks_to_swap") for said in warnings)
 
 
-@pytest.mark.rows("R365", "R373", "R395", "R399")
+@pytest.mark.rows("R365", "R373", "R395", "R397", "R399")
 @pytest.mark.parametrize(
     ("script", "line", "said"),
     [
@@ -329,6 +319,14 @@ def test_older_words_for_block_swap(script, line, count):
             "--blocks_to_swap 8 --fused_backward_pass --cpu_offload_checkpointing --gradient_checkpointing",
             "--blocks_to_swap: cannot be used with --cpu_offload_checkpointing",
         ),
+        (
+            "flux_train",
+            "--full_bf16 --mixed_precision bf16 --fused_backward_pass --max_grad_norm 0 --optimizer_type adafactor "
+            "--cpu_offload_checkpointing --gradient_checkpointing",
+            None,
+        ),
+        ("flux_train", "--full_bf16 --mixed_precision bf16 --fused_backward_pass --blocks_to_swap 8", None),
+        ("flux_train", "--blockwise_fused_optimizers --full_bf16 --mixed_precision bf16", None),
         (
             "flux_train",
             "--blockwise_fused_optimizers --fused_backward_pass",
@@ -353,6 +351,18 @@ def test_t5_trained_from_a_cache_is_refused_in_one_line_at_the_start(model, data
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "T5 cannot be trained when its outputs are cached" in line
+
+
+@pytest.mark.rows("R408")
+def test_blocks_of_a_trained_model_are_not_swapped_in_several_processes(run_script, model, data, tmp_path):
+    """There the weights would have to be stepped where they are, before the processes have met."""
+    swap = {"double_blocks_to_swap": 1, "single_blocks_to_swap": 2, "fused_backward_pass": True, "max_grad_norm": 0}
+    done = run_script(*short("flux_train.py", model, data, tmp_path, **swap), processes=2)
+    assert done.returncode == 2
+    assert "steps inside the backward pass cannot be used with several processes; leave them out" in done.stderr
+    assert "Traceback" not in done.stderr
+    _, problems, _ = checked("flux_train", "--double_blocks_to_swap 1 --single_blocks_to_swap 2")
+    assert [problem.startswith("--blocks_to_swap: needs --fused_backward_pass") for problem in problems] == [True]
 
 
 # ---- a LoRA with everything, its samples and its states
@@ -444,20 +454,16 @@ def test_a_resumed_run_ends_in_the_same_weights(everything, run_script, tmp_path
 
 
 @pytest.mark.rows("R371", "R373")
-def test_two_processes_that_encode_equal_one_that_accumulates_and_has_t5_cached(
-    run_script, tmp_path, monkeypatch, model, data
-):
+def test_two_processes_that_encode_equal_one_that_accumulates_and_has_t5_cached(run_script, tmp_path, model, data):
     """CLIP-L is trained all the while, so that its part of the cache must not be used."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in each of two processes: sums in the same order
     common = {"learning_rate": 1e-2, "optimizer_type": "SGD", "network_alpha": 4, "cache_latents": True}
     cached = {"gradient_accumulation_steps": 2, "cache_text_encoder_outputs": True}
-    for name, more, launcher in (("one", cached, ()), ("two", {}, TWO)):
+    for name, more, processes in (("one", cached, 1), ("two", {}, 2)):
         line = short("flux_train_network.py", model, data, tmp_path / name, **common, **more)
-        printed = trained(run_script, line, launcher)
+        printed = trained(run_script, line, processes)
         assert ("caching text encoder outputs" in printed) == (name == "one")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-6
+    assert furthest(one, two) < 1e-6
     for part in ("te1", "unet"):
         ups = [value for key, value in one.items() if key.startswith(f"lora_{part}_") and key.endswith("up.weight")]
         assert max(value.abs().max().item() for value in ups) > 1e-5, part

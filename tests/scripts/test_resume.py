@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,9 +14,8 @@ import pytest
 from safetensors import safe_open
 
 from library.checkpoints.hashes import tensor_hash
+from tests.scripts.weights import hash_of
 
-ROOT = Path(__file__).resolve().parents[2]
-OFFLINE = {"HF_HUB_OFFLINE": "1"}
 STEPS = 9
 # All that draws by chance, in one run: flips, shuffling, dropout of captions and inside the layers, noise options.
 OPTIONS = {
@@ -50,8 +47,7 @@ def whole(run_script, train_arguments, tmp_path_factory):
 
 
 def weights_hash(folder):
-    with safe_open(folder / "lora.safetensors", "pt") as file:
-        return file.metadata()["sshs_model_hash"]
+    return hash_of(folder / "lora.safetensors")
 
 
 @pytest.mark.rows("R141", "R143", "R146", "R147", "R149", "R152")
@@ -77,7 +73,7 @@ def test_states_hold_what_is_trained_and_go_on_exactly(whole, run_script, train_
     assert weights_hash(tmp_path) == weights_hash(whole)
 
 
-def killed_thrice(line, folder):
+def killed_thrice(start_script, line, folder):
     """SIGKILL at moments nobody chose; each time the run goes on from the newest state.
 
     `line(state)` gives the arguments, without a state those of the first start.
@@ -85,50 +81,40 @@ def killed_thrice(line, folder):
     moments = random.Random(os.getpid())
     for attempt in range(4):
         states = sorted(folder.glob("*-step*-state"))
-        process = subprocess.Popen(
-            [sys.executable, *line(states[-1] if states else None)],
-            cwd=ROOT,
-            env={**os.environ, **OFFLINE},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        script = start_script(*line(states[-1] if states else None))
         if attempt < 3:
             enough = len(states) + moments.randint(0, 1)
-            while process.poll() is None and len(list(folder.glob("*-step*-state"))) < enough:
-                time.sleep(0.05)
-            time.sleep(moments.random() * 4)
-            process.kill()
-        errors = process.communicate()[1]
-        if process.returncode == 0:
+            while script.is_running() and len(list(folder.glob("*-step*-state"))) < enough:
+                time.sleep(0.02)
+            time.sleep(moments.random())
+            script.kill()
+        done = script.result()
+        if done.returncode == 0:
             break
-    assert process.returncode == 0, errors[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     assert not list(folder.glob(".*-state.*/train_state.json")), "a half-written state looks whole"
 
 
-def test_three_kills_change_nothing(whole, train_arguments, tmp_path):
+def test_three_kills_change_nothing(whole, start_script, train_arguments, tmp_path):
     def line(state):
         workers = 0 if state is None else 1
         return train_arguments(tmp_path, **OPTIONS | {"resume": state, "max_data_loader_n_workers": workers})
 
-    killed_thrice(line, tmp_path)
+    killed_thrice(start_script, line, tmp_path)
     assert weights_hash(tmp_path) == weights_hash(whole)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_with_a_state(whole, train_arguments, run_script, tmp_path, number):
-    line = train_arguments(tmp_path, **OPTIONS | {"save_state": None, "save_every_n_steps": None})
-    process = subprocess.Popen(
-        [sys.executable, *line], cwd=ROOT, env={**os.environ, **OFFLINE}, stderr=subprocess.PIPE, text=True
-    )
-    printed = ""
-    while "steps:" not in printed and (piece := process.stderr.read(1)):
-        printed += piece
-    process.send_signal(number)
-    printed += process.communicate()[1]
-    assert process.returncode == 0, printed[-3000:]
+def test_a_signal_ends_the_run_with_a_state(whole, train_arguments, start_script, run_script, tmp_path, number):
+    script = start_script(*train_arguments(tmp_path, **OPTIONS | {"save_state": None, "save_every_n_steps": None}))
+    while "steps:" not in script.said() and script.is_running():
+        time.sleep(0.02)
+    os.kill(script.pid, number)
+    done = script.result()
+    assert done.returncode == 0, done.stderr[-3000:]
     (state,) = tmp_path.glob("lora-step*-state")
-    assert f"--resume={state}" in printed
+    assert f"--resume={state}" in done.stderr
     assert not (tmp_path / "lora.safetensors").exists()
     done = run_script(*train_arguments(tmp_path, **OPTIONS | {"resume": state}))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -196,7 +182,7 @@ WHOLE_MODELS = {
 
 
 @pytest.mark.parametrize("script", WHOLE_MODELS)
-def test_whole_models_go_on_exactly_after_kills(run_script, tmp_path, script):
+def test_whole_models_go_on_exactly_after_kills(start_script, run_script, tmp_path, script):
     own = list(WHOLE_MODELS[script])
     if script == "fine_tune.py":
         stems = sorted(path.stem for path in Path("examples/concept/10_sks flower").glob("*.png"))
@@ -221,7 +207,9 @@ def test_whole_models_go_on_exactly_after_kills(run_script, tmp_path, script):
     assert run_script(*line("whole")).returncode == 0
     again = ("--max_data_loader_n_workers=1",)
     killed_thrice(
-        lambda state: line("killed", *(() if state is None else (f"--resume={state}", *again))), tmp_path / "killed"
+        start_script,
+        lambda state: line("killed", *(() if state is None else (f"--resume={state}", *again))),
+        tmp_path / "killed",
     )
     hashes = [tensor_hash(tmp_path / folder / "model.safetensors") for folder in ("whole", "killed")]
     assert hashes[0] == hashes[1]

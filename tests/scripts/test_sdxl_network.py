@@ -18,7 +18,7 @@ from library import cli
 from library.data import images
 from library.types import Size
 from tests.builders.sdxl import write_tiny_sdxl
-from tests.scripts.test_processes import LAUNCHER
+from tests.scripts.weights import furthest, hash_of
 
 DIMS = ",".join(["4"] * 11 + ["6"] + ["4"] * 11)  # the middle's transformers get another rank
 
@@ -224,18 +224,8 @@ def from_files(tmp_path_factory, run_script, plan) -> SimpleNamespace:
         out=out,
         prompts=prompts,
         weights=load_file(out / "lora.safetensors"),
-        model_hash=hash_of(out),
+        model_hash=hash_of(out / "lora.safetensors"),
     )
-
-
-def hash_of(out: Path) -> str:
-    with safe_open(out / "lora.safetensors", "pt") as file:
-        return file.metadata()["sshs_model_hash"]
-
-
-def furthest(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
-    assert left.keys() == right.keys()
-    return max((left[key] - right[key]).abs().max().item() for key in left)
 
 
 def test_files_are_those_of_the_formats(from_files, pictures, still_model):
@@ -281,13 +271,12 @@ def test_resumed_from_a_state_and_the_files_it_is_the_same_model(from_files, run
     assert result.returncode == 0, result.stderr[-3000:]
     assert "latents on disk: 4 used as they are, 0 made again, 0 new" in result.stderr
     assert "caching text encoder outputs" not in result.stderr
-    assert hash_of(tmp_path) == from_files.model_hash
+    assert hash_of(tmp_path / "lora.safetensors") == from_files.model_hash
     assert furthest(load_file(tmp_path / "lora.safetensors"), from_files.weights) == 0
 
 
-def test_two_processes_give_the_same_model_as_one_that_accumulates(from_files, run_script, plan, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    result = run_script(*plan(tmp_path, **FILES, gradient_accumulation_steps=1), launcher=LAUNCHER)
+def test_two_processes_give_the_same_model_as_one_that_accumulates(from_files, run_script, plan, tmp_path):
+    result = run_script(*plan(tmp_path, **FILES, gradient_accumulation_steps=1), processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
     assert furthest(load_file(tmp_path / "lora.safetensors"), from_files.weights) < 1e-6
 

@@ -18,6 +18,8 @@ from library import cli
 from library.families.sdxl.options import SCRIPTS, TRAITS
 from library.options import parsing, scripts, validation
 from tests.builders.sdxl import write_tiny_sdxl
+from tests.scripts.starting import as_words
+from tests.scripts.weights import furthest
 
 BLOCK_RATES = [(number + 1) * 1e-5 for number in range(23)]
 TEXT_RATES = {"conditioner.embedders.0.": 1e-4, "conditioner.embedders.1.": 3e-4}
@@ -50,7 +52,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def train(run_script, model, data):
-    """Runs the script; True is a flag, None leaves out. Gives messages, and weights and metadata of a single file."""
+    """Runs the script with options, see `as_words`. Gives messages, and weights and metadata of a single file."""
 
     def run(out: Path, *, by_json: bool, **changes: object) -> SimpleNamespace:
         pictures = data / "train" / "1_sks flower"
@@ -68,13 +70,7 @@ def train(run_script, model, data):
             **({"in_json": data / "meta.json"} if by_json else {}),
             **changes,
         }
-        line = ["sdxl_train.py"]
-        for name, value in options.items():
-            if isinstance(value, list):
-                line += [f"--{name}", *map(str, value)]
-            elif value is not None:
-                line.append(f"--{name}" if value is True else f"--{name}={value}")
-        result = run_script(*line)
+        result = run_script("sdxl_train.py", *as_words(options))
         assert result.returncode == 0, result.stderr[-3000:]
         file = out / "tuned.safetensors"
         if not file.is_file():
@@ -84,11 +80,6 @@ def train(run_script, model, data):
         return SimpleNamespace(said=result.stderr, file=file, weights=load_file(file), metadata=metadata)
 
     return run
-
-
-def furthest(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
-    assert left.keys() == right.keys()
-    return max((left[key].float() - right[key].float()).abs().max().item() for key in left)
 
 
 # ---- folders of pictures, text encoders, rates by block

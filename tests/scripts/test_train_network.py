@@ -205,7 +205,7 @@ def test_launched_by_accelerate_in_bf16_with_checkpointing(tmp_path, run_script,
 
 
 def test_two_processes_share_the_work_and_one_writes(tmp_path, run_script, train_arguments):
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d")
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
     result = run_script(*train_arguments(tmp_path, seed=None), launcher=launcher)
     assert result.returncode == 0, result.stderr
     assert "processes: 2" in result.stderr

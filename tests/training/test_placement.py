@@ -59,6 +59,7 @@ def test_a_network_is_cast_but_for_its_buffers_and_what_rests():
     assert (network.weight.dtype, network.bias.dtype, network.alpha.dtype) == (torch.bfloat16, *[torch.float32] * 2)
 
 
+@pytest.mark.rows("R375")
 @pytest.mark.parametrize("flag", ["fp8_base", "fp8_base_unet"])
 def test_which_parts_are_kept_in_8_bits(flag):
     models = tiny_sd()
@@ -69,6 +70,7 @@ def test_which_parts_are_kept_in_8_bits(flag):
 
     assert all(turned(models.denoiser))
     assert set(turned(models.text_encoders["te"])) == {flag == "fp8_base"}
+    assert formats(models.text_encoders["te"]) == {torch.bfloat16}
     assert not any(turned(models.vae))
     assert formats(models.denoiser) == {torch.bfloat16}  # biases and norms
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -82,6 +84,14 @@ def assert_same(model_weights, optimizer, name):
     got = optimizer.state_dict()
     assert got["param_groups"] == state["param_groups"]
     torch.testing.assert_close(got["state"], state["state"], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.rows("R327")
+def test_the_oldest_torch_that_is_taken_can_step_inside_the_backward_pass():
+    """`Tensor.register_post_accumulate_grad_hook` came with torch 2.1."""
+    requirements = Path("requirements.txt").read_text(encoding="utf-8")
+    (oldest,) = re.findall(r"^torch>=(\d+)\.(\d+)", requirements, flags=re.M)
+    assert tuple(map(int, oldest)) >= (2, 1)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -39,7 +39,7 @@ from library.families.shared.reading import (
     require_model_name,
     vae_from_file,
 )
-from library.families.shared.recognition import FLUX
+from library.families.shared.recognition import FLUX, recognise
 from library.families.shared.t5 import build_t5, t5_from_folder, t5_keys
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from library.families.shared.reading import Form, Weights
+    from library.options.base import Options
 
 SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
 CHANNELS = 16
@@ -228,15 +229,27 @@ def _encoder_from_folder(folder: Path, part: str) -> nn.Module:
     return from_pretrained(CLIPTextModel, str(folder), FOLDERS[part], dtype)
 
 
+def own_vae(opts: Options) -> nn.Module:
+    """The autoencoder by itself that the options name, as a loaded model would have it.
+
+    Raises: UserError: missing, unreadable, or another kind of VAE.
+    """
+    model = opts.model.pretrained_model_name_or_path
+    return _load_ae(opts.family.ae or model, model)
+
+
 def load_ae(source: Source) -> nn.Module:
     """The autoencoder, in float32. Raises: UserError: missing, unreadable, or another kind of VAE."""
-    origin = source.origins["vae"]
+    return _load_ae(source.origins["vae"], source.name)
+
+
+def _load_ae(origin: str, model: str) -> nn.Module:
     if Path(origin).is_file():
         weights = open_weights(origin)
         if any(key.startswith(AE) for key in weights):
             with naming(origin):
                 return vae_from_file(_Inside(weights, AE), SCALING_FACTOR, SHIFT_FACTOR)[0]
-        if origin == source.name:
+        if origin == model and recognise(weights) == FLUX:
             raise UserError(f"{origin}: holds no autoencoder; give its file with --ae")
     facts = {"channels": CHANNELS, "scaling_factor": SCALING_FACTOR, "shift_factor": SHIFT_FACTOR}
     return load_vae(origin, kinds=(FLUX,), **facts)[0]

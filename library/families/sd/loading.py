@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from library.families.shared.reading import Form
+    from library.options.base import Options
 
 SCALING_FACTOR = 0.18215
 
@@ -68,6 +69,11 @@ def load_model(name: str, v2: bool, vae_name: str | None = None) -> Parts:
 def load_vae(name: str) -> tuple[nn.Module, dict[str, Form]]:
     """The VAE of a file, folder or hub id, see `shared.reading.load_vae`."""
     return reading.load_vae(name, kinds=VAE_SOURCES, channels=TRAITS.latent_channels, scaling_factor=SCALING_FACTOR)
+
+
+def own_vae(opts: Options) -> nn.Module:
+    """The VAE by itself that the options name, as a loaded model would have it. Raises: UserError: as `load_vae`."""
+    return load_vae(opts.model.vae or opts.model.pretrained_model_name_or_path)[0]
 
 
 # --- single files -----------------------------------------------------------------------------------------------------

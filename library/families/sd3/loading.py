@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from library.families.shared.reading import Form, Weights
+    from library.options.base import Options
 
 SCALING_FACTOR, SHIFT_FACTOR = 1.5305, 0.0609
 CHANNELS = 16
@@ -121,6 +122,14 @@ VAE_FACTS: dict[str, Any] = {
     "scaling_factor": SCALING_FACTOR,
     "shift_factor": SHIFT_FACTOR,
 }
+
+
+def own_vae(opts: Options) -> nn.Module:
+    """The VAE by itself that the options name, as a loaded model would have it.
+
+    Raises: UserError: missing, unreadable, or without such a VAE.
+    """
+    return load_vae(opts.model.vae or opts.model.pretrained_model_name_or_path, **VAE_FACTS)[0]
 
 
 def load_encoder(name: str, part: str) -> tuple[nn.Module, dict[str, Form]]:

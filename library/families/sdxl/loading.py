@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from library.families.shared.reading import Form
+    from library.options.base import Options
 
 SCALING_FACTOR = 0.13025
 SAMPLE_SIZE = 128  # side of the latents that pipelines make where they are told nothing
@@ -61,6 +62,11 @@ def load_model(name: str, vae_name: str | None = None, *, mapped: bool = True) -
 def load_vae(name: str) -> tuple[nn.Module, dict[str, Form]]:
     """The VAE of a file, folder or hub id, see `shared.reading.load_vae`."""
     return reading.load_vae(name, kinds=VAE_SOURCES, channels=TRAITS.latent_channels, scaling_factor=SCALING_FACTOR)
+
+
+def own_vae(opts: Options) -> nn.Module:
+    """The VAE by itself that the options name, as a loaded model would have it. Raises: UserError: as `load_vae`."""
+    return load_vae(opts.model.vae or opts.model.pretrained_model_name_or_path)[0]
 
 
 # --- single files -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,15 @@
+"""Merges the caption files beside pictures into a metadata file, from which fine_tune.py trains."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from library.preparation.merging import CAPTION_GROUPS as GROUPS
+from library.preparation.merging import merge_captions
+from library.preparation.script import run_script
+
+if __name__ == "__main__":
+    run_script(merge_captions, GROUPS, description="Merges caption files into a metadata file.")

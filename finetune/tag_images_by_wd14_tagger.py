@@ -1,0 +1,14 @@
+"""Tags the pictures of a folder with a WD14 tagger of SmilingWolf's, or with DeepDanbooru."""
+
+import sys
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
+
+from library.preparation.script import run_script
+from library.preparation.tagging import GROUPS, tag_pictures
+
+if __name__ == "__main__":
+    run_script(tag_pictures, GROUPS, description=__doc__)

@@ -1,0 +1,87 @@
+"""Which family a model is of, where nobody says. Only names are read: no torch, but for pickles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from library.errors import UserError
+from library.families.shared.reading import naming
+from library.families.shared.recognition import (
+    FLUX,
+    SD1,
+    SD2,
+    SD3,
+    SDXL,
+    UNKNOWN,
+    VAE_ONLY,
+    is_hub_id,
+    pipeline_kind,
+    read_json,
+    recognise,
+    recognise_file,
+)
+
+FAMILY_OF = {SD1: "sd", SD2: "sd", SDXL: "sdxl", SD3: "sd3", FLUX: "flux"}  # what recognition finds -> family
+_INDEX = "model_index.json"
+
+
+def kind_of(name: str) -> str:
+    """What a file, folder or hub id is, in the words of `recognition`; UNKNOWN where names do not tell it.
+
+    Raises: UserError: it is not there, or broken.
+    """
+    path = Path(name)
+    if path.is_file():
+        with naming(path):
+            return recognise_file(path) or _kind_of_pickle(path)
+    if path.is_dir():
+        return _kind_of_folder(path)
+    if not is_hub_id(name):
+        raise UserError(f"{name}: no such file or folder (and not a hub id of the form owner/model)")
+    return _kind_of_hub_model(name)
+
+
+def family_of(name: str) -> str:
+    """The family of a model's file, folder or hub id, by its name in `library.families`.
+
+    Raises: UserError: it is not there, or could be of several families, as a VAE by itself is.
+    """
+    kind = kind_of(name)
+    if kind in FAMILY_OF:
+        return FAMILY_OF[kind]
+    if kind == UNKNOWN and not Path(name).exists():
+        raise UserError(f"{name}: the hub does not tell what kind of model this is; say it with --family")
+    if kind == VAE_ONLY:
+        raise UserError(f"{name}: this is {kind}, which may belong to several families; say which one with --family")
+    raise UserError(f"{name}: this is {kind}; give a whole model, or a VAE together with --family")
+
+
+def _kind_of_pickle(path: Path) -> str:
+    from library.checkpoints.reading import open_weights
+
+    return recognise(open_weights(path))
+
+
+def _kind_of_folder(path: Path) -> str:
+    kind = pipeline_kind(path)
+    if kind is not None:
+        return kind
+    if (path / "unet" / "config.json").is_file():
+        return SDXL if (path / "text_encoder_2").is_dir() else SD1
+    config = path / "config.json"
+    is_vae = config.is_file() and read_json(config).get("_class_name") == "AutoencoderKL"
+    return VAE_ONLY if is_vae else UNKNOWN
+
+
+def _kind_of_hub_model(name: str) -> str:
+    """From its index alone. A model without one, such as a VAE by itself, stays unknown."""
+    from huggingface_hub import hf_hub_download
+
+    for local in (True, False):
+        try:
+            index = Path(hf_hub_download(name, _INDEX, local_files_only=local))
+        except Exception:  # whatever the hub's client and the network may raise; loading the model tells it
+            continue
+        is_first = str(read_json(index).get("_class_name")) == "StableDiffusionPipeline"
+        return pipeline_kind(index.parent) or (SD1 if is_first else UNKNOWN)
+    return UNKNOWN

@@ -1,0 +1,92 @@
+"""Options of the scripts that write captions with a model that looks at the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from library.options.base import OptionGroup, Options, opt
+
+if TYPE_CHECKING:
+    from library.families.base import FamilyTraits
+
+BLIP_WEIGHTS = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/model_large_caption.pth"
+GIT_MODEL = "microsoft/git-large-textcaps"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionFileOptions(OptionGroup, group="caption", title="Captions"):
+    """Which pictures, where their captions go, and how many are worked on at a time."""
+
+    train_data_dir: str | None = opt(None, "folder of the pictures", exists="folder", positional=True)
+    caption_extension: str = opt(".caption", "ending of the caption files, which are written beside the pictures")
+    recursive: bool = opt(False, "look into sub-folders too")
+    skip_existing: bool = opt(False, "leave pictures alone that have a caption file already")
+    batch_size: int = opt(1, "pictures per batch; more is faster and takes more memory", at_least=1)
+    max_data_loader_n_workers: int | None = opt(
+        None, "threads that read pictures ahead; as many as are useful if not given", at_least=0
+    )
+    debug: bool = opt(False, "print every picture's path and caption")
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if not self.caption_extension.strip(". ") or any(sign in self.caption_extension for sign in "/\\"):
+            yield f"--caption_extension must be an ending of file names, e.g. .caption, got {self.caption_extension!r}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionOptions(CaptionFileOptions):
+    caption_weights: str = opt(
+        BLIP_WEIGHTS,
+        "BLIP model: hub id, folder, or the original .pth as a file or as an address to get it from once",
+    )
+    model: str | None = opt(
+        None,
+        "another model in place of BLIP: hub id or folder of any image-text-to-text model of transformers "
+        "(BLIP-2, Florence-2, Qwen-VL, ...)",
+    )
+    prompt: str | None = opt(
+        None,
+        'what the model is asked or has to go on with, e.g. "Describe this picture."; BLIP goes on with '
+        '"a picture of" if not given',
+    )
+    caption_extention: str | None = opt(
+        None,
+        "misspelling of --caption_extension, still understood",
+        alias_of="caption_extension",
+        deprecated="--caption_extension",
+    )
+    beam_search: bool = opt(False, "search for the likeliest caption with --num_beams, instead of drawing words")
+    num_beams: int = opt(1, "captions that --beam_search follows at a time; 1 takes the likeliest word", at_least=1)
+    top_p: float = opt(
+        0.9,
+        "words are drawn from the likeliest ones that make up this share; with --model, only where given "
+        "(it takes the likeliest word otherwise)",
+        above=0,
+        at_most=1,
+    )
+    max_length: int = opt(75, "longest caption in tokens; for BLIP with the prompt", at_least=1)
+    min_length: int = opt(5, "shortest caption in tokens; for BLIP with the prompt", at_least=0)
+    seed: int = opt(42, "draws other words; each picture draws its own, in whatever order and batches they come")
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().check(opts, traits)
+        if self.min_length > self.max_length:
+            yield f"--min_length {self.min_length} is more than --max_length {self.max_length}"
+        if self.model is not None and "caption_weights" in opts.explicit:
+            yield "--model and --caption_weights name two models; give one of them"
+
+    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if self.num_beams > 1 and not self.beam_search:
+            yield "--num_beams has no effect without --beam_search"
+        if self.beam_search and "top_p" in opts.explicit:
+            yield "--top_p has no effect with --beam_search"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GitCaptionOptions(CaptionFileOptions):
+    model_id: str = opt(GIT_MODEL, "GIT model: hub id or folder")
+    max_length: int = opt(50, "longest caption in tokens", at_least=1)
+    remove_words: bool = opt(
+        False, 'take out what the model believes to be written in the picture, e.g. "with the words ..."'
+    )

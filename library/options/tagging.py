@@ -1,0 +1,98 @@
+"""Options of the script that writes tags with a model that looks at the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.options.base import OptionGroup, Options, opt
+
+if TYPE_CHECKING:
+    from library.families.base import FamilyTraits
+
+DEFAULT_TAGGER = "SmilingWolf/wd-v1-4-convnext-tagger-v2"
+JSON_ENDINGS = (".json", ".jsonl")
+
+
+def _threshold(kind: str) -> float | None:
+    return opt(None, f"the same for {kind} tags; --thresh if not given", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaggingOptions(OptionGroup, group="tagging", title="Tagging"):
+    train_data_dir: str = opt(None, "folder of pictures", exists="folder", positional=True)
+    repo_id: str = opt(
+        DEFAULT_TAGGER,
+        "tagger at Hugging Face: owner/model, or owner/model/folder; or a folder here that holds a tagger",
+    )
+    model_dir: str = opt("wd14_tagger_model", "folder that keeps taggers, each in a sub-folder of its own")
+    force_download: bool = opt(False, "fetch the tagger again even if it is there")
+    onnx: bool = opt(False, "run the tagger's ONNX file, which is done in any case")
+    batch_size: int = opt(1, "pictures per batch; more is faster and takes more memory", at_least=1)
+    max_data_loader_n_workers: int | None = opt(
+        None, "threads that read pictures ahead; as many as are useful if not given", at_least=0
+    )
+    output_path: str | None = opt(
+        None, "write all tags into this one .json or .jsonl file, in place of a file beside each picture"
+    )
+    caption_extension: str = opt(".txt", "ending of the tag files, which are written beside the pictures")
+    caption_extention: str | None = opt(
+        None,
+        "misspelling of --caption_extension, still understood",
+        alias_of="caption_extension",
+        deprecated="--caption_extension",
+    )
+    recursive: bool = opt(False, "look into sub-folders too")
+    skip_existing: bool = opt(False, "leave pictures alone that have tags already")
+    append_tags: bool = opt(False, "keep the tags that are there, and add those that are missing")
+    thresh: float = opt(
+        0.35,
+        "tags with at least this probability are written; lower gives more tags, and more wrong ones",
+        at_least=0,
+    )
+    general_threshold: float | None = _threshold("general")
+    character_threshold: float | None = _threshold("character")
+    meta_threshold: float | None = _threshold("meta")
+    model_threshold: float | None = _threshold("model")
+    copyright_threshold: float | None = _threshold("copyright")
+    artist_threshold: float | None = _threshold("artist")
+    undesired_tags: str = opt("", "tags that are never written, separated by commas")
+    always_first_tags: str | None = opt(
+        None, "tags that go to the front where they are found, separated by commas; the last of them comes first"
+    )
+    tag_replacement: str | None = opt(
+        None, 'tags to write in place of others: "old,new;old,new"; a comma or semicolon in a tag is written \\, or \\;'
+    )
+    remove_underscore: bool = opt(False, "write spaces for the underscores in tags; faces such as ^_^ stay as they are")
+    character_tag_expand: bool = opt(
+        False, "make two tags of a character with a series: name_(series) becomes name, series"
+    )
+    character_tags_first: bool = opt(False, "write character tags before the others")
+    use_rating_tags: bool = opt(False, "write the rating, as the first tag")
+    use_rating_tags_as_last_tag: bool = opt(False, "write the rating, as the last tag")
+    use_quality_tags: bool = opt(False, "write the quality, as the first tag, where the tagger knows qualities")
+    use_quality_tags_as_last_tag: bool = opt(
+        False, "write the quality, as the last tag, where the tagger knows qualities"
+    )
+    caption_separator: str = opt(", ", "text between two tags")
+    frequency_tags: bool = opt(False, "print how often each tag was found, the most frequent first")
+    debug: bool = opt(False, "print every picture's path and tags with their probabilities")
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if not self.caption_extension.strip(". ") or any(sign in self.caption_extension for sign in "/\\"):
+            yield f"--caption_extension must be the ending of a file name, e.g. .txt, got {self.caption_extension!r}"
+        if not self.caption_separator:
+            yield "--caption_separator must not be empty"
+        if self.output_path is not None and Path(self.output_path).suffix.lower() not in JSON_ENDINGS:
+            yield f"--output_path must end in .json or .jsonl, got {self.output_path!r}"
+        if self.skip_existing and self.append_tags:
+            yield "--skip_existing leaves existing tags alone and --append_tags adds to them; give one of them"
+
+    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        for name in ("rating", "quality"):
+            if getattr(self, f"use_{name}_tags") and getattr(self, f"use_{name}_tags_as_last_tag"):
+                yield f"--use_{name}_tags_as_last_tag has no effect with --use_{name}_tags"
+        if self.output_path is not None and {"caption_extension", "caption_extention"} & opts.explicit:
+            yield "--caption_extension has no effect with --output_path"

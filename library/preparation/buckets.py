@@ -1,0 +1,273 @@
+"""prepare_buckets_latents.py: pictures into buckets, latents beside them, and the buckets into a metadata file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from library import cli
+from library.errors import UserError
+from library.options.base import Given, Options, build_options, opt
+from library.options.bucketing import BucketingOptions
+from library.options.data import DataOptions
+from library.options.large_models import LargeModelOptions
+from library.options.loss import LossOptions
+from library.options.memory import DistributedOptions, MemoryOptions
+from library.options.preparation import WorkOptions
+from library.options.training import TrainingOptions
+from library.preparation import encoding as parts
+from library.preparation.outcome import Outcome
+from library.preparation.pictures import find_pictures, gathered, is_first
+from library.runtime.logs import LOGGER
+
+if TYPE_CHECKING:
+    from library.data.blueprint import DatasetSpec
+    from library.data.index import FileIndex
+    from library.data.records import Record
+    from library.types import Models
+
+Metadata = dict[str, dict[str, Any]]
+
+_MULTIPLE = 8  # pixels per position of the latents; train_resolution is a multiple of it
+# What messages about training's options are about here.
+_OUR_NAMES = {"--resolution:": "--max_resolution:", "--in_json:": "in_json:", "--train_data_dir:": "train_data_dir:"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelBucketingOptions(BucketingOptions):
+    family: Literal[tuple(cli.FAMILIES)] | None = opt(
+        None, "kind of model, where its file does not tell it: a VAE by itself, or a hub id that cannot be asked"
+    )
+
+
+GROUPS = (ModelBucketingOptions, WorkOptions)
+
+
+def prepare(opts: Options) -> Outcome:
+    """Encodes the pictures of a folder and writes the metadata file.
+
+    Raises: UserError: options, model or metadata file cannot be used, or a file cannot be written.
+    """
+    from library.data.index import FileIndex
+    from library.data.metadata_files import read_metadata
+    from library.runtime.places import cache_folder
+
+    options, outcome = opts.bucketing, Outcome()
+    family = options.family or _family_of(options.model_name_or_path)
+    training = _as_training(options, family)
+    spec = _spec(training, family)
+    metadata = read_metadata(Path(options.in_json))
+    pictures = find_pictures(Path(options.train_data_dir), recursive=options.recursive)
+    index = FileIndex(cache_folder() / "index")
+    keys = dict(_keys(pictures, metadata, options, index, outcome))
+    records = list(_records(list(keys), spec, index, outcome))
+    kept = _encode(records, family, training, options, index, outcome) if records else 0
+    failed = {path for one in gathered(set(outcome.failed)) for path in one}
+    if not is_first():
+        return outcome
+    index.save()
+    done = [record for record in records if record.path not in failed]
+    _write(Path(options.out_json), _noted(metadata, keys, done))
+    _tell(done)
+    outcome.skipped, outcome.done = kept, len(done) - kept
+    return outcome
+
+
+def _family_of(model: str) -> str:
+    from library.families.shared.finding import family_of
+
+    return family_of(model)
+
+
+# ---- as training would see it
+
+
+def _as_training(options: ModelBucketingOptions, family: str) -> Options:
+    """The options of a training run on these pictures that encodes them alike."""
+    said = {
+        "pretrained_model_name_or_path": options.model_name_or_path,
+        "v2": options.v2,
+        "train_data_dir": options.train_data_dir,
+        "in_json": options.in_json,
+        "resolution": options.max_resolution,
+        "enable_bucket": True,
+        "cache_latents_to_disk": True,
+        "alpha_mask": options.keeps_alpha,
+        "vae_batch_size": options.batch_size,
+    }
+    same = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale", "flip_aug")
+    said |= {name: getattr(options, name) for name in (*same, "mixed_precision", "seed")}
+    groups = (
+        *(LargeModelOptions, parts.family_options(family), DataOptions, LossOptions, TrainingOptions),
+        *(MemoryOptions, DistributedOptions),
+    )
+    return build_options(groups, {name: Given(value, "command line") for name, value in said.items()})
+
+
+def _spec(training: Options, family: str) -> DatasetSpec:
+    """Raises: UserError: sizes that do not go together."""
+    from library.data.blueprint import build_specs
+
+    try:
+        (spec,) = build_specs(training, parts.family_traits(family))
+    except UserError as error:
+        raise UserError(*(_in_our_words(problem) for problem in error.problems), hint=error.hint) from None
+    return spec
+
+
+def _in_our_words(problem: str) -> str:
+    for theirs, ours in _OUR_NAMES.items():
+        problem = problem.replace(theirs, ours)
+    return problem.removeprefix("the command line: ")
+
+
+# ---- pictures and their entries
+
+
+def _keys(
+    pictures: Sequence[Path],
+    metadata: Mapping[str, Mapping[str, Any]],
+    options: ModelBucketingOptions,
+    index: FileIndex,
+    outcome: Outcome,
+) -> Iterator[tuple[Path, str]]:
+    """Every picture with the key of its entry; those without an entry get one."""
+    from library.data.metadata_files import resolve
+
+    folder, file = Path(options.train_data_dir), Path(options.in_json)
+    entries, _ = resolve(metadata, folder, index.listing, file=file, separator=",", wildcard=False)
+    known = {_address(entry.picture): entry.key for entry in entries if entry.picture is not None}
+    stems = Counter(_address(picture.with_suffix("")) for picture in pictures)
+    found = 0
+    for picture in pictures:
+        if _address(picture) in known:
+            found += 1
+            yield picture, known[_address(picture)]
+        elif options.full_path:
+            yield picture, str(picture)
+        elif stems[_address(picture.with_suffix(""))] == 1:
+            yield picture, picture.stem
+        elif picture.stem in metadata:
+            outcome.fail(picture, f"'{picture.stem}' in {file} may be it or another; write it with its extension")
+        else:
+            yield picture, picture.name
+    if found < len(pictures):
+        LOGGER.info("%d pictures are not in %s; they get entries without captions", len(pictures) - found, file)
+    if found < len(metadata):
+        LOGGER.info("%d entries of %s are of other pictures and stay as they are", len(metadata) - found, file)
+
+
+def _address(path: Path) -> tuple[str, str]:
+    """Compares paths however their folders are written."""
+    return os.path.realpath(path.parent), path.name
+
+
+def _records(pictures: Sequence[Path], spec: DatasetSpec, index: FileIndex, outcome: Outcome) -> Iterator[Record]:
+    from library.data import images
+    from library.data.records import Record, bucket_chooser
+    from library.types import Size
+
+    choose, subset = bucket_chooser(spec), spec.subsets[0]
+    for picture, seen in zip(pictures, index.learn("picture", pictures, images.describe), strict=True):
+        if isinstance(seen, str):
+            outcome.fail(picture, seen)
+            continue
+        size = Size(*seen[:2])
+        fit = choose(size)
+        if fit is None:
+            outcome.fail(picture, f"{size.width}x{size.height} is too small or too narrow for a bucket")
+            continue
+        yield Record(picture, "", size, fit.bucket, fit.resized, subset, 0, 1, flip=subset.flip_aug)
+
+
+# ---- latents
+
+
+def _encode(
+    records: Sequence[Record],
+    family: str,
+    training: Options,
+    options: ModelBucketingOptions,
+    index: FileIndex,
+    outcome: Outcome,
+) -> int:
+    """Makes the latents of this process's share. Returns: how many were there before, of all."""
+    from library import encoding
+    from library.caching import latents
+    from library.checkpoints.hashes import weights_fingerprint
+    from library.training import placement
+
+    models, adapter = _load_vae(family, training), parts.make_family(family, training)
+    accelerator = parts.make_accelerator(training)
+    fingerprint = weights_fingerprint(models.vae)
+    placement.place_vae(models, training, accelerator.device)
+    encoder = encoding.latent_encoder(training, adapter, models, accelerator)
+    encoder = replace(encoder, workers=options.max_data_loader_n_workers)
+    layout, again = encoding.latent_layout(adapter.traits), not options.skip_existing
+    unclear = _with_unclear_flips([record.path for record in records])
+    groups = {True: layout, False: replace(layout, as_prepared=True)}
+    kept = 0
+    for is_unclear, names in groups.items():
+        group = [record for record in records if (record.path in unclear) is is_unclear]
+        if group:
+            kept += latents.make_files(group, index, encoder, names, fingerprint, outcome.fail, again=again)
+    return kept
+
+
+def _load_vae(family: str, training: Options) -> Models:
+    try:
+        return parts.load_vae(family, training)
+    except UserError as error:
+        ours = f"give its file in place of the model, and --family {family}"
+        raise UserError(*(problem.replace("give its file with --ae", ours) for problem in error.problems)) from None
+
+
+def _with_unclear_flips(pictures: Sequence[Path]) -> set[Path]:
+    """Pictures such as a.png and a_flip.png: the mirrored latents of one would be named as the latents of the other."""
+    bases = {picture.with_suffix(""): picture for picture in pictures}
+    unclear: set[Path] = set()
+    for base, picture in bases.items():
+        mirrored = bases.get(base.with_name(f"{base.name}_flip"))
+        if mirrored is not None:
+            unclear |= {picture, mirrored}
+    return unclear
+
+
+# ---- what is written
+
+
+def _noted(metadata: Metadata, keys: Mapping[Path, str], records: Sequence[Record]) -> Metadata:
+    """The metadata with the buckets of `records`; pictures of `keys` that are not among them lose theirs."""
+    noted = {key: dict(entry) for key, entry in metadata.items()}
+    for key in keys.values():
+        noted.get(key, {}).pop("train_resolution", None)
+    for record in records:
+        entry = noted.setdefault(keys[record.path], {})
+        entry["train_resolution"] = [side - side % _MULTIPLE for side in record.bucket]
+        entry["image_size"] = list(record.size)
+    return noted
+
+
+def _write(file: Path, metadata: Metadata) -> None:
+    from library.checkpoints.writing import replacing
+
+    try:
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(metadata, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror or error})") from None
+
+
+def _tell(records: Sequence[Record]) -> None:
+    """Pictures per bucket, and how well the buckets fit them."""
+    from library.data.buckets import aspect_error
+
+    for bucket, count in sorted(Counter(record.bucket for record in records).items()):
+        LOGGER.info("bucket %dx%d: %d pictures", *bucket, count)
+    error = sum(aspect_error(record.bucket, record.size) for record in records) / max(1, len(records))
+    LOGGER.info("mean aspect error: %.4f", error)

@@ -1,0 +1,196 @@
+"""cache_latents.py and cache_text_encoder_outputs.py: fill the caches that training with the same options reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from library import cli
+from library.errors import UserError
+from library.options import caching as groups
+from library.options.base import OptionGroup, Options, build_options, opt, options_of
+from library.preparation import encoding as parts
+from library.preparation.outcome import Outcome
+from library.preparation.pictures import gathered, is_first
+from library.runtime.logs import LOGGER
+
+if TYPE_CHECKING:
+    from library.families.base import FamilyTraits
+
+
+def _families() -> type[OptionGroup]:
+    """Which family, and the options of all of them. Of those of one name the last family's stands in help."""
+    usual, *others = cli.FAMILIES
+    switches = {name: (bool, opt(False, f"the model is {parts.family_traits(name).label}")) for name in others}
+    merged: dict[str, tuple[Any, Any]] = {}
+    for name in (usual, *others):
+        group = parts.family_options(name)
+        merged |= {option.dest: _field_of(group, option.dest) for option in options_of(group)}
+    members = [(name, hint, made) for name, (hint, made) in {**switches, **merged}.items()]
+    return make_dataclass(
+        "FamiliesOptions", members, bases=(_AnyFamily,), frozen=True, kw_only=True, namespace={"__module__": __name__}
+    )
+
+
+def _field_of(group: type[OptionGroup], name: str) -> tuple[Any, Any]:
+    found = group.__dataclass_fields__[name]
+    return get_type_hints(group)[name], field(default=found.default, metadata=found.metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AnyFamily(OptionGroup, group="family", title="Model families"):
+    """The family's own checks come once it is known which one it is."""
+
+
+FAMILIES = _families()
+GROUPS = (*groups.BEFORE_FAMILIES, FAMILIES, *groups.AFTER_FAMILIES)
+
+
+def _family(opts: Options) -> str:
+    usual, *others = cli.FAMILIES
+    chosen = [name for name in others if getattr(opts.family, name)]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(f'--{name}' for name in chosen)} cannot both be; choose one kind of model")
+    return chosen[0] if chosen else usual
+
+
+def traits_of(opts: Options) -> FamilyTraits:
+    """Those of the family that the options choose. Raises: UserError: they choose several."""
+    return parts.family_traits(_family(opts))
+
+
+def _of_family(opts: Options, family: str, **changed: Any) -> Options:
+    """The options as a training script of the family would have them; what is of another family does nothing.
+
+    Pictures that cannot be used are left out, whatever --strict says: it decides over the exit status here.
+    """
+    own = parts.family_options(family)
+    others = {option.dest for option in options_of(FAMILIES)} - {option.dest for option in options_of(own)}
+    given = {name: value for name, value in opts.given.items() if name not in others}
+    for name in (others & opts.given.keys()) - cli.FAMILIES.keys():
+        LOGGER.warning("--%s: no effect on %s", name, parts.family_traits(family).label)
+    kinds = [own if isinstance(group, FAMILIES) else type(group) for group in opts.groups]
+    return build_options(kinds, given).replaced(strict=False, seed=opts.training.seed or 0, **changed)
+
+
+def _check(opts: Options, family: str, problems: Sequence[str] = ()) -> list[Any]:
+    """The specs of the data sets. Raises: UserError: with `problems` and all others that can be seen at once."""
+    from library.data.blueprint import build_specs
+
+    traits = parts.family_traits(family)
+    found, specs = [*opts.family.check(opts, traits), *problems], []
+    try:
+        specs = build_specs(opts, traits)
+    except UserError as error:
+        found += error.problems
+    if found:
+        raise UserError(*found)
+    return specs
+
+
+# ---- latents
+
+
+def cache_latents(opts: Options) -> Outcome:
+    """Encodes the pictures of a data set into the files that training reads with --cache_latents_to_disk.
+
+    Raises: UserError: options, data set or VAE cannot be used, or a file cannot be written.
+    """
+    from library import encoding
+    from library.caching import latents
+    from library.checkpoints.hashes import weights_fingerprint
+    from library.runtime.processes import Processes
+    from library.training import placement
+
+    family = _family(opts)
+    # Texts and training do not matter here, so neither does what speaks against caching texts.
+    opts = _of_family(
+        opts,
+        family,
+        cache_latents_to_disk=True,
+        cache_text_encoder_outputs=False,
+        cache_text_encoder_outputs_to_disk=False,
+    )
+    specs = _check(opts, family)
+    accelerator = parts.make_accelerator(opts)
+    models, adapter = parts.load_vae(family, opts), parts.make_family(family, opts)
+    data = cli.read_data(specs, opts, adapter.traits, Processes(accelerator.process_index, accelerator.num_processes))
+    outcome = Outcome(failed=dict(data.findings.dropped))
+    fingerprint = weights_fingerprint(models.vae)
+    placement.place_vae(models, opts, accelerator.device)
+    records = data.all_records
+    kept = latents.make_files(
+        records,
+        data.index,
+        encoding.latent_encoder(opts, adapter, models, accelerator),
+        encoding.latent_layout(adapter.traits),
+        fingerprint,
+        outcome.fail,
+        check=not opts.data.skip_cache_check,
+    )
+    failed = {path for one in gathered(set(outcome.failed)) for path in one}
+    if is_first():
+        data.index.save()
+        outcome.skipped, outcome.done = kept, sum(record.path not in failed for record in records) - kept
+    return outcome
+
+
+# ---- text-encoder outputs
+
+
+class _NothingTrained:
+    """What `encoding` asks a method for."""
+
+    def added(self) -> None:
+        return None
+
+    def working_text_encoders(self) -> tuple[str, ...]:
+        return ()
+
+
+def cache_texts(opts: Options) -> Outcome:
+    """Encodes the captions of a data set into the files that --cache_text_encoder_outputs_to_disk makes training read.
+
+    Raises: UserError: options, data set or model cannot be used, or a file cannot be written.
+    """
+    from library import encoding
+    from library.caching import text_outputs
+    from library.runtime.processes import Processes
+    from library.training import placement
+
+    family = _family(opts)
+    opts = _of_family(opts, family, cache_latents=False, cache_text_encoder_outputs_to_disk=True)
+    adapter = parts.make_family(family, opts)
+    layout = adapter.text_layout()
+    if layout is None:
+        others = ", ".join(f"--{name}" for name in list(cli.FAMILIES)[1:])
+        raise UserError(f"{adapter.traits.label} has no files of text encoder outputs; say what the model is: {others}")
+    specs = _check(opts, family, parts.path_problems(family, opts))
+    accelerator = parts.make_accelerator(opts)
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    data = cli.read_data(specs, opts, adapter.traits, processes)
+    encoding.require_texts(opts, adapter, parts.missing_encoders(family, opts), data, samples=False)
+    with placement.loading(opts, accelerator.device):
+        models = adapter.load()
+    models.vae = None
+    files = {text_outputs.cache_file(one, adapter.text_layout()) for one in text_outputs.items_of(data.all_records)}
+    before = {file: _stamp(file) for file in files}
+    processes.wait()  # nobody writes while others still look
+    fill = encoding.text_cache(opts, adapter, _NothingTrained(), models, data)
+    placement.place_text_encoders(models, opts, accelerator.device, grad_text=False)
+    fill(accelerator)
+    outcome = Outcome(failed=dict(data.findings.dropped))
+    if is_first():
+        data.index.save()
+        outcome.done = sum(_stamp(file) != stamp for file, stamp in before.items())
+        outcome.skipped = len(files) - outcome.done
+    return outcome
+
+
+def _stamp(file: Path) -> int | None:
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None

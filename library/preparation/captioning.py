@@ -1,0 +1,137 @@
+"""Writes a caption beside each picture of a folder: finetune/make_captions.py and make_captions_by_git.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.checkpoints.writing import replacing
+from library.data.images import read_image
+from library.errors import UserError
+from library.options.base import Options
+from library.options.captioning import CaptionFileOptions, CaptionOptions, GitCaptionOptions
+from library.options.preparation import WorkOptions
+from library.preparation.outcome import Outcome
+from library.preparation.pictures import find_pictures, gathered, in_batches, my_share, read_ahead
+from library.preparation.written_words import without_written_words
+from library.runtime.logs import LOGGER
+
+if TYPE_CHECKING:
+    from library.preparation.captioners import Captioner
+
+GROUPS = (CaptionOptions, WorkOptions)
+GIT_GROUPS = (GitCaptionOptions, WorkOptions)
+
+
+def make_captions(opts: Options) -> Outcome:
+    """Captions a folder with BLIP, or with the model that --model names."""
+    given: CaptionOptions = opts.caption
+
+    def load() -> Captioner:
+        from library.preparation import captioners
+
+        draws = not given.beam_search and (given.model is None or "top_p" in opts.explicit)
+        search = captioners.Search(
+            max_length=given.max_length,
+            min_length=given.min_length,
+            num_beams=given.num_beams if given.beam_search else 1,
+            top_p=given.top_p if draws else None,
+            seed=given.seed,
+        )
+        if given.model is not None:
+            return captioners.load_image_text_model(given.model, search, given.prompt)
+        return captioners.load_blip(given.caption_weights, search, given.prompt)
+
+    return caption_folder(given, load)
+
+
+def make_captions_by_git(opts: Options) -> Outcome:
+    """Captions a folder with GIT."""
+    given: GitCaptionOptions = opts.caption
+
+    def load() -> Captioner:
+        from library.preparation import captioners
+
+        return captioners.load_git(given.model_id, captioners.Search(max_length=given.max_length))
+
+    return caption_folder(given, load, without_written_words if given.remove_words else lambda caption: caption)
+
+
+def caption_folder(
+    given: CaptionFileOptions, load: Callable[[], Captioner], mend: Callable[[str], str] = lambda caption: caption
+) -> Outcome:
+    """Captions this process's share of the pictures of a folder.
+
+    Args:
+        load: makes the model; called only if there is something to do.
+        mend: changes a caption before it is written.
+    Raises: UserError: no pictures, the model cannot be had, or a batch does not fit into the GPU's memory.
+    """
+    folder = Path(given.train_data_dir)
+    outcome = Outcome()
+    todo = []
+    for path in my_share(find_pictures(folder, recursive=given.recursive)):
+        if given.skip_existing and caption_path(path, given).is_file():
+            outcome.skipped += 1
+        else:
+            todo.append(path)
+    if not any(gathered(len(todo))):  # together, as the processes load together
+        return outcome
+    captioner = load()
+
+    def read(path: Path) -> Any:
+        return captioner.prepare(read_image(path))
+
+    pictures = read_ahead(todo, read, outcome, workers=given.max_data_loader_n_workers, desc="captions")
+    for batch in in_batches(pictures, given.batch_size):
+        for path, found in _captioned(captioner, batch, folder, outcome):
+            caption = mend(found)
+            try:
+                with replacing(caption_path(path, given), flush=False) as file:
+                    file.write_text(f"{caption}\n", encoding="utf-8", newline="\n")
+            except OSError as error:
+                outcome.fail(path, f"its caption cannot be written ({error.strerror or error})")
+                continue
+            outcome.done += 1
+            if given.debug:
+                _show(f"{path}: {caption}")
+    return outcome
+
+
+def caption_path(picture: Path, given: CaptionFileOptions) -> Path:
+    """Where the caption of a picture goes: the same name with another ending."""
+    return picture.with_name(picture.stem + given.caption_extension)
+
+
+def _captioned(
+    captioner: Captioner, batch: Sequence[tuple[Path, Any]], folder: Path, outcome: Outcome
+) -> Iterator[tuple[Path, str]]:
+    """Pictures of a batch with their captions. If the model refuses the batch, they go one by one."""
+    import torch
+
+    names = [path.relative_to(folder).as_posix() for path, _ in batch]
+    try:
+        captions = captioner.caption([prepared for _, prepared in batch], names)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"--batch_size {len(batch)}: the GPU's memory is too small"
+            + ("; give a smaller number" if len(batch) > 1 else " for this model")
+        ) from None
+    except Exception as error:  # what processors and models raise over a picture is of every kind
+        if len(batch) == 1:
+            LOGGER.debug("%s", batch[0][0], exc_info=error)
+            lines = str(error).splitlines() or [type(error).__name__]
+            outcome.fail(batch[0][0], f"the model cannot caption it ({lines[0]})")
+            return
+        for one in batch:
+            yield from _captioned(captioner, [one], folder, outcome)
+        return
+    yield from zip((path for path, _ in batch), captions, strict=True)
+
+
+def _show(line: str) -> None:
+    # Consoles that lack a sign show another one in its place; no caption is lost over that.
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "replace").decode(encoding), flush=True)

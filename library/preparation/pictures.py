@@ -1,0 +1,149 @@
+"""Pictures of a folder, read ahead by threads and shared out over processes."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from library.data.folders import is_image, is_other_image
+from library.errors import UserError
+from library.preparation.outcome import Outcome
+from library.runtime.logs import LOGGER, progress
+from library.runtime.processes import Processes
+
+T = TypeVar("T")
+
+_WORKERS = 8  # at most, where nobody says how many; decoding scales no further
+
+
+def find_pictures(folder: Path, *, recursive: bool) -> list[Path]:
+    """The pictures of a folder, sorted; with `recursive` also those of its sub-folders.
+
+    Hidden sub-folders are left out, as they hold copies and previews. Links to folders are followed, once each.
+
+    Raises: UserError: the folder or one below it cannot be read, or there are no pictures.
+    """
+    found: list[Path] = []
+    others: set[str] = set()
+    for place, names in _walk(Path(folder), recursive):
+        found += [place / name for name in names if is_image(name)]
+        others |= {os.path.splitext(name)[1].lower() for name in names if is_other_image(name)}
+    if others:
+        LOGGER.warning("%s: files of the kinds %s are not read here; left out", folder, ", ".join(sorted(others)))
+    if not found:
+        raise UserError(f"there are no pictures in {folder}{' or below it' if recursive else ' itself'}")
+    return sorted(found, key=lambda path: path.parts)
+
+
+def _walk(folder: Path, recursive: bool) -> Iterator[tuple[Path, list[str]]]:
+    """Folders with the names of their files."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    seen: set[str] = set()
+    for place, below, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        real = os.path.realpath(place)
+        known = real in seen
+        seen.add(real)
+        below[:] = [name for name in sorted(below) if not name.startswith(".")] if recursive and not known else []
+        if not known:
+            yield Path(place), names
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: the folder cannot be read ({error.strerror})") from None
+
+
+def read_ahead(
+    paths: Sequence[Path],
+    read: Callable[[Path], T],
+    outcome: Outcome,
+    *,
+    workers: int | None,
+    desc: str,
+) -> Iterator[tuple[Path, T]]:
+    """Pictures in the order of `paths`, as `read` makes them; threads are a little ahead of who takes them.
+
+    A picture that `read` refuses is named and counted in `outcome`, and the next one follows. A bar shows how many are
+    done, the rate, and the remaining time.
+
+    Args:
+        read: raises UserError, OSError or ValueError where a picture cannot be used. Called in several threads.
+        workers: threads; 0 reads when asked, and None takes as many as there are processors, up to 8.
+        desc: what is being done, for the bar.
+    """
+    count = min(_WORKERS, os.cpu_count() or 1) if workers is None else workers
+    with progress(len(paths), desc, unit=" pictures", disable=not is_first()) as bar:
+        for path, result in _results(paths, read, count):
+            try:
+                value = result()
+            except (UserError, OSError, ValueError) as error:
+                bar.clear()  # or the message would stand behind it
+                outcome.fail(path, _reason(error))
+            else:
+                yield path, value
+            bar.update()
+
+
+def _results(paths: Iterable[Path], read: Callable[[Path], T], workers: int) -> Iterator[tuple[Path, Callable[[], T]]]:
+    """Every path with a call that gives what was read, or raises."""
+    if workers == 0:
+        for path in paths:
+            yield path, lambda path=path: read(path)
+        return
+    pool = ThreadPoolExecutor(workers)
+    try:
+        waiting: deque[tuple[Path, Future[T]]] = deque()
+        for path in paths:
+            waiting.append((path, pool.submit(read, path)))
+            if len(waiting) > 2 * workers:  # what is read and not taken yet stays in memory
+                first, future = waiting.popleft()
+                yield first, future.result
+                del future
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result
+            del future
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items; the last may be shorter."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def processes() -> Processes:
+    """This process among those that `accelerate launch` or torchrun has started."""
+    return Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what there is one of, and tells about the run."""
+    return processes().rank == 0
+
+
+def my_share(paths: Sequence[Path]) -> list[Path]:
+    """This process's part of paths that every process lists in the same order."""
+    return list(processes().share_of(paths))
+
+
+def gathered(value: T) -> list[T]:
+    """The value of every process, in their order; each process gets the list, and waits for the last one."""
+    ours = processes()
+    if ours.world == 1:
+        return [value]
+    from accelerate import PartialState
+
+    PartialState()  # connects the processes, once
+    return ours.gathered(value)

@@ -1,0 +1,91 @@
+"""What every preparation script does around its work: options, messages, one summary, an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError
+from library.options import parsing, validation
+from library.options.base import OptionGroup, Options
+from library.preparation.outcome import Outcome
+from library.preparation.pictures import gathered, is_first, processes
+from library.runtime import logs
+from library.runtime.logs import LOGGER
+
+if TYPE_CHECKING:
+    from library.families.base import FamilyTraits
+
+
+def run_script(
+    work: Callable[[Options], Outcome | None],
+    groups: Sequence[type[OptionGroup]],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str,
+    traits: Callable[[Options], FamilyTraits | None] = lambda opts: None,
+) -> None:
+    """Runs one script. It returns when all went well; else it exits.
+
+    1: pictures failed, see `Outcome.status`. 2: the user has something to mend. 130: interrupted.
+
+    Args:
+        work: what the script does. What it returns is added up over all processes and told at the end.
+        groups: one of them with `strict` and the `console_log_...` options, such as `WorkOptions`.
+        traits: those of the model family, where option groups of training are among `groups`.
+    """
+    logs.quiet_third_parties()
+    status = 0
+    try:
+        opts = _options(groups, argv, description, traits)
+        outcome = work(opts)
+        if outcome is not None:
+            status = _conclude(outcome, opts)
+        processes().leave()
+    except UserError as error:
+        logs.end_progress()
+        print(error.render(), file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        logs.end_progress()
+        print("interrupted; what was written before is whole, and the same command goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
+    if status:
+        raise SystemExit(status)
+
+
+def _options(
+    groups: Sequence[type[OptionGroup]],
+    argv: Sequence[str] | None,
+    description: str,
+    traits: Callable[[Options], FamilyTraits | None],
+) -> Options:
+    opts = parsing.parse_options(groups, argv, prog=os.path.basename(sys.argv[0]), description=description)
+    values = opts.flat()
+    level = values["console_log_level"] if is_first() else "ERROR"  # the other processes report errors only
+    _set_up_messages(level, values)
+    known: Any = traits(opts)
+    problems = validation.problems(opts, known)
+    if problems:
+        raise UserError(*problems)
+    for line in validation.warnings(opts, known):
+        LOGGER.warning("%s", line)
+    return opts
+
+
+def _set_up_messages(level: str | None, values: dict[str, Any]) -> None:
+    file = values["console_log_file"]
+    try:
+        logs.setup_logging(level, file, values["console_log_simple"])
+    except OSError as error:
+        raise UserError(f"--console_log_file: cannot write {file}: {error.strerror}") from None
+
+
+def _conclude(outcome: Outcome, opts: Options) -> int:
+    """Tells what came of the work in all processes, and gives the exit status."""
+    whole = Outcome.together(gathered(outcome))
+    for line in whole.lines():
+        LOGGER.info("%s", line)
+    return whole.status(opts.flat()["strict"])

@@ -1,0 +1,37 @@
+"""What a .safetensors file says about itself, on the screen: tools/show_metadata.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+
+from library.checkpoints.reading import read_header
+from library.options.base import Options
+from library.options.picture_tools import ShowMetadataOptions
+from library.options.preparation import WorkOptions
+from library.runtime.logs import LOGGER
+
+GROUPS = (ShowMetadataOptions, WorkOptions)
+
+
+def show_metadata(opts: Options) -> None:
+    """Prints the metadata of --model as JSON."""
+    metadata, _ = read_header(opts.shown.model)
+    if not metadata:
+        LOGGER.warning("%s has no metadata", opts.shown.model)
+    print(as_json(metadata, sys.stdout.encoding))
+
+
+def as_json(metadata: Mapping[str, str], encoding: str) -> str:
+    """Sorted by key, indented by 4. Values that hold JSON stay the texts that they are in the file.
+
+    Args:
+        encoding: that of the place it goes to; JSON's escapes (as in \\u3042) are used where it lacks a sign.
+    """
+    text = json.dumps(metadata, indent=4, sort_keys=True, ensure_ascii=False)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return json.dumps(metadata, indent=4, sort_keys=True)
+    return text

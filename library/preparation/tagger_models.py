@@ -1,0 +1,258 @@
+"""A tagger: its labels, how it wants to see a picture, and ONNX Runtime that runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import floor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from library.data.images import read_image, resize
+from library.errors import UserError
+from library.preparation.pictures import processes
+from library.preparation.tag_rules import CATEGORIES, Label
+from library.preparation.tagger_files import Kind, TaggerFiles
+from library.types import Size
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_WHITE = 255
+_SIDES = {"table": 448, "mapping": 448, "list": 512}  # in pixels, where the model takes any
+_BY_NUMBER = {"0": "general", "1": "artist", "3": "copyright", "4": "character", "5": "meta", "9": "rating"}
+_PROVIDERS = ("CUDAExecutionProvider", "ROCMExecutionProvider")  # on a GPU, best first
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_ONLY_FATAL = 4  # severity in ONNX Runtime's log; what goes wrong is raised as well
+
+
+@dataclass(frozen=True)
+class Tagger:
+    """A tagger that is ready to run."""
+
+    files: TaggerFiles
+    labels: tuple[Label, ...]  # in the order of the outputs
+    size: Size  # of the pictures that it sees, in pixels
+    planes: bool  # takes (N, 3, H, W), instead of (N, H, W, 3)
+    batch: int | None  # pictures that it takes at a time; None: any number
+    dtype: type[np.floating[Any]]
+    session: Any  # onnxruntime.InferenceSession
+
+    @property
+    def ranked(self) -> bool:
+        """Whether its tags are written by falling probability."""
+        return self.files.kind == "mapping"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.session.get_providers()[0] in _PROVIDERS
+
+
+def open_tagger(files: TaggerFiles) -> Tagger:
+    """Raises: UserError: a file is damaged, or model and labels do not belong together."""
+    labels = read_labels(files)
+    session = _open_session(files.path)
+    taken, given = session.get_inputs()[0], session.get_outputs()[0]
+    shape = taken.shape
+    planes = len(shape) == 4 and shape[1] == 3 and shape[3] != 3
+    channels = shape[1 if planes else 3] if len(shape) == 4 else 0
+    if taken.type not in _TYPES or (isinstance(channels, int) and channels != 3):
+        raise UserError(f"{files.path}: no tagger; it takes {taken.type} of shape {shape} and not pictures")
+    outputs = given.shape[-1]
+    if isinstance(outputs, int) and outputs != len(labels):
+        raise UserError(
+            f"{files.path} has {outputs} outputs and {files.labels} has {len(labels)} labels; they belong to two models"
+        )
+    height, width = (_side(side, files.kind) for side in (shape[2:] if planes else shape[1:3]))
+    batch = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None
+    return Tagger(files, labels, Size(width, height), planes, batch, _TYPES[taken.type], session)
+
+
+def _side(side: int | str | None, kind: Kind) -> int:
+    return side if isinstance(side, int) and side > 0 else _SIDES[kind]
+
+
+def _open_session(path: Path) -> Any:
+    # What it tells without being asked is about GPU libraries that are not there; then it runs on the CPU.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        import onnxruntime
+
+        onnxruntime.set_default_logger_severity(_ONLY_FATAL)
+        ours, available = processes(), onnxruntime.get_available_providers()
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _ONLY_FATAL
+        if ours.world > 1:
+            options.intra_op_num_threads = max(1, (os.cpu_count() or 1) // ours.world)
+        device = {"device_id": int(os.environ.get("LOCAL_RANK", "0"))}
+        providers: list[Any] = [(name, device) for name in _PROVIDERS if name in available]
+        if providers and hasattr(onnxruntime, "preload_dlls"):
+            with contextlib.suppress(OSError, RuntimeError):
+                onnxruntime.preload_dlls()  # the GPU libraries that came with torch
+        try:
+            return onnxruntime.InferenceSession(str(path), options, providers=[*providers, "CPUExecutionProvider"])
+        except Exception as error:  # of its own kinds, which have no common base
+            raise UserError(
+                f"{path}: the model cannot be opened: {_first_line(error)}; fetch it again with --force_download"
+            ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+# ---- labels
+
+
+def read_labels(files: TaggerFiles) -> tuple[Label, ...]:
+    """What the outputs stand for, in their order. Raises: UserError: the file is damaged."""
+    path = files.folder / files.labels
+    text = _read(path)
+    if files.kind == "table":
+        return tuple(_from_table(text, path))
+    if files.kind == "mapping":
+        return tuple(_from_mapping(text, path))
+    return tuple(_from_list(text, path))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); get the tagger again") from None
+
+
+def _from_table(text: str, path: Path) -> Iterable[Label]:
+    """tag_id,name,category,count"""
+    for row in csv.DictReader(io.StringIO(text, newline="")):
+        if not row.get("name") or row.get("category") is None:
+            raise UserError(f"{path}: every line needs a name and a category; get the tagger again")
+        yield Label(row["name"], _BY_NUMBER.get(row["category"].strip(), "general"))
+
+
+def _from_mapping(text: str, path: Path) -> Iterable[Label]:
+    """{"0": {"tag": "...", "category": "General"}, ...}"""
+    try:
+        rows = {int(number): (row["tag"], row["category"].lower()) for number, row in json.loads(text).items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(
+            f'{path}: must hold an object {{"0": {{"tag": ..., "category": ...}}, ...}}; get the tagger again'
+        ) from None
+    if sorted(rows) != list(range(len(rows))):
+        raise UserError(f"{path}: its numbers are not 0 to {len(rows) - 1}; get the tagger again")
+    for number in range(len(rows)):
+        tag, category = rows[number]
+        yield Label(tag, category if category in CATEGORIES else "general")
+
+
+def _from_list(text: str, path: Path) -> Iterable[Label]:
+    """One tag per line; ratings are called rating:..., and tags-character.txt lists the characters."""
+    beside = path.parent / "tags-character.txt"
+    characters = frozenset(_lines(_read(beside))) if beside.is_file() else frozenset()
+    for name in _lines(text):
+        if name.startswith("rating:"):
+            yield Label(name, "rating")
+        else:
+            yield Label(name, "character" if name in characters else "general")
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+# ---- pictures
+
+
+def read_pixels(path: Path, tagger: Tagger) -> tuple[NDArray[np.floating[Any]], Size]:
+    """A picture as the tagger sees it, and its own size in pixels.
+
+    Returns: (H, W, 3) or (3, H, W) in the tagger's float type.
+    Raises: OSError or ValueError: it cannot be read.
+    """
+    image = read_image(path)
+    return to_input(image, tagger), Size(image.shape[1], image.shape[0])
+
+
+def to_input(image: NDArray[np.uint8], tagger: Tagger) -> NDArray[np.floating[Any]]:
+    """RGB (H, W, 3) to what the model takes.
+
+    "table": BGR from 0 to 255; "mapping": BGR from -1 to 1; both padded to a square with white. "list": RGB from 0 to
+    1, with the colours of the picture's edges around it.
+    """
+    if tagger.files.kind == "list":
+        pixels = _edged(image, tagger.size).astype(np.float32) / np.float32(255)
+    else:
+        pixels = resize(_squared(image), tagger.size)[..., ::-1].astype(np.float32)
+        if tagger.files.kind == "mapping":
+            pixels = pixels / np.float32(127.5) - np.float32(1)
+    if tagger.planes:
+        pixels = pixels.transpose(2, 0, 1)
+    return np.ascontiguousarray(pixels, dtype=tagger.dtype)
+
+
+def _squared(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """In the middle of a white square; of an odd number of rows or columns, the one more is below or to the right."""
+    height, width = image.shape[:2]
+    if height == width:
+        return image
+    side = max(height, width)
+    square = np.full((side, side, 3), _WHITE, np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square
+
+
+def _edged(image: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
+    """All of the picture in a frame of `size`; its outermost pixels fill what is left."""
+    height, width = image.shape[:2]
+    scale = min(size.width / width, size.height / height)
+    inner = Size(max(1, floor(width * scale + 0.5)), max(1, floor(height * scale + 0.5)))
+    fitted = resize(image, inner, "area")
+    top, left = (size.height - inner.height) // 2, (size.width - inner.width) // 2
+    below, right = size.height - inner.height - top, size.width - inner.width - left
+    return np.pad(fitted, ((top, below), (left, right), (0, 0)), mode="edge")
+
+
+def probabilities(pixels: Sequence[NDArray[np.floating[Any]]], tagger: Tagger) -> NDArray[np.float32]:
+    """Runs the model.
+
+    Args:
+        pixels: as `read_pixels` gives them, any number from 1.
+
+    Returns: (pictures, labels), from 0 to 1.
+    Raises: UserError: the model cannot be run, e.g. for lack of memory.
+    """
+    count = tagger.batch or len(pixels)
+    parts = [_run(pixels[start : start + count], count, tagger) for start in range(0, len(pixels), count)]
+    return np.concatenate(parts)
+
+
+def _run(pixels: Sequence[NDArray[np.floating[Any]]], count: int, tagger: Tagger) -> NDArray[np.float32]:
+    batch = np.stack(pixels)
+    if len(pixels) < count:  # a model of a fixed size
+        batch = np.pad(batch, ((0, count - len(pixels)), (0, 0), (0, 0), (0, 0)))
+    try:
+        (given,) = tagger.session.run(
+            [tagger.session.get_outputs()[0].name], {tagger.session.get_inputs()[0].name: batch}
+        )
+    except Exception as error:  # of its own kinds, which have no common base
+        raise UserError(
+            f"{tagger.files.path}: the model cannot be run: {_first_line(error)}",
+            hint="if memory is short, lower --batch_size",
+        ) from None
+    found = np.asarray(given[: len(pixels)], dtype=np.float32).reshape(len(pixels), -1)
+    if found.shape[1] != len(tagger.labels):
+        raise UserError(f"{tagger.files.path} has {found.shape[1]} outputs for {len(tagger.labels)} labels")
+    return _sigmoid(found) if tagger.files.kind == "mapping" else found
+
+
+def _sigmoid(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    return 0.5 * (1 + np.tanh(0.5 * scores))

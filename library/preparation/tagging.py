@@ -1,0 +1,146 @@
+"""Tags for the pictures of a folder: finetune/tag_images_by_wd14_tagger.py."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from library.errors import UserError
+from library.options.base import Options
+from library.options.preparation import WorkOptions
+from library.options.tagging import TaggingOptions
+from library.preparation.outcome import Outcome
+from library.preparation.pictures import find_pictures, gathered, in_batches, is_first, my_share, read_ahead
+from library.preparation.tag_places import TagPlace, tag_place
+from library.preparation.tag_rules import (
+    TagRules,
+    Vocabulary,
+    choose_tags,
+    make_vocabulary,
+    probabilities_in_words,
+    rules_of,
+)
+from library.runtime.logs import LOGGER
+
+if TYPE_CHECKING:
+    from library.preparation.tagger_models import Tagger
+
+GROUPS = (TaggingOptions, WorkOptions)
+
+
+@dataclass
+class _Found:
+    """What is told at the end, of this process's pictures."""
+
+    pictures_by_tag: Counter[str] = field(default_factory=Counter)
+    without_tags: int = 0
+
+
+def tag_pictures(opts: Options) -> Outcome:
+    """Writes the tags of every picture in this process's share.
+
+    Raises: UserError: there are no pictures, the tagger cannot be had or run, or the file for all cannot be written.
+    """
+    options: TaggingOptions = opts.tagging
+    rules = rules_of(options)
+    pictures = find_pictures(Path(options.train_data_dir), recursive=options.recursive)
+    place = tag_place(options, pictures)
+    share = my_share(pictures)
+    todo = [path for path in share if not (options.skip_existing and place.has(path))]
+    outcome, found = Outcome(skipped=len(share) - len(todo)), _Found()
+    if not any(gathered(len(todo))):  # together, as the processes load together
+        return outcome
+    tagger = _load(options)
+    words = make_vocabulary(tagger.labels, rules, ranked=tagger.ranked)
+    _tell_before(options, tagger, words)
+    try:
+        _tag(todo, tagger, words, rules, options, place, outcome, found)
+    except KeyboardInterrupt:
+        place.interrupted()
+        raise
+    place.finish()
+    _tell_after(gathered(found), options)
+    return outcome
+
+
+def _load(options: TaggingOptions) -> Tagger:
+    from library.preparation.tagger_files import find_tagger
+    from library.preparation.tagger_models import open_tagger
+
+    if not options.onnx:
+        LOGGER.info("the tagger's ONNX file is run, as with --onnx")
+    files = None
+    if is_first():
+        files = find_tagger(options.repo_id, Path(options.model_dir), force=options.force_download)
+    gathered(None)  # now it is there
+    return open_tagger(files or find_tagger(options.repo_id, Path(options.model_dir)))
+
+
+def _tell_before(options: TaggingOptions, tagger: Tagger, words: Vocabulary) -> None:
+    LOGGER.info("tagging with %s on the %s", tagger.files.path, "GPU" if tagger.on_gpu else "CPU")
+    if tagger.batch is not None and tagger.batch != options.batch_size:
+        LOGGER.info("this tagger takes %d pictures at a time, whatever --batch_size says", tagger.batch)
+    for name in ("rating", "quality"):
+        asked = getattr(options, f"use_{name}_tags") or getattr(options, f"use_{name}_tags_as_last_tag")
+        if asked and not len(words.best_of[name]):
+            LOGGER.warning("--use_%s_tags: this tagger knows no %s tags", name, name)
+
+
+def _tag(
+    pictures: Sequence[Path],
+    tagger: Tagger,
+    words: Vocabulary,
+    rules: TagRules,
+    options: TaggingOptions,
+    place: TagPlace,
+    outcome: Outcome,
+    found: _Found,
+) -> None:
+    from library.preparation.tagger_models import probabilities, read_pixels
+
+    def read(path: Path) -> tuple:
+        return read_pixels(path, tagger)
+
+    reading = read_ahead(pictures, read, outcome, workers=options.max_data_loader_n_workers, desc="tags")
+    for batch in in_batches(reading, max(options.batch_size, tagger.batch or 1)):
+        rows = probabilities([pixels for _, (pixels, _) in batch], tagger)
+        for (path, (_, size)), row in zip(batch, rows, strict=True):
+            if not np.isfinite(row).all():
+                outcome.fail(path, "the tagger's answer holds no numbers (NaN)")
+                continue
+            tags = choose_tags(row, words, rules)
+            try:
+                place.put(path, tags, size)
+            except (UserError, OSError) as error:
+                outcome.fail(path, f"its tags cannot be written ({getattr(error, 'strerror', None) or error})")
+                continue
+            outcome.done += 1
+            found.pictures_by_tag.update(tags)
+            found.without_tags += not tags
+            if options.debug:
+                _show(f"{path}: {rules.separator.join(tags)}")
+                for line in probabilities_in_words(row, words):
+                    _show(f"  {line}")
+
+
+def _tell_after(found: Sequence[_Found], options: TaggingOptions) -> None:
+    if not is_first():
+        return
+    if without := sum(one.without_tags for one in found):
+        LOGGER.warning("%d pictures have no tag, as nothing reaches the thresholds", without)
+    if options.frequency_tags:
+        counts: Counter[str] = sum((one.pictures_by_tag for one in found), Counter())
+        for tag, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+            _show(f"{tag}: {count}")
+
+
+def _show(line: str) -> None:
+    # Consoles that lack a sign show another one in its place; no run ends over that.
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "replace").decode(encoding), flush=True)

@@ -1,0 +1,114 @@
+"""The flags of the scripts that prepare pictures and captions are the ecosystem's: names, defaults, types, choices."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+
+from library.families.sd3.options import Sd3Options
+from library.options.base import options_of
+from library.options.parsing import build_parser
+from tools.option_tables import preparation_groups, preparation_scripts
+
+ROOT = Path(__file__).parents[2]
+LISTS = json.loads((Path(__file__).parent / "preparation_flags.json").read_text(encoding="utf-8"))
+# Scripts that are still to come; whoever writes one takes it out.
+NOT_THERE = {"tools/latent_upscaler.py"}
+THERE = [script for script in LISTS if script not in NOT_THERE]
+FACTS = {script: {row["dest"]: row for row in LISTS[script]} for script in THERE}
+COUNTS = {
+    "finetune/clean_captions_and_tags.py": 3,
+    "finetune/make_captions.py": 14,
+    "finetune/make_captions_by_git.py": 9,
+    "finetune/merge_captions_to_metadata.py": 8,
+    "finetune/merge_dd_tags_to_metadata.py": 7,
+    "finetune/prepare_buckets_latents.py": 18,
+    "finetune/tag_images_by_wd14_tagger.py": 32,
+    "tools/cache_latents.py": 160,
+    "tools/cache_text_encoder_outputs.py": 161,
+    "tools/canny.py": 4,
+    "tools/detect_face_rotate.py": 11,
+    "tools/latent_upscaler.py": 7,
+    "tools/resize_images_to_resolution.py": 7,
+    "tools/show_metadata.py": 1,
+}
+# options that earlier scripts do not have
+OURS = {"strict", "console_log_level", "console_log_file", "console_log_simple"}
+_CACHED = {"data_index_dir", "fp8_base_unet", "quantize_base", "sd3", "no_half_vae", "weighted_captions"}
+_CACHED |= {option.dest for option in options_of(Sd3Options)}  # one family more than those scripts had
+OURS_OF: dict[str, set[str]] = {  # of one script
+    "tools/cache_latents.py": _CACHED,
+    "tools/cache_text_encoder_outputs.py": _CACHED,
+    "tools/resize_images_to_resolution.py": {"max_data_loader_n_workers", "skip_existing"},
+    "tools/detect_face_rotate.py": {"max_data_loader_n_workers", "model", "score_threshold", "skip_existing"},
+    "finetune/prepare_buckets_latents.py": {"family", "seed"},
+    "finetune/make_captions_by_git.py": {"skip_existing"},
+    "finetune/make_captions.py": {"model", "prompt", "skip_existing"},
+    "finetune/tag_images_by_wd14_tagger.py": {"skip_existing"},
+}
+ADDED_CHOICES = {"max_token_length": {75}}  # means the same as leaving it out
+
+
+def parser_of(script: str) -> ArgumentParser:
+    return build_parser(preparation_groups(ROOT / script), prog=script)
+
+
+ACTIONS = {script: {action.dest: action for action in parser_of(script)._actions} for script in THERE}
+
+
+def test_every_script_is_there_or_known_to_be_missing():
+    assert {script: len(rows) for script, rows in LISTS.items()} == COUNTS
+    assert {script for script in LISTS if not (ROOT / script).is_file()} == NOT_THERE
+    assert set(THERE) <= {path.relative_to(ROOT).as_posix() for path in preparation_scripts()}
+
+
+@pytest.mark.parametrize("script", THERE)
+def test_no_flag_is_missing_and_new_ones_are_known(script):
+    found = ACTIONS[script].keys() - {"help"}
+    assert sorted(FACTS[script].keys() - found) == []
+    assert sorted(found - FACTS[script].keys() - OURS - OURS_OF.get(script, set())) == []
+
+
+@pytest.mark.parametrize(("script", "dest"), [(script, dest) for script, facts in FACTS.items() for dest in facts])
+def test_flag_is_as_it_was(script, dest):
+    fact, action = FACTS[script][dest], ACTIONS[script][dest]
+    positional = fact.get("positional", False)
+    assert list(action.option_strings) == ([] if positional else fact.get("flags", [f"--{dest}"]))
+    assert action.required is (positional or fact.get("required", False))
+    assert action.default == fact["default"]
+    kinds = {type(action.default), type(fact["default"])}
+    assert len(kinds) == 1 or kinds == {int, float}
+    assert action.nargs == fact.get("nargs")
+    if "type" in fact:
+        assert action.type.__name__ == fact["type"]
+    else:
+        assert action.const is True
+    choices = set(action.choices or ()) - {None}
+    assert choices - ADDED_CHOICES.get(dest, set()) == set(fact.get("choices") or ()) - {None}
+
+
+@pytest.mark.parametrize("script", THERE)
+def test_positions_are_in_the_same_order(script):
+    expected = [dest for dest, fact in FACTS[script].items() if fact.get("positional")]
+    assert [dest for dest, action in ACTIONS[script].items() if not action.option_strings] == expected
+
+
+@pytest.mark.parametrize("script", THERE)
+def test_every_option_is_explained_in_one_line(script):
+    for group in preparation_groups(ROOT / script):
+        for option in options_of(group):
+            words = option.details.help.split()
+            assert len(words) >= 2, option.dest
+            assert "\n" not in option.details.help
+
+
+@pytest.mark.parametrize("script", THERE)
+def test_help_shows_every_flag_and_exits_with_0(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser_of(script).parse_args(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all((dest if fact.get("positional") else f"--{dest}") in shown for dest, fact in FACTS[script].items())

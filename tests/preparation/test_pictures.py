@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from library.errors import UserError
+from library.preparation.outcome import Outcome
+from library.preparation.pictures import find_pictures, gathered, in_batches, is_first, my_share, read_ahead
+from library.runtime.logs import LOGGER
+
+ROOT = Path(__file__).parents[2]
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def found(folder: Path, *, recursive: bool) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in find_pictures(folder, recursive=recursive)]
+
+
+def test_pictures_are_found_sorted_and_nothing_else(tmp_path):
+    touch(
+        tmp_path, "b.PNG", "a.jpg", "a.txt", "._c.png", "sub/d.webp", "sub/deep/e.bmp", ".hidden/f.png", "sub.png/g.png"
+    )
+    assert found(tmp_path, recursive=False) == ["a.jpg", "b.PNG"]
+    assert found(tmp_path, recursive=True) == ["a.jpg", "b.PNG", "sub/d.webp", "sub/deep/e.bmp", "sub.png/g.png"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="making links needs a right that users seldom have")
+def test_links_to_folders_are_followed_and_circles_end(tmp_path):
+    touch(tmp_path, "in/a.png", "elsewhere/b.png")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "in", target_is_directory=True)
+    assert found(tmp_path / "in", recursive=True) == ["a.png", "link/b.png"]
+
+
+def test_what_is_no_folder_or_has_no_pictures_is_refused(tmp_path):
+    touch(tmp_path, "a.txt", "sub/b.txt")
+    for folder, message in ((tmp_path / "none", "there is no folder"), (tmp_path / "a.txt", "there is no folder")):
+        with pytest.raises(UserError, match=message):
+            find_pictures(folder, recursive=True)
+    with pytest.raises(UserError, match=r"there are no pictures in .* itself"):
+        find_pictures(tmp_path, recursive=False)
+    with pytest.raises(UserError, match=r"there are no pictures in .* or below it"):
+        find_pictures(tmp_path, recursive=True)
+
+
+def test_pictures_of_other_kinds_are_told_of(tmp_path, caplog):
+    LOGGER.propagate = True
+    touch(tmp_path, "a.png", "b.tiff", "c.GIF", "d.gif")
+    with caplog.at_level(logging.WARNING, LOGGER.name):
+        find_pictures(tmp_path, recursive=False)
+    (message,) = caplog.messages
+    assert ".gif, .tiff" in message
+
+
+PATHS = [Path(f"{number:02}.png") for number in range(40)]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3, None])
+def test_reading_keeps_the_order_and_goes_on_behind_a_bad_picture(workers):
+    bad = {PATHS[0]: UserError("no picture"), PATHS[7]: OSError(5, "disk gone"), PATHS[39]: ValueError("cut off")}
+
+    def read(path: Path) -> str:
+        if path in bad:
+            raise bad[path]
+        time.sleep(0.001 * (int(path.stem) % 3))
+        return path.stem
+
+    outcome = Outcome()
+    taken = list(read_ahead(PATHS, read, outcome, workers=workers, desc="reading"))
+    assert taken == [(path, path.stem) for path in PATHS if path not in bad]
+    assert outcome.failed == {PATHS[0]: "no picture", PATHS[7]: "disk gone", PATHS[39]: "cut off"}
+
+
+def test_a_fault_of_the_program_is_not_taken_for_a_bad_picture():
+    def read(path: Path) -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(read_ahead(PATHS, read, Outcome(), workers=2, desc="reading"))
+
+
+def test_reading_is_ahead_but_only_a_little():
+    started: list[Path] = []
+    many = [Path(f"{number}.png") for number in range(300)]
+
+    def read(path: Path) -> Path:
+        started.append(path)
+        return path
+
+    most = 0
+    for taken, (_path, _) in enumerate(read_ahead(many, read, Outcome(), workers=2, desc="reading")):
+        most = max(most, len(started) - taken)
+    assert len(started) == 300
+    assert most <= 2 * 2 + 1
+
+
+def test_reading_that_is_given_up_ends_its_threads():
+    before = threading.active_count()
+    reading = read_ahead(PATHS, lambda path: path, Outcome(), workers=4, desc="reading")
+    next(reading)
+    reading.close()
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "sizes"), [(0, 2, []), (1, 2, [1]), (4, 2, [2, 2]), (5, 2, [2, 2, 1]), (3, 8, [3])]
+)
+def test_batches(count, size, sizes):
+    batches = list(in_batches(iter(range(count)), size))
+    assert [len(batch) for batch in batches] == sizes
+    assert [item for batch in batches for item in batch] == list(range(count))
+
+
+def test_one_process_does_everything(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert my_share(PATHS) == PATHS
+    assert is_first()
+    assert gathered("x") == ["x"]
+
+
+def test_processes_share_the_work(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    shares = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(my_share(PATHS))
+        assert is_first() is (rank == 0)
+    assert sorted(path for share in shares for path in share) == PATHS
+    assert {len(share) for share in shares} == {13, 14}
+
+
+def test_looking_for_pictures_imports_nothing_heavy(tmp_path):
+    touch(tmp_path, "a.png")
+    code = """
+import sys
+from library.preparation.outcome import Outcome
+from library.preparation.pictures import find_pictures, gathered, read_ahead
+from library.preparation.script import run_script
+from pathlib import Path
+paths = find_pictures(Path(sys.argv[1]), recursive=True)
+assert len(list(read_ahead(paths, len_of, Outcome(), workers=1, desc="x"))) == 1
+gathered(1)
+print(*{"torch", "transformers", "accelerate"} & set(sys.modules))
+""".replace("len_of", "lambda path: len(path.name)")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []

@@ -1,0 +1,88 @@
+"""Imports what every training script needs, once, and forks a process for each run: imports are most of a short run.
+
+Each line of standard input asks for runs of one command, in JSON:
+
+    {"argv": ["train_network.py", ...], "output": file, "errors": file, "environments": [{...}, ...]}
+
+One process is started for each environment. The first answer is a line with the number of the first process. When all
+have ended, another one has the exit status of the first that failed, or 0. Of our own code only the log is imported
+beforehand, so that every run still shows what its script imports.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import runpy
+import signal
+import sys
+
+sys.path[0] = os.getcwd()
+
+
+def main() -> None:
+    import_libraries()
+    gc.freeze()  # what is here stays, and need not be copied because a run looked at it
+    for line in sys.stdin:
+        request = json.loads(line)
+        children = []
+        for environment in request["environments"]:
+            child = os.fork()
+            if not child:
+                become(request, environment)
+                runpy.run_path(request["argv"][0], run_name="__main__")
+                return
+            children.append(child)
+        print(children[0], flush=True)
+        print(wait_for_all(children), flush=True)
+
+
+def import_libraries() -> None:
+    from library.runtime import logs
+
+    logs.quiet_third_parties()
+    import accelerate  # noqa: F401
+    import cv2  # noqa: F401
+    import safetensors.torch  # noqa: F401
+    import torch.optim  # noqa: F401
+    from diffusers import (  # noqa: F401
+        AutoencoderKL,
+        FluxTransformer2DModel,
+        SD3Transformer2DModel,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel  # noqa: F401
+
+
+def become(request: dict, environment: dict[str, str]) -> None:
+    """Makes this process look like one that was started with a command line."""
+    for number, flags, name in (
+        (0, os.O_RDONLY, os.devnull),
+        (1, os.O_WRONLY | os.O_APPEND | os.O_CREAT, request["output"]),
+        (2, os.O_WRONLY | os.O_APPEND | os.O_CREAT, request["errors"]),
+    ):
+        opened = os.open(name, flags)
+        os.dup2(opened, number)
+        os.close(opened)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = request["argv"]
+
+
+def wait_for_all(children: list[int]) -> int:
+    """As torch's launcher does: where one process fails, the others end too."""
+    first, left = 0, set(children)
+    while left:
+        child, status = os.wait()
+        left.discard(child)
+        code = os.waitstatus_to_exitcode(status)
+        if code and not first:
+            first = code
+            for other in left:
+                os.kill(other, signal.SIGTERM)
+    return first
+
+
+if __name__ == "__main__":
+    main()

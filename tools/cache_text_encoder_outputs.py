@@ -1,0 +1,14 @@
+"""Encodes captions, for training with --cache_text_encoder_outputs_to_disk. Guide: docs/preprocessing.md"""
+
+import sys
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
+
+from library.preparation.caching import GROUPS, cache_texts, traits_of
+from library.preparation.script import run_script
+
+if __name__ == "__main__":
+    run_script(cache_texts, GROUPS, description=str(__doc__), traits=traits_of)

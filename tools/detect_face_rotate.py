@@ -1,0 +1,14 @@
+"""Finds faces, cuts and turns pictures by them, and puts their places into the names. Guide: docs/preprocessing.md"""
+
+import sys
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
+
+from library.preparation.faces import GROUPS, cut_faces
+from library.preparation.script import run_script
+
+if __name__ == "__main__":
+    run_script(cut_faces, GROUPS, description=str(__doc__))

@@ -1,0 +1,14 @@
+"""Writes pictures in smaller sizes, for training at several resolutions. Guide: docs/preprocessing.md"""
+
+import sys
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
+
+from library.preparation.resizing import GROUPS, resize_pictures
+from library.preparation.script import run_script
+
+if __name__ == "__main__":
+    run_script(resize_pictures, GROUPS, description=str(__doc__))
