@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from library.errors import UserError
 from library.memory.low_precision import keep_in_fp8
 from library.memory.offload import offloading_checkpoint
 from library.runtime.logs import LOGGER
@@ -98,9 +99,13 @@ def swap_blocks(family: Family, models: Models, opts: Options, device: torch.dev
         if getattr(opts, "swap", None) is not None and opts.swap.count:
             LOGGER.warning("--blocks_to_swap: no effect on a CPU; the model is in main memory anyway")
         return None
-    from library.memory.block_swap import BlockSwap
+    from library.memory.block_swap import RING, BlockSwap
 
-    swap = BlockSwap(family.blocks(models), math.ceil(opts.swap.count * family.traits.blocks_per_swap), device)
+    blocks, each = family.blocks(models), family.traits.blocks_per_swap
+    most = math.floor((len(blocks) - RING) / each)
+    if opts.swap.count > most:
+        raise UserError(f"--blocks_to_swap: {opts.swap.count} are more than this model can swap; at most {most}")
+    swap = BlockSwap(blocks, math.ceil(opts.swap.count * each), device)
     swap.attach()
     models.denoiser.to(device)  # all but the swapped blocks
     return swap

@@ -110,10 +110,15 @@ def clip_tensors(model: CLIPTextModelWithProjection, projection: bool = True) ->
 
 
 def sd3_tensors(
-    variant: str = "medium", *, vae: bool = True, encoders: tuple[str, ...] = (), projection: bool = True
+    variant: str = "medium",
+    *,
+    vae: bool = True,
+    encoders: tuple[str, ...] = (),
+    projection: bool = True,
+    depth: int = DEPTH,
 ) -> dict[str, Tensor]:
     """A whole single file. `encoders`: names of the text encoders that it bundles."""
-    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in mmdit_tensors(variant).items()}
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in mmdit_tensors(variant, depth=depth).items()}
     if vae:
         tensors |= {name: tensor.clone() for name, tensor in vae_map(4).to_file(tiny_vae().state_dict()).items()}
     for part in encoders:
@@ -138,14 +143,23 @@ def write_encoder_file(path: str | Path, part: str, projection: bool = True) -> 
     return Path(path)
 
 
-def sd3_options(model: str | Path, *, vae: str | None = None, cache: str | None = None, **family: Any) -> Any:
-    """The option groups that the SD3 family reads, with the script's own defaults. `cache`: of tokenizers."""
+def sd3_options(
+    model: str | Path, *, vae: str | None = None, cache: str | None = None, mapless: bool = False, **family: Any
+) -> Any:
+    """The option groups that the SD3 family reads, with the script's own defaults.
+
+    `cache`: of tokenizers. `mapless`: files are not mapped.
+    """
     from library.families.sd3.options import Sd3Options
     from library.options.loss import LossOptions, NoiseOptions
 
     return SimpleNamespace(
         model=SimpleNamespace(
-            pretrained_model_name_or_path=str(model), tokenizer_cache_dir=cache, vae=vae, no_half_vae=False
+            pretrained_model_name_or_path=str(model),
+            tokenizer_cache_dir=cache,
+            vae=vae,
+            no_half_vae=False,
+            disable_mmap_load_safetensors=mapless,
         ),
         family=Sd3Options(**{name: str(v) if isinstance(v, Path) else v for name, v in family.items()}),
         noise=NoiseOptions(),

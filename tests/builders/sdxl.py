@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -17,19 +18,22 @@ from library.types import Models
 WIDTH1, WIDTH2, POOLED = 64, 128, 64  # of the text encoders; the projection is not square, unlike the real one
 
 
-def tiny_sdxl(seed: int = 0) -> Models:
-    """A whole SDXL model of about 20 million numbers, ten of them vocabularies. Latents are 1/8."""
+def tiny_sdxl(seed: int = 0, channels: tuple[int, int, int] = (64, 64, 128)) -> Models:
+    """A whole SDXL model of about 20 million numbers, ten of them vocabularies. Latents are 1/8.
+
+    `channels`: of the U-Net's three levels, multiples of 64.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(
             sample_size=8,
-            block_out_channels=(64, 64, 128),
+            block_out_channels=channels,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             layers_per_block=2,
             transformer_layers_per_block=(1, 1, 2),
             cross_attention_dim=WIDTH1 + WIDTH2,
-            attention_head_dim=(1, 1, 2),
+            attention_head_dim=tuple(width // 64 for width in channels),
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=256,
@@ -74,11 +78,11 @@ def _text_config(width: int, hidden_act: str, pad_id: int) -> CLIPTextConfig:
     )
 
 
-def write_tiny_sdxl(path: str | Path, seed: int = 0, dtype: torch.dtype | None = None) -> Path:
+def write_tiny_sdxl(path: str | Path, seed: int = 0, dtype: torch.dtype | None = None, **sizes: Any) -> Path:
     """Writes a tiny model: .safetensors, .ckpt, or a Diffusers folder when there is no such ending."""
     path = Path(path)
     save_as = {".safetensors": "safetensors", ".ckpt": "ckpt"}.get(path.suffix, "diffusers_safetensors")
-    save_model(tiny_sdxl(seed), path, save_as=save_as, dtype=dtype, metadata={})
+    save_model(tiny_sdxl(seed, **sizes), path, save_as=save_as, dtype=dtype, metadata={})
     return path
 
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
-import os
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +15,7 @@ from library.errors import UserError
 from library.families.flux.adapter import FluxFamily
 from library.families.flux.keymap import flux_map
 from tests.builders.flux import flux_options, flux_tensors, write_bundle, write_flux, write_parts
+from tests.builders.memory import most_memory, needs_linux
 
 
 @pytest.fixture(scope="module")
@@ -63,22 +60,8 @@ def test_precision_and_metadata(tmp_path, parts):
     assert all(saved[name].equal(tensor.to(torch.bfloat16)) for name, tensor in flux_tensors().items())
 
 
-def most_memory(work: Callable[[], object]) -> int:
-    """Bytes of main memory that `work` takes at its height, beyond what is in use before."""
-
-    def kilobytes(name: str) -> int:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1])
-
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the height counts from now on
-    before = kilobytes("VmRSS")
-    work()
-    return 1024 * (kilobytes("VmHWM") - before)
-
-
 @pytest.mark.rows("R406")
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="measured as Linux tells it")
+@needs_linux
 def test_saving_takes_the_memory_of_one_tensor(tmp_path, parts):
     save_file(flux_tensors(width=1024, head=32, blank=True), tmp_path / "wide.safetensors")
     family, models = load(tmp_path / "wide.safetensors", parts)

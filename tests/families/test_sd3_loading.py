@@ -38,7 +38,7 @@ from tests.builders.sd3 import (
     write_encoder_file,
     write_tiny_sd3,
 )
-from tests.builders.t5 import t5_weights, tiny_t5
+from tests.builders.t5 import t5_weights, tiny_t5, write_t5_tokenizer
 
 ALL = ("te1", "te2", "te3")
 
@@ -212,6 +212,19 @@ def test_denoiser_and_t5_in_8_bits_keep_their_numbers_with_fp8_base(tmp_path):
         for name, layer in layers.items():
             assert isinstance(layer, Fp8Linear), name
             assert layer.weight.float().equal(expected[part][f"{name}.weight"]), name
+
+
+@pytest.mark.rows("R435")
+def test_files_that_are_not_mapped(whole, encoder_files, tmp_path, monkeypatch):
+    write_t5_tokenizer(tmp_path / "google_t5-v1_1-xxl")
+    options = {"cache": str(tmp_path), **flags(encoder_files)}
+    mapped = Sd3Family(sd3_options(whole, **options)).load()
+    monkeypatch.setattr("safetensors.safe_open", lambda *_, **__: pytest.fail("mapped the file"))
+    read = Sd3Family(sd3_options(whole, **options, mapless=True)).load()
+    assert_same_state(read.denoiser.state_dict(), mapped.denoiser.state_dict())
+    assert_same_state(read.vae.state_dict(), mapped.vae.state_dict())
+    for part, encoder in read.text_encoders.items():
+        assert_same_state(encoder.state_dict(), mapped.text_encoders[part].state_dict())
 
 
 def test_files_of_the_denoiser_alone_need_no_prefix(tmp_path):

@@ -77,7 +77,7 @@ def test_trained_weights_are_what_is_written(tmp_path):
     family = family_for(path)
     models = family.load()
     for model in (models.denoiser, models.vae, *models.text_encoders.values()):
-        for parameter in model.parameters():
+        for parameter in model.float().parameters():  # what is trained is made wide first
             parameter.data += 1
     models.denoiser.conv_in.weight.data += 1
     family.save(models, tmp_path / "trained.safetensors", save_as="safetensors", dtype=torch.bfloat16, metadata={})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from library.memory.compiling import compile_blocks
 from library.memory.low_precision import keep_in_fp8
 from library.memory.offload import offloading_checkpoint
 from library.options.optimizer import OptimizerOptions
+from library.training import placement
 from library.training.ema import Average
 from library.training.optimizers import make_optimizer
 from library.training.precision import StochasticRounding
@@ -305,6 +307,15 @@ def test_how_many_blocks_of_the_published_models_can_be_swapped(config, largest)
     assert len(BlockSwap(blocks, largest, CPU)._blocks) == len(blocks) == largest + RING
     with pytest.raises(UserError, match=f"give a number from 0 to {largest}$"):
         BlockSwap(blocks, largest + 1, CPU)
+
+
+@pytest.mark.rows("R363", "R398")
+def test_a_number_that_is_too_large_is_told_in_the_users_units():
+    """Of FLUX.1's 19 double and 38 single blocks, two small ones count as one."""
+    models = Models(published("FluxTransformer2DModel", guidance_embeds=True), {}, {}, None, None)
+    asked = SimpleNamespace(swap=SimpleNamespace(count=37))
+    with pytest.raises(UserError, match=r"--blocks_to_swap: 37 are more than this model can swap; at most 36$"):
+        placement.swap_blocks(FluxFamily(None), models, asked, torch.device("cuda"))
 
 
 @pytest.mark.rows("R403")

@@ -38,7 +38,8 @@ class Sd3Family(Family):
 
     def load(self) -> Models:
         model, options = self.opts.model, self.opts.family
-        parts = load_model(model.pretrained_model_name_or_path, encoder_file_options(options), model.vae)
+        name, mapped = model.pretrained_model_name_or_path, not model.disable_mmap_load_safetensors
+        parts = load_model(name, encoder_file_options(options), model.vae, mapped=mapped)
         tokenizers = load_tokenizers(parts.text_encoders, parts.source.folder, model.tokenizer_cache_dir)
         if options.pos_emb_random_crop_rate or options.enable_scaled_pos_embed:
             self._place_positions(parts.denoiser, parts.source.variant)

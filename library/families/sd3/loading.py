@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoints.reading import open_weights
 from library.errors import UserError
 from library.families.sd3.keymap import ENCODERS, MMDIT, mmdit_map
 from library.families.sd3.variants import (
@@ -33,6 +32,7 @@ from library.families.shared.reading import (
     from_pretrained,
     load_vae,
     naming,
+    open_model,
     require_model_name,
     vae_from_file,
 )
@@ -90,19 +90,22 @@ class Parts:
     source: Source
 
 
-def load_model(name: str, encoder_files: Mapping[str, str], vae_name: str | None = None) -> Parts:
+def load_model(
+    name: str, encoder_files: Mapping[str, str], vae_name: str | None = None, *, mapped: bool = True
+) -> Parts:
     """Loads a model on the CPU, frozen: the VAE in float32, the rest in the formats of its files (not 8 bit ones).
 
     Args:
         name: a single file, a Diffusers folder or a hub id.
         encoder_files: by names of text encoders, files to take them from instead.
         vae_name: where to take the VAE from instead; see `load_vae`.
+        mapped: False reads .safetensors files from beginning to end instead of mapping them.
     Raises: UserError: missing, unreadable, incomplete, of another family, or parts that do not fit together.
     """
-    load = _load_file if Path(name).is_file() else _load_folder
-    parts = load(name, skip=frozenset(encoder_files) | ({"vae"} if vae_name else set()))
+    skip = frozenset(encoder_files) | ({"vae"} if vae_name else set())
+    parts = _load_file(name, skip, mapped=mapped) if Path(name).is_file() else _load_folder(name, skip)
     for part, file in encoder_files.items():
-        parts.text_encoders[part], forms = load_encoder(file, part)
+        parts.text_encoders[part], forms = load_encoder(file, part, mapped=mapped)
         source = _with_forms(parts.source, ENCODERS[part], forms, FOLDERS[part])
         parts.source = replace(source, encoder_names=source.encoder_names | {part: file})
     if vae_name:
@@ -132,17 +135,18 @@ def own_vae(opts: Options) -> nn.Module:
     return load_vae(opts.model.vae or opts.model.pretrained_model_name_or_path, **VAE_FACTS)[0]
 
 
-def load_encoder(name: str, part: str) -> tuple[nn.Module, dict[str, Form]]:
+def load_encoder(name: str, part: str, *, mapped: bool = True) -> tuple[nn.Module, dict[str, Form]]:
     """Loads a text encoder, and the forms of its tensors by a whole model's file names (none for folders).
 
     Args:
         name: the encoder's own file, a whole model's, or a Diffusers folder.
+        mapped: see `load_model`.
     Raises: UserError: missing, unreadable, or not this encoder.
     """
     if Path(name).is_dir():
         return _encoder_from_folder(Path(name), part, folder_dtypes(Path(name), [FOLDERS[part]])), {}
     with naming(name):
-        weights = open_weights(name)
+        weights = open_model(Path(name), mapped=mapped)
         problem = encoder_problem(weights.shapes, part)
         if problem:
             raise UserError(problem)
@@ -179,12 +183,12 @@ def _check_widths(parts: Parts) -> None:
 # --- single files -----------------------------------------------------------------------------------------------------
 
 
-def _load_file(name: str, skip: frozenset[str]) -> Parts:
+def _load_file(name: str, skip: frozenset[str], *, mapped: bool) -> Parts:
     from diffusers import SD3Transformer2DModel
 
     vae, vae_forms = None, {}
     with naming(name):
-        weights = open_weights(name)
+        weights = open_model(Path(name), mapped=mapped)
         problem = mismatch(recognise(weights))
         if problem:
             raise UserError(problem)

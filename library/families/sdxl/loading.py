@@ -44,7 +44,7 @@ class Parts:
 
 
 def load_model(name: str, vae_name: str | None = None, *, mapped: bool = True) -> Parts:
-    """Loads a whole model on the CPU, in float32, frozen.
+    """Loads a whole model on the CPU, frozen, in the formats that it is stored in; the VAE in float32.
 
     Args:
         name: a single file, a Diffusers folder or a hub id.
@@ -73,14 +73,12 @@ def own_vae(opts: Options) -> nn.Module:
 
 
 def _load_file(path: Path, *, mapped: bool) -> Parts:
-    import torch
-
     with naming(path):
         weights = open_model(path, mapped=mapped)
         problem = file_problem(weights)
         if problem:
             raise UserError(problem)
-        reader = Reader(weights, torch.float32)
+        reader = Reader(weights, None)
         projection = projection_name(weights)
         denoiser = _unet_from_file(reader)
         text_encoders = {
@@ -135,15 +133,15 @@ def _load_folder(name: str) -> Parts:
             problem = folder_problem(Path(name))
             if problem:
                 raise UserError(problem)
+        dtypes = reading.folder_dtypes(Path(name), PARTS)  # none of a hub model, which comes in float32
         # First what a model of another family lacks, so that little of one is fetched.
         text_encoders = {
-            "te2": from_pretrained(CLIPTextModelWithProjection, name, "text_encoder_2"),
-            "te1": from_pretrained(CLIPTextModel, name, "text_encoder"),
+            "te2": from_pretrained(CLIPTextModelWithProjection, name, "text_encoder_2", dtypes.get("text_encoder_2")),
+            "te1": from_pretrained(CLIPTextModel, name, "text_encoder", dtypes.get("text_encoder")),
         }
-        denoiser = from_pretrained(UNet2DConditionModel, name, "unet")
+        denoiser = from_pretrained(UNet2DConditionModel, name, "unet", dtypes.get("unet"))
         if denoiser.config.addition_embed_type != "text_time":
             raise UserError("its U-Net is not told sizes, so this is no SDXL model")
         vae = from_pretrained(AutoencoderKL, name, "vae")
-    dtypes = reading.folder_dtypes(Path(name), PARTS)
     ordered = {encoder: text_encoders[encoder] for encoder in TRAITS.text_encoders}
     return Parts(denoiser, ordered, vae, Source(name, name, is_file=False, part_dtypes=dtypes))
