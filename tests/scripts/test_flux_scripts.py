@@ -373,7 +373,7 @@ NETWORK_ARGS = [
     "train_double_block_indices=1", "train_single_block_indices=0-1", "verbose=True",
 ]  # fmt: skip
 EVERYTHING = {
-    "network_args": NETWORK_ARGS,
+    "network_args": [*NETWORK_ARGS, "ggpo_sigma=0.03", "ggpo_beta=0.01"],
     "network_dim": 4,
     "text_encoder_lr": ["1e-4", "1e-5"],
     "timestep_sampling": "flux_shift",
