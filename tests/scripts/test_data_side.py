@@ -19,7 +19,6 @@ from library.runtime import seeds
 from library.types import Size
 
 MODEL = "examples/tiny_model/tiny-sd.safetensors"
-LAUNCHER = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +36,9 @@ def place(tmp_path_factory):
 def train(run_script, train_arguments, tmp_path_factory):
     """Runs train_network.py and gives (what it printed, the weights it wrote)."""
 
-    def run(launcher=(), **changes):
+    def run(processes=1, **changes):
         out = tmp_path_factory.mktemp("out")
-        done = run_script(*train_arguments(out, **{"max_train_steps": 3, **changes}), launcher=launcher)
+        done = run_script(*train_arguments(out, **{"max_train_steps": 3, **changes}), processes=processes)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stderr, out / "lora.safetensors"
 
@@ -110,13 +109,13 @@ def test_two_processes_share_the_work_and_agree(train, place, tmp_path):
     for file in (tmp_path / "train").glob("*/*.npz"):
         file.unlink()
     options = {"train_data_dir": tmp_path / "train", "flip_aug": True}
-    printed, on_disk = train(LAUNCHER, cache_latents=None, cache_latents_to_disk=True, **options)
+    printed, on_disk = train(2, cache_latents=None, cache_latents_to_disk=True, **options)
     assert "5 new" in printed
     assert len(list((tmp_path / "train").glob("*/*.npz"))) == 5
     for ours, alone in zip(sorted((tmp_path / "train").glob("*/*.npz")), sorted(place.glob("*/*.npz")), strict=True):
         with np.load(ours) as left, np.load(alone) as right:
             assert np.allclose(left["latents"], right["latents"], atol=1e-5)
-    _, in_memory = train(LAUNCHER, **options)
+    _, in_memory = train(2, **options)
     left, right = load_file(on_disk), load_file(in_memory)
     assert all(torch.allclose(left[name], right[name], atol=1e-5) for name in left)
 

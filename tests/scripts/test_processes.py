@@ -73,7 +73,7 @@ def test_whole_models_too(run_script, tmp_path, script):
 
 
 @pytest.mark.parametrize("engine", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
-def test_engines_that_spread_a_model_are_refused_for_networks(run_script, train_arguments, tmp_path, monkeypatch, engine):
+def test_networks_are_not_spread(run_script, train_arguments, tmp_path, monkeypatch, engine):
     monkeypatch.setenv(engine, "true")
     done = run_script(*train_arguments(tmp_path))
     assert done.returncode == 2
