@@ -23,7 +23,9 @@ from library.data.config_schema import KEYS
 from library.data.dataset import build_training_data
 from library.families.sd.options import TRAITS
 from library.options import parsing, scripts
+from library.preparation.cleaning import clean_caption, clean_tags
 from library.types import Size
+from tools.option_tables import preparation_groups, preparation_scripts
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 GUIDES = (
@@ -40,6 +42,10 @@ GUIDES = (
     "sdxl.md",
     "sd3.md",
     "flux.md",
+    "preprocessing.md",
+    "captioning.md",
+    "tagging.md",
+    "picture_tools.md",
 )
 FAMILIES = sorted(file.parent.name for file in Path(library.families.__path__[0]).glob("*/options.py"))
 GROUPS = scripts.groups_for("sd", "network")
@@ -183,6 +189,21 @@ def test_weighted_and_nested_wildcards():
     assert shares == {caption: pytest.approx(share, abs=0.032) for caption, share in expected.items()}
 
 
+# ---- cleaning
+
+CLEANED = tables("preprocessing.md", "caption or tags")
+
+
+@pytest.mark.parametrize(("before", "after"), [row[:2] for row in CLEANED], ids=[row[0] for row in CLEANED])
+def test_every_worked_cleaning(before, after):
+    make = clean_tags if "," in before else clean_caption
+    assert make(before.strip("`")) == after.strip("`")
+
+
+def test_there_are_worked_cleanings():
+    assert len(CLEANED) > 4
+
+
 # ---- buckets
 
 
@@ -256,14 +277,17 @@ def test_flags_and_commands_exist(guide):
         for family in FAMILIES
         for script, method in scripts.scripts_of(family).items()
     }
-    known = {"--num_cpu_threads_per_process", "--logdir"}  # of accelerate launch and of tensorboard
+    groups |= {script.stem: preparation_groups(script) for script in preparation_scripts()}
+    # Of accelerate launch, and of tensorboard.
+    known = {"--num_cpu_threads_per_process", "--multi_gpu", "--num_processes", "--logdir"}
     for own in groups.values():
         known |= set(parsing.build_parser(own, prog="x", description="x")._option_string_actions)
     assert set(re.findall(r"--\w+", text)) - known == set()
     for _, block in blocks(guide, ""):
-        command = re.match(r"python (\w+)\.py ", block)
-        if command and command[1] in groups:
-            parsing.parse_options(groups[command[1]], shlex.split(block.replace("\\\n", " "))[2:])
+        for line in block.replace("\\\n", " ").splitlines():
+            command = re.match(r"python (?:\w+/)?(\w+)\.py ", line)
+            if command and command[1] in groups:
+                parsing.parse_options(groups[command[1]], shlex.split(line)[2:])
 
 
 @pytest.mark.parametrize("page", [*GUIDES, "train_network.md", "architecture.md", "../README.md", "../CONTRIBUTING.md"])

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.builders.onnx_file import node, whole, wholes, write_model
+
 FACE = (255, 128, 0)
 YUNET_STRIDES = (8, 16, 32)
 
@@ -63,13 +65,13 @@ def write_yunet(path: Path, size: int | str, *, with_points: bool = True):
             shape = f"shape_{place}"
             tensors[shape] = np.array([0, len(constants or [0]), -1], np.int64)
             nodes += [
-                _node("Conv", [f"cells{stride}", weight, bias], f"raw_{place}"),
-                _node("Relu", [f"raw_{place}"], f"sure_{place}"),
-                _node("Reshape", [f"sure_{place}", shape], f"row_{place}"),
-                _node("Transpose", [f"row_{place}"], place, _ints("perm", [0, 2, 1])),
+                node("Conv", [f"cells{stride}", weight, bias], f"raw_{place}"),
+                node("Relu", [f"raw_{place}"], f"sure_{place}"),
+                node("Reshape", [f"sure_{place}", shape], f"row_{place}"),
+                node("Transpose", [f"row_{place}"], place, wholes("perm", [0, 2, 1])),
             ]
             outputs.append((place, [1, f"n{stride}", len(constants or [0])]))
-    _write(path, nodes, tensors, ("input", [1, 3, size, size]), outputs, {})
+    write_model(path, nodes, tensors, ("input", [1, 3, size, size]), outputs, {})
 
 
 def _write_yolo(
@@ -82,18 +84,18 @@ def _write_yolo(
 ) -> None:
     nodes = [
         _pool("images", "cells", cell),
-        _node("Conv", ["cells", "picks", "zero"], "raw"),
-        _node("Relu", ["raw"], "score"),
-        _node("Conv", ["cells", "nothing", "one"], "ones"),
-        _node("CumSum", ["ones", "axis_x"], "x"),
-        _node("CumSum", ["ones", "axis_y"], "y"),
-        _node("Concat", ["x", "y", "ones", "score"], "known", _int("axis", 1)),
-        _node("Conv", ["known", "mix"], "grid"),
-        _node("Reshape", ["grid", "flat"], "list" if by_face else "output0"),
+        node("Conv", ["cells", "picks", "zero"], "raw"),
+        node("Relu", ["raw"], "score"),
+        node("Conv", ["cells", "nothing", "one"], "ones"),
+        node("CumSum", ["ones", "axis_x"], "x"),
+        node("CumSum", ["ones", "axis_y"], "y"),
+        node("Concat", ["x", "y", "ones", "score"], "known", whole("axis", 1)),
+        node("Conv", ["known", "mix"], "grid"),
+        node("Reshape", ["grid", "flat"], "list" if by_face else "output0"),
     ]
     shape: list[int | str] = [1, len(rows), "n"]
     if by_face:
-        nodes.append(_node("Transpose", ["list"], "output0", _ints("perm", [0, 2, 1])))
+        nodes.append(node("Transpose", ["list"], "output0", wholes("perm", [0, 2, 1])))
         shape = [1, "n", len(rows)]
     tensors = {
         "picks": _kernel([(1, 0, -1)]),
@@ -106,7 +108,7 @@ def _write_yolo(
         "flat": np.array([0, len(rows), -1], np.int64),
     }
     sides = [size, size] if isinstance(size, int) else ["height", "width"]
-    _write(path, nodes, tensors, ("images", [1, 3, *sides]), [("output0", shape)], metadata)
+    write_model(path, nodes, tensors, ("images", [1, 3, *sides]), [("output0", shape)], metadata)
 
 
 def _pixels(row: Sequence[float], cell: int) -> tuple[float, ...]:
@@ -121,63 +123,5 @@ def _floats(values: Sequence[float]) -> NDArray[np.float32]:
     return np.array(values, np.float32)
 
 
-# ---- the file format: protobuf messages of onnx.proto, by field numbers
-
-
-def _write(path, nodes, tensors, taken, given, metadata) -> None:
-    graph = (
-        b"".join(_field(1, node) for node in nodes)
-        + _field(2, b"faces")
-        + b"".join(_field(5, _tensor(name, array)) for name, array in tensors.items())
-        + _field(11, _value(*taken))
-        + b"".join(_field(12, _value(*one)) for one in given)
-    )
-    properties = (_field(1, key.encode()) + _field(2, value.encode()) for key, value in metadata.items())
-    path.write_bytes(
-        _number(1, 8) + _field(7, graph) + _field(8, _number(2, 13)) + b"".join(_field(14, one) for one in properties)
-    )
-
-
-def _node(kind: str, inputs: Sequence[str], output: str, attributes: bytes = b"") -> bytes:
-    names = b"".join(_field(1, name.encode()) for name in inputs) + _field(2, output.encode())
-    return names + _field(3, output.encode()) + _field(4, kind.encode()) + attributes
-
-
 def _pool(taken: str, given: str, side: int) -> bytes:
-    return _node("AveragePool", [taken], given, _ints("kernel_shape", [side, side]) + _ints("strides", [side, side]))
-
-
-def _int(name: str, value: int) -> bytes:
-    return _field(5, _field(1, name.encode()) + _number(3, value) + _number(20, 2))
-
-
-def _ints(name: str, values: Sequence[int]) -> bytes:
-    return _field(5, _field(1, name.encode()) + b"".join(_number(8, value) for value in values) + _number(20, 7))
-
-
-def _tensor(name: str, array: NDArray) -> bytes:
-    kind, stored = (7, "<i8") if array.dtype == np.int64 else (1, "<f4")
-    dims = b"".join(_number(1, size) for size in array.shape)
-    return dims + _number(2, kind) + _field(8, name.encode()) + _field(9, array.astype(stored).tobytes())
-
-
-def _value(name: str, shape: Sequence[int | str]) -> bytes:
-    dims = (_number(1, size) if isinstance(size, int) else _field(2, size.encode()) for size in shape)
-    whole = b"".join(_field(1, dim) for dim in dims)
-    return _field(1, name.encode()) + _field(2, _field(1, _number(1, 1) + _field(2, whole)))
-
-
-def _field(number: int, content: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(content)) + content
-
-
-def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
-
-
-def _varint(value: int) -> bytes:
-    groups = []
-    while value > 127:
-        groups.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*groups, value])
+    return node("AveragePool", [taken], given, wholes("kernel_shape", [side, side]) + wholes("strides", [side, side]))

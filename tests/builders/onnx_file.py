@@ -6,14 +6,13 @@ So every pixel counts with its place and channel, and a few lines of numpy say w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 _FLOAT = 1  # TensorProto.DataType
-_INT = 2  # AttributeProto.AttributeType
 
 
 def write_tagger(
@@ -30,38 +29,62 @@ def write_tagger(
         weight: (inputs, labels), inputs in the order in which `shape` flattens; `bias`: (labels,).
         shape: of the input, the batch first; a name is a size that is free, e.g. ("N", 8, 8, 3).
     """
-    layer = ("layer", "probabilities") if sigmoid else ("probabilities", None)
+    layer = ("layer", "probabilities") if sigmoid else ("probabilities", "")
     nodes = [
-        _node("Flatten", ["pixels"], "flat", _attribute("axis", 1)),
-        _node("Gemm", ["flat", "weight", "bias"], layer[0]),
+        node("Flatten", ["pixels"], "flat", whole("axis", 1)),
+        node("Gemm", ["flat", "weight", "bias"], layer[0]),
     ]
     if sigmoid:
-        nodes.append(_node("Sigmoid", ["layer"], "probabilities"))
+        nodes.append(node("Sigmoid", ["layer"], "probabilities"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    outputs = [("probabilities", [shape[0], weight.shape[1]])]
+    write_model(path, nodes, {"weight": weight, "bias": bias}, ("pixels", shape), outputs)
+
+
+# ---- the file format: protobuf messages of onnx.proto, by field numbers
+
+
+def write_model(
+    path: Path,
+    nodes: Sequence[bytes],
+    tensors: Mapping[str, NDArray],
+    taken: tuple[str, Sequence[int | str]],
+    given: Sequence[tuple[str, Sequence[int | str]]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a model of opset 13 from its nodes, stored tensors, and the names and shapes of its input and outputs."""
     graph = (
         b"".join(_field(1, node) for node in nodes)
-        + _field(2, b"tagger")
-        + _field(5, _tensor("weight", weight))
-        + _field(5, _tensor("bias", bias))
-        + _field(11, _value("pixels", shape))
-        + _field(12, _value("probabilities", [shape[0], weight.shape[1]]))
+        + _field(2, b"graph")
+        + b"".join(_field(5, _tensor(name, array)) for name, array in tensors.items())
+        + _field(11, _value(*taken))
+        + b"".join(_field(12, _value(*one)) for one in given)
     )
-    opset = _number(2, 13)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_number(1, 8) + _field(7, graph) + _field(8, opset))
+    properties = (_field(1, key.encode()) + _field(2, value.encode()) for key, value in (metadata or {}).items())
+    path.write_bytes(
+        _number(1, 8) + _field(7, graph) + _field(8, _number(2, 13)) + b"".join(_field(14, one) for one in properties)
+    )
 
 
-def _node(kind: str, inputs: Sequence[str], output: str, attributes: bytes = b"") -> bytes:
+def node(kind: str, inputs: Sequence[str], output: str, attributes: bytes = b"") -> bytes:
     names = b"".join(_field(1, name.encode()) for name in inputs) + _field(2, output.encode())
     return names + _field(3, output.encode()) + _field(4, kind.encode()) + attributes
 
 
-def _attribute(name: str, value: int) -> bytes:
-    return _field(5, _field(1, name.encode()) + _number(3, value) + _number(20, _INT))
+def whole(name: str, value: int) -> bytes:
+    """An attribute that is a whole number."""
+    return _field(5, _field(1, name.encode()) + _number(3, value) + _number(20, 2))
 
 
-def _tensor(name: str, array: NDArray[np.float32]) -> bytes:
+def wholes(name: str, values: Sequence[int]) -> bytes:
+    """An attribute that is a list of whole numbers."""
+    return _field(5, _field(1, name.encode()) + b"".join(_number(8, value) for value in values) + _number(20, 7))
+
+
+def _tensor(name: str, array: NDArray) -> bytes:
+    kind, stored = (7, "<i8") if array.dtype == np.int64 else (_FLOAT, "<f4")
     dims = b"".join(_number(1, size) for size in array.shape)
-    return dims + _number(2, _FLOAT) + _field(8, name.encode()) + _field(9, array.astype("<f4").tobytes())
+    return dims + _number(2, kind) + _field(8, name.encode()) + _field(9, array.astype(stored).tobytes())
 
 
 def _value(name: str, shape: Sequence[int | str]) -> bytes:
