@@ -7,6 +7,7 @@ Entries that we write carry a note of what they were made from. Entries without 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -210,8 +211,8 @@ def _save_flip_file(wanted: Wanted, arrays: Mapping[str, NDArray[Any]]) -> None:
     file = _flip_file(wanted.picture)
     if wanted.flip:
         store.write(file, {_LATENTS: arrays[_FLIPPED], _SIZE: arrays[_SIZE], _CROP: arrays[_CROP]})
-    else:
-        file.unlink(missing_ok=True)
+    elif os.path.lexists(file):  # there is none where its name would be too long, and to ask so is no error
+        file.unlink()
 
 
 def _oldest_file(picture: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -157,6 +158,10 @@ def make_files(
     return sum(one not in missing for one in made.wanted)
 
 
+class _NameTooLongError(UserError):
+    """What cannot be written is one picture's latents; others can."""
+
+
 class _Made(NamedTuple):
     wanted: list[Wanted]  # of every record
     shelf: _Shelf
@@ -189,7 +194,12 @@ def _make_files(
     mine = set(encoder.processes.share_of(places))
     jobs = _in_order(one for one in missing if shelf.place(one) in mine)
     for one, latents in _encode(jobs, owners, encoder, failed):
-        shelf.save(one, latents)
+        try:
+            shelf.save(one, latents)
+        except _NameTooLongError as error:
+            if failed is None:
+                raise
+            failed(one.picture, error.problems[0])
     encoder.processes.wait()
     return _Made(wanted, shelf, missing, found)
 
@@ -303,8 +313,9 @@ class _Shelf:
         try:
             latent_files.save(wanted, self.layout, arrays, self._identity(wanted))
         except OSError as error:
+            kind = _NameTooLongError if error.errno == errno.ENAMETOOLONG else UserError
             why = error.strerror or error
-            raise UserError(f"{self.place(wanted)}: the latents cannot be written ({why})") from None
+            raise kind(f"{self.place(wanted)}: the latents cannot be written ({why})") from None
 
     def find_written(self, wanted: Wanted) -> Entry:
         """What `save` of any process has written. Raises: UserError: it is not there."""

@@ -194,7 +194,7 @@ def cache_text_on_disk(
     for caption, members in share:
         for item in members:
             file = cache_file(item, layout)
-            there = file.is_file()
+            there = os.path.isfile(file)  # Path.is_file raises over names that are too long
             fault = _fault(file, item, layout, wanted, summaries) if there and check else None
             if fault:
                 reasons.append(f"{file}: {fault}; it is made anew")
@@ -226,7 +226,7 @@ def unusable_files(
     for item in items:
         file = cache_file(item, layout)
         fault = "it is not there"
-        if file.is_file():
+        if os.path.isfile(file):
             fault = _fault(file, item, layout, {}, summaries) if check else None
         if fault:
             found[file] = fault

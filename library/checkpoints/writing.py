@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_SHOWN = 40  # signs of a file's name that its temporary name has
+
+
 @dataclass(frozen=True)
 class Deferred:
     """A tensor that is made only when its turn to be written comes, so that a whole converted copy is never held."""
@@ -40,7 +43,7 @@ def replacing(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=_beginning(path), suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -59,7 +62,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Gives an empty folder beside `path`; on success it takes the place of `path`, whatever was there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    work = Path(tempfile.mkdtemp(prefix=_beginning(path), suffix=".tmp", dir=path.parent))
     fresh, old = work / "new", work / "old"
     fresh.mkdir()
     try:
@@ -74,6 +77,11 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _beginning(path: Path) -> str:
+    """Of a temporary name. Not all of a long one: file systems have 255 bytes for a name, of up to 4 for each sign."""
+    return f".{path.name[:_SHOWN]}."
 
 
 def write_safetensors(

@@ -18,6 +18,8 @@ from library.errors import UserError
 from library.runtime.logs import LOGGER
 from library.types import Size
 
+_MOST_PIXELS = 10**8  # of a picture that is enlarged for its bucket
+
 
 @dataclass(frozen=True)
 class Record:
@@ -211,13 +213,18 @@ def _count(look: _Look, one: Found, frame: tuple[Size, Size | None], findings: F
 
 
 def bucket_chooser(spec: DatasetSpec) -> Callable[[Size], Fit | None]:
-    """Chooses the bucket for a size of pictures, once for all pictures that have it."""
+    """Chooses the bucket for a size of pictures, once for all pictures that have it. None: the size fits into none."""
     step = spec.bucket_reso_steps
     if spec.bucket_no_upscale:
-        return cache(lambda size: buckets.choose_no_upscale(size, spec.resolution, step))
+        return cache(lambda size: _if_not_endless(buckets.choose_no_upscale(size, spec.resolution, step)))
     limits = spec.min_bucket_reso, spec.max_bucket_reso
     sizes = buckets.bucket_sizes(spec.resolution, *limits, step) if spec.enable_bucket else []
-    return cache(lambda size: buckets.choose(size, sizes))
+    return cache(lambda size: _if_not_endless(buckets.choose(size, sizes)))
+
+
+def _if_not_endless(fit: Fit | None) -> Fit | None:
+    """A strip of few pixels would be enlarged to more than fits into memory, and nearly all of it cut off."""
+    return fit if fit is not None and fit.resized.width * fit.resized.height <= _MOST_PIXELS else None
 
 
 def _prepared_frame(one: Found, size: Size, spec: DatasetSpec) -> tuple[Size, Size] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 Read = TypeVar("Read")
 
+SPARE = 4  # times the size that is wanted is how large a picture is decoded at least, to be shrunk well from there
+
 
 class View(NamedTuple):
     """One look at a record. All parts have the same cut, and are mirrored together."""
@@ -34,6 +37,7 @@ class View(NamedTuple):
 def render(record: Record, flip: bool, rng: Random) -> View:
     """The record's picture as the model is to see it, and what goes with it.
 
+    A JPEG file that is shrunk to an eighth or less may be decoded at a fraction of its size, see `images.read_reduced`.
     With alpha_mask the colours are those stored under the transparency; without, white shows through it.
 
     Args:
@@ -43,17 +47,21 @@ def render(record: Record, flip: bool, rng: Random) -> View:
     """
     subset = record.subset
     alpha = extra = None
+    cut = _cut(record, rng)
     if subset.alpha_mask:
         pixels, alpha = _read(images.read_image_and_alpha, record.path)
+        size = Size(*pixels.shape[1::-1])
+    elif subset.resize_interpolation in (None, "area"):
+        enough = Size(SPARE * cut.resized.width, SPARE * cut.resized.height)
+        pixels, size = _read(partial(images.read_reduced, enough=lambda _: enough), record.path)
     else:
         pixels = _read(images.read_image, record.path)
-    size = Size(*pixels.shape[1::-1])
+        size = Size(*pixels.shape[1::-1])
     if size != record.size:
         raise UserError(
             f"{record.path}: the picture has changed since the start of the run, from "
             f"{record.size.width}x{record.size.height} to {size.width}x{size.height}; start the run again"
         )
-    cut = _cut(record, rng)
     pixels = images.apply_cut(pixels, cut, subset.resize_interpolation)
     if alpha is not None:
         alpha = images.apply_cut_to_mask(alpha, cut)

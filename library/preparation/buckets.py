@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from library.options.memory import DistributedOptions, MemoryOptions
 from library.options.preparation import WorkOptions
 from library.options.training import TrainingOptions
 from library.preparation import encoding as parts
+from library.preparation.metadata import NOT_UNICODE, is_unicode, require_writable, write_metadata
 from library.preparation.outcome import Outcome
 from library.preparation.pictures import find_pictures, gathered, is_first
 from library.runtime.logs import LOGGER
@@ -58,6 +58,9 @@ def prepare(opts: Options) -> Outcome:
     from library.runtime.places import cache_folder
 
     options, outcome = opts.bucketing, Outcome()
+    out = Path(options.out_json)
+    if is_first():
+        require_writable(out, "out_json")
     family = options.family or _family_of(options.model_name_or_path)
     training = _as_training(options, family)
     spec = _spec(training, family)
@@ -65,6 +68,9 @@ def prepare(opts: Options) -> Outcome:
     pictures = find_pictures(Path(options.train_data_dir), recursive=options.recursive)
     index = FileIndex(cache_folder() / "index")
     keys = dict(_keys(pictures, metadata, options, index, outcome))
+    for picture in [picture for picture, key in keys.items() if not is_unicode(key)]:
+        outcome.fail(picture, NOT_UNICODE)
+        del keys[picture]
     records = list(_records(list(keys), spec, index, outcome))
     kept = _encode(records, family, training, options, index, outcome) if records else 0
     failed = {path for one in gathered(set(outcome.failed)) for path in one}
@@ -72,7 +78,7 @@ def prepare(opts: Options) -> Outcome:
         return outcome
     index.save()
     done = [record for record in records if record.path not in failed]
-    _write(Path(options.out_json), _noted(metadata, keys, done))
+    write_metadata(out, _noted(metadata, keys, done))
     _tell(done)
     outcome.skipped, outcome.done = kept, len(done) - kept
     return outcome
@@ -149,7 +155,7 @@ def _keys(
             found += 1
             yield picture, known[_address(picture)]
         elif options.full_path:
-            yield picture, str(picture)
+            yield picture, os.path.abspath(picture)
         elif stems[_address(picture.with_suffix(""))] == 1:
             yield picture, picture.stem
         elif picture.stem in metadata:
@@ -251,16 +257,6 @@ def _noted(metadata: Metadata, keys: Mapping[Path, str], records: Sequence[Recor
         entry["train_resolution"] = [side - side % _MULTIPLE for side in record.bucket]
         entry["image_size"] = list(record.size)
     return noted
-
-
-def _write(file: Path, metadata: Metadata) -> None:
-    from library.checkpoints.writing import replacing
-
-    try:
-        with replacing(file) as temporary:
-            temporary.write_text(json.dumps(metadata, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror or error})") from None
 
 
 def _tell(records: Sequence[Record]) -> None:

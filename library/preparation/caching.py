@@ -192,5 +192,5 @@ def cache_texts(opts: Options) -> Outcome:
 def _stamp(file: Path) -> int | None:
     try:
         return file.stat().st_mtime_ns
-    except FileNotFoundError:
+    except OSError:  # not there, or with a name that no file can have
         return None

@@ -14,21 +14,28 @@ from library.errors import UserError
 from library.preparation.blip_weights import build_blip, read_original_blip, word_count
 from library.preparation.pretrained import fetched, load, load_model, placed
 from library.preparation.word_drawing import DrawnWords
+from library.runtime.logs import LOGGER
+from library.types import Size
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
 BLIP_PROMPT = "a picture of "  # what BLIP's captions were trained to go on from
 ASKING = "Describe this picture in one sentence."
 BERT = "google-bert/bert-base-uncased"  # whose vocabulary the original BLIP files are for
+_SPARE = 2  # how many times as large as the model's picture a decoded one is at least; it is shrunk well from there
 _BLIP_PENALTY = 1.1  # on repeated words where words are drawn, as the original has it
 _CAPTION_TASK = "<CAPTION>"  # Florence-2 is asked by task
 
 
 class Captioner(Protocol):
     """A model that is ready to caption."""
+
+    def enough(self, size: Size) -> Size:
+        """How large a picture of this size has to be decoded at least; see `images.read_reduced`."""
 
     def prepare(self, image: NDArray[np.uint8]) -> Any:
         """What the model needs of a picture (H, W, 3). Called in several threads."""
@@ -62,8 +69,8 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Blip:
-    """BLIP goes on with a prompt."""
+class _Ours:
+    """A model whose class is known, with what it needs."""
 
     model: nn.Module
     tokenizer: Any
@@ -71,58 +78,50 @@ class Blip:
     search: Search
     prompt: str
 
+    def enough(self, size: Size) -> Size:
+        return _enough(self.image_processor)
+
     def prepare(self, image: NDArray[np.uint8]) -> Tensor:
         return _pixels(self.image_processor, image)
+
+    def _continued(self, prepared: Sequence[Tensor], names: Sequence[str], ids: Tensor, penalty: float = 1.0) -> Tensor:
+        """The tokens that the model gives for pictures after `ids`, (B, length), with them."""
+        import torch
+
+        with torch.inference_mode():
+            return self.model.generate(
+                pixel_values=torch.stack(list(prepared)).to(self.model.device, self.model.dtype),
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_length=self.search.max_length,
+                min_length=self.search.min_length,
+                repetition_penalty=penalty,
+                **self.search.arguments(names),
+            )
+
+
+class Blip(_Ours):
+    """BLIP goes on with a prompt."""
 
     def caption(self, prepared: Sequence[Tensor], names: Sequence[str]) -> list[str]:
         import torch
 
-        pixels = torch.stack(list(prepared)).to(self.model.device, self.model.dtype)
         tokens = self.tokenizer(self.prompt).input_ids
         # `generate` puts BLIP's own start in place of the first token, and leaves out the last, an end.
         ids = torch.tensor([tokens] * len(prepared), device=self.model.device)
-        with torch.inference_mode():
-            found = self.model.generate(
-                pixel_values=pixels,
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_length=self.search.max_length,
-                min_length=self.search.min_length,
-                repetition_penalty=1.0 if self.search.top_p is None else _BLIP_PENALTY,
-                **self.search.arguments(names),
-            )
+        found = self._continued(prepared, names, ids, 1.0 if self.search.top_p is None else _BLIP_PENALTY)
         return _texts(self.tokenizer, found[:, len(tokens) - 1 :])
 
 
-@dataclass(frozen=True)
-class Git:
+class Git(_Ours):
     """GIT begins by itself, or goes on with a prompt."""
-
-    model: nn.Module
-    tokenizer: Any
-    image_processor: Any
-    search: Search
-    prompt: str
-
-    def prepare(self, image: NDArray[np.uint8]) -> Tensor:
-        return _pixels(self.image_processor, image)
 
     def caption(self, prepared: Sequence[Tensor], names: Sequence[str]) -> list[str]:
         import torch
 
-        pixels = torch.stack(list(prepared)).to(self.model.device, self.model.dtype)
         tokens = self.tokenizer(self.prompt, add_special_tokens=False).input_ids
         ids = torch.tensor([[self.model.config.bos_token_id, *tokens]] * len(prepared), device=self.model.device)
-        with torch.inference_mode():
-            found = self.model.generate(
-                pixel_values=pixels,
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_length=self.search.max_length,
-                min_length=self.search.min_length,
-                **self.search.arguments(names),
-            )
-        return _texts(self.tokenizer, found[:, ids.shape[1] :])
+        return _texts(self.tokenizer, self._continued(prepared, names, ids)[:, ids.shape[1] :])
 
 
 @dataclass(frozen=True)
@@ -133,6 +132,9 @@ class ImageTextModel:
     processor: Any
     search: Search
     prompt: str | None
+
+    def enough(self, size: Size) -> Size:
+        return size  # some of these see all that there is
 
     def prepare(self, image: NDArray[np.uint8]) -> Image.Image:
         return Image.fromarray(image)
@@ -194,7 +196,7 @@ def load_blip(weights: str, search: Search, prompt: str | None) -> Blip:
         processor = _processor(weights)
         tokenizer, image_processor = processor.tokenizer, processor.image_processor
     _require_room(weights, search, model.config.text_config.max_position_embeddings)
-    return Blip(_on_device(model), tokenizer, image_processor, search, prompt)
+    return Blip(_on_device(model, weights), tokenizer, image_processor, search, prompt)
 
 
 def load_git(name: str, search: Search, prompt: str | None = None) -> Git:
@@ -205,7 +207,7 @@ def load_git(name: str, search: Search, prompt: str | None = None) -> Git:
     model = load_model(name, GitForCausalLM, "a GIT model", dtype="float32")
     processor = _processor(name)
     _require_room(name, search, model.config.max_position_embeddings)
-    return Git(_on_device(model), processor.tokenizer, processor.image_processor, search, prompt or "")
+    return Git(_on_device(model, name), processor.tokenizer, processor.image_processor, search, prompt or "")
 
 
 def load_image_text_model(name: str, search: Search, prompt: str | None) -> Captioner:
@@ -219,7 +221,7 @@ def load_image_text_model(name: str, search: Search, prompt: str | None) -> Capt
     kind = _model_type(name, "an image-text-to-text model")
     if kind in _BY_TYPE:
         return _BY_TYPE[kind](name, search, prompt)
-    device = placed()
+    device = _told_place(name)
     dtype = torch.float32
     if device.type == "cuda":  # such models are made in bfloat16; not all of them stay finite in float16
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -283,6 +285,13 @@ def _blip_image_processor(side: int) -> Any:
 def _pixels(image_processor: Any, image: NDArray[np.uint8]) -> Tensor:
     # As a Pillow image: the axes of an array that is 3 pixels high could be mistaken.
     return image_processor(Image.fromarray(image), return_tensors="pt").pixel_values[0]
+
+
+def _enough(image_processor: Any) -> Size:
+    """Twice what the picture is shrunk to, whose sides are set, or only the shorter one."""
+    size = image_processor.size
+    sides = [size["shortest_edge"]] * 2 if "shortest_edge" in size else [size["width"], size["height"]]
+    return Size(*(_SPARE * side for side in sides))
 
 
 def _processor(name: str, config: Any = None) -> Any:
@@ -355,11 +364,18 @@ def _require_room(name: str, search: Search, positions: int) -> None:
         raise UserError(f"--max_length {search.max_length}: {name} can count to {positions} tokens only")
 
 
-def _on_device(model: nn.Module) -> nn.Module:
+def _on_device(model: nn.Module, name: str) -> nn.Module:
     import torch
 
-    device = placed()
+    device = _told_place(name)
     return model.to(device, torch.float16) if device.type == "cuda" else model.to(device)
+
+
+def _told_place(name: str) -> torch.device:
+    """This process's device, after telling which one it is: on the wrong one, captions take hours."""
+    device = placed()
+    LOGGER.info("captioning with %s on the %s", name, "CPU" if device.type == "cpu" else "GPU")
+    return device
 
 
 def _texts(tokenizer: Any, ids: Tensor) -> list[str]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
+from os.path import isfile  # unlike Path.is_file, it also knows that names too long for files are none
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoints.writing import replacing
-from library.data.images import read_image
+from library.data.images import read_reduced
 from library.errors import UserError
 from library.options.base import Options
 from library.options.captioning import CaptionFileOptions, CaptionOptions, GitCaptionOptions
 from library.options.preparation import WorkOptions
-from library.preparation.outcome import Outcome
+from library.preparation.outcome import Outcome, show
 from library.preparation.pictures import find_pictures, gathered, in_batches, my_share, read_ahead
+from library.preparation.texts import require_text_ending, write_text
 from library.preparation.written_words import without_written_words
 from library.runtime.logs import LOGGER
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 GROUPS = (CaptionOptions, WorkOptions)
 GIT_GROUPS = (GitCaptionOptions, WorkOptions)
+
+_NARROWEST = 400  # the longer side of a picture in shorter ones
 
 
 def make_captions(opts: Options) -> Outcome:
@@ -69,11 +71,12 @@ def caption_folder(
         mend: changes a caption before it is written.
     Raises: UserError: no pictures, the model cannot be had, or a batch does not fit into the GPU's memory.
     """
+    require_text_ending(given.caption_extension)
     folder = Path(given.train_data_dir)
     outcome = Outcome()
     todo = []
     for path in my_share(find_pictures(folder, recursive=given.recursive)):
-        if given.skip_existing and caption_path(path, given).is_file():
+        if given.skip_existing and isfile(caption_path(path, given)):
             outcome.skipped += 1
         else:
             todo.append(path)
@@ -82,21 +85,24 @@ def caption_folder(
     captioner = load()
 
     def read(path: Path) -> Any:
-        return captioner.prepare(read_image(path))
+        pixels, size = read_reduced(path, captioner.enough)
+        if max(size) > _NARROWEST * min(size):  # what models shrink the shorter side of would need all memory
+            raise ValueError(f"{size.width}x{size.height} is too narrow to be captioned")
+        return captioner.prepare(pixels)
 
-    pictures = read_ahead(todo, read, outcome, workers=given.max_data_loader_n_workers, desc="captions")
-    for batch in in_batches(pictures, given.batch_size):
+    size = given.batch_size
+    pictures = read_ahead(todo, read, outcome, workers=given.max_data_loader_n_workers, desc="captions", batch=size)
+    for batch in in_batches(pictures, size):
         for path, found in _captioned(captioner, batch, folder, outcome):
             caption = mend(found)
             try:
-                with replacing(caption_path(path, given), flush=False) as file:
-                    file.write_text(f"{caption}\n", encoding="utf-8", newline="\n")
-            except OSError as error:
-                outcome.fail(path, f"its caption cannot be written ({error.strerror or error})")
+                write_text(caption_path(path, given), f"{caption}\n", flush=False)
+            except UserError as error:
+                outcome.fail(path, str(error))
                 continue
             outcome.done += 1
             if given.debug:
-                _show(f"{path}: {caption}")
+                show(f"{path}: {caption}")
     return outcome
 
 
@@ -129,9 +135,3 @@ def _captioned(
             yield from _captioned(captioner, [one], folder, outcome)
         return
     yield from zip((path for path, _ in batch), captions, strict=True)
-
-
-def _show(line: str) -> None:
-    # Consoles that lack a sign show another one in its place; no caption is lost over that.
-    encoding = sys.stdout.encoding or "utf-8"
-    print(line.encode(encoding, "replace").decode(encoding), flush=True)

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from library.checkpoints.reading import require_file
 from library.data import images
 from library.errors import UserError
+from library.preparation.onnx_sessions import first_line, open_session
 from library.types import Size
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from onnxruntime import InferenceSession
 
 _LONGER_SIDE = 640  # what a picture is resized to for a model that takes any size; the models are trained with it
 _MULTIPLE = 32  # of both sides, for the coarsest grid of the models
@@ -56,7 +55,7 @@ class FaceModel:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._session = _open(self.path)
+        self._session = open_session(self.path)
         self._input = self._session.get_inputs()[0]
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._is_yunet = all(f"{part}_{s}" in self._outputs for part in ("cls", "obj", "bbox") for s in _YUNET_STRIDES)
@@ -78,7 +77,7 @@ class FaceModel:
         try:
             values = self._session.run(self._outputs, {self._input.name: fed})
         except Exception as error:  # onnxruntime has an error class for every status, without a common one
-            raise UserError(f"{self.path}: the model does not run ({_first_line(error)})") from None
+            raise UserError(f"{self.path}: the model does not run ({first_line(error)})") from None
         arrays = [np.asarray(value, dtype=np.float32) for value in values]
         try:
             if self._is_yunet:
@@ -226,19 +225,6 @@ def _face(found: _Found, index: int, scale: float) -> Face:
     return Face(left, top, right, bottom, float(found.scores[index]), eyes)
 
 
-def _open(path: Path) -> InferenceSession:
-    require_file(path)
-    import onnxruntime
-
-    onnxruntime.set_default_logger_severity(4)  # a GPU that is not there is no error here
-    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    available = onnxruntime.get_available_providers()
-    try:
-        return onnxruntime.InferenceSession(str(path), providers=[name for name in wanted if name in available])
-    except Exception as error:  # see `find`
-        raise UserError(f"{path}: cannot be read as an ONNX model ({_first_line(error)})") from None
-
-
 def _value(metadata: Mapping[str, str], key: str, default: Any) -> Any:
     """A value that is written as JSON or as Python writes it."""
     read: tuple[Callable[[str], Any], ...] = (json.loads, ast.literal_eval)
@@ -248,7 +234,3 @@ def _value(metadata: Mapping[str, str], key: str, default: Any) -> Any:
         except (KeyError, ValueError, SyntaxError):
             continue
     return default
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 GROUPS = (FaceOptions, WorkOptions)
+_MOST_PIXELS = 10**8  # of a picture that is enlarged for the sake of its face
+_LONGEST_TURNED = 32766  # pixels of a side: OpenCV counts them with 16 bits here
 _LEAST_SURE = 0.05  # below, it is not worth telling about
 _BOX, _EYE = (255, 0, 0), (0, 0, 255)  # RGB of what --debug draws
 
@@ -154,7 +156,7 @@ def _whole(value: float) -> int:
 def _cut_file(path: Path, pixels: NDArray[np.uint8], model: FaceModel, given: FaceOptions) -> list[tuple[str, bytes]]:
     """(name, content) of every result of a picture.
 
-    Raises: ValueError: it cannot be written as a file of its kind.
+    Raises: ValueError: a result would be too large, or cannot be written as a file of its kind.
     """
     suffix = writable_suffix(path.suffix)
     results: dict[str, bytes] = {}
@@ -186,7 +188,11 @@ def _wanted_faces(path: Path, pixels: NDArray[np.uint8], model: FaceModel, given
 
 
 def _result(pixels: NDArray[np.uint8], face: Face, given: FaceOptions) -> tuple[NDArray[np.uint8], FaceBox]:
-    """The picture around a face, and the face's box in it."""
+    """The picture around a face, and the face's box in it.
+
+    Raises: ValueError: the face is so small that what it is to become would not fit into memory, or the picture is too
+        long to be turned.
+    """
     size = Size(pixels.shape[1], pixels.shape[0])
     box = box_of(face, size)
     eyes = face.eyes
@@ -197,6 +203,11 @@ def _result(pixels: NDArray[np.uint8], face: Face, given: FaceOptions) -> tuple[
         eyes = ((first[0], first[1]), (second[0], second[1]))
     framing = Framing(given.resize_face_size, given.crop_pixels(), given.crop_times(), given.resize_fit)
     cut, placed = frame(size, box, framing)
+    if cut.resized.width * cut.resized.height > _MOST_PIXELS:
+        raise ValueError(
+            f"for its face of {max(box.width, box.height)} pixels it would become "
+            f"{cut.resized.width}x{cut.resized.height}; leave out such faces with --min_size"
+        )
     result = images.apply_cut(pixels, cut)
     if given.debug:
         factors = (cut.resized.width / size.width, cut.resized.height / size.height)
@@ -209,6 +220,8 @@ def _turned(pixels: NDArray[np.uint8], matrix: NDArray[np.float64]) -> NDArray[n
     import cv2
 
     height, width = pixels.shape[:2]
+    if max(height, width) > _LONGEST_TURNED:
+        raise ValueError(f"{width}x{height} is too long for --rotate, which takes {_LONGEST_TURNED} pixels at most")
     return cv2.warpAffine(pixels, matrix, (width, height), flags=cv2.INTER_LANCZOS4, borderMode=cv2.BORDER_REPLICATE)
 
 

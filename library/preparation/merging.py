@@ -16,7 +16,7 @@ from library.errors import UserError
 from library.options.base import Options
 from library.options.metadata import MergeCaptionsOptions, MergeOptions, MergeTagsOptions
 from library.options.preparation import WorkOptions
-from library.preparation.metadata import write_metadata
+from library.preparation.metadata import NOT_UNICODE, is_unicode, write_metadata
 from library.preparation.outcome import Outcome
 from library.preparation.pictures import find_pictures, read_ahead
 from library.preparation.texts import read_lines
@@ -60,8 +60,8 @@ def merge(options: MergeOptions, field: Field) -> Outcome:
     reading = read_ahead(list(texts), lambda picture: read_lines(texts[picture]), outcome, workers=None, desc="merging")
     for picture, text in reading:
         key = keys[picture]
-        if not _is_unicode(key):
-            outcome.fail(picture, "the name is not Unicode text, so no metadata file can hold it; rename the file")
+        if not is_unicode(key):
+            outcome.fail(picture, NOT_UNICODE)
             continue
         empty += not text
         entries[key] = {**entries.get(key, {}), field: text}
@@ -112,15 +112,16 @@ def _names_in(folder: Path) -> frozenset[str]:
 def keys_of(pictures: Sequence[Path], entries: Mapping[str, Any], *, full_path: bool) -> dict[Path, str]:
     """What each picture is called in the metadata.
 
-    A path that `entries` have already stays as it is spelt there. Else it is the path with `full_path`, and the stem
-    without; where several pictures of the folder share a stem, the file name, as nothing else tells them apart.
+    A path that `entries` have already stays as it is spelt there. Else it is the absolute path with `full_path`, as the
+    next script may be started in another folder; and the stem without. Where several pictures of the folder share a
+    stem it is the file name, as nothing else tells them apart.
     """
     known = {os.path.abspath(key): key for key in entries if is_image(os.path.basename(key))}
     shared = Counter(picture.stem for picture in pictures)
 
     def name(picture: Path) -> str:
         if full_path:
-            return str(picture)
+            return os.path.abspath(picture)
         return picture.name if shared[picture.stem] > 1 or picture.name in entries else picture.stem
 
     return {picture: known.get(os.path.abspath(picture)) or name(picture) for picture in pictures}
@@ -162,11 +163,3 @@ def _others(pictures: Sequence[Path], extension: str) -> str:
     """A hint where files of another usual ending are there."""
     other = [ending for ending in (".caption", ".txt") if ending != extension and text_files(pictures, ending)]
     return f", such as --caption_extension={other[0]}, of which there are some" if other else ""
-
-
-def _is_unicode(key: str) -> bool:
-    try:
-        key.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

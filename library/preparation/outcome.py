@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,3 +48,9 @@ class Outcome:
             whole.skipped += one.skipped
             whole.failed |= one.failed
         return whole
+
+
+def show(line: str) -> None:
+    """Prints what a script is asked to tell about pictures. Signs that a console lacks show as others."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "replace").decode(encoding), flush=True)

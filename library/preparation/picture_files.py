@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from io import BytesIO
 from pathlib import Path
@@ -54,11 +55,13 @@ def encoded(pixels: NDArray[np.uint8], suffix: str) -> bytes:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Raises: WriteError."""
+    """Raises: WriteError. ValueError: the name is too long, which is about this picture."""
     try:
         with replacing(path, flush=False) as temporary:
             temporary.write_bytes(content)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(f"the result's name is too long: {path.name}; shorten the picture's") from None
         raise WriteError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 

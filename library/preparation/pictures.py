@@ -65,6 +65,7 @@ def read_ahead(
     *,
     workers: int | None,
     desc: str,
+    batch: int = 1,
 ) -> Iterator[tuple[Path, T]]:
     """Pictures in the order of `paths`, as `read` makes them; threads are a little ahead of who takes them.
 
@@ -75,13 +76,14 @@ def read_ahead(
         read: raises UserError, OSError or ValueError where a picture cannot be used. Called in several threads.
         workers: threads; 0 reads when asked, and None takes as many as there are processors, up to 8.
         desc: what is being done, for the bar.
+        batch: pictures that are taken in one go; the next ones are read while these are worked on.
     """
     count = min(_WORKERS, os.cpu_count() or 1) if workers is None else workers
     with progress(len(paths), desc, unit=" pictures", disable=not is_first()) as bar:
-        for path, result in _results(paths, read, count):
+        for path, result in _results(paths, read, count, batch):
             try:
                 value = result()
-            except (UserError, OSError, ValueError) as error:
+            except (UserError, OSError, ValueError, MemoryError) as error:
                 bar.clear()  # or the message would stand behind it
                 outcome.fail(path, _reason(error))
             else:
@@ -89,7 +91,9 @@ def read_ahead(
             bar.update()
 
 
-def _results(paths: Iterable[Path], read: Callable[[Path], T], workers: int) -> Iterator[tuple[Path, Callable[[], T]]]:
+def _results(
+    paths: Iterable[Path], read: Callable[[Path], T], workers: int, batch: int
+) -> Iterator[tuple[Path, Callable[[], T]]]:
     """Every path with a call that gives what was read, or raises."""
     if workers == 0:
         for path in paths:
@@ -100,7 +104,7 @@ def _results(paths: Iterable[Path], read: Callable[[Path], T], workers: int) -> 
         waiting: deque[tuple[Path, Future[T]]] = deque()
         for path in paths:
             waiting.append((path, pool.submit(read, path)))
-            if len(waiting) > 2 * workers:  # what is read and not taken yet stays in memory
+            if len(waiting) > max(2 * workers, batch):  # what is read and not taken yet stays in memory
                 first, future = waiting.popleft()
                 yield first, future.result
                 del future
@@ -113,6 +117,8 @@ def _results(paths: Iterable[Path], read: Callable[[Path], T], workers: int) -> 
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for it"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -143,7 +149,9 @@ def gathered(value: T) -> list[T]:
     ours = processes()
     if ours.world == 1:
         return [value]
+    import torch
     from accelerate import PartialState
 
-    PartialState()  # connects the processes, once
+    # Connects the processes, once. Left to itself it would take each process without a GPU for the only one.
+    PartialState(cpu=not torch.accelerator.is_available())
     return ours.gathered(value)

@@ -123,7 +123,7 @@ def _fetch(address: str, path: Path) -> None:
                 raise OSError(f"cut short, {size:,} of {length:,} bytes")
     except (OSError, ValueError, HTTPException) as error:  # URLError is an OSError
         raise UserError(
-            f"{address}: cannot be fetched ({_first_line(error)}); get the file on another way and put it at {path}, "
+            f"{address}: cannot be fetched ({_first_line(error)}); get the file in another way and put it at {path}, "
             "or name a file, folder or hub id here"
         ) from None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.options import parsing, validation
-from library.options.base import OptionGroup, Options
+from library.options.base import OptionGroup, Options, options_of
 from library.preparation.outcome import Outcome
 from library.preparation.pictures import gathered, is_first, processes
 from library.runtime import logs
@@ -50,10 +50,16 @@ def run_script(
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         logs.end_progress()
-        print("interrupted; what was written before is whole, and the same command goes on from there", file=sys.stderr)
+        print(f"interrupted; {_after_a_stop(groups)}", file=sys.stderr)
         raise SystemExit(130) from None
     if status:
         raise SystemExit(status)
+
+
+def _after_a_stop(groups: Sequence[type[OptionGroup]]) -> str:
+    whole = "what was written before is whole"
+    names = {option.dest for group in groups for option in options_of(group)}
+    return f"{whole}, and --skip_existing goes on from there" if "skip_existing" in names else whole
 
 
 def _options(

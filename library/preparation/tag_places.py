@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from library.checkpoints.writing import replacing
 from library.data.metadata_files import read_metadata
 from library.errors import UserError
 from library.options.tagging import TaggingOptions
-from library.preparation.metadata import write_metadata
+from library.preparation.metadata import NOT_UNICODE, is_unicode, require_writable, write_metadata
 from library.preparation.pictures import gathered, is_first, processes
 from library.preparation.tag_rules import with_appended
-from library.preparation.texts import read_lines
+from library.preparation.texts import read_lines, require_text_ending, write_text
 from library.runtime.logs import LOGGER
 from library.types import Size
 
@@ -30,7 +28,7 @@ class TagPlace(Protocol):
         """Whether there are tags for a picture from an earlier run."""
 
     def put(self, picture: Path, tags: Sequence[str], size: Size) -> None:
-        """Takes the tags of a picture. Raises: UserError or OSError: about this picture."""
+        """Takes the tags of a picture. Raises: UserError: they cannot be put there."""
 
     def finish(self) -> None:
         """Called once by every process, when all pictures are done. Raises: UserError."""
@@ -45,6 +43,7 @@ def tag_place(options: TaggingOptions, pictures: Sequence[Path]) -> TagPlace:
     Raises: UserError: what is there cannot be read, or nothing can be written there.
     """
     if options.output_path is None:
+        require_text_ending(options.caption_extension)
         _warn_of_shared_names(pictures)
         return TagFiles(options.caption_extension, options.caption_separator, append=options.append_tags)
     keep = options.skip_existing or options.append_tags
@@ -61,17 +60,16 @@ class TagFiles:
         return picture.with_name(picture.stem + self._extension)
 
     def has(self, picture: Path) -> bool:
-        return self.path_of(picture).is_file()
+        return os.path.isfile(self.path_of(picture))  # Path.is_file raises over names that are too long
 
     def put(self, picture: Path, tags: Sequence[str], size: Size) -> None:
         path, text = self.path_of(picture), self._separator.join(tags)
-        if self._append and path.is_file():
+        if self._append and os.path.isfile(path):
             before = read_lines(path)
             text = with_appended(before, tags, self._separator)
             if text == before:
                 return
-        with replacing(path, flush=False) as temporary:
-            temporary.write_bytes(f"{text}\n".encode())
+        write_text(path, f"{text}\n", flush=False)
 
     def finish(self) -> None:
         pass
@@ -96,7 +94,7 @@ class OneFile:
         self._before = {os.path.abspath(key): (key, entry) for key, entry in before.items()}
         self._keep = keep
         if is_first():
-            _require_writable(path)
+            require_writable(path, "--output_path")
 
     def has(self, picture: Path) -> bool:
         _, entry = self._before.get(os.path.abspath(picture), ("", {}))
@@ -104,10 +102,8 @@ class OneFile:
 
     def put(self, picture: Path, tags: Sequence[str], size: Size) -> None:
         full = os.path.abspath(picture)
-        try:
-            full.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError("the name is not Unicode text, so no JSON file can hold it; rename the file") from None
+        if not is_unicode(full):
+            raise UserError(NOT_UNICODE)
         _, before = self._before.get(full, ("", {}))
         there = before.get(self._field)
         text = self._separator.join(tags)
@@ -133,16 +129,6 @@ class OneFile:
             if full in new and full not in self._before:
                 entries[full] = new[full]
         write_metadata(self._path, entries)
-
-
-def _require_writable(path: Path) -> None:
-    """Before the work is done, which may take hours."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"--output_path: {path} cannot be written ({error.strerror or error})") from None
 
 
 def _warn_of_shared_names(pictures: Sequence[Path]) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import floor
@@ -15,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from library.data.images import read_image, resize
+from library.data.images import read_reduced, resize
 from library.errors import UserError
-from library.preparation.pictures import processes
+from library.preparation.onnx_sessions import first_line, is_on_gpu, open_session
 from library.preparation.tag_rules import CATEGORIES, Label
 from library.preparation.tagger_files import Kind, TaggerFiles
 from library.types import Size
@@ -26,11 +24,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _WHITE = 255
+_LONGEST = 8192  # pixels of a side, of what is made square as it is: a long strip would need all memory
+_SPARE = 4  # times the tagger's picture is how large a decoded one is at least, to be placed exactly enough
 _SIDES = {"table": 448, "mapping": 448, "list": 512}  # in pixels, where the model takes any
 _BY_NUMBER = {"0": "general", "1": "artist", "3": "copyright", "4": "character", "5": "meta", "9": "rating"}
-_PROVIDERS = ("CUDAExecutionProvider", "ROCMExecutionProvider")  # on a GPU, best first
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-_ONLY_FATAL = 4  # severity in ONNX Runtime's log; what goes wrong is raised as well
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,13 @@ class Tagger:
 
     @property
     def on_gpu(self) -> bool:
-        return self.session.get_providers()[0] in _PROVIDERS
+        return is_on_gpu(self.session)
 
 
 def open_tagger(files: TaggerFiles) -> Tagger:
     """Raises: UserError: a file is damaged, or model and labels do not belong together."""
     labels = read_labels(files)
-    session = _open_session(files.path)
+    session = open_session(files.path, "fetch it again with --force_download")
     taken, given = session.get_inputs()[0], session.get_outputs()[0]
     shape = taken.shape
     planes = len(shape) == 4 and shape[1] == 3 and shape[3] != 3
@@ -77,34 +75,6 @@ def open_tagger(files: TaggerFiles) -> Tagger:
 
 def _side(side: int | str | None, kind: Kind) -> int:
     return side if isinstance(side, int) and side > 0 else _SIDES[kind]
-
-
-def _open_session(path: Path) -> Any:
-    # What it tells without being asked is about GPU libraries that are not there; then it runs on the CPU.
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        import onnxruntime
-
-        onnxruntime.set_default_logger_severity(_ONLY_FATAL)
-        ours, available = processes(), onnxruntime.get_available_providers()
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ONLY_FATAL
-        if ours.world > 1:
-            options.intra_op_num_threads = max(1, (os.cpu_count() or 1) // ours.world)
-        device = {"device_id": int(os.environ.get("LOCAL_RANK", "0"))}
-        providers: list[Any] = [(name, device) for name in _PROVIDERS if name in available]
-        if providers and hasattr(onnxruntime, "preload_dlls"):
-            with contextlib.suppress(OSError, RuntimeError):
-                onnxruntime.preload_dlls()  # the GPU libraries that came with torch
-        try:
-            return onnxruntime.InferenceSession(str(path), options, providers=[*providers, "CPUExecutionProvider"])
-        except Exception as error:  # of its own kinds, which have no common base
-            raise UserError(
-                f"{path}: the model cannot be opened: {_first_line(error)}; fetch it again with --force_download"
-            ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 # ---- labels
@@ -174,51 +144,76 @@ def _lines(text: str) -> list[str]:
 def read_pixels(path: Path, tagger: Tagger) -> tuple[NDArray[np.floating[Any]], Size]:
     """A picture as the tagger sees it, and its own size in pixels.
 
+    Large JPEG files are decoded at a fraction of their size, see `read_reduced`. What the tagger sees differs from the
+    whole picture by less than one level of 255 on average.
+
     Returns: (H, W, 3) or (3, H, W) in the tagger's float type.
     Raises: OSError or ValueError: it cannot be read.
     """
-    image = read_image(path)
-    return to_input(image, tagger), Size(image.shape[1], image.shape[0])
+    image, size = read_reduced(path, lambda whole: _fitted(whole, tagger.size, _SPARE))
+    return to_input(image, tagger, size), size
 
 
-def to_input(image: NDArray[np.uint8], tagger: Tagger) -> NDArray[np.floating[Any]]:
+def to_input(image: NDArray[np.uint8], tagger: Tagger, whole: Size | None = None) -> NDArray[np.floating[Any]]:
     """RGB (H, W, 3) to what the model takes.
 
     "table": BGR from 0 to 255; "mapping": BGR from -1 to 1; both padded to a square with white. "list": RGB from 0 to
     1, with the colours of the picture's edges around it.
+
+    Args:
+        whole: the picture's own size, where it was decoded smaller.
     """
+    whole = whole or Size(image.shape[1], image.shape[0])
     if tagger.files.kind == "list":
-        pixels = _edged(image, tagger.size).astype(np.float32) / np.float32(255)
+        pixels = _laid_out(_edged(image, tagger.size, whole), (0, 1, 2), tagger.planes)
+        pixels /= np.float32(255)
     else:
-        pixels = resize(_squared(image), tagger.size)[..., ::-1].astype(np.float32)
+        pixels = _laid_out(resize(_squared(image, whole), tagger.size), (2, 1, 0), tagger.planes)
         if tagger.files.kind == "mapping":
-            pixels = pixels / np.float32(127.5) - np.float32(1)
-    if tagger.planes:
-        pixels = pixels.transpose(2, 0, 1)
-    return np.ascontiguousarray(pixels, dtype=tagger.dtype)
+            pixels /= np.float32(127.5)
+            pixels -= np.float32(1)
+    return pixels.astype(tagger.dtype, copy=False)
 
 
-def _squared(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _laid_out(image: NDArray[np.uint8], channels: Sequence[int], planes: bool) -> NDArray[np.float32]:
+    """The chosen channels of (H, W, 3) in their new order; (3, H, W) with `planes`, else (H, W, 3)."""
+    height, width = image.shape[:2]
+    out = np.empty((3, height, width) if planes else (height, width, 3), np.float32)
+    for place, channel in enumerate(channels):
+        (out[place] if planes else out[..., place])[...] = image[..., channel]  # numpy is slow at doing all at once
+    return out
+
+
+def _squared(image: NDArray[np.uint8], whole: Size) -> NDArray[np.uint8]:
     """In the middle of a white square; of an odd number of rows or columns, the one more is below or to the right."""
     height, width = image.shape[:2]
     if height == width:
         return image
     side = max(height, width)
+    if side > _LONGEST:
+        return _squared(resize(image, _fitted(Size(width, height), Size(_LONGEST, _LONGEST))), whole)
     square = np.full((side, side, 3), _WHITE, np.uint8)
-    top, left = (side - height) // 2, (side - width) // 2
+    # Where the whole picture would be: one that was decoded smaller may have a broken row more.
+    scale = side / max(whole)
+    top = min(side - height, floor((max(whole) - whole.height) // 2 * scale + 0.5))
+    left = min(side - width, floor((max(whole) - whole.width) // 2 * scale + 0.5))
     square[top : top + height, left : left + width] = image
     return square
 
 
-def _edged(image: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
+def _edged(image: NDArray[np.uint8], size: Size, whole: Size) -> NDArray[np.uint8]:
     """All of the picture in a frame of `size`; its outermost pixels fill what is left."""
-    height, width = image.shape[:2]
-    scale = min(size.width / width, size.height / height)
-    inner = Size(max(1, floor(width * scale + 0.5)), max(1, floor(height * scale + 0.5)))
+    inner = _fitted(whole, size)
     fitted = resize(image, inner, "area")
     top, left = (size.height - inner.height) // 2, (size.width - inner.width) // 2
     below, right = size.height - inner.height - top, size.width - inner.width - left
     return np.pad(fitted, ((top, below), (left, right), (0, 0)), mode="edge")
+
+
+def _fitted(picture: Size, frame: Size, times: int = 1) -> Size:
+    """The size at which all of a picture just fits into a frame, or into one so many times as large."""
+    scale = times * min(frame.width / picture.width, frame.height / picture.height)
+    return Size(max(1, floor(picture.width * scale + 0.5)), max(1, floor(picture.height * scale + 0.5)))
 
 
 def probabilities(pixels: Sequence[NDArray[np.floating[Any]]], tagger: Tagger) -> NDArray[np.float32]:
@@ -245,7 +240,7 @@ def _run(pixels: Sequence[NDArray[np.floating[Any]]], count: int, tagger: Tagger
         )
     except Exception as error:  # of its own kinds, which have no common base
         raise UserError(
-            f"{tagger.files.path}: the model cannot be run: {_first_line(error)}",
+            f"{tagger.files.path}: the model cannot be run: {first_line(error)}",
             hint="if memory is short, lower --batch_size",
         ) from None
     found = np.asarray(given[: len(pixels)], dtype=np.float32).reshape(len(pixels), -1)

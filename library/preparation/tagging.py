@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from library.errors import UserError
 from library.options.base import Options
 from library.options.preparation import WorkOptions
 from library.options.tagging import TaggingOptions
-from library.preparation.outcome import Outcome
+from library.preparation.outcome import Outcome, show
 from library.preparation.pictures import find_pictures, gathered, in_batches, is_first, my_share, read_ahead
 from library.preparation.tag_places import TagPlace, tag_place
 from library.preparation.tag_rules import (
@@ -29,9 +29,13 @@ from library.preparation.tag_rules import (
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from library.preparation.tagger_models import Tagger
 
 GROUPS = (TaggingOptions, WorkOptions)
+
+_BEHIND = 32  # pictures whose tags may still wait to be written
 
 
 @dataclass
@@ -40,6 +44,15 @@ class _Found:
 
     pictures_by_tag: Counter[str] = field(default_factory=Counter)
     without_tags: int = 0
+
+
+class _Put(NamedTuple):
+    """Tags on their way to where they belong."""
+
+    path: Path
+    tags: list[str]
+    row: NDArray[np.float32]
+    done: Future[None]
 
 
 def tag_pictures(opts: Options) -> Outcome:
@@ -107,26 +120,40 @@ def _tag(
     def read(path: Path) -> tuple:
         return read_pixels(path, tagger)
 
-    reading = read_ahead(pictures, read, outcome, workers=options.max_data_loader_n_workers, desc="tags")
-    for batch in in_batches(reading, max(options.batch_size, tagger.batch or 1)):
-        rows = probabilities([pixels for _, (pixels, _) in batch], tagger)
-        for (path, (_, size)), row in zip(batch, rows, strict=True):
-            if not np.isfinite(row).all():
-                outcome.fail(path, "the tagger's answer holds no numbers (NaN)")
-                continue
-            tags = choose_tags(row, words, rules)
-            try:
-                place.put(path, tags, size)
-            except (UserError, OSError) as error:
-                outcome.fail(path, f"its tags cannot be written ({getattr(error, 'strerror', None) or error})")
-                continue
-            outcome.done += 1
-            found.pictures_by_tag.update(tags)
-            found.without_tags += not tags
-            if options.debug:
-                _show(f"{path}: {rules.separator.join(tags)}")
-                for line in probabilities_in_words(row, words):
-                    _show(f"  {line}")
+    size = max(options.batch_size, tagger.batch or 1)
+    reading = read_ahead(pictures, read, outcome, workers=options.max_data_loader_n_workers, desc="tags", batch=size)
+    behind: deque[_Put] = deque()
+    with ThreadPoolExecutor(1) as writer:  # the next pictures need not wait for the disk
+        for batch in in_batches(reading, size):
+            rows = probabilities([pixels for _, (pixels, _) in batch], tagger)
+            for (path, (_, size_of_picture)), row in zip(batch, rows, strict=True):
+                if not np.isfinite(row).all():
+                    outcome.fail(path, "the tagger's answer holds no numbers (NaN)")
+                    continue
+                tags = choose_tags(row, words, rules)
+                behind.append(_Put(path, tags, row, writer.submit(place.put, path, tags, size_of_picture)))
+            while len(behind) > _BEHIND:
+                _settle(behind.popleft(), words, rules, options, outcome, found)
+        while behind:
+            _settle(behind.popleft(), words, rules, options, outcome, found)
+
+
+def _settle(
+    put: _Put, words: Vocabulary, rules: TagRules, options: TaggingOptions, outcome: Outcome, found: _Found
+) -> None:
+    """Counts a picture whose tags have been put where they belong, once they are there."""
+    try:
+        put.done.result()
+    except UserError as error:
+        outcome.fail(put.path, str(error))
+        return
+    outcome.done += 1
+    found.pictures_by_tag.update(put.tags)
+    found.without_tags += not put.tags
+    if options.debug:
+        show(f"{put.path}: {rules.separator.join(put.tags)}")
+        for line in probabilities_in_words(put.row, words):
+            show(f"  {line}")
 
 
 def _tell_after(found: Sequence[_Found], options: TaggingOptions) -> None:
@@ -137,10 +164,4 @@ def _tell_after(found: Sequence[_Found], options: TaggingOptions) -> None:
     if options.frequency_tags:
         counts: Counter[str] = sum((one.pictures_by_tag for one in found), Counter())
         for tag, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-            _show(f"{tag}: {count}")
-
-
-def _show(line: str) -> None:
-    # Consoles that lack a sign show another one in its place; no run ends over that.
-    encoding = sys.stdout.encoding or "utf-8"
-    print(line.encode(encoding, "replace").decode(encoding), flush=True)
+            show(f"{tag}: {count}")

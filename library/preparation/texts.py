@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from library.checkpoints.writing import replacing
+from library.data.folders import is_image
 from library.errors import UserError
 
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
@@ -38,10 +39,21 @@ def read_lines(path: Path) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file as UTF-8, or leaves an earlier one as it was. Raises: UserError: it cannot be written."""
+def require_text_ending(extension: str) -> None:
+    """Raises: UserError: texts with this ending would take the place of pictures."""
+    if is_image(f"a{extension}"):
+        raise UserError(f"--caption_extension: files ending in {extension} are pictures; give another, such as .txt")
+
+
+def write_text(path: Path, text: str, *, flush: bool = True) -> None:
+    """Writes a text file as UTF-8, or leaves an earlier one as it was.
+
+    Args:
+        flush: as in `replacing`.
+    Raises: UserError: it cannot be written.
+    """
     try:
-        with replacing(path) as temporary:
+        with replacing(path, flush=flush) as temporary:
             temporary.write_bytes(text.encode("utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None

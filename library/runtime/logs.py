@@ -16,7 +16,11 @@ _NOISY_LOGGERS = ("xformers", "transformers", "diffusers", "bitsandbytes", "torc
 
 def setup_logging(level: str | None = None, file: str | None = None, simple: bool = False) -> None:
     """Sends our messages to stderr, or to `file` where one is given; `simple` leaves out time and level."""
-    handler = logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
+    handler = (
+        logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
+        if file
+        else logging.StreamHandler(sys.stderr)
+    )
     layout = "%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s"
     handler.setFormatter(logging.Formatter(layout, datefmt="%H:%M:%S"))
     LOGGER.handlers[:] = [handler]

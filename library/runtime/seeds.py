@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 def derive(seed: int, *address: int | str) -> int:
     """A 63-bit seed for one address, e.g. ``derive(seed, "noise", step, rank)``. Equal on every machine and version."""
     text = "/".join(str(part) for part in (seed, *address))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    content = text.encode("utf-8", "surrogatepass")  # file names need not be Unicode
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
 
 
 def generator(device: torch.device | str, seed: int, *address: int | str) -> torch.Generator:

@@ -161,6 +161,16 @@ def test_a_failed_write_leaves_the_earlier_file_and_no_rubbish(tmp_path):
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
+@pytest.mark.parametrize("sign", ["a", "é", "長", "😀"])
+def test_names_as_long_as_file_systems_take_them(tmp_path, sign):
+    signs = 60 if os.name == "nt" else (255 - len(".txt")) // len(sign.encode())  # whole paths are short on Windows
+    path = tmp_path / f"{sign * signs}.txt"
+    with replacing(path) as temporary:
+        temporary.write_text("whole")
+    assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_failed_folder_leaves_the_earlier_folder(tmp_path):
     path = tmp_path / "model"
     with replacing_folder(path) as folder:

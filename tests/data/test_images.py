@@ -637,3 +637,49 @@ def test_jpeg_xl(tmp_path):
         jpeg.save(path, lossless_jpeg=True)
     assert images.describe(path) == [24, 40, True, 1]
     assert np.array_equal(images.read_image(path), images.read_image(tmp_path / "a.jpg"))
+
+
+# ---- reduced
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize(
+    ("enough", "decoded"),
+    [
+        ((400, 304), (400, 304)),
+        ((201, 152), (400, 304)),
+        ((200, 152), (200, 152)),
+        ((100, 1), (100, 76)),
+        ((1, 1), (50, 38)),
+        ((9999, 9999), (400, 304)),
+    ],
+)
+def test_a_jpeg_file_comes_as_small_as_is_enough(tmp_path, orientation, enough, decoded):
+    """Sizes are upright ones, whichever way the file lies; and the whole picture's size is told."""
+    upright = np.kron(gradient(50, 38), np.ones((8, 8, 1), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = upright if orientation == 1 else np.rot90(upright, 2 if orientation == 3 else 1)
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.jpg", quality=98, subsampling=0, exif=exif)
+    asked = []
+    pixels, size = images.read_reduced(tmp_path / "a.jpg", lambda whole: asked.append(whole) or Size(*enough))
+    assert asked == [(400, 304)]
+    assert size == (400, 304)
+    assert pixels.shape == (decoded[1], decoded[0], 3)
+    factor = 400 // decoded[0]
+    means = upright.reshape(decoded[1], factor, decoded[0], factor, 3).mean(axis=(1, 3))
+    assert np.abs(pixels - means).mean() < 1
+
+
+def test_other_files_come_whole(tmp_path):
+    Image.fromarray(gradient()).save(tmp_path / "a.png")
+    pixels, size = images.read_reduced(tmp_path / "a.png", lambda whole: Size(1, 1))
+    assert np.array_equal(pixels, images.read_image(tmp_path / "a.png"))
+    assert size == pixels.shape[1::-1]
+
+
+@pytest.mark.parametrize(("width", "height"), [(700, 501), (3, 90001), (300001, 2)])
+def test_large_pictures_lose_nothing_on_the_way_to_numpy(tmp_path, width, height):
+    pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.bmp")
+    assert np.array_equal(images.read_image(tmp_path / "a.bmp"), pixels)

@@ -6,6 +6,7 @@ from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -59,6 +60,25 @@ def test_picture_in_the_middle(scene):
     view = render(record(scene[0], (120, 80), (64, 64), (96, 64)), False, Random(0))
     assert np.array_equal(view.pixels, resized[:, 16:80])
     assert view[1:] == (None, None)
+
+
+@pytest.mark.parametrize("kept_whole", [{}, {"resize_interpolation": "lanczos"}, {"alpha_mask": True}])
+def test_a_photo_that_is_shrunk_far_may_be_decoded_small(tmp_path, kept_whole, monkeypatch):
+    """Within one level of 255 on average; where the options ask for more than an area's mean, it is decoded whole."""
+    rng = np.random.default_rng(0)
+    picture = rng.normal(127, 3, size=(1200, 1600, 3))
+    for columns, strength in ((6, 50), (24, 25), (96, 12)):
+        grid = rng.normal(size=(columns * 3 // 4, columns, 3)) * strength
+        picture += cv2.resize(grid, (1600, 1200), interpolation=cv2.INTER_CUBIC)
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    cut = images.centre_cut(Size(128, 96), Size(96, 96))
+    expected = images.apply_cut(images.read_image(path), cut, kept_whole.get("resize_interpolation"))
+    view = render(record(path, (1600, 1200), (96, 96), (128, 96), **kept_whole), False, Random(0))
+    difference = np.abs(view.pixels.astype(int) - expected)
+    assert difference.mean() < 1
+    assert difference.any() == (not kept_whole)
+    assert images.read_reduced(path, lambda _: Size(512, 384))[0].shape == (600, 800, 3)
 
 
 def test_colours_behind_transparency_show_only_with_alpha_mask(scene):

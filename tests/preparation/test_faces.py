@@ -250,6 +250,21 @@ def test_kinds_of_files(work):
         assert np.abs(result[40:88, 40:88].astype(int) - build.FACE).max() <= 4
 
 
+def test_pictures_that_would_become_too_large(work, tmp_path):
+    """They are named before anything is enlarged; so are those that OpenCV cannot turn."""
+    build.write_yolo8(tmp_path / "eyes.onnx", eyes=(-0.25, 0, 0.25, 0.1))
+    draw(work.source / "a.png", (192, 128, 64, 64))
+    outcome = work("--resize_face_size=5000")
+    assert list(outcome.failed.values()) == [
+        "for its face of 64 pixels it would become 50000x50000; leave out such faces with --min_size"
+    ]
+    (work.source / "a.png").unlink()
+    draw(work.source / "long.png", (0, 0, 33000, 4), size=(33000, 4))
+    outcome = work("--rotate", "--score_threshold=0.01", model="eyes.onnx")
+    assert list(outcome.failed.values()) == ["33000x4 is too long for --rotate, which takes 32766 pixels at most"]
+    assert work("--score_threshold=0.01", model="eyes.onnx").done == 1
+
+
 def test_a_second_run_goes_on_where_the_first_one_ended(work):
     for name in ("a.png", "b.png", "a_2.png"):
         draw(work.source / name, (192, 128, 64, 64))

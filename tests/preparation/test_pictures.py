@@ -71,6 +71,7 @@ PATHS = [Path(f"{number:02}.png") for number in range(40)]
 @pytest.mark.parametrize("workers", [0, 1, 3, None])
 def test_reading_keeps_the_order_and_goes_on_behind_a_bad_picture(workers):
     bad = {PATHS[0]: UserError("no picture"), PATHS[7]: OSError(5, "disk gone"), PATHS[39]: ValueError("cut off")}
+    bad[PATHS[20]] = MemoryError()
 
     def read(path: Path) -> str:
         if path in bad:
@@ -81,7 +82,8 @@ def test_reading_keeps_the_order_and_goes_on_behind_a_bad_picture(workers):
     outcome = Outcome()
     taken = list(read_ahead(PATHS, read, outcome, workers=workers, desc="reading"))
     assert taken == [(path, path.stem) for path in PATHS if path not in bad]
-    assert outcome.failed == {PATHS[0]: "no picture", PATHS[7]: "disk gone", PATHS[39]: "cut off"}
+    reasons = {PATHS[0]: "no picture", PATHS[7]: "disk gone", PATHS[39]: "cut off"}
+    assert outcome.failed == {**reasons, PATHS[20]: "there is not enough memory for it"}
 
 
 def test_a_fault_of_the_program_is_not_taken_for_a_bad_picture():
@@ -92,7 +94,8 @@ def test_a_fault_of_the_program_is_not_taken_for_a_bad_picture():
         list(read_ahead(PATHS, read, Outcome(), workers=2, desc="reading"))
 
 
-def test_reading_is_ahead_but_only_a_little():
+@pytest.mark.parametrize(("batch", "ahead"), [(1, 4), (3, 4), (16, 16)])
+def test_reading_is_ahead_by_a_batch_but_only_a_little(batch, ahead):
     started: list[Path] = []
     many = [Path(f"{number}.png") for number in range(300)]
 
@@ -101,10 +104,13 @@ def test_reading_is_ahead_but_only_a_little():
         return path
 
     most = 0
-    for taken, (_path, _) in enumerate(read_ahead(many, read, Outcome(), workers=2, desc="reading")):
+    for taken, (_path, _) in enumerate(read_ahead(many, read, Outcome(), workers=2, desc="reading", batch=batch)):
+        deadline = time.monotonic() + 5
+        while len(started) < min(taken + 1 + ahead, 300) and time.monotonic() < deadline:
+            time.sleep(0.001)  # nobody asks for more meanwhile: these are read while a batch is worked on
         most = max(most, len(started) - taken)
     assert len(started) == 300
-    assert most <= 2 * 2 + 1
+    assert most == ahead + 1
 
 
 def test_reading_that_is_given_up_ends_its_threads():
@@ -144,6 +150,25 @@ def test_processes_share_the_work(monkeypatch):
         assert is_first() is (rank == 0)
     assert sorted(path for share in shares for path in share) == PATHS
     assert {len(share) for share in shares} == {13, 14}
+
+
+def test_processes_without_a_gpu_know_each_other(tmp_path):
+    """Whoever asks accelerate afterwards, too."""
+    script = tmp_path / "script.py"
+    script.write_text("""
+from accelerate import Accelerator
+from library.preparation.pictures import gathered, processes
+values = gathered(f"of {processes().rank}")
+print(values, Accelerator(cpu=True).num_processes, flush=True)
+processes().leave()
+""")
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["['of 0', 'of 1'] 2"] * 2
 
 
 def test_looking_for_pictures_imports_nothing_heavy(tmp_path):

@@ -100,7 +100,20 @@ def test_an_interruption_is_no_traceback(capsys):
         raise KeyboardInterrupt
 
     assert run(work, "x") == 130
-    assert capsys.readouterr().err.startswith("interrupted; ")
+    assert capsys.readouterr().err == "interrupted; what was written before is whole\n"
+
+
+def test_an_interruption_tells_of_skip_existing_where_there_is_such_an_option(capsys):
+    def work(opts):
+        raise KeyboardInterrupt
+
+    @dataclass(frozen=True, kw_only=True)
+    class Skipping(OptionGroup, group="skipping", title="Skipping"):
+        skip_existing: bool = opt(False, "leave out what is there")
+
+    with pytest.raises(SystemExit):
+        run_script(work, (Skipping, WorkOptions), [], description="x")
+    assert capsys.readouterr().err.endswith("--skip_existing goes on from there\n")
 
 
 def test_a_bug_keeps_its_traceback():

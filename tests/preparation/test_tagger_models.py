@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import cv2
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from library.data.images import read_image
 from library.errors import UserError
 from library.preparation.tag_rules import Label
 from library.preparation.tagger_files import TaggerFiles, find_tagger, recognise
@@ -194,9 +196,16 @@ def test_damaged_labels(tmp_path, kind, name, content):
 def test_a_damaged_model(tmp_path):
     files = write_files(tmp_path, "table")
     files.path.write_bytes(files.path.read_bytes()[:100])
-    with pytest.raises(UserError, match="cannot be opened") as refused:
+    with pytest.raises(UserError, match="cannot be read as an ONNX model") as refused:
         open_tagger(files)
     assert len(refused.value.problems) == 1
+
+
+def test_without_onnx_runtime_one_line_says_so(tmp_path, monkeypatch):
+    files = write_files(tmp_path, "table")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match="pip install onnxruntime"):
+        open_tagger(files)
 
 
 def test_a_model_of_other_labels(tmp_path):
@@ -307,3 +316,45 @@ def test_opencv_and_we_mean_the_same_by_area(tmp_path):
     expected = cv2.resize(square, (SIDE, SIDE), interpolation=cv2.INTER_AREA)[..., ::-1]
     given = to_input(picture, open_tagger(write_files(tmp_path, "table")))
     assert np.array_equal(given, expected.astype(np.float32))
+
+
+# ---- large photos
+
+
+def write_photo(path: Path, width: int, height: int, **how: object) -> None:
+    """Shapes of all sizes and grain, as a camera has them; quality 90."""
+    rng = np.random.default_rng(7)
+    picture = rng.normal(127, 3, size=(height, width, 3)).astype(np.float32)
+    for columns, strength in ((6, 50), (24, 25), (96, 12)):
+        grid = rng.normal(size=(max(2, columns * height // width), columns, 3)) * strength
+        picture += cv2.resize(grid.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=90, **how)
+
+
+@pytest.mark.parametrize("kind", ["table", "mapping", "list"])
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("size", [(2000, 1500), (1401, 1869)])
+def test_a_photo_that_is_decoded_small_has_the_same_tags(tmp_path, kind, orientation, size):
+    """At half of its size: pixels within 1 of 255 on average, probabilities within 0.01."""
+    side = 224
+    files = write_files(tmp_path, kind)
+    weight = np.random.default_rng(5).normal(size=(side * side * 3, LABELS)).astype(np.float32)
+    levels = {"table": 1, "mapping": 127.5, "list": 255}[kind]
+    weight *= np.float32(levels * 2e-5)
+    write_tagger(files.path, weight, np.zeros(LABELS, np.float32), ("N", side, side, 3), sigmoid=kind != "mapping")
+    tagger = open_tagger(files)
+    path = tmp_path / "photo.jpg"
+    write_photo(path, *size, exif=orientation_exif(orientation))
+    whole, reduced = to_input(read_image(path), tagger), read_pixels(path, tagger)
+    assert reduced[1] == (size if orientation == 1 else size[::-1])
+    difference = np.abs(whole - reduced[0]) * (255 / {"table": 255, "mapping": 2, "list": 1}[kind])
+    assert 0 < difference.mean() < 1
+    given, expected = (probabilities([pixels], tagger) for pixels in (reduced[0], whole))
+    assert np.abs(given - expected).max() < 0.01
+    assert expected.std() > 0.02
+
+
+def orientation_exif(value: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif

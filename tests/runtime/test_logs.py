@@ -14,3 +14,11 @@ def test_simple_lines_are_the_message_alone(capsys):
     first, second = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"\d\d:\d\d:\d\d WARNING the first", first)
     assert second == "the second"
+
+
+def test_names_that_are_no_unicode_go_into_the_file_with_escapes(tmp_path, capsys):
+    setup_logging(file=str(tmp_path / "log.txt"), simple=True)
+    LOGGER.warning("caf\udce9.png is empty")
+    setup_logging()  # closes nothing, but the next test writes elsewhere
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "caf\\udce9.png is empty\n"
+    assert capsys.readouterr().err == ""

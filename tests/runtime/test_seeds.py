@@ -15,3 +15,7 @@ def test_a_stream_depends_on_its_whole_address_and_on_nothing_else():
 def test_the_derivation_is_fixed():
     """Resuming with a later version must give the same streams: this number may not change."""
     assert seeds.derive(42, "noise", 1) == 8995845318521665060
+
+
+def test_addresses_may_hold_names_that_are_no_unicode():
+    assert seeds.derive(42, "caf\udce9.png") != seeds.derive(42, "caf\udce8.png")

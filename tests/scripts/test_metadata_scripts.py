@@ -81,7 +81,7 @@ def test_two_folders_by_full_path(run, two_folders):
     assert [step.returncode for step in steps] == [0, 0, 0, 0], [step.stderr for step in steps]
     found = load(two_folders / "meta_cap_dd2.json")
     assert list(found) == [
-        os.path.join(folder, name) for folder in ("train_data1", "train_data2") for name in ("a.png", "b.png")
+        str(two_folders / folder / name) for folder in ("train_data1", "train_data2") for name in ("a.png", "b.png")
     ]
     assert all(set(entry) == {"caption", "tags"} for entry in found.values())
 

@@ -18,7 +18,7 @@ from tests.builders.onnx_file import write_tagger
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "finetune" / "tag_images_by_wd14_tagger.py")
-TWO = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29641")
+TWO = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 
 SIDE = 8
 RATINGS = ["safe", "sensitive", "questionable", "explicit"]
