@@ -97,8 +97,9 @@ def _dataset_lines(spec: DatasetSpec, records: Sequence[Record], number: int) ->
         own = [record for record in records if record.subset is subset]
         kind = " (regularisation)" if subset.is_reg else ""
         lines.append(f"  {subset.place}{kind}: {len(own)} pictures x {subset.num_repeats}")
-    if spec.enable_bucket:
-        for bucket, count in sorted(_bucket_counts(records).items()):
+    counts = _bucket_counts(records)
+    if spec.enable_bucket or len(counts) > 1:  # prepared latents have buckets of their own
+        for bucket, count in sorted(counts.items()):
             lines.append(f"  bucket {bucket.width}x{bucket.height}: {count} pictures with repeats")
         lines.append(f"  mean aspect ratio error: {_mean_aspect_error(records):.4f}")
     return lines
