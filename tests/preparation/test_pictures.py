@@ -114,14 +114,20 @@ def test_reading_is_ahead_by_a_batch_but_only_a_little(batch, ahead):
 
 
 def test_reading_that_is_given_up_ends_its_threads():
-    before = threading.active_count()
+    before = set(threading.enumerate())
+
+    def readers() -> list[threading.Thread]:
+        new = [thread for thread in threading.enumerate() if thread not in before]
+        return [thread for thread in new if thread.name.startswith("ThreadPoolExecutor")]  # not the progress bar's
+
     reading = read_ahead(PATHS, lambda path: path, Outcome(), workers=4, desc="reading")
     next(reading)
+    assert readers()
     reading.close()
     deadline = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < deadline:
+    while readers() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert not readers()
 
 
 @pytest.mark.parametrize(
