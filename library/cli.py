@@ -343,9 +343,28 @@ def _make(place: tuple[str, str], opts: Options, module: str | None = None) -> F
     return getattr(importlib.import_module(f"{package}.{module}" if module else package), name)(opts)
 
 
-def _make_accelerator(opts: Options, sharding: Sharding | None) -> Accelerator:
+def join_processes(precision: str, minutes: int | None) -> Accelerator:
+    """Joins the processes that were launched together, and knows this one's device.
+
+    Args:
+        precision: as --mixed_precision.
+        minutes: as --ddp_timeout.
+    Raises: UserError: fp16 without a GPU.
+    """
     import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
+
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("--mixed_precision fp16 needs a GPU, and torch finds none; use bf16 or no")
+    for engine in (USE_FSDP, USE_DEEPSPEED):  # what they stand for is known; accelerate's own part in it is not wanted
+        os.environ.pop(engine, None)
+    patience = [InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))] if minutes else []
+    # Told so, accelerate also joins several processes on CPUs; left to itself it would take each for the only one.
+    return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available(), kwargs_handlers=patience)
+
+
+def _make_accelerator(opts: Options, sharding: Sharding | None) -> Accelerator:
+    import torch
 
     chosen = opts.memory.mixed_precision
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", chosen)
@@ -353,17 +372,11 @@ def _make_accelerator(opts: Options, sharding: Sharding | None) -> Accelerator:
         LOGGER.warning(
             "accelerate was launched with mixed precision %s; --mixed_precision %s is used", launched, chosen
         )
-    if chosen == "fp16" and not torch.cuda.is_available():
-        raise UserError("--mixed_precision fp16 needs a GPU, and torch finds none; use bf16 or no")
-    # Told so, accelerate also joins several processes on CPUs; left to itself it would take each for the only one.
     minutes = opts.distributed.ddp_timeout
-    patience = [InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))] if minutes else []
-    for engine in (USE_FSDP, USE_DEEPSPEED):  # what they stand for is known; accelerate's own part in it is not wanted
-        os.environ.pop(engine, None)
     if sharding is not None and sharding.offload and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=minutes or 10))
-    made = Accelerator(mixed_precision=chosen, cpu=not torch.accelerator.is_available(), kwargs_handlers=patience)
+    made = join_processes(chosen, minutes)
     fused = opts.optimizer.fused_backward_pass or (getattr(opts, "fused", None) is not None and opts.fused.in_use)
     if fused and made.num_processes > 1:
         raise UserError("steps inside the backward pass cannot be used with several processes; leave them out")

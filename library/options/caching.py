@@ -72,7 +72,7 @@ class CachedDistribution(
     DistributedOptions,
     without=_only(DistributedOptions, "ddp_timeout", "ddp_gradient_as_bucket_view", "ddp_static_graph"),
 ):
-    pass
+    trains = False
 
 
 class NotSaving(SavingOptions, without=("save_model_as",)):

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from library.options import sharding
 from library.options.base import OptionGroup, Options, opt
@@ -76,6 +76,8 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs"):
+    trains: ClassVar[bool] = True  # False: how accelerate would spread what is trained does not matter
+
     ddp_timeout: int | None = opt(
         None, "minutes that processes wait for each other in a step; 10 if not given (30 on CPUs)", at_least=1
     )
@@ -100,6 +102,8 @@ class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs")
     fp16_master_weights_and_gradients: bool = opt(False, "master weights and gradients in fp16; refused")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if not self.trains:
+            return
         yield from sharding.problems(opts)
         if os.environ.get("ACCELERATE_USE_MEGATRON_LM", "false").lower() in ("1", "true"):
             yield "accelerate was launched with Megatron-LM, which is not supported; choose FSDP in its place"
@@ -111,7 +115,8 @@ class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs")
         if not self.deepspeed:
             for name in _OF_DEEPSPEED & opts.explicit:
                 yield f"--{name}: no effect without --deepspeed"
-        yield from sharding.advice(opts)
+        if self.trains:
+            yield from sharding.advice(opts)
 
 
 _OF_DEEPSPEED = frozenset(

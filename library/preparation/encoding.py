@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from library import cli
-from library.errors import UserError
 from library.options import scripts
 
 if TYPE_CHECKING:
@@ -53,16 +51,7 @@ def load_vae(family: str, opts: Options) -> Models:
 
 def make_accelerator(opts: Options) -> Accelerator:
     """Joins the processes, and knows this one's device. Raises: UserError: fp16 without a GPU."""
-    import torch
-    from accelerate import Accelerator, InitProcessGroupKwargs
-
-    precision = opts.memory.mixed_precision
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("--mixed_precision fp16 needs a GPU, and torch finds none; use bf16 or no")
-    minutes = opts.distributed.ddp_timeout
-    patience = [InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))] if minutes else []
-    # Told so, accelerate also joins several processes on CPUs; left to itself it would take each for the only one.
-    return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available(), kwargs_handlers=patience)
+    return cli.join_processes(opts.memory.mixed_precision, opts.distributed.ddp_timeout)
 
 
 def _module(family: str, name: str) -> Any:

@@ -42,6 +42,7 @@ class Shards:
             dtype: of the weights and their gradients.
             compute: the format in which gathered weights are sent and used; None: `dtype`.
         """
+        called = type(module).__name__  # before it becomes a class of FSDP's
         how: dict[str, Any] = {
             "mesh": self.mesh,
             "reshard_after_forward": self._sharding.reshard,
@@ -49,7 +50,6 @@ class Shards:
             "mp_policy": MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy() if self._offloads else OffloadPolicy(),
         }
-        name = type(module).__name__
         for part in (*(_listed(module) if blocks is None else blocks), module):
             for weight in part.parameters():
                 if not isinstance(weight, DTensor):
@@ -63,7 +63,7 @@ class Shards:
         own_size = sum(weight.to_local().nbytes for weight in weights) / 2**20
         LOGGER.info(
             "%s: %s over %d processes, %.1f of %.1f MiB in this one",
-            *(name, self._sharding.asked_by, self.mesh.size(), own_size, whole_size),
+            *(called, self._sharding.asked_by, self.mesh.size(), own_size, whole_size),
         )
 
     @property

@@ -7,6 +7,8 @@ import json
 import pytest
 
 from library.options import scripts
+from library.options.caching import CachedDistribution
+from library.options.memory import DistributedOptions
 from library.options.parsing import parse_options
 from library.options.sharding import Sharding, advice, problems, sharding_of
 
@@ -91,6 +93,16 @@ def test_what_does_not_go_together(words, said):
 def test_a_network_is_not_spread():
     (line,) = problems(options("--network_module=networks.lora_flux", method="network"), FSDP)
     assert "--multi_gpu" in line
+
+
+def test_scripts_that_train_nothing_do_not_care(monkeypatch):
+    """accelerate's configuration may be meant for the training that comes after them."""
+    for name, value in (FSDP | {"FSDP_VERSION": "1"}).items():
+        monkeypatch.setenv(name, value)
+    for group, told in ((DistributedOptions(), True), (CachedDistribution(), False)):
+        opts = options("--mixed_precision=fp16")
+        assert bool(list(group.check(opts, None))) == told
+        assert bool(list(group.advise(opts, None))) == told
 
 
 def test_what_is_done_otherwise_is_told():

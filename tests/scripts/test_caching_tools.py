@@ -104,7 +104,8 @@ def test_training_finds_all_that_the_tools_wrote(run_script, data, tmp_path, mod
 
 
 @pytest.mark.rows("R257")
-def test_latents_of_the_usual_family_in_two_processes_and_a_second_time(run_script, data, tmp_path, model):
+def test_latents_of_the_usual_family_in_two_processes_and_a_second_time(run_script, data, tmp_path, model, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # a configuration that is meant for training
     config = tmp_path / "data.toml"
     config.write_text(
         "[general]\nenable_bucket = true\nmin_bucket_reso = 64\ncaption_extension = '.txt'\n[[datasets]]\n"
