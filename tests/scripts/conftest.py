@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -48,12 +49,22 @@ def _places(processes: int) -> list[dict[str, str]]:
     """What torch's launcher tells each of several processes."""
     if processes == 1:
         return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranked = [{**common, "RANK": number, "LOCAL_RANK": number} for number in range(processes)]
     return [{name: str(value) for name, value in place.items()} for place in ranked]
+
+
+def _free_port() -> int:
+    """A port on which nothing listens, below those that systems hand out to whoever connects in the meantime."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 30000)
+        with socket.socket() as trial:
+            try:
+                trial.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 @pytest.fixture(scope="session")
