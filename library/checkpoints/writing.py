@@ -79,6 +79,28 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Gives an empty folder beside `path`; on success it becomes `path`, unless another process was first.
+
+    Whoever looks at `path` meanwhile finds no folder, or a whole one. Raises: OSError: `path` cannot be made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=_beginning(path), suffix=".tmp", dir=path.parent))
+    fresh = work / "new"
+    fresh.mkdir()
+    try:
+        yield fresh
+        try:
+            os.rename(fresh, path)
+        except OSError:
+            if not path.is_dir():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def _beginning(path: Path) -> str:
     """Of a temporary name. Not all of a long one: file systems have 255 bytes for a name, of up to 4 for each sign."""
     return f".{path.name[:_SHOWN]}."

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.checkpoints.writing import new_folder
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def t5_tokenizer(model: str | None = None, subfolder: str = "tokenizer_2", cache
         return read_t5_tokenizer(cached)
     tokenizer = read_t5_tokenizer(_find(model, subfolder) or _download(model, subfolder))
     if cached is not None:
-        tokenizer.save_pretrained(cached)
+        with new_folder(cached) as folder:
+            tokenizer.save_pretrained(folder)
     return tokenizer
 
 

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from library.checkpoints.writing import new_folder
 from library.errors import UserError
 from library.families.sd.tokenizer import sd_tokenizer
 from library.text.tokenizers import bundled_clip_tokenizer, save_clip_tokenizer
@@ -40,6 +41,25 @@ def test_cache_folder_is_filled_and_then_used(tmp_path):
         again = sd_tokenizer(v2, cache_dir=str(tmp_path))
         assert again("<mine>", add_special_tokens=False).input_ids == [49408]
         assert again.pad_token_id == changed.pad_token_id
+
+
+def test_processes_that_fill_a_cache_folder_at_once(tmp_path, monkeypatch):
+    """Each sees no folder or a whole one, and the first to be ready stays."""
+    folder = tmp_path / "openai_clip-vit-large-patch14"
+    theirs = bundled_clip_tokenizer()
+    theirs.add_tokens(["<theirs>"])
+
+    def slowly(tokenizer, place):
+        (place / "tokenizer_config.json").write_text("{}")
+        assert not folder.exists(), "half a tokenizer where others look"
+        with new_folder(folder) as other:
+            save_clip_tokenizer(theirs, other)
+        save_clip_tokenizer(tokenizer, place)
+
+    monkeypatch.setattr("library.families.shared.clip_tokenizer.save_clip_tokenizer", slowly)
+    sd_tokenizer(v2=False, cache_dir=str(tmp_path))
+    assert len(sd_tokenizer(v2=False, cache_dir=str(tmp_path))) == 49409
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name], "temporary folders left"
 
 
 def test_a_folder_brings_its_own_and_a_hub_id_needs_no_network(tmp_path):

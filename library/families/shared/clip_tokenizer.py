@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from library.checkpoints.writing import new_folder
 from library.text.tokenizers import (
     bundled_clip_tokenizer,
     local_clip_tokenizer,
@@ -43,7 +44,8 @@ def find_clip_tokenizer(
     if tokenizer is None:
         tokenizer = bundled_clip_tokenizer(pad_token)
     if cached is not None:
-        save_clip_tokenizer(tokenizer, cached)
+        with new_folder(cached) as folder:
+            save_clip_tokenizer(tokenizer, folder)
     return tokenizer
 
 
