@@ -10,7 +10,6 @@ import importlib
 import os
 import random
 import sys
-import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +21,6 @@ from library.runtime import logs
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
 
     from library.families.base import Family, FamilyTraits
@@ -30,8 +28,7 @@ if TYPE_CHECKING:
     from library.options.base import Options
     from library.options.sharding import Sharding
     from library.runtime.processes import Processes
-    from library.training.loop import Run, RunFacts
-    from library.training.plan import RunPlan, Start
+    from library.training.plan import RunPlan
     from library.training.sharding import Shards
     from library.types import Models
 
@@ -120,9 +117,20 @@ def _train(family_name: str, method_name: str, argv: Sequence[str]) -> None:
         return
     lr_schedules.rehearse(opts.optimizer, run_plan.total_steps)  # now that it is known how long the run is
 
+    from library.assembly import assemble
     from library.training.loop import train
 
-    prepared = _assemble(opts, family_name, method_name, data, run_plan, accelerator, shards)
+    prepared = assemble(
+        opts,
+        _make(FAMILIES[family_name], opts, "adapter"),
+        _make(METHODS[method_name], opts),
+        data,
+        run_plan,
+        accelerator,
+        shards,
+        missing_encoders=_missing_encoders(family_name, opts),
+        tracker=TRACKERS[method_name],
+    )
     with prepared.tracker, prepared.hub:
         train(prepared)
     processes.leave()
@@ -191,151 +199,10 @@ def _plan_run(opts: Options, data: Any, accelerator: Accelerator) -> RunPlan:
     return run_plan
 
 
-def _assemble(
-    opts: Options,
-    family_name: str,
-    method_name: str,
-    data: Any,
-    run_plan: RunPlan,
-    accelerator: Accelerator,
-    shards: Shards | None,
-) -> Run:
-    """Loads the model and puts the run together, up to the last thing before the first step."""
-    from library import encoding
-    from library.inference.preview import Preview
-    from library.memory.attention import set_attention
-    from library.memory.compiling import compile_blocks
-    from library.training import placement, plan
-    from library.training.hub import Hub
-    from library.training.loop import Run
-    from library.training.lr_schedules import make_schedule
-    from library.training.optimizers import make_optimizer
-    from library.training.saving import make_save_plan
-    from library.training.stepping import Stepper
-    from library.training.tracking import make_tracker
-    from library.training.validation import Validation
-
-    family, method = _make(FAMILIES[family_name], opts, "adapter"), _make(METHODS[method_name], opts)
-    preview = Preview.from_options(opts, family)
-    encoding.require_texts(opts, family, _missing_encoders(family_name, opts), data, samples=bool(preview.prompts))
-    started = time.time()
-    with placement.loading(opts, accelerator.device):
-        models = family.load()
-    LOGGER.info("loaded %s in %.1f s", opts.model.pretrained_model_name_or_path, time.time() - started)
-    cache_latents = encoding.latent_cache(opts, family, models, data)
-    method.attach(family, models)
-    cache_text = encoding.text_cache(opts, family, method, models, data)  # knows what was merged into the encoders
-    grad_text = method.trains_text_encoder()
-    # One part after the other, so that a large model's need not be on the device together.
-    placement.place_text_encoders(models, opts, accelerator.device, grad_text=grad_text, shards=shards)
-    added = method.added()
-    if added is not None:
-        placement.place_trained(added.eval(), opts, accelerator.device)
-    if cache_text is not None:
-        cache_text(accelerator)
-        preview.remember_texts(models, accelerator.device)
-        placement.release_text_encoders(models, keep=method.working_text_encoders())
-    placement.place_vae(models, opts, accelerator.device)
-    if cache_latents is not None:
-        cache_latents(encoding.latent_encoder(opts, family, models, accelerator))
-        if accelerator.is_main_process:
-            data.index.save()
-        placement.release(models.vae, opts)
-    placement.place_denoiser(models, opts, accelerator.device, spread=shards is not None)
-    attention = set_attention(models.denoiser, opts.memory)
-    if opts.memory.torch_compile:
-        compile_blocks(family.blocks(models), opts.memory.dynamo_backend, accelerator.device)
-    if shards is not None:
-        placement.spread_denoiser(family, models, opts, shards)
-    swap = placement.swap_blocks(family, models, opts, accelerator.device)
-    optimizer = make_optimizer(method.parameter_groups(), opts.optimizer)
-    if swap is not None:
-        swap.serve(optimizer)
-    schedule = make_schedule(optimizer, opts.optimizer, run_plan.total_steps)
-    start = _choose_start(opts, run_plan, schedule)
-    for line in plan.describe(run_plan, data.num_train_images, data.num_reg_images):
-        LOGGER.info("%s", line)
-    LOGGER.info(
-        "device %s, mixed precision %s, attention %s", accelerator.device, opts.memory.mixed_precision, attention
-    )
-    prepared = accelerator.prepare_optimizer(optimizer)
-    saves = make_save_plan(opts.saving, method.file_suffix(), run_plan.epochs)
-    return Run(
-        opts=opts,
-        seed=opts.training.seed,
-        family=family,
-        method=method,
-        models=models,
-        objective=family.objective(),
-        data=data,
-        plan=run_plan,
-        accelerator=accelerator,
-        optimizer=prepared,
-        stepper=Stepper(opts, optimizer, prepared, _stepped_together(opts, family, models, optimizer)),
-        schedule=schedule,
-        saves=saves,
-        preview=preview,
-        validation=Validation(opts, data.held_out, opts.training.seed),
-        tracker=make_tracker(opts, TRACKERS[method_name], enabled=accelerator.is_main_process),
-        hub=Hub(opts.saving, enabled=accelerator.is_main_process),
-        make_metadata=_metadata_maker(opts, family, method, models, data, run_plan, optimizer),
-        save_dtype=_save_dtype(opts),
-        start=start,
-        resume=Path(opts.saving.resume) if opts.saving.resume else None,
-        average=_average(opts, optimizer),
-        shards=shards,
-    )
-
-
 def _missing_encoders(family_name: str, opts: Options) -> list[str]:
     """A line for each text encoder that is not given, with families that can do without."""
     variants = importlib.import_module(f"{FAMILIES[family_name][0]}.variants")
     return variants.missing_encoders(opts) if hasattr(variants, "missing_encoders") else []
-
-
-def _stepped_together(opts: Options, family: Family, models: Models, optimizer: Any) -> Any:
-    """The weights by the parts that are stepped inside the backward pass; None: they are not, or each by itself."""
-    from library.training.stepping import equal_parts, parts_by_block
-
-    fused = getattr(opts, "fused", None)
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    if fused is None or not fused.in_use:
-        return None
-    if fused.blockwise_fused_optimizers:
-        return parts_by_block(weights, family.blocks(models))
-    return equal_parts(weights, fused.fused_optimizer_groups)
-
-
-def _average(opts: Options, optimizer: Any) -> Any:
-    from library.training.ema import Average
-
-    if not opts.training.ema:
-        return None
-    return Average([p for group in optimizer.param_groups for p in group["params"]], opts.training.ema_decay)
-
-
-def _choose_start(opts: Options, run_plan: RunPlan, schedule: Any) -> Start:
-    """Where the run begins; brings the schedule there where no state does that.
-
-    Raises: UserError: the run is over already.
-    """
-    from library.training import plan, state
-    from library.training.lr_schedules import wants_loss
-
-    progress = state.read_progress(Path(opts.saving.resume)) if opts.saving.resume else None
-    step, ended = (progress.step, progress.epoch_ended) if progress is not None else (None, True)
-    start = plan.choose_start(run_plan, opts.training, step, epoch_ended=ended)
-    if start.step >= run_plan.total_steps:
-        raise UserError(
-            f"{start.step} steps are done already, and the run has {run_plan.total_steps}; "
-            "raise --max_train_steps or --max_train_epochs, which count from the very beginning"
-        )
-    if opts.saving.resume and progress is None and not start.step:
-        LOGGER.warning("%s does not tell its step, so it counts from 0; --initial_step tells it", opts.saving.resume)
-    if not opts.saving.resume and start.step:
-        for _ in range(0 if wants_loss(schedule) else start.step):
-            schedule.step()
-    return start
 
 
 def _make(place: tuple[str, str], opts: Options, module: str | None = None) -> Family | Method:
@@ -437,13 +304,6 @@ def _seed_of_state(opts: Options) -> int | None:
     return progress.seed if progress is not None else None
 
 
-def _save_dtype(opts: Options) -> torch.dtype | None:
-    import torch
-
-    names = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    return names[opts.saving.save_precision]
-
-
 def _data_builder(name: str | None) -> Any:
     """`build_training_data`, or what --dataset_class names in its place.
 
@@ -474,37 +334,3 @@ def _show_data(data: Any, opts: Options, accelerator: Accelerator) -> None:
     count = f"{len(sheets)} contact sheet{'' if len(sheets) == 1 else 's'}"
     LOGGER.info("%s in %s; nothing was trained (--debug_dataset)", count, folder)
     show(sheets)
-
-
-def _metadata_maker(
-    opts: Options, family: Family, method: Method, models: Any, data: Any, run_plan: Any, optimizer: Any
-) -> Any:
-    from library.checkpoints import metadata
-    from library.options.optimizer import sets_own_rate
-    from library.training.optimizers import describe_optimizer
-
-    own_rate = {"ss_lr_scheduler": f"adafactor:{opts.optimizer.learning_rate}"} if sets_own_rate(opts.optimizer) else {}
-    fixed = {
-        **own_rate,
-        "ss_session_id": random.SystemRandom().randrange(2**32),
-        "ss_optimizer": describe_optimizer(optimizer, opts.optimizer),
-        "ss_max_train_steps": run_plan.total_steps,
-        "ss_num_epochs": run_plan.epochs,
-        "ss_num_batches_per_epoch": run_plan.batches_per_epoch,
-        "ss_num_train_images": data.num_train_images,
-        "ss_num_reg_images": data.num_reg_images,
-    }
-
-    def make(facts: RunFacts) -> dict[str, str]:
-        run_facts = {
-            **fixed,
-            "ss_training_started_at": facts.started,
-            "ss_training_finished_at": time.time(),
-            "ss_steps": facts.step,
-            "ss_epoch": facts.epoch,
-        }
-        return metadata.training_metadata(
-            opts, family.model_metadata(models), method.metadata(), data.metadata(run_plan.processes), run_facts
-        )
-
-    return make

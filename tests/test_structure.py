@@ -25,6 +25,7 @@ LEVELS = (
     ("library.data", "library.caching", "library.memory", "networks"),
     ("library.families", "library.methods", "library.training", "library.inference"),
     ("library.encoding",),
+    ("library.assembly",),
     ("library.cli",),
     ("library.preparation",),
     ("scripts",),  # everything that a user starts
