@@ -147,8 +147,6 @@ def _row(option: Option) -> str:
     meaning = option.details.help
     if option.details.deprecated:
         meaning += f"; an older way to say `{option.details.deprecated}`"
-    if option.details.later:
-        meaning += f" (*not available yet: {option.details.later}*)"
     cells = (f"`{option.flag}`", _values(option), default, meaning)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

@@ -30,7 +30,6 @@ class Details:
     off: Any = None  # a value that means the same as leaving the option out
     comma_list: bool = False  # text on the command line; a config file may also hold a number or an array
     exists: Literal["file", "folder"] | None = None  # what a value must be the path of
-    later: str | None = None  # the feature this option is waiting for
     deprecated: str | None = None  # what to use instead
     alias_of: str | None = None  # the option whose value this one gives
     secret: bool = False  # never written anywhere

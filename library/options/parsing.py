@@ -133,6 +133,4 @@ def _help(option: Option) -> str:
         text += f" (default: {option.default})"
     if option.details.required:
         text += " (required)"
-    if option.details.later:
-        text += f" [not available yet: {option.details.later}]"
     return text.replace("%", "%%")

@@ -42,9 +42,6 @@ def warnings(options: Options, traits: FamilyTraits) -> list[str]:
 def _of_value(option: Option, value: Any) -> Iterator[str]:
     if value == option.default:
         return
-    if option.details.later:
-        yield f"not available yet ({option.details.later})"
-        return
     problem = option.range_problem(value)
     if problem:
         yield problem

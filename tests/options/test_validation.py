@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library.options.base import options_of
 from library.options.optimizer import (
     OPTIMIZERS,
     SCHEDULES,
@@ -14,10 +13,7 @@ from library.options.optimizer import (
     UNUSABLE_OPTIMIZERS,
     UNUSABLE_SCHEDULES,
 )
-from library.options.scripts import groups_for
 from library.options.validation import problems, warnings
-
-LATER = [option for group in groups_for("sd", "network") for option in options_of(group) if option.details.later]
 
 
 @pytest.fixture
@@ -47,38 +43,8 @@ def test_all_problems_come_at_once_with_their_origin(parse, traits, tmp_path):
     }
 
 
-@pytest.mark.parametrize("option", LATER, ids=lambda option: option.dest)
-def test_what_is_not_available_yet_is_refused(valid, traits, option):
-    if option.kind == "bool":
-        flags = [option.flag]
-    elif option.choices:
-        flags = [option.flag, str(next(c for c in option.choices if c != option.default))]
-    else:
-        flags = [option.flag, "0.5" if option.kind == "float" else "a=1" if "args" in option.dest else "3"]
-    assert f"{option.flag}: not available yet ({option.details.later})" in problems(valid(*flags), traits)
-
-
-def test_later_options_do_no_harm_at_their_default(valid, traits):
+def test_options_that_say_nothing_new_do_no_harm(valid, traits):
     assert problems(valid("--zero_stage=2", "--validation_split=0", "--dynamo_backend=inductor"), traits) == []
-
-
-NOT_LATER = """pretrained_model_name_or_path vae no_half_vae v2 clip_skip train_data_dir reg_data_dir dataset_config
-weighted_captions cache_latents vae_batch_size prior_loss_weight noise_offset adaptive_noise_scale ip_noise_gamma
-multires_noise_iterations zero_terminal_snr min_timestep max_timestep loss_type huber_schedule min_snr_gamma
-debiased_estimation_loss mixed_precision gradient_checkpointing gradient_accumulation_steps xformers sdpa mem_eff_attn
-highvram save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_steps
-save_precision save_model_as no_metadata metadata_title sample_prompts sample_sampler logging_dir log_with log_config
-log_prefix log_tracker_name console_log_level network_dim network_alpha network_dropout network_module network_args
-network_weights dim_from_weights unet_lr text_encoder_lr scale_weight_norms training_comment seed max_train_epochs
-max_data_loader_n_workers persistent_data_loader_workers token_warmup_step enable_bucket color_aug random_crop
-face_crop_aug_range flip_aug max_token_length enable_wildcard optimizer_type use_8bit_adam
-use_lion_optimizer learning_rate max_grad_norm optimizer_args lr_scheduler lr_scheduler_type
-lr_scheduler_args lr_warmup_steps lr_decay_steps lr_scheduler_num_cycles lr_scheduler_power
-lr_scheduler_timescale lr_scheduler_min_lr_ratio""".split()  # noqa: SIM905
-
-
-def test_what_is_built_is_not_marked_as_missing():
-    assert not {option.dest for option in LATER} & set(NOT_LATER)
 
 
 REFUSED = [
