@@ -95,10 +95,10 @@ class DyLoraLayer(AdapterLayer):
             factor *= math.sqrt(len(self.lora_A) / (block + 1))
         down, up = torch.cat(downs), torch.cat(ups, dim=1)
         if self.geometry is None:
-            change = F.linear(F.linear(x, down), up)
+            change = F.linear(F.linear(x, down) * factor, up)
         else:
-            change = F.conv2d(F.conv2d(x, down, **self.geometry), up)
-        return torch.add(output, change.to(output.dtype), alpha=factor)
+            change = F.conv2d(F.conv2d(x, down, **self.geometry) * factor, up)
+        return output + change.to(output.dtype)
 
     @torch.no_grad()
     def limit_norm(self, limit: float) -> None:

@@ -65,7 +65,9 @@ class LoraLayer(AdapterLayer):
         hidden, factor = self.lora_down(x), self.multiplier * self.scale
         if self.training:
             hidden, factor = self._drop(hidden, factor)
-        return torch.add(output, self._up(index, hidden).to(output.dtype), alpha=factor)
+        if factor != 1:
+            hidden = hidden * factor  # and not the output, nor its gradient, which are many times as large
+        return output + self._up(index, hidden).to(output.dtype)
 
     def _up(self, index: int, hidden: Tensor) -> Tensor:
         if len(self.rows) == 1:
