@@ -61,6 +61,10 @@ class Method(ABC):
     def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
         """Writes the trained weights to `path`, beside it first and renamed into place when whole."""
 
+    def companions(self, path: Path) -> list[Path]:
+        """The files beside `path` that `save` writes too; they are uploaded and removed with it."""
+        return []
+
     def start_epoch(self, epoch: int) -> None:  # noqa: B027
         """Called before each epoch, counted from 1."""
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from library.errors import UserError
 from library.methods.base import Method
@@ -41,15 +44,15 @@ class FinetuneMethod(Method):
         self._rates = part_rates(self.opts, family.traits.text_encoders)
         given = {part: rate for part, rate in self._rates.items() if part in parts}  # some text encoders may be absent
         trained = {part: parts[part].requires_grad_(True) for part, rate in given.items() if rate}
-        blocks = family.blocks(models)
-        for block in blocks[len(blocks) - min(self.opts.method.frozen_blocks, len(blocks)) :]:
-            block.requires_grad_(False)
         if not trained:
             raise UserError("nothing would be trained with a learning rate of 0; set --learning_rate above 0")
+        if DENOISER in trained:
+            self._leave_blocks(family, models)
         self._trained = TrainedParts(trained)
         self._family = family
         # What training leaves alone is saved as it was read, whatever format it computes in.
         kept = {part: module if part in trained else unmoved(module) for part, module in parts.items()}
+        self._as_read = {module: frozen_state(module) for module in trained.values()}
         self._whole = replace(
             models,
             denoiser=kept.pop(DENOISER),
@@ -59,6 +62,20 @@ class FinetuneMethod(Method):
         counts = {group["name"]: sum(p.numel() for p in group["params"]) for group in self.parameter_groups()}
         shown = ", ".join(f"{count / 1e6:.1f} million of {name}" for name, count in counts.items())
         LOGGER.info("trained weights: %s", shown)
+
+    def _leave_blocks(self, family: Family, models: Models) -> None:
+        """Freezes the blocks of the denoiser that the options leave as they are."""
+        options, blocks = self.opts.method, family.blocks(models)
+        if options.frozen_blocks > len(blocks):
+            raise UserError(
+                f"--num_last_block_to_freeze: {options.frozen_blocks} are more than this model has, {len(blocks)}"
+            )
+        for block in blocks[len(blocks) - options.frozen_blocks :]:
+            block.requires_grad_(False)
+        if options.block_rates is not None:
+            for name, weight in models.denoiser.named_parameters():
+                if not options.block_rates[family.block_number(models, name)]:
+                    weight.requires_grad_(False)
 
     def trainable(self) -> TrainedParts:
         return self._trained
@@ -113,7 +130,12 @@ class FinetuneMethod(Method):
         metadata = metadata or {}
         if save_as != "ckpt":  # which keeps counts of steps and epochs, and nothing else
             metadata = {name: value for name, value in metadata.items() if not name.startswith("ss_")}
-        self._family.save(self._whole, path, save_as=save_as, dtype=dtype, metadata=metadata)
+        # The weights of a folder's part are all of one format, that of training.
+        with nullcontext() if save_as in FOLDERS else holding(self._as_read):
+            self._family.save(self._whole, path, save_as=save_as, dtype=dtype, metadata=metadata)
+
+    def companions(self, path: Path) -> list[Path]:
+        return [] if self._save_as() in FOLDERS else self._family.companions(self._whole, path)
 
     def _save_as(self) -> str:
         options = self.opts.saving
@@ -153,10 +175,36 @@ def unmoved(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, own)
 
 
+def frozen_state(module: nn.Module) -> dict[str, Tensor]:
+    """The entries of the state dict that training leaves alone, as they are now; nothing is copied."""
+    trained = {name for name, weight in module.named_parameters(remove_duplicate=False) if weight.requires_grad}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in trained}
+
+
+@contextmanager
+def holding(states: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
+    """Within the block, state dicts of these modules hold these tensors in place of their own."""
+
+    def put(own: Mapping[str, Tensor], _module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+        state.update({prefix + name: tensor for name, tensor in own.items()})
+
+    hooks = [module.register_state_dict_post_hook(partial(put, own)) for module, own in states.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def part_rates(opts: Options, text_encoders: tuple[str, ...]) -> dict[str, float]:
-    """Learning rate of every part that is trained from the first step; 0 freezes it."""
+    """Learning rate of every part that is trained from the first step; 0 freezes it.
+
+    Where the denoiser's blocks have rates of their own, its rate is the largest of them.
+    """
     common, options = opts.optimizer.learning_rate, opts.method
     rates = {DENOISER: common or 0.0}
+    if options.block_rates is not None:
+        rates[DENOISER] = max(options.block_rates, key=abs)
     if options.text_encoder_stop != 0:
         for number, part in enumerate(text_encoders):
             rate = options.text_rate(number)

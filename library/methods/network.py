@@ -176,6 +176,8 @@ class NetworkMethod(Method):
         }
         if self._args:
             values["ss_network_args"] = json.dumps(self._args)
+        if self.opts.memory.quantize_base:  # of our own, so only where it has something to tell
+            values["ss_quantize_base"] = self.opts.memory.quantize_base
         return values
 
     def _dim_text(self) -> str:

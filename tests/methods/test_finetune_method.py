@@ -14,12 +14,16 @@ from safetensors.torch import load_file
 
 from library.errors import UserError
 from library.families.sd.adapter import SdFamily
+from library.families.sd3.adapter import Sd3Family
+from library.families.sdxl.adapter import SdxlFamily
 from library.methods.finetune import FinetuneMethod, unmoved
 from library.methods.finetune_args import check_options
 from library.options.parsing import parse_options
 from library.options.scripts import groups_for, traits_for
 from library.options.validation import problems, warnings
 from tests.builders import tiny_sd, write_tiny_sd1
+from tests.builders.sd3 import DEPTH, write_tiny_sd3
+from tests.builders.sdxl import tiny_sdxl
 
 METADATA = {
     "ss_steps": "12",
@@ -315,3 +319,54 @@ def test_the_guide_prints_commands_that_are_taken_and_options_that_exist(monkeyp
         assert warnings(opts, traits_for("sd")) == []
     known = {option for method in SCRIPTS.values() for option in options(method).flat()}
     assert set(re.findall(r"--(\w+)", text)) - known == {"num_cpu_threads_per_process"}
+
+
+# ---- blocks that stay as they are
+
+
+@pytest.mark.parametrize("rate", [0, 1e-3])
+def test_blocks_with_the_rate_0_are_frozen_and_those_with_a_rate_need_no_other(rate):
+    """Optimizers that find the rate themselves would move them."""
+    rates = ["0"] * 11 + ["2e-4"] + ["0"] * 11
+    family = SdxlFamily(parse_options(groups_for("sdxl", "finetune"), [f"--learning_rate={rate}"]))
+    made = FinetuneMethod(parse_options(groups_for("sdxl", "finetune"), [f"--block_lr={','.join(rates)}"]))
+    models = tiny_sdxl()
+    made.attach(family, models)
+    (group,) = made.parameter_groups()
+    assert (group["name"], group["lr"]) == ("unet block 11", 2e-4)
+    trained = {name for name, weight in models.denoiser.named_parameters() if weight.requires_grad}
+    assert trained == {name for name, _ in models.denoiser.named_parameters() if name.startswith("mid_block.att")}
+
+
+@pytest.fixture(scope="module")
+def sd3_file(tmp_path_factory):
+    return write_tiny_sd3(tmp_path_factory.mktemp("sd3") / "m.safetensors", dtype=torch.float16)
+
+
+def sd3_attached(path, *flags):
+    opts = parse_options(groups_for("sd3", "finetune"), [f"--pretrained_model_name_or_path={path}", *flags])
+    family, made = Sd3Family(opts), FinetuneMethod(opts)
+    models = family.load()
+    made.attach(family, models)
+    return made, models
+
+
+def test_what_is_not_trained_in_the_denoiser_is_saved_as_it_was_read(sd3_file, tmp_path):
+    """Blocks that are left alone, and the table of positions, although the run computes in another format."""
+    made, models = sd3_attached(sd3_file, "--num_last_block_to_freeze=1")
+    models.denoiser.to(torch.bfloat16)
+    with torch.no_grad():
+        for group in made.parameter_groups():
+            for weight in group["params"]:
+                weight += 1
+    made.save(tmp_path / "tuned.safetensors", None, {})
+    before, after = load_file(sd3_file), load_file(tmp_path / "tuned.safetensors")
+    left = {key for key in before if torch.equal(before[key], after[key])}
+    last = f"model.diffusion_model.joint_blocks.{DEPTH - 1}."
+    assert left == {key for key in before if key.startswith((last, "first_stage_model.")) or "pos_embed" in key}
+    assert {weight.dtype for weight in models.denoiser.state_dict().values()} == {torch.bfloat16}
+
+
+def test_more_blocks_than_there_are_cannot_be_frozen(sd3_file):
+    with pytest.raises(UserError, match=f"--num_last_block_to_freeze: {DEPTH + 1} are more than this model has"):
+        sd3_attached(sd3_file, f"--num_last_block_to_freeze={DEPTH + 1}")

@@ -16,6 +16,7 @@ from library.errors import UserError
 from library.methods.network import NetworkMethod
 from library.methods.network_args import check_options
 from library.options.base import Given, build_options
+from library.options.memory import MemoryOptions
 from library.options.network import NetworkOptions
 from library.options.optimizer import OptimizerOptions
 from library.options.saving import SavingOptions
@@ -46,7 +47,7 @@ def toy_models():
 
 def options_for(**given):
     given = {"network_module": "networks.lora", "learning_rate": 1e-3, "seed": 5, **given}
-    groups = [NetworkOptions, OptimizerOptions, SavingOptions, TrainingOptions]
+    groups = [NetworkOptions, MemoryOptions, OptimizerOptions, SavingOptions, TrainingOptions]
     return build_options(groups, {name: Given(value, "test") for name, value in given.items()})
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from library.checkpoints.reading import read_metadata
+
 pytestmark = pytest.mark.slow
 
 
@@ -46,6 +48,7 @@ def test_a_base_in_4_bits(tmp_path: Path, run_script, train_arguments):
     weights = load_file(tmp_path / "lora.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
     assert any(bool(value.any()) for name, value in weights.items() if "lora_up" in name), "nothing was learned"
+    assert read_metadata(tmp_path / "lora.safetensors")["ss_quantize_base"] == "nf4"
 
 
 def test_a_whole_model_in_bf16(tmp_path: Path, run_script, train_arguments):
