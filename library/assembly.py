@@ -31,6 +31,7 @@ from library.training.saving import make_save_plan
 from library.training.stepping import Stepper, equal_parts, parts_by_block
 from library.training.tracking import make_tracker
 from library.training.validation import Validation
+from library.types import Size
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,6 +72,8 @@ def assemble(
     with placement.loading(opts, accelerator.device):
         models = family.load()
     LOGGER.info("loaded %s in %.1f s", opts.model.pretrained_model_name_or_path, time.time() - started)
+    _check_sizes(models, data, preview)
+    placement.swapped_blocks(family, models, opts, accelerator.device)  # too many are told before anything is encoded
     _encode(opts, family, method, models, preview, data, accelerator, shards)
     placement.place_denoiser(models, opts, accelerator.device, spread=shards is not None)
     attention = set_attention(models.denoiser, opts.memory)
@@ -118,6 +121,16 @@ def assemble(
     )
 
 
+def _check_sizes(models: Models, data: Any, preview: Preview) -> None:
+    """Raises: UserError: pictures to train on, or to make, are larger than the model can take."""
+    sizes = {Size(*record.bucket): "a bucket of" for record in data.all_records}
+    sizes |= {Size(prompt.width, prompt.height): "--sample_prompts: a picture of" for prompt in preview.prompts}
+    most = models.longest_side
+    large = [f"{what} {size.width}x{size.height}" for size, what in sizes.items() if most and max(size) > most]
+    if large:
+        raise UserError(*(f"{place} is too large: this model takes {most} pixels on a side" for place in large))
+
+
 def _encode(
     opts: Options,
     family: Family,
@@ -135,7 +148,7 @@ def _encode(
     cache_latents = encoding.latent_cache(opts, family, models, data)
     method.attach(family, models)
     cache_text = encoding.text_cache(opts, family, method, models, data)  # knows what was merged into the encoders
-    grad_text = method.trains_text_encoder()
+    grad_text = bool(method.trained_text_encoders())
     placement.place_text_encoders(models, opts, accelerator.device, grad_text=grad_text, shards=shards)
     added = method.added()
     if added is not None:

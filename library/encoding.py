@@ -86,13 +86,21 @@ def require_texts(opts: Options, family: Family, missing: Sequence[str], data: A
 
 
 def text_cache(opts: Options, family: Family, method: Method, models: Any, data: Any) -> Any:
-    """What caches the text encoders' outputs once they are in place; None: captions are encoded as they come up."""
+    """What caches the text encoders' outputs once they are in place; None: captions are encoded as they come up.
+
+    Raises: UserError: no text encoder's outputs stay as they are.
+    """
     options = getattr(opts, "text_cache", None)
     if options is None or not options.in_use:
         return None
     from library.checkpoints.hashes import weights_fingerprint
     from library.training import placement
 
+    if set(family.traits.text_encoders) <= set(method.working_text_encoders()):
+        raise UserError(
+            "--cache_text_encoder_outputs: every text encoder is trained, so nothing can be cached; drop this option, "
+            "or train the denoiser alone"
+        )
     layout = family.text_layout()
     assert layout is not None, "a family with these options has such files"
     # The weights as read are at hand, those that encode may be smaller. Outputs of fp8 are shared with exact ones.

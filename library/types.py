@@ -112,6 +112,7 @@ class Models:
     tokenizers: dict[str, Any]
     vae: nn.Module | None
     source: Any = None
+    longest_side: int | None = None  # pixels of the largest pictures that the denoiser takes; None: any
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ def _save_flip_file(wanted: Wanted, arrays: Mapping[str, NDArray[Any]]) -> None:
     if wanted.flip:
         store.write(file, {_LATENTS: arrays[_FLIPPED], _SIZE: arrays[_SIZE], _CROP: arrays[_CROP]})
     elif os.path.lexists(file):  # there is none where its name would be too long, and to ask so is no error
-        file.unlink()
+        file.unlink(missing_ok=True)  # another run on the same folder may have done it meanwhile
 
 
 def _oldest_file(picture: Path) -> Path:

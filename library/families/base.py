@@ -48,10 +48,14 @@ class Family(ABC):
         self.opts = opts
 
     @abstractmethod
-    def load(self) -> Models:
+    def load(self, *, texts_only: bool = False) -> Models:
         """Reads the model named by the options, on the CPU, with nothing trainable and in eval mode.
 
         In float32, or in the narrower formats of its files where a model is large.
+
+        Args:
+            texts_only: only what `encode_text` needs has to be there. Families with files of text encoders leave out
+                the VAE and the denoiser, or its weights.
 
         Raises: UserError: missing or unreadable file, or one of another family.
         """
@@ -117,6 +121,10 @@ class Family(ABC):
         self, models: Models, path: Path, *, save_as: str, dtype: torch.dtype | None, metadata: dict[str, str]
     ) -> None:
         """Writes a whole model. `save_as`: ckpt, safetensors, diffusers, diffusers_safetensors. None keeps dtypes."""
+
+    def companions(self, models: Models, path: Path) -> list[Path]:
+        """What `save` writes beside a model's file `path`: files of parts that it does not hold."""
+        return []
 
     def text_layout(self) -> TextLayout | None:
         """How files of cached text-encoder outputs look; None: this family has none."""

@@ -41,10 +41,6 @@ class Method(ABC):
     def trained_text_encoders(self) -> list[str]:
         """The text encoders in which gradients are needed at present; for those that have called `attach`."""
 
-    def trains_text_encoder(self) -> bool:
-        """Whether any gradient is needed in a text encoder."""
-        return bool(self.trained_text_encoders())
-
     def working_text_encoders(self) -> list[str]:
         """The text encoders that encode captions in every step, even where outputs are cached."""
         return self.trained_text_encoders()

@@ -106,7 +106,7 @@ class FinetuneMethod(Method):
         return list(dict.fromkeys([*trained, *uncached]))
 
     def start_step(self, step: int) -> None:
-        if self._stop is None or step < self._stop or not self.trains_text_encoder():
+        if self._stop is None or step < self._stop or not self.trained_text_encoders():
             return
         for part, module in self._trained.items():
             if part != DENOISER:

@@ -33,6 +33,12 @@ class CachingOptions(OptionGroup, group="method", title="Caching"):
             yield "--skip_existing: no longer needed; files that fit are always kept, and others are made again"
 
 
+class CachedModel(LargeModelOptions):
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        """Which parts of a model have to be named depends on what is encoded, and on the family."""
+        return ()
+
+
 class CachedData(AnyData):
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.debug_dataset:
@@ -88,7 +94,7 @@ class NoMetadata(MetadataOptions, without=("no_metadata",)):
 
 
 # The options of all families stand between these.
-BEFORE_FAMILIES = (ConfigOptions, LargeModelOptions)
+BEFORE_FAMILIES = (ConfigOptions, CachedModel)
 AFTER_FAMILIES = (
     *(CachingOptions, CachedData, CachedTraining, NoiseOptions, CachedLoss, CachedTexts, BlockSwapOptions),
     *(CachedMemory, CachedDistribution, NotSaving, NoMetadata, SamplingOptions, LoggingOptions),

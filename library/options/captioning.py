@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from library.options.base import OptionGroup, Options, opt
+from library.options.preparation import ending_advice, ending_problems
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
@@ -30,8 +31,10 @@ class CaptionFileOptions(OptionGroup, group="caption", title="Captions"):
     debug: bool = opt(False, "print every picture's path and caption")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        if not self.caption_extension.strip(". ") or any(sign in self.caption_extension for sign in "/\\"):
-            yield f"--caption_extension must be an ending of file names, e.g. .caption, got {self.caption_extension!r}"
+        yield from ending_problems(self.caption_extension)
+
+    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from ending_advice(self.caption_extension)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,7 @@ class CaptionOptions(CaptionFileOptions):
             yield "--model and --caption_weights name two models; give one of them"
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().advise(opts, traits)
         if self.num_beams > 1 and not self.beam_search:
             yield "--num_beams has no effect without --beam_search"
         if self.beam_search and "top_p" in opts.explicit:

@@ -167,7 +167,9 @@ class TwoEncoderOptions(FinetuneOptions, without=("learning_rate_te",)):
     learning_rate_te1: float | None = opt(None, "learning rate of the first text encoder; --learning_rate if not given")
     learning_rate_te2: float | None = opt(None, "the same of the second")
     block_lr: str | None = opt(
-        None, "learning rates of the denoiser's blocks from input to output, with commas between them", comma_list=True
+        None,
+        "learning rates of the denoiser's blocks from input to output, with commas between them; 0 leaves one alone",
+        comma_list=True,
     )
 
     def text_rate(self, number: int) -> float | None:
@@ -199,6 +201,15 @@ class ThreeEncoderOptions(FinetuneOptions, without=("learning_rate_te", "diffuse
     learning_rate_te1: float | None = opt(None, "learning rate of the first text encoder; --learning_rate if not given")
     learning_rate_te2: float | None = opt(None, "the same of the second")
     learning_rate_te3: float | None = opt(None, "the same of the third, T5")
+    text_encoder_lr1: float | None = opt(
+        None, "as --learning_rate_te1", alias_of="learning_rate_te1", deprecated="--learning_rate_te1"
+    )
+    text_encoder_lr2: float | None = opt(
+        None, "as --learning_rate_te2", alias_of="learning_rate_te2", deprecated="--learning_rate_te2"
+    )
+    text_encoder_lr3: float | None = opt(
+        None, "as --learning_rate_te3", alias_of="learning_rate_te3", deprecated="--learning_rate_te3"
+    )
     train_t5xxl: bool = opt(False, "train T5 too; needs --train_text_encoder")
     use_t5xxl_cache_only: bool = opt(False, "cache T5's outputs only, so that the other text encoders can be trained")
     num_last_block_to_freeze: int | None = opt(

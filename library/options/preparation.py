@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from library.options.base import opt
@@ -11,3 +12,15 @@ from library.options.logging import ConsoleOptions
 @dataclass(frozen=True, kw_only=True)
 class WorkOptions(ConsoleOptions, group="work", title="Messages and failures"):
     strict: bool = opt(False, "end with status 1 if any picture failed; without it, only if all of them did")
+
+
+def ending_problems(ending: str) -> Iterable[str]:
+    """What is wrong with a --caption_extension of files that are written."""
+    if not ending.strip(". ") or any(sign in ending for sign in "/\\"):
+        yield f"--caption_extension must be an ending of file names, e.g. .txt, got {ending!r}"
+
+
+def ending_advice(ending: str) -> Iterable[str]:
+    """What may be meant otherwise in one that can be used."""
+    if ending[:1].isalnum():
+        yield f"--caption_extension {ending} begins with no dot: the file for dog.png will be dog{ending}"

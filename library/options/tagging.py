@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.options.base import OptionGroup, Options, opt
+from library.options.preparation import ending_advice, ending_problems
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
 
 DEFAULT_TAGGER = "SmilingWolf/wd-v1-4-convnext-tagger-v2"
 JSON_ENDINGS = (".json", ".jsonl")
+_THRESHOLDS = ("general", "character", "meta", "model", "copyright", "artist")  # categories that have one
+_BEST = ("rating", "quality")  # and those of which the likeliest is written
 
 
 def _threshold(kind: str) -> float | None:
@@ -81,18 +84,26 @@ class TaggingOptions(OptionGroup, group="tagging", title="Tagging"):
     debug: bool = opt(False, "print every picture's path and tags with their probabilities")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        if not self.caption_extension.strip(". ") or any(sign in self.caption_extension for sign in "/\\"):
-            yield f"--caption_extension must be the ending of a file name, e.g. .txt, got {self.caption_extension!r}"
+        yield from ending_problems(self.caption_extension)
         if not self.caption_separator:
             yield "--caption_separator must not be empty"
         if self.output_path is not None and Path(self.output_path).suffix.lower() not in JSON_ENDINGS:
             yield f"--output_path must end in .json or .jsonl, got {self.output_path!r}"
         if self.skip_existing and self.append_tags:
             yield "--skip_existing leaves existing tags alone and --append_tags adds to them; give one of them"
+        if self._writes_nothing():
+            yield f"--thresh: no tag has a probability above 1, so none would be written, got {self.thresh}"
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        for name in ("rating", "quality"):
+        yield from ending_advice(self.caption_extension)
+        for name in _BEST:
             if getattr(self, f"use_{name}_tags") and getattr(self, f"use_{name}_tags_as_last_tag"):
                 yield f"--use_{name}_tags_as_last_tag has no effect with --use_{name}_tags"
         if self.output_path is not None and {"caption_extension", "caption_extention"} & opts.explicit:
             yield "--caption_extension has no effect with --output_path"
+
+    def _writes_nothing(self) -> bool:
+        """Whether each category is switched off by a threshold above 1, as one or the other may well be."""
+        own = [getattr(self, f"{category}_threshold") for category in _THRESHOLDS]
+        others = (getattr(self, f"use_{name}_tags{place}") for name in _BEST for place in ("", "_as_last_tag"))
+        return min(self.thresh if one is None else one for one in own) > 1 and not any(others)

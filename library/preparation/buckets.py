@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from library import cli
+from library import registry
 from library.errors import UserError
+from library.options import scripts
 from library.options.base import Given, Options, build_options, opt
 from library.options.bucketing import BucketingOptions
 from library.options.data import DataOptions
@@ -40,7 +41,7 @@ _OUR_NAMES = {"--resolution:": "--max_resolution:", "--in_json:": "in_json:", "-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBucketingOptions(BucketingOptions):
-    family: Literal[tuple(cli.FAMILIES)] | None = opt(
+    family: Literal[tuple(registry.FAMILIES)] | None = opt(
         None, "kind of model, where its file does not tell it: a VAE by itself, or a hub id that cannot be asked"
     )
 
@@ -120,7 +121,7 @@ def _spec(training: Options, family: str) -> DatasetSpec:
     from library.data.blueprint import build_specs
 
     try:
-        (spec,) = build_specs(training, parts.family_traits(family))
+        (spec,) = build_specs(training, scripts.traits_for(family))
     except UserError as error:
         raise UserError(*(_in_our_words(problem) for problem in error.problems), hint=error.hint) from None
     return spec
@@ -208,7 +209,7 @@ def _encode(
     from library.checkpoints.hashes import weights_fingerprint
     from library.training import placement
 
-    models, adapter = _load_vae(family, training), parts.make_family(family, training)
+    models, adapter = _load_vae(family, training), registry.make_family(family, training)
     accelerator = parts.make_accelerator(training)
     fingerprint = weights_fingerprint(models.vae)
     placement.place_vae(models, training, accelerator.device)
@@ -234,13 +235,18 @@ def _load_vae(family: str, training: Options) -> Models:
 
 
 def _with_unclear_flips(pictures: Sequence[Path]) -> set[Path]:
-    """Pictures such as a.png and a_flip.png: the mirrored latents of one would be named as the latents of the other."""
-    bases = {picture.with_suffix(""): picture for picture in pictures}
+    """Pictures such as a.png and a_flip.png: the mirrored latents of one would be named as the latents of the other.
+
+    All of one stem together, as a.jpg and a.png have to be told apart as well.
+    """
+    bases: dict[Path, set[Path]] = {}
+    for picture in pictures:
+        bases.setdefault(picture.with_suffix(""), set()).add(picture)
     unclear: set[Path] = set()
-    for base, picture in bases.items():
+    for base, same_stem in bases.items():
         mirrored = bases.get(base.with_name(f"{base.name}_flip"))
         if mirrored is not None:
-            unclear |= {picture, mirrored}
+            unclear |= same_stem | mirrored
     return unclear
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from library import cli
+from library import registry
 from library.errors import UserError
 from library.options import caching as groups
+from library.options import scripts
 from library.options.base import OptionGroup, Options, build_options, opt, options_of
 from library.preparation import encoding as parts
 from library.preparation.outcome import Outcome
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 def _families() -> type[OptionGroup]:
     """Which family, and the options of all of them. Of those of one name the last family's stands in help."""
-    usual, *others = cli.FAMILIES
-    switches = {name: (bool, opt(False, f"the model is {parts.family_traits(name).label}")) for name in others}
+    usual, *others = registry.FAMILIES
+    switches = {name: (bool, opt(False, f"the model is {scripts.traits_for(name).label}")) for name in others}
     merged: dict[str, tuple[Any, Any]] = {}
     for name in (usual, *others):
         group = parts.family_options(name)
@@ -49,7 +50,7 @@ GROUPS = (*groups.BEFORE_FAMILIES, FAMILIES, *groups.AFTER_FAMILIES)
 
 
 def _family(opts: Options) -> str:
-    usual, *others = cli.FAMILIES
+    usual, *others = registry.FAMILIES
     chosen = [name for name in others if getattr(opts.family, name)]
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(f'--{name}' for name in chosen)} cannot both be; choose one kind of model")
@@ -58,7 +59,7 @@ def _family(opts: Options) -> str:
 
 def traits_of(opts: Options) -> FamilyTraits:
     """Those of the family that the options choose. Raises: UserError: they choose several."""
-    return parts.family_traits(_family(opts))
+    return scripts.traits_for(_family(opts))
 
 
 def _of_family(opts: Options, family: str, **changed: Any) -> Options:
@@ -69,8 +70,8 @@ def _of_family(opts: Options, family: str, **changed: Any) -> Options:
     own = parts.family_options(family)
     others = {option.dest for option in options_of(FAMILIES)} - {option.dest for option in options_of(own)}
     given = {name: value for name, value in opts.given.items() if name not in others}
-    for name in (others & opts.given.keys()) - cli.FAMILIES.keys():
-        LOGGER.warning("--%s: no effect on %s", name, parts.family_traits(family).label)
+    for name in (others & opts.given.keys()) - registry.FAMILIES.keys():
+        LOGGER.warning("--%s: no effect on %s", name, scripts.traits_for(family).label)
     kinds = [own if isinstance(group, FAMILIES) else type(group) for group in opts.groups]
     return build_options(kinds, given).replaced(strict=False, seed=opts.training.seed or 0, **changed)
 
@@ -79,7 +80,7 @@ def _check(opts: Options, family: str, problems: Sequence[str] = ()) -> list[Any
     """The specs of the data sets. Raises: UserError: with `problems` and all others that can be seen at once."""
     from library.data.blueprint import build_specs
 
-    traits = parts.family_traits(family)
+    traits = scripts.traits_for(family)
     found, specs = [*opts.family.check(opts, traits), *problems], []
     try:
         specs = build_specs(opts, traits)
@@ -101,6 +102,7 @@ def cache_latents(opts: Options) -> Outcome:
     from library import encoding
     from library.caching import latents
     from library.checkpoints.hashes import weights_fingerprint
+    from library.data.reading import read_data
     from library.runtime.processes import Processes
     from library.training import placement
 
@@ -115,8 +117,8 @@ def cache_latents(opts: Options) -> Outcome:
     )
     specs = _check(opts, family)
     accelerator = parts.make_accelerator(opts)
-    models, adapter = parts.load_vae(family, opts), parts.make_family(family, opts)
-    data = cli.read_data(specs, opts, adapter.traits, Processes(accelerator.process_index, accelerator.num_processes))
+    models, adapter = parts.load_vae(family, opts), registry.make_family(family, opts)
+    data = read_data(specs, opts, adapter.traits, Processes(accelerator.process_index, accelerator.num_processes))
     outcome = Outcome(failed=dict(data.findings.dropped))
     fingerprint = weights_fingerprint(models.vae)
     placement.place_vae(models, opts, accelerator.device)
@@ -157,24 +159,24 @@ def cache_texts(opts: Options) -> Outcome:
     """
     from library import encoding
     from library.caching import text_outputs
+    from library.data.reading import read_data
     from library.runtime.processes import Processes
     from library.training import placement
 
     family = _family(opts)
     opts = _of_family(opts, family, cache_latents=False, cache_text_encoder_outputs_to_disk=True)
-    adapter = parts.make_family(family, opts)
+    adapter = registry.make_family(family, opts)
     layout = adapter.text_layout()
     if layout is None:
-        others = ", ".join(f"--{name}" for name in list(cli.FAMILIES)[1:])
+        others = ", ".join(f"--{name}" for name in list(registry.FAMILIES)[1:])
         raise UserError(f"{adapter.traits.label} has no files of text encoder outputs; say what the model is: {others}")
-    specs = _check(opts, family, parts.path_problems(family, opts))
+    specs = _check(opts, family, registry.text_path_problems(family, opts))
     accelerator = parts.make_accelerator(opts)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
-    data = cli.read_data(specs, opts, adapter.traits, processes)
-    encoding.require_texts(opts, adapter, parts.missing_encoders(family, opts), data, samples=False)
+    data = read_data(specs, opts, adapter.traits, processes)
+    encoding.require_texts(opts, adapter, registry.missing_encoders(family, opts), data, samples=False)
     with placement.loading(opts, accelerator.device):
-        models = adapter.load()
-    models.vae = None
+        models = adapter.load(texts_only=True)
     files = {text_outputs.cache_file(one, adapter.text_layout()) for one in text_outputs.items_of(data.all_records)}
     before = {file: _stamp(file) for file in files}
     processes.wait()  # nobody writes while others still look

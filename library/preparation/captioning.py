@@ -13,7 +13,14 @@ from library.options.base import Options
 from library.options.captioning import CaptionFileOptions, CaptionOptions, GitCaptionOptions
 from library.options.preparation import WorkOptions
 from library.preparation.outcome import Outcome, show
-from library.preparation.pictures import find_pictures, gathered, in_batches, my_share, read_ahead
+from library.preparation.pictures import (
+    find_pictures,
+    gathered,
+    in_batches,
+    my_share,
+    read_ahead,
+    warn_of_shared_names,
+)
 from library.preparation.texts import require_text_ending, write_text
 from library.preparation.written_words import without_written_words
 from library.runtime.logs import LOGGER
@@ -74,8 +81,10 @@ def caption_folder(
     require_text_ending(given.caption_extension)
     folder = Path(given.train_data_dir)
     outcome = Outcome()
+    pictures = find_pictures(folder, recursive=given.recursive)
+    warn_of_shared_names(pictures, "caption file")
     todo = []
-    for path in my_share(find_pictures(folder, recursive=given.recursive)):
+    for path in my_share(pictures):
         if given.skip_existing and isfile(caption_path(path, given)):
             outcome.skipped += 1
         else:
@@ -91,8 +100,8 @@ def caption_folder(
         return captioner.prepare(pixels)
 
     size = given.batch_size
-    pictures = read_ahead(todo, read, outcome, workers=given.max_data_loader_n_workers, desc="captions", batch=size)
-    for batch in in_batches(pictures, size):
+    reading = read_ahead(todo, read, outcome, workers=given.max_data_loader_n_workers, desc="captions", batch=size)
+    for batch in in_batches(reading, size):
         for path, found in _captioned(captioner, batch, folder, outcome):
             caption = mend(found)
             try:

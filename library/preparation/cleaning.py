@@ -13,7 +13,7 @@ from library.options.base import Options
 from library.options.metadata import CleanOptions
 from library.options.preparation import WorkOptions
 from library.preparation import cleaning_rules as rules
-from library.preparation.metadata import write_metadata
+from library.preparation.metadata import require_writable, write_metadata
 from library.preparation.outcome import Outcome
 from library.preparation.tag_rules import spaced
 from library.runtime.logs import LOGGER
@@ -26,6 +26,8 @@ _ROUNDS = 10  # of the caption rules; only rules that lengthen what they find co
 def clean(opts: Options) -> Outcome:
     """The work of clean_captions_and_tags.py. Raises: UserError: the metadata cannot be read or written."""
     options: CleanOptions = opts.clean
+    target = Path(options.out_json)
+    require_writable(target, "out_json")
     entries = read_metadata(Path(options.in_json))
     outcome = Outcome()
     cleaned: dict[str, dict[str, Any]] = {}
@@ -42,8 +44,8 @@ def clean(opts: Options) -> Outcome:
     for field, count in without.items():
         if count:
             LOGGER.info("%d of %d pictures have no %s", count, len(entries), field)
-    write_metadata(Path(options.out_json), cleaned)
-    LOGGER.info("%s: %d of %d pictures changed", options.out_json, outcome.done, len(entries))
+    write_metadata(target, cleaned)
+    LOGGER.info("%s: %d of %d pictures changed", target, outcome.done, len(entries))
     return outcome
 
 

@@ -62,7 +62,9 @@ def _result_file(source: Path, target: Path) -> Path:
     if not source.is_file():
         raise UserError(f"--input={source}: no such file or folder")
     if target.is_dir():
-        return target / f"{source.stem}.png"
+        target = target / f"{source.stem}.png"
+    if target.exists() and target.samefile(source):
+        raise UserError(f"--output={target}: the edges would replace the picture; give another name or folder")
     if target.suffix == "" or writable_suffix(target.suffix) != target.suffix:
         raise UserError(f"--output={target}: must end in .png, .jpg, .webp or .bmp, or be a folder that is there")
     make_folder(target.parent)

@@ -16,7 +16,7 @@ from library.errors import UserError
 from library.options.base import Options
 from library.options.metadata import MergeCaptionsOptions, MergeOptions, MergeTagsOptions
 from library.options.preparation import WorkOptions
-from library.preparation.metadata import NOT_UNICODE, is_unicode, write_metadata
+from library.preparation.metadata import NOT_UNICODE, is_unicode, require_writable, write_metadata
 from library.preparation.outcome import Outcome
 from library.preparation.pictures import find_pictures, read_ahead
 from library.preparation.texts import read_lines
@@ -49,6 +49,7 @@ def merge(options: MergeOptions, field: Field) -> Outcome:
     Raises: UserError: nothing can be read, no picture has a text file, or the metadata cannot be read or written.
     """
     target = Path(options.out_json)
+    require_writable(target, "out_json")
     entries = _entries_before(options, target)
     pictures = find_pictures(Path(options.train_data_dir), recursive=options.recursive)
     texts = text_files(pictures, options.caption_extension)

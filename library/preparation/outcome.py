@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from library.runtime.logs import LOGGER
+from library.runtime.logs import LOGGER, clear_progress
 
 _NAMED = 20  # failures in the summary; each was named when it happened
 
@@ -52,5 +52,7 @@ class Outcome:
 
 def show(line: str) -> None:
     """Prints what a script is asked to tell about pictures. Signs that a console lacks show as others."""
+    if sys.stdout.isatty():
+        clear_progress()  # or the line would stand behind a bar
     encoding = sys.stdout.encoding or "utf-8"
     print(line.encode(encoding, "replace").decode(encoding), flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -18,6 +18,7 @@ from library.runtime.processes import Processes
 
 T = TypeVar("T")
 
+_SHOWN = 3  # names in a message about several files
 _WORKERS = 8  # at most, where nobody says how many; decoding scales no further
 
 
@@ -38,6 +39,18 @@ def find_pictures(folder: Path, *, recursive: bool) -> list[Path]:
     if not found:
         raise UserError(f"there are no pictures in {folder}{' or below it' if recursive else ' itself'}")
     return sorted(found, key=lambda path: path.parts)
+
+
+def warn_of_shared_names(pictures: Sequence[Path], kind: str) -> None:
+    """Tells of pictures that differ in nothing but the ending, where one file each is written beside them.
+
+    Args:
+        kind: what is written, e.g. "tag file".
+    """
+    shared = [stem for stem, count in Counter(path.with_suffix("") for path in pictures).items() if count > 1]
+    if shared:
+        more = f" and {len(shared) - _SHOWN} more" if len(shared) > _SHOWN else ""
+        LOGGER.warning("pictures of the same name share a %s: %s%s", kind, ", ".join(map(str, shared[:_SHOWN])), more)
 
 
 def _walk(folder: Path, recursive: bool) -> Iterator[tuple[Path, list[str]]]:
@@ -84,7 +97,6 @@ def read_ahead(
             try:
                 value = result()
             except (UserError, OSError, ValueError, MemoryError) as error:
-                bar.clear()  # or the message would stand behind it
                 outcome.fail(path, _reason(error))
             else:
                 yield path, value
@@ -140,12 +152,21 @@ def is_first() -> bool:
 
 
 def my_share(paths: Sequence[Path]) -> list[Path]:
-    """This process's part of paths that every process lists in the same order."""
-    return list(processes().share_of(paths))
+    """This process's part of paths that every process lists in the same order.
+
+    Those that differ in nothing but the ending stay together: what is written beside them is one file.
+    """
+    together: dict[str, list[Path]] = {}
+    for path in paths:
+        together.setdefault(os.path.splitext(path)[0], []).append(path)
+    return [path for group in processes().share_of(list(together.values())) for path in group]
 
 
 def gathered(value: T) -> list[T]:
-    """The value of every process, in their order; each process gets the list, and waits for the last one."""
+    """The value of every process, in their order; each process gets the list, and waits for the last one.
+
+    Raises: UserError: another process has ended before it came here.
+    """
     ours = processes()
     if ours.world == 1:
         return [value]
@@ -154,4 +175,25 @@ def gathered(value: T) -> list[T]:
 
     # Connects the processes, once. Left to itself it would take each process without a GPU for the only one.
     PartialState(cpu=not torch.accelerator.is_available())
-    return ours.gathered(value)
+    try:
+        return ours.gathered(value)
+    except RuntimeError as error:  # lost connections are nothing more special
+        LOGGER.debug("waiting for the other processes", exc_info=error)
+        raise UserError("another process of this run has stopped; its own message says why") from None
+
+
+def by_the_first(work: Callable[[], T]) -> T | None:
+    """Lets the first process do what is done once, while the others wait. They get None.
+
+    Raises: UserError: the first process did. The others leave with its exit status, as one message is enough.
+    """
+    found, problem = None, None
+    if is_first():
+        try:
+            found = work()
+        except UserError as error:
+            problem = error
+    if any(gathered(problem is not None)):
+        processes().leave()
+        raise problem or SystemExit(2)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from library.checkpoints.writing import replacing
 from library.errors import UserError
 from library.families.shared.building import freeze
 from library.families.shared.recognition import is_hub_id
-from library.preparation.pictures import gathered, is_first
+from library.preparation.pictures import by_the_first, is_first
 from library.runtime.logs import LOGGER, progress
 from library.runtime.places import cache_folder
 
@@ -49,6 +50,7 @@ def load(name: str, loader: Callable[..., T], what: str) -> T:
         if is_folder:
             raise UserError(f"{name}: cannot be read as {what} ({_first_line(error)})") from None
     try:
+        _require_hub(name)
         return loader(name, local_files_only=False)
     except ImportError as error:
         raise _lacks_package(name, error) from None
@@ -57,6 +59,19 @@ def load(name: str, loader: Callable[..., T], what: str) -> T:
             f"{name}: neither a folder here, nor whole in the hub's cache, and the hub did not give it as {what} "
             f"({_first_line(error)})"
         ) from None
+
+
+def _require_hub(name: str) -> None:
+    """Asks the hub for a repository, once: transformers would ask a hub that cannot be reached again and again, file
+    by file, and print a warning each time, for minutes.
+
+    Raises: whatever the hub's client raises where there is no answer. What the answer says is for the loader to judge.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with contextlib.suppress(HfHubHTTPError, ValueError):  # ValueError: a mirror that lacks this part of the hub
+        HfApi().model_info(name, timeout=_TIMEOUT)
 
 
 def load_model(name: str, model_class: Any, what: str, **options: Any) -> nn.Module:
@@ -91,17 +106,13 @@ def fetched(address: str) -> Path:
     Raises: UserError: it cannot be fetched.
     """
     path = cache_folder() / "weights" / (unquote(urlsplit(address).path).rpartition("/")[2] or "weights.pth")
-    problem = None
-    if is_first() and not path.is_file():
-        try:
+
+    def fetch() -> None:
+        if not path.is_file():
             _fetch(address, path)
-        except UserError as error:
-            problem = str(error)
-    problem = gathered(problem)[0]
-    if problem is not None:
-        raise UserError(problem)
-    if not path.is_file():  # the first process is on another machine
-        _fetch(address, path)
+
+    by_the_first(fetch)
+    fetch()  # where the first process is on another machine
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,13 +11,11 @@ from library.data.metadata_files import read_metadata
 from library.errors import UserError
 from library.options.tagging import TaggingOptions
 from library.preparation.metadata import NOT_UNICODE, is_unicode, require_writable, write_metadata
-from library.preparation.pictures import gathered, is_first, processes
+from library.preparation.pictures import gathered, is_first, processes, warn_of_shared_names
 from library.preparation.tag_rules import with_appended
 from library.preparation.texts import read_lines, require_text_ending, write_text
 from library.runtime.logs import LOGGER
 from library.types import Size
-
-_SHOWN = 3  # names in a message about several files
 
 
 class TagPlace(Protocol):
@@ -44,7 +41,7 @@ def tag_place(options: TaggingOptions, pictures: Sequence[Path]) -> TagPlace:
     """
     if options.output_path is None:
         require_text_ending(options.caption_extension)
-        _warn_of_shared_names(pictures)
+        warn_of_shared_names(pictures, "tag file")
         return TagFiles(options.caption_extension, options.caption_separator, append=options.append_tags)
     keep = options.skip_existing or options.append_tags
     return OneFile(Path(options.output_path), pictures, options.caption_separator, options.append_tags, keep)
@@ -129,10 +126,3 @@ class OneFile:
             if full in new and full not in self._before:
                 entries[full] = new[full]
         write_metadata(self._path, entries)
-
-
-def _warn_of_shared_names(pictures: Sequence[Path]) -> None:
-    shared = [stem for stem, count in Counter(path.with_suffix("") for path in pictures).items() if count > 1]
-    if shared:
-        more = f" and {len(shared) - _SHOWN} more" if len(shared) > _SHOWN else ""
-        LOGGER.warning("pictures of the same name share a tag file: %s%s", ", ".join(map(str, shared[:_SHOWN])), more)

@@ -167,8 +167,11 @@ def _written(label: Label, rules: TagRules) -> tuple[str, ...]:
 
 
 def expanded(name: str) -> list[str]:
-    """``name_(series)`` as [name, series], ``name_(costume)_(series)`` as [name_(costume), series]."""
-    found = re.fullmatch(r"(.+?)[_ ]?\(([^()]+)\)", name)
+    """``name_(series)`` as [name, series], ``name_(costume)_(series)`` as [name_(costume), series].
+
+    A series may hold parentheses itself: ``name_(series_(film))`` becomes [name, series_(film)].
+    """
+    found = re.fullmatch(r"(.+?)[_ ]?\(((?:[^()]|\([^()]*\))+)\)", name)
     return [found[1], found[2]] if found else [name]
 
 

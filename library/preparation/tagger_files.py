@@ -53,9 +53,15 @@ def find_tagger(repo_id: str, model_dir: Path, *, force: bool = False) -> Tagger
 
     Args:
         force: fetch them, whatever is here.
-    Raises: UserError: they are not here and cannot be fetched, or are of a kind that is not known.
+    Raises: UserError: they are not here and cannot be fetched, or are of a kind that is not known; or `repo_id` is a
+        folder here and `force` is set.
     """
     if Path(repo_id).is_dir():
+        if force:
+            raise UserError(
+                f"--force_download: nothing is fetched for --repo_id {repo_id}, as it is a folder here; leave one of "
+                "the two out, or start from another folder"
+            )
         return _local(Path(repo_id))
     wanted = _parse(repo_id)
     folder = model_dir / repo_id.replace("/", "_")
@@ -163,4 +169,6 @@ def _or_fail(ask: Callable[[], Any], failure: str) -> Any:
     except Exception as error:  # of several packages, one of which changes with the hub client's version
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines[:2]) if lines else type(error).__name__
-        raise UserError(f"{failure}: {reason}") from None
+        raise UserError(
+            f"{failure}: {reason}", hint="get its files in another way, and name the folder that holds them: --repo_id"
+        ) from None

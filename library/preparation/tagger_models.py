@@ -56,7 +56,7 @@ class Tagger:
 def open_tagger(files: TaggerFiles) -> Tagger:
     """Raises: UserError: a file is damaged, or model and labels do not belong together."""
     labels = read_labels(files)
-    session = open_session(files.path, "fetch it again with --force_download")
+    session = open_session(files.path, "get it again; --force_download does so for a tagger of Hugging Face")
     taken, given = session.get_inputs()[0], session.get_outputs()[0]
     shape = taken.shape
     planes = len(shape) == 4 and shape[1] == 3 and shape[3] != 3

@@ -16,7 +16,15 @@ from library.options.base import Options
 from library.options.preparation import WorkOptions
 from library.options.tagging import TaggingOptions
 from library.preparation.outcome import Outcome, show
-from library.preparation.pictures import find_pictures, gathered, in_batches, is_first, my_share, read_ahead
+from library.preparation.pictures import (
+    by_the_first,
+    find_pictures,
+    gathered,
+    in_batches,
+    is_first,
+    my_share,
+    read_ahead,
+)
 from library.preparation.tag_places import TagPlace, tag_place
 from library.preparation.tag_rules import (
     TagRules,
@@ -88,11 +96,9 @@ def _load(options: TaggingOptions) -> Tagger:
 
     if not options.onnx:
         LOGGER.info("the tagger's ONNX file is run, as with --onnx")
-    files = None
-    if is_first():
-        files = find_tagger(options.repo_id, Path(options.model_dir), force=options.force_download)
-    gathered(None)  # now it is there
-    return open_tagger(files or find_tagger(options.repo_id, Path(options.model_dir)))
+    where = (options.repo_id, Path(options.model_dir))
+    files = by_the_first(lambda: find_tagger(*where, force=options.force_download))
+    return open_tagger(files or find_tagger(*where))
 
 
 def _tell_before(options: TaggingOptions, tagger: Tagger, words: Vocabulary) -> None:

@@ -17,15 +17,21 @@ _NOISY_LOGGERS = ("xformers", "transformers", "diffusers", "bitsandbytes", "torc
 def setup_logging(level: str | None = None, file: str | None = None, simple: bool = False) -> None:
     """Sends our messages to stderr, or to `file` where one is given; `simple` leaves out time and level."""
     handler = (
-        logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
-        if file
-        else logging.StreamHandler(sys.stderr)
+        logging.FileHandler(file, encoding="utf-8", errors="backslashreplace") if file else _BesideBars(sys.stderr)
     )
     layout = "%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s"
     handler.setFormatter(logging.Formatter(layout, datefmt="%H:%M:%S"))
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(level or "INFO")
     LOGGER.propagate = False
+
+
+class _BesideBars(logging.StreamHandler):
+    """A handler whose messages do not stand behind a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        clear_progress()
+        super().emit(record)
 
 
 def quiet_third_parties() -> None:
@@ -52,8 +58,18 @@ def progress(total: int | None, desc: str, unit: str = "it", **kwargs: Any) -> A
     return tqdm(total=total, desc=desc, unit=unit, mininterval=interval, dynamic_ncols=True, smoothing=0.1, **kwargs)
 
 
+def clear_progress() -> None:
+    """Wipes open bars off the screen, so that what is printed next takes their place. They come back as they go on."""
+    for bar in _open_bars():
+        bar.clear()
+
+
 def end_progress() -> None:
     """Ends the lines of bars that are still open, so that what is printed next begins a line of its own."""
-    tqdm = sys.modules.get("tqdm")
-    for bar in list(getattr(tqdm.tqdm, "_instances", ())) if tqdm is not None else ():
+    for bar in _open_bars():
         bar.close()
+
+
+def _open_bars() -> list[Any]:
+    tqdm = sys.modules.get("tqdm")
+    return list(getattr(tqdm.tqdm, "_instances", ())) if tqdm is not None else []

@@ -127,7 +127,7 @@ def train(run: Run) -> RunFacts:
 
 
 def _steps(run: Run, interruption: Interruption) -> RunFacts:
-    grad_text = run.method.trains_text_encoder()
+    grad_text = bool(run.method.trained_text_encoders())
     parts = StepParts(run.family, run.models, run.objective, grad_text)
     placement.training_modes(run.models, run.method.trainable(), grad_text=grad_text)
     if run.resume is not None:
@@ -308,12 +308,15 @@ def _save(run: Run, facts: RunFacts, due: saving.Due) -> None:
     parts = _state_parts(run)
     needed = state.needed_bytes(parts) if due.state else state.size_of(parts.trained.state_dict())
     saving.check_space(due.path.parent, needed, "what is to be saved")
-    run.hub.settle(due.path)  # an earlier one of this name
+    paths = [due.path, *run.method.companions(due.path)]
+    for path in paths:
+        run.hub.settle(path)  # an earlier one of this name
     with run.as_used(), nullcontext() if run.shards is None else run.shards.whole(), saving.failing_clearly(due.path):
         if run.writes:
             run.method.save(due.path, run.save_dtype, run.make_metadata(facts))
     LOGGER.info("saved %s", due.path)
-    run.hub.upload(due.path)
+    for path in paths:
+        run.hub.upload(path)
     _forget(run, due.obsolete)
     if due.state is not None:
         _save_state(run, facts, due.state)
@@ -322,8 +325,9 @@ def _save(run: Run, facts: RunFacts, due: saving.Due) -> None:
 
 def _forget(run: Run, obsolete: Path | None) -> None:
     if obsolete is not None and run.writes:
-        run.hub.settle(obsolete)
-        saving.remove(obsolete)
+        for path in (obsolete, *run.method.companions(obsolete)):
+            run.hub.settle(path)
+            saving.remove(path)
 
 
 def _save_state(run: Run, facts: RunFacts, folder: Path) -> None:

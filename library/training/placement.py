@@ -90,22 +90,32 @@ def swaps(opts: Options, device: torch.device) -> bool:
     return asked and device.type != "cpu"
 
 
+def swapped_blocks(family: Family, models: Models, opts: Options, device: torch.device) -> int:
+    """How many of the denoiser's blocks are to be swapped. Raises: UserError: more than can be."""
+    if not swaps(opts, device):
+        return 0
+    from library.memory.block_swap import RING
+
+    each = family.traits.blocks_per_swap
+    most = math.floor((len(family.blocks(models)) - RING) / each)
+    if opts.swap.count > most:
+        raise UserError(f"--blocks_to_swap: {opts.swap.count} are more than this model can swap; at most {most}")
+    return math.ceil(opts.swap.count * each)
+
+
 def swap_blocks(family: Family, models: Models, opts: Options, device: torch.device) -> BlockSwap | None:
     """Spreads the denoiser over `device` and main memory; None: it is on `device` as a whole.
 
     Compile before it, and let the optimizer know it. Raises: UserError: more blocks than can be swapped.
     """
-    if not swaps(opts, device):
+    count = swapped_blocks(family, models, opts, device)
+    if not count:
         if getattr(opts, "swap", None) is not None and opts.swap.count:
             LOGGER.warning("--blocks_to_swap: no effect on a CPU; the model is in main memory anyway")
         return None
-    from library.memory.block_swap import RING, BlockSwap
+    from library.memory.block_swap import BlockSwap
 
-    blocks, each = family.blocks(models), family.traits.blocks_per_swap
-    most = math.floor((len(blocks) - RING) / each)
-    if opts.swap.count > most:
-        raise UserError(f"--blocks_to_swap: {opts.swap.count} are more than this model can swap; at most {most}")
-    swap = BlockSwap(blocks, math.ceil(opts.swap.count * each), device)
+    swap = BlockSwap(family.blocks(models), count, device)
     swap.attach()
     models.denoiser.to(device)  # all but the swapped blocks
     return swap

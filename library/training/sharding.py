@@ -91,7 +91,7 @@ class Shards:
                             continue
                         if id(weight) not in found:
                             full = whole(weight.detach(), keep=self._first)
-                            found[id(weight)] = weight if full is None else nn.Parameter(full, requires_grad=False)
+                            found[id(weight)] = weight if full is None else nn.Parameter(full, weight.requires_grad)
                         put.append((part, name, weight))
             for part, name, weight in put:
                 part._parameters[name] = found[id(weight)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from library import cli
+from library import registry
 from library.errors import UserError
 from library.families.shared.finding import FAMILY_OF, family_of
 
@@ -24,7 +24,7 @@ KEYS = {
 
 
 def test_every_family_can_be_found():
-    assert set(FAMILY_OF.values()) == set(KEYS.values()) == set(cli.FAMILIES)
+    assert set(FAMILY_OF.values()) == set(KEYS.values()) == set(registry.FAMILIES)
 
 
 @pytest.mark.parametrize("key", KEYS)

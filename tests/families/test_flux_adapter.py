@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch.testing import assert_close
 
 from library.errors import UserError
 from library.families.flux.adapter import FluxFamily
-from library.families.flux.options import TRAITS, resolution_shift
+from library.families.flux.options import TRAITS, FluxOptions, resolution_shift
 from library.families.flux.prediction import pack, picture_ids, unpack
+from library.runtime.logs import LOGGER
 from library.types import TextCond
 from tests.builders.flux import SCALING_FACTOR, SHIFT_FACTOR, T5, flux_options, tiny_ae, write_flux, write_parts
 
@@ -315,5 +317,40 @@ def test_what_cannot_be_done_is_refused_or_said():
     assert "--controlnet_model_name_or_path: not supported" in advice(controlnet_model_name_or_path="x")[0]
     assert "--split_mode: an older way to say --blocks_to_swap 18" in advice(split_mode=True)[1]
     assert "--vae: no effect on FLUX.1; give its autoencoder with --ae" in advice(vae="x")[1]
-    assert "--model_prediction_type: sigma_scaled" in advice()[1]
+    assert "--model_prediction_type: sigma_scaled (the default" in advice()[1]
+    assert "--model_prediction_type: additive does not fit" in advice(model_prediction_type="additive")[1]
     assert "--model_prediction_type" not in advice(model_prediction_type="raw")[1]
+
+
+@pytest.mark.rows("R356", "R357")
+def test_options_of_time_that_do_nothing_are_said():
+    """Every option that the others keep from acting, and no other one."""
+    raw = {"model_prediction_type": "raw"}
+    time = {"discrete_flow_shift": 2.0, "sigmoid_scale": 2.0}
+    idle = {
+        "sigma": ["sigmoid_scale"],
+        "uniform": ["discrete_flow_shift", "sigmoid_scale"],
+        "sigmoid": ["discrete_flow_shift"],
+        "shift": [],
+        "flux_shift": ["discrete_flow_shift"],
+    }
+    assert idle.keys() == set(get_args(get_type_hints(FluxOptions)["timestep_sampling"]))
+    for sampling, names in idle.items():
+        said = advice(timestep_sampling=sampling, **raw, **time)[1].splitlines()
+        assert said == [f"--{name}: no effect with --timestep_sampling {sampling} (from x)" for name in names]
+    densities, weights = ("logit_normal", "mode"), ("sigma_sqrt", "cosmap")
+    for scheme in (*densities, *weights, "none", "uniform"):
+        for sampling, reading in (("sigma", "raw"), ("shift", "raw"), ("shift", "sigma_scaled")):
+            chosen = {"timestep_sampling": sampling, "model_prediction_type": reading, "weighting_scheme": scheme}
+            acts = (sampling == "sigma" or scheme not in densities) and (reading != "raw" or scheme not in weights)
+            assert ("--weighting_scheme: no effect" in advice(**chosen)[1]) != acts, chosen
+    chosen = {"timestep_sampling": "sigma", "logit_mean": 1.0, "logit_std": 2.0, "mode_scale": 1.0, **raw}
+    assert advice(**chosen, weighting_scheme="logit_normal")[1].startswith("--mode_scale: no effect without")
+    assert len(advice(**chosen, weighting_scheme="mode")[1].splitlines()) == 2
+
+
+@pytest.mark.parametrize(("variant", "scale", "warned"), [("schnell", 1.0, 1), ("schnell", 3.5, 0), ("dev", 1.0, 0)])
+def test_schnell_is_told_no_guidance(tmp_path, parts, caplog, monkeypatch, variant, scale, warned):
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    FluxFamily(flux_options(write_flux(tmp_path, variant), **parts, guidance_scale=scale)).load()
+    assert caplog.text.count("--guidance_scale: no effect on schnell") == warned

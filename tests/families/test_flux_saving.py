@@ -42,6 +42,26 @@ def test_read_then_saved_gives_the_same_bytes(tmp_path, parts, dtype, prefix):
     assert digest(tmp_path / "again.safetensors") == digest(source)
 
 
+def test_weights_of_8_bits_do_not_lose_what_was_trained(tmp_path, parts):
+    """They have three bits of precision: hardly a step of training would be left in them."""
+    source = write_flux(tmp_path, dtype=torch.float8_e4m3fn)
+    family, models = load(source, parts)
+    models.denoiser.float()
+    trained = models.denoiser.transformer_blocks[1].attn.to_k.weight
+    with torch.no_grad():
+        trained.add_(1e-3)
+    path = tmp_path / "out.safetensors"
+    family.save(models, path, save_as="safetensors", dtype=None, metadata={})
+    before, after = load_file(source), load_file(path)
+    changed = after.pop("double_blocks.1.img_attn.qkv.weight")
+    assert changed.dtype == torch.bfloat16
+    assert_close(changed.chunk(3)[1].float(), trained, rtol=2**-8, atol=0)
+    assert all(
+        value.dtype == torch.float8_e4m3fn and value.float().equal(before[name].float())
+        for name, value in after.items()
+    )
+
+
 def test_a_bundle_keeps_its_other_parts(tmp_path, parts):
     source = write_bundle(tmp_path / "all.safetensors")
     family, models = load(source, {"tokenizer_cache_dir": parts["tokenizer_cache_dir"]})

@@ -138,3 +138,10 @@ def test_the_table_is_saved_as_it_was(tmp_path):
     family = Sd3Family(sd3_options(path, enable_scaled_pos_embed=True))
     family.save(family.load(), tmp_path / "out.safetensors", save_as="safetensors", dtype=None, metadata={})
     assert (tmp_path / "out.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_what_is_larger_than_the_table_needs_scaled_positions(tmp_path):
+    path = write_tiny_sd3(tmp_path / "sd3.safetensors", "5-medium", encoders=("te1", "te2"))
+    plain, scaled = (Sd3Family(sd3_options(path, enable_scaled_pos_embed=flag)).load() for flag in (False, True))
+    assert plain.longest_side == 16 * plain.denoiser.pos_embed.pos_embed_max_size
+    assert scaled.longest_side is None

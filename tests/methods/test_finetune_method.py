@@ -87,7 +87,7 @@ def test_every_weight_of_the_trained_parts_and_no_other(method, flags, rates):
     made, models = attached(method, *flags)
     groups = made.parameter_groups()
     assert {group["name"]: group["lr"] for group in groups} == rates
-    assert made.trains_text_encoder() == ("text_encoder" in rates)
+    assert bool(made.trained_text_encoders()) == ("text_encoder" in rates)
     by_name = {"unet": models.denoiser, "text_encoder": models.text_encoders["te"]}
     for group in groups:
         assert list(map(id, group["params"])) == list(map(id, by_name[group["name"]].parameters()))
@@ -121,7 +121,7 @@ def test_the_text_encoder_stops_at_its_step():
     assert torch.equal(texts[1], texts[2])
     assert torch.equal(texts[1], texts[3])
     assert not torch.equal(unets[2], unets[3])
-    assert not made.trains_text_encoder()
+    assert not made.trained_text_encoders()
     made.trainable().train()
     assert unet.training
     assert not any(module.training for module in text.modules())
@@ -133,7 +133,7 @@ def test_a_resumed_run_knows_that_it_has_stopped():
     for first, trained in ((1, True), (2, False), (7, False)):
         made, models = attached("dreambooth", "--stop_text_encoder_training=2")
         made.start_step(first)
-        assert made.trains_text_encoder() == trained
+        assert bool(made.trained_text_encoders()) == trained
         assert all(p.requires_grad == trained for p in models.text_encoders["te"].parameters())
 
 

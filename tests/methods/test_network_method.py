@@ -119,7 +119,7 @@ def test_rates(given, expected, tmp_path):
     method = attached(models, **given)
     assert rates(method) == expected
     text = any(name.startswith("textencoder") for name in expected)
-    assert method.trains_text_encoder() == text
+    assert bool(method.trained_text_encoders()) == text
     trained = [p for group in method.parameter_groups() for p in group["params"]]
     assert {id(p) for p in trained} == {id(p) for p in method.trainable().parameters()}
     assert all(p.requires_grad for p in trained)
@@ -316,7 +316,7 @@ def test_a_frozen_part_of_earlier_weights_keeps_acting_and_is_saved_again(earlie
     path, state = earlier
     method = attached(network_weights=path, dim_from_weights=True, text_encoder_lr=[0.0])
     assert rates(method) == {"unet": 1e-3}
-    assert not method.trains_text_encoder()
+    assert not method.trained_text_encoders()
     frozen = method.trainable().lora_te_attn
     assert not any(p.requires_grad for p in frozen.parameters())
     tensors, _ = saved(method, tmp_path / "again.safetensors")
@@ -399,7 +399,7 @@ def test_a_third_party_network_has_our_rates(given, expected, tmp_path):
     models = lycoris_models()
     method = with_lycoris(models, **given)
     assert rates(method) == expected
-    assert method.trains_text_encoder() == ("textencoder" in expected)
+    assert bool(method.trained_text_encoders()) == ("textencoder" in expected)
     trained = {id(p) for group in method.parameter_groups() for p in group["params"]}
     assert trained == {id(p) for p in method.trainable().parameters()}
     tensors, _ = saved(method, tmp_path / "a.safetensors", torch.float16)

@@ -111,7 +111,7 @@ def test_text_encoders_alone(models, targets, tmp_path, args, parts):
     traits = SimpleNamespace(text_encoders=("te1", "te2", "te3"), block_layout=None)
     made.attach(SimpleNamespace(traits=traits, lora_targets=lambda _: targets), models)
     assert {group["name"]: group["lr"] for group in made.parameter_groups()} == pytest.approx(parts)
-    assert made.trains_text_encoder()
+    assert made.trained_text_encoders()
     made.save(tmp_path / "te.safetensors", None, None)
     kept = {key.split("_")[1] for key in load_file(tmp_path / "te.safetensors")}
     assert kept == {"te1", "te2", "te3"} if args else {"te1", "te2"}

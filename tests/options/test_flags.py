@@ -33,6 +33,7 @@ OURS = {"strict", "data_index_dir", "ema", "ema_decay", "stochastic_rounding"}
 OURS_OF = {  # of one method, or of one script
     "network": {"save_best_validation", "early_stop_patience", "quantize_base"},
     "sdxl_train_network": {"text_encoder_batch_size", "blocks_to_swap"},
+    "sd3_train": {"text_encoder_lr1", "text_encoder_lr2", "text_encoder_lr3"},  # as guides print them
     "sdxl_train": {"text_encoder_batch_size", "blocks_to_swap", "blockwise_fused_optimizers"},
 }
 ADDED_CHOICES = {"max_token_length": {75}}  # means the same as leaving it out

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from library.cli import FAMILIES
 from library.data.config_schema import KEYS
 from library.options.base import options_of
 from library.options.scripts import groups_for, scripts_of
+from library.registry import FAMILIES
 from tools.option_tables import pages, preparation_scripts
 
 

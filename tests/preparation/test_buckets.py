@@ -250,6 +250,16 @@ def test_a_picture_that_is_called_like_mirrored_latents(run, folder):
     assert names == ["square_0064x0064_sd.npz", "square_flip_0150x0070_sd.npz"]
 
 
+def test_such_a_picture_where_stems_are_equal_too(run, folder):
+    shutil.copy(folder / "square.png", folder / "new.png")
+    shutil.copy(folder / "square.png", folder / "new.bmp")
+    shutil.copy(folder / "wide.png", folder / "new_flip.png")
+    run("--flip_aug")
+    assert sorted(path.name for path in folder.glob("new*.npz")) == [
+        "new.bmp_0064x0064_sd.npz", "new.png_0064x0064_sd.npz", "new_flip_0150x0070_sd.npz",
+    ]  # fmt: skip
+
+
 def test_mirrored_latents_of_an_earlier_run_go(run, folder):
     run("--flip_aug")
     assert (folder / "square_flip.npz").is_file()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from library import cli
+from library import registry
 from library.options import parsing, scripts
 from library.options.base import options_of
 from library.preparation.caching import GROUPS, cache_latents, cache_texts, traits_of
 from library.preparation.script import run_script
 
 SD = "examples/tiny_model/tiny-sd.safetensors"
+NONE = "--pretrained_model_name_or_path="
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +24,11 @@ def folder(tmp_path_factory):
     return place.parent
 
 
-@pytest.mark.parametrize("family", cli.FAMILIES)
+@pytest.mark.parametrize("family", registry.FAMILIES)
 def test_the_options_of_every_family_are_taken(family):
     known = {option.dest for group in GROUPS for option in options_of(group)}
     assert {option.dest for option in options_of(scripts._family_module(family).OPTIONS)} <= known
-    first = next(iter(cli.FAMILIES))
+    first = next(iter(registry.FAMILIES))
     opts = parsing.parse_options(GROUPS, [] if family == first else [f"--{family}"])
     assert traits_of(opts) is scripts.traits_for(family)
 
@@ -44,6 +45,10 @@ def test_the_options_of_every_family_are_taken(family):
         (cache_texts, (), "say what the model is: --sdxl, --sd3, --flux"),
         (cache_texts, ("--sdxl",), "this is a Stable Diffusion 1.x model; a whole SDXL model is needed here"),
         (cache_texts, ("--sdxl", "--shuffle_caption"), "shuffle_caption"),
+        (cache_latents, (NONE,), "name a model, or its VAE alone with --vae"),
+        (cache_latents, ("--flux", NONE), "name a model, or its VAE alone with --ae"),
+        (cache_texts, ("--sdxl", NONE), "--pretrained_model_name_or_path: name a model: a file, a Diffusers folder"),
+        (cache_texts, ("--flux", NONE), "or its text encoders, with --clip_l and --t5xxl"),
     ],
 )
 def test_mistakes_are_clear_lines(folder, capsys, work, arguments, said):

@@ -7,22 +7,25 @@ import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from transformers import BlipForConditionalGeneration, GitForCausalLM
 
 from library.errors import UserError
 from library.options.captioning import CaptionOptions, GitCaptionOptions
 from library.options.parsing import parse_options
-from library.options.validation import problems
+from library.options.validation import problems, warnings
 from library.preparation import captioners, pretrained
 from library.preparation.blip_weights import blip_config, build_blip, read_original_blip
 from library.preparation.captioners import Search, load_blip, load_git, load_image_text_model
 from library.preparation.captioning import GROUPS, caption_folder, make_captions
 from library.preparation.word_drawing import DrawnWords, nucleus
+from library.runtime.logs import LOGGER
 from tests.builders.captioners import (
     WORDS,
     original_blip,
@@ -393,6 +396,15 @@ def test_a_caption_that_cannot_be_written_is_named(models, pictures, tmp_path):
     assert "cannot be written" in outcome.failed[tmp_path / "a.png"]
 
 
+def test_pictures_that_share_a_caption_file_are_told(tmp_path, caplog):
+    LOGGER.propagate = True
+    for name in ("a.png", "a.jpg", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+        (tmp_path / name).with_suffix(".caption").touch()
+    caption_folder(options(tmp_path, "--skip_existing").caption, lambda: None)
+    assert caplog.messages == [f"pictures of the same name share a caption file: {tmp_path / 'a'}"]
+
+
 def test_nothing_to_do_loads_no_model(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.caption").write_text("kept\n", encoding="utf-8")
@@ -409,6 +421,7 @@ def test_nothing_to_do_loads_no_model(tmp_path):
     ("arguments", "message"),
     [
         (["--min_length=9", "--max_length=8"], "--min_length 9 is more than --max_length 8"),
+        (["--caption_extension="], "--caption_extension must be an ending"),
         (["--caption_extension=."], "--caption_extension must be an ending"),
         (["--caption_extension=x/y"], "--caption_extension must be an ending"),
         (["--model=a/b", "--caption_weights=a/b"], "--model and --caption_weights"),
@@ -418,6 +431,12 @@ def test_nothing_to_do_loads_no_model(tmp_path):
 )
 def test_options_that_make_no_sense_are_refused(tmp_path, arguments, message):
     assert any(message in line.replace(": must", " must") for line in problems(options(tmp_path, *arguments), None))
+
+
+def test_an_ending_without_a_dot_is_told_of(tmp_path):
+    (told,) = warnings(options(tmp_path, "--caption_extension=txt"), None)
+    assert "will be dogtxt" in told
+    assert not list(warnings(options(tmp_path, "--caption_extension=_tags.txt"), None))
 
 
 @pytest.mark.rows("R62", "R63", "R64")
@@ -493,3 +512,33 @@ def test_without_a_network_one_line_says_what_to_do(monkeypatch, tmp_path):
         load_blip(CaptionOptions().caption_weights, SEARCHES["greedy"], None)
     assert str(tmp_path / "weights" / "model_large_caption.pth") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
+    """transformers would ask for every file several times, and wait in between, before it says so."""
+    asked = []
+
+    def ask(self, name, **options):
+        asked.append(name)
+        raise ConnectionError("nobody there")
+
+    def loader(name, *, local_files_only):
+        assert local_files_only
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", ask)
+    with pytest.raises(UserError, match=r"the hub did not give it as a model \(nobody there\)"):
+        pretrained.load("a/b", loader, "a model")
+    assert asked == ["a/b"]
+
+
+def test_what_the_hub_answers_is_judged_by_the_loader(monkeypatch):
+    def answer(self, name, **options):
+        raise HfHubHTTPError("404", response=Mock())
+
+    def loader(name, *, local_files_only):
+        raise OSError("not in the cache" if local_files_only else f"{name} is no model")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", answer)
+    with pytest.raises(UserError, match=r"\(a/b is no model\)"):
+        pretrained.load("a/b", loader, "a model")

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 import pytest
 
-from library.preparation.outcome import Outcome
-from library.runtime.logs import LOGGER
+from library.preparation.outcome import Outcome, show
+from library.runtime.logs import LOGGER, progress
 
 
 def failed(*names: str) -> dict[Path, str]:
@@ -54,3 +55,13 @@ def test_processes_add_up():
         [Outcome(1, 2, failed("a")), Outcome(10, 20, failed("b")), Outcome()],
     )
     assert whole == Outcome(11, 22, failed("a", "b"))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_take_the_place_of_a_bar(capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    with progress(10, "work"):
+        show("a line")
+        shown = capsys.readouterr()
+    assert shown.out == "a line\n"
+    assert shown.err.endswith("\r") is terminal

@@ -62,6 +62,8 @@ def test_edges_of_a_folder(tmp_path):
         ("missing.png", "out.png", "no such file or folder"),
         ("a.png", "out.txt", "must end in"),
         ("a.png", "out", "must end in"),
+        ("a.png", "a.png", "the edges would replace the picture"),
+        ("a.png", ".", "the edges would replace the picture"),
     ],
 )
 def test_mistakes_with_files(tmp_path, source, target, problem):

@@ -158,6 +158,16 @@ def test_processes_share_the_work(monkeypatch):
     assert {len(share) for share in shares} == {13, 14}
 
 
+def test_what_shares_a_file_stays_in_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    paths = [Path(name) for name in ("a.jpg", "a.jpg.png", "a.png", "b.png", "c/a.png", "c/b.JPG", "c/b.webp")]
+    shares = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append({path.as_posix() for path in my_share(paths)})
+    assert shares == [{"a.jpg", "a.png", "b.png", "c/b.JPG", "c/b.webp"}, {"a.jpg.png", "c/a.png"}]
+
+
 def test_processes_without_a_gpu_know_each_other(tmp_path):
     """Whoever asks accelerate afterwards, too."""
     script = tmp_path / "script.py"

@@ -158,14 +158,15 @@ run_script(work, (WorkOptions,), ["--console_log_simple"], description="Two.")
 """
 
 
-def test_processes_tell_one_summary_of_all():
+def run_two(code: str) -> list[subprocess.CompletedProcess]:
+    """Two processes of a run, and what each of them said."""
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = place.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", WORK_OF_TWO],
+            [sys.executable, "-c", code],
             cwd=ROOT,
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -174,8 +175,45 @@ def test_processes_tell_one_summary_of_all():
         )
         for rank in range(2)
     ]
-    (first, told), (other, silent) = [one.communicate(timeout=120) for one in started]
-    assert [one.returncode for one in started] == [0, 0], told + silent
-    assert (first, other) == ("0 2 4 1 3\n", "")
-    assert told.endswith("3 done, 2 failed\nfailed: 0.png: no good in 0\nfailed: 1.png: no good in 1\n")
-    assert "done" not in silent
+    said = [one.communicate(timeout=120) for one in started]
+    return [
+        subprocess.CompletedProcess(one.args, one.returncode, *text) for one, text in zip(started, said, strict=True)
+    ]
+
+
+def test_processes_tell_one_summary_of_all():
+    first, other = run_two(WORK_OF_TWO)
+    assert (first.returncode, other.returncode) == (0, 0), first.stderr + other.stderr
+    assert (first.stdout, other.stdout) == ("0 2 4 1 3\n", "")
+    assert first.stderr.endswith("3 done, 2 failed\nfailed: 0.png: no good in 0\nfailed: 1.png: no good in 1\n")
+    assert "done" not in other.stderr
+
+
+TROUBLE_OF_TWO = """
+from library.errors import UserError
+from library.options.preparation import WorkOptions
+from library.preparation.pictures import by_the_first, gathered, is_first
+from library.preparation.script import run_script
+
+def find():
+    raise UserError("no such tagger")
+
+def work(opts):
+    {work}
+
+run_script(work, (WorkOptions,), [], description="Two.")
+"""
+
+
+def test_what_the_first_process_cannot_do_is_told_once():
+    first, other = run_two(TROUBLE_OF_TWO.format(work="by_the_first(find)"))
+    assert (first.returncode, other.returncode) == (2, 2)
+    assert first.stderr.splitlines()[-1] == "error: no such tagger"
+    assert "error" not in first.stderr.replace("error: no such tagger", "") + other.stderr.lower()
+
+
+def test_a_process_that_waits_for_one_that_has_stopped_says_so():
+    first, other = run_two(TROUBLE_OF_TWO.format(work="gathered(1); find() if is_first() else gathered(2)"))
+    assert first.returncode == 2
+    assert "error: another process of this run has stopped" in other.stderr
+    assert "Traceback" not in first.stderr + other.stderr

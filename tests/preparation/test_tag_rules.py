@@ -203,6 +203,10 @@ def test_other_tags_get_spaces():
         ("name_(series)", ["name", "series"]),
         ("name_(costume)_(series)", ["name_(costume)", "series"]),
         ("name (series)", ["name", "series"]),
+        ("name_(series_(film))", ["name", "series_(film)"]),
+        ("name_(costume)_(series_(film))", ["name_(costume)", "series_(film)"]),
+        ("name_(series", ["name_(series"]),
+        ("name_(series))", ["name_(series))"]),
         ("name", ["name"]),
         ("(series)", ["(series)"]),
         ("name_(series)_x", ["name_(series)_x"]),
@@ -279,12 +283,20 @@ def test_probabilities_in_words():
         ({"output_path": "tags.txt"}, "--output_path"),
         ({"caption_extension": "a/b"}, "--caption_extension"),
         ({"skip_existing": True, "append_tags": True}, "--skip_existing"),
+        ({"thresh": 35.0}, "--thresh"),
+        ({"thresh": 1.5, "character_threshold": 1.1}, "--thresh"),
     ],
 )
 def test_options_that_cannot_be(values, flag):
     given = options(**values)
     (problem,) = given.tagging.check(given, None)
     assert problem.startswith(flag)
+
+
+@pytest.mark.parametrize("more", [{"character_threshold": 0.5}, {"use_rating_tags": True}, {"thresh": 1.0}])
+def test_a_threshold_out_of_reach_leaves_out_a_category(more):
+    given = options(**{"thresh": 2.0, **more})
+    assert not list(given.tagging.check(given, None))
 
 
 def test_options_without_effect_are_told():

@@ -124,6 +124,12 @@ def test_what_a_folder_lacks_is_told(tmp_path, names, reason):
     assert len(refused.value.problems) == 1
 
 
+def test_a_folder_is_not_fetched_again(tmp_path):
+    write_files(tmp_path, "table")
+    with pytest.raises(UserError, match=r"--force_download: nothing is fetched for --repo_id"):
+        find_tagger(str(tmp_path), tmp_path, force=True)
+
+
 def test_without_the_network_the_reason_is_told(tmp_path):
     with pytest.raises(UserError, match=r"me/absent is not in .* and cannot be fetched: .*offline") as refused:
         find_tagger("me/absent", tmp_path)

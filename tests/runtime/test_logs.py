@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from library.runtime.logs import LOGGER, setup_logging
+from library.runtime.logs import LOGGER, progress, setup_logging
 
 
 @pytest.mark.rows("R239")
@@ -22,3 +22,13 @@ def test_names_that_are_no_unicode_go_into_the_file_with_escapes(tmp_path, capsy
     setup_logging()  # closes nothing, but the next test writes elsewhere
     assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "caf\\udce9.png is empty\n"
     assert capsys.readouterr().err == ""
+
+
+def test_messages_take_the_place_of_a_bar(capsys):
+    setup_logging(simple=True)
+    with progress(10, "work") as bar:
+        LOGGER.warning("a message")
+        bar.update()
+    (line,) = [line for line in capsys.readouterr().err.split("\n") if "a message" in line]
+    assert line.rpartition("\r")[2] == "a message"
+    assert "work" in line

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from library import cli
 from library.options import parsing, scripts, validation
+from library.training import placement
 from networks import lora_flux_args
 from tests.builders.flux import write_flux, write_parts
 from tests.scripts.starting import as_words
@@ -344,13 +346,37 @@ def test_what_goes_together(script, line, said):
     assert [problem.startswith(said) for problem in problems] == [True] if said else problems == []
 
 
+def refused(capsys, line: list[str]) -> list[str]:
+    """Runs a command line in this process, which must be refused; returns what it printed."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.run("flux", "network", line[1:])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()
+
+
 def test_t5_trained_from_a_cache_is_refused_in_one_line_at_the_start(model, data, tmp_path, capsys):
     arguments = {"cache_text_encoder_outputs": True, "network_args": ["train_t5xxl=True"]}
-    with pytest.raises(SystemExit) as stopped:
-        cli.run("flux", "network", short("flux_train_network.py", model, data, tmp_path, **arguments)[1:])
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    (line,) = refused(capsys, short("flux_train_network.py", model, data, tmp_path, **arguments))
     assert "T5 cannot be trained when its outputs are cached" in line
+
+
+def test_nothing_is_encoded_before_too_many_blocks_are_refused(model, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(placement, "swaps", lambda opts, device: True)  # as on a GPU
+    shutil.copytree(data.pictures, tmp_path / "data" / "1_x", ignore=shutil.ignore_patterns("*.npz"))
+    arguments = {"blocks_to_swap": 99, "cache_text_encoder_outputs_to_disk": True, "cache_latents_to_disk": True}
+    arguments |= {"train_data_dir": tmp_path / "data"}
+    *_, said = refused(capsys, short("flux_train_network.py", model, data, tmp_path, **arguments))
+    assert said == "error: --blocks_to_swap: 99 are more than this model can swap; at most 1"
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_outputs_of_text_encoders_that_a_file_brings_to_training_cannot_be_cached(
+    everything, model, data, tmp_path, capsys
+):
+    arguments = {"network_weights": everything.out / "model.safetensors", "dim_from_weights": True}
+    arguments["cache_text_encoder_outputs"] = True
+    *_, said = refused(capsys, short("flux_train_network.py", model, data, tmp_path, **arguments))
+    assert said.startswith("error: --cache_text_encoder_outputs: every text encoder is trained")
 
 
 @pytest.mark.rows("R408")

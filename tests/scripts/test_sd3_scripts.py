@@ -269,19 +269,31 @@ def test_without_clip_nothing_is_loaded_in_order_to_encode(ran, files, make_data
     assert "loaded" not in told
 
 
+def test_pictures_beyond_the_table_of_positions_are_refused(ran, files, make_data, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 208\n", encoding="utf-8")
+    told = ran(
+        f"sd3_train_network.py --pretrained_model_name_or_path={files.large} --dataset_config={make_data(256)} "
+        f"--network_module=networks.lora_sd3 --output_dir={tmp_path} --cache_latents --sample_every_n_steps=1 "
+        f"--sample_prompts={tmp_path}/prompts.txt",
+        fails="a bucket of 256x256 is too large: this model takes 192 pixels on a side",
+    )
+    assert "--sample_prompts: a picture of 64x208 is too large" in told
+    assert "caching" not in told
+
+
 # ---- whole models
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory, ran, files, data) -> SimpleNamespace:
-    """All three text encoders and all blocks but the last."""
+    """All three text encoders and all blocks but the last; of the saves on the way the last two are kept."""
     out = tmp_path_factory.mktemp("tuned")
     ran(
         f"sd3_train.py --pretrained_model_name_or_path={files.medium} --dataset_config={data} --output_dir={out} "
-        "--output_name=model --max_train_steps=2 --learning_rate=1e-4 --train_text_encoder --train_t5xxl "
-        "--learning_rate_te1=2e-5 --learning_rate_te2=1e-5 --learning_rate_te3=5e-6 --num_last_block_to_freeze=1 "
-        "--save_clip --save_t5xxl --enable_scaled_pos_embed --gradient_checkpointing --cache_latents --seed=1 "
-        "--max_data_loader_n_workers=0"
+        "--output_name=model --max_train_steps=3 --learning_rate=1e-4 --train_text_encoder --train_t5xxl "
+        "--text_encoder_lr1=2e-5 --learning_rate_te2=1e-5 --learning_rate_te3=5e-6 --num_last_block_to_freeze=1 "
+        "--save_every_n_steps=1 --save_last_n_steps=1 --enable_scaled_pos_embed --gradient_checkpointing "
+        "--cache_latents --seed=1 --max_data_loader_n_workers=0"
     )
     return SimpleNamespace(out=out, model=out / "model.safetensors")
 
@@ -289,7 +301,9 @@ def tuned(tmp_path_factory, ran, files, data) -> SimpleNamespace:
 @pytest.mark.rows("R439", "R455", "R456", "R457", "R458")
 def test_whole_models_with_all_text_encoders(tuned, files):
     names = sorted(path.name for path in tuned.out.iterdir())
-    assert names == sorted(["model.safetensors", *(f"model_{flag}.safetensors" for flag in ENCODERS)])
+    ends = [".safetensors", *(f"_{flag}.safetensors" for flag in ENCODERS)]
+    saves = ("model", "model-step00000002", "model-step00000003")
+    assert names == sorted(save + end for save in saves for end in ends)
     moved = changed(files.medium, tuned.model)
     blocks = {int(found[1]) for key in moved if (found := re.match(rf"{re.escape(MMDIT)}joint_blocks\.(\d+)\.", key))}
     assert blocks == set(range(DEPTH - 1)), "the last one stays"
@@ -298,7 +312,7 @@ def test_whole_models_with_all_text_encoders(tuned, files):
     for flag, rate in (("clip_l", 2e-5), ("clip_g", 1e-5), ("t5xxl", 5e-6)):
         before, after = load_file(getattr(files, flag)), load_file(tuned.out / f"model_{flag}.safetensors")
         assert before.keys() == after.keys()
-        assert 0.5 * rate < max((after[key] - before[key]).abs().max() for key in before) < 2.5 * rate, flag
+        assert 0.5 * rate < max((after[key] - before[key]).abs().max() for key in before) < 3.5 * rate, flag
 
 
 @pytest.mark.rows("R456")

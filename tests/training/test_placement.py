@@ -94,9 +94,11 @@ def test_text_outputs_of_quantised_encoders_are_told_from_exact_ones(unet_only):
     """Else a run with exact encoders would take the outputs of rounded ones from the disk."""
     models, opts = tiny_sd(), options(fp8_base_unet=unet_only)
     opts.text_cache = SimpleNamespace(in_use=True)
-    family = SimpleNamespace(text_layout=lambda: SimpleNamespace(settings={}))
+    family = SimpleNamespace(
+        traits=SimpleNamespace(text_encoders=("te",)), text_layout=lambda: SimpleNamespace(settings={})
+    )
     made_by = {}
-    method = SimpleNamespace(added=lambda: None)
+    method = SimpleNamespace(added=lambda: None, working_text_encoders=list)
     for form in (None, "fp8", "int8", "nf4"):
         opts.memory.quantize_base = form
         made_by[form] = encoding.text_cache(opts, family, method, models, None).args[-1]["te"]

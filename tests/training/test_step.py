@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library import cli
+from library import registry
 from library.methods.network import NetworkMethod
 from library.options.parsing import parse_options
 from library.options.scripts import groups_for
@@ -57,14 +57,14 @@ def test_a_step_reads_nothing_back(name, cached, tmp_path):
     line = [f"--pretrained_model_name_or_path={model}", *files, *OPTIONS[name], "--seed=1", "--network_dropout=0.1"]
     line += [f"--network_module={MODULES.get(name, 'networks.lora')}", "--learning_rate=1e-3"]
     line += ["--network_train_unet_only", *CACHED_OPTIONS.get(name, ())] if cached else []
-    family = cli._make(cli.FAMILIES[name], parse_options(groups_for(name, "network"), line), "adapter")
+    family = registry.make_family(name, parse_options(groups_for(name, "network"), line))
     models = family.load()
     for part in (models.denoiser, *models.text_encoders.values()):
         part.float()
     method = NetworkMethod(family.opts)
     method.attach(family, models)
     models.denoiser.train()
-    parts = StepParts(family, models, family.objective(), grad_text=method.trains_text_encoder())
+    parts = StepParts(family, models, family.objective(), grad_text=bool(method.trained_text_encoders()))
     assert parts.grad_text != cached
     batch = batch_for(family, models, cached)
     groups = method.parameter_groups()

@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from library.errors import UserError
 from library.families.base import Family
-from library.families.flux.loading import SCALING_FACTOR, SHIFT_FACTOR, encoder_file_options, load_model
-from library.families.flux.options import TRAITS, resolution_shift
+from library.families.flux.loading import (
+    SCALING_FACTOR,
+    SHIFT_FACTOR,
+    encoder_file_options,
+    load_model,
+    load_text_encoders,
+)
+from library.families.flux.options import TRAITS, FluxOptions, resolution_shift
 from library.families.flux.prediction import exact_times, pack, picture_ids, unpack, visible_tokens
 from library.families.flux.saving import save_model
 from library.families.flux.targets import text_targets, transformer_targets
@@ -16,6 +22,7 @@ from library.families.flux.variants import FLAGS, TOKENIZERS, variant
 from library.families.shared.clip_tokenizer import find_clip_tokenizer
 from library.families.shared.t5 import encode_t5
 from library.families.shared.vae import decode_latents, encode_pixels
+from library.runtime.logs import LOGGER
 from library.text.chunking import tokenize
 from library.text.t5_tokenizer import t5_tokenizer, tokenize_t5
 from library.types import LoraTarget, Models, TextCond
@@ -44,17 +51,25 @@ class FluxFamily(Family):
     traits = TRAITS
     _usual_length: int | None = None  # of the variant that was loaded
 
-    def load(self) -> Models:
+    def load(self, *, texts_only: bool = False) -> Models:
+        """See `Family.load`. For texts alone the denoiser is an `outline`, or without the name of a model None."""
         model, options = self.opts.model, self.opts.family
         name, mapped = model.pretrained_model_name_or_path, not model.disable_mmap_load_safetensors
-        parts = load_model(name, encoder_file_options(options), options.ae, mapped=mapped)
-        folder, cache = parts.source.folder, model.tokenizer_cache_dir
+        files = encoder_file_options(options)
+        if texts_only:
+            parts = load_text_encoders(name, files, mapped=mapped)
+        else:
+            parts = load_model(name, files, options.ae, mapped=mapped)
+            if parts.source.variant == "schnell" and options.guidance_scale != FluxOptions.guidance_scale:
+                LOGGER.warning("--guidance_scale: no effect on schnell, which is told none")
+        source, cache = parts.source, model.tokenizer_cache_dir
+        folder = None if source is None else source.folder
         tokenizers = {
             "te1": find_clip_tokenizer(CLIP_TOKENIZER, model=folder, subfolder=TOKENIZERS["te1"], cache_dir=cache),
             "te3": t5_tokenizer(folder, TOKENIZERS["te3"], cache),
         }
-        self._usual_length = T5_LENGTHS[parts.source.variant]
-        return Models(parts.denoiser, parts.text_encoders, tokenizers, parts.vae, parts.source)
+        self._usual_length = None if source is None else T5_LENGTHS[source.variant]
+        return Models(parts.denoiser, parts.text_encoders, tokenizers, parts.vae, source)
 
     def encode_images(
         self, models: Models, pixels: Tensor, generator: torch.Generator | list[torch.Generator] | None = None

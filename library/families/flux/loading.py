@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from library.families.flux.variants import (
     mismatch,
     variant,
 )
-from library.families.shared.building import build
+from library.families.shared.building import build, outline
 from library.families.shared.clip import build_clip, clip_config, public_name
 from library.families.shared.hub import hub_folder
 from library.families.shared.reading import (
@@ -36,8 +37,10 @@ from library.families.shared.reading import (
     load_vae,
     naming,
     open_model,
+    outline_of_folder,
     require_model_name,
     vae_from_file,
+    vae_origin,
 )
 from library.families.shared.recognition import FLUX, recognise
 from library.families.shared.t5 import build_t5, t5_from_folder, t5_keys
@@ -78,10 +81,10 @@ class Source:
 
 @dataclass
 class Parts:
-    denoiser: nn.Module
+    denoiser: nn.Module | None
     text_encoders: dict[str, nn.Module]
-    vae: nn.Module
-    source: Source
+    vae: nn.Module | None
+    source: Source | None
 
 
 def load_model(name: str, encoder_files: Mapping[str, str], ae: str | None = None, *, mapped: bool = True) -> Parts:
@@ -95,10 +98,26 @@ def load_model(name: str, encoder_files: Mapping[str, str], ae: str | None = Non
     Raises: UserError: missing, unreadable, incomplete, of another family, or parts that do not fit together.
     """
     given = {**encoder_files, **({"vae": ae} if ae else {})}
-    denoiser, source = _load_file(name, given, mapped) if Path(name).is_file() else _load_folder(name, given)
+    denoiser, source = _load_denoiser(name, given, mapped=mapped)
     encoders = {part: load_encoder(source, part, mapped=mapped) for part in FLAGS}
     _check_widths(denoiser, encoders)
     return Parts(denoiser, encoders, load_ae(source), source)
+
+
+def load_text_encoders(name: str | None, encoder_files: Mapping[str, str], *, mapped: bool = True) -> Parts:
+    """The text encoders of `load_model` by themselves. The denoiser is an `outline`, and there is no autoencoder.
+
+    Without `name`, `encoder_files` has all of them, and there is neither denoiser nor source.
+
+    Raises: UserError: as `load_model`.
+    """
+    if not name:
+        encoders = {part: _load_encoder(Path(encoder_files[part]), part, mapped=mapped) for part in FLAGS}
+        return Parts(None, encoders, None, None)
+    denoiser, source = _load_denoiser(name, encoder_files, mapped=mapped, weights=False)
+    encoders = {part: load_encoder(source, part, mapped=mapped) for part in FLAGS}
+    _check_widths(denoiser, encoders)
+    return Parts(denoiser, encoders, None, source)
 
 
 def encoder_file_options(family: Any) -> dict[str, str]:
@@ -122,7 +141,16 @@ def _check_widths(denoiser: nn.Module, encoders: Mapping[str, nn.Module]) -> Non
 # --- the denoiser -----------------------------------------------------------------------------------------------------
 
 
-def _load_file(name: str, given: Mapping[str, str], mapped: bool) -> tuple[nn.Module, Source]:
+def _load_denoiser(
+    name: str, given: Mapping[str, str], *, mapped: bool, weights: bool = True
+) -> tuple[nn.Module, Source]:
+    """The denoiser, or without `weights` its outline, and where everything comes from."""
+    if Path(name).is_file():
+        return _load_file(name, given, mapped, weights)
+    return _load_folder(name, given, weights)
+
+
+def _load_file(name: str, given: Mapping[str, str], mapped: bool, with_weights: bool) -> tuple[nn.Module, Source]:
     from diffusers import FluxTransformer2DModel
 
     with naming(name):
@@ -134,11 +162,15 @@ def _load_file(name: str, given: Mapping[str, str], mapped: bool) -> tuple[nn.Mo
         problem = channels_problem(shape.in_channels)
         if problem:
             raise UserError(problem)
-        others = (AE, "text_encoders.")
-        keys = [key for key in weights if key.startswith(shape.prefix) and not key.startswith(others)]
         reader = Reader(weights, None)
-        tensors = _converted(reader, flux_map(shape.prefix, diffusers=shape.diffusers), keys)
-        denoiser = build(lambda: FluxTransformer2DModel(**shape.diffusers_config()), tensors, "the transformer")
+        make = partial(FluxTransformer2DModel, **shape.diffusers_config())
+        if with_weights:
+            others = (AE, "text_encoders.")
+            keys = [key for key in weights if key.startswith(shape.prefix) and not key.startswith(others)]
+            tensors = _converted(reader, flux_map(shape.prefix, diffusers=shape.diffusers), keys)
+            denoiser = build(make, tensors, "the transformer")
+        else:
+            denoiser = outline(make)
     source = Source(
         name=name,
         variant=variant(shape.guidance),
@@ -167,18 +199,22 @@ def _converted(reader: Reader, keys: KeyMap, names: Iterable[str]) -> dict[str, 
     return tensors
 
 
-def _load_folder(name: str, given: Mapping[str, str]) -> tuple[nn.Module, Source]:
+def _load_folder(name: str, given: Mapping[str, str], with_weights: bool) -> tuple[nn.Module, Source]:
     from diffusers import FluxTransformer2DModel
 
     require_model_name(name)
     parts = ("transformer", *FOLDERS.values(), "vae", *TOKENIZERS.values(), "scheduler")
-    folder = Path(name) if Path(name).is_dir() else hub_folder(name, parts, folder_problem)
+    outlines = () if with_weights else ("transformer", "vae")
+    folder = Path(name) if Path(name).is_dir() else hub_folder(name, parts, folder_problem, outlines)
     with naming(name):
         problem = folder_problem(folder)
         if problem:
             raise UserError(problem)
         dtypes = folder_dtypes(folder, ("transformer", *FOLDERS.values(), "vae"))
-        denoiser = from_pretrained(FluxTransformer2DModel, str(folder), "transformer", dtypes.get("transformer"))
+        if with_weights:
+            denoiser = from_pretrained(FluxTransformer2DModel, str(folder), "transformer", dtypes.get("transformer"))
+        else:
+            denoiser = outline_of_folder(FluxTransformer2DModel, str(folder), "transformer")
     source = Source(
         name=name,
         variant=variant(denoiser.config.guidance_embeds),
@@ -197,12 +233,16 @@ def load_encoder(source: Source, part: str, *, mapped: bool = True) -> nn.Module
 
     Raises: UserError: missing, unreadable, or not this encoder.
     """
-    origin = Path(source.origins[part])
+    origin = source.origins[part]
+    return _load_encoder(Path(origin), part, mapped=mapped, is_model=origin == source.name)
+
+
+def _load_encoder(origin: Path, part: str, *, mapped: bool, is_model: bool = False) -> nn.Module:
+    """`is_model`: the file is the one that the denoiser is in."""
     if origin.is_dir():
         return _encoder_from_folder(origin, part)
     with naming(origin):
         weights = open_model(origin, mapped=mapped)
-        is_model = str(origin) == source.name
         prefix = encoder_prefix(weights, part, inside=is_model)
         if prefix is None:
             problem = encoder_problem(weights, part)
@@ -235,7 +275,7 @@ def own_vae(opts: Options) -> nn.Module:
     Raises: UserError: missing, unreadable, or another kind of VAE.
     """
     model = opts.model.pretrained_model_name_or_path
-    return _load_ae(opts.family.ae or model, model)
+    return _load_ae(vae_origin(opts.family.ae, model, "--ae"), model)
 
 
 def load_ae(source: Source) -> nn.Module:
@@ -243,7 +283,7 @@ def load_ae(source: Source) -> nn.Module:
     return _load_ae(source.origins["vae"], source.name)
 
 
-def _load_ae(origin: str, model: str) -> nn.Module:
+def _load_ae(origin: str, model: str | None) -> nn.Module:
     if Path(origin).is_file():
         weights = open_weights(origin)
         if any(key.startswith(AE) for key in weights):

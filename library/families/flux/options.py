@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -86,10 +86,25 @@ class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
         if opts.model.vae:
             yield f"--vae: no effect on {traits.label}; give its autoencoder with --ae"
         if self.model_prediction_type != "raw":
+            kept = " (the default, kept for old commands)" if self.model_prediction_type == "sigma_scaled" else ""
             yield (
-                f"--model_prediction_type: {self.model_prediction_type} (the default is kept for old commands) does "
-                "not fit the velocity that FLUX predicts and is trained on; --model_prediction_type raw does"
+                f"--model_prediction_type: {self.model_prediction_type}{kept} does not fit the velocity that FLUX "
+                "predicts and is trained on; --model_prediction_type raw does"
             )
+        for name, other in self._idle():
+            if name in opts.explicit:
+                yield f"--{name}: no effect with --{other} {getattr(self, other)}"
+
+    def _idle(self) -> Iterator[tuple[str, str]]:
+        """Options of time that do nothing, each with the option that keeps it from acting."""
+        if self.timestep_sampling not in ("sigma", "shift"):
+            yield "discrete_flow_shift", "timestep_sampling"
+        if self.timestep_sampling not in ("sigmoid", "shift", "flux_shift"):
+            yield "sigmoid_scale", "timestep_sampling"
+        if self.weighting_scheme in ("logit_normal", "mode") and self.timestep_sampling != "sigma":
+            yield "weighting_scheme", "timestep_sampling"
+        if self.weighting_scheme in ("sigma_sqrt", "cosmap") and self.model_prediction_type != "sigma_scaled":
+            yield "weighting_scheme", "model_prediction_type"
 
 
 OPTIONS = FluxOptions

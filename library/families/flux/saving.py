@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoints.writing import replacing_folder
 from library.families.flux.keymap import flux_map
 from library.families.flux.loading import Source, load_ae, load_encoder
 from library.families.flux.variants import FOLDERS, TOKENIZERS
 from library.families.shared.t5 import save_t5
 from library.families.shared.writing import (
     deferred_part,
-    preserved,
-    require_format,
     save_clip,
     save_scheduler,
+    write_model,
     write_model_index,
-    write_single_file,
 )
-from library.runtime.logs import LOGGER
 from library.text.tokenizers import save_clip_tokenizer
 
 if TYPE_CHECKING:
@@ -46,49 +43,49 @@ def save_model(
         metadata: goes into a .safetensors file; a .ckpt has only `ss_epoch` and `ss_steps`, added to its source's.
     Raises: UserError: an unknown format, or a dropped part that is gone. OSError: it cannot be written.
     """
-    require_format(save_as)
     source: Source = models.source
-    if save_as.startswith("diffusers"):
-        if dtype is not None:
-            LOGGER.info("--save_precision acts on single files only; the Diffusers folder keeps the models' precision")
-        save_folder(models, path, safe=save_as == "diffusers_safetensors")
-        return
-    tensors = deferred_part(
-        flux_map(source.prefix, diffusers=source.diffusers),
-        models.denoiser.state_dict(),
-        forms=source.forms,
-        folder_dtype=source.part_dtypes.get("transformer"),
+    write_model(
+        path,
+        source,
+        save_as=save_as,
         dtype=dtype,
+        metadata=metadata,
+        tensors=partial(
+            deferred_part,
+            flux_map(source.prefix, diffusers=source.diffusers),
+            models.denoiser.state_dict(),
+            forms=source.forms,
+            folder_dtype=source.part_dtypes.get("transformer"),
+            dtype=dtype,
+        ),
+        fill=partial(_fill_folder, models),
     )
-    tensors |= preserved(source.name, source.preserved, tensors)
-    write_single_file(path, tensors, save_as=save_as, metadata=metadata, counters=source.counters)
 
 
-def save_folder(models: Models, path: Path, *, safe: bool) -> None:
-    """Writes a folder that FluxPipeline.from_pretrained loads.
+def _fill_folder(models: Models, folder: Path, safe: bool) -> None:
+    """Writes what FluxPipeline.from_pretrained loads.
 
     Args:
         safe: .safetensors weights, else .bin.
     """
     source: Source = models.source
     parts: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
-    with replacing_folder(path) as folder:
-        models.denoiser.save_pretrained(folder / "transformer", safe_serialization=safe)
-        vae = models.vae if models.vae is not None else load_ae(source)
-        vae.save_pretrained(folder / "vae", safe_serialization=safe)
-        save_clip(_encoder(models, "te1"), folder / FOLDERS["te1"], safe=safe)
-        save_t5(_encoder(models, "te3"), folder / FOLDERS["te3"], safe=safe)
-        save_clip_tokenizer(models.tokenizers["te1"], folder / TOKENIZERS["te1"])
-        models.tokenizers["te3"].save_pretrained(folder / TOKENIZERS["te3"])
-        scheduler = save_scheduler(source.folder or "", folder / "scheduler", lambda: _scheduler(source.variant))
-        parts["transformer"] = ("diffusers", "FluxTransformer2DModel")
-        parts["vae"] = ("diffusers", "AutoencoderKL")
-        parts[FOLDERS["te1"]] = ("transformers", "CLIPTextModel")
-        parts[FOLDERS["te3"]] = ("transformers", "T5EncoderModel")
-        parts[TOKENIZERS["te1"]] = ("transformers", "CLIPTokenizer")
-        parts[TOKENIZERS["te3"]] = ("transformers", "T5TokenizerFast")
-        parts["scheduler"] = ("diffusers", scheduler)
-        write_model_index(folder, "FluxPipeline", parts)
+    models.denoiser.save_pretrained(folder / "transformer", safe_serialization=safe)
+    vae = models.vae if models.vae is not None else load_ae(source)
+    vae.save_pretrained(folder / "vae", safe_serialization=safe)
+    save_clip(_encoder(models, "te1"), folder / FOLDERS["te1"], safe=safe)
+    save_t5(_encoder(models, "te3"), folder / FOLDERS["te3"], safe=safe)
+    save_clip_tokenizer(models.tokenizers["te1"], folder / TOKENIZERS["te1"])
+    models.tokenizers["te3"].save_pretrained(folder / TOKENIZERS["te3"])
+    scheduler = save_scheduler(source.folder or "", folder / "scheduler", lambda: _scheduler(source.variant))
+    parts["transformer"] = ("diffusers", "FluxTransformer2DModel")
+    parts["vae"] = ("diffusers", "AutoencoderKL")
+    parts[FOLDERS["te1"]] = ("transformers", "CLIPTextModel")
+    parts[FOLDERS["te3"]] = ("transformers", "T5EncoderModel")
+    parts[TOKENIZERS["te1"]] = ("transformers", "CLIPTokenizer")
+    parts[TOKENIZERS["te3"]] = ("transformers", "T5TokenizerFast")
+    parts["scheduler"] = ("diffusers", scheduler)
+    write_model_index(folder, "FluxPipeline", parts)
 
 
 def _encoder(models: Models, part: str) -> nn.Module:

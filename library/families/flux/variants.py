@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ FOLDERS = {"te1": "text_encoder", "te3": "text_encoder_2"}  # of a Diffusers mod
 TOKENIZERS = {"te1": "tokenizer", "te3": "tokenizer_2"}
 CLIP_SIGN = "encoder.layers.0.mlp.fc1.weight"
 DIFFUSERS_SIGN = "transformer_blocks.0.attn.add_k_proj.bias"
+_NO_MODEL = "--pretrained_model_name_or_path: name a model: a file, a Diffusers folder or a hub id"
 IN_CHANNELS = 64  # 16 of the latents, in patches of 2 x 2
 HEAD_UNIT = 32  # rotary axes take 1/8, 7/16 and 7/16 of a head's width, in pairs
 # Models with FLUX's block names that are others all the same, or weights that cannot be read.
@@ -91,17 +92,34 @@ def check_paths(opts: Options) -> list[str]:
 
     Reads only the headers of .safetensors files and the small JSON files of Diffusers folders.
     """
-    name, family = opts.model.pretrained_model_name_or_path, opts.family
-    if not name:
-        return ["--pretrained_model_name_or_path: name a model: a file, a Diffusers folder or a hub id"]
-    problems = [path_problem("--pretrained_model_name_or_path", name, _model_problem)]
+    if not opts.model.pretrained_model_name_or_path:
+        return [_NO_MODEL]
+    problems = [*_text_problems(opts), opts.family.ae and path_problem("--ae", opts.family.ae, _ae_problem)]
+    return [problem for problem in problems if problem] or _missing_parts(opts, (*FLAGS, "vae"))
+
+
+def check_text_paths(opts: Options) -> list[str]:
+    """`check_paths` for texts alone: without an autoencoder, and without a model where all text encoders are named."""
+    named = [part for part, option in FLAGS.items() if getattr(opts.family, option)]
+    if opts.model.pretrained_model_name_or_path:
+        return _text_problems(opts) or _missing_parts(opts, tuple(FLAGS))
+    if not named:
+        return [f"{_NO_MODEL}; or its text encoders, with {' and '.join(f'--{option}' for option in FLAGS.values())}"]
+    lacking = [f"--{option}: needed where no model is named" for part, option in FLAGS.items() if part not in named]
+    if not opts.family.t5xxl_max_token_length:
+        lacking.append("--t5xxl_max_token_length: needed where no model is named; 512 as for dev, 256 as for schnell")
+    return _text_problems(opts) + lacking
+
+
+def _text_problems(opts: Options) -> list[str]:
+    """Of the paths of model and text encoders that are named."""
+    name = opts.model.pretrained_model_name_or_path
+    problems = [path_problem("--pretrained_model_name_or_path", name, _model_problem)] if name else []
     for part, option in FLAGS.items():
-        file = getattr(family, option)
+        file = getattr(opts.family, option)
         if file:
             problems.append(path_problem(f"--{option}", file, lambda path, part=part: _encoder_problem(path, part)))
-    if family.ae:
-        problems.append(path_problem("--ae", family.ae, _ae_problem))
-    return [problem for problem in problems if problem] or _missing_parts(opts)
+    return [problem for problem in problems if problem]
 
 
 def _model_problem(path: Path) -> str | None:
@@ -124,21 +142,20 @@ def _ae_problem(path: Path) -> str | None:
     return vae_problem(path, (FLUX,))
 
 
-def _missing_parts(opts: Options) -> list[str]:
-    """What neither the model nor an option gives."""
+def _missing_parts(opts: Options, needed: Collection[str]) -> list[str]:
+    """Those of the `needed` parts that neither the model nor an option gives."""
     path, family = Path(opts.model.pretrained_model_name_or_path), opts.family
     if path.is_dir():
-        inside = {part for part, folder in FOLDERS.items() if (path / folder).is_dir()}
-        has_ae = (path / "vae").is_dir()
+        inside = {part for part, folder in (*FOLDERS.items(), ("vae", "vae")) if (path / folder).is_dir()}
     elif path.suffix.lower() == ".safetensors":
         keys = read_header(path)[1]
         inside = {part for part in ENCODERS if encoder_prefix(keys, part, inside=True) is not None}
-        has_ae = any(key.startswith(AE) for key in keys)
+        inside |= {"vae"} if any(key.startswith(AE) for key in keys) else set()
     else:
         return []
-    lacking = [part for part in FLAGS if part not in inside and not getattr(family, FLAGS[part])]
-    problems = [f"--{FLAGS[part]}: needed, as {path} holds no {TITLES[part]}" for part in lacking]
-    return problems + ([] if has_ae or family.ae else [f"--ae: needed, as {path} holds no autoencoder"])
+    names = {**{part: (FLAGS[part], TITLES[part]) for part in FLAGS}, "vae": ("ae", "autoencoder")}
+    lacking = [names[part] for part in needed if part not in inside and not getattr(family, names[part][0])]
+    return [f"--{flag}: needed, as {path} holds no {title}" for flag, title in lacking]
 
 
 # --- text encoders ----------------------------------------------------------------------------------------------------

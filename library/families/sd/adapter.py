@@ -33,7 +33,8 @@ CONTEXT = "context"  # the only conditioning: hidden states (B, n * 75 + 2, widt
 class SdFamily(Family):
     traits = TRAITS
 
-    def load(self) -> Models:
+    def load(self, *, texts_only: bool = False) -> Models:
+        """See `Family.load`. It is the whole model always: nobody encodes texts of this family alone."""
         model = self.opts.model
         parts = load_model(model.pretrained_model_name_or_path, self.opts.family.v2, model.vae)
         own = None if parts.source.is_file else parts.source.name

@@ -73,7 +73,7 @@ def load_vae(name: str) -> tuple[nn.Module, dict[str, Form]]:
 
 def own_vae(opts: Options) -> nn.Module:
     """The VAE by itself that the options name, as a loaded model would have it. Raises: UserError: as `load_vae`."""
-    return load_vae(opts.model.vae or opts.model.pretrained_model_name_or_path)[0]
+    return load_vae(reading.vae_origin(opts.model.vae, opts.model.pretrained_model_name_or_path))[0]
 
 
 # --- single files -----------------------------------------------------------------------------------------------------

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoints.writing import replacing_folder
 from library.families.sd.keymap import OPEN_CLIP, text_map
 from library.families.sd.loading import Source, load_vae
 from library.families.shared.clip import public_state
@@ -15,14 +15,11 @@ from library.families.shared.unet import map_of_config
 from library.families.shared.vae import vae_map
 from library.families.shared.writing import (
     deferred_part,
-    preserved,
-    require_format,
     save_clip,
     save_scheduler,
+    write_model,
     write_model_index,
-    write_single_file,
 )
-from library.runtime.logs import LOGGER
 from library.text.tokenizers import save_clip_tokenizer
 
 if TYPE_CHECKING:
@@ -54,17 +51,17 @@ def save_model(
         v_prediction: what a new Diffusers folder's scheduler is told to expect.
     Raises: UserError: an unknown format. OSError: it cannot be written.
     """
-    require_format(save_as)
     source: Source = models.source
     vae = models.vae if models.vae is not None else load_vae(source.vae_name)[0]
-    if save_as.startswith("diffusers"):
-        if dtype is not None:
-            LOGGER.info("--save_precision acts on single files only; the Diffusers folder keeps the models' precision")
-        save_folder(models, vae, path, safe=save_as == "diffusers_safetensors", v_prediction=v_prediction)
-        return
-    tensors = file_tensors(models.denoiser, models.text_encoders["te"], vae, source, dtype)
-    tensors.update(preserved(source.name, source.preserved, tensors))
-    write_single_file(path, tensors, save_as=save_as, metadata=metadata, counters=source.counters)
+    write_model(
+        path,
+        source,
+        save_as=save_as,
+        dtype=dtype,
+        metadata=metadata,
+        tensors=partial(file_tensors, models.denoiser, models.text_encoders["te"], vae, source, dtype),
+        fill=partial(_fill_folder, models, vae, v_prediction),
+    )
 
 
 # --- single files -----------------------------------------------------------------------------------------------------
@@ -91,31 +88,30 @@ def file_tensors(
 # --- Diffusers folders ------------------------------------------------------------------------------------------------
 
 
-def save_folder(models: Models, vae: nn.Module, path: Path, *, safe: bool, v_prediction: bool) -> None:
-    """Writes a folder that StableDiffusionPipeline.from_pretrained loads.
+def _fill_folder(models: Models, vae: nn.Module, v_prediction: bool, folder: Path, safe: bool) -> None:
+    """Writes what StableDiffusionPipeline.from_pretrained loads.
 
     Args:
-        safe: .safetensors weights, else .bin.
         v_prediction: for the scheduler, unless the source is a folder with a scheduler of its own.
+        safe: .safetensors weights, else .bin.
     """
-    with replacing_folder(path) as folder:
-        models.denoiser.save_pretrained(folder / "unet", safe_serialization=safe)
-        vae.save_pretrained(folder / "vae", safe_serialization=safe)
-        save_clip(models.text_encoders["te"], folder / "text_encoder", safe=safe)
-        save_clip_tokenizer(models.tokenizers["te"], folder / "tokenizer")
-        scheduler = save_scheduler(models.source.name, folder / "scheduler", lambda: _ddim(v_prediction))
-        parts = {
-            "feature_extractor": None,
-            "image_encoder": None,
-            "requires_safety_checker": False,
-            "safety_checker": None,
-            "scheduler": ("diffusers", scheduler),
-            "text_encoder": ("transformers", "CLIPTextModel"),
-            "tokenizer": ("transformers", "CLIPTokenizer"),
-            "unet": ("diffusers", "UNet2DConditionModel"),
-            "vae": ("diffusers", "AutoencoderKL"),
-        }
-        write_model_index(folder, "StableDiffusionPipeline", parts)
+    models.denoiser.save_pretrained(folder / "unet", safe_serialization=safe)
+    vae.save_pretrained(folder / "vae", safe_serialization=safe)
+    save_clip(models.text_encoders["te"], folder / "text_encoder", safe=safe)
+    save_clip_tokenizer(models.tokenizers["te"], folder / "tokenizer")
+    scheduler = save_scheduler(models.source.name, folder / "scheduler", lambda: _ddim(v_prediction))
+    parts = {
+        "feature_extractor": None,
+        "image_encoder": None,
+        "requires_safety_checker": False,
+        "safety_checker": None,
+        "scheduler": ("diffusers", scheduler),
+        "text_encoder": ("transformers", "CLIPTextModel"),
+        "tokenizer": ("transformers", "CLIPTokenizer"),
+        "unet": ("diffusers", "UNet2DConditionModel"),
+        "vae": ("diffusers", "AutoencoderKL"),
+    }
+    write_model_index(folder, "StableDiffusionPipeline", parts)
 
 
 def _ddim(v_prediction: bool) -> Any:

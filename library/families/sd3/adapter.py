@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from library.errors import UserError
 from library.families.base import Family
 from library.families.sd3 import text
-from library.families.sd3.loading import SCALING_FACTOR, SHIFT_FACTOR, encoder_file_options, load_model
+from library.families.sd3.loading import (
+    SCALING_FACTOR,
+    SHIFT_FACTOR,
+    encoder_file_options,
+    load_model,
+    load_text_encoders,
+)
 from library.families.sd3.options import TRAITS
-from library.families.sd3.saving import save_model
+from library.families.sd3.saving import encoder_path, save_model
 from library.families.sd3.targets import mmdit_targets
 from library.families.sd3.tokenizers import load_tokenizers
 from library.families.sd3.variants import missing_encoder
@@ -30,20 +36,36 @@ if TYPE_CHECKING:
     from library.objectives.objective import Objective
     from library.types import Batch
 
+VAE_STRIDE = 8  # pixels for each latent
 ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
 
 
 class Sd3Family(Family):
     traits = TRAITS
 
-    def load(self) -> Models:
+    def load(self, *, texts_only: bool = False) -> Models:
+        """See `Family.load`. For texts alone the denoiser is an `outline`, or without the name of a model None."""
         model, options = self.opts.model, self.opts.family
         name, mapped = model.pretrained_model_name_or_path, not model.disable_mmap_load_safetensors
-        parts = load_model(name, encoder_file_options(options), model.vae, mapped=mapped)
-        tokenizers = load_tokenizers(parts.text_encoders, parts.source.folder, model.tokenizer_cache_dir)
-        if options.pos_emb_random_crop_rate or options.enable_scaled_pos_embed:
-            self._place_positions(parts.denoiser, parts.source.variant)
-        return Models(parts.denoiser, parts.text_encoders, tokenizers, parts.vae, parts.source)
+        files = encoder_file_options(options)
+        if texts_only:
+            parts = load_text_encoders(name, files, mapped=mapped)
+        else:
+            parts = load_model(name, files, model.vae, mapped=mapped)
+        folder = None if parts.source is None else parts.source.folder
+        tokenizers = load_tokenizers(parts.text_encoders, folder, model.tokenizer_cache_dir)
+        models = Models(parts.denoiser, parts.text_encoders, tokenizers, parts.vae, parts.source)
+        if not texts_only:
+            models.longest_side = self._longest_side(parts.denoiser)
+            if options.pos_emb_random_crop_rate or options.enable_scaled_pos_embed:
+                self._place_positions(parts.denoiser, parts.source.variant)
+        return models
+
+    def _longest_side(self, denoiser: nn.Module) -> int | None:
+        """Of pictures, as far as the table of positions reaches; scaled positions lie between its entries."""
+        table = denoiser.pos_embed
+        most = table.pos_embed_max_size * table.patch_size * VAE_STRIDE
+        return None if self.opts.family.enable_scaled_pos_embed else most
 
     def _place_positions(self, denoiser: nn.Module, variant: str) -> None:
         from library.families.sd3.positions import place_positions
@@ -157,11 +179,22 @@ class Sd3Family(Family):
     def save(
         self, models: Models, path: Path, *, save_as: str, dtype: torch.dtype | None, metadata: dict[str, str]
     ) -> None:
-        options = self.opts.family
-        separate = [*(("te1", "te2") if options.save_clip else ()), *(("te3",) if options.save_t5xxl else ())]
         if "modelspec.implementation" in metadata:  # a whole model has the names that its authors' code gives
             metadata = {**metadata, "modelspec.implementation": ORIGINAL_CODE}
-        save_model(models, path, save_as=save_as, dtype=dtype, metadata=metadata, separate=separate)
+        save_model(models, path, save_as=save_as, dtype=dtype, metadata=metadata, separate=self._separate(models))
+
+    def companions(self, models: Models, path: Path) -> list[Path]:
+        return [encoder_path(path, part) for part in self._separate(models)]
+
+    def _separate(self, models: Models) -> list[str]:
+        """Text encoders with files of their own: those asked for, and trained ones without another place."""
+        options = self.opts.family
+        asked = {"te1": options.save_clip, "te2": options.save_clip, "te3": options.save_t5xxl}
+        return [
+            part
+            for part, encoder in models.text_encoders.items()
+            if asked[part] or (part not in models.source.parts and any(p.requires_grad for p in encoder.parameters()))
+        ]
 
     def text_layout(self) -> TextLayout:
         from library.caching.text_outputs import TextLayout

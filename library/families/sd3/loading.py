@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from library.families.sd3.variants import (
     mmdit_shape,
     variant,
 )
-from library.families.shared.building import build
+from library.families.shared.building import build, outline
 from library.families.shared.clip import build_clip, clip_config
 from library.families.shared.hub import hub_folder
 from library.families.shared.reading import (
@@ -33,8 +34,10 @@ from library.families.shared.reading import (
     load_vae,
     naming,
     open_model,
+    outline_of_folder,
     require_model_name,
     vae_from_file,
+    vae_origin,
 )
 from library.families.shared.recognition import SD3, recognise
 from library.families.shared.t5 import build_t5, t5_from_folder, t5_keys
@@ -84,10 +87,10 @@ class Source:
 
 @dataclass
 class Parts:
-    denoiser: nn.Module
+    denoiser: nn.Module | None
     text_encoders: dict[str, nn.Module]
     vae: nn.Module | None
-    source: Source
+    source: Source | None
 
 
 def load_model(
@@ -102,15 +105,34 @@ def load_model(
         mapped: False reads .safetensors files from beginning to end instead of mapping them.
     Raises: UserError: missing, unreadable, incomplete, of another family, or parts that do not fit together.
     """
-    skip = frozenset(encoder_files) | ({"vae"} if vae_name else set())
+    parts = _load(name, encoder_files, {"vae"} if vae_name else set(), mapped)
+    if vae_name:
+        parts.vae, forms = load_vae(vae_name, **VAE_FACTS)
+        parts.source = replace(_with_forms(parts.source, VAE, forms, "vae"), vae_name=vae_name)
+    return parts
+
+
+def load_text_encoders(name: str | None, encoder_files: Mapping[str, str], *, mapped: bool = True) -> Parts:
+    """The text encoders of `load_model` by themselves. The denoiser is an `outline`, and there is no VAE.
+
+    Without `name`, `encoder_files` has all of them, and there is neither denoiser nor source.
+
+    Raises: UserError: as `load_model`.
+    """
+    if name:
+        return _load(name, encoder_files, {"vae", "denoiser"}, mapped)
+    encoders = {part: load_encoder(encoder_files[part], part, mapped=mapped)[0] for part in TITLES}
+    return Parts(None, encoders, None, None)
+
+
+def _load(name: str, encoder_files: Mapping[str, str], skip: Collection[str], mapped: bool) -> Parts:
+    """`skip`: parts that are not read, of "denoiser", which is an outline then, and "vae"."""
+    skip = frozenset(encoder_files) | frozenset(skip)
     parts = _load_file(name, skip, mapped=mapped) if Path(name).is_file() else _load_folder(name, skip)
     for part, file in encoder_files.items():
         parts.text_encoders[part], forms = load_encoder(file, part, mapped=mapped)
         source = _with_forms(parts.source, ENCODERS[part], forms, FOLDERS[part])
         parts.source = replace(source, encoder_names=source.encoder_names | {part: file})
-    if vae_name:
-        parts.vae, forms = load_vae(vae_name, **VAE_FACTS)
-        parts.source = replace(_with_forms(parts.source, VAE, forms, "vae"), vae_name=vae_name)
     _check_widths(parts)
     if "te1" in parts.text_encoders:
         config = parts.text_encoders["te1"].config
@@ -132,7 +154,7 @@ def own_vae(opts: Options) -> nn.Module:
 
     Raises: UserError: missing, unreadable, or without such a VAE.
     """
-    return load_vae(opts.model.vae or opts.model.pretrained_model_name_or_path, **VAE_FACTS)[0]
+    return load_vae(vae_origin(opts.model.vae, opts.model.pretrained_model_name_or_path), **VAE_FACTS)[0]
 
 
 def load_encoder(name: str, part: str, *, mapped: bool = True) -> tuple[nn.Module, dict[str, Form]]:
@@ -195,8 +217,12 @@ def _load_file(name: str, skip: frozenset[str], *, mapped: bool) -> Parts:
         prefix = mmdit_prefix(weights)
         shape = mmdit_shape(weights.shapes, prefix)
         reader = Reader(weights, None)
-        tensors = mmdit_map(shape.depth, prefix).to_model(reader.take(_mmdit_keys(weights, prefix)))
-        denoiser = build(lambda: SD3Transformer2DModel(**shape.diffusers_config()), tensors, "the denoiser")
+        make = partial(SD3Transformer2DModel, **shape.diffusers_config())
+        if "denoiser" in skip:
+            denoiser = outline(make)
+        else:
+            tensors = mmdit_map(shape.depth, prefix).to_model(reader.take(_mmdit_keys(weights, prefix)))
+            denoiser = build(make, tensors, "the denoiser")
         inside = {part for part in ENCODERS if encoder_prefix(weights, part, inside=True) is not None}
         encoders = {
             part: _encoder_from_file(reader, part, ENCODERS[part]) for part in ENCODERS if part in inside - skip
@@ -260,7 +286,9 @@ def _load_folder(name: str, skip: frozenset[str]) -> Parts:
     from diffusers import AutoencoderKL, SD3Transformer2DModel
 
     require_model_name(name)
-    folder = Path(name) if Path(name).is_dir() else hub_folder(name, HUB_PARTS, folder_problem)
+    outlines = {"denoiser": "transformer", "vae": "vae"}
+    unread = [folder for part, folder in outlines.items() if part in skip]
+    folder = Path(name) if Path(name).is_dir() else hub_folder(name, HUB_PARTS, folder_problem, unread)
     with naming(name):
         problem = folder_problem(folder)
         if problem:
@@ -268,7 +296,10 @@ def _load_folder(name: str, skip: frozenset[str]) -> Parts:
     there = [part for part, place in FOLDERS.items() if (folder / place / "config.json").is_file()]
     dtypes = folder_dtypes(folder, ("transformer", "vae", *FOLDERS.values()))
     with naming(name):
-        denoiser = from_pretrained(SD3Transformer2DModel, str(folder), "transformer", dtypes.get("transformer"))
+        if "denoiser" in skip:
+            denoiser = outline_of_folder(SD3Transformer2DModel, str(folder), "transformer")
+        else:
+            denoiser = from_pretrained(SD3Transformer2DModel, str(folder), "transformer", dtypes.get("transformer"))
         encoders = {part: _encoder_from_folder(folder, part, dtypes) for part in there if part not in skip}
         vae = None
         if "vae" not in skip and (folder / "vae").is_dir():

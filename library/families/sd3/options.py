@@ -43,8 +43,10 @@ _SAVED_APART = "networks hold what was trained of the text encoders; whole encod
 @dataclass(frozen=True, kw_only=True)
 class Sd3Options(FlowOptions, group="family", title="Stable Diffusion 3/3.5"):
     clip_g: str | None = opt(None, "file of the text encoder CLIP-G", exists="file")
-    save_clip: bool = opt(False, "write trained CLIP text encoders to files of their own, beside the model")
-    save_t5xxl: bool = opt(False, "write a trained T5 text encoder to a file of its own, beside the model")
+    save_clip: bool = opt(
+        False, "write CLIP-L and CLIP-G to files of their own, beside the model, even if they were not trained"
+    )
+    save_t5xxl: bool = opt(False, "the same of T5")
     t5xxl_device: str | None = opt(None, "once the device of T5; now it goes where it is needed and leaves again")
     t5xxl_dtype: str | None = opt(None, "once the number format of T5; now --mixed_precision and --fp8_base say it")
     t5xxl_max_token_length: int = opt(256, "longest caption for T5 in tokens; all are padded to it", at_least=1)

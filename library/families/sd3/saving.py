@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.keymap import Each, KeyMap, Rename
-from library.checkpoints.writing import materialise, replacing_folder, write_safetensors, write_torch
+from library.checkpoints.writing import materialise, write_safetensors, write_torch
 from library.families.sd3.keymap import ENCODERS, mmdit_map
 from library.families.sd3.loading import PROJECTION, VAE_FACTS, Source, load_encoder
 from library.families.sd3.options import SAMPLING_SHIFT
@@ -18,12 +19,10 @@ from library.families.shared.t5 import COPY, EMBEDDING, save_t5, t5_state
 from library.families.shared.vae import vae_map
 from library.families.shared.writing import (
     deferred_part,
-    preserved,
-    require_format,
     save_clip,
     save_scheduler,
+    write_model,
     write_model_index,
-    write_single_file,
 )
 from library.text.tokenizers import save_clip_tokenizer
 
@@ -59,15 +58,19 @@ def save_model(
         separate: names of text encoders that are also written to files of their own, `<name>_clip_l.safetensors`, ...
     Raises: UserError: an unknown format. OSError: it cannot be written.
     """
-    require_format(save_as)
     source: Source = models.source
+    write_model(
+        path,
+        source,
+        save_as=save_as,
+        dtype=dtype,
+        metadata=metadata,
+        tensors=partial(file_tensors, models, dtype),
+        fill=partial(_fill_folder, models),
+        copied=[*source.forms, *source.preserved] if source.is_file else (),
+    )
     if save_as.startswith("diffusers"):
-        save_folder(models, path, safe=save_as == "diffusers_safetensors")
         return
-    tensors = file_tensors(models, dtype)
-    if source.is_file:
-        tensors.update(preserved(source.name, [*source.forms, *source.preserved], tensors))
-    write_single_file(path, tensors, save_as=save_as, metadata=metadata, counters=source.counters)
     for part in separate:
         if part in models.text_encoders:
             write_encoder(models.text_encoders[part], part, source, encoder_path(path, part), dtype, metadata)
@@ -151,8 +154,8 @@ def _vae(models: Models) -> nn.Module:
 # --- Diffusers folders ------------------------------------------------------------------------------------------------
 
 
-def save_folder(models: Models, path: Path, *, safe: bool) -> None:
-    """Writes a folder that StableDiffusion3Pipeline.from_pretrained loads, with the text encoders that were given.
+def _fill_folder(models: Models, folder: Path, safe: bool) -> None:
+    """Writes what StableDiffusion3Pipeline.from_pretrained loads, with the text encoders that were given.
 
     Parts that are no longer in memory are read from their source again.
 
@@ -164,29 +167,28 @@ def save_folder(models: Models, path: Path, *, safe: bool) -> None:
 
     source: Source = models.source
     parts: dict[str, Any] = {"image_encoder": None, "feature_extractor": None}
-    with replacing_folder(path) as folder:
-        models.denoiser.save_pretrained(folder / "transformer", safe_serialization=safe)
-        parts["transformer"] = ("diffusers", "SD3Transformer2DModel")
-        _vae(models).save_pretrained(folder / "vae", safe_serialization=safe)
-        parts["vae"] = ("diffusers", "AutoencoderKL")
-        for part, place in FOLDERS.items():
-            parts[place] = parts[TOKENIZERS[part]] = None
-            if part not in source.encoder_names:
-                continue
-            encoder, tokenizer = _encoder(models, part), models.tokenizers[part]
-            if part == "te3":
-                save_t5(encoder, folder / place, safe=safe)
-                tokenizer.save_pretrained(folder / TOKENIZERS[part])
-            else:
-                save_clip(encoder, folder / place, safe=safe)
-                save_clip_tokenizer(tokenizer, folder / TOKENIZERS[part])
-            parts[place] = ("transformers", type(encoder).__name__)
-            parts[TOKENIZERS[part]] = ("transformers", "T5TokenizerFast" if part == "te3" else "CLIPTokenizer")
-        name = save_scheduler(
-            source.folder or "", folder / "scheduler", lambda: FlowMatchEulerDiscreteScheduler(shift=SAMPLING_SHIFT)
-        )
-        parts["scheduler"] = ("diffusers", name)
-        write_model_index(folder, "StableDiffusion3Pipeline", parts)
+    models.denoiser.save_pretrained(folder / "transformer", safe_serialization=safe)
+    parts["transformer"] = ("diffusers", "SD3Transformer2DModel")
+    _vae(models).save_pretrained(folder / "vae", safe_serialization=safe)
+    parts["vae"] = ("diffusers", "AutoencoderKL")
+    for part, place in FOLDERS.items():
+        parts[place] = parts[TOKENIZERS[part]] = None
+        if part not in source.encoder_names:
+            continue
+        encoder, tokenizer = _encoder(models, part), models.tokenizers[part]
+        if part == "te3":
+            save_t5(encoder, folder / place, safe=safe)
+            tokenizer.save_pretrained(folder / TOKENIZERS[part])
+        else:
+            save_clip(encoder, folder / place, safe=safe)
+            save_clip_tokenizer(tokenizer, folder / TOKENIZERS[part])
+        parts[place] = ("transformers", type(encoder).__name__)
+        parts[TOKENIZERS[part]] = ("transformers", "T5TokenizerFast" if part == "te3" else "CLIPTokenizer")
+    name = save_scheduler(
+        source.folder or "", folder / "scheduler", lambda: FlowMatchEulerDiscreteScheduler(shift=SAMPLING_SHIFT)
+    )
+    parts["scheduler"] = ("diffusers", name)
+    write_model_index(folder, "StableDiffusion3Pipeline", parts)
 
 
 def _encoder(models: Models, part: str) -> nn.Module:

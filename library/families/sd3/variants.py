@@ -33,6 +33,7 @@ FLAGS = {"te1": "clip_l", "te2": "clip_g", "te3": "t5xxl"}  # the option that gi
 TITLES = {"te1": "CLIP-L", "te2": "CLIP-G", "te3": "T5"}
 FOLDERS = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}  # of a Diffusers model
 TOKENIZERS = {"te1": "tokenizer", "te2": "tokenizer_2", "te3": "tokenizer_3"}
+_NO_MODEL = "--pretrained_model_name_or_path: name a model: a file, a Diffusers folder or a hub id"
 CLIP_SIGN = "text_model.encoder.layers.0.mlp.fc1.weight"
 CLIP_L_WIDTH, CLIP_G_WIDTH = 768, 1280  # of the published encoders
 
@@ -61,20 +62,37 @@ def check_paths(opts: Options) -> list[str]:
 
     Reads only the headers of .safetensors files and the small JSON files of Diffusers folders.
     """
-    name, vae = opts.model.pretrained_model_name_or_path, opts.model.vae
-    if not name:
-        return ["--pretrained_model_name_or_path: name a model: a file, a Diffusers folder or a hub id"]
-    problems = [path_problem("--pretrained_model_name_or_path", name, _model_problem)]
+    if not opts.model.pretrained_model_name_or_path:
+        return [_NO_MODEL]
+    vae = opts.model.vae and path_problem("--vae", opts.model.vae, lambda path: vae_problem(path, (SD3,)))
+    return [problem for problem in (*_text_problems(opts), vae) if problem] or _missing_parts(opts)
+
+
+def check_text_paths(opts: Options) -> list[str]:
+    """`check_paths` for texts alone: without a VAE, and without a model where all text encoders are named.
+
+    Text encoders that a model lacks are told by `missing_encoders`: all captions' outputs may be there already.
+    """
+    lacking = []
+    if not opts.model.pretrained_model_name_or_path:
+        unnamed = [option for option in FLAGS.values() if not getattr(opts.family, option)]
+        lacking = [f"--{option}: needed where no model is named" for option in unnamed]
+        if len(lacking) == len(FLAGS):
+            return [f"{_NO_MODEL}; or its text encoders, with {', '.join(f'--{option}' for option in FLAGS.values())}"]
+    return _text_problems(opts) + lacking
+
+
+def _text_problems(opts: Options) -> list[str]:
+    """Of the paths of model and text encoders that are named."""
+    name = opts.model.pretrained_model_name_or_path
+    problems = [path_problem("--pretrained_model_name_or_path", name, _model_problem)] if name else []
     for part, option in FLAGS.items():
         file = getattr(opts.family, option)
         if file:
             problems.append(
                 path_problem(f"--{option}", file, lambda path, part=part: _encoder_file_problem(path, part))
             )
-    if vae:
-        problems.append(path_problem("--vae", vae, lambda path: vae_problem(path, (SD3,))))
-    found = [problem for problem in problems if problem]
-    return found or _missing_parts(opts)
+    return [problem for problem in problems if problem]
 
 
 def _model_problem(path: Path) -> str | None:
@@ -117,8 +135,11 @@ def missing_encoders(opts: Options) -> list[str]:
 
 def _parts_of(opts: Options) -> set[str] | None:
     """Text encoders, and "vae", that the model and options give; None: only loading tells what the model has."""
-    path = Path(opts.model.pretrained_model_name_or_path)
-    if path.is_dir():
+    name = opts.model.pretrained_model_name_or_path
+    path = Path(name or "")
+    if not name:
+        inside = set()
+    elif path.is_dir():
         inside = {part for part, folder in (*FOLDERS.items(), ("vae", "vae")) if (path / folder).is_dir()}
     elif path.suffix.lower() == ".safetensors":
         keys = read_header(path)[1]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from library.caching.text_outputs import TextLayout
 from library.families.base import Family
-from library.families.sdxl.loading import SCALING_FACTOR, load_model
+from library.families.sdxl.loading import SCALING_FACTOR, load_model, load_text_encoders
 from library.families.sdxl.options import TRAITS
 from library.families.sdxl.saving import save_model
 from library.families.sdxl.targets import block_index, unet_targets
@@ -40,12 +40,11 @@ VAE_STRIDE = 8  # pixels for each latent
 class SdxlFamily(Family):
     traits = TRAITS
 
-    def load(self) -> Models:
+    def load(self, *, texts_only: bool = False) -> Models:
         model = self.opts.model
-        mapped = not model.disable_mmap_load_safetensors
-        parts = load_model(model.pretrained_model_name_or_path, model.vae, mapped=mapped)
-        own = None if parts.source.is_file else parts.source.name
-        tokenizers = sdxl_tokenizers(own, model.tokenizer_cache_dir)
+        name, mapped = model.pretrained_model_name_or_path, not model.disable_mmap_load_safetensors
+        parts = load_text_encoders(name, mapped=mapped) if texts_only else load_model(name, model.vae, mapped=mapped)
+        tokenizers = sdxl_tokenizers(None if Path(name).is_file() else name, model.tokenizer_cache_dir)
         return Models(parts.denoiser, parts.text_encoders, tokenizers, parts.vae, parts.source)
 
     def encode_images(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +19,10 @@ from library.families.shared.reading import Reader, from_pretrained, naming, ope
 from library.families.shared.unet import UNET, unet_map, unet_shape
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
-    from library.families.shared.reading import Form
+    from library.families.shared.reading import Form, Weights
     from library.options.base import Options
 
 SCALING_FACTOR = 0.13025
@@ -37,10 +39,10 @@ class Source(reading.Source):
 
 @dataclass
 class Parts:
-    denoiser: nn.Module
+    denoiser: nn.Module | None
     text_encoders: dict[str, nn.Module]
-    vae: nn.Module
-    source: Source
+    vae: nn.Module | None
+    source: Source | None
 
 
 def load_model(name: str, vae_name: str | None = None, *, mapped: bool = True) -> Parts:
@@ -59,6 +61,18 @@ def load_model(name: str, vae_name: str | None = None, *, mapped: bool = True) -
     return parts
 
 
+def load_text_encoders(name: str, *, mapped: bool = True) -> Parts:
+    """The text encoders of `load_model` by themselves, and nothing else. Raises: UserError: as `load_model`."""
+    if not Path(name).is_file():
+        reading.require_model_name(name)
+    with naming(name):
+        if Path(name).is_file():
+            encoders = _text_encoders(Reader(_open_file(Path(name), mapped), None))
+        else:
+            encoders = _text_encoders_of_folder(name, _folder_dtypes(name))
+    return Parts(None, encoders, None, None)
+
+
 def load_vae(name: str) -> tuple[nn.Module, dict[str, Form]]:
     """The VAE of a file, folder or hub id, see `shared.reading.load_vae`."""
     return reading.load_vae(name, kinds=VAE_SOURCES, channels=TRAITS.latent_channels, scaling_factor=SCALING_FACTOR)
@@ -66,7 +80,7 @@ def load_vae(name: str) -> tuple[nn.Module, dict[str, Form]]:
 
 def own_vae(opts: Options) -> nn.Module:
     """The VAE by itself that the options name, as a loaded model would have it. Raises: UserError: as `load_vae`."""
-    return load_vae(opts.model.vae or opts.model.pretrained_model_name_or_path)[0]
+    return load_vae(reading.vae_origin(opts.model.vae, opts.model.pretrained_model_name_or_path))[0]
 
 
 # --- single files -----------------------------------------------------------------------------------------------------
@@ -74,17 +88,10 @@ def own_vae(opts: Options) -> nn.Module:
 
 def _load_file(path: Path, *, mapped: bool) -> Parts:
     with naming(path):
-        weights = open_model(path, mapped=mapped)
-        problem = file_problem(weights)
-        if problem:
-            raise UserError(problem)
+        weights = _open_file(path, mapped)
         reader = Reader(weights, None)
-        projection = projection_name(weights)
         denoiser = _unet_from_file(reader)
-        text_encoders = {
-            "te1": _text_encoder(reader, TE1, text1_map(), hidden_act="quick_gelu", pad_id=49407),
-            "te2": _text_encoder(reader, TE2, text2_map(projection), hidden_act="gelu", pad_id=0),
-        }
+        text_encoders = _text_encoders(reader)
         vae, vae_forms = reading.vae_from_file(weights, SCALING_FACTOR)
     forms = reader.forms | vae_forms
     source = Source(
@@ -94,9 +101,17 @@ def _load_file(path: Path, *, mapped: bool) -> Parts:
         forms=forms,
         preserved=tuple(key for key in weights if key not in forms),
         counters=reading.counters(weights),
-        projection=projection,
+        projection=projection_name(weights),
     )
     return Parts(denoiser, text_encoders, vae, source)
+
+
+def _open_file(path: Path, mapped: bool) -> Weights:
+    weights = open_model(path, mapped=mapped)
+    problem = file_problem(weights)
+    if problem:
+        raise UserError(problem)
+    return weights
 
 
 def _unet_from_file(reader: Reader) -> nn.Module:
@@ -109,6 +124,14 @@ def _unet_from_file(reader: Reader) -> nn.Module:
     tensors = keys.to_model(reader.take([key for key in reader.weights if key.startswith(UNET)]))
     config = shape.diffusers_config(sample_size=SAMPLE_SIZE)
     return build(lambda: UNet2DConditionModel(**config), tensors, "the U-Net")
+
+
+def _text_encoders(reader: Reader) -> dict[str, nn.Module]:
+    second = text2_map(projection_name(reader.weights))
+    return {
+        "te1": _text_encoder(reader, TE1, text1_map(), hidden_act="quick_gelu", pad_id=49407),
+        "te2": _text_encoder(reader, TE2, second, hidden_act="gelu", pad_id=0),
+    }
 
 
 def _text_encoder(reader: Reader, prefix: str, keys: KeyMap, *, hidden_act: str, pad_id: int) -> nn.Module:
@@ -125,23 +148,29 @@ def _text_encoder(reader: Reader, prefix: str, keys: KeyMap, *, hidden_act: str,
 
 def _load_folder(name: str) -> Parts:
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     reading.require_model_name(name)
     with naming(name):
-        if Path(name).is_dir():
-            problem = folder_problem(Path(name))
-            if problem:
-                raise UserError(problem)
-        dtypes = reading.folder_dtypes(Path(name), PARTS)  # none of a hub model, which comes in float32
-        # First what a model of another family lacks, so that little of one is fetched.
-        text_encoders = {
-            "te2": from_pretrained(CLIPTextModelWithProjection, name, "text_encoder_2", dtypes.get("text_encoder_2")),
-            "te1": from_pretrained(CLIPTextModel, name, "text_encoder", dtypes.get("text_encoder")),
-        }
+        dtypes = _folder_dtypes(name)
+        text_encoders = _text_encoders_of_folder(name, dtypes)
         denoiser = from_pretrained(UNet2DConditionModel, name, "unet", dtypes.get("unet"))
         if denoiser.config.addition_embed_type != "text_time":
             raise UserError("its U-Net is not told sizes, so this is no SDXL model")
         vae = from_pretrained(AutoencoderKL, name, "vae")
-    ordered = {encoder: text_encoders[encoder] for encoder in TRAITS.text_encoders}
-    return Parts(denoiser, ordered, vae, Source(name, name, is_file=False, part_dtypes=dtypes))
+    return Parts(denoiser, text_encoders, vae, Source(name, name, is_file=False, part_dtypes=dtypes))
+
+
+def _folder_dtypes(name: str) -> dict[str, torch.dtype]:
+    """Of each part; none of a hub model, which comes in float32. Raises: UserError: a folder of another family."""
+    problem = folder_problem(Path(name)) if Path(name).is_dir() else None
+    if problem:
+        raise UserError(problem)
+    return reading.folder_dtypes(Path(name), PARTS)
+
+
+def _text_encoders_of_folder(name: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, nn.Module]:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    # First what a model of another family lacks, so that little of one is fetched.
+    second = from_pretrained(CLIPTextModelWithProjection, name, "text_encoder_2", dtypes.get("text_encoder_2"))
+    return {"te1": from_pretrained(CLIPTextModel, name, "text_encoder", dtypes.get("text_encoder")), "te2": second}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoints.writing import replacing_folder
 from library.families.sdxl.keymap import text1_map, text2_map
 from library.families.sdxl.loading import Source, load_vae
 from library.families.shared.clip import public_state
@@ -15,14 +15,11 @@ from library.families.shared.unet import map_of_config
 from library.families.shared.vae import vae_map
 from library.families.shared.writing import (
     deferred_part,
-    preserved,
-    require_format,
     save_clip,
     save_scheduler,
+    write_model,
     write_model_index,
-    write_single_file,
 )
-from library.runtime.logs import LOGGER
 from library.text.tokenizers import save_clip_tokenizer
 
 if TYPE_CHECKING:
@@ -57,18 +54,17 @@ def save_model(
         v_prediction, zero_terminal_snr: what a new Diffusers folder's scheduler is told.
     Raises: UserError: an unknown format. OSError: it cannot be written.
     """
-    require_format(save_as)
     source: Source = models.source
     vae = models.vae if models.vae is not None else load_vae(source.vae_name)[0]
-    if save_as.startswith("diffusers"):
-        if dtype is not None:
-            LOGGER.info("--save_precision acts on single files only; the Diffusers folder keeps the models' precision")
-        with replacing_folder(path) as folder:
-            _fill_folder(models, vae, folder, save_as == "diffusers_safetensors", v_prediction, zero_terminal_snr)
-        return
-    tensors = file_tensors(models, vae, dtype)
-    tensors.update(preserved(source.name, source.preserved, tensors))
-    write_single_file(path, tensors, save_as=save_as, metadata=metadata, counters=source.counters)
+    write_model(
+        path,
+        source,
+        save_as=save_as,
+        dtype=dtype,
+        metadata=metadata,
+        tensors=partial(file_tensors, models, vae, dtype),
+        fill=partial(_fill_folder, models, vae, v_prediction, zero_terminal_snr),
+    )
 
 
 def file_tensors(models: Models, vae: nn.Module, dtype: torch.dtype | None) -> FileTensors:
@@ -89,7 +85,7 @@ def file_tensors(models: Models, vae: nn.Module, dtype: torch.dtype | None) -> F
 
 
 def _fill_folder(
-    models: Models, vae: nn.Module, folder: Path, safe: bool, v_prediction: bool, zero_terminal_snr: bool
+    models: Models, vae: nn.Module, v_prediction: bool, zero_terminal_snr: bool, folder: Path, safe: bool
 ) -> None:
     """Writes what StableDiffusionXLPipeline.from_pretrained loads."""
     source: Source = models.source

@@ -20,12 +20,9 @@ def build(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], what: st
         what: the part, for messages.
     Raises: UserError: a tensor is missing, is too many or has another shape than the configuration says.
     """
-    import torch
-
     from library.errors import UserError
 
-    with torch.device("meta"):
-        model = make()
+    model = outline(make)
     wanted = model.state_dict()
     require_same_keys(tensors, wanted, what)
     for name, tensor in tensors.items():
@@ -37,6 +34,14 @@ def build(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], what: st
     model.load_state_dict(dict(tensors), strict=True, assign=True)
     _fill_position_ids(model)
     return freeze(model)
+
+
+def outline(make: Callable[[], nn.Module]) -> nn.Module:
+    """A model of which only the configuration and the shapes are there: its weights are on torch's meta device."""
+    import torch
+
+    with torch.device("meta"):
+        return freeze(make())
 
 
 def freeze(model: nn.Module) -> nn.Module:

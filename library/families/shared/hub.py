@@ -2,36 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from library.errors import UserError
+from library.families.shared.recognition import read_json
 
+_INDEX = "*.safetensors.index.json"  # tells the files of weights that are cut into several
 ENDINGS = ("*.json", "*.safetensors", "*.txt", "*.model")  # also of tokenizers; no weights in other formats
 
 
-def hub_folder(name: str, parts: Iterable[str], problem_of: Callable[[Path], str | None]) -> Path:
+def hub_folder(
+    name: str, parts: Iterable[str], problem_of: Callable[[Path], str | None], outlines: Collection[str] = ()
+) -> Path:
     """The folder of a hub model in the hub's cache. The hub is asked only where the cache does not have the model.
 
     Args:
         name: hub id.
         parts: subfolders that are needed, as far as the model has them.
         problem_of: what a folder lacks; may raise UserError.
+        outlines: those of the parts whose weights are not needed.
     Raises: UserError: the hub does not give it.
     """
     from huggingface_hub import snapshot_download
 
-    wanted = ["model_index.json", *(f"{part}/{ending}" for part in parts for ending in ENDINGS)]
+    endings = {part: ENDINGS[:1] if part in outlines else ENDINGS for part in parts}
+    wanted = ["model_index.json", *(f"{part}/{ending}" for part in endings for ending in endings[part])]
+    whole = [part for part in endings if part not in outlines]
     try:
         folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-        if problem_of(folder) is None:
+        if problem_of(folder) is None and not _without_weights(folder, whole):
             return folder
     except (OSError, ValueError, UserError):
         pass  # not in the cache, or not all of it
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        folder = Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # whatever the hub's client and the network may raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{name}: neither a file or folder here, nor in the hub's cache, and the hub did not give it ({reason})"
         ) from None
+    lacking = _without_weights(folder, whole)
+    if lacking:  # without network, the hub's client gives what there is
+        raise UserError(f"{name}: not all weights of {' and '.join(lacking)} are in the hub's cache, or on the hub")
+    return folder
+
+
+def _without_weights(folder: Path, parts: Iterable[str]) -> list[str]:
+    return [part for part in parts if _lacks_weights(folder / part)]
+
+
+def _lacks_weights(part: Path) -> bool:
+    """Whether a model's subfolder is not whole: its download was stopped, or only its configuration was needed."""
+    if not (part / "config.json").is_file():
+        return False  # no model, such as a tokenizer, or none at all
+    files = {path.name for path in part.glob("*.safetensors")}
+    shards = {shard for index in part.glob(_INDEX) for shard in read_json(index).get("weight_map", {}).values()}
+    return not files or not shards <= files

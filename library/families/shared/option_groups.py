@@ -74,6 +74,9 @@ class FlowOptions(CommonOptions):
             for name in names:
                 if getattr(getattr(opts, group), name):
                     yield f"--{name}: no effect on {traits.label}"
+        for name, scheme in (("logit_mean", "logit_normal"), ("logit_std", "logit_normal"), ("mode_scale", "mode")):
+            if name in opts.explicit and self.weighting_scheme != scheme:
+                yield f"--{name}: no effect without --weighting_scheme {scheme}"
 
 
 def _trains_t5(method: OptionGroup) -> bool:

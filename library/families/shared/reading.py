@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from library.checkpoints.reading import SafetensorsFile, TorchFile, open_weights, read_header
 from library.errors import UserError
-from library.families.shared.building import build, freeze
+from library.families.shared.building import build, freeze, outline
 from library.families.shared.recognition import is_hub_id, recognise, vae_kind_problem
 from library.families.shared.vae import VAE, VAE_PARTS, vae_config, vae_map, vae_shapes
 
@@ -166,6 +166,16 @@ def from_pretrained(
     )
 
 
+def outline_of_folder(model_class: Any, folder: str, subfolder: str) -> nn.Module:
+    """`outline` of one of diffusers' models in a Diffusers folder. Raises: UserError: it cannot be read."""
+    try:
+        config = model_class.load_config(folder, subfolder=subfolder, local_files_only=True)
+        return outline(lambda: model_class.from_config(config))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}/{subfolder}: cannot be loaded ({reason})") from None
+
+
 def folder_dtype(folder: Path) -> torch.dtype | None:
     """The dtype of a part's safetensors file, or None where there is none to ask."""
     import torch
@@ -184,6 +194,17 @@ def folder_dtypes(folder: Path, parts: Iterable[str]) -> dict[str, torch.dtype]:
 
 
 # --- VAEs -------------------------------------------------------------------------------------------------------------
+
+
+def vae_origin(given: str | None, model: str | None, flag: str = "--vae") -> str:
+    """Where a VAE that is loaded by itself comes from: the file that `flag` names, or the model.
+
+    Raises: UserError: neither is named.
+    """
+    origin = given or model
+    if not origin:
+        raise UserError(f"--pretrained_model_name_or_path: name a model, or its VAE alone with {flag}")
+    return origin
 
 
 def load_vae(

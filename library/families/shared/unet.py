@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.keymap import Each, KeyMap, Rename, Rule
@@ -78,6 +79,7 @@ def unet_rules(layers: int, attention: tuple[bool, ...], *, added: bool = False)
     return tuple(rules)
 
 
+@cache  # it is asked about every single weight
 def unet_map(layers: int, attention: tuple[bool, ...], *, added: bool = False, prefix: str = UNET) -> KeyMap:
     """U-Net names in the file, with their prefix, against those of UNet2DConditionModel. See `unet_rules`."""
     return KeyMap(Each(prefix, "", *unet_rules(layers, attention, added=added)))

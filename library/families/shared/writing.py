@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.keymap import Entry, KeyMap
 from library.checkpoints.reading import open_weights
-from library.checkpoints.writing import Deferred, materialise, write_safetensors, write_torch
+from library.checkpoints.writing import Deferred, materialise, replacing_folder, write_safetensors, write_torch
 from library.errors import UserError
 from library.families.shared.clip import public_state
 from library.runtime.logs import LOGGER
@@ -27,10 +27,41 @@ if TYPE_CHECKING:
 FORMATS = ("ckpt", "safetensors", "diffusers", "diffusers_safetensors")
 
 
-def require_format(save_as: str, formats: Iterable[str] = FORMATS) -> None:
-    """Raises: UserError: not one of the formats."""
-    if save_as not in formats:
-        raise UserError(f"--save_model_as {save_as}: choose one of {', '.join(formats)}")
+def write_model(
+    path: Path,
+    source: Any,
+    *,
+    save_as: str,
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str],
+    tensors: Callable[[], FileTensors],
+    fill: Callable[[Path, bool], None],
+    copied: Iterable[str] | None = None,
+) -> None:
+    """Writes a whole model as a single file or a Diffusers folder; an earlier `path` survives a failure.
+
+    Args:
+        source: where the model came from: its `name`, its `counters`, and `preserved`, the keys that it does not use.
+        save_as: one of `FORMATS`.
+        dtype: what --save_precision says; a Diffusers folder has the formats of the models in memory all the same.
+        metadata: goes into a .safetensors file; a .ckpt has only its `ss_epoch` and `ss_steps`.
+        tensors: what the models hold, under a single file's names.
+        fill: puts all parts into a new folder; told whether weights are .safetensors, else .bin.
+        copied: keys of the source file that a single file has as they are, where `tensors` has them not; `preserved`
+            if not given.
+    Raises: UserError: an unknown format. OSError: it cannot be written.
+    """
+    if save_as not in FORMATS:
+        raise UserError(f"--save_model_as {save_as}: choose one of {', '.join(FORMATS)}")
+    if save_as.startswith("diffusers"):
+        if dtype is not None:
+            LOGGER.info("--save_precision acts on single files only; the Diffusers folder keeps the models' precision")
+        with replacing_folder(path) as folder:
+            fill(folder, save_as == "diffusers_safetensors")
+        return
+    found = tensors()
+    found |= _preserved(source.name, source.preserved if copied is None else copied, found)
+    _write_single_file(path, found, save_as=save_as, metadata=metadata, counters=source.counters)
 
 
 # --- single files -----------------------------------------------------------------------------------------------------
@@ -52,7 +83,8 @@ def deferred_part(
         forms: dtype and shape that tensors had in the source file, by file name; shapes that differ only in axes of 1
             are restored.
         folder_dtype: of the part in a source that was a folder.
-        dtype: of every tensor; None: as in the source, else as in memory.
+        dtype: of every tensor; None: as in the source, else as in memory. What training changed in weights of 8 bits
+            would be lost in them again: where they no longer hold the values exactly, it is bfloat16.
     Raises: KeyMapError: a tensor has no name in the file.
     """
     return {entry.file: _deferred(entry, state, forms, folder_dtype, dtype) for entry in keys.entries(state)}
@@ -65,12 +97,16 @@ def _deferred(
     folder_dtype: torch.dtype | None,
     dtype: torch.dtype | None,
 ) -> Deferred:
+    import torch
+
     live = [state[name].detach() for name in entry.models]
     shape = tuple(entry.rule.join([tensor.to("meta") for tensor in live]).shape)
     old_dtype, old_shape = forms.get(entry.file, (folder_dtype or live[0].dtype, shape))
     if prod(old_shape) == prod(shape):
         shape = old_shape  # 1x1 convolutions may be stored flat or not; keep the file's way
     kept = dtype or old_dtype
+    if dtype is None and old_dtype.is_floating_point and old_dtype.itemsize == 1:
+        kept = old_dtype if all(_is_held(tensor, old_dtype) for tensor in live) else torch.bfloat16
 
     def make() -> Tensor:
         return entry.rule.join([tensor.cpu() for tensor in live]).reshape(shape).to(kept)
@@ -78,7 +114,12 @@ def _deferred(
     return Deferred(kept, shape, make)
 
 
-def preserved(name: str, keys: Iterable[str], written: Mapping[str, Any]) -> FileTensors:
+def _is_held(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a format holds every value exactly."""
+    return tensor.to(dtype).to(tensor.dtype).equal(tensor)
+
+
+def _preserved(name: str, keys: Iterable[str], written: Mapping[str, Any]) -> FileTensors:
     """Tensors of a source file that its model does not use, exactly as they are.
 
     Args:
@@ -101,7 +142,7 @@ def preserved(name: str, keys: Iterable[str], written: Mapping[str, Any]) -> Fil
     return tensors
 
 
-def write_single_file(
+def _write_single_file(
     path: Path, tensors: FileTensors, *, save_as: str, metadata: Mapping[str, str], counters: Mapping[str, int]
 ) -> None:
     """Writes a whole model's file.

@@ -1,0 +1,51 @@
+"""The data of a run, as all of its processes read it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError
+from library.runtime.logs import LOGGER
+
+if TYPE_CHECKING:
+    from library.families.base import FamilyTraits
+    from library.options.base import Options
+    from library.runtime.processes import Processes
+
+
+def read_data(specs: list[Any], opts: Options, traits: FamilyTraits, processes: Processes) -> Any:
+    """The data of a run, whose seed is known by now; what was found is told in the log.
+
+    Raises: UserError: it cannot be used.
+    """
+    main = processes.rank == 0
+    if not main:
+        processes.wait()  # and find in the index what the first process has seen
+    data = _data_builder(opts.data.dataset_class)(specs, opts, traits, opts.training.seed, main=main)
+    if main:
+        processes.wait()
+    for line in data.report():
+        LOGGER.info("%s", line)
+    return data
+
+
+def _data_builder(name: str | None) -> Any:
+    """`build_training_data`, or what --dataset_class names in its place.
+
+    Raises: UserError: there is no such thing.
+    """
+    if name is None:
+        from library.data.dataset import build_training_data
+
+        return build_training_data
+    module, _, attribute = name.rpartition(".")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--dataset_class: {name} cannot be imported ({error})") from None
+    finally:
+        sys.path.remove(os.getcwd())
