@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,7 @@ def assemble(
         tracker: name of the folder or project that logs go to.
     Raises: UserError: something that only the loaded model, or the whole plan of the run, can tell.
     """
+    start = _choose_start(opts, run_plan)
     preview = Preview.from_options(opts, family)
     encoding.require_texts(opts, family, missing_encoders, data, samples=bool(preview.prompts))
     started = time.time()
@@ -86,7 +88,11 @@ def assemble(
     if swap is not None:
         swap.serve(optimizer)
     schedule = make_schedule(optimizer, opts.optimizer, run_plan.total_steps)
-    start = _choose_start(opts, run_plan, schedule)
+    if not opts.saving.resume and not wants_loss(schedule):  # a state brings the schedule where it was
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch misses the optimizer's steps, which another run has done
+            for _ in range(start.step):
+                schedule.step()
     for line in plan.describe(run_plan, data.num_train_images, data.num_reg_images):
         LOGGER.info("%s", line)
     LOGGER.info(
@@ -183,11 +189,8 @@ def _average(opts: Options, optimizer: Any) -> Average | None:
     return Average([p for group in optimizer.param_groups for p in group["params"]], opts.training.ema_decay)
 
 
-def _choose_start(opts: Options, run_plan: RunPlan, schedule: Any) -> Start:
-    """Where the run begins; brings the schedule there where no state does that.
-
-    Raises: UserError: the run is over already.
-    """
+def _choose_start(opts: Options, run_plan: RunPlan) -> Start:
+    """Where the run begins. Raises: UserError: the run is over already."""
     progress = state.read_progress(Path(opts.saving.resume)) if opts.saving.resume else None
     step, ended = (progress.step, progress.epoch_ended) if progress is not None else (None, True)
     start = plan.choose_start(run_plan, opts.training, step, epoch_ended=ended)
@@ -198,9 +201,6 @@ def _choose_start(opts: Options, run_plan: RunPlan, schedule: Any) -> Start:
         )
     if opts.saving.resume and progress is None and not start.step:
         LOGGER.warning("%s does not tell its step, so it counts from 0; --initial_step tells it", opts.saving.resume)
-    if not opts.saving.resume and start.step:
-        for _ in range(0 if wants_loss(schedule) else start.step):
-            schedule.step()
     return start
 
 

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from library.types import Models
 
 TITLES = {
-    "network": "Trains a LoRA-type network.",
-    "finetune": "Fine-tunes a whole model on pictures that a metadata file lists.",
-    "dreambooth": "Trains a whole model on folders of pictures of a concept (DreamBooth).",
+    "network": "Trains a LoRA-type network on {model}.",
+    "finetune": "Trains a whole model: {model}.",
+    "dreambooth": "Trains a whole model, {model}, on folders of pictures of a concept (DreamBooth).",
 }
 TRACKERS = {"network": "network_train", "finetune": "finetuning", "dreambooth": "dreambooth"}  # where logs go
 
@@ -41,7 +41,8 @@ def build_parser(family: str, method: str) -> argparse.ArgumentParser:
     """The argument parser of a script, as GUIs and documentation tools want it."""
     from library.options import parsing, scripts
 
-    return parsing.build_parser(scripts.groups_for(family, method), prog=_script_name(), description=TITLES[method])
+    groups = scripts.groups_for(family, method)
+    return parsing.build_parser(groups, prog=_script_name(), description=_description(family, method))
 
 
 def run(family: str, method: str, argv: Sequence[str] | None = None) -> None:
@@ -74,6 +75,12 @@ def load_family(family: str, argv: Sequence[str]) -> tuple[Family, Models]:
 
 def _script_name() -> str:
     return os.path.basename(sys.argv[0] or "train")
+
+
+def _description(family: str, method: str) -> str:
+    from library.options import scripts
+
+    return TITLES[method].format(model=scripts.traits_for(family).label)
 
 
 def _train(family_name: str, method_name: str, argv: Sequence[str]) -> None:
@@ -127,7 +134,8 @@ def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Opt
     from library.options.logging import absolute_paths
 
     groups = scripts.groups_for(family_name, method_name)
-    opts = parsing.parse_options(groups, argv, prog=_script_name(), description=TITLES[method_name])
+    description = _description(family_name, method_name)
+    opts = parsing.parse_options(groups, argv, prog=_script_name(), description=description)
     main = int(os.environ.get("RANK", "0")) == 0  # the other processes report errors only
     level = opts.logging.console_log_level if main else "ERROR"
     logs.setup_logging(level, opts.logging.console_log_file, opts.logging.console_log_simple)

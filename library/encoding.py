@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
@@ -85,9 +86,18 @@ def require_texts(opts: Options, family: Family, missing: Sequence[str], data: A
         raise UserError(*(f"{line}: {file} would have to be made ({why}){more}" for line in missing))
 
 
-def text_cache(opts: Options, family: Family, method: Method, models: Any, data: Any) -> Any:
+def text_cache(
+    opts: Options,
+    family: Family,
+    method: Method,
+    models: Any,
+    data: Any,
+    failed: Callable[[Path, str], None] | None = None,
+) -> Any:
     """What caches the text encoders' outputs once they are in place; None: captions are encoded as they come up.
 
+    Args:
+        failed: see `text_outputs.cache_text_on_disk`.
     Raises: UserError: no text encoder's outputs stay as they are.
     """
     options = getattr(opts, "text_cache", None)
@@ -111,7 +121,7 @@ def text_cache(opts: Options, family: Family, method: Method, models: Any, data:
     if added is not None and opts.method.network_weights and not opts.method.network_train_unet_only:
         encoder["network"] = weights_fingerprint(added)  # one that has learned something acts on the encoders
     encoder |= {name: str(value) for name, value in sorted(layout.settings.items())}
-    return partial(_cache_text, opts, family, method, models, data, layout, encoder)
+    return partial(_cache_text, opts, family, method, models, data, layout, encoder, failed)
 
 
 def _cache_text(
@@ -122,6 +132,7 @@ def _cache_text(
     data: Any,
     layout: Any,
     encoder: dict[str, str],
+    failed: Callable[[Path, str], None] | None,
     accelerator: Accelerator,
 ) -> None:
     from library.caching import text_outputs
@@ -148,6 +159,7 @@ def _cache_text(
         rank=processes.rank,
         world=processes.world,
         check=not opts.data.skip_cache_check,
+        failed=failed,
         progress=bar,
     )
     for reason in reasons:

@@ -20,3 +20,7 @@ class UserError(Exception):
         else:
             text = f"error: {len(self.problems)} problems\n" + "\n".join(f"  {line}" for line in self.problems)
         return text if self.hint is None else f"{text}\n  hint: {self.hint}"
+
+
+class NameTooLongError(UserError):
+    """A file beside one picture cannot be written, for the length of its name; those beside others can."""

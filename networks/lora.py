@@ -133,19 +133,22 @@ class LoraNetwork(Network):
     def parameter_groups(self, rates: Mapping[str, float]) -> list[dict[str, Any]]:
         """Optimizer groups, one for each rate and side. A part missing in `rates` or with rate 0 has none.
 
-        Args: rates: learning rate of each part.
+        Args: rates: learning rate of each part, text encoders in the order in which --text_encoder_lr counts them.
         """
         text_parts = [part for part in self.parts() if part != "denoiser"]
+        numbers = {part: number for number, part in enumerate((part for part in rates if part != "denoiser"), 1)}
         groups: dict[str, dict[str, Any]] = {}
         for key, layer in self.layers().items():
             target = self.targets[key]
+            if not rates.get(target.part):
+                continue
             name, block = "unet", target.block if self.args.block_weights else None
             if target.part != "denoiser":
-                name = "textencoder" if len(text_parts) == 1 else f"textencoder {text_parts.index(target.part) + 1}"
+                name = "textencoder" if len(text_parts) == 1 else f"textencoder {numbers[target.part]}"
                 block = None
-            lr = (rates.get(target.part) or 0.0) * self.args.block_weight(block)
+            lr = rates[target.part] * self.args.block_weight(block)
             own = self.args.own_lr(key)
-            if own is not None and rates.get(target.part):
+            if own is not None:
                 name, block, lr = f"{name} reg {own[0]}", None, own[1]
             if not lr:
                 continue

@@ -42,6 +42,11 @@ def parse(args: Mapping[str, str]) -> DitArgs:
     return lora_dit_args.parse(args, LAYOUT)
 
 
+def reads_gradients(args: Mapping[str, str]) -> str | None:
+    """The argument that needs the gradients when the backward pass is over, where there is one."""
+    return next((name for name in lora_dit_args.GGPO if name in args), None)
+
+
 def check(args: Mapping[str, str], *, ranks_from_file: bool) -> list[str]:
     """What can be said about the arguments without a model: a warning for each that has no effect."""
     return lora_dit_args.check(args, LAYOUT, ranks_from_file=ranks_from_file)

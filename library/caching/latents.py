@@ -24,7 +24,7 @@ from library.caching.latent_files import CacheLayout, Entry, Identity, Latents, 
 from library.caching.stems import shared_stems
 from library.data import buckets, images
 from library.data.rendering import View, loss_mask, render
-from library.errors import UserError
+from library.errors import NameTooLongError, UserError
 from library.runtime import logs, seeds
 from library.runtime.logs import LOGGER
 from library.runtime.processes import Processes
@@ -158,10 +158,6 @@ def make_files(
     return sum(one not in missing for one in made.wanted)
 
 
-class _NameTooLongError(UserError):
-    """What cannot be written is one picture's latents; others can."""
-
-
 class _Made(NamedTuple):
     wanted: list[Wanted]  # of every record
     shelf: _Shelf
@@ -196,7 +192,7 @@ def _make_files(
     for one, latents in _encode(jobs, owners, encoder, failed):
         try:
             shelf.save(one, latents)
-        except _NameTooLongError as error:
+        except NameTooLongError as error:
             if failed is None:
                 raise
             failed(one.picture, error.problems[0])
@@ -264,10 +260,14 @@ def _wanted(record: Record, *, shared: bool, flip: bool, variant: str) -> Wanted
 
 def files_are_there(data: TrainingData, layout: CacheLayout) -> bool:
     """Whether every picture has a file of latents, whatever is in it."""
-    return all(
-        any(data.index.stamp(file) is not None for file in latent_files.files_of(one, layout))
-        for one in wanted_of(data.all_records)
-    )
+    return next(without_files(data.all_records, data.index, layout), None) is None
+
+
+def without_files(records: Sequence[Record], index: FileIndex, layout: CacheLayout) -> Iterator[Path]:
+    """The pictures that have no file of latents."""
+    for one in wanted_of(records):
+        if all(index.stamp(file) is None for file in latent_files.files_of(one, layout)):
+            yield one.picture
 
 
 class _Shelf:
@@ -313,7 +313,7 @@ class _Shelf:
         try:
             latent_files.save(wanted, self.layout, arrays, self._identity(wanted))
         except OSError as error:
-            kind = _NameTooLongError if error.errno == errno.ENAMETOOLONG else UserError
+            kind = NameTooLongError if error.errno == errno.ENAMETOOLONG else UserError
             why = error.strerror or error
             raise kind(f"{self.place(wanted)}: the latents cannot be written ({why})") from None
 

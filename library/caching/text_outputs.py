@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 from library.caching import store
 from library.caching.stems import shared_stems
 from library.data.captions import make_caption
-from library.errors import UserError
+from library.errors import NameTooLongError, UserError
 from library.runtime import logs
 from library.runtime.processes import Processes
 from library.types import TextCond
@@ -34,6 +35,7 @@ Arrays = dict[str, "NDArray[Any]"]
 
 _DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")  # that torch has too
 _ALONE = Processes()
+_NAN = "the text encoder gives NaN or infinite values for its caption"
 _SHOWN = 5  # problems of one kind that are told one by one
 
 
@@ -168,6 +170,7 @@ def cache_text_on_disk(
     world: int = 1,
     check: bool = True,
     summaries: Callable[[Path], dict[str, Any]] = store.summary,
+    failed: Callable[[Path, str], None] | None = None,
     progress: Callable[..., Any] = logs.progress,
 ) -> tuple[DiskStore | None, list[str]]:
     """Makes sure that this process's share of the files is there and valid. Files are written after every batch.
@@ -182,6 +185,8 @@ def cache_text_on_disk(
         unread: names in `encoder` that may be others in files, as nothing of theirs will be read.
         check: whether to look into files that are there; if not, they are trusted.
         summaries: what `store.summary` says about a file, perhaps remembered.
+        failed: is told of pictures whose caption gives NaN or whose file's name is too long, and why; the others get
+            their files. None: the first one ends the run.
         progress: makes a progress bar, as `library.runtime.logs.progress` does.
 
     Returns: the store (None with several processes), and a line for each file that was there and is made anew.
@@ -207,7 +212,7 @@ def cache_text_on_disk(
         "text encoder outputs %s: %d used as they are, %d made again, %d new", where, used, again, made - again
     )
     if todo:
-        _encode_to_files(todo, layout, encode, encoder, batch_size, progress)
+        _encode_to_files(todo, layout, encode, encoder, batch_size, failed, progress)
     return (disk_store(items, layout) if world == 1 else None), reasons
 
 
@@ -267,23 +272,26 @@ def _groups(captions: Sequence[str], size: int) -> list[Sequence[str]]:
 
 def _encode_group(group: Sequence[str], encode: Encode, owners: Mapping[str, Item]) -> TextCond:
     """The conditioning of some captions, on the CPU. `owners` are for messages."""
-    with torch.no_grad():
-        cond = encode(list(group)).map(lambda tensor: tensor.detach().cpu().contiguous())
-    _check_rows(cond, group, owners)
+    cond = _encode_rows(group, encode)
+    broken = [f"{owners[caption].picture}: {_NAN}" for caption in _broken(cond, group)]
+    if broken:
+        raise UserError(*broken, hint="run the text encoder in bfloat16 or float32")
     return cond
 
 
-def _check_rows(cond: TextCond, group: Sequence[str], owners: Mapping[str, Item]) -> None:
+def _encode_rows(group: Sequence[str], encode: Encode) -> TextCond:
+    with torch.no_grad():
+        cond = encode(list(group)).map(lambda tensor: tensor.detach().cpu().contiguous())
     for name, tensor in cond.tensors.items():
         if len(tensor) != len(group):
             raise ValueError(f"{name} has {len(tensor)} rows for {len(group)} captions")
-    broken = [
-        f"{owners[caption].picture}: the text encoder gives NaN or infinite values for its caption"
-        for row, caption in enumerate(group)
-        if not all(torch.isfinite(tensor[row]).all() for tensor in cond.tensors.values())
-    ]
-    if broken:
-        raise UserError(*broken, hint="run the text encoder in bfloat16 or float32")
+    return cond
+
+
+def _broken(cond: TextCond, group: Sequence[str]) -> list[str]:
+    """The captions for which the encoder gives NaN."""
+    whole = [all(torch.isfinite(tensor[row]).all() for tensor in cond.tensors.values()) for row in range(len(group))]
+    return [caption for caption, is_whole in zip(group, whole, strict=True) if not is_whole]
 
 
 def _encode_to_files(
@@ -292,6 +300,7 @@ def _encode_to_files(
     encode: Encode,
     encoder: Mapping[str, str],
     batch_size: int,
+    failed: Callable[[Path, str], None] | None,
     progress: Callable[..., Any],
 ) -> None:
     """Writes the files of one batch while the next is encoded. What was encoded is written even if that fails."""
@@ -302,25 +311,41 @@ def _encode_to_files(
         progress(total=files, desc="caching text encoder outputs", unit="file") as bar,
         ThreadPoolExecutor(max_workers=1) as pool,
     ):
-        writing: list[Future[None]] = []
+        writing: list[tuple[Item, Future[None]]] = []
         for group in _groups(list(todo), batch_size):
-            cond = _encode_group(group, encode, owners)
+            cond = _encode_group(group, encode, owners) if failed is None else _encode_rows(group, encode)
             if set(cond.tensors) != set(layout.keys):
                 raise ValueError(f"the encoder gives {sorted(cond.tensors)}, the files hold {sorted(layout.keys)}")
-            _finish(writing, bar)
+            _finish(writing, failed, bar)
             writing = []
+            broken = set() if failed is None else set(_broken(cond, group))
             for row, caption in enumerate(group):
+                if caption in broken:
+                    _refuse(todo[caption], failed, bar)
+                    continue
                 arrays = {name: _array(cond.tensors[name][row]) for name in layout.keys}
                 note = store.pack_note(_note(caption, encoder))
                 for item in todo[caption]:
                     file = cache_file(item, layout)
-                    writing.append(pool.submit(_write, file, {**arrays, **flags, store.PROVENANCE: note}))
-        _finish(writing, bar)
+                    content = {**arrays, **flags, store.PROVENANCE: note}
+                    writing.append((item, pool.submit(_write, file, content)))
+        _finish(writing, failed, bar)
 
 
-def _finish(writing: Iterable[Future[None]], bar: Any) -> None:
-    for future in writing:
-        future.result()
+def _refuse(items: Sequence[Item], failed: Callable[[Path, str], None], bar: Any) -> None:
+    for item in items:
+        failed(item.picture, _NAN)
+        bar.update(1)
+
+
+def _finish(writing: Iterable[tuple[Item, Future[None]]], failed: Callable[[Path, str], None] | None, bar: Any) -> None:
+    for item, future in writing:
+        try:
+            future.result()
+        except NameTooLongError as error:
+            if failed is None:
+                raise
+            failed(item.picture, error.problems[0])
         bar.update(1)
 
 
@@ -328,9 +353,11 @@ def _write(file: Path, arrays: Arrays) -> None:
     try:
         store.write(file, arrays)
     except OSError as error:
-        raise UserError(
+        too_long = error.errno == errno.ENAMETOOLONG
+        mend = "shorten the picture's name" if too_long else "free some space or make the folder writable"
+        raise (NameTooLongError if too_long else UserError)(
             f"{file}: the cache file cannot be written ({error.strerror or error})",
-            hint="free some space or make the folder writable, or cache text encoder outputs in memory",
+            hint=f"{mend}, or cache text encoder outputs in memory",
         ) from None
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from library.data import info_cache, metadata_files
 from library.data.blueprint import SubsetSpec
-from library.data.captions import caption_name, extension_in_use, read_caption
+from library.data.captions import DEFAULT_EXTENSION, caption_name, extension_in_use, read_caption
 from library.data.folders import is_image, is_other_image
 from library.data.index import FileIndex
 from library.data.prepared import Prepared
@@ -74,6 +74,12 @@ def _of_folder(subset: SubsetSpec, index: FileIndex, notes: Notes) -> list[Found
     missing = [subset.image_dir / name for name, file in zip(pictures, files, strict=True) if file is None]
     if 2 * len(missing) <= len(pictures):
         notes.uncaptioned += missing
+    passed_over = sum(caption_name(path.name, ".txt", names) is not None for path in missing)
+    if passed_over and extension == DEFAULT_EXTENSION:
+        notes.warnings.append(
+            f"{subset.image_dir}: {passed_over} of the pictures without {extension} file have a .txt file, which is "
+            "not read; in one folder all captions have one ending"
+        )
     captions = _read_captions(subset, dict.fromkeys(filter(None, files)), index, notes)
     folder = subset.image_dir
     return [Found(folder / name, captions.get(file)) for name, file in zip(pictures, files, strict=True)]

@@ -120,12 +120,14 @@ class BlockSwap:
         swapped = {id(piece.tensor) for block in self._blocks for piece in block.pieces if piece.tensor.requires_grad}
 
         def to_device(loaded: torch.optim.Optimizer) -> None:
-            for weight, state in loaded.state.items():
-                if id(weight) not in swapped:
-                    continue
-                for name, value in state.items():
-                    if isinstance(value, Tensor) and name != "step":  # counts are kept in main memory on purpose
-                        state[name] = value.to(self.device)
+            for group in loaded.param_groups:
+                # Counts are kept in main memory on purpose, but for kernels that read them on the device.
+                counts_too = group.get("fused") or group.get("capturable")
+                for weight in group["params"]:
+                    state = loaded.state.get(weight, {}) if id(weight) in swapped else {}
+                    for name, value in state.items():
+                        if isinstance(value, Tensor) and (name != "step" or counts_too):
+                            state[name] = value.to(self.device)
 
         self._hooks.append(optimizer.register_load_state_dict_post_hook(to_device))
         to_device(optimizer)

@@ -6,12 +6,14 @@ weight change. The computation is in the layer's input format, or autocast's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from library.version import NAME
 
 FORMAT = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FORMAT).max  # 448
@@ -20,6 +22,24 @@ _LEAST_EXPONENT = -14  # of a scale: the smallest that fp16 holds in full
 
 Pack = Callable[[Tensor], tuple[Tensor, Tensor]]  # weight -> bits and scale, which `Module.to(dtype)` does not harm
 Widen = Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]  # bits, scale, shape and format -> weight
+
+_CLOSED: dict[Widen, Widen] = {}  # the same as operations that a compiler does not look into
+
+
+def widening(name: str) -> Callable[[Widen], Widen]:
+    """Marks a function as the `widen` of a kind of layer. `name`: one of its own, for the compiler."""
+
+    def mark(widen: Widen) -> Widen:
+        def run(bits: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+            return widen(bits, scale, torch.Size(shape), dtype)
+
+        schema = "(Tensor bits, Tensor scale, SymInt[] shape, ScalarType dtype) -> Tensor"
+        closed = torch.library.custom_op(f"{NAME}::widen_{name}", run, mutates_args=(), schema=schema)
+        closed.register_fake(lambda bits, scale, shape, dtype: bits.new_empty(shape, dtype=dtype))
+        _CLOSED[widen] = closed
+        return widen
+
+    return mark
 
 
 def keep_in_fp8(part: nn.Module) -> int:
@@ -60,6 +80,11 @@ def keep_small(part: nn.Module, pack: Pack, kinds: Mapping[type, type[SmallWeigh
     return turned
 
 
+def _widen_again(widen: Widen, bits: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """In the backward pass. A compiler that saw the same operations twice would keep the wide weight in between."""
+    return (_CLOSED[widen] if torch.compiler.is_compiling() else widen)(bits, scale, shape, dtype)
+
+
 @torch.no_grad()
 def to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(bits, scale): float8 as uint8, which `Module.to(dtype)` leaves alone, and a power of two as float32, ().
@@ -76,6 +101,7 @@ def from_fp8(bits: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return bits.view(FORMAT).to(dtype) * scale.to(dtype)
 
 
+@widening("fp8")
 def _widen_fp8(bits: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return from_fp8(bits, scale, dtype)
 
@@ -83,7 +109,7 @@ def _widen_fp8(bits: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtyp
 class SmallWeight:
     """What layers have in common that hold `weight_bits` and `weight_scale` in place of a weight."""
 
-    widen: ClassVar[Widen]
+    widen: ClassVar[Widen]  # marked by `widening`
     weight_bits: Tensor
     weight_scale: Tensor
     bias: nn.Parameter | None
@@ -144,7 +170,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         bits, scale = ctx.saved_tensors
-        return gradient @ ctx.widen(bits, scale, ctx.shape, gradient.dtype), *[None] * 5
+        return gradient @ _widen_again(ctx.widen, bits, scale, ctx.shape, gradient.dtype), *[None] * 5
 
 
 class _Conv2d(torch.autograd.Function):
@@ -163,7 +189,7 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         bits, scale = ctx.saved_tensors
-        weight = ctx.widen(bits, scale, ctx.shape, gradient.dtype)
+        weight = _widen_again(ctx.widen, bits, scale, ctx.shape, gradient.dtype)
         return nn.grad.conv2d_input(ctx.input, weight, gradient, *ctx.geometry), *[None] * 9
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from library.errors import UserError
-from library.memory.low_precision import SmallConv2d, SmallLinear, keep_small
+from library.memory.low_precision import SmallConv2d, SmallLinear, keep_small, widening
 
 try:
     from bitsandbytes import functional as bnb
@@ -58,6 +58,7 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return bits, state.absmax.view(torch.int32)
 
 
+@widening("int8")
 def from_int8(bits: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The weight that `to_int8` kept, in `dtype`."""
     wide = dtype if dtype in _FORMATS else torch.float32
@@ -75,6 +76,7 @@ def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return bits.flatten(), state.absmax.view(torch.int32)
 
 
+@widening("nf4")
 def from_nf4(bits: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The weight of `shape` that `to_nf4` kept, in `dtype`."""
     wide = dtype if dtype in _FORMATS else torch.float32

@@ -81,7 +81,7 @@ class FinetuneMethod(Method):
         return self._trained
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        names, groups = _group_names(self._trained), []
+        names, groups = _group_names(self._trained, self._family.traits.text_encoders), []
         for part, module in self._trained.items():
             block_rates = self.opts.method.block_rates if part == DENOISER else None
             by_label: dict[str, dict[str, Any]] = {}
@@ -212,8 +212,7 @@ def part_rates(opts: Options, text_encoders: tuple[str, ...]) -> dict[str, float
     return rates
 
 
-def _group_names(parts: TrainedParts) -> dict[str, str]:
-    """As logs call them: unet, text_encoder; text_encoder1 and so on where there are several."""
-    encoders = [part for part in parts if part != DENOISER]
-    numbered = {part: f"text_encoder{number}" for number, part in enumerate(encoders, 1)}
-    return {DENOISER: "unet", **(numbered if len(encoders) > 1 else dict.fromkeys(encoders, "text_encoder"))}
+def _group_names(parts: TrainedParts, encoders: tuple[str, ...]) -> dict[str, str]:
+    """As logs call them: unet, text_encoder; where several are trained, with their numbers among the family's."""
+    numbered = {part: f"text_encoder{number}" for number, part in enumerate(encoders, 1) if part in parts}
+    return {DENOISER: "unet", **(numbered if len(numbered) > 1 else dict.fromkeys(numbered, "text_encoder"))}

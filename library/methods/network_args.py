@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str]:
     """One line for each thing to mend; arguments that have no effect are logged as warnings.
 
-    A network module may have a neighbour `<module>_args` whose `check(args, ranks_from_file=...)` knows its arguments.
+    A network module may have a neighbour `<module>_args` whose `check(args, ranks_from_file=...)` knows its arguments,
+    and whose `reads_gradients(args)` names one for which gradients must outlive the backward pass.
     """
     options, problems = opts.method, []
     bases, multipliers = options.base_weights or [], options.base_weights_multiplier or []
@@ -39,6 +40,13 @@ def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str
             layout = block_layout(module.check, traits)
             for line in module.check(args, ranks_from_file=options.dim_from_weights, **layout):
                 LOGGER.warning("%s", line)
+            reads = getattr(module, "reads_gradients", None)
+            name = reads(args) if reads is not None else None
+            if name and opts.optimizer.fused_backward_pass:
+                problems.append(
+                    f"--network_args: {name} looks at the gradients after the backward pass, in which "
+                    "--fused_backward_pass drops them; leave one of the two out"
+                )
     except UserError as error:
         problems += error.problems
     return problems

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from library.options.base import OptionGroup, Options, opt
@@ -17,7 +17,6 @@ from library.options.large_models import (
 )
 from library.options.loss import LossOptions
 from library.options.memory import MemoryOptions
-from library.options.sampling import ValidationOptions
 from library.options.saving import MetadataOptions, SavingOptions
 from library.options.training import TrainingOptions
 
@@ -59,7 +58,7 @@ class WholeModelOptions(OptionGroup, group="method", title="Training"):
 class FinetuneOptions(WholeModelOptions, title="Fine-tuning"):
     """Pictures by metadata file; text encoders on request."""
 
-    train_text_encoder: bool = opt(False, "train the text encoders too; takes a little more memory")
+    train_text_encoder: bool = opt(False, "train the text encoders too")
     diffusers_xformers: bool = opt(False, "the same as --xformers", alias_of="xformers", deprecated="--xformers")
 
     @property
@@ -150,11 +149,7 @@ class WholeModelMetadata(MetadataOptions, without=("no_metadata",)):
     pass
 
 
-class NoValidation(ValidationOptions, without=[field.name for field in fields(ValidationOptions)]):
-    pass
-
-
-_WHOLE_MODEL = (WholeModelSaving, WholeModelTraining, WholeModelMemory, WholeModelMetadata, NoValidation)
+_WHOLE_MODEL = (WholeModelSaving, WholeModelTraining, WholeModelMemory, WholeModelMetadata)
 FINETUNE_GROUPS = (FinetuneOptions, FinetuneData, FinetuneLoss, *_WHOLE_MODEL)
 DREAMBOOTH_GROUPS = (DreamBoothOptions, DreamBoothData, *_WHOLE_MODEL)
 

@@ -21,7 +21,9 @@ _OURS = ("networks.dylora", "networks.lora_fa", "networks.oft", "networks.contro
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions(OptionGroup, group="method", title="Network"):
     network_module: str | None = opt(
-        None, "module of the network type: networks.lora, or another such as lycoris.kohya"
+        None,
+        "module of the network type: networks.lora, networks.lora_flux, networks.lora_sd3, or another such as "
+        "lycoris.kohya",
     )
     network_dim: int | None = opt(None, "rank of the network; the module's own default if not given", at_least=1)
     network_alpha: float = opt(1, "scale: the network acts with alpha / rank; 0 means alpha = rank", at_least=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from library.errors import UserError
@@ -84,20 +85,34 @@ def _without_replaced(parser: OptionParser, file: str, flags: dict[str, Given]) 
 def _from_command_line(parser: OptionParser, argv: Sequence[str] | None) -> dict[str, Given]:
     # argparse leaves alone what a namespace already has: what is still _ABSENT afterwards was not given
     blank = argparse.Namespace(**{option.dest: _ABSENT for g in parser.groups for option in options_of(g)})
-    values, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv), blank)
+    words = sys.argv[1:] if argv is None else list(argv)
+    values, unknown = parser.parse_known_args(words, blank)
     if unknown:
-        raise UserError(*_unknown_problems(parser, unknown))
+        raise UserError(*_unknown_problems(parser, words, unknown))
     return {dest: Given(v, "command line") for dest, v in vars(values).items() if v is not _ABSENT}
 
 
-def _unknown_problems(parser: OptionParser, unknown: Sequence[str]) -> list[str]:
+def _unknown_problems(parser: OptionParser, words: Sequence[str], unknown: Sequence[str]) -> list[str]:
     known = [option.flag for g in parser.groups for option in options_of(g) if not option.details.positional]
     flags = [text.split("=", 1)[0] for text in unknown if text.startswith("-") and text != "--"]
     if not flags:
+        flag = _list_behind_equals_sign(parser, words, unknown)
+        if flag:
+            return [f"{flag}: takes several values without an equals sign only, as in {flag} A B"]
         alone = _positional(parser.groups)
         rule = f"beside {' and '.join(alone)} " if alone else ""
         return [f"unexpected value {' '.join(unknown)!r}: {rule}every value needs its option before it"]
     return [f"unknown option {flag}{did_you_mean(flag, known)}" for flag in flags]
+
+
+def _list_behind_equals_sign(parser: OptionParser, words: Sequence[str], unknown: Sequence[str]) -> str | None:
+    """The option of a list whose first value stands behind "=": argparse takes no further ones then."""
+    lists = {option.flag for group in parser.groups for option in options_of(group) if option.many}
+    for before, after in pairwise(words):
+        flag, equals, _ = before.partition("=")
+        if equals and flag in lists and after == unknown[0]:
+            return flag
+    return None
 
 
 def _positional(groups: Iterable[type[OptionGroup]]) -> list[str]:

@@ -22,11 +22,12 @@ from library.options.preparation import WorkOptions
 from library.options.training import TrainingOptions
 from library.preparation import encoding as parts
 from library.preparation.metadata import NOT_UNICODE, is_unicode, require_writable, write_metadata
-from library.preparation.outcome import Outcome
-from library.preparation.pictures import find_pictures, gathered, is_first
+from library.preparation.outcome import Outcome, counted
+from library.preparation.pictures import find_pictures, gathered, is_first, require_room_beside
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
+    from library.caching.latent_files import CacheLayout
     from library.data.blueprint import DatasetSpec
     from library.data.index import FileIndex
     from library.data.records import Record
@@ -164,9 +165,11 @@ def _keys(
         else:
             yield picture, picture.name
     if found < len(pictures):
-        LOGGER.info("%d pictures are not in %s; they get entries without captions", len(pictures) - found, file)
+        new = counted(len(pictures) - found)
+        LOGGER.info("%s not in %s, with an entry without a caption from now on", new, file)
     if found < len(metadata):
-        LOGGER.info("%d entries of %s are of other pictures and stay as they are", len(metadata) - found, file)
+        others = counted(len(metadata) - found, "entry", "entries")
+        LOGGER.info("%s: %s of other pictures left as before", file, others)
 
 
 def _address(path: Path) -> tuple[str, str]:
@@ -209,21 +212,33 @@ def _encode(
     from library.checkpoints.hashes import weights_fingerprint
     from library.training import placement
 
-    models, adapter = _load_vae(family, training), registry.make_family(family, training)
+    adapter = registry.make_family(family, training)
+    layout, again = encoding.latent_layout(adapter.traits), not options.skip_existing
+    unclear = _with_unclear_flips([record.path for record in records])
+    groups = [
+        (layout, [record for record in records if record.path in unclear]),
+        (replace(layout, as_prepared=True), [record for record in records if record.path not in unclear]),
+    ]
+    made = (record.path for record in records) if again else _without_latents(groups, index)
+    require_room_beside(made, "latents")
+    models = _load_vae(family, training)
     accelerator = parts.make_accelerator(training)
     fingerprint = weights_fingerprint(models.vae)
     placement.place_vae(models, training, accelerator.device)
     encoder = encoding.latent_encoder(training, adapter, models, accelerator)
     encoder = replace(encoder, workers=options.max_data_loader_n_workers)
-    layout, again = encoding.latent_layout(adapter.traits), not options.skip_existing
-    unclear = _with_unclear_flips([record.path for record in records])
-    groups = {True: layout, False: replace(layout, as_prepared=True)}
     kept = 0
-    for is_unclear, names in groups.items():
-        group = [record for record in records if (record.path in unclear) is is_unclear]
+    for names, group in groups:
         if group:
             kept += latents.make_files(group, index, encoder, names, fingerprint, outcome.fail, again=again)
     return kept
+
+
+def _without_latents(groups: Sequence[tuple[CacheLayout, Sequence[Record]]], index: FileIndex) -> Iterator[Path]:
+    from library.caching import latents
+
+    for layout, records in groups:
+        yield from latents.without_files(records, index, layout)
 
 
 def _load_vae(family: str, training: Options) -> Models:
@@ -270,6 +285,6 @@ def _tell(records: Sequence[Record]) -> None:
     from library.data.buckets import aspect_error
 
     for bucket, count in sorted(Counter(record.bucket for record in records).items()):
-        LOGGER.info("bucket %dx%d: %d pictures", *bucket, count)
+        LOGGER.info("bucket %dx%d: %s", *bucket, counted(count))
     error = sum(aspect_error(record.bucket, record.size) for record in records) / max(1, len(records))
     LOGGER.info("mean aspect error: %.4f", error)

@@ -14,7 +14,7 @@ from library.options import scripts
 from library.options.base import OptionGroup, Options, build_options, opt, options_of
 from library.preparation import encoding as parts
 from library.preparation.outcome import Outcome
-from library.preparation.pictures import gathered, is_first
+from library.preparation.pictures import gathered, is_first, require_room_beside
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
@@ -120,14 +120,15 @@ def cache_latents(opts: Options) -> Outcome:
     models, adapter = parts.load_vae(family, opts), registry.make_family(family, opts)
     data = read_data(specs, opts, adapter.traits, Processes(accelerator.process_index, accelerator.num_processes))
     outcome = Outcome(failed=dict(data.findings.dropped))
+    records, layout = data.all_records, encoding.latent_layout(adapter.traits)
+    require_room_beside(latents.without_files(records, data.index, layout), "latents")
     fingerprint = weights_fingerprint(models.vae)
     placement.place_vae(models, opts, accelerator.device)
-    records = data.all_records
     kept = latents.make_files(
         records,
         data.index,
         encoding.latent_encoder(opts, adapter, models, accelerator),
-        encoding.latent_layout(adapter.traits),
+        layout,
         fingerprint,
         outcome.fail,
         check=not opts.data.skip_cache_check,
@@ -175,19 +176,23 @@ def cache_texts(opts: Options) -> Outcome:
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     data = read_data(specs, opts, adapter.traits, processes)
     encoding.require_texts(opts, adapter, registry.missing_encoders(family, opts), data, samples=False)
+    items = text_outputs.items_of(data.all_records)
+    files = {text_outputs.cache_file(one, layout): one.picture for one in items}
+    before = {file: _stamp(file) for file in files}
+    require_room_beside((file for file, stamp in before.items() if stamp is None), "text encoder outputs")
     with placement.loading(opts, accelerator.device):
         models = adapter.load(texts_only=True)
-    files = {text_outputs.cache_file(one, adapter.text_layout()) for one in text_outputs.items_of(data.all_records)}
-    before = {file: _stamp(file) for file in files}
     processes.wait()  # nobody writes while others still look
-    fill = encoding.text_cache(opts, adapter, _NothingTrained(), models, data)
+    outcome = Outcome(failed=dict(data.findings.dropped))
+    fill = encoding.text_cache(opts, adapter, _NothingTrained(), models, data, outcome.fail)
     placement.place_text_encoders(models, opts, accelerator.device, grad_text=False)
     fill(accelerator)
-    outcome = Outcome(failed=dict(data.findings.dropped))
+    failed = {path for one in gathered(set(outcome.failed)) for path in one}
     if is_first():
         data.index.save()
-        outcome.done = sum(_stamp(file) != stamp for file, stamp in before.items())
-        outcome.skipped = len(files) - outcome.done
+        usable = [file for file, picture in files.items() if picture not in failed]
+        outcome.done = sum(_stamp(file) != before[file] for file in usable)
+        outcome.skipped = len(usable) - outcome.done
     return outcome
 
 

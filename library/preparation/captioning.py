@@ -19,6 +19,7 @@ from library.preparation.pictures import (
     in_batches,
     my_share,
     read_ahead,
+    require_room_beside,
     warn_of_shared_names,
 )
 from library.preparation.texts import require_text_ending, write_text
@@ -83,12 +84,11 @@ def caption_folder(
     outcome = Outcome()
     pictures = find_pictures(folder, recursive=given.recursive)
     warn_of_shared_names(pictures, "caption file")
-    todo = []
-    for path in my_share(pictures):
-        if given.skip_existing and isfile(caption_path(path, given)):
-            outcome.skipped += 1
-        else:
-            todo.append(path)
+    share = my_share(pictures)
+    done = {path for path in pictures if given.skip_existing and isfile(caption_path(path, given))}
+    require_room_beside((path for path in pictures if path not in done), "caption files")
+    todo = [path for path in share if path not in done]
+    outcome.skipped = len(share) - len(todo)
     if not any(gathered(len(todo))):  # together, as the processes load together
         return outcome
     captioner = load()

@@ -14,7 +14,7 @@ from library.options.metadata import CleanOptions
 from library.options.preparation import WorkOptions
 from library.preparation import cleaning_rules as rules
 from library.preparation.metadata import require_writable, write_metadata
-from library.preparation.outcome import Outcome
+from library.preparation.outcome import Outcome, counted
 from library.preparation.tag_rules import spaced
 from library.runtime.logs import LOGGER
 
@@ -43,9 +43,9 @@ def clean(opts: Options) -> Outcome:
         outcome.skipped += not changed
     for field, count in without.items():
         if count:
-            LOGGER.info("%d of %d pictures have no %s", count, len(entries), field)
+            LOGGER.info("without %s: %d of %s", field, count, counted(len(entries)))
     write_metadata(target, cleaned)
-    LOGGER.info("%s: %d of %d pictures changed", target, outcome.done, len(entries))
+    LOGGER.info("%s: %d of %s changed", target, outcome.done, counted(len(entries)))
     return outcome
 
 

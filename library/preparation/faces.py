@@ -17,7 +17,7 @@ from library.options.base import Options
 from library.options.picture_tools import FaceOptions
 from library.options.preparation import WorkOptions
 from library.preparation.face_models import Face, FaceModel
-from library.preparation.outcome import Outcome
+from library.preparation.outcome import Outcome, counted
 from library.preparation.picture_files import (
     WriteError,
     encoded,
@@ -83,9 +83,8 @@ def cut_faces(opts: Options) -> Outcome:
         outcome.done += bool(results)
         outcome.skipped += not results
     if without:
-        LOGGER.warning(
-            "%d pictures without a result, as no face was found in them, or none of the wanted size", without
-        )
+        why = "as no face was found there, or none of the wanted size"
+        LOGGER.warning("%s without a result, %s", counted(without), why)
     return outcome
 
 

@@ -17,7 +17,7 @@ from library.options.base import Options
 from library.options.metadata import MergeCaptionsOptions, MergeOptions, MergeTagsOptions
 from library.options.preparation import WorkOptions
 from library.preparation.metadata import NOT_UNICODE, is_unicode, require_writable, write_metadata
-from library.preparation.outcome import Outcome
+from library.preparation.outcome import Outcome, counted
 from library.preparation.pictures import find_pictures, read_ahead
 from library.preparation.texts import read_lines
 from library.runtime.logs import LOGGER
@@ -72,10 +72,11 @@ def merge(options: MergeOptions, field: Field) -> Outcome:
             key = keys[picture]
             LOGGER.info("%s: %s of %s: %s", texts[picture], field, key, entries[key][field])
     if empty:
-        LOGGER.warning("%d %s files are empty", empty, options.caption_extension)
+        LOGGER.warning("empty: %s", counted(empty, f"{options.caption_extension} file"))
     if outcome.done:
         write_metadata(target, entries)
-        LOGGER.info("%s: %s of %d pictures written, %d pictures in it", target, field, outcome.done, len(entries))
+        written, there = counted(outcome.done), counted(len(entries))
+        LOGGER.info("%s: %s of %s written, %s in it", target, field, written, there)
     return outcome
 
 
@@ -132,7 +133,7 @@ def _tell_missing(pictures: Sequence[Path], texts: Mapping[Path, Path], options:
     extension, folder = options.caption_extension, options.train_data_dir
     if not texts:
         raise UserError(
-            f"none of the {len(pictures)} pictures in {folder} has a {extension} file beside it; "
+            f"none of {counted(len(pictures))} in {folder} has a {extension} file beside it; "
             f"name the ending of your files with --caption_extension{_others(pictures, extension)}"
         )
     missing = [picture for picture in pictures if picture not in texts]
@@ -140,8 +141,8 @@ def _tell_missing(pictures: Sequence[Path], texts: Mapping[Path, Path], options:
         names = ", ".join(str(picture.relative_to(folder)) for picture in missing[:_SHOWN])
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         LOGGER.warning(
-            "%d of %d pictures have no %s file and are left out: %s%s",
-            len(missing), len(pictures), extension, names, more,
+            "%d of %s without a %s file, left out: %s%s",
+            len(missing), counted(len(pictures)), extension, names, more,
         )  # fmt: skip
 
 
@@ -154,9 +155,9 @@ def _tell_two_names(keys: Mapping[Path, str], entries: Mapping[str, Any]) -> Non
     ]
     if twice:
         LOGGER.warning(
-            "%d names without a folder in the metadata, such as '%s', may mean pictures that are there by path now; "
+            "%s without a folder in the metadata, such as '%s', may mean pictures that are there by path now; "
             "training takes one name for each, so remove the others, or begin with another --in_json",
-            len(twice), twice[0],
+            counted(len(twice), "name"), twice[0],
         )  # fmt: skip
 
 

@@ -50,6 +50,11 @@ class Outcome:
         return whole
 
 
+def counted(count: int, noun: str = "picture", several: str | None = None) -> str:
+    """``1 picture``, ``2 pictures``; `several` where a plural is not the noun with an s."""
+    return f"{count} {noun if count == 1 else several or noun + 's'}"
+
+
 def show(line: str) -> None:
     """Prints what a script is asked to tell about pictures. Signs that a console lacks show as others."""
     if sys.stdout.isatty():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,6 +52,31 @@ def warn_of_shared_names(pictures: Sequence[Path], kind: str) -> None:
     if shared:
         more = f" and {len(shared) - _SHOWN} more" if len(shared) > _SHOWN else ""
         LOGGER.warning("pictures of the same name share a %s: %s%s", kind, ", ".join(map(str, shared[:_SHOWN])), more)
+
+
+def require_room_beside(paths: Iterable[Path], kind: str) -> None:
+    """Before a model is loaded, which may take long: files have to be made in the folders of these.
+
+    Args:
+        kind: what is written there, e.g. "tag files".
+    Raises: UserError: no file can be made in some of them.
+    """
+    problems = {folder: why for folder in sorted({path.parent for path in paths}) if (why := _closed(folder))}
+    if problems:
+        folder, why = next(iter(problems.items()))
+        more = f", nor in {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise UserError(
+            f"{folder}: {kind} cannot be written in this folder ({why}){more}; make it writable, or work on a copy"
+        )
+
+
+def _closed(folder: Path) -> str | None:
+    """Why no file can be made in a folder. It is tried, as rights alone do not tell."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def _walk(folder: Path, recursive: bool) -> Iterator[tuple[Path, list[str]]]:

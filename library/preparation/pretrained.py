@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 from library.checkpoints.keymap import first_few
 from library.checkpoints.writing import replacing
 from library.errors import UserError
+from library.families.shared import hub
 from library.families.shared.building import freeze
 from library.families.shared.recognition import is_hub_id
 from library.preparation.pictures import by_the_first, is_first
@@ -49,29 +49,17 @@ def load(name: str, loader: Callable[..., T], what: str) -> T:
     except Exception as error:  # transformers and what it is built on raise nearly everything
         if is_folder:
             raise UserError(f"{name}: cannot be read as {what} ({_first_line(error)})") from None
+    why = hub.no_answer(name)
     try:
-        _require_hub(name)
-        return loader(name, local_files_only=False)
+        if why is None:
+            return loader(name, local_files_only=False)
     except ImportError as error:
         raise _lacks_package(name, error) from None
     except Exception as error:
-        raise UserError(
-            f"{name}: neither a folder here, nor whole in the hub's cache, and the hub did not give it as {what} "
-            f"({_first_line(error)})"
-        ) from None
-
-
-def _require_hub(name: str) -> None:
-    """Asks the hub for a repository, once: transformers would ask a hub that cannot be reached again and again, file
-    by file, and print a warning each time, for minutes.
-
-    Raises: whatever the hub's client raises where there is no answer. What the answer says is for the loader to judge.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    with contextlib.suppress(HfHubHTTPError, ValueError):  # ValueError: a mirror that lacks this part of the hub
-        HfApi().model_info(name, timeout=_TIMEOUT)
+        why = _first_line(error)
+    raise UserError(
+        f"{name}: neither a folder here, nor whole in the hub's cache, and the hub did not give it as {what} ({why})"
+    )
 
 
 def load_model(name: str, model_class: Any, what: str, **options: Any) -> nn.Module:

@@ -11,7 +11,8 @@ from library.data.metadata_files import read_metadata
 from library.errors import UserError
 from library.options.tagging import TaggingOptions
 from library.preparation.metadata import NOT_UNICODE, is_unicode, require_writable, write_metadata
-from library.preparation.pictures import gathered, is_first, processes, warn_of_shared_names
+from library.preparation.outcome import counted
+from library.preparation.pictures import gathered, is_first, processes, require_room_beside, warn_of_shared_names
 from library.preparation.tag_rules import with_appended
 from library.preparation.texts import read_lines, require_text_ending, write_text
 from library.runtime.logs import LOGGER
@@ -42,7 +43,10 @@ def tag_place(options: TaggingOptions, pictures: Sequence[Path]) -> TagPlace:
     if options.output_path is None:
         require_text_ending(options.caption_extension)
         warn_of_shared_names(pictures, "tag file")
-        return TagFiles(options.caption_extension, options.caption_separator, append=options.append_tags)
+        place = TagFiles(options.caption_extension, options.caption_separator, append=options.append_tags)
+        new = (picture for picture in pictures if not (options.skip_existing and place.has(picture)))
+        require_room_beside(new, "tag files")
+        return place
     keep = options.skip_existing or options.append_tags
     return OneFile(Path(options.output_path), pictures, options.caption_separator, options.append_tags, keep)
 
@@ -117,7 +121,7 @@ class OneFile:
         # Several processes are stopped in several places; and a whole file is better than the beginning of another.
         if self._new and processes().world == 1 and (self._keep or not self._path.exists()):
             self._write(self._new)
-            LOGGER.info("%s: %d pictures so far; --skip_existing goes on from there", self._path, len(self._new))
+            LOGGER.info("%s: %s so far; --skip_existing goes on from there", self._path, counted(len(self._new)))
 
     def _write(self, new: dict[str, dict[str, Any]]) -> None:
         entries = {key: new.get(full, entry) for full, (key, entry) in self._before.items()}

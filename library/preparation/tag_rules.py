@@ -181,8 +181,8 @@ def expanded(name: str) -> list[str]:
 def choose_tags(probabilities: NDArray[np.float32], words: Vocabulary, rules: TagRules) -> list[str]:
     """The tags of one picture as they are written, none of them twice.
 
-    Character tags that go first do so one by one, so that of several the last one leads, as tag files of the field have
-    it; with a ranked vocabulary they keep their order.
+    Characters come last, wherever the labels have them. Where they go first they do so one by one, so that of several
+    the last one leads, as tag files of the field have it. A ranked vocabulary keeps its order in both.
 
     Args:
         probabilities: (labels,), from 0 to 1.
@@ -191,10 +191,11 @@ def choose_tags(probabilities: NDArray[np.float32], words: Vocabulary, rules: Ta
     if words.ranked:
         found = found[np.argsort(-probabilities[found], kind="stable")]
     order = found.tolist()
-    if rules.characters_first:
+    if rules.characters_first or not words.ranked:
         characters = [number for number in order if words.labels[number].category == "character"]
         others = [number for number in order if words.labels[number].category != "character"]
-        order = [*(characters if words.ranked else reversed(characters)), *others]
+        first = characters if words.ranked else reversed(characters)
+        order = [*first, *others] if rules.characters_first else [*others, *characters]
     tags = [tag for number in order for tag in words.written[number]]
     for category, place in (("rating", rules.rating), ("quality", rules.quality)):
         best = _likeliest(probabilities, words, category) if place else ()

@@ -16,8 +16,10 @@ import numpy as np
 from library.data.images import read_reduced, resize
 from library.errors import UserError
 from library.preparation.onnx_sessions import first_line, is_on_gpu, open_session
+from library.preparation.outcome import counted
 from library.preparation.tag_rules import CATEGORIES, Label
 from library.preparation.tagger_files import Kind, TaggerFiles
+from library.runtime.logs import LOGGER
 from library.types import Size
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ _LONGEST = 8192  # pixels of a side, of what is made square as it is: a long str
 _SPARE = 4  # times the tagger's picture is how large a decoded one is at least, to be placed exactly enough
 _SIDES = {"table": 448, "mapping": 448, "list": 512}  # in pixels, where the model takes any
 _BY_NUMBER = {"0": "general", "1": "artist", "3": "copyright", "4": "character", "5": "meta", "9": "rating"}
+_SHOWN = 5  # categories that are not known, in a warning
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -66,7 +69,8 @@ def open_tagger(files: TaggerFiles) -> Tagger:
     outputs = given.shape[-1]
     if isinstance(outputs, int) and outputs != len(labels):
         raise UserError(
-            f"{files.path} has {outputs} outputs and {files.labels} has {len(labels)} labels; they belong to two models"
+            f"{files.path} has {counted(outputs, 'output')} and {files.labels} has {counted(len(labels), 'label')}; "
+            "they belong to two models"
         )
     height, width = (_side(side, files.kind) for side in (shape[2:] if planes else shape[1:3]))
     batch = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None
@@ -83,12 +87,16 @@ def _side(side: int | str | None, kind: Kind) -> int:
 def read_labels(files: TaggerFiles) -> tuple[Label, ...]:
     """What the outputs stand for, in their order. Raises: UserError: the file is damaged."""
     path = files.folder / files.labels
-    text = _read(path)
-    if files.kind == "table":
-        return tuple(_from_table(text, path))
-    if files.kind == "mapping":
-        return tuple(_from_mapping(text, path))
-    return tuple(_from_list(text, path))
+    readers = {"table": _from_table, "mapping": _from_mapping, "list": _from_list}
+    labels = [Label(name, category.lower()) for name, category in readers[files.kind](_read(path), path)]
+    unknown = list(dict.fromkeys(label.category for label in labels if label.category not in CATEGORIES))
+    if unknown:
+        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        LOGGER.warning(
+            "%s: tags of categories that are not known here count as general: %s%s",
+            path, ", ".join(unknown[:_SHOWN]), more,
+        )  # fmt: skip
+    return tuple(label if label.category in CATEGORIES else Label(label.name, "general") for label in labels)
 
 
 def _read(path: Path) -> str:
@@ -105,13 +113,16 @@ def _from_table(text: str, path: Path) -> Iterable[Label]:
     for row in csv.DictReader(io.StringIO(text, newline="")):
         if not row.get("name") or row.get("category") is None:
             raise UserError(f"{path}: every line needs a name and a category; get the tagger again")
-        yield Label(row["name"], _BY_NUMBER.get(row["category"].strip(), "general"))
+        number = row["category"].strip()
+        yield Label(row["name"], _BY_NUMBER.get(number, number))
 
 
 def _from_mapping(text: str, path: Path) -> Iterable[Label]:
     """{"0": {"tag": "...", "category": "General"}, ...}"""
     try:
-        rows = {int(number): (row["tag"], row["category"].lower()) for number, row in json.loads(text).items()}
+        rows = {int(number): (row["tag"], row["category"]) for number, row in json.loads(text).items()}
+        if not all(isinstance(word, str) for pair in rows.values() for word in pair):
+            raise TypeError("a tag and a category are words")
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(
             f'{path}: must hold an object {{"0": {{"tag": ..., "category": ...}}, ...}}; get the tagger again'
@@ -120,7 +131,7 @@ def _from_mapping(text: str, path: Path) -> Iterable[Label]:
         raise UserError(f"{path}: its numbers are not 0 to {len(rows) - 1}; get the tagger again")
     for number in range(len(rows)):
         tag, category = rows[number]
-        yield Label(tag, category if category in CATEGORIES else "general")
+        yield Label(tag, category)
 
 
 def _from_list(text: str, path: Path) -> Iterable[Label]:
@@ -245,7 +256,8 @@ def _run(pixels: Sequence[NDArray[np.floating[Any]]], count: int, tagger: Tagger
         ) from None
     found = np.asarray(given[: len(pixels)], dtype=np.float32).reshape(len(pixels), -1)
     if found.shape[1] != len(tagger.labels):
-        raise UserError(f"{tagger.files.path} has {found.shape[1]} outputs for {len(tagger.labels)} labels")
+        outputs, labels = counted(found.shape[1], "output"), counted(len(tagger.labels), "label")
+        raise UserError(f"{tagger.files.path} has {outputs} for {labels}")
     return _sigmoid(found) if tagger.files.kind == "mapping" else found
 
 

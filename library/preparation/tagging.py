@@ -15,7 +15,7 @@ from library.errors import UserError
 from library.options.base import Options
 from library.options.preparation import WorkOptions
 from library.options.tagging import TaggingOptions
-from library.preparation.outcome import Outcome, show
+from library.preparation.outcome import Outcome, counted, show
 from library.preparation.pictures import (
     by_the_first,
     find_pictures,
@@ -104,7 +104,7 @@ def _load(options: TaggingOptions) -> Tagger:
 def _tell_before(options: TaggingOptions, tagger: Tagger, words: Vocabulary) -> None:
     LOGGER.info("tagging with %s on the %s", tagger.files.path, "GPU" if tagger.on_gpu else "CPU")
     if tagger.batch is not None and tagger.batch != options.batch_size:
-        LOGGER.info("this tagger takes %d pictures at a time, whatever --batch_size says", tagger.batch)
+        LOGGER.info("this tagger takes %s at a time, whatever --batch_size says", counted(tagger.batch))
     for name in ("rating", "quality"):
         asked = getattr(options, f"use_{name}_tags") or getattr(options, f"use_{name}_tags_as_last_tag")
         if asked and not len(words.best_of[name]):
@@ -166,7 +166,7 @@ def _tell_after(found: Sequence[_Found], options: TaggingOptions) -> None:
     if not is_first():
         return
     if without := sum(one.without_tags for one in found):
-        LOGGER.warning("%d pictures have no tag, as nothing reaches the thresholds", without)
+        LOGGER.warning("%s without a tag, as nothing reaches the thresholds", counted(without))
     if options.frequency_tags:
         counts: Counter[str] = sum((one.pictures_by_tag for one in found), Counter())
         for tag, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):

@@ -8,24 +8,29 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+_TOGETHER = 1 << 26  # numbers: 0.25 GiB in float32
+
 
 class Average:
     """Exponential moving average of parameters: ``average += (1 - decay) * (parameter - average)`` after each step.
 
     The decay starts low and rises to its value, min(decay, (1 + step) / (10 + step)), so that the first weights, which
     are random, are soon forgotten. All of it stays in float32 on the parameters' device and never waits for it.
+    Parameters of narrow formats are widened `most` numbers at a time, or one where that is larger.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], decay: float):
+    def __init__(self, parameters: Sequence[Tensor], decay: float, most: int = _TOGETHER):
         self._parameters = list(parameters)
         self._decay = decay
         self._average = [parameter.detach().float().clone() for parameter in parameters]
+        self._runs = list(_runs(self._parameters, most))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes the weights in; `step` optimizer steps are done."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._average, [parameter.float() for parameter in self._parameters], 1 - decay)
+        for run in self._runs:
+            torch._foreach_lerp_(self._average[run], [p.float() for p in self._parameters[run]], 1 - decay)
 
     @contextmanager
     @torch.no_grad()
@@ -52,3 +57,13 @@ class Average:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for number, average in enumerate(self._average):
             average.copy_(state[str(number)])
+
+
+def _runs(parameters: Sequence[Tensor], most: int) -> Iterator[slice]:
+    start, size = 0, 0
+    for number, parameter in enumerate(parameters):
+        if number > start and size + parameter.numel() > most:
+            yield slice(start, number)
+            start, size = number, 0
+        size += parameter.numel()
+    yield slice(start, len(parameters))

@@ -23,7 +23,7 @@ from library.training import placement, saving, state
 from library.training.ema import Average
 from library.training.lr_schedules import wants_loss
 from library.training.optimizers import averaged_weights, effective_rates
-from library.training.scalars import ScalarQueue
+from library.training.scalars import ScalarQueue, all_finite
 from library.training.step import StepParts, training_step
 from library.training.validation import Best
 
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from library.training.tracking import Tracker
     from library.training.validation import Validation
     from library.types import Batch, Models
+
+_AGAINST_OVERFLOW = "a lower --learning_rate, --mixed_precision bf16 or no, or --no_half_vae usually helps"
 
 
 @dataclass
@@ -174,11 +176,13 @@ def _epoch(
         facts.interrupted = bool(run.processes.largest(int(interruption.asked)))
         if facts.interrupted or facts.stopped or facts.step >= run.plan.total_steps:
             break
-    if facts.interrupted:
+    whole = facts.micro_step == facts.epoch * run.plan.batches_per_process
+    if facts.interrupted or (facts.stopped and not whole):
         return
     loss = None
     if run.validation.due(facts.step, facts.epoch) and not facts.stopped:
-        loss = _validate(run, parts, facts, report)
+        # Once is enough: an equal loss would count against the patience.
+        loss = run.best.latest if run.validation.due(facts.step) else _validate(run, parts, facts, report)
     if plateau is not None and (mean := plateau.epoch_mean()) is not None:
         mean = run.accelerator.reduce(mean, "mean")
         plateau.step(mean.item() if loss is None else loss)
@@ -304,7 +308,8 @@ def _validate(run: Run, parts: StepParts, facts: RunFacts, report: _Report) -> f
 
 
 def _save(run: Run, facts: RunFacts, due: saving.Due) -> None:
-    """Raises: UserError: no room, or no permission; what was saved before is whole."""
+    """Raises: UserError: no room, no permission, or broken weights; what was saved before is whole."""
+    _check_weights(run, facts)
     parts = _state_parts(run)
     needed = state.needed_bytes(parts) if due.state else state.size_of(parts.trained.state_dict())
     saving.check_space(due.path.parent, needed, "what is to be saved")
@@ -339,7 +344,24 @@ def _save_state(run: Run, facts: RunFacts, folder: Path) -> None:
     run.hub.upload_state(folder)
 
 
+def _check_weights(run: Run, facts: RunFacts) -> None:
+    """A loss tells of broken weights one step late, when they would have replaced the last good ones.
+
+    Raises: UserError: trained weights hold infinities or no numbers at all.
+    """
+    finite = all_finite([weight for group in run.optimizer.param_groups for weight in group["params"]])
+    if run.shards is not None:  # each process sees its share; all must leave together
+        finite = not run.processes.largest(int(not finite))
+    if not finite:
+        raise UserError(
+            f"the weights are no longer finite after step {facts.step}; they are not saved, and what was saved before "
+            "is whole",
+            hint=_AGAINST_OVERFLOW,
+        )
+
+
 def _save_interrupted(run: Run, facts: RunFacts) -> None:
+    _check_weights(run, facts)
     folder = run.saves.state_of(run.saves.step_path(facts.step))
     _save_state(run, facts, folder)
     LOGGER.warning("interrupted after step %d; --resume=%s goes on from there", facts.step, folder)
@@ -389,7 +411,7 @@ class _Report:
             if not math.isfinite(loss):
                 raise UserError(
                     f"the loss became {loss} at step {step}; training stopped and nothing was saved after it",
-                    hint="a lower --learning_rate, --mixed_precision bf16 or no, or --no_half_vae usually helps",
+                    hint=_AGAINST_OVERFLOW,
                 )
             self._mean = loss if self._mean is None else 0.98 * self._mean + 0.02 * loss
             self._run.tracker.scalars(step, {**values, "loss/average": self._mean, **self._rates.pop(step)})

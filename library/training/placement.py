@@ -30,11 +30,17 @@ def has_trained_weights(module: nn.Module) -> bool:
 
 
 def loading(opts: Options, device: torch.device) -> AbstractContextManager:
-    """Within it models are loaded: with --lowram to `device`, which is then torch's default device, else to the CPU."""
+    """Within it models are loaded: with --lowram to `device`, which is then torch's default device, else to the CPU.
+
+    A model whose blocks are swapped is larger than the device, so it is loaded to the CPU all the same.
+    """
     if not opts.memory.lowram:
         return nullcontext()
     if device.type == "cpu":
         LOGGER.warning("--lowram: no effect on a CPU; the model is in main memory anyway")
+        return nullcontext()
+    if swaps(opts, device):
+        LOGGER.warning("--lowram: no effect with --blocks_to_swap, whose blocks stay in main memory")
         return nullcontext()
     return device
 

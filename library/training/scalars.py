@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no number is infinite or NaN; of weights spread over processes, in this one's share. Waits for them."""
+    shares = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
+    return all(bool(share.detach().isfinite().all()) for share in shares)
 
 
 class ScalarQueue:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.runtime import seeds
+from library.runtime.logs import LOGGER
 from library.training.step import StepParts, training_step
 
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from library.options.base import Options
 
 
+_ABOUT_VALIDATION = (
+    *("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"),
+    *("save_best_validation", "early_stop_patience"),
+)
 _TIMESTEPS, _RANGES = 1000, 4  # timesteps run from 0 to 999, whatever the family makes of them
 
 
@@ -32,6 +37,11 @@ class Validation:
         if self._steps is None and self._epochs is None:
             self._epochs = 1
         self._most = opts.validation.max_validation_steps
+        given = [f"--{name}" for name in _ABOUT_VALIDATION if name in opts.explicit and getattr(opts.validation, name)]
+        if given and data is None:
+            LOGGER.warning(
+                "%s: no effect, no pictures are kept for validation; --validation_split keeps some", ", ".join(given)
+            )
 
     def due(self, step: int, epoch: int | None = None) -> bool:
         """Whether to validate after this step or, with `epoch`, at the end of that epoch."""
@@ -42,15 +52,19 @@ class Validation:
     def losses(self, parts: StepParts, accelerator: Accelerator) -> dict[str, float]:
         """The mean loss per picture, of all and by range of timesteps, by the names they are logged under.
 
-        Every process computes its share; all get the same result.
+        Every process computes its share; all get the same result, however many they are.
         """
         rank, world = accelerator.process_index, accelerator.num_processes
         loader = self._data.loader(1, rank=rank, world=world)
+        count = self._data.batches_per_epoch if self._most is None else min(self._data.batches_per_epoch, self._most)
         sums = torch.zeros(2, _RANGES, device=accelerator.device)  # losses, pictures; by range
-        for number, batch in enumerate(islice(loader, self._most)):
-            rng = seeds.generator(accelerator.device, self._seed, "validation", number * world + rank)
+        for turn, batch in enumerate(islice(loader, math.ceil(count / world))):
+            number = turn * world + rank  # among those of all processes
+            rng = seeds.generator(accelerator.device, self._seed, "validation", number)
             with accelerator.autocast():
                 losses, timesteps = training_step(parts, batch.to(accelerator.device), rng)
+            if number >= count:  # another process has it too: this one only took part, as spread weights ask for
+                continue
             place = (timesteps.float() * _RANGES / _TIMESTEPS).long().clamp(0, _RANGES - 1)
             sums[0].index_add_(0, place, losses.float())
             sums[1].index_add_(0, place, torch.ones_like(losses, dtype=torch.float32))
@@ -64,23 +78,25 @@ class Validation:
 
 
 class Best:
-    """The lowest validation loss, and how long ago it was."""
+    """The lowest validation loss, how long ago it was, and the latest one."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        self.lowest = math.inf
+        self.lowest = self.latest = math.inf
         self.since = 0  # validations without a better one
 
     def see(self, loss: float) -> bool:
         """Whether this is the best loss so far."""
         better = loss < self.lowest
+        self.latest = loss
         self.lowest, self.since = (loss, 0) if better else (self.lowest, self.since + 1)
         return better
 
     def state_dict(self) -> dict[str, float]:
-        return {"lowest": self.lowest, "since": self.since}
+        return {"lowest": self.lowest, "latest": self.latest, "since": self.since}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         self.lowest, self.since = state["lowest"], int(state["since"])
+        self.latest = state.get("latest", math.inf)

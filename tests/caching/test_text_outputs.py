@@ -496,6 +496,24 @@ def test_captions_that_break_the_encoder_are_named(items, tmp_path, number):
     assert cache_file(items[0], LAYOUT).exists()
 
 
+def test_what_one_picture_lacks_is_told_and_the_others_are_written(items, tmp_path):
+    encoder, told = Encoder(), {}
+    with torch.no_grad():
+        encoder.table.weight[ord("z")] = float("nan")
+    long = Item(tmp_path / f"{'n' * 250}.png", "an owl")
+    cache_text_on_disk(
+        [*items, long], LAYOUT, encoder, {}, 2, failed=lambda picture, why: told.update({picture: why}), progress=Bar
+    )
+    assert list(told) == [long.picture, items[4].picture] or list(told) == [items[4].picture, long.picture]
+    assert "the text encoder gives NaN or infinite values for its caption" in told[items[4].picture]
+    assert "too long" in told[long.picture]
+    assert [cache_file(item, LAYOUT).exists() for item in items] == [True] * 4 + [False]
+    assert Bar.last.done == Bar.last.total == 6
+    with pytest.raises(UserError, match="too long") as caught:
+        cache_text_on_disk([long], LAYOUT, encoder, {}, 2, progress=Bar)
+    assert caught.value.hint.startswith("shorten the picture's name")
+
+
 def test_an_encoder_that_does_not_fit_the_layout_is_refused(items):
     with pytest.raises(ValueError, match="the files hold"):
         on_disk(items, Encoder(), TextLayout("_te.npz", ("states",)))

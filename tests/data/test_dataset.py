@@ -482,6 +482,14 @@ def test_txt_captions_under_the_default_extension(tmp_path, draw, load, warnings
     assert "--caption_extension .txt" in warnings.text
 
 
+def test_txt_files_beside_caption_files_are_not_passed_over_in_silence(tmp_path, draw, load, warnings):
+    for name, extension in (("a", ".caption"), ("b", ".txt"), ("c", ".txt")):
+        draw(tmp_path / "1_x" / f"{name}.png", caption=f"from {extension}", extension=extension)
+    (tmp_path / "1_x" / "a.txt").write_text("tags of a", encoding="utf-8")  # both kinds: nothing is amiss
+    assert [record.caption for record in load(tmp_path).records] == ["from .caption", "x", "x"]
+    assert "2 of the pictures without .caption file have a .txt file, which is not read" in warnings.text
+
+
 def test_report_tells_what_is_missing(tmp_path, draw, load, warnings):
     draw(tmp_path / "1_" / "a.png")
     draw(tmp_path / "1_" / "b.png", caption="")

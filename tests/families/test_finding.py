@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 
 from library import registry
 from library.errors import UserError
 from library.families.shared.finding import FAMILY_OF, family_of
+from library.families.shared.reading import from_pretrained
 
 KEYS = {
     "cond_stage_model.transformer.text_model.x": "sd",
@@ -74,8 +78,41 @@ def test_what_does_not_tell_its_family(tmp_path):
         family_of(str(tmp_path / "gone.safetensors"))
 
 
-def test_a_hub_model_that_is_not_here_cannot_be_asked():
-    with pytest.raises(
-        UserError, match="owner/model: the hub does not tell what kind of model this is; say it with --family"
-    ):
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
+    """The clients that fetch files would ask several times, and wait in between, before they say so."""
+    asked, fetched = [], []
+
+    def ask(self, name, **options):
+        asked.append(name)
+        raise ConnectionError("nobody there")
+
+    def fetch(name, file, *, local_files_only=False, **options):
+        fetched.append(local_files_only)
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", ask)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr(
+        "diffusers.AutoencoderKL.from_pretrained",
+        lambda name, *, local_files_only, **options: fetch(name, "", local_files_only=local_files_only),
+    )
+    with pytest.raises(UserError, match=r"what kind of model this is \(nobody there\); say it with --family"):
+        family_of("owner/model")
+    with pytest.raises(UserError, match=r"owner/model/vae: .* the hub did not give it \(nobody there\)"):
+        from_pretrained(AutoencoderKL, "owner/model", "vae")
+    assert asked == ["owner/model"] * 2
+    assert all(fetched)
+
+
+@pytest.mark.parametrize("answer", [HfHubHTTPError("404", response=Mock()), ValueError("a mirror")])
+def test_a_hub_that_answers_and_does_not_tell(monkeypatch, answer):
+    def ask(self, name, **options):
+        raise answer
+
+    def fetch(name, file, **options):
+        raise OSError("no such file")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", ask)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    with pytest.raises(UserError, match="owner/model: the hub does not tell what kind of model this is; say it with"):
         family_of("owner/model")

@@ -90,6 +90,25 @@ def test_only_a_quarter_of_the_memory_is_kept_for_the_backward_pass():
     assert 4 * 64 * 64 <= sum(kept.values()) < 1.1 * 4 * 64 * 64  # bytes: one for each weight, and the scales
 
 
+@pytest.mark.parametrize(
+    ("make", "shape"), [(lambda: nn.Linear(32, 32), (2, 32)), (lambda: nn.Conv2d(8, 8, 3), (1, 8, 4, 4))]
+)
+def test_compiled_layers_keep_the_small_weights_too(make, shape):
+    """A compiler that finds the weight widened twice would do it once, and keep it for the backward pass."""
+    layer = make().requires_grad_(False)
+    keep_in_fp8(layer)
+    kept, gradients = [], []
+    for compiled in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        given = torch.ones(shape, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            out = compiled(given)
+        out.square().sum().backward()
+        gradients.append(given.grad)
+    assert max(kept) <= layer.weight_bits.nbytes
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch._dynamo.reset()
+
+
 def test_hooks_and_the_layers_themselves_stay():
     model = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 1, padding="same"), nn.Embedding(3, 4), nn.LayerNorm(4))
     model.requires_grad_(False)

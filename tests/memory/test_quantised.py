@@ -254,7 +254,11 @@ def test_it_compiles_into_one_graph(form):
     torch._dynamo.reset()
     try:
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(trained(compiled, random(3, 64)), trained(model, random(3, 64)))
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            got = trained(compiled, random(3, 64))
+        torch.testing.assert_close(got, trained(model, random(3, 64)))
+        assert max(kept) <= 64 * 32 * 1.1, "no wide weight is kept for the backward pass"
     finally:
         torch._dynamo.reset()
 

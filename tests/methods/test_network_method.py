@@ -191,6 +191,14 @@ def test_wrong_options_are_refused_before_a_model_is_read(given, message):
         ({"network_args": ["conv_dim"]}, "'conv_dim' is not name=value"),
         ({"network_module": "networks.lorra"}, "there is no module named 'networks.lorra'"),
         ({"base_weights_multiplier": [1.0]}, "1 values for 0 --base_weights"),
+        (
+            {
+                "network_module": "networks.lora_flux",
+                "network_args": ["ggpo_sigma=0.03", "ggpo_beta=0.01"],
+                "fused_backward_pass": True,
+            },
+            "ggpo_sigma looks at the gradients after the backward pass",
+        ),
     ],
 )
 def test_wrong_options_are_known_without_torch(given, message):

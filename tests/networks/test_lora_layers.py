@@ -241,6 +241,15 @@ def test_several_text_encoders_are_told_apart():
     assert [(g["name"], g["lr"], len(g["params"])) for g in groups] == [("textencoder 1", 1e-4, 2), ("unet", 1e-3, 2)]
 
 
+def test_text_encoders_have_the_numbers_of_their_rates_also_where_one_is_missing():
+    models = Models(
+        nn.Sequential(nn.Linear(4, 4)), {part: nn.Sequential(nn.Linear(4, 4)) for part in ("te1", "te3")}, {}, None
+    )
+    targets = [LoraTarget(f"lora_{part}_0", part, ("0",)) for part in ("te1", "te3", "denoiser")]
+    groups = make(targets, models).parameter_groups({"te1": 1e-4, "te2": 2e-4, "te3": 3e-4, "denoiser": 1e-3})
+    assert {g["name"]: g["lr"] for g in groups} == {"textencoder 1": 1e-4, "textencoder 3": 3e-4, "unet": 1e-3}
+
+
 def test_block_args_need_blocks():
     models = Models(nn.ModuleDict({"layer": nn.Linear(4, 4)}), {}, {}, None)
     with pytest.raises(UserError, match="nothing that is trained here has numbered blocks"):

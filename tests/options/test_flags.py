@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from library import cli
 from library.options.base import options_of
 from library.options.parsing import build_parser
-from library.options.scripts import groups_for, scripts_of
+from library.options.scripts import groups_for, scripts_of, traits_for
 
 FAMILIES = ("sd", "sdxl", "sd3", "flux")
 SCRIPTS = {script: (family, method) for family in FAMILIES for script, method in scripts_of(family).items()}
@@ -30,8 +31,13 @@ COUNTS = {
 }
 # options that earlier trainers do not have
 OURS = {"strict", "data_index_dir", "ema", "ema_decay", "stochastic_rounding"}
+OURS |= {"save_best_validation", "early_stop_patience"}
+VALIDATION = {"validation_split", "validation_seed", "max_validation_steps"}
+VALIDATION |= {"validate_every_n_steps", "validate_every_n_epochs"}
 OURS_OF = {  # of one method, or of one script
-    "network": {"save_best_validation", "early_stop_patience", "quantize_base"},
+    "network": {"quantize_base"},
+    "finetune": VALIDATION,
+    "dreambooth": VALIDATION,
     "sdxl_train_network": {"text_encoder_batch_size", "blocks_to_swap"},
     "sd3_train": {"text_encoder_lr1", "text_encoder_lr2", "text_encoder_lr3"},  # as guides print them
     "sdxl_train": {"text_encoder_batch_size", "blocks_to_swap", "blockwise_fused_optimizers"},
@@ -91,6 +97,14 @@ def test_help_shows_every_flag_and_exits_with_0(script, capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert all(f"--{dest}" in shown for dest in FACTS[script])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_the_models_and_nothing_that_is_not_so(script):
+    family, method = SCRIPTS[script]
+    said = cli.build_parser(family, method).description
+    assert traits_for(family).label in said
+    assert "metadata" not in said  # folders of pictures will do, too, for most
 
 
 def test_parsing_and_checking_import_nothing_heavy():

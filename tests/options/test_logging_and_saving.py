@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -198,3 +199,22 @@ def test_the_tracker_config_of_the_guide_is_one(tmp_path):
     file = tmp_path / "trackers.toml"
     file.write_text(text, encoding="utf-8")
     assert read_tracker_config(str(file)).keys() == {"tensorboard", "wandb"}
+
+
+def test_a_folder_that_takes_no_files_is_told_before_training(valid, traits, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for place in (file, file / "below" / "it"):
+        (line,) = problems(valid(f"--output_dir={place}"), traits)
+        assert line == f"--output_dir: nothing can be saved to {place}: {file} is no folder"
+    for place in (tmp_path, tmp_path / "new" / "one"):
+        assert problems(valid(f"--output_dir={place}"), traits) == []
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+def test_a_folder_that_may_not_be_written_is_told_before_training(valid, traits, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    for place in (tmp_path, tmp_path / "new"):
+        (line,) = problems(valid(f"--output_dir={place}"), traits)
+        assert line == f"--output_dir: nothing can be saved to {place}: no permission to write to {tmp_path}"

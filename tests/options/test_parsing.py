@@ -102,6 +102,14 @@ def test_lists(parse):
     assert opts.method.network_args == ["conv_dim=4", "x=a=b"]
 
 
+def test_a_list_behind_an_equals_sign_is_told_how_to_be_written(parse):
+    line = ("--text_encoder_lr=1e-4", "1e-5", "--seed=1")
+    assert refused(parse, *line) == [
+        "--text_encoder_lr: takes several values without an equals sign only, as in --text_encoder_lr A B"
+    ]
+    assert refused(parse, "--seed=1", "2") == ["unexpected value '2': every value needs its option before it"]
+
+
 def test_unknown_flags_are_all_named_with_the_nearest_known_one(parse):
     assert refused(parse, "--lerning_rate", "1e-4", "--sead=3", "--zzz") == [
         "unknown option --lerning_rate; did you mean '--learning_rate'?",

@@ -79,6 +79,7 @@ def test_a_damaged_file_is_one_line(tmp_path):
         (("--fused_backward_pass",), "--fused_backward_pass"),
         (("--blockwise_fused_optimizers",), "--blockwise_fused_optimizers"),
         (("--torch_compile",), "--torch_compile"),
+        (("--lowram",), "--lowram"),
         (("--stochastic_rounding",), "--stochastic_rounding"),
         (("--deepspeed", "--offload_param_device=nvme"), "nvme"),
         (("--deepspeed", "--fp16_master_weights_and_gradients"), "--fp16_master_weights_and_gradients"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -99,9 +100,23 @@ def test_buckets_are_noted_and_latents_lie_beside_the_pictures(run, folder, capl
     assert arrays["latents"].shape == (4, 8, 16)
     assert arrays["original_size"].tolist() == [150, 70]
     np.testing.assert_allclose(arrays["crop_ltrb"], [0, 2, 128, 2 + 128 * 70 / 150])
-    assert "bucket 128x64: 1 pictures" in caplog.text
+    assert "bucket 128x64: 1 picture\n" in caplog.text
     error = (abs(2 - 150 / 70) + abs(0.5 - 70 / 150)) / 3
     assert f"mean aspect error: {error:.4f}" in caplog.text
+
+
+def test_no_vae_is_loaded_for_a_folder_that_cannot_be_written_to(run, folder, monkeypatch):
+    run()
+    closed = Mock(side_effect=lambda place: "Read-only file system" if place == folder else None)
+    monkeypatch.setattr("library.preparation.pictures._closed", closed)
+    outcome, _ = run("--skip_existing")
+    assert outcome.skipped == 3
+    monkeypatch.setattr("library.preparation.buckets._load_vae", pytest.fail)
+    with pytest.raises(UserError, match=r"latents cannot be written in this folder \(Read-only file system\)"):
+        run()
+    (folder / "wide.npz").unlink()
+    with pytest.raises(UserError, match="latents cannot be written in this folder"):
+        run("--skip_existing")
 
 
 @pytest.mark.rows("R104", "R105", "R109")

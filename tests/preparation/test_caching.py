@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from PIL import Image
 
 from library import registry
+from library.families.sdxl.adapter import SdxlFamily
 from library.options import parsing, scripts
 from library.options.base import options_of
 from library.preparation.caching import GROUPS, cache_latents, cache_texts, traits_of
 from library.preparation.script import run_script
+from tests.builders.sdxl import write_tiny_sdxl
 
 SD = "examples/tiny_model/tiny-sd.safetensors"
 NONE = "--pretrained_model_name_or_path="
@@ -74,3 +77,51 @@ def test_what_is_of_another_family_or_of_training_does_no_harm(folder, tmp_path,
     assert "--guidance_scale: no effect on Stable Diffusion 1.x/2.x" in printed
     assert "1 done" in printed
     assert (place / "a_0064x0064_sd.npz").is_file()
+
+
+def test_nothing_is_encoded_for_a_folder_that_cannot_be_written_to(folder, tmp_path, capsys, monkeypatch):
+    place = tmp_path / "1_thing"
+    place.mkdir()
+    (place / "a.png").write_bytes((folder / "1_thing" / "a.png").read_bytes())
+    (place / "a.caption").write_text("a thing", encoding="utf-8")
+    monkeypatch.setattr("library.preparation.pictures._closed", lambda place: "Read-only file system")
+    monkeypatch.setattr("library.training.placement.place_vae", pytest.fail)
+    monkeypatch.setattr("library.families.sdxl.adapter.SdxlFamily.load", pytest.fail)
+    sdxl = write_tiny_sdxl(tmp_path / "sdxl.safetensors")
+    for work, model, kind in ((cache_latents, SD, "latents"), (cache_texts, sdxl, "text encoder outputs")):
+        line = (f"--train_data_dir={tmp_path}", f"--pretrained_model_name_or_path={model}", "--resolution=64")
+        with pytest.raises(SystemExit) as stop:
+            run_script(work, GROUPS, [*line, *["--sdxl"] * (model is sdxl)], description="", traits=traits_of)
+        assert stop.value.code == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith(f"error: {place}: {kind} cannot be written in this folder (Read-only file system)")
+
+
+def test_a_caption_that_breaks_the_encoder_is_named_and_the_others_are_cached(folder, tmp_path, capsys, monkeypatch):
+    place = tmp_path / "1_thing"
+    place.mkdir()
+    for name in "abc":
+        (place / f"{name}.png").write_bytes((folder / "1_thing" / "a.png").read_bytes())
+        (place / f"{name}.caption").write_text(f"thing {name}", encoding="utf-8")
+    encode = SdxlFamily.encode_text
+
+    def broken(self, models, captions):
+        rows = torch.tensor([caption == "thing b" for caption in captions])
+        nan = float("nan")
+        return encode(self, models, captions).map(
+            lambda tensor: tensor.masked_fill(rows.view(-1, *[1] * (tensor.ndim - 1)), nan)
+        )
+
+    line = (
+        *(f"--train_data_dir={tmp_path}", "--sdxl", "--resolution=64", "--text_encoder_batch_size=2"),
+        f"--pretrained_model_name_or_path={write_tiny_sdxl(tmp_path / 'sdxl.safetensors')}",
+    )
+    monkeypatch.setattr(SdxlFamily, "encode_text", broken)
+    run_script(cache_texts, GROUPS, line, description="", traits=traits_of)
+    printed = capsys.readouterr().err
+    assert "2 done, 1 failed" in printed
+    assert f"failed: {place / 'b.png'}: the text encoder gives NaN" in printed
+    assert sorted(path.name for path in place.glob("*.npz")) == ["a_te_outputs.npz", "c_te_outputs.npz"]
+    monkeypatch.undo()
+    run_script(cache_texts, GROUPS, line, description="", traits=traits_of)
+    assert "1 done, 2 skipped" in capsys.readouterr().err

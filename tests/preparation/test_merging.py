@@ -165,7 +165,7 @@ def test_names_without_a_folder_beside_paths_are_told_of(folder, tmp_path, caplo
     file.write_text('{"b": {"tags": "x"}, "elsewhere": {"tags": "y"}}', encoding="utf-8")
     with caplog.at_level(logging.WARNING, LOGGER.name):
         captions(folder, file, "--full_path")
-    assert sum("1 names without a folder" in message and "'b'" in message for message in caplog.messages) == 1
+    assert sum("1 name without a folder" in message and "'b'" in message for message in caplog.messages) == 1
 
 
 def test_missing_and_empty_files_are_counted(folder, tmp_path, caplog):
@@ -175,8 +175,8 @@ def test_missing_and_empty_files_are_counted(folder, tmp_path, caplog):
         outcome = captions(folder, tmp_path / "meta.json")
     assert (outcome.done, outcome.skipped) == (3, 4)
     assert load(tmp_path / "meta.json")["0"] == {"caption": ""}
-    assert "4 of 7 pictures have no .caption file and are left out: 1.png, 2.png, 3.png and 1 more" in caplog.messages
-    assert "1 .caption files are empty" in caplog.messages
+    assert "4 of 7 pictures without a .caption file, left out: 1.png, 2.png, 3.png and 1 more" in caplog.messages
+    assert "empty: 1 .caption file" in caplog.messages
 
 
 def test_a_broken_file_is_named_and_the_rest_is_written(folder, tmp_path):
@@ -210,7 +210,7 @@ def test_a_name_that_is_no_text_is_refused(tmp_path):
 
 
 def test_no_text_file_at_all_names_the_ending_that_is_there(folder, tmp_path):
-    with pytest.raises(UserError, match=r"none of the 3 pictures .* has a \.cap file .*--caption_extension=\.caption,"):
+    with pytest.raises(UserError, match=r"none of 3 pictures .* has a \.cap file .*--caption_extension=\.caption,"):
         captions(folder, tmp_path / "meta.json", "--caption_extension=.cap")
     write(tmp_path / "bare", {"a.png": ""})
     with pytest.raises(UserError) as error:

@@ -1,18 +1,33 @@
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from library.errors import UserError
+from library.options.captioning import CaptionOptions
+from library.options.tagging import TaggingOptions
+from library.preparation.captioning import caption_folder
 from library.preparation.outcome import Outcome
-from library.preparation.pictures import find_pictures, gathered, in_batches, is_first, my_share, read_ahead
+from library.preparation.pictures import (
+    find_pictures,
+    gathered,
+    in_batches,
+    is_first,
+    my_share,
+    read_ahead,
+    require_room_beside,
+)
+from library.preparation.tag_places import tag_place
 from library.runtime.logs import LOGGER
 
 ROOT = Path(__file__).parents[2]
@@ -206,3 +221,48 @@ print(*{"torch", "transformers", "accelerate"} & set(sys.modules))
         [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """Folders where no file can be made from now on; the tests may be run by one who may write anywhere."""
+    folders, make = set(), tempfile.TemporaryFile
+
+    def refuse(*words, dir=None, **options):
+        if Path(dir) in folders:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return make(*words, dir=dir, **options)
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    return folders
+
+
+def test_folders_that_cannot_be_written_to_are_told_in_one_line(tmp_path, closed):
+    pictures = [tmp_path / place / "a.png" for place in "abc"]
+    for picture in pictures:
+        picture.parent.mkdir()
+    require_room_beside(pictures, "tag files")
+    assert [list(picture.parent.iterdir()) for picture in pictures] == [[]] * 3
+    closed |= {tmp_path / "b", tmp_path / "c"}
+    require_room_beside(pictures[:1], "tag files")
+    with pytest.raises(UserError) as refused:
+        require_room_beside(pictures, "tag files")
+    assert refused.value.problems == (
+        f"{tmp_path / 'b'}: tag files cannot be written in this folder (Permission denied), nor in 1 more; make it "
+        "writable, or work on a copy",
+    )
+
+
+def test_no_model_is_loaded_for_a_folder_that_cannot_be_written_to(tmp_path, closed):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    closed.add(tmp_path)
+    for skip in (False, True):
+        given = CaptionOptions(train_data_dir=str(tmp_path), skip_existing=skip)
+        with pytest.raises(UserError, match="caption files cannot be written in this folder"):
+            caption_folder(given, pytest.fail)
+        with pytest.raises(UserError, match="tag files cannot be written in this folder"):
+            tag_place(TaggingOptions(train_data_dir=str(tmp_path), skip_existing=skip), [tmp_path / "a.png"])
+    for ending in (".caption", ".txt"):
+        (tmp_path / "a").with_suffix(ending).write_text("there")
+    assert caption_folder(given, pytest.fail).skipped == 1
+    tag_place(TaggingOptions(train_data_dir=str(tmp_path), skip_existing=True), [tmp_path / "a.png"])

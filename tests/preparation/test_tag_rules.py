@@ -65,6 +65,18 @@ def chosen(known=TABLE, ranked=False, **values) -> list[str]:
     return choose_tags(np.array([p for _, p in known.values()], dtype=np.float32), words, rules)
 
 
+def test_characters_come_last_wherever_the_labels_have_them():
+    mixed = {
+        "miku": ("character", 0.9),
+        "1girl": ("general", 0.8),
+        "rin": ("character", 0.7),
+        "fate": ("copyright", 0.6),
+    }
+    assert chosen(mixed) == ["1girl", "fate", "miku", "rin"]
+    assert chosen(mixed, character_tags_first=True) == ["rin", "miku", "1girl", "fate"]
+    assert chosen(mixed, ranked=True) == ["miku", "1girl", "rin", "fate"]
+
+
 GENERAL = ["1girl", "long_hair", "^_^", "||_||", "hat"]
 CHARACTERS = ["saber_(fate)", "rin_(winter)_(fate)"]
 USUAL = [*GENERAL, *CHARACTERS]

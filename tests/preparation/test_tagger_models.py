@@ -164,6 +164,14 @@ def test_labels_of_a_table(tmp_path):
     )
 
 
+def test_categories_that_are_not_known_count_as_general_and_are_told(tmp_path, caplog):
+    (tmp_path / "t.csv").write_text("tag_id,name,category,count\n1,a,General,1\n2,b,character,1\n3,c,lore,1\n4,d,7,1\n")
+    found = read_labels(TaggerFiles("table", tmp_path, "m", "t.csv"))
+    assert found == (Label("a", "general"), Label("b", "character"), Label("c", "general"), Label("d", "general"))
+    (message,) = caplog.messages
+    assert message.endswith("t.csv: tags of categories that are not known here count as general: lore, 7")
+
+
 def test_labels_of_a_mapping_are_in_the_order_of_their_numbers(tmp_path):
     files = write_files(tmp_path, "mapping")
     categories = ("rating", "general", "character", "model", "artist", "quality")
@@ -217,7 +225,7 @@ def test_without_onnx_runtime_one_line_says_so(tmp_path, monkeypatch):
 def test_a_model_of_other_labels(tmp_path):
     files = write_files(tmp_path, "table")
     (tmp_path / "selected_tags.csv").write_text("tag_id,name,category,count\n1,a,0,1\n")
-    with pytest.raises(UserError, match=r"6 outputs .* 1 labels"):
+    with pytest.raises(UserError, match=r"6 outputs .* 1 label;"):
         open_tagger(files)
 
 

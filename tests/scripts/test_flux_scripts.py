@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from library import cli
 from library.options import parsing, scripts, validation
-from library.training import placement
+from library.training import loop, placement
 from networks import lora_flux_args
 from tests.builders.flux import write_flux, write_parts
 from tests.scripts.starting import as_words
@@ -370,6 +370,26 @@ def test_nothing_is_encoded_before_too_many_blocks_are_refused(model, data, tmp_
     assert not list(tmp_path.rglob("*.npz"))
 
 
+def test_broken_weights_do_not_replace_the_last_good_ones(model, data, tmp_path, capsys, monkeypatch):
+    """Their loss would tell a step later, when the copy that is to be deleted is gone."""
+
+    def update(run, parameters):
+        norm = whole(run, parameters)
+        if any(tmp_path.glob("*-state")):  # the first step is done
+            parameters[0].data.fill_(torch.nan)
+        return norm
+
+    whole = loop._update
+    monkeypatch.setattr(loop, "_update", update)
+    arguments = {"save_every_n_steps": 1, "save_last_n_steps": 1, "save_state": True, "max_train_steps": 3}
+    said = refused(capsys, short("flux_train_network.py", model, data, tmp_path, **arguments))
+    assert said[-2].startswith("error: the weights are no longer finite after step 2; they are not saved")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "model-step00000001-state",
+        "model-step00000001.safetensors",
+    ]
+
+
 def test_outputs_of_text_encoders_that_a_file_brings_to_training_cannot_be_cached(
     everything, model, data, tmp_path, capsys
 ):
@@ -513,3 +533,60 @@ def test_blocks_stepped_inside_the_backward_pass_and_a_resumed_run_are_the_plain
     assert blocks.keys() == plain.keys() == before.keys()
     assert all(torch.equal(blocks[name], plain[name]) for name in blocks)
     assert not [name for name in blocks if name.endswith("weight") and torch.equal(blocks[name], first[name])]
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory) -> Path:
+    """A dataset config: three batches of an epoch, and one that is kept for validation."""
+    config = tmp_path_factory.mktemp("held_out") / "data.json"
+    subset = {"image_dir": CONCEPT.as_posix(), "caption_extension": ".txt"}
+    config.write_text(json.dumps({"datasets": [{"batch_size": 4, "validation_split": 0.25, "subsets": [subset]}]}))
+    return config
+
+
+@pytest.fixture(scope="module")
+def standing(run_script, model, data, held_out):
+    """Runs a whole model's script with steps that change nothing, so that every validation gives the same loss."""
+
+    def run(out: Path, processes: int = 1, **changes: object) -> list[str]:
+        options: dict[str, object] = {
+            "train_data_dir": None,
+            "caption_extension": None,
+            "dataset_config": held_out,
+            "cache_latents": True,
+            "cache_text_encoder_outputs": True,
+            "learning_rate": 1e-30,
+            "max_train_steps": 20,
+            "early_stop_patience": 1,
+            "save_every_n_epochs": 1,
+            "save_best_validation": True,
+            **changes,
+        }
+        said = trained(run_script, short("flux_train.py", model, data, out, **options), processes)
+        assert "epochs" in said
+        return re.findall(r"validation loss .*|stopping at .*", said)
+
+    return run
+
+
+def copies(out: Path) -> list[str]:
+    return sorted(path.stem.removeprefix("model") for path in out.glob("*.safetensors"))
+
+
+def test_a_whole_model_that_no_longer_improves_is_not_trained_on(standing, tmp_path):
+    """Where the end of an epoch is such a step as well, its loss counts once."""
+    said = standing(tmp_path, validate_every_n_steps=3, validate_every_n_epochs=1)
+    assert [line.partition(" at ")[2] for line in said] == [
+        "step 3",
+        "step 6",
+        "step 6: 1 validations brought nothing better",
+    ]
+    assert copies(tmp_path) == ["", "-000001", "-000002", "-best"]
+
+
+def test_an_epoch_that_is_not_over_has_no_copy_and_processes_find_the_same_loss(standing, tmp_path):
+    one = standing(tmp_path / "one", validate_every_n_steps=2)
+    assert [line.partition(" at ")[2] for line in one[:2]] == ["step 2", "step 4"]
+    assert copies(tmp_path / "one") == ["", "-000001", "-best"]
+    two = standing(tmp_path / "two", processes=2, validate_every_n_steps=2)
+    assert two == one

@@ -355,10 +355,11 @@ def test_contradictions_are_one_line(ran, files, data, tmp_path, options, said):
     )
 
 
-def test_t5_cannot_be_trained_where_there_is_none(ran, files, data, tmp_path):
+@pytest.mark.parametrize("options", ["--train_text_encoder --train_t5xxl", "--save_t5xxl"])
+def test_t5_cannot_be_trained_or_saved_where_there_is_none(ran, files, data, tmp_path, options):
     ran(
-        f"sd3_train.py --pretrained_model_name_or_path={files.medium} --dataset_config={data} --output_dir={tmp_path} "
-        "--train_text_encoder --train_t5xxl",
+        f"sd3_train.py --pretrained_model_name_or_path={files.medium} --dataset_config={data} --output_dir={tmp_path}",
+        *options.split(),
         encoders=("clip_l", "clip_g"),
-        fails="--train_t5xxl: the model brings no T5; give its file with --t5xxl",
+        fails=f"{options.split()[-1]}: the model brings no T5; give its file with --t5xxl",
     )

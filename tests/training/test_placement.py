@@ -101,7 +101,8 @@ def test_text_outputs_of_quantised_encoders_are_told_from_exact_ones(unet_only):
     method = SimpleNamespace(added=lambda: None, working_text_encoders=list)
     for form in (None, "fp8", "int8", "nf4"):
         opts.memory.quantize_base = form
-        made_by[form] = encoding.text_cache(opts, family, method, models, None).args[-1]["te"]
+        prepared = encoding.text_cache(opts, family, method, models, None).args
+        made_by[form] = next(one for one in prepared if isinstance(one, dict))["te"]
     assert made_by["fp8"] == made_by[None] == weights_fingerprint(models.text_encoders["te"])
     assert len(set(made_by.values())) == (1 if unet_only else 3)
 
@@ -125,6 +126,11 @@ def test_lowram_loads_to_the_device_and_says_where_that_means_nothing(caplog, mo
         assert torch.get_default_device() == elsewhere
     with placement.loading(options(), elsewhere):
         assert torch.get_default_device() == CPU
+    swapping = options(lowram=True)
+    swapping.swap = SimpleNamespace(count=3)
+    with caplog.at_level(logging.WARNING), placement.loading(swapping, elsewhere):
+        assert torch.get_default_device() == CPU, "a whole model would not fit there"
+    assert "--lowram: no effect with --blocks_to_swap" in caplog.text
 
 
 def test_offloading_says_where_it_means_nothing(caplog, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
@@ -39,7 +40,7 @@ def test_the_best_is_remembered():
     best.see(4.0)
     other = Best()
     other.load_state_dict(best.state_dict())
-    assert (other.lowest, other.since) == (1.0, 1)
+    assert (other.lowest, other.latest, other.since) == (1.0, 4.0, 1)
     other.restart()
     assert (other.lowest, other.since) == (math.inf, 0)
 
@@ -48,3 +49,14 @@ def test_nan_is_never_the_best():
     best = Best()
     assert not best.see(math.nan)
     assert best.since == 1
+
+
+def test_options_without_pictures_to_validate_with_are_told(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("trainscripts"), "propagate", True)
+    moments(None, 1, save_best_validation=True, early_stop_patience=3)
+    (line,) = caplog.messages
+    assert line.startswith("--save_best_validation, --early_stop_patience: no effect, no pictures are kept")
+    caplog.clear()
+    moments(object(), 1, early_stop_patience=3)
+    moments(None, 1)
+    assert not caplog.messages

@@ -54,7 +54,9 @@ class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
         None, "a ControlNet that takes part in training; refused, as its pictures cannot be given here"
     )
     t5xxl_max_token_length: int | None = opt(
-        None, "longest caption for T5 in tokens; 512 (256 for schnell) if not given; all are padded to it", at_least=1
+        None,
+        "longest caption for T5 in tokens; 512 for FLUX.1 dev and else 256 if not given; all are padded to it",
+        at_least=1,
     )
     guidance_scale: float = opt(3.5, "embedded guidance that dev is told while it is trained; 1 for new concepts")
     timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = opt(

@@ -122,8 +122,13 @@ def _missing_parts(opts: Options) -> list[str]:
     problems = [] if "vae" in parts else [f"--vae: missing, and {path} brings no VAE of its own"]
     if not cached:  # all captions' outputs may lie beside the pictures already
         problems += missing_encoders(opts)
-    if getattr(method, "train_t5xxl", False) and "te3" not in parts:
-        problems.append("--train_t5xxl: the model brings no T5; give its file with --t5xxl")
+    asked = {"train_t5xxl": getattr(method, "train_t5xxl", False)}
+    if method is not None and not hasattr(method, "network_module"):  # a network has no use for it, and says so
+        asked["save_t5xxl"] = opts.family.save_t5xxl
+    if "te3" not in parts:
+        problems += [
+            f"--{name}: the model brings no T5; give its file with --t5xxl" for name, given in asked.items() if given
+        ]
     return problems
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from library.errors import UserError
+from library.families.shared import hub
 from library.families.shared.reading import naming
 from library.families.shared.recognition import (
     FLUX,
@@ -28,7 +29,7 @@ _INDEX = "model_index.json"
 def kind_of(name: str) -> str:
     """What a file, folder or hub id is, in the words of `recognition`; UNKNOWN where names do not tell it.
 
-    Raises: UserError: it is not there, or broken.
+    Raises: UserError: it is not there, or broken; or the hub would have to be asked and does not answer.
     """
     path = Path(name)
     if path.is_file():
@@ -78,6 +79,9 @@ def _kind_of_hub_model(name: str) -> str:
     from huggingface_hub import hf_hub_download
 
     for local in (True, False):
+        why = None if local else hub.no_answer(name)
+        if why:
+            raise UserError(f"{name}: the hub cannot be asked what kind of model this is ({why}); say it with --family")
         try:
             index = Path(hf_hub_download(name, _INDEX, local_files_only=local))
         except Exception:  # whatever the hub's client and the network may raise; loading the model tells it

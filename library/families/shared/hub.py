@@ -1,4 +1,4 @@
-"""Diffusers models of the hub as folders on this machine."""
+"""The Hugging Face hub: whether it answers, and its Diffusers models as folders on this machine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,25 @@ from library.families.shared.recognition import read_json
 
 _INDEX = "*.safetensors.index.json"  # tells the files of weights that are cut into several
 ENDINGS = ("*.json", "*.safetensors", "*.txt", "*.model")  # also of tokenizers; no weights in other formats
+_TIMEOUT = 30.0  # seconds without an answer
+
+
+def no_answer(name: str) -> str | None:
+    """Why the hub cannot be asked for a repository, in a few words; None: it answers, be it that there is none.
+
+    It is asked once. The clients that fetch single files ask a hub that cannot be reached again and again, file by
+    file, and print a warning each time, for a minute or more.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(name, timeout=_TIMEOUT)
+    except (HfHubHTTPError, ValueError):  # ValueError: a mirror that lacks this part of the hub
+        return None
+    except Exception as error:  # whatever the hub's client and the network may raise
+        return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return None
 
 
 def hub_folder(

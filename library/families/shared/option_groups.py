@@ -16,10 +16,15 @@ if TYPE_CHECKING:
 class CommonOptions(OptionGroup, group="family", title="Model family"):
     """What every training script takes; a family says which of them mean something to it."""
 
-    v2: bool = opt(False, "the base model is Stable Diffusion 2.x")
-    v_parameterization: bool = opt(False, "the base model predicts v, as the 768 pixel version of 2.x does")
+    v2: bool = opt(False, "the base model is Stable Diffusion 2.x; no effect on other families")
+    v_parameterization: bool = opt(
+        False, "the base model predicts v, as the 768 pixel version of 2.x and some SDXL models do"
+    )
     clip_skip: int | None = opt(
-        None, "text features from this layer, counted from the end: 1 the last, 2 the one before", at_least=1, off=0
+        None,
+        "text features from this layer, counted from the end: 1 the last, 2 the one before; for 1.x models only",
+        at_least=1,
+        off=0,
     )
     max_token_length: Literal[75, 150, 225] | None = opt(None, "longest caption in tokens; 75 if not given", off=75)
     weighted_captions: bool = opt(False, "follow weights such as (word:1.2) and [word] in captions")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from library.checkpoints.reading import SafetensorsFile, TorchFile, open_weights, read_header
 from library.errors import UserError
+from library.families.shared import hub
 from library.families.shared.building import build, freeze, outline
 from library.families.shared.recognition import is_hub_id, recognise, vae_kind_problem
 from library.families.shared.vae import VAE, VAE_PARTS, vae_config, vae_map, vae_shapes
@@ -150,14 +151,18 @@ def from_pretrained(
     if device != torch.device("cpu"):
         options["device_map"] = {"": device}  # tensor by tensor, never as a whole in main memory
     error: Exception | None = None
+    why: str | None = None
     for local in (True,) if Path(name).is_dir() else (True, False):
+        why = None if local else hub.no_answer(name)
+        if why:
+            break
         for variant in (None, "fp16"):  # some models come in half precision only
             try:
                 model = model_class.from_pretrained(name, local_files_only=local, variant=variant, **options)
                 return freeze(model)
             except (OSError, ValueError, RuntimeError) as problem:
                 error = error if variant and error else problem
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = why or (str(error).splitlines() or [type(error).__name__])[0]
     where = f"{name}/{subfolder}" if subfolder else name
     if Path(name).is_dir():
         raise UserError(f"{where}: cannot be loaded ({reason})")
