@@ -111,7 +111,7 @@ def test(arguments: list[str]) -> None:
     # All of it in several processes; a file's tests stay together, for they share what the first of them has made.
     workers = min(os.cpu_count() or 1, 4)
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // workers, 1)))
-    run(["-m", "pytest", *(arguments or ["-n", str(workers), "--dist", "loadfile"])])
+    run(["-m", "pytest", *(arguments or ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"])])
 
 
 def main() -> None:

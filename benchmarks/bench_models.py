@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import itertools
 import logging
 import statistics
@@ -50,7 +49,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from library import cli
+from library import registry
 from library.families.base import Family
 from library.memory.attention import set_attention
 from library.memory.block_swap import BlockSwap
@@ -170,8 +169,7 @@ def prepare(row: Row, arguments: tuple[str, ...], batch_size: int, device: torch
     model = row.model
     argv = ["--mixed_precision=bf16", f"--seed={SEED}", *row.arguments, *arguments]
     opts = parsing.parse_options(scripts.groups_for(model.family, row.method), argv)
-    family = _class_of(cli.FAMILIES[model.family], "adapter")(opts)
-    method = _class_of(cli.METHODS[row.method])(opts)
+    family, method = registry.make_family(model.family, opts), registry.make_method(row.method, opts)
     config = {**model.config, **(model.tiny if tiny else {})}
     models = build_models(model, config, device)
     batch = make_batch(model, config, family.traits.latent_channels, batch_size, tiny).to(device)
@@ -229,11 +227,6 @@ def make_step(
         return loss.detach()
 
     return step
-
-
-def _class_of(place: tuple[str, str], module: str | None = None) -> Any:
-    package, name = place
-    return getattr(importlib.import_module(f"{package}.{module}" if module else package), name)
 
 
 # ---- measuring

@@ -20,7 +20,12 @@ def pytest_sessionfinish() -> None:
     shutil.rmtree(os.environ["TRAINSCRIPTS_CACHE"], ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+LONG = ("learning", "scripts", "memory")  # folders of tests that take long, the longest first
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # or one of several processes would be left with a long file at the end
+        items.sort(key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

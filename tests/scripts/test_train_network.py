@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
+CONCEPT = ROOT / "examples" / "concept" / "10_sks flower"
 PROMPTS = """# a comment
 
 a sks flower on a black background --w 64 --h 64 --s 3 --d 7
@@ -182,8 +184,12 @@ def test_workers_change_nothing(tmp_path, run_script, train_arguments):
 
 @pytest.mark.rows("R176", "R177", "R156")
 def test_launched_by_accelerate_in_bf16_with_checkpointing(tmp_path, run_script, train_arguments):
+    (tmp_path / "data" / "2_flower").mkdir(parents=True)
+    for number in range(3):  # bf16 is slow on CPUs
+        shutil.copy(CONCEPT / f"flower_{number:02}.png", tmp_path / "data" / "2_flower")
     command = train_arguments(
         tmp_path,
+        train_data_dir=tmp_path / "data",
         mixed_precision="bf16",
         gradient_checkpointing=True,
         gradient_accumulation_steps=2,
@@ -192,7 +198,7 @@ def test_launched_by_accelerate_in_bf16_with_checkpointing(tmp_path, run_script,
         network_train_unet_only=True,
         max_train_steps=None,
         max_train_epochs=1,
-        train_batch_size=16,
+        train_batch_size=2,
         xformers=True,
     )
     launcher = ("-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1", "--cpu")

@@ -45,14 +45,19 @@ def import_libraries() -> None:
     import accelerate  # noqa: F401
     import cv2  # noqa: F401
     import safetensors.torch  # noqa: F401
+    import toml  # noqa: F401
     import torch.optim  # noqa: F401
+    import transformers.optimization  # noqa: F401
     from diffusers import (  # noqa: F401
         AutoencoderKL,
         FluxTransformer2DModel,
         SD3Transformer2DModel,
         UNet2DConditionModel,
     )
-    from transformers import CLIPTextModelWithProjection, T5EncoderModel  # noqa: F401
+    from PIL import Image
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel  # noqa: F401
+
+    Image.init()
 
 
 def become(request: dict, environment: dict[str, str]) -> None:
