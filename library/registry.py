@@ -11,15 +11,10 @@ if TYPE_CHECKING:
     from library.methods.base import Method
     from library.options.base import Options
 
-# name -> (package of the family, its adapter class in `<package>.adapter`); `<package>.options` holds TRAITS and
-# `<package>.variants` `check_paths(opts)`, `check_text_paths(opts)` where text encoders have files of their own, and
-# `missing_encoders(opts)` where models may lack some; all without torch
-FAMILIES = {
-    "sd": ("library.families.sd", "SdFamily"),
-    "sdxl": ("library.families.sdxl", "SdxlFamily"),
-    "sd3": ("library.families.sd3", "Sd3Family"),
-    "flux": ("library.families.flux", "FluxFamily"),
-}
+# name, which is that of a package in library.families -> its adapter class in `adapter`; `options` holds TRAITS and
+# `variants` `check_paths(opts)`, `check_text_paths(opts)` where text encoders have files of their own, and
+# `missing_encoders(opts)` where models may lack some; all but `adapter` without torch
+FAMILIES = {"sd": "SdFamily", "sdxl": "SdxlFamily", "sd3": "Sd3Family", "flux": "FluxFamily"}
 # name -> (module, its class); `<module>_args` holds `check_options(opts, traits)`, without torch
 METHODS = {
     "network": ("library.methods.network", "NetworkMethod"),
@@ -30,12 +25,12 @@ METHODS = {
 
 def family_module(family: str, name: str) -> ModuleType:
     """A module of the family's package."""
-    return importlib.import_module(f"{FAMILIES[family][0]}.{name}")
+    return importlib.import_module(f"library.families.{family}.{name}")
 
 
 def make_family(family: str, opts: Options) -> Family:
     """The family's adapter; nothing is loaded."""
-    return getattr(family_module(family, "adapter"), FAMILIES[family][1])(opts)
+    return getattr(family_module(family, "adapter"), FAMILIES[family])(opts)
 
 
 def make_method(method: str, opts: Options) -> Method:

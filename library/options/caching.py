@@ -34,9 +34,7 @@ class CachingOptions(OptionGroup, group="method", title="Caching"):
 
 
 class CachedModel(LargeModelOptions):
-    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        """Which parts of a model have to be named depends on what is encoded, and on the family."""
-        return ()
+    needs_name = False  # which parts have to be named depends on what is encoded, and on the family
 
 
 class CachedData(AnyData):

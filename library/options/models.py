@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from library.options.base import OptionGroup, Options, opt
+from library.runtime.places import unwritable
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(OptionGroup, group="model", title="Model"):
+    needs_name: ClassVar[bool] = True  # False: parts of a model may be enough
+
     pretrained_model_name_or_path: str | None = opt(
         None, "base model: a checkpoint file, a Diffusers folder, or a hub id such as owner/model"
     )
@@ -22,5 +26,8 @@ class ModelOptions(OptionGroup, group="model", title="Model"):
     no_half_vae: bool = opt(False, "run the VAE in float32 whatever the mixed precision, for VAEs that overflow fp16")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        if not self.pretrained_model_name_or_path:
+        if self.needs_name and not self.pretrained_model_name_or_path:
             yield "--pretrained_model_name_or_path: missing; give a checkpoint file, a Diffusers folder or a hub id"
+        folder = self.tokenizer_cache_dir
+        if folder and not Path(folder).is_dir() and (reason := unwritable(Path(folder))):
+            yield f"--tokenizer_cache_dir: {folder} cannot be made: {reason}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from library.options.base import OptionGroup, Options, opt
+from library.runtime.places import unwritable
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
@@ -70,7 +70,7 @@ class SavingOptions(OptionGroup, group="saving", title="Saving"):
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if not self.output_dir:
             yield "--output_dir: missing; name the folder to save to"
-        elif reason := _unwritable(Path(self.output_dir)):
+        elif reason := unwritable(Path(self.output_dir)):
             yield f"--output_dir: nothing can be saved to {self.output_dir}: {reason}"
         if self.huggingface_repo_id and not _REPO_ID.fullmatch(self.huggingface_repo_id):
             yield f"--huggingface_repo_id: must be user/name, got {self.huggingface_repo_id!r}"
@@ -123,16 +123,6 @@ def parse_hub_folder(text: str | None) -> HubFolder:
     if kind not in _REPO_KINDS:
         raise ValueError(f"the kind of repository in --resume must be {_either(_REPO_KINDS)}, got {kind!r}")
     return HubFolder(f"{user}/{name}", path, rest[0] if rest else None, kind)
-
-
-def _unwritable(folder: Path) -> str | None:
-    """Why a folder that is there, or will be made, takes no files; None: it takes them, as far as can be told."""
-    place = folder
-    while not os.path.lexists(place) and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        return f"{place} is no folder" if os.path.lexists(place) else f"there is no {place}"
-    return None if os.access(place, os.W_OK | os.X_OK) else f"no permission to write to {place}"
 
 
 def _one_of(name: str, value: str | None, choices: tuple[str, ...]) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""Folders of the user's that hold what can be made again."""
+"""Folders of the user's: where this toolkit may keep things, and whether a folder takes files."""
 
 from __future__ import annotations
 
@@ -19,3 +19,13 @@ def cache_folder() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / NAME
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / NAME
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why a folder that is there, or will be made, takes no files; None: it takes them, as far as can be told."""
+    place = folder
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        return f"{place} is no folder" if os.path.lexists(place) else f"there is no {place}"
+    return None if os.access(place, os.W_OK | os.X_OK) else f"no permission to write to {place}"

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoints.writing import new_folder
 from library.errors import UserError
+from library.text.tokenizers import keep_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,8 +38,7 @@ def t5_tokenizer(model: str | None = None, subfolder: str = "tokenizer_2", cache
         return read_t5_tokenizer(cached)
     tokenizer = read_t5_tokenizer(_find(model, subfolder) or _download(model, subfolder))
     if cached is not None:
-        with new_folder(cached) as folder:
-            tokenizer.save_pretrained(folder)
+        keep_tokenizer(cached, tokenizer.save_pretrained)
     return tokenizer
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from library.checkpoints.writing import new_folder
 from library.errors import UserError
+from library.runtime.logs import LOGGER
 
 CLIP_VOCABULARY = Path(__file__).parent / "clip_vocabulary"
 CLIP_LENGTH = 77  # positions, with BOS and EOS
@@ -18,6 +21,15 @@ def bundled_clip_tokenizer(pad_token: str | None = None) -> Any:
 
     options = {"pad_token": pad_token} if pad_token else {}
     return CLIPTokenizer.from_pretrained(CLIP_VOCABULARY, model_max_length=CLIP_LENGTH, **options)
+
+
+def keep_tokenizer(folder: Path, save: Callable[[Path], None]) -> None:
+    """Gives --tokenizer_cache_dir a tokenizer that it lacks. Where that cannot be, the run goes on without."""
+    try:
+        with new_folder(folder) as fresh:
+            save(fresh)
+    except OSError as error:
+        LOGGER.warning("--tokenizer_cache_dir: %s cannot be written (%s)", folder, error.strerror or error)
 
 
 def save_clip_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -207,8 +207,10 @@ def test_a_folder_that_takes_no_files_is_told_before_training(valid, traits, tmp
     for place in (file, file / "below" / "it"):
         (line,) = problems(valid(f"--output_dir={place}"), traits)
         assert line == f"--output_dir: nothing can be saved to {place}: {file} is no folder"
+        (line,) = problems(valid(f"--tokenizer_cache_dir={place}"), traits)
+        assert line == f"--tokenizer_cache_dir: {place} cannot be made: {file} is no folder"
     for place in (tmp_path, tmp_path / "new" / "one"):
-        assert problems(valid(f"--output_dir={place}"), traits) == []
+        assert problems(valid(f"--output_dir={place}", f"--tokenizer_cache_dir={place}"), traits) == []
     assert not (tmp_path / "new").exists()
 
 

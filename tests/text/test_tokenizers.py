@@ -62,6 +62,13 @@ def test_processes_that_fill_a_cache_folder_at_once(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [folder.name], "temporary folders left"
 
 
+def test_a_cache_folder_that_cannot_be_filled_is_told_and_not_needed(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    assert len(sd_tokenizer(v2=False, cache_dir=str(tmp_path / "file" / "cache"))) == 49408
+    assert "--tokenizer_cache_dir" in caplog.text
+    assert "cannot be written" in caplog.text
+
+
 def test_a_folder_brings_its_own_and_a_hub_id_needs_no_network(tmp_path):
     folder = write_tiny_sd1(tmp_path / "model")
     own = bundled_clip_tokenizer()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from library.checkpoints.writing import new_folder
 from library.text.tokenizers import (
     bundled_clip_tokenizer,
+    keep_tokenizer,
     local_clip_tokenizer,
     read_clip_tokenizer,
     save_clip_tokenizer,
@@ -44,8 +44,7 @@ def find_clip_tokenizer(
     if tokenizer is None:
         tokenizer = bundled_clip_tokenizer(pad_token)
     if cached is not None:
-        with new_folder(cached) as folder:
-            save_clip_tokenizer(tokenizer, folder)
+        keep_tokenizer(cached, lambda folder: save_clip_tokenizer(tokenizer, folder))
     return tokenizer
 
 
