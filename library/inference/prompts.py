@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
+from library.runtime.documents import parse_json, parse_toml, read_text
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def load_prompts(path: str | Path, traits: FamilyTraits, sampler: str) -> list[S
         raise UserError(f"{path}: a prompt file must be .txt, .toml or .json")
     base = default_prompt(traits, sampler)
     prompts = []
-    for where, entry in reader(path, _read_text(path)):
+    for where, entry in reader(path, read_text(path, "the prompt file")):
         changes = _parse_line(entry, where) if isinstance(entry, str) else _parse_table(entry, where)
         prompts.append(_finish(base, changes, traits, where))
     if not prompts:
@@ -121,15 +121,6 @@ def parse_prompt(line: str, traits: FamilyTraits, sampler: str, where: str = "pr
     return _finish(default_prompt(traits, sampler), _parse_line(line, where), traits, where)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the prompt file ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: the prompt file is not in UTF-8; save it as UTF-8") from None
-
-
 def _read_txt(path: Path, text: str) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(text.split("\n"), start=1):
         line = line.strip()
@@ -138,12 +129,7 @@ def _read_txt(path: Path, text: str) -> Iterator[tuple[str, str]]:
 
 
 def _read_toml(path: Path, text: str) -> Iterator[tuple[str, dict]]:
-    import toml
-
-    try:
-        shared = toml.loads(text).get("prompt")
-    except (toml.TomlDecodeError, IndexError, ValueError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+    shared = parse_toml(text, path).get("prompt")
     if not isinstance(shared, dict):
         raise UserError(f"{path}: needs a [prompt] table, with [[prompt.subset]] tables for several prompts")
     subsets = shared.pop("subset", [{}])
@@ -154,10 +140,7 @@ def _read_toml(path: Path, text: str) -> Iterator[tuple[str, dict]]:
 
 
 def _read_json(path: Path, text: str) -> Iterator[tuple[str, str | dict]]:
-    try:
-        entries = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+    entries = parse_json(text, path)
     if not isinstance(entries, list):
         raise UserError(f"{path}: must hold a list of prompt lines or tables")
     for number, entry in enumerate(entries, start=1):

@@ -159,12 +159,12 @@ def test_a_bad_line_is_named(line, message, tmp_path, traits):
     [
         ("p.csv", b"x", "must be .txt, .toml or .json"),
         ("p.txt", b"# nothing\n\n", "holds no prompt"),
-        ("p.txt", "é".encode("latin-1"), "not in UTF-8"),
-        ("p.toml", b"[prompt\n", "not valid TOML"),
+        ("p.txt", "é".encode("latin-1"), "not UTF-8 text"),
+        ("p.toml", b"[prompt\n", "is not valid TOML: line 1, column 8: a closing"),
         ("p.toml", b"[other]\nx = 1\n", r"needs a \[prompt\] table"),
         ("p.toml", b'[prompt]\nsubset = "x"\n', "subset"),
         ("p.toml", b"[prompt]\nwidth = 64\n", "prompt 1: needs a `prompt` text"),
-        ("p.json", b'["a",\n"b"', "line 2: not valid JSON"),
+        ("p.json", b'["a",\n"b"', "is not valid JSON: line 2, column 4: a comma"),
         ("p.json", b'{"prompt": "a"}', "list"),
         ("p.json", b'["a", 3]', "prompt 2: must be a prompt line or a table"),
         ("p.json", b'[{"prompt": "a", "width": "64"}]', "prompt 1: width needs a whole number, got '64'"),
@@ -183,7 +183,7 @@ def test_a_bad_file_is_named(name, content, message, tmp_path, traits):
 
 
 def test_a_missing_file_is_named(tmp_path, traits):
-    with pytest.raises(UserError, match=r"gone\.txt: cannot read"):
+    with pytest.raises(UserError, match=r"gone\.txt: there is no such file"):
         load_prompts(tmp_path / "gone.txt", traits, "ddim")
 
 
