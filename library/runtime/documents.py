@@ -22,6 +22,8 @@ if sys.version_info >= (3, 11):
 else:  # the same parser under its own name
     import tomli as tomllib
 
+_DECODER = json.JSONDecoder()
+
 LARGEST_CONFIG = 64 << 20  # bytes of a file that options, data sets or prompts are read from
 DEEPEST = 100  # tables and lists inside each other
 
@@ -29,7 +31,8 @@ _BACKSLASH = (
     "a backslash in double quotes begins an escape; write a path in 'single quotes', or with forward slashes, or with "
     "every backslash doubled"
 )
-_TOO_DEEP = f"tables or lists are nested more than {DEEPEST} deep"
+_TOO_DEEP = f"tables or lists are nested too deeply; {DEEPEST} levels are read"
+_GOES_ON = "there is more after the end of the value"
 _TOO_MANY_DIGITS = "a number has too many digits"
 
 
@@ -43,7 +46,7 @@ def decode(content: bytes) -> str:
     Raises: NotTextError: it is another encoding, or no text at all.
     """
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise NotTextError(f"not UTF-8 text (byte {error.start})") from None
     if "\0" in text:
@@ -80,21 +83,20 @@ class JsonError(ValueError):
 
     def __init__(self, problem: str, line: int | None = None, column: int | None = None):
         self.problem, self.line, self.column = problem, line, column
+        self.goes_on = problem == _GOES_ON  # there is a whole value, and more behind it
         place = "" if line is None else f"line {line}, column {column}: "
         super().__init__(f"{place}{problem}")
 
 
-def load_json(text: str | bytes, repeated: list[str] | None = None) -> Any:
-    """The value of a JSON text.
+def load_json(text: str | bytes, decoder: json.JSONDecoder = _DECODER) -> Any:
+    """The value of a JSON text; bytes are UTF-8.
 
     Args:
-        repeated: gets the keys that one object holds twice with different values; the last one counts.
+        decoder: one of `json_decoder`.
     Raises: JsonError: malformed, not UTF-8, nested too deeply for the parser, or a number with thousands of digits.
     """
     try:
-        if repeated is None:
-            return json.loads(text)
-        return json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, repeated))
+        return decoder.decode(text if isinstance(text, str) else text.decode("utf-8-sig", "surrogatepass"))
     except json.JSONDecodeError as error:
         raise JsonError(_in_our_words(error.msg, _JSON_WORDS), error.lineno, error.colno) from None
     except UnicodeDecodeError as error:
@@ -114,20 +116,25 @@ def parse_json(text: str, place: str | Path) -> Any:
     """
     repeated: list[str] = []
     try:
-        value = load_json(text, repeated)
+        value = load_json(text, json_decoder(repeated))
     except JsonError as error:
         raise UserError(f"{place} is not valid JSON: {error}") from None
     _require_shallow(value, place)
-    for key in dict.fromkeys(repeated):
+    for key in repeated:
         LOGGER.warning("%s: %r stands there more than once with different values; the last one counts", place, key)
     return value
 
 
-def _object(pairs: list[tuple[str, Any]], repeated: list[str]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        repeated += [key for key, value in pairs if made[key] != value]
-    return made
+def json_decoder(repeated: list[str]) -> json.JSONDecoder:
+    """Puts keys into `repeated` that one object has twice, with different values. JSON itself takes the last one."""
+
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        built = dict(pairs)
+        if len(built) < len(pairs):
+            repeated.extend(dict.fromkeys(key for key, value in pairs if built[key] != value))
+        return built
+
+    return json.JSONDecoder(object_pairs_hook=build)
 
 
 _JSON_WORDS = (
@@ -135,7 +142,7 @@ _JSON_WORDS = (
     ("Expecting property name", "a key in double quotes is missing"),
     ("Expecting ',' delimiter", "a comma or a closing bracket is missing"),
     ("Expecting ':' delimiter", "the colon after a key is missing"),
-    ("Extra data", "there is more after the end of the value"),
+    ("Extra data", _GOES_ON),
     ("Unterminated string", "a text in double quotes does not end"),
     ("Invalid control character", "a line break or other control character inside a text in quotes; write \\n or \\t"),
     ("Invalid \\", "a single backslash inside a text; write it twice, or use forward slashes in paths"),

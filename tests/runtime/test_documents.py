@@ -82,8 +82,8 @@ class TestToml:
             ('a = """x', "at its end: a text in quotes does not end"),
             ("a b = 1", "line 1, column 3: the equals sign"),
             ("a = " + "9" * 5000, "too many digits"),
-            ("a = " + "[" * 100_000, f"nested more than {DEEPEST} deep"),
-            ("[" + "a." * 5000 + "a]", f"nested more than {DEEPEST} deep"),
+            ("a = " + "[" * 100_000, f"nested too deeply; {DEEPEST} levels are read"),
+            ("[" + "a." * 5000 + "a]", f"nested too deeply; {DEEPEST} levels are read"),
         ],
     )
     def test_what_is_wrong_is_one_line_of_our_own(self, text, problem):
@@ -125,7 +125,7 @@ class TestJson:
             ('{"a": "C:\\data"}', "a single backslash inside a text"),
             ('{"a": 1} {}', "there is more after the end"),
             ("[" * 200_000, "nested"),
-            ("[" * 500 + "]" * 500, f"nested more than {DEEPEST} deep"),
+            ("[" * 500 + "]" * 500, f"nested too deeply; {DEEPEST} levels are read"),
             ("9" * 5000, "too many digits"),
         ],
     )
