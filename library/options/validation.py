@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.options.base import Option, Options, options_of
+from library.runtime.files import path_problem
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
@@ -46,8 +46,9 @@ def _of_value(option: Option, value: Any) -> Iterator[str]:
     if problem:
         yield problem
     wanted = option.details.exists
-    if wanted and not (Path(value).is_file() if wanted == "file" else Path(value).is_dir()):
-        yield f"there is no {wanted} {str(value)!r}"
+    fault = path_problem(value, wanted) if wanted else None
+    if fault:
+        yield f"there is no {wanted} {str(value)!r}" if fault == f"no such {wanted}" else f"{str(value)!r}: {fault}"
 
 
 def _with_origin(line: str, options: Options) -> str:

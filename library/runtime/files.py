@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 _KINDS = (
-    (stat.S_ISDIR, "it is a folder, not a file"),
-    (stat.S_ISFIFO, "it is a named pipe, not a regular file"),
-    (stat.S_ISSOCK, "it is a socket, not a regular file"),
-    (stat.S_ISCHR, "it is a device, not a regular file"),
-    (stat.S_ISBLK, "it is a device, not a regular file"),
+    (stat.S_ISDIR, "a folder, not a file"),
+    (stat.S_ISFIFO, "a named pipe, not a regular file"),
+    (stat.S_ISSOCK, "a socket, not a regular file"),
+    (stat.S_ISCHR, "a device, not a regular file"),
+    (stat.S_ISBLK, "a device, not a regular file"),
 )
 
 
@@ -26,7 +26,7 @@ class NotRegularError(OSError):
     """The path leads to a folder, a pipe, a socket or a device."""
 
     def __init__(self, path: str | Path, mode: int):
-        why = next((why for is_kind, why in _KINDS if is_kind(mode)), "it is not a regular file")
+        why = next((why for is_kind, why in _KINDS if is_kind(mode)), "no regular file")
         super().__init__(errno.ENXIO, why, os.fspath(path))
 
 
@@ -80,27 +80,23 @@ def reason(error: OSError) -> str:
 
 
 def path_problem(path: str | Path, kind: Literal["file", "folder"]) -> str | None:
-    """Why a path does not lead to a regular file or to a folder: "there is no file 'x'"; None: it does.
+    """Why a path does not lead to a regular file that may be read, or to a folder; None: it does. Without the path.
 
     Never raises, whatever the path is: too long, with a NUL, below a folder that may not be entered.
     """
-    shown = repr(os.fspath(path))
     try:
         mode = os.stat(path).st_mode
-    except ValueError:  # a NUL character
-        return f"{shown} cannot be the name of a {kind}"
-    except FileNotFoundError:
-        dangling = os.path.islink(path)
-        return f"{shown} is a link that leads nowhere" if dangling else f"there is no {kind} {shown}"
-    except NotADirectoryError:
-        return f"there is no {kind} {shown}"
+    except ValueError:
+        return "no name that a file can have (a NUL character)"
+    except (FileNotFoundError, NotADirectoryError):
+        return "a link that leads nowhere" if os.path.islink(path) else f"no such {kind}"
     except OSError as error:
-        return f"{shown} cannot be looked at ({reason(error)})"
+        return f"it cannot be looked at ({reason(error)})"
     if kind == "folder":
-        return None if stat.S_ISDIR(mode) else f"{shown} is a file, not a folder"
-    if stat.S_ISREG(mode):
-        return None if os.access(path, os.R_OK) else f"{shown} cannot be read (no permission)"
-    return f"{shown}: {NotRegularError(path, mode).strerror}"
+        return None if stat.S_ISDIR(mode) else "a file, not a folder"
+    if not stat.S_ISREG(mode):
+        return NotRegularError(path, mode).strerror
+    return None if os.access(path, os.R_OK) else "no permission to read it"
 
 
 def _refuse_other_kinds(path: str | Path) -> None:

@@ -45,7 +45,7 @@ class TestText:
 
     def test_a_pipe_is_named_with_its_option(self, tmp_path):
         os.mkfifo(tmp_path / "a")
-        with pytest.raises(UserError, match=r"^--x: .*a: the note cannot be read \(it is a named pipe"):
+        with pytest.raises(UserError, match=r"^--x: .*a: the note cannot be read \(a named pipe"):
             read_text(tmp_path / "a", "the note", option="--x")
 
     def test_too_much(self, tmp_path):

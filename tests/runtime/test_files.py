@@ -45,9 +45,9 @@ def _here(monkeypatch, tmp_path):
 def test_what_is_no_regular_file_is_refused_at_once(odd, kind):
     with pytest.raises(OSError, match=kind) as caught:
         read_bytes(odd[kind])
-    assert reason(caught.value).startswith(f"it is {kind}")
+    assert reason(caught.value).startswith(kind)
     assert caught.value.filename == str(odd[kind])
-    assert f"it is {kind}" in path_problem(odd[kind], "file")
+    assert kind in path_problem(odd[kind], "file")
 
 
 def test_a_regular_file_is_read_also_by_a_link(tmp_path):
@@ -79,21 +79,21 @@ def test_a_huge_file_costs_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("name", "kind", "problem"),
     [
-        ("none", "file", "there is no file 'none'"),
-        ("none", "folder", "there is no folder 'none'"),
-        ("a/b", "file", "there is no file 'a/b'"),
-        ("dangling", "file", "'dangling' is a link that leads nowhere"),
-        ("a", "folder", "'a' is a file, not a folder"),
-        ("x" * 5000, "file", "cannot be looked at (File name too long)"),
-        ("n\0ul", "folder", r"'n\x00ul' cannot be the name of a folder"),
+        ("none", "file", "no such file"),
+        ("none", "folder", "no such folder"),
+        ("a/b", "file", "no such file"),
+        ("dangling", "file", "a link that leads nowhere"),
+        ("a", "folder", "a file, not a folder"),
+        ("x" * 5000, "file", "it cannot be looked at (File name too long)"),
+        ("n\0ul", "folder", "no name that a file can have (a NUL character)"),
         (".", "folder", None),
+        (".", "file", "a folder, not a file"),
     ],
 )
 def test_a_path_says_what_is_wrong_with_it(tmp_path, name, kind, problem):
     (tmp_path / "a").write_bytes(b"")
     (tmp_path / "dangling").symlink_to("nowhere")
-    found = path_problem(name, kind)
-    assert found is None if problem is None else problem in found
+    assert path_problem(name, kind) == problem
 
 
 def test_a_nul_in_a_path_is_an_os_error():
