@@ -51,13 +51,13 @@ def run(family: str, method: str, argv: Sequence[str] | None = None) -> None:
     try:
         _train(family, method, sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        logs.end_progress()
-        print(error.render(), file=sys.stderr)
-        raise SystemExit(2) from None
+        logs.fail(error)
     except KeyboardInterrupt:
         logs.end_progress()
         print("interrupted; what was saved before is whole", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        logs.fail_for_the_machine(error)
 
 
 def load_family(family: str, argv: Sequence[str]) -> tuple[Family, Models]:

@@ -11,12 +11,13 @@ from library.options.base import Options
 from library.options.picture_tools import ShowMetadataOptions
 from library.options.preparation import WorkOptions
 from library.runtime.logs import LOGGER
+from library.screen import UNSEEN
 
 GROUPS = (ShowMetadataOptions, WorkOptions)
 
 
 def show_metadata(opts: Options) -> None:
-    """Prints the metadata of --model as JSON."""
+    """Prints the metadata of --model as JSON, whole: it is what the script is for, however long a value is."""
     metadata, _ = read_header(opts.shown.model)
     if not metadata:
         LOGGER.warning("%s has no metadata", opts.shown.model)
@@ -30,6 +31,8 @@ def as_json(metadata: Mapping[str, str], encoding: str) -> str:
         encoding: that of the place it goes to; JSON's escapes (as in \\u3042) are used where it lacks a sign.
     """
     text = json.dumps(metadata, indent=4, sort_keys=True, ensure_ascii=False)
+    # JSON escapes most of the characters that a terminal obeys; the others get its escape too.
+    text = UNSEEN.sub(lambda one: one[0] if one[0] == "\n" else f"\\u{ord(one[0]):04x}", text)
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
