@@ -70,7 +70,7 @@ class Option:
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, bool) or not isinstance(item, int | float):
                 continue
-            if not math.isfinite(item):
+            if isinstance(item, float) and not math.isfinite(item):
                 return f"must be a finite number, got {item}"
             if self.kind == "int_or_float" and isinstance(item, float) and item > 1:
                 return f"must be a whole number of steps or a share from 0 to 1, got {item}"

@@ -15,11 +15,17 @@ if TYPE_CHECKING:
 
 def problems(options: Options, traits: FamilyTraits) -> list[str]:
     """One line per problem, e.g. "--network_dim: must be at least 1, got 0 (from run.toml)"; empty if all is well."""
-    lines = []
+    lines: list[str] = []
+    outside = {}  # values that no check of several options may calculate with
     for group in options.groups:
         for option in options_of(type(group)):
-            lines += [f"{option.flag}: {problem}" for problem in _of_value(option, getattr(group, option.dest))]
-        lines += group.check(options, traits)
+            value = getattr(group, option.dest)
+            lines += [f"{option.flag}: {problem}" for problem in _of_value(option, value)]
+            if option.range_problem(value):
+                outside[option.dest] = option.default
+    sound = options.replaced(**outside) if outside else options
+    for group in sound.groups:
+        lines += group.check(sound, traits)
     return [_with_origin(line, options) for line in dict.fromkeys(lines)]
 
 

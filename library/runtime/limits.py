@@ -26,7 +26,7 @@ _ALLOCATORS = (
 
 def as_user_error(error: BaseException) -> UserError | None:
     """One line for what a user can act on; None for what may be a fault of the code, whose traceback is wanted."""
-    what = _exhausted(error)
+    what = exhausted(error)
     if what:
         return UserError(
             f"the {what} does not suffice ({_first_line(error)}); use smaller images, batches or network dimensions, "
@@ -40,7 +40,7 @@ def as_user_error(error: BaseException) -> UserError | None:
     return UserError(f"{reason(error)}; nothing more can be written") if error.errno in _OF_THE_MACHINE else None
 
 
-def _exhausted(error: BaseException) -> str | None:
+def exhausted(error: BaseException) -> str | None:
     """Which memory an error says to be exhausted."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
         return "GPU memory"
