@@ -9,7 +9,7 @@ from typing import Any
 
 import toml
 
-from library.data.config_schema import DATASET, GENERAL, NOT_IN_STYLE, SUBSET, check_table
+from library.data.config_schema import DATASET, GENERAL, NOT_IN_STYLE, SUBSET, as_meant, check_table
 from library.errors import UserError
 
 
@@ -18,7 +18,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises: UserError: the file is missing, malformed, or has unknown keys, wrong types or no datasets.
     """
-    config = _parse(path)
+    config = _with_values_as_meant(_parse(path))
     problems = [f"{path}: unknown table '{name}'; known are general, datasets" for name in config.keys() - _TABLES]
     general, datasets = config.get("general", {}), config.get("datasets", [])
     if isinstance(general, Mapping):
@@ -56,6 +56,19 @@ def _parse(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error}", hint=hint) from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: must hold one object with general and datasets")
+    return config
+
+
+def _with_values_as_meant(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the values of its tables put right; what is no table stays, for the check of its shape."""
+    config = dict(config)
+    if isinstance(config.get("general"), Mapping):
+        config["general"] = as_meant(config["general"])
+    if _are_tables(config.get("datasets")):
+        config["datasets"] = [as_meant(dataset) for dataset in config["datasets"]]
+        for dataset in config["datasets"]:
+            if _are_tables(dataset.get("subsets")):
+                dataset["subsets"] = [as_meant(subset) for subset in dataset["subsets"]]
     return config
 
 
