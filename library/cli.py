@@ -132,10 +132,13 @@ def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Opt
     from library.data.blueprint import build_specs
     from library.options import parsing, scripts, validation
     from library.options.logging import absolute_paths
+    from library.options.optimizer import default_rate
 
     groups = scripts.groups_for(family_name, method_name)
     description = _description(family_name, method_name)
-    opts = parsing.parse_options(groups, argv, prog=_script_name(), description=description)
+    opts = parsing.parse_options(
+        groups, argv, prog=_script_name(), description=description, elsewhere=registry.options_elsewhere
+    )
     main = int(os.environ.get("RANK", "0")) == 0  # the other processes report errors only
     level = opts.logging.console_log_level if main else "ERROR"
     logs.setup_logging(level, opts.logging.console_log_file, opts.logging.console_log_simple)
@@ -154,7 +157,7 @@ def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Opt
         raise UserError(*problems)
     for line in validation.warnings(opts, traits):
         LOGGER.warning("%s", line)
-    for line in absolute_paths(opts):
+    for line in filter(None, (default_rate(opts), *absolute_paths(opts))):
         LOGGER.info("%s", line)
     return opts, specs, traits
 

@@ -6,6 +6,9 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from library.options import scripts
+from library.options.base import Option, options_of
+
 if TYPE_CHECKING:
     from library.families.base import Family, FamilyTraits
     from library.methods.base import Method
@@ -21,6 +24,16 @@ METHODS = {
     "finetune": ("library.methods.finetune", "FinetuneMethod"),
     "dreambooth": ("library.methods.finetune", "FinetuneMethod"),
 }
+
+
+def options_elsewhere() -> dict[str, dict[str, Option]]:
+    """The options of all training scripts, name -> script -> option; torch is not needed."""
+    found: dict[str, dict[str, Option]] = {}
+    for family in FAMILIES:
+        for script, method in scripts.scripts_of(family).items():
+            for option in (option for group in scripts.groups_for(family, method) for option in options_of(group)):
+                found.setdefault(option.dest, {})[f"{script}.py"] = option
+    return found
 
 
 def family_module(family: str, name: str) -> ModuleType:

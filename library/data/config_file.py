@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from library.data.config_schema import DATASET, GENERAL, NOT_IN_STYLE, PATHS, SUBSET, check_table
+from library.data.config_schema import DATASET, GENERAL, NOT_IN_STYLE, SUBSET, as_meant, check_table
 from library.errors import UserError
 from library.runtime.documents import parse_json, parse_toml, read_text
 
@@ -16,7 +16,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises: UserError: the file is missing, malformed, or has unknown keys, wrong types or no datasets.
     """
-    config = _without_blanks(_parse(path))
+    config = _with_values_as_meant(_parse(path))
     problems = [f"{path}: unknown table '{name}'; known are general, datasets" for name in config.keys() - _TABLES]
     general, datasets = config.get("general", {}), config.get("datasets", [])
     if isinstance(general, Mapping):
@@ -47,17 +47,17 @@ def _parse(path: Path) -> dict[str, Any]:
     return config
 
 
-def _without_blanks(table: Any) -> Any:
-    """Without the keys whose value is an empty text, or a blank path: fields that a GUI's user has left empty."""
-    if isinstance(table, list):
-        return [_without_blanks(one) for one in table]
-    if not isinstance(table, Mapping):
-        return table
-    return {
-        key: _without_blanks(value)
-        for key, value in table.items()
-        if value != "" and not (key in PATHS and isinstance(value, str) and not value.strip())
-    }
+def _with_values_as_meant(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the values of its tables put right; what is no table stays, for the check of its shape."""
+    config = dict(config)
+    if isinstance(config.get("general"), Mapping):
+        config["general"] = as_meant(config["general"])
+    if _are_tables(config.get("datasets")):
+        config["datasets"] = [as_meant(dataset) for dataset in config["datasets"]]
+        for dataset in config["datasets"]:
+            if _are_tables(dataset.get("subsets")):
+                dataset["subsets"] = [as_meant(subset) for subset in dataset["subsets"]]
+    return config
 
 
 def _are_tables(value: Any) -> bool:

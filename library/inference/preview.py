@@ -49,25 +49,16 @@ class Preview:
 
     @classmethod
     def from_options(cls, opts: Options, family: Family) -> Preview:
-        """Reads --sample_prompts; without that option the preview is never due.
+        """Reads --sample_prompts; without that option, or any occasion for images, the preview is never due.
 
-        Raises: UserError: a bad prompt file, or an occasion without prompts.
+        Raises: UserError: a bad prompt file.
         """
         sampling = opts.sampling
         prompts = []
-        if sampling.sample_prompts is not None:
+        if sampling.draws:
             _advise_sampler(opts, family.traits)
             prompts = load_prompts(sampling.sample_prompts, family.traits, sampling.sample_sampler)
-        preview = cls(opts, family, prompts)
-        wanted = preview.at_first or preview.every_n_steps or preview.every_n_epochs
-        if wanted and not prompts:
-            raise UserError("sample images are asked for without prompts: give a prompt file with --sample_prompts")
-        if prompts and not wanted:
-            LOGGER.warning(
-                "--sample_prompts has no effect without --sample_every_n_steps, --sample_every_n_epochs "
-                "or --sample_at_first"
-            )
-        return preview
+        return cls(opts, family, prompts)
 
     def due(self, step: int, epoch_end: int | None = None) -> bool:
         """Whether to render now.

@@ -15,7 +15,7 @@ from library.checkpoints.metadata import finalise
 from library.checkpoints.writing import write_safetensors, write_torch
 from library.errors import UserError
 from library.methods.base import Method
-from library.methods.network_args import block_layout, require_network_module, split_args
+from library.methods.network_args import DEFAULT_DIM, block_layout, require_network_module, split_args
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from library.options.base import Options
     from library.types import Batch, LoraTarget, Models
     from networks.base import TrainableNetwork
-
-DEFAULT_DIM = 4
 
 
 class NetworkMethod(Method):
@@ -237,9 +235,8 @@ def part_rates(opts: Options, text_encoders: tuple[str, ...]) -> dict[str, float
     options, common = opts.method, opts.optimizer.learning_rate
     rates: dict[str, float] = {}
     if not options.network_train_unet_only:
-        listed = list(options.text_encoder_lr or []) or [common]
-        for index, part in enumerate(text_encoders):
-            rates[part] = listed[min(index, len(listed) - 1)] or 0.0
+        for part, rate in zip(text_encoders, options.text_rates(len(text_encoders)), strict=True):
+            rates[part] = (common if rate is None else rate) or 0.0
     if not options.network_train_text_encoder_only:
         rates["denoiser"] = (common if options.unet_lr is None else options.unet_lr) or 0.0
     return rates

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from library.families.base import FamilyTraits
 
 
+_BUCKETS = ("enable_bucket", "dataset_config")
 MOST_REPEATS = 1_000_000  # passes over one image in one epoch
 
 
@@ -66,29 +67,40 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
         alias_of="caption_extension",
         deprecated="--caption_extension",
     )
-    caption_separator: str = opt(",", "sign between the parts (tags) of a caption")
-    secondary_separator: str | None = opt(None, "sign between tags that are shuffled and dropped as one, e.g. ;;;")
+    caption_separator: str = opt(",", "sign between the parts (tags) of a caption", verbatim=True)
+    secondary_separator: str | None = opt(
+        None, "sign between tags that are shuffled and dropped as one, e.g. ;;;", verbatim=True
+    )
     shuffle_caption: bool = opt(False, "shuffle the parts of a caption anew each time")
     keep_tokens: int = opt(0, "number of leading caption parts that are neither shuffled nor dropped", at_least=0)
     keep_tokens_separator: str = opt(
-        "", "sign such as ||| that parts fixed parts of a caption from those that may be shuffled and dropped"
+        "",
+        "sign such as ||| that parts fixed parts of a caption from those that may be shuffled and dropped",
+        verbatim=True,
     )
     enable_wildcard: bool = opt(False, "choose one of {a|b|c}, and one line of captions with several lines, each time")
-    caption_prefix: str | None = opt(None, "text put before every caption")
-    caption_suffix: str | None = opt(None, "text put after every caption")
+    caption_prefix: str | None = opt(None, "text put before every caption", verbatim=True)
+    caption_suffix: str | None = opt(None, "text put after every caption", verbatim=True)
     caption_dropout_rate: float = opt(0.0, "share of pictures trained with an empty caption", at_least=0, at_most=1)
     caption_dropout_every_n_epochs: int = opt(0, "every so many epochs, train without any caption; 0 = off", at_least=0)
     caption_tag_dropout_rate: float = opt(0.0, "share of caption parts left out each time", at_least=0, at_most=1)
-    token_warmup_min: int = opt(1, "caption parts used at the start of the token warm-up", at_least=0)
+    token_warmup_min: int = opt(
+        1,
+        "caption parts used at the start of the token warm-up",
+        at_least=0,
+        only_with=("token_warmup_step", "dataset_config"),
+    )
     token_warmup_step: float = opt(
         0, "step from which whole captions are used; below 1 it is a share of the run", at_least=0
     )
 
     enable_bucket: bool = opt(False, "train at several aspect ratios, each picture at the nearest one")
-    min_bucket_reso: int = opt(256, "shortest side of a bucket in pixels", at_least=1)
-    max_bucket_reso: int = opt(1024, "longest side of a bucket in pixels", at_least=1)
-    bucket_reso_steps: int = opt(64, "sides of buckets are multiples of this many pixels", at_least=1)
-    bucket_no_upscale: bool = opt(False, "never enlarge pictures; make buckets to fit them instead")
+    min_bucket_reso: int = opt(256, "shortest side of a bucket in pixels", at_least=1, only_with=_BUCKETS)
+    max_bucket_reso: int = opt(1024, "longest side of a bucket in pixels", at_least=1, only_with=_BUCKETS)
+    bucket_reso_steps: int = opt(
+        64, "sides of buckets are multiples of this many pixels", at_least=1, only_with=_BUCKETS
+    )
+    bucket_no_upscale: bool = opt(False, "never enlarge pictures; make buckets to fit them instead", only_with=_BUCKETS)
     resize_interpolation: Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"] | None = opt(
         None, "how pictures are resized; by default area when shrinking and lanczos when enlarging"
     )
@@ -106,7 +118,7 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
         False, "encode all pictures once and keep the latents in files beside them, for this run and later ones"
     )
     skip_cache_check: bool = opt(False, "trust latent files without looking into them")
-    vae_batch_size: int = opt(1, "pictures that the VAE encodes at once while caching", at_least=1)
+    vae_batch_size: int = opt(1, "pictures that the VAE encodes at once while caching", at_least=1, off=0)
 
     max_data_loader_n_workers: int = opt(
         8, "most processes that load pictures; 0 loads them in the main one", at_least=0
@@ -145,11 +157,8 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
             yield f"--resolution: must be one number or width,height in pixels, got {self.resolution!r}"
         elif self.dataset_config:
             return  # the file may say otherwise about everything below
-        elif not self.enable_bucket and any(side % traits.bucket_step for side in sides):
-            yield (
-                f"--resolution: sides must be multiples of {traits.bucket_step}, got {self.resolution}; "
-                "choose another size, or add --enable_bucket"
-            )
+        elif not self.enable_bucket and min(sides) < traits.pixel_multiple:
+            yield f"--resolution: sides must be at least {traits.pixel_multiple}, got {self.resolution}"
         elif self.enable_bucket and not self.bucket_no_upscale:
             low, high = self._bucket_limits()
             if min(sides) < low:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from library.errors import UserError
-from library.options.base import OptionGroup, Options, opt, options_of
+from library.options.base import COMMAND_LINE, OptionGroup, Options, opt, options_of
 from library.options.nearest import did_you_mean
 from library.runtime.documents import read_toml
 
@@ -108,7 +108,7 @@ def absolute_paths(opts: Options) -> list[str]:
     if "wandb" not in opts.logging.trackers:
         return []
     values = opts.flat()
-    told = [name for name in opts.given if opts.origin(name) == "command line" and holds_absolute_path(values[name])]
+    told = [name for name in opts.given if opts.origin(name) == COMMAND_LINE and holds_absolute_path(values[name])]
     if not told:
         return []
     flags = ", ".join(f"--{name}" for name in sorted(told))
@@ -137,7 +137,7 @@ def secrets(opts: Options) -> dict[str, str]:
 
 def _visible_secrets(opts: Options) -> Iterator[str]:
     for name in secrets(opts):
-        if opts.origin(name) == "command line":
+        if opts.origin(name) == COMMAND_LINE:
             variable = _SECRETS_IN_ENVIRONMENT.get(name)
             other = f", or set {variable} in the environment" if variable else ""
             stored = ", and Weights & Biases stores command lines" if "wandb" in opts.logging.trackers else ""

@@ -75,7 +75,7 @@ def problems(opts: Options, environ: Mapping[str, str] = os.environ) -> Iterator
         "--stochastic_rounding": memory.stochastic_rounding,
         "--fused_backward_pass": opts.optimizer.fused_backward_pass,
         "--fused_optimizer_groups or --blockwise_fused_optimizers": fused is not None and fused.in_use,
-        "--torch_compile": memory.torch_compile,
+        "--torch_compile": memory.compiles,
         "--lowram": memory.lowram,  # each device would get the whole model first
         "--fp16_master_weights_and_gradients": opts.distributed.fp16_master_weights_and_gradients,
     }

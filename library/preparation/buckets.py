@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from library import registry
 from library.errors import UserError
 from library.options import scripts
-from library.options.base import Given, Options, build_options, opt
+from library.options.base import COMMAND_LINE, Given, Options, build_options, opt
 from library.options.bucketing import BucketingOptions
 from library.options.data import DataOptions
 from library.options.large_models import LargeModelOptions
@@ -114,7 +114,7 @@ def _as_training(options: ModelBucketingOptions, family: str) -> Options:
         *(LargeModelOptions, parts.family_options(family), DataOptions, LossOptions, TrainingOptions),
         *(MemoryOptions, DistributedOptions),
     )
-    return build_options(groups, {name: Given(value, "command line") for name, value in said.items()})
+    return build_options(groups, {name: Given(value, COMMAND_LINE) for name, value in said.items()})
 
 
 def _spec(training: Options, family: str) -> DatasetSpec:

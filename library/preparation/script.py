@@ -12,6 +12,7 @@ from library.options import parsing, validation
 from library.options.base import OptionGroup, Options, options_of
 from library.preparation.outcome import Outcome
 from library.preparation.pictures import gathered, is_first, processes
+from library.registry import options_elsewhere
 from library.runtime import logs
 from library.runtime.logs import LOGGER
 
@@ -68,7 +69,9 @@ def _options(
     description: str,
     traits: Callable[[Options], FamilyTraits | None],
 ) -> Options:
-    opts = parsing.parse_options(groups, argv, prog=os.path.basename(sys.argv[0]), description=description)
+    opts = parsing.parse_options(
+        groups, argv, prog=os.path.basename(sys.argv[0]), description=description, elsewhere=options_elsewhere
+    )
     values = opts.flat()
     level = values["console_log_level"] if is_first() else "ERROR"  # the other processes report errors only
     _set_up_messages(level, values)
