@@ -18,6 +18,7 @@ from library.errors import UserError
 from library.runtime.logs import LOGGER
 from library.types import Size
 
+_MOST_ITEMS = 20_000_000  # of an epoch, whose order is a list in memory
 _MOST_PIXELS = 10**8  # of a picture that is enlarged for its bucket
 
 
@@ -68,6 +69,15 @@ class _Look(NamedTuple):
     reason: str = ""
 
 
+class _Seen(NamedTuple):
+    """A record, and what was seen on the way that only the report tells."""
+
+    record: Record
+    turned: bool  # by EXIF orientation
+    moving: bool  # more than one frame
+    captioned: bool  # a file says its caption, be it empty
+
+
 def read_records(
     specs: Sequence[DatasetSpec], index: FileIndex, seed: int, *, strict: bool = False, main: bool = True
 ) -> tuple[list[Record], list[Record], Findings]:
@@ -83,7 +93,7 @@ def read_records(
 
     Raises: UserError: nothing is left, captions cannot be read, or pictures of the wrong size without buckets.
     """
-    findings, records = Findings(), []
+    findings, seen = Findings(), []
     notes = Notes(findings.warnings, findings.dropped, [], findings.forgotten)
     for number, spec in enumerate(specs):
         for subset in spec.subsets:
@@ -91,8 +101,9 @@ def read_records(
             looks = _look_at(pictures, index)
             found = _usable(pictures, looks, subset, number, spec, findings, notes.problems)
             if main and subset.cache_info and not notes.problems:
-                _keep_info(subset, found)
-            records += found
+                _keep_info(subset, [one.record for one in found])
+            seen += found
+    records = [one.record for one in seen]
     _check_masks(records, index, findings)
     _check_looks(records, index, findings)
     if strict:
@@ -100,7 +111,10 @@ def read_records(
     if notes.problems:
         raise UserError(*dict.fromkeys(notes.problems))
     dropped = {path for path, _ in findings.dropped}
-    records = [record for record in records if record.path not in dropped]
+    seen = [one for one in seen if one.record.path not in dropped]
+    _count(seen, findings)
+    findings.forgotten[:] = [path for path in findings.forgotten if path not in dropped]
+    records = [one.record for one in seen]
     train, held_out = hold_out(records, specs, seed, findings.copies)
     balanced = [
         record
@@ -158,8 +172,8 @@ def _usable(
     spec: DatasetSpec,
     findings: Findings,
     problems: list[str],
-) -> list[Record]:
-    records, wrong_size, fitted = [], [], []
+) -> list[_Seen]:
+    seen, wrong_size, fitted = [], [], []
     bucket_of = bucket_chooser(spec)
     for one, look in zip(pictures, looks, strict=True):
         if look.size is None:
@@ -174,25 +188,23 @@ def _usable(
         else:
             if not spec.enable_bucket and one.bucket is None and frame[1] is not None:
                 fitted.append(one.path)
-            _count(look, one, frame, findings)
-            records.append(
-                Record(
-                    path=one.path,
-                    caption=_caption(one, subset, findings),
-                    size=look.size,
-                    bucket=frame[0],
-                    resized=frame[1],
-                    subset=subset,
-                    dataset=number,
-                    repeats=subset.num_repeats,
-                    present=one.present,
-                    flip=subset.flip_aug or one.flip_file,
-                    conditioning=one.conditioning,
-                    tags=one.tags,
-                )
+            record = Record(
+                path=one.path,
+                caption=one.caption if one.caption is not None else subset.class_tokens or "",
+                size=look.size,
+                bucket=frame[0],
+                resized=frame[1],
+                subset=subset,
+                dataset=number,
+                repeats=subset.num_repeats,
+                present=one.present,
+                flip=subset.flip_aug or one.flip_file,
+                conditioning=one.conditioning,
+                tags=one.tags,
             )
+            seen.append(_Seen(record, look.turned, look.frames > 1, one.caption is not None))
     varied = [name for name in ("color_aug", "random_crop", "face_crop_aug_range") if getattr(subset, name)]
-    if varied and any(not record.present for record in records):
+    if varied and any(not one.record.present for one in seen):
         why = "needs the pictures, and some have latents only"
         problems.append(f"{subset.place}: {varied[0]} {why}; remove {varied[0]}")
     if fitted:
@@ -208,16 +220,21 @@ def _usable(
             f"{subset.place}: {len(wrong_size)} of {len(looks)} pictures do not have the size {wanted} "
             f"(the first is {path.name}, {size.width}x{size.height}); set enable_bucket, or resize them"
         )
-    return records
+    return seen
 
 
-def _count(look: _Look, one: Found, frame: tuple[Size, Size | None], findings: Findings) -> None:
-    bucket, resized = frame
-    if resized is not None and 2 * bucket.width * bucket.height < resized.width * resized.height:
-        findings.cut.append(one.path)
-    findings.turned += look.turned
-    findings.moving += look.frames > 1
-    findings.latents_only += not one.present
+def _count(seen: Iterable[_Seen], findings: Findings) -> None:
+    """What the user is told about the images that are used; those that were left out count nowhere else."""
+    for record, turned, moving, captioned in seen:
+        bucket, resized = record.bucket, record.resized
+        if resized is not None and 2 * bucket.width * bucket.height < resized.width * resized.height:
+            findings.cut.append(record.path)
+        findings.turned += turned
+        findings.moving += moving
+        findings.latents_only += not record.present
+        findings.uncaptioned += not captioned
+        findings.without_words += not captioned and record.subset.class_tokens is None
+        findings.empty_captions += captioned and record.caption == ""
 
 
 def bucket_chooser(spec: DatasetSpec) -> Callable[[Size], Fit | None]:
@@ -259,15 +276,6 @@ def _frame(
     return (spec.resolution, None) if covers and may_be_cut else None
 
 
-def _caption(one: Found, subset: SubsetSpec, findings: Findings) -> str:
-    if one.caption is None:
-        findings.uncaptioned += 1
-        findings.without_words += subset.class_tokens is None
-        return subset.class_tokens or ""
-    findings.empty_captions += one.caption == ""
-    return one.caption
-
-
 def balance_regularisation(records: Sequence[Record], findings: Findings) -> list[Record]:
     """Evens out one dataset: regularisation pictures come until their repeats reach the training pictures'.
 
@@ -307,3 +315,9 @@ def _check_what_is_left(records: Sequence[Record], specs: Sequence[DatasetSpec],
         )
     for line in findings.warnings:
         LOGGER.warning(line)
+    items = sum(record.repeats for record in records)
+    if items > _MOST_ITEMS:
+        raise UserError(
+            f"an epoch would have {items:,} images with their repeats, more than {_MOST_ITEMS:,}; lower num_repeats, "
+            "or the repeats in the names of folders"
+        )
