@@ -22,6 +22,7 @@ from library.training import joining
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from library.data.blueprint import DatasetSpec
     from library.families.base import Family, FamilyTraits
     from library.options.base import Options
     from library.options.sharding import Sharding
@@ -128,11 +129,8 @@ def _train(family_name: str, method_name: str, argv: Sequence[str]) -> None:
 
 
 def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Options, list[Any], FamilyTraits]:
-    """Everything that can be wrong and is cheap to know, all at once, before torch is imported."""
-    from library.data.blueprint import build_specs
-    from library.options import parsing, scripts, validation
-    from library.options.logging import absolute_paths
-    from library.options.optimizer import default_rate
+    """The options, with everything that can be wrong and is cheap to know told at once, before torch is imported."""
+    from library.options import parsing, scripts
 
     groups = scripts.groups_for(family_name, method_name)
     description = _description(family_name, method_name)
@@ -143,8 +141,21 @@ def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Opt
     level = opts.logging.console_log_level if main else "ERROR"
     logs.setup_logging(level, opts.logging.console_log_file, opts.logging.console_log_simple)
     traits = scripts.traits_for(family_name)
+    return opts, checked(opts, family_name, method_name, traits), traits
+
+
+def checked(opts: Options, family_name: str, method_name: str, traits: FamilyTraits) -> list[DatasetSpec]:
+    """The datasets that the options describe, and in the log what the user should know about the options.
+
+    Raises: UserError: everything that is wrong with the options, and with the files as far as names and headers tell.
+    """
+    from library.data.blueprint import build_specs
+    from library.options import validation
+    from library.options.logging import absolute_paths
+    from library.options.optimizer import default_rate
+
     problems = list(validation.problems(opts, traits))
-    specs: list[Any] = []
+    specs: list[DatasetSpec] = []
     if not problems:  # the options make sense: now the files that they name
         problems += registry.method_problems(method_name, opts, traits)
         problems += registry.path_problems(family_name, opts)
@@ -159,7 +170,7 @@ def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Opt
         LOGGER.warning("%s", line)
     for line in filter(None, (default_rate(opts), *absolute_paths(opts))):
         LOGGER.info("%s", line)
-    return opts, specs, traits
+    return specs
 
 
 def _plan_run(opts: Options, data: Any, accelerator: Accelerator) -> RunPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -254,9 +255,9 @@ def _check_places(subset: SubsetSpec, place: str, *, by_flags: bool) -> Iterable
     folder = subset.image_dir
     for name in () if by_flags else ("metadata_file", "conditioning_data_dir"):
         path, kind = getattr(subset, name), "file" if name == "metadata_file" else "folder"
-        if path is not None and not (path.is_file() if kind == "file" else path.is_dir()):
+        if path is not None and not (os.path.isfile(path) if kind == "file" else os.path.isdir(path)):
             yield f"{place}: {name} {path} is no {kind}"
-    if folder is not None and not folder.is_dir():
+    if folder is not None and not os.path.isdir(folder):
         yield f"{place}: image_dir {folder} is no folder"
 
 
@@ -272,7 +273,7 @@ def _why_empty(subset: SubsetSpec) -> str:
     folder = subset.image_dir
     if subset.num_repeats < 1:
         return f"{subset.place}: num_repeats = 0"
-    if folder is not None and folder.is_dir() and subset.metadata_file is None and not has_images(folder):
+    if folder is not None and os.path.isdir(folder) and subset.metadata_file is None and not has_images(folder):
         return f"no images in {folder}"
     return ""
 
@@ -280,7 +281,7 @@ def _why_empty(subset: SubsetSpec) -> str:
 def _check_masks(specs: Sequence[DatasetSpec], opts: Options) -> Iterable[str]:
     subsets = [subset for spec in specs for subset in spec.subsets]
     folders = [subset.conditioning_data_dir for subset in subsets if subset.conditioning_data_dir]
-    if folders and not opts.loss.masked_loss and folders[0].is_dir():
+    if folders and not opts.loss.masked_loss and os.path.isdir(folders[0]):
         yield f"conditioning_data_dir {folders[0]}: its pictures are masks for --masked_loss; add that, or remove them"
     if opts.loss.masked_loss and not folders and not any(subset.alpha_mask for subset in subsets):
         yield "--masked_loss: there are no masks; name their folder in conditioning_data_dir, or set alpha_mask"
@@ -326,7 +327,7 @@ def _flag_of_data(opts: Options) -> str:
 def _repeating(parent: str, flag: str, problems: list[str]) -> list[dict[str, Any]]:
     """The sub-folders named <repeats>_<class tokens> as subset tables."""
     folder = Path(parent).expanduser()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         problems.append(f"--{flag}: {folder} is no folder")
         return []
     found, ignored = repeat_folders(folder)
@@ -345,12 +346,12 @@ def _repeating(parent: str, flag: str, problems: list[str]) -> list[dict[str, An
 def _folders_with_masks(pictures: str, masks: str, problems: list[str]) -> list[dict[str, Any]]:
     """One folder of pictures, or <repeats>_<class tokens> folders; masks lie in `masks` or its sub-folders so named."""
     folder = Path(pictures).expanduser()
-    if folder.is_dir() and has_images(folder):
+    if os.path.isdir(folder) and has_images(folder):
         return [{"image_dir": pictures, "conditioning_data_dir": masks}]
     tables = _repeating(pictures, "train_data_dir", problems)
     for table in tables:
         own = Path(masks).expanduser() / Path(table["image_dir"]).name
-        table["conditioning_data_dir"] = str(own) if own.is_dir() else masks
+        table["conditioning_data_dir"] = str(own) if os.path.isdir(own) else masks
     return tables
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class LoggingOptions(ConsoleOptions, group="logging", title="Messages and logs")
             yield f"--log_with: {self.log_with} needs --logging_dir, the folder to write to"
         if "wandb" in self.trackers and not _wandb_is_installed():
             yield f"--log_with: {self.log_with} needs the package wandb; install it with: pip install wandb"
-        elif self.log_tracker_config and Path(self.log_tracker_config).is_file():
+        elif self.log_tracker_config and os.path.isfile(self.log_tracker_config):
             try:
                 read_tracker_config(self.log_tracker_config, self.trackers)
             except UserError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,5 +30,5 @@ class ModelOptions(OptionGroup, group="model", title="Model"):
         if self.needs_name and not self.pretrained_model_name_or_path:
             yield "--pretrained_model_name_or_path: missing; give a checkpoint file, a Diffusers folder or a hub id"
         folder = self.tokenizer_cache_dir
-        if folder and not Path(folder).is_dir() and (reason := unwritable(Path(folder))):
+        if folder and not os.path.isdir(folder) and (reason := unwritable(Path(folder))):
             yield f"--tokenizer_cache_dir: {folder} cannot be made: {reason}"

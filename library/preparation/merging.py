@@ -83,7 +83,7 @@ def merge(options: MergeOptions, field: Field) -> Outcome:
 def _entries_before(options: MergeOptions, target: Path) -> dict[str, dict[str, Any]]:
     source = Path(options.in_json) if options.in_json else target
     if options.in_json is None:
-        if not source.exists():
+        if not os.path.exists(source):
             return {}
         LOGGER.info("%s is there already: what it says of other things stays", source)
     return read_metadata(source, may_be_empty=True)

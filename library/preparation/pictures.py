@@ -81,7 +81,7 @@ def _closed(folder: Path) -> str | None:
 
 def _walk(folder: Path, recursive: bool) -> Iterator[tuple[Path, list[str]]]:
     """Folders with the names of their files."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}")
     seen: set[str] = set()
     for place, below, names in os.walk(folder, onerror=_refuse, followlinks=True):

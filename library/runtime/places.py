@@ -23,9 +23,15 @@ def cache_folder() -> Path:
 
 def unwritable(folder: Path) -> str | None:
     """Why a folder that is there, or will be made, takes no files; None: it takes them, as far as can be told."""
+    try:
+        os.lstat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name that is too long, or that no file can have
+        return f"{folder} cannot be made ({getattr(error, 'strerror', None) or error})"
     place = folder
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
-    if not place.is_dir():
+    if not os.path.isdir(place):
         return f"{place} is no folder" if os.path.lexists(place) else f"there is no {place}"
     return None if os.access(place, os.W_OK | os.X_OK) else f"no permission to write to {place}"

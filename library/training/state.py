@@ -6,6 +6,7 @@ Random streams are not part of it. They follow from the seed and from how many s
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -53,7 +54,7 @@ def read_progress(folder: Path) -> Progress | None:
 
     Raises: UserError: the folder holds no state, or one whose saving was cut off.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"--resume: there is no folder {folder}")
     missing = [name for name in (MODEL, OPTIMIZER, SCHEDULE) if not (folder / name).is_file()]
     if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from library.errors import UserError
@@ -32,10 +33,10 @@ def kind_of(name: str) -> str:
     Raises: UserError: it is not there, or broken; or the hub would have to be asked and does not answer.
     """
     path = Path(name)
-    if path.is_file():
+    if os.path.isfile(name):
         with naming(path):
             return recognise_file(path) or _kind_of_pickle(path)
-    if path.is_dir():
+    if os.path.isdir(name):
         return _kind_of_folder(path)
     if not is_hub_id(name):
         raise UserError(f"{name}: no such file or folder (and not a hub id of the form owner/model)")
@@ -50,7 +51,7 @@ def family_of(name: str) -> str:
     kind = kind_of(name)
     if kind in FAMILY_OF:
         return FAMILY_OF[kind]
-    if kind == UNKNOWN and not Path(name).exists():
+    if kind == UNKNOWN and not os.path.exists(name):
         raise UserError(f"{name}: the hub does not tell what kind of model this is; say it with --family")
     if kind == VAE_ONLY:
         raise UserError(f"{name}: this is {kind}, which may belong to several families; say which one with --family")

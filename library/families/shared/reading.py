@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -127,7 +128,7 @@ def counters(weights: Weights) -> dict[str, int]:
 
 def require_model_name(name: str) -> None:
     """Raises: UserError: neither a file or folder nor anything that could be a hub id."""
-    if not Path(name).exists() and not is_hub_id(name):
+    if not os.path.exists(name) and not is_hub_id(name):
         raise UserError(f"{name}: no such file or folder (and not a hub id of the form owner/model)")
 
 

@@ -71,7 +71,7 @@ def path_problem(flag: str, name: str, problem_of: Callable[[Path], str | None])
         problem_of: what is wrong with a file or folder that exists; may raise UserError.
     """
     path = Path(name)
-    if not path.exists():
+    if not os.path.exists(name):  # unlike Path.exists, it raises nothing over names that are too long
         if is_hub_id(name):
             return None
         return f"{flag}: {name}: no such file or folder (and not a hub id of the form owner/model)"
