@@ -19,8 +19,10 @@ from library.errors import UserError
 _ORDINARY = ("torch", "numpy", "collections")  # packages that need no mention: every checkpoint names them
 # What no checkpoint needs, and hostile files use. It would become a stand-in like all else; but whoever has such a
 # file should know.
-_HOSTILE_MODULES = frozenset("os posix nt subprocess sys shutil socket runpy importlib ctypes pty".split())
-_HOSTILE_FUNCTIONS = frozenset("eval exec compile __import__ open input breakpoint".split())
+_HOSTILE_MODULES = frozenset(
+    ["os", "posix", "nt", "subprocess", "sys", "shutil", "socket", "runpy", "importlib", "ctypes", "pty"]
+)
+_HOSTILE_FUNCTIONS = frozenset(["eval", "exec", "compile", "__import__", "open", "input", "breakpoint"])
 _BUILTINS = ("builtins", "__builtin__", "io", "_io")
 _ZIP = b"PK\x03\x04"
 

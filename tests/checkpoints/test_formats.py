@@ -80,7 +80,7 @@ def test_a_header_as_long_as_a_pickle_begins(tmp_path):
         (
             "model.safetensors",
             b"",
-            r"neither a safetensors file nor a torch checkpoint \(0 bytes\); get the file again",
+            r"nor a torch checkpoint \(0 bytes\); get the file again",
         ),
         ("model.ckpt", b"no such thing", "neither a safetensors file nor a torch checkpoint"),
     ],
