@@ -24,6 +24,7 @@ from library.families.sdxl.variants import check_paths, check_text_paths
 from library.families.shared.clip import public_state
 from library.types import Batch, Models
 from tests.builders import sd_options, write_tiny_sd1
+from tests.builders.fp8 import fp8_scaled
 from tests.builders.sdxl import sdxl_options, tiny_sdxl, write_tiny_sdxl
 
 UNET, TE1, TE2 = "model.diffusion_model.", "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
@@ -263,6 +264,21 @@ def test_a_vae_that_is_replaced_is_not_needed(single_file, original, tmp_path):
     assert check_paths(sdxl_options(folder, vae=str(vae))) == []
     assert load_model(str(folder), str(vae)).source.vae_name == str(vae)
     assert "holds no VAE; give one with --vae" in check_paths(sdxl_options(folder))[0]
+
+
+def test_fp8_scaled_models_are_multiplied(single_file, tmp_path):
+    chosen = lambda key, _: "_blocks." in key or ".layers." in key or ".resblocks." in key  # noqa: E731
+    stored, meant = fp8_scaled(load_file(single_file), chosen, prefix=UNET)
+    save_file(stored, tmp_path / "scaled.safetensors")
+    save_file({key: tensor.contiguous() for key, tensor in meant.items()}, tmp_path / "meant.safetensors")
+    assert check_paths(sdxl_options(tmp_path / "scaled.safetensors")) == []
+    scaled, plain = (load_model(str(tmp_path / f"{name}.safetensors")) for name in ("scaled", "meant"))
+    for part in ("te1", "te2", "denoiser"):
+        one, other = (parts.denoiser if part == "denoiser" else parts.text_encoders[part] for parts in (scaled, plain))
+        state = other.state_dict()
+        for name, tensor in one.state_dict().items():
+            assert torch.equal(tensor, state[name].to(tensor.dtype)), name
+    assert scaled.source.preserved == plain.source.preserved
 
 
 def test_incomplete_files_are_refused(single_file, tmp_path):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.keymap import KeyMap, KeyMapError
 from library.checkpoints.reading import open_weights
+from library.checkpoints.scaled import is_scale
 from library.errors import UserError
 from library.families.flux.keymap import AE, flux_map
 from library.families.flux.variants import (
@@ -192,6 +193,9 @@ def _converted(reader: Reader, keys: KeyMap, names: Iterable[str]) -> dict[str, 
     tensors: dict[str, Tensor] = {}
     unknown = []
     for name in names:
+        if is_scale(name):
+            reader.take([name])  # so that it counts as used
+            continue
         entry = keys.by_file(name)
         if entry is None:
             unknown.append(name)

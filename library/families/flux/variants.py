@@ -43,10 +43,6 @@ STRANGERS = (
         r"\.(quant_state\.|absmax$|quant_map$)",
         "its weights are quantised to 4 bits, which cannot be trained on; use the file in 16 bits or fp8",
     ),
-    (
-        r"(^|\.)(scaled_fp8|scale_weight|weight_scale|input_scale|scale_input)$",
-        "its weights are in 8 bits with separate scales, which cannot be read; use the file in 16 bits or as plain fp8",
-    ),
 )
 
 

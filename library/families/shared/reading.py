@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from library.checkpoints.reading import SafetensorsFile, TorchFile, file_format, open_weights, read_header
+from library.checkpoints.scaled import is_scale, multiplied, scale_of
 from library.errors import UserError
 from library.families.shared import hub
 from library.families.shared.building import build, freeze, outline
@@ -67,6 +68,8 @@ def naming(path: Path | str) -> Iterator[None]:
 class Reader:
     """Takes tensors out of a file, onto torch's default device, and notes their forms.
 
+    Weights that have a scale of their own come multiplied by it; the scales, as part of their form, do not come.
+
     Args:
         dtype: what tensors become; None keeps each one's own, but for 8 bit floats, in which nothing can be computed:
             they become bfloat16.
@@ -84,9 +87,15 @@ class Reader:
         for key in keys:
             tensor = self.weights[key]
             self.forms[key] = (tensor.dtype, tuple(tensor.shape))
+            if is_scale(key):
+                continue
             is_fp8 = tensor.is_floating_point() and tensor.dtype.itemsize == 1
             dtype = self.dtype or (torch.bfloat16 if is_fp8 else tensor.dtype)
-            taken[key] = tensor.to(torch.get_default_device(), dtype)
+            device, scale = torch.get_default_device(), scale_of(key, self.weights)
+            if scale is not None:
+                self.forms[key] = (torch.bfloat16, tuple(tensor.shape))  # no 8 bits without scales hold the product
+                tensor = multiplied(key, tensor.to(device), self.weights[scale])
+            taken[key] = tensor.to(device, dtype)
         return taken
 
 
