@@ -226,7 +226,7 @@ class Sd3Family(Family):
             "ss_mode_scale": options.mode_scale,
             "modelspec.architecture": f"stable-diffusion-3-{variant}",
             "modelspec.implementation": "diffusers",
-            "modelspec.prediction_type": "epsilon",  # as all files of this family say, although it is not true
+            "modelspec.prediction_type": "flow",
             "modelspec.resolution": "1024x1024",
         }
 
