@@ -68,7 +68,7 @@ def load_family(family: str, argv: Sequence[str]) -> tuple[Family, Models]:
     from library.options import parsing, scripts
 
     logs.quiet_third_parties()
-    opts = parsing.parse_options(scripts.groups_for(family, "network"), argv)
+    opts = registry.follow_model(family, parsing.parse_options(scripts.groups_for(family, "network"), argv))
     adapter = registry.make_family(family, opts)
     return adapter, adapter.load()
 
@@ -143,6 +143,7 @@ def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Opt
     level = opts.logging.console_log_level if main else "ERROR"
     logs.setup_logging(level, opts.logging.console_log_file, opts.logging.console_log_simple)
     traits = scripts.traits_for(family_name)
+    opts = registry.follow_model(family_name, opts)
     problems = list(validation.problems(opts, traits))
     specs: list[Any] = []
     if not problems:  # the options make sense: now the files that they name
