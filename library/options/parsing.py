@@ -18,9 +18,18 @@ _ABSENT: Any = object()
 
 
 class OptionParser(argparse.ArgumentParser):
-    """argparse, with mistakes raised as UserError instead of a usage dump."""
+    """argparse, with mistakes raised as UserError instead of a usage dump.
+
+    Other programs call `parse_args`, which ends with status 2 as argparse's own does.
+    """
 
     groups: tuple[type[OptionGroup], ...] = ()
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        try:
+            return super().parse_args(args, namespace)
+        except UserError as error:
+            self.exit(2, f"{error.render()}\n")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
