@@ -163,25 +163,6 @@ def test_the_cache_folder_comes_first_then_the_models_own(tmp_path):
     assert tokenize_t5(again, CAPTIONS, 9)[0].equal(tokenize_t5(first, CAPTIONS, 9)[0])
 
 
-@pytest.mark.parametrize(
-    ("repo", "inside"), [("google--t5-v1_1-xxl", ""), ("someone--model", "tokenizer_3/")], ids=["t5's", "the model's"]
-)
-def test_the_hubs_cache_needs_no_network(tmp_path, repo, inside):
-    root = tmp_path / "hub" / f"models--{repo}"
-    write_t5_tokenizer(root / "snapshots" / "abc" / inside)
-    os.makedirs(root / "refs")
-    (root / "refs" / "main").write_text("abc")
-    tokenizer = t5_tokenizer("someone/model", "tokenizer_3")
-    assert tokenize_t5(tokenizer, ["a red house"], 4)[0].tolist() == [[4, 5, 7, 1]]
-
-
-def test_none_and_no_network(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="neither here nor in the hub's cache") as caught:
-        t5_tokenizer(None)
-    assert "--tokenizer_cache_dir" in str(caught.value.hint)
-
-
 @pytest.mark.parametrize("files", [{}, {"tokenizer.json": b"{"}, {"spiece.model": b"\x0a\xff\x01"}])
 def test_a_broken_tokenizer_is_named(tmp_path, files):
     folder = tmp_path / "google_t5-v1_1-xxl"
