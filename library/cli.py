@@ -63,13 +63,13 @@ def ending_as_a_script() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        logs.end_progress()
-        print(error.render(), file=sys.stderr)
-        raise SystemExit(2) from None
+        logs.fail(error)
     except KeyboardInterrupt:
         logs.end_progress()
         print("interrupted; what was saved before is whole", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        logs.fail_for_the_machine(error)
 
 
 def load_family(family: str, argv: Sequence[str]) -> tuple[Family, Models]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from library.errors import UserError
+from library.options.network import LARGEST_RANK
 from library.types import BlockLayout
 
 T = TypeVar("T")
@@ -242,9 +243,12 @@ class Reader:
         except ValueError:
             self.refuse(key, f"is not {'a whole number' if kind is int else 'a number'}")
             return None
+        if kind is int:  # all of them are ranks, or parts of ranks
+            most = min(most, LARGEST_RANK)
         if not (least <= value <= most and above < value < below):
             limits = {"at least": least, "above": above, "at most": most, "below": below}
-            self.refuse(key, "must be " + ", ".join(f"{k} {v:g}" for k, v in limits.items() if math.isfinite(v)))
+            words = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
+            self.refuse(key, f"must be {', '.join(words) or 'a finite number'}")
             return None
         return value
 
@@ -266,8 +270,12 @@ class Reader:
         if len(entries) != layout.total:
             self.refuse(key, f"has {len(entries)} entries, this model has {layout.total} blocks")
             return None
-        if min(entries) < 0:
+        if not all(map(math.isfinite, entries)):
+            self.refuse(key, "has an entry that is no finite number")
+        elif min(entries) < 0:
             self.refuse(key, "has an entry below 0")
+        elif kind is int and max(entries) > LARGEST_RANK:
+            self.refuse(key, f"has an entry above {LARGEST_RANK}")
         return entries
 
     def by_pattern(self, key: str, kind: Callable[[str], T]) -> tuple[tuple[re.Pattern[str], T], ...]:
@@ -283,6 +291,8 @@ class Reader:
                 number = kind(value)
                 if not 0 <= number < math.inf:
                     raise ValueError("must be at least 0")
+                if kind is int and number > LARGEST_RANK:
+                    raise ValueError(f"must be at most {LARGEST_RANK}")
                 pairs.append((re.compile(pattern), number))
             except re.error as error:
                 self.refuse(key, f"{pattern!r} is no regular expression ({error})")
@@ -322,6 +332,8 @@ class Reader:
         except ValueError:
             self.refuse(key, "holds something that is not a number")
             return [1.0] * count
+        if not all(map(math.isfinite, factors)):
+            self.refuse(key, "holds something that is no finite number")
         if len(factors) > count:
             self.refuse(key, f"has {len(factors)} entries, there are {count} such blocks")
         return (factors + [1.0] * count)[:count]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from library.errors import UserError
+from library.runtime.files import open_regular
 
 Format = Literal["safetensors", "torch"]
 
@@ -30,7 +31,7 @@ def weight_format(path: str | Path) -> Format:
     Raises: UserError: it is no weight file, or one of a format that cannot be read; the message names what it is.
     """
     path = Path(path)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         start = file.read(_ENOUGH)
     if _is_safetensors(start):
         return "safetensors"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.formats import LARGEST_HEADER, Format, weight_format
+from library.checkpoints.header import HeaderError, ParsedHeader, parse_header
 from library.errors import UserError
+from library.runtime.files import open_regular, path_problem, reason
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
@@ -42,25 +43,34 @@ def read_header(path: str | Path) -> tuple[dict[str, str], Header]:
 
     Raises: UserError: missing, truncated or not a safetensors file.
     """
+    parsed, _ = read_layout(path)
+    return parsed.metadata, {key: (tensor.dtype, tensor.shape) for key, tensor in parsed.tensors.items()}
+
+
+def read_layout(path: str | Path) -> tuple[ParsedHeader, int]:
+    """The whole header of a .safetensors file, and where its tensors begin, in bytes from the file's beginning.
+
+    Raises: UserError: as `read_header`.
+    """
     path = Path(path)
     require_file(path)
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 10 or length > min(size - 8, LARGEST_HEADER):
-            raise UserError(f"{path}: not a safetensors file, or cut short ({size:,} bytes); get the file again")
-        try:
-            header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
-            entries = {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise UserError(f"{path}: its safetensors header cannot be read; get the file again") from None
-    if size < 8 + length + end:
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 10 or length > min(size - 8, LARGEST_HEADER):
+                raise UserError(f"{path}: not a safetensors file, or cut short ({size:,} bytes); get the file again")
+            parsed = parse_header(file.read(length))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+    except HeaderError as error:
+        raise UserError(f"{path}: its safetensors header cannot be read ({error}); get the file again") from None
+    start = 8 + length
+    if size < start + parsed.end:
         raise UserError(
-            f"{path}: cut short, {size:,} bytes where its header promises {8 + length + end:,}; get the file again"
+            f"{path}: cut short, {size:,} bytes where its header promises {start + parsed.end:,}; get the file again"
         )
-    return metadata, entries
+    return parsed, start
 
 
 def file_format(path: str | Path) -> Format:
@@ -163,7 +173,11 @@ class SafetensorsFile(Mapping[str, "Tensor"]):
             raise UserError(f"{self.path}: cannot be read as safetensors ({error})") from None
 
     def dtype(self, key: str) -> torch.dtype:
-        return {word: dtype for dtype, word in safetensors_dtypes().items()}[self._words[key]]
+        word = self._words[key]
+        for dtype, known in safetensors_dtypes().items():
+            if known == word:
+                return dtype
+        raise UserError(f"{self.path}: the tensor {key!r} is of the type {word}, which cannot be used here")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -257,7 +271,7 @@ def require_weights(path: str | Path) -> None:
 
 
 def require_file(path: str | Path) -> None:
-    """Raises: UserError: `path` is not a file."""
-    if not os.path.isfile(path):
-        what = "is a folder, not a file" if os.path.isdir(path) else "no such file"
-        raise UserError(f"{path}: {what}")
+    """Raises: UserError: `path` is not a regular file that may be read."""
+    problem = path_problem(path, "file")
+    if problem:
+        raise UserError(f"{path}: {problem}")

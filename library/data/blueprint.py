@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -87,7 +88,7 @@ def build_specs(opts: Options, traits: FamilyTraits) -> list[DatasetSpec]:
         config = {"general": {}, "datasets": [{"subsets": _subsets_of_flags(opts, reader.problems)}]}
     specs = []
     for number, table in enumerate(config["datasets"], 1):
-        place = f"{file}, [[datasets]] {number}" if file else "the command line"
+        place = f"{file}, [[datasets]] {number}" if file else _flag_of_data(opts)
         spec = reader.dataset(table, place, [(general_place, config["general"])])
         if spec.subsets:
             specs.append(spec)
@@ -317,6 +318,11 @@ def _subsets_of_flags(opts: Options, problems: list[str]) -> list[dict[str, Any]
     return tables
 
 
+def _flag_of_data(opts: Options) -> str:
+    """The option that says where the images are; messages about what is found there begin with it."""
+    return "--in_json" if opts.data.in_json else "--train_data_dir"
+
+
 def _repeating(parent: str, flag: str, problems: list[str]) -> list[dict[str, Any]]:
     """The sub-folders named <repeats>_<class tokens> as subset tables."""
     folder = Path(parent).expanduser()
@@ -328,7 +334,11 @@ def _repeating(parent: str, flag: str, problems: list[str]) -> list[dict[str, An
         names = ", ".join(path.name for path in ignored[:5]) + (", ..." if len(ignored) > 5 else "")
         LOGGER.warning(f"--{flag}: {len(ignored)} not used, as they are no <repeats>_<class tokens> folder: {names}")
     if not found:
-        problems.append(f"--{flag}: {folder} has no sub-folder named <repeats>_<class tokens>, e.g. 10_sks dog")
+        is_one_itself = re.match(r"\d+_", folder.resolve().name) is not None and has_images(folder)
+        way_out = f"; it looks like one itself: give the folder above it, {folder.parent}" if is_one_itself else ""
+        problems.append(
+            f"--{flag}: {folder} has no sub-folder named <repeats>_<class tokens>, e.g. 10_sks dog{way_out}"
+        )
     return [{"image_dir": str(one.path), "num_repeats": one.repeats, "class_tokens": one.class_tokens} for one in found]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from library.options.data import MOST_REPEATS, ending_problem
 from library.options.unknown_keys import NOT_YET, is_off
 from library.options.values import as_kind
 
@@ -45,7 +47,7 @@ KEYS: dict[str, Key] = {
     "image_dir": Key("str", None, (SUBSET,), help="folder of the pictures; its sub-folders are not entered"),
     "is_reg": Key("bool", False, (SUBSET,), help="the pictures are for regularisation"),
     "class_tokens": Key("str", help="caption of pictures that have no caption file"),
-    "num_repeats": Key("int", 1, flag="--dataset_repeats", low=0),
+    "num_repeats": Key("int", 1, flag="--dataset_repeats", low=0, high=MOST_REPEATS),
     "resize_interpolation": Key("str", None, flag="--resize_interpolation", choices=INTERPOLATIONS),
     "color_aug": Key("bool", False, flag="--color_aug"),
     "flip_aug": Key("bool", False, flag="--flip_aug"),
@@ -165,6 +167,9 @@ def check_value(name: str, value: Any, source: str) -> Iterator[str]:
     if value is None:
         return
     numbers = value if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        yield f"{source}: {name} must be a finite number, got {value!r}"
+        return
     if key.low is not None and min(numbers) < key.low:
         yield f"{source}: {name} must be at least {key.low}, got {value!r}"
     if key.high is not None and max(numbers) > key.high:
@@ -175,3 +180,11 @@ def check_value(name: str, value: Any, source: str) -> Iterator[str]:
         yield f"{source}: {name} must be [low, high], got {value!r}"
     if name == "caption_separator" and not value:
         yield f"{source}: caption_separator must not be empty"
+    fault = ending_problem(value) if name == "caption_extension" and value else None
+    if fault:
+        yield f"{source}: {name} {fault}"
+    if name in _PATHS and not value.isprintable():
+        yield (
+            f"{source}: {name} has a control character in it, {value!r}; a backslash in double quotes begins an "
+            "escape: write a path in 'single quotes', or with forward slashes"
+        )

@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
+from library.screen import hide
+
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
 
@@ -79,7 +81,7 @@ class Option:
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, bool) or not isinstance(item, int | float):
                 continue
-            if not math.isfinite(item):
+            if isinstance(item, float) and not math.isfinite(item):
                 return f"must be a finite number, got {item}"
             if self.kind == "int_or_float" and isinstance(item, float) and item > 1:
                 return f"must be a whole number of steps or a share from 0 to 1, got {item}"
@@ -238,6 +240,8 @@ def build_options(
             if option.dest not in given or option.dest in aliases:
                 continue
             value = given[option.dest].value
+            if option.details.secret:
+                hide(value)
             off = option.details.off is not None and value == option.details.off
             ignored = option.details.lenient and option.range_problem(value) is not None
             values[option.dest] = option.default if off or ignored else value

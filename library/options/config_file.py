@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from library.errors import UserError
 from library.options.base import Given, OptionGroup, Options, opt, options_of
 from library.options.unknown_keys import Elsewhere, is_off, judge
 from library.options.values import from_toml, is_blank
+from library.runtime.documents import format_toml, read_toml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +84,19 @@ def write_config(options: Options) -> Path:
     if options.config.config_file is None:
         raise UserError("--output_config: needs --config_file to name the file to write")
     path = config_path(options.config.config_file)
-    lines = []
+    tables = {}
     for group in options.groups:
         values = {
             option.dest: getattr(group, option.dest)
             for option in options_of(type(group))
             if option.dest not in _NOT_IN_FILES and not option.details.secret
         }
-        rows = [f"{dest} = {_toml(value)}" for dest, value in values.items() if value is not None]
-        lines += [f"[{group.group}]", *rows, ""] if rows else []
+        table = {dest: value for dest, value in values.items() if value is not None}
+        if table:
+            tables[group.group] = table
     try:
         with open(path, "x", encoding="utf-8") as file:
-            file.write("\n".join(lines))
+            file.write(format_toml(tables))
     except FileExistsError:
         raise UserError(f"--output_config: {path} exists already; it is never overwritten") from None
     except OSError as error:
@@ -104,16 +105,7 @@ def write_config(options: Options) -> Path:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    import toml
-
-    try:
-        return toml.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise UserError(f"--config_file: {path} is not UTF-8 text; save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"--config_file: cannot read {path}: {error.strerror}") from None
-    except (ValueError, IndexError, TypeError) as error:  # what the toml package raises for broken files
-        raise UserError(f"--config_file: {path} is not valid TOML: {error}") from None
+    return read_toml(path, "the configuration file", option="--config_file")
 
 
 def _keys(tables: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -122,9 +114,3 @@ def _keys(tables: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from value.items()
         else:
             yield key, value
-
-
-def _toml(value: Any) -> str:
-    """JSON writes text, numbers, booleans and lists as TOML does, but for one control character."""
-    text = str(value) if isinstance(value, Path) else value
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

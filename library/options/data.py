@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 
 
 _BUCKETS = ("enable_bucket", "dataset_config")
+MOST_REPEATS = 1_000_000  # passes over one image in one epoch
+
+
+def ending_problem(ending: str) -> str | None:
+    """What is wrong with the ending of caption files, which is put behind the names of images."""
+    if not ending.strip(". ") or any(sign in ending for sign in "/\\\0") or not ending.isprintable():
+        return f"must be an ending of file names, e.g. .txt, got {ending!r}"
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +34,9 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
         exists="file",
     )
     dataset_config: Path | None = opt(None, "TOML or JSON file that describes the data sets, in place of folders")
-    dataset_repeats: int = opt(1, "passes over each picture per epoch, where the data set does not say", at_least=1)
+    dataset_repeats: int = opt(
+        1, "passes over each picture per epoch, where the data set does not say", at_least=1, at_most=MOST_REPEATS
+    )
     dataset_class: str | None = opt(
         None, "import path of a function or class of your own that makes the data, as in my_package.my_module.MyData"
     )
@@ -124,6 +134,9 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
             yield "--train_data_dir: missing; name a folder of pictures with it, or a file with --dataset_config"
         elif self.resolution is None and not self.dataset_config:
             yield "--resolution: missing; give one number, or width,height"
+        fault = ending_problem(self.caption_extension)
+        if fault and self.caption_extension:
+            yield f"--caption_extension: {fault}"
         if self.dataset_config and self.dataset_config.suffix.lower() not in (".toml", ".json"):
             yield f"--dataset_config: must be a .toml or .json file, got {str(self.dataset_config)!r}"
         yield from self._check_sizes(traits)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from library.errors import UserError
 from library.options.base import COMMAND_LINE, OptionGroup, Options, opt, options_of
 from library.options.nearest import did_you_mean
+from library.runtime.documents import read_toml
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
@@ -85,16 +86,7 @@ def read_tracker_config(path: str, trackers: Iterable[str] = ("tensorboard", "wa
 
     Raises: UserError: the file cannot be read or is no TOML, or says something that no tracker understands.
     """
-    import toml
-
-    try:
-        tables = toml.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise UserError(f"--log_tracker_config: {path} is not UTF-8 text; save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"--log_tracker_config: cannot read {path}: {error.strerror}") from None
-    except (ValueError, IndexError, TypeError) as error:  # what the toml package raises for broken files
-        raise UserError(f"--log_tracker_config: {path} is not valid TOML: {error}") from None
+    tables = read_toml(path, "the settings of trackers", option="--log_tracker_config")
     problems = []
     for name, table in tables.items():
         if name not in ("tensorboard", "wandb") or not isinstance(table, dict):

@@ -15,6 +15,7 @@ from library.options.optimizer import not_pairs, repeated
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
 
+LARGEST_RANK = 1 << 15  # no layer of these models is wider
 _OURS = ("networks.dylora", "networks.lora_fa", "networks.oft", "networks.control_net_lllite")
 
 
@@ -27,7 +28,9 @@ class NetworkOptions(OptionGroup, group="method", title="Network"):
         "module of the network type: networks.lora, networks.lora_flux, networks.lora_sd3, or another such as "
         "lycoris.kohya",
     )
-    network_dim: int | None = opt(None, "rank of the network; the module's own default if not given", at_least=1)
+    network_dim: int | None = opt(
+        None, "rank of the network; the module's own default if not given", at_least=1, at_most=LARGEST_RANK
+    )
     network_alpha: float = opt(1, "scale: the network acts with alpha / rank; 0 means alpha = rank", at_least=0)
     network_dropout: float | None = opt(
         None, "share of the network's inner values left out each step", at_least=0, below=1, off=0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -13,6 +14,7 @@ from library.options.base import COMMAND_LINE, Given, Option, OptionGroup, Optio
 from library.options.config_file import FileOptions, read_config, write_config
 from library.options.unknown_keys import Elsewhere, is_off, judge_flag
 from library.options.values import from_text, is_blank
+from library.screen import HIDDEN, shown
 
 _ABSENT: Any = object()
 
@@ -88,7 +90,7 @@ def parse_options(
     else:
         options = with_file(parser.groups, read_config(file, parser.groups, elsewhere), flags)
     if writing:
-        print(f"wrote {write_config(options)}")
+        print(shown(f"wrote {write_config(options)}"))
         raise SystemExit(0)
     return options
 
@@ -157,8 +159,15 @@ def _unknown_problems(
             return [f"{flag}: takes several values without an equals sign only, as in {flag} A B"]
         alone = _positional(parser.groups)
         rule = f"beside {' and '.join(alone)} " if alone else ""
-        return [f"unexpected value {' '.join(unknown)!r}: {rule}every value needs its option before it"]
+        words = " ".join(map(_stray, unknown))
+        return [f"unexpected value {words!r}: {rule}every value needs its option before it"]
     return [f"unknown option {flag}{judge_flag(flag, known, elsewhere)}" for flag in flags]
+
+
+def _stray(word: str) -> str:
+    """A word that belongs to no option, for a message. Long mixtures of letters and digits are keys more than words."""
+    is_key = re.fullmatch(r"(?=.*\d)(?=.*[A-Za-z])[\w+=-]{20,}", word, re.ASCII)
+    return HIDDEN if is_key else word
 
 
 def _list_behind_equals_sign(parser: OptionParser, words: Sequence[str], unknown: Sequence[str]) -> str | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.options.base import COMMAND_LINE, Option, Options, options_of
 from library.options.unknown_keys import is_off, written_unasked
+from library.runtime.files import path_problem
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
@@ -16,11 +16,17 @@ if TYPE_CHECKING:
 
 def problems(options: Options, traits: FamilyTraits) -> list[str]:
     """One line per problem, e.g. "--network_dim: must be at least 1, got 0 (from run.toml)"; empty if all is well."""
-    lines = []
+    lines: list[str] = []
+    outside = {}  # values that no check of several options may calculate with
     for group in options.groups:
         for option in filter(options.has_effect, options_of(type(group))):
-            lines += [f"{option.flag}: {problem}" for problem in _of_value(option, getattr(group, option.dest))]
-        lines += group.check(options, traits)
+            value = getattr(group, option.dest)
+            lines += [f"{option.flag}: {problem}" for problem in _of_value(option, value)]
+            if option.range_problem(value):
+                outside[option.dest] = option.default
+    sound = options.replaced(**outside) if outside else options
+    for group in sound.groups:
+        lines += group.check(sound, traits)
     return [_with_origin(line, options) for line in dict.fromkeys(lines)]
 
 
@@ -46,8 +52,9 @@ def _of_value(option: Option, value: Any) -> Iterator[str]:
     if problem:
         yield problem
     wanted = option.details.exists
-    if wanted and not (Path(value).is_file() if wanted == "file" else Path(value).is_dir()):
-        yield f"there is no {wanted} {str(value)!r}"
+    fault = path_problem(value, wanted) if wanted else None
+    if fault:
+        yield f"there is no {wanted} {str(value)!r}" if fault == f"no such {wanted}" else f"{str(value)!r}: {fault}"
 
 
 def _advice(option: Option, options: Options) -> Iterator[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from library.options.base import Option
+from library.screen import hide
 
 _WANTED = {
     "bool": "true or false",
@@ -41,6 +42,9 @@ def from_toml(option: Option, value: Any) -> Any:
 
     Raises: ValueError: not of the option's type, or none of its choices.
     """
+    if option.details.secret and not isinstance(value, str):
+        hide(value)
+        raise ValueError("must be text in quotes; what was given is not repeated here")
     if option.many:
         items = value if isinstance(value, list) else [value]
         return [_item(option, item) for item in items if not is_blank(option, item)]
@@ -84,7 +88,10 @@ def _item(option: Option, value: Any) -> Any:
         case "float":
             if is_bool or not isinstance(value, int | float):
                 raise wanted
-            value = float(value)
+            try:
+                value = float(value)
+            except OverflowError:
+                raise ValueError("must be a number that a computer can hold; this one has hundreds of digits") from None
         case "int_or_float":
             if isinstance(value, str) and value.endswith("%"):
                 return from_text(option, value)

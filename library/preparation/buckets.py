@@ -131,7 +131,7 @@ def _spec(training: Options, family: str) -> DatasetSpec:
 def _in_our_words(problem: str) -> str:
     for theirs, ours in _OUR_NAMES.items():
         problem = problem.replace(theirs, ours)
-    return problem.removeprefix("the command line: ")
+    return problem.removeprefix("--train_data_dir: ")
 
 
 # ---- pictures and their entries

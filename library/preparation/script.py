@@ -46,13 +46,13 @@ def run_script(
             status = _conclude(outcome, opts)
         processes().leave()
     except UserError as error:
-        logs.end_progress()
-        print(error.render(), file=sys.stderr)
-        raise SystemExit(2) from None
+        logs.fail(error)
     except KeyboardInterrupt:
         logs.end_progress()
         print(f"interrupted; {_after_a_stop(groups)}", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        logs.fail_for_the_machine(error)
     if status:
         raise SystemExit(status)
 
@@ -86,10 +86,7 @@ def _options(
 
 def _set_up_messages(level: str | None, values: dict[str, Any]) -> None:
     file = values["console_log_file"]
-    try:
-        logs.setup_logging(level, file, values["console_log_simple"])
-    except OSError as error:
-        raise UserError(f"--console_log_file: cannot write {file}: {error.strerror}") from None
+    logs.setup_logging(level, file, values["console_log_simple"])
 
 
 def _conclude(outcome: Outcome, opts: Options) -> int:

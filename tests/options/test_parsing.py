@@ -7,12 +7,12 @@ import pickle
 from dataclasses import dataclass
 
 import pytest
-import toml
 
 from library.errors import UserError
 from library.options.base import OptionGroup, opt
 from library.options.parsing import build_parser, parse_options
 from library.options.validation import problems
+from library.runtime.documents import parse_toml
 
 NOT_KEPT = ("config_file", "output_config", "wandb_api_key", "huggingface_token")
 
@@ -237,8 +237,7 @@ def test_a_dataset_file_given_as_configuration_is_recognised(parse, tmp_path):
 
 def test_missing_broken_and_undecodable_files(parse, tmp_path):
     (line,) = refused(parse, "--config_file", str(tmp_path / "none"))
-    assert line.startswith("--config_file: cannot read")
-    assert "none.toml" in line
+    assert line == f"--config_file: there is no file {tmp_path / 'none.toml'}"
     (line,) = refused(parse, "--config_file", write(tmp_path, "a = = 1"))
     assert "is not valid TOML" in line
     (tmp_path / "sjis.toml").write_bytes('output_name = "キャラ"'.encode("shift_jis"))
@@ -283,7 +282,7 @@ def test_output_config_gives_the_same_options_back(groups, tmp_path):
     for name in ("lr_warmup_steps", "lr_decay_steps", "dataset_config"):  # where the type carries meaning
         assert type(read[name]) is type(written[name])
     assert read["output_name"] == 'a "quoted" # name\twith\x7f\\x41 signs 🐸'
-    assert "lr_scheduler" in toml.loads(text)["optimizer"]
+    assert "lr_scheduler" in parse_toml(text, path)["optimizer"]
 
 
 def test_output_config_never_overwrites(groups, tmp_path):

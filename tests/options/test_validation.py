@@ -35,7 +35,7 @@ def test_all_problems_come_at_once_with_their_origin(parse, traits, tmp_path):
         "--pretrained_model_name_or_path: missing; give a checkpoint file, a Diffusers folder or a hub id",
         "--train_data_dir: missing; name a folder of pictures with it, or a file with --dataset_config",
         "--train_batch_size: must be at least 1, got 0",
-        "--network_dim: must be at least 1, got 0 (from run.toml)",
+        "--network_dim: must be at least 1 and at most 32768, got 0 (from run.toml)",
         "--network_module: missing; networks.lora trains a LoRA",
         "--learning_rate: must be a finite number, got inf",
         "--huber_c: must be a finite number, got nan (from run.toml)",

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from library.checkpoints.reading import SafetensorsFile, TorchFile, file_format, open_weights, read_header
+from library.checkpoints.reading import (
+    SafetensorsFile,
+    TorchFile,
+    file_format,
+    open_weights,
+    read_header,
+    read_layout,
+)
 from library.checkpoints.scaled import is_scale, multiplied, scale_of
 from library.errors import UserError
 from library.families.shared import hub
 from library.families.shared.building import build, freeze, outline
 from library.families.shared.recognition import is_hub_id, missing_vae_folder, recognise, vae_kind_problem
 from library.families.shared.vae import NO_VAE, VAE, VAE_PARTS, missing_vae, vae_config, vae_map, vae_shapes
+from library.runtime.files import open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -109,13 +116,11 @@ class PlainFile(SafetensorsFile):
 
     def __init__(self, path: Path):
         self.path = path
-        self.metadata, header = read_header(path)
-        self.shapes = {key: shape for key, (_, shape) in header.items()}
-        self._words = {key: word for key, (word, _) in header.items()}
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length))
-        self._starts = {key: 8 + length + entries[key]["data_offsets"][0] for key in self.shapes}
+        parsed, start = read_layout(path)
+        self.metadata = parsed.metadata
+        self.shapes = {key: tensor.shape for key, tensor in parsed.tensors.items()}
+        self._words = {key: tensor.dtype for key, tensor in parsed.tensors.items()}
+        self._starts = {key: start + tensor.start for key, tensor in parsed.tensors.items()}
 
     def __getitem__(self, key: str) -> Tensor:
         import torch
@@ -123,7 +128,7 @@ class PlainFile(SafetensorsFile):
         if key not in self.shapes:
             raise KeyError(key)
         tensor = torch.empty(self.shapes[key], dtype=self.dtype(key), device="cpu")
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             file.seek(self._starts[key])
             if tensor.numel():
                 file.readinto(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from library.checkpoints.reading import read_names
 from library.errors import UserError
 from library.families.shared.vae import NO_VAE
+from library.runtime.documents import parse_json, read_text
 
 SD1, SD2, SDXL = "a Stable Diffusion 1.x model", "a Stable Diffusion 2.x model", "an SDXL model"
 SD3, FLUX = "a Stable Diffusion 3 model", "a FLUX model"
@@ -116,9 +117,9 @@ def vae_kind_problem(kind: str, kinds: tuple[str, ...]) -> str | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A small JSON file of a Diffusers folder. Raises: UserError: missing or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing from the Diffusers folder") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: missing from the Diffusers folder")
+    value = parse_json(read_text(path, "the file"), path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold one JSON object")
+    return value
