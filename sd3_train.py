@@ -1,12 +1,16 @@
 """Trains a whole Stable Diffusion 3 and 3.5 model. Guide: docs/fine_tuning.md"""
 
-from library import cli
+from library import cli, embedding
 
 SCRIPT = {"family": "sd3", "method": "finetune"}
 
 
 def setup_parser():
     return cli.build_parser(**SCRIPT)
+
+
+def train(args):
+    embedding.train(args, **SCRIPT)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ setup(
     name="trainscripts",
     version="0.1.0",
     packages=find_packages(include=["library", "library.*", "networks", "networks.*"]),
-    package_data={"library.text": ["clip_vocabulary/*"]},
+    package_data={"library.text": ["clip_vocabulary/*", "t5_vocabulary/*"]},
     python_requires=">=3.10,<3.14",
     install_requires=requirements,
 )

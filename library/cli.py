@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +47,22 @@ def build_parser(family: str, method: str) -> argparse.ArgumentParser:
     return parsing.build_parser(groups, prog=_script_name(), description=_description(family, method))
 
 
-def run(family: str, method: str, argv: Sequence[str] | None = None) -> None:
-    """Runs one script and exits: 0 done, 2 the user has something to mend, 130 interrupted."""
+def run(family: str, method: str, argv: Sequence[str] | None = None, *, options: Options | None = None) -> None:
+    """Runs one script and exits: 0 done, 2 the user has something to mend, 130 interrupted.
+
+    Args:
+        options: in place of a command line.
+    """
     logs.quiet_third_parties()
+    with ending_as_a_script():
+        _train(family, method, sys.argv[1:] if argv is None else argv, options)
+
+
+@contextmanager
+def ending_as_a_script() -> Iterator[None]:
+    """What a user's mistake and Ctrl-C become: one line, and the exit status."""
     try:
-        _train(family, method, sys.argv[1:] if argv is None else argv)
+        yield
     except UserError as error:
         logs.fail(error)
     except KeyboardInterrupt:
@@ -69,7 +81,7 @@ def load_family(family: str, argv: Sequence[str]) -> tuple[Family, Models]:
     from library.options import parsing, scripts
 
     logs.quiet_third_parties()
-    opts = parsing.parse_options(scripts.groups_for(family, "network"), argv)
+    opts = registry.follow_model(family, parsing.parse_options(scripts.groups_for(family, "network"), argv))
     adapter = registry.make_family(family, opts)
     return adapter, adapter.load()
 
@@ -84,8 +96,8 @@ def _description(family: str, method: str) -> str:
     return TITLES[method].format(model=scripts.traits_for(family).label)
 
 
-def _train(family_name: str, method_name: str, argv: Sequence[str]) -> None:
-    opts, specs, traits = _check(family_name, method_name, argv)
+def _train(family_name: str, method_name: str, argv: Sequence[str], options: Options | None = None) -> None:
+    opts, specs, traits = _check(family_name, method_name, argv, options)
     if opts.saving.resume_from_huggingface:
         from library.training.hub import fetch_state
 
@@ -128,19 +140,23 @@ def _train(family_name: str, method_name: str, argv: Sequence[str]) -> None:
     processes.leave()
 
 
-def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Options, list[Any], FamilyTraits]:
+def _check(
+    family_name: str, method_name: str, argv: Sequence[str], opts: Options | None
+) -> tuple[Options, list[Any], FamilyTraits]:
     """The options, with everything that can be wrong and is cheap to know told at once, before torch is imported."""
     from library.options import parsing, scripts
 
-    groups = scripts.groups_for(family_name, method_name)
-    description = _description(family_name, method_name)
-    opts = parsing.parse_options(
-        groups, argv, prog=_script_name(), description=description, elsewhere=registry.options_elsewhere
-    )
+    if opts is None:
+        groups = scripts.groups_for(family_name, method_name)
+        description = _description(family_name, method_name)
+        opts = parsing.parse_options(
+            groups, argv, prog=_script_name(), description=description, elsewhere=registry.options_elsewhere
+        )
     main = int(os.environ.get("RANK", "0")) == 0  # the other processes report errors only
     level = opts.logging.console_log_level if main else "ERROR"
     logs.setup_logging(level, opts.logging.console_log_file, opts.logging.console_log_simple)
     traits = scripts.traits_for(family_name)
+    opts = registry.follow_model(family_name, opts)
     return opts, checked(opts, family_name, method_name, traits), traits
 
 

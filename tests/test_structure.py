@@ -34,6 +34,8 @@ LEVELS = (
     ("library.encoding", "library.registry"),
     ("library.assembly",),
     ("library.cli",),
+    ("library.embedding",),
+    ("library.train_util", "library.model_util", "library.flux_train_utils", "library.huggingface_util"),
     ("library.preparation",),
     ("scripts",),  # everything that a user starts
 )
@@ -42,6 +44,7 @@ NOT_ENTRY_SCRIPTS = ("quickstart.py", "setup.py")
 
 FAMILY_WORDS = {"sd", "sd1", "sd15", "sd2", "sd3", "sd35", "sdxl", "flux", "flux1"}
 MAY_NAME_FAMILIES = ("library/families/", "library/registry.py", "library/options/scripts.py")
+MAY_NAME_FAMILIES += ("library/flux_train_utils.py",)  # the name that other programs import
 ORIGINAL_KEYS = re.compile(
     r"model\.diffusion_model|first_stage_model|cond_stage_model|conditioner\.embedders"
     r"|double_blocks|single_blocks|joint_blocks"

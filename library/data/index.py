@@ -11,7 +11,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import signal
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from library.checkpoints.writing import replacing
 from library.runtime.documents import load_json
 from library.runtime.files import read_bytes
 from library.runtime.logs import LOGGER, progress
+from library.runtime.signals import leave_interrupts_to_the_parent
 
 Stamp = tuple[int, int]  # bytes, and the modification time in ns
 Entry = list[Any]
@@ -374,7 +374,7 @@ class _Workers:
             # Not by fork: this process may have threads, or have CUDA in use.
             context = multiprocessing.get_context("spawn")
             count = min(_cores(), 61)  # more do not work on Windows
-            self._pool = ProcessPoolExecutor(count, context, initializer=_leave_interrupts_to_the_parent)
+            self._pool = ProcessPoolExecutor(count, context, initializer=leave_interrupts_to_the_parent)
         return self._pool
 
 
@@ -396,10 +396,6 @@ def _attempt(compute: Callable[[Path], Any], files: Sequence[str]) -> str:
         return json.dumps(values)
     except (TypeError, ValueError, RecursionError):
         return "[]"
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _cores() -> int:

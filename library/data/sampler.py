@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from library.errors import UserError
+from library.runtime.signals import leave_interrupts_to_the_parent
 
 if TYPE_CHECKING:
     from library.data.dataset import Sample, TrainingData
@@ -94,6 +95,7 @@ def make_loader(
         collate_fn=_as_is,
         num_workers=workers,
         persistent_workers=persistent and workers > 0,
+        worker_init_fn=leave_interrupts_to_the_parent,
         pin_memory=torch.cuda.is_available(),  # so that Batch.to does not wait
         # A DataLoader draws a seed for its workers; from a stream of its own, so that training's stream is untouched.
         generator=torch.Generator().manual_seed(data.seed),

@@ -17,6 +17,7 @@ from library.errors import UserError
 from library.methods.base import Method
 from library.methods.network_args import DEFAULT_DIM, block_layout, require_network_module, split_args
 from library.runtime.logs import LOGGER
+from networks.file_names import require_places
 
 if TYPE_CHECKING:
     from library.families.base import Family, FamilyTraits
@@ -51,6 +52,8 @@ class NetworkMethod(Method):
         self._merge_base_weights(targets, models)
         self._rates = part_rates(self.opts, family.traits.text_encoders)
         file = self._module.read(options.network_weights) if options.network_weights else None
+        if file is not None:
+            require_places(file.path, file.entries, _names(targets))
         # A part at rate 0 has a place in the network only where a file gives it values: they act, and are saved again.
         kept = file.entries if file else {}
         wanted = [
@@ -104,7 +107,9 @@ class NetworkMethod(Method):
         multipliers = list(self.opts.method.base_weights_multiplier or [])
         for index, path in enumerate(self.opts.method.base_weights or []):
             multiplier = multipliers[index] if index < len(multipliers) else 1.0
-            merged, unused = lora.merge(targets, models, lora_files.read(path), multiplier)
+            file = lora_files.read(path)
+            require_places(file.path, file.entries, _names(targets))
+            merged, unused = lora.merge(targets, models, file, multiplier)
             LOGGER.log(
                 logging.WARNING if unused else logging.INFO,
                 "%s: %d layers merged into the model at %g; %d layers of the file have no place here",
@@ -192,6 +197,11 @@ class NetworkMethod(Method):
             write_torch(path, tensors)
         else:
             write_safetensors(path, tensors, None if metadata is None else finalise(metadata, tensors))
+
+
+def _names(targets: list[LoraTarget]) -> set[str]:
+    """Every name that a layer of the model has in files."""
+    return {name for target in targets for name in (target.key, target.alias) if name}
 
 
 def _for_file(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -33,6 +33,7 @@ def config_path(name: str) -> Path:
 class FileOptions:
     """What a configuration file says to a script."""
 
+    name: str
     given: dict[str, Given]
     wrong: dict[str, tuple[Any, str]]  # option -> value and what is wrong with it, if it has an effect
     remarks: tuple[str, ...]  # one line for each key that is ignored
@@ -72,7 +73,7 @@ def read_config(name: str, groups: Iterable[type[OptionGroup]], elsewhere: Elsew
                 remarks.append(f"key {key!r} in {path.name}: given in several sections; the last one counts")
     if problems:
         raise UserError(*problems)
-    return FileOptions(given, wrong, tuple(remarks))
+    return FileOptions(path.name, given, wrong, tuple(remarks))
 
 
 def write_config(options: Options) -> Path:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from library.errors import UserError
 from library.options.base import COMMAND_LINE, Given, Option, OptionGroup, Options, build_options, options_of
-from library.options.config_file import FileOptions, config_path, read_config, write_config
+from library.options.config_file import FileOptions, read_config, write_config
 from library.options.unknown_keys import Elsewhere, is_off, judge_flag
 from library.options.values import from_text, is_blank
 from library.screen import HIDDEN, shown
@@ -20,9 +20,24 @@ _ABSENT: Any = object()
 
 
 class OptionParser(argparse.ArgumentParser):
-    """argparse, with mistakes raised as UserError instead of a usage dump, and blank values taken as not given."""
+    """argparse, with mistakes raised as UserError instead of a usage dump, and blank values taken as not given.
+
+    Other programs call `parse_args`, which ends with status 2 as argparse's own does.
+    """
 
     groups: tuple[type[OptionGroup], ...] = ()
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        try:
+            return self.without_blanks(super().parse_args(args, namespace))
+        except UserError as error:
+            self.exit(2, f"{error.render()}\n")
+
+    def without_blanks(self, namespace: argparse.Namespace) -> argparse.Namespace:
+        """The same with the defaults in place of blank values."""
+        values = vars(namespace)
+        defaults = {dest: self.get_default(dest) for dest in values}
+        return argparse.Namespace(**{**defaults, **dict(_not_blank(values))})
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if value is not _ABSENT:
@@ -73,30 +88,29 @@ def parse_options(
     if file is None or writing:
         options = build_options(parser.groups, flags)
     else:
-        options = _with_file(parser.groups, read_config(file, parser.groups, elsewhere), flags)
+        options = with_file(parser.groups, read_config(file, parser.groups, elsewhere), flags)
     if writing:
         print(shown(f"wrote {write_config(options)}"))
         raise SystemExit(0)
     return options
 
 
-def _with_file(groups: Sequence[type[OptionGroup]], file: FileOptions, flags: dict[str, Given]) -> Options:
+def with_file(groups: Sequence[type[OptionGroup]], file: FileOptions, flags: dict[str, Given]) -> Options:
     """The options of a file and of the command line, which wins.
 
     Raises: UserError: a value of the file that is wrong, of an option that has an effect.
     """
     given = {**_without_replaced(groups, file.given, flags), **flags}
     options = build_options(groups, given)
-    name = config_path(options.config.config_file).name
     remarks, problems = list(file.remarks), []
     for option in (option for group in groups for option in options_of(group)):
         value, why = file.wrong.get(option.dest, (None, ""))
         if not why or option.dest in flags:
             continue
         if options.has_effect(option):
-            problems.append(f"key {option.dest!r} in {name}: {why}")
+            problems.append(f"key {option.dest!r} in {file.name}: {why}")
         elif not is_off(value):
-            remarks.append(f"key {option.dest!r} in {name}: no effect without {option.company}")
+            remarks.append(f"key {option.dest!r} in {file.name}: no effect without {option.company}")
     if problems:
         raise UserError(*problems)
     return build_options(groups, given, remarks)

@@ -245,8 +245,9 @@ def _load_vae(family: str, training: Options) -> Models:
     try:
         return parts.load_vae(family, training)
     except UserError as error:
-        ours = f"give its file in place of the model, and --family {family}"
-        raise UserError(*(problem.replace("give its file with --ae", ours) for problem in error.problems)) from None
+        ours = f"in place of the model, and --family {family}"
+        named = (problem.replace("with --ae", ours).replace("with --vae", ours) for problem in error.problems)
+        raise UserError(*named) from None
 
 
 def _with_unclear_flips(pictures: Sequence[Path]) -> set[Path]:

@@ -1,4 +1,4 @@
-"""What a .safetensors file says about itself, on the screen: tools/show_metadata.py."""
+"""What a safetensors file says about itself, on the screen: tools/show_metadata.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import sys
 from collections.abc import Mapping
 
-from library.checkpoints.reading import read_header
+from library.checkpoints.reading import file_format, read_header
+from library.errors import UserError
 from library.options.base import Options
 from library.options.picture_tools import ShowMetadataOptions
 from library.options.preparation import WorkOptions
@@ -17,7 +18,12 @@ GROUPS = (ShowMetadataOptions, WorkOptions)
 
 
 def show_metadata(opts: Options) -> None:
-    """Prints the metadata of --model as JSON, whole: it is what the script is for, however long a value is."""
+    """Prints the metadata of --model as JSON, whole: it is what the script is for, however long a value is.
+
+    Raises: UserError: it is no weight file, or one without metadata.
+    """
+    if file_format(opts.shown.model) != "safetensors":
+        raise UserError(f"{opts.shown.model}: this is a torch file; only safetensors files have metadata")
     metadata, _ = read_header(opts.shown.model)
     if not metadata:
         LOGGER.warning("%s has no metadata", opts.shown.model)

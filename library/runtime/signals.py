@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -12,12 +13,18 @@ from library.runtime.logs import LOGGER
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def leave_interrupts_to_the_parent(*_: object) -> None:
+    """For the start of a worker process: a terminal sends Ctrl-C to it as well."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Interruption:
     """Within its `with` block the first signal only sets `asked`; a second one ends the run at once."""
 
     def __init__(self) -> None:
         self.asked = False
         self._before: dict[int, Any] = {}
+        self._process = os.getpid()
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():  # nobody else may handle signals
@@ -29,6 +36,8 @@ class Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked worker that has not left interrupts to its parent yet
+            return
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True

@@ -1,7 +1,8 @@
-"""T5's tokenizer: where it comes from, and captions to token ids. The network is asked only when nothing is here."""
+"""T5's tokenizer: where it comes from, and captions to token ids. The network is never needed."""
 
 from __future__ import annotations
 
+import gzip
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T5_TOKENIZER = "google/t5-v1_1-xxl"
+T5_VOCABULARY = Path(__file__).parent / "t5_vocabulary" / "tokenizer.json.gz"
 VOCABULARIES = ("tokenizer.json", "spiece.model")  # one of them is a whole tokenizer
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 LENGTH = 512  # tokens; T5's own length
@@ -22,24 +24,33 @@ LENGTH = 512  # tokens; T5's own length
 def t5_tokenizer(model: str | None = None, subfolder: str = "tokenizer_2", cache_dir: str | None = None) -> Any:
     """T5's tokenizer, from the first place that has it.
 
-    Those are: `cache_dir/google_t5-v1_1-xxl`, the model's own folder, the hub's cache (of the model, then of
-    google/t5-v1_1-xxl), and the hub itself. A cache folder that has none is given what was found.
+    Those are: `cache_dir/google_t5-v1_1-xxl`, the model's own folder, and this package. A cache folder that has none is
+    given what was found.
 
     Args:
-        model: Diffusers folder or hub id; None for a single file, which has no tokenizer.
+        model: Diffusers folder; None for a single file, which has no tokenizer.
         subfolder: where Diffusers models of this kind keep it.
         cache_dir: --tokenizer_cache_dir.
-    Raises: UserError: there is none, or it cannot be read.
+    Raises: UserError: a tokenizer that exists but cannot be read.
     """
     cached = Path(cache_dir) / T5_TOKENIZER.replace("/", "_") if cache_dir else None
     if cached is not None and cached.is_dir():
         if not _vocabulary(cached):
-            raise UserError(f"{cached}: no T5 tokenizer in it; put {' or '.join(VOCABULARIES)} of {T5_TOKENIZER} there")
+            names = " or ".join(VOCABULARIES)
+            raise UserError(f"{cached}: no T5 tokenizer in it; put {names} of {T5_TOKENIZER} there, or remove it")
         return read_t5_tokenizer(cached)
-    tokenizer = read_t5_tokenizer(_find(model, subfolder) or _download(model, subfolder))
+    own = Path(model) / subfolder if model else None
+    tokenizer = read_t5_tokenizer(own) if own is not None and _vocabulary(own) else bundled_t5_tokenizer()
     if cached is not None:
         keep_tokenizer(cached, tokenizer.save_pretrained)
     return tokenizer
+
+
+def bundled_t5_tokenizer() -> Any:
+    """The tokenizer of google/t5-v1_1-xxl from this package: 32,100 pieces, the last hundred of them sentinels."""
+    from tokenizers import Tokenizer
+
+    return _finished(Tokenizer.from_str(gzip.decompress(T5_VOCABULARY.read_bytes()).decode()))
 
 
 def read_t5_tokenizer(folder: Path) -> Any:
@@ -47,8 +58,7 @@ def read_t5_tokenizer(folder: Path) -> Any:
 
     Raises: UserError: neither is there, or it cannot be read, or it is not T5's.
     """
-    from tokenizers import Tokenizer, processors
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer
 
     path = _vocabulary(folder)
     if path is None:
@@ -61,12 +71,7 @@ def read_t5_tokenizer(folder: Path) -> Any:
     missing = [token for token in (PAD, EOS, UNKNOWN) if backend.token_to_id(token) is None]
     if missing:
         raise UserError(f"{path}: not the tokenizer of T5, as it has no {' and no '.join(missing)}")
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"$A {EOS}", special_tokens=[(EOS, backend.token_to_id(EOS))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN, model_max_length=LENGTH
-    )
+    return _finished(backend)
 
 
 def tokenize_t5(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
@@ -74,7 +79,9 @@ def tokenize_t5(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[T
 
     What is beyond `length` is dropped. The mask is 1 for tokens and 0 for padding.
     """
-    rows = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    # T5's SentencePiece model drops blanks at the end; tokenizer.json files differ in that.
+    texts = [caption.rstrip() for caption in captions]
+    rows = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     return rows.input_ids, rows.attention_mask
 
 
@@ -82,43 +89,16 @@ def _vocabulary(folder: Path) -> Path | None:
     return next((folder / name for name in VOCABULARIES if (folder / name).is_file()), None)
 
 
-def _find(model: str | None, subfolder: str) -> Path | None:
-    """The folder of a tokenizer on this machine: the model's own, or one in the hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
+def _finished(backend: Any) -> Any:
+    """A tokenizer of the tokenizers library as transformers' class, which ends every text with EOS."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
 
-    if model and Path(model).is_dir():
-        own = Path(model) / subfolder
-        if _vocabulary(own):
-            return own
-        model = None
-    for name, inside in ((model, f"{subfolder}/"), (T5_TOKENIZER, "")):
-        for file in VOCABULARIES if name else ():
-            found = try_to_load_from_cache(name, inside + file)
-            if isinstance(found, str):
-                return Path(found).parent
-    return None
-
-
-def _download(model: str | None, subfolder: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    reason = ""
-    for name, inside in ((None if model and Path(model).is_dir() else model, f"{subfolder}/"), (T5_TOKENIZER, "")):
-        if not name:
-            continue
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=[inside + file for file in VOCABULARIES])) / inside
-        except Exception as error:  # whatever the hub's client and the network may raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            continue
-        if _vocabulary(folder):
-            return folder
-        reason = f"{name} has none"
-    raise UserError(
-        f"T5's tokenizer is neither here nor in the hub's cache, and the hub did not give it ({reason})",
-        hint=f"get {' or '.join(VOCABULARIES)} of {T5_TOKENIZER}, put it into "
-        f"<folder>/{T5_TOKENIZER.replace('/', '_')} "
-        "and give --tokenizer_cache_dir <folder>",
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, backend.token_to_id(EOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN, model_max_length=LENGTH
     )
 
 

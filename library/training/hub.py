@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import glob
+from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 
 from library.errors import UserError
-from library.options.base import Options
+from library.options.base import Options, options_of
 from library.options.saving import SavingOptions, parse_hub_folder
 from library.runtime.logs import LOGGER
 from library.training.state import EXTRA, MODEL, OPTIMIZER, PROGRESS, SCALER, SCHEDULE
@@ -78,36 +80,73 @@ class Hub:
             LOGGER.warning("upload to Hugging Face failed: %s: %s", what, _reason(error))
 
     def _make_repository(self) -> None:
-        from huggingface_hub import HfApi
-
-        options = self._options
-        HfApi().create_repo(
-            options.huggingface_repo_id,
-            token=options.huggingface_token,
-            repo_type=options.huggingface_repo_type,
-            private=options.huggingface_repo_visibility != "public",
-            exist_ok=True,
-        )
+        _make_repository(self._options)
         self._made = True
 
     def _upload(self, path: Path) -> None:
-        from huggingface_hub import HfApi
-
         if not self._made:
             self._make_repository()
-        options = self._options
-        folder = (options.huggingface_path_in_repo or "").replace("\\", "/").strip("/")
-        common = {
-            "repo_id": options.huggingface_repo_id,
-            "path_in_repo": f"{folder}/{path.name}" if folder else path.name,
-            "repo_type": options.huggingface_repo_type,
-            "token": options.huggingface_token,
-        }
-        if path.is_dir():
-            HfApi().upload_folder(folder_path=path, **common)
-        else:
-            HfApi().upload_file(path_or_fileobj=path, **common)
-        LOGGER.info("uploaded %s to %s at Hugging Face", path.name, options.huggingface_repo_id)
+        folder = _place_in_repository(self._options)
+        _send(self._options, path, f"{folder}/{path.name}" if folder else path.name)
+        LOGGER.info("uploaded %s to %s at Hugging Face", path.name, self._options.huggingface_repo_id)
+
+
+def upload(args: Namespace, src: str | Path, dest_suffix: str = "", force_sync_upload: bool = False) -> None:
+    """Uploads a file, or what is in a folder, for programs that have trained with the scripts.
+
+    An upload that fails is warned about.
+
+    Args:
+        args: the `huggingface_` options; those that are missing have no value.
+        dest_suffix: put behind --huggingface_path_in_repo: together they are the file's or folder's place.
+        force_sync_upload: waits for the end of the upload, which goes on in a thread with --async_upload only.
+    """
+    values = {option.dest: getattr(args, option.dest, option.default) for option in options_of(SavingOptions)}
+    options = SavingOptions(**values)
+
+    def work() -> None:
+        try:
+            _make_repository(options)
+            _send(options, Path(src), (_place_in_repository(options) + dest_suffix).strip("/"))
+            LOGGER.info("uploaded %s to %s at Hugging Face", src, options.huggingface_repo_id)
+        except Exception as error:  # whatever it is, what was trained is still on the disk
+            LOGGER.warning("upload to Hugging Face failed: %s: %s", src, _reason(error))
+
+    if options.async_upload and not force_sync_upload:
+        Thread(target=work).start()
+    else:
+        work()
+
+
+def _make_repository(options: SavingOptions) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(
+        options.huggingface_repo_id,
+        token=options.huggingface_token,
+        repo_type=options.huggingface_repo_type,
+        private=options.huggingface_repo_visibility != "public",
+        exist_ok=True,
+    )
+
+
+def _place_in_repository(options: SavingOptions) -> str:
+    return (options.huggingface_path_in_repo or "").replace("\\", "/").strip("/")
+
+
+def _send(options: SavingOptions, path: Path, place: str) -> None:
+    from huggingface_hub import HfApi
+
+    common = {
+        "repo_id": options.huggingface_repo_id,
+        "path_in_repo": place,
+        "repo_type": options.huggingface_repo_type,
+        "token": options.huggingface_token,
+    }
+    if path.is_dir():
+        HfApi().upload_folder(folder_path=path, **common)
+    else:
+        HfApi().upload_file(path_or_fileobj=path, **common)
 
 
 def fetch_state(opts: Options) -> Options:

@@ -136,13 +136,18 @@ def write_flux(folder: Path, variant: str = "dev", *, dtype: torch.dtype = torch
 
 def write_parts(folder: Path) -> dict[str, str]:
     """Writes the other parts' files and T5's tokenizer, and returns the options that name them."""
+    files = write_part_files(folder)
+    write_t5_tokenizer(folder / "google_t5-v1_1-xxl")
+    return {**files, "tokenizer_cache_dir": str(folder)}
+
+
+def write_part_files(folder: Path, vocabulary: int = 64) -> dict[str, str]:
+    """Writes the other parts' files alone; `vocabulary` is that of T5."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(clip_l_tensors(tiny_clip_l()), folder / "clip_l.safetensors")
-    save_file(t5_weights(tiny_t5(T5)), folder / "t5xxl.safetensors")
+    save_file(t5_weights(tiny_t5(T5, vocabulary=vocabulary)), folder / "t5xxl.safetensors")
     save_file(ae_tensors(), folder / "ae.safetensors")
-    write_t5_tokenizer(folder / "google_t5-v1_1-xxl")
-    files = {name: str(folder / f"{name}.safetensors") for name in ("clip_l", "t5xxl", "ae")}
-    return {**files, "tokenizer_cache_dir": str(folder)}
+    return {name: str(folder / f"{name}.safetensors") for name in ("clip_l", "t5xxl", "ae")}
 
 
 def write_bundle(path: Path, variant: str = "dev") -> Path:

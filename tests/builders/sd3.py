@@ -136,9 +136,11 @@ def write_tiny_sd3(path: str | Path, variant: str = "medium", dtype: torch.dtype
     return path
 
 
-def write_encoder_file(path: str | Path, part: str, projection: bool = True) -> Path:
-    """Writes a text encoder to a file of its own."""
-    tensors = t5_weights(tiny_t5(T5)) if part == "te3" else clip_tensors(tiny_clip(part), projection)
+def write_encoder_file(path: str | Path, part: str, projection: bool = True, vocabulary: int = 64) -> Path:
+    """Writes a text encoder to a file of its own; `vocabulary` is that of T5."""
+    tensors = (
+        t5_weights(tiny_t5(T5, vocabulary=vocabulary)) if part == "te3" else clip_tensors(tiny_clip(part), projection)
+    )
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(path))
     return Path(path)
 

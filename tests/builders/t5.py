@@ -15,10 +15,13 @@ PIECES = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
 PIECES += [("\u2581" + word, -3.0) for word in WORDS] + [(letter, -9.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
 
 
-def tiny_t5(width: int = 32, seed: int = 0, dtype: torch.dtype = torch.float32) -> T5EncoderModel:
-    """Two layers of four heads. Weights are larger than T5's own, so that positions and masks show."""
+def tiny_t5(width: int = 32, seed: int = 0, dtype: torch.dtype = torch.float32, vocabulary: int = 64) -> T5EncoderModel:
+    """Two layers of four heads. Weights are larger than T5's own, so that positions and masks show.
+
+    `vocabulary`: 64 suffice for `write_t5_tokenizer`; T5's own has 32128.
+    """
     config = T5Config(
-        vocab_size=64,
+        vocab_size=vocabulary,
         d_model=width,
         d_kv=8,
         d_ff=48,

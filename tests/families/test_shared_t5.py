@@ -98,7 +98,6 @@ def test_a_decoder_is_left_out():
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"scaled_fp8": torch.zeros(1)}, "separate scales"),
         ({"encoder.block.0.layer.1.DenseReluDense.wi.weight": torch.zeros(2, 2)}, "older T5 without gated layers"),
         ({"shared.weight": None}, "lacks the tensor encoder.embed_tokens.weight"),
         ({"encoder.final_layer_norm.weight": None}, "final_layer_norm"),
@@ -162,25 +161,6 @@ def test_the_cache_folder_comes_first_then_the_models_own(tmp_path):
     assert (tmp_path / "cache" / "google_t5-v1_1-xxl" / "tokenizer.json").is_file()
     again = t5_tokenizer(None, cache_dir=str(tmp_path / "cache"))
     assert tokenize_t5(again, CAPTIONS, 9)[0].equal(tokenize_t5(first, CAPTIONS, 9)[0])
-
-
-@pytest.mark.parametrize(
-    ("repo", "inside"), [("google--t5-v1_1-xxl", ""), ("someone--model", "tokenizer_3/")], ids=["t5's", "the model's"]
-)
-def test_the_hubs_cache_needs_no_network(tmp_path, repo, inside):
-    root = tmp_path / "hub" / f"models--{repo}"
-    write_t5_tokenizer(root / "snapshots" / "abc" / inside)
-    os.makedirs(root / "refs")
-    (root / "refs" / "main").write_text("abc")
-    tokenizer = t5_tokenizer("someone/model", "tokenizer_3")
-    assert tokenize_t5(tokenizer, ["a red house"], 4)[0].tolist() == [[4, 5, 7, 1]]
-
-
-def test_none_and_no_network(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="neither here nor in the hub's cache") as caught:
-        t5_tokenizer(None)
-    assert "--tokenizer_cache_dir" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("files", [{}, {"tokenizer.json": b"{"}, {"spiece.model": b"\x0a\xff\x01"}])

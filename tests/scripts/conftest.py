@@ -6,7 +6,7 @@ import os
 import random
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -23,12 +23,19 @@ def start_script(tmp_path_factory) -> Iterator[Callable[..., Started]]:
     """Starts a script. One at a time: what it wrote is there until the next one is started.
 
     `processes`: as many that train together, as if torch's launcher had started them. `launcher`: words between Python
-    and the script.
+    and the script. `variables`: of the environment; None takes one away.
     """
     starter = Starter(tmp_path_factory.mktemp("scripts"))
 
-    def start(*arguments: str | Path, launcher: tuple[str, ...] = (), processes: int = 1) -> Started:
-        line, environment = [os.fspath(argument) for argument in arguments], {**os.environ, **OFFLINE, **ONE_THREAD}
+    def start(
+        *arguments: str | Path,
+        launcher: tuple[str, ...] = (),
+        processes: int = 1,
+        variables: Mapping[str, str | None] | None = None,
+    ) -> Started:
+        line = [os.fspath(argument) for argument in arguments]
+        all_variables = {**os.environ, **OFFLINE, **ONE_THREAD, **(variables or {})}
+        environment = {name: value for name, value in all_variables.items() if value is not None}
         return starter.start(line, [{**environment, **place} for place in _places(processes)], launcher=launcher)
 
     yield start

@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import pytest
 from safetensors import safe_open
 
 from library.checkpoints.hashes import tensor_hash
+from tests.scripts.conftest import OFFLINE, ONE_THREAD
+from tests.scripts.starting import ROOT
 from tests.scripts.weights import hash_of
 
 STEPS = 9
@@ -119,6 +123,36 @@ def test_a_signal_ends_the_run_with_a_state(whole, train_arguments, start_script
     done = run_script(*train_arguments(tmp_path, **OPTIONS | {"resume": state}))
     assert done.returncode == 0, done.stderr[-3000:]
     assert weights_hash(tmp_path) == weights_hash(whole)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of the run in /proc")
+def test_ctrl_c_is_answered_once(train_arguments, tmp_path):
+    """A terminal sends it to all processes of the run: those that read data leave it to the one that trains."""
+    options = {
+        **OPTIONS,
+        "max_data_loader_n_workers": 2,
+        "max_train_steps": 2000,
+        "persistent_data_loader_workers": True,
+    }
+    line = train_arguments(tmp_path, **options | {"save_state": None, "save_every_n_steps": None})
+    log = tmp_path / "log"
+    with log.open("w") as errors:
+        script = subprocess.Popen(
+            [sys.executable, *line],
+            cwd=ROOT,
+            env={**os.environ, **OFFLINE, **ONE_THREAD},
+            stderr=errors,
+            stdout=errors,
+            start_new_session=True,
+        )
+    workers = Path(f"/proc/{script.pid}/task/{script.pid}/children")
+    while not ("steps:" in log.read_text() and len(workers.read_text().split()) >= 2) and script.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    os.killpg(script.pid, signal.SIGINT)
+    assert script.wait(60) == 0, log.read_text()[-3000:]
+    assert log.read_text().count("SIGINT: finishing the step") == 1, log.read_text()[-3000:]
+    assert list(tmp_path.glob("lora-step*-state"))
 
 
 def test_what_cannot_be_resumed_is_told_at_once(whole, run_script, train_arguments, tmp_path):

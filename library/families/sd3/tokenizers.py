@@ -15,13 +15,12 @@ IDS = {"te1": "openai/clip-vit-large-patch14", "te2": "laion/CLIP-ViT-bigG-14-la
 def load_tokenizers(parts: Iterable[str], folder: str | None = None, cache_dir: str | None = None) -> dict[str, Any]:
     """The tokenizers of the text encoders `parts`, each from the first place that has it.
 
-    CLIP's are looked for in `cache_dir/<id with / as _>`, in the model's own folder, and in this package; T5's in the
-    hub's cache and on the hub, too.
+    They are looked for in `cache_dir/<id with / as _>`, in the model's own folder, and in this package.
 
     Args:
         folder: of a model that is no single file.
         cache_dir: --tokenizer_cache_dir; a folder in it that is missing is given what was found.
-    Raises: UserError: one that exists but cannot be read, or T5's, where there is none.
+    Raises: UserError: one that exists but cannot be read.
     """
     return {
         part: t5_tokenizer(folder, TOKENIZERS[part], cache_dir) if part == "te3" else _clip(part, folder, cache_dir)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from library.checkpoints.reading import read_header
+from library.checkpoints.reading import read_names
 from library.errors import UserError
+from library.families.shared.vae import NO_VAE
 from library.runtime.documents import parse_json, read_text
 
 SD1, SD2, SDXL = "a Stable Diffusion 1.x model", "a Stable Diffusion 2.x model", "an SDXL model"
@@ -43,8 +44,15 @@ def recognise(keys: Iterable[str]) -> str:
 
 
 def recognise_file(path: Path) -> str | None:
-    """`recognise` for a file; None for a pickle, which says nothing before it is loaded. Raises: UserError: broken."""
-    return recognise(read_header(path)[1]) if path.suffix.lower() == ".safetensors" else None
+    """`recognise` for a file; None where only loading can tell. Raises: UserError: broken, or no weight file."""
+    names = read_names(path)
+    return None if names is None else recognise(names)
+
+
+def file_shapes(path: Path) -> dict[str, tuple[int, ...]] | None:
+    """The shapes of a file's tensors; None where only loading can tell. Raises: UserError: as `recognise_file`."""
+    names = read_names(path)
+    return None if names is None else {key: shape for key, (_, shape) in names.items()}
 
 
 def pipeline_kind(folder: Path) -> str | None:
@@ -80,6 +88,11 @@ def path_problem(flag: str, name: str, problem_of: Callable[[Path], str | None])
     except UserError as error:
         return f"{flag}: {error}"
     return problem and f"{flag}: {name}: {problem}"
+
+
+def missing_vae_folder(folder: Path) -> str | None:
+    """What is wrong with a Diffusers model's folder that brings no VAE of its own; None when it has one."""
+    return None if (folder / "vae").is_dir() else NO_VAE
 
 
 def vae_problem(path: Path, kinds: tuple[str, ...]) -> str | None:

@@ -1,0 +1,10 @@
+"""A name under which other programs import what they need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def is_safetensors(path: str | Path) -> bool:
+    """By the name's ending, as these programs expect it. Our own readers look into the file."""
+    return Path(path).suffix.lower() == ".safetensors"
