@@ -17,10 +17,10 @@ from PIL import Image
 
 from library import cli, registry
 from library.errors import UserError
-from library.options import parsing, scripts
+from library.options import parsing, scripts, validation
 from library.options.base import Option, options_of
 from library.runtime import logs
-from tools.option_tables import preparation_scripts
+from tools.option_tables import preparation_groups, preparation_scripts
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny_model" / "tiny-sd.safetensors"
@@ -154,4 +154,4 @@ def test_no_value_of_a_preparation_option_ends_in_a_traceback(script, places, mo
             raise UserError(*problems)
 
     taken, refused = run_all(table([o for g in groups for o in options_of(g)], places), check)
-    assert taken + refused > 50
+    assert taken + refused > 20
