@@ -31,7 +31,7 @@ FORMATS = (
     (r"^base_model\.model\.", "PEFT LoRA", _CONVERT),
     (r"_blocks\.\d+\..*\.lora_[AB]\.", "LoRA with FLUX's own names (Black Forest Labs)", _CONVERT),
     (r"^(emb_params|clip_[lg]|string_to_param.*)$", "a Textual Inversion embedding", "give a network file"),
-    (r"^(model\.diffusion_model|first_stage_model)\.", "a whole model", "give a network file"),
+    (r"^model\.diffusion_model\.", "a whole model", "give a network file"),
 )
 # Layer names of the kohya layout begin so; what stands behind the prefix is the layer.
 _PART = re.compile(r"(?:lora|oft|lycoris)_(?P<part>unet|transformer|prior|te\d*)(?=_)")
