@@ -116,6 +116,14 @@ class Models:
 
 
 @dataclass(frozen=True)
+class FilePlace:
+    """Where a layer is in the original model, whose structure files have, and live models may not."""
+
+    path: str  # e.g. "double_blocks.0.img_attn.qkv"
+    classes: tuple[tuple[str, str], ...] = ()  # (path, class name) of what contains it, in the original's code
+
+
+@dataclass(frozen=True)
 class LoraTarget:
     """One entry of a LoRA file and the live modules it covers.
 
@@ -130,6 +138,7 @@ class LoraTarget:
     swap_halves: bool = False  # the file has the two halves of the output rows the other way round than the module
     alias: str | None = None  # another key under which files may have it
     optional: bool = False  # a target only where a file has it, or arguments ask for it by name
+    place: FilePlace | None = None  # where the live model is not laid out as files are
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from library.errors import UserError
 from library.runtime.logs import LOGGER
 from library.runtime.seeds import derive
 from networks.base import TrainableNetwork
+from networks.file_layout import file_layout, take_over
 from networks.file_names import named_format
 
 if TYPE_CHECKING:
@@ -53,9 +54,9 @@ class LayerNames:
         self._public: dict[str, str] = {}
         self._prefixes: dict[str, str] = {}  # live to public
         for target in targets:
-            if len(target.modules) != 1:
+            if target.place is None and len(target.modules) != 1:
                 continue
-            path = target.modules[0].replace(".", "_")
+            path = (target.modules[0] if target.place is None else target.place.path).replace(".", "_")
             self._public[self._parts[target.part] + path] = target.key
             if target.part != DENOISER and target.key.endswith(path):
                 self._prefixes[self._parts[target.part]] = target.key.removesuffix(path)
@@ -128,15 +129,25 @@ class ThirdPartyNetwork(TrainableNetwork):
     the module itself saves. Both have the names of files.
     """
 
-    def __init__(self, module: str, network: nn.Module, models: Models, parts: Sequence[str], names: LayerNames):
+    def __init__(
+        self,
+        module: str,
+        network: nn.Module,
+        models: Models,
+        denoiser: nn.Module,
+        parts: Sequence[str],
+        names: LayerNames,
+    ):
+        """`denoiser`: what the module has seen, the live one or its `file_layout`."""
         super().__init__()
         self.network = network
         self._module, self._models, self._parts, self._names = module, models, list(parts), names
         text = any(part != DENOISER for part in parts)
         with _explained(module, "apply_to"):
-            network.apply_to(_text_encoders(models), models.denoiser, text, DENOISER in parts)
+            network.apply_to(_text_encoders(models), denoiser, text, DENOISER in parts)
             if hasattr(network, "prepare_grad_etc"):
-                network.prepare_grad_etc(_text_encoders(models), models.denoiser)
+                network.prepare_grad_etc(_text_encoders(models), denoiser)
+            take_over(denoiser)
 
     def layers(self) -> dict[str, nn.Module]:
         return {self._names.public(name): layer for name, layer in self.network.named_children()}
@@ -316,11 +327,14 @@ class ThirdPartyModule:
 
         The same `seed` draws the same weights. Raises: UserError: the module fails, or makes no layers.
         """
-        function, base = self._module.create_network, _base(models)
+        function, denoiser = self._module.create_network, _seen(targets, models)
+        base = (models.vae, _text_encoders(models), denoiser)
         with _explained(self.name, "create_network"), _own_random_stream(seed):
             # The first five by place, as the interface has it; names differ among modules.
             network = function(1.0, dim, alpha, *base, **_accepted(function, _with_dropout(args, dropout)), **args)
-            return self._applied(network, targets, models)
+            applied = self._applied(network, targets, models, denoiser)
+        _require_layers(self.name, applied.counts(), targets, args)
+        return applied
 
     def from_weights(
         self,
@@ -340,10 +354,12 @@ class ThirdPartyModule:
             raise UserError(f"--dim_from_weights: {self.name} has no create_network_from_weights; give --network_dim")
         names = LayerNames(targets, list(models.text_encoders))
         known = {"weights_sd": _renamed(file.flat(), names.live), "for_inference": False}
+        denoiser = _seen(targets, models)
+        base = (models.vae, _text_encoders(models), denoiser)
         with _explained(self.name, "create_network_from_weights"), _own_random_stream(0):
             extra = _accepted(function, {**known, **_with_dropout(args, dropout)})
-            made = function(1.0, str(file.path), *_base(models), **extra, **args)
-            network = self._applied(made[0] if isinstance(made, tuple) else made, targets, models, file)
+            made = function(1.0, str(file.path), *base, **extra, **args)
+            network = self._applied(made[0] if isinstance(made, tuple) else made, targets, models, denoiser, file)
             if not network.holds(file):
                 network.load(file)
         return network
@@ -355,11 +371,16 @@ class ThirdPartyModule:
         return loaded, len(network.layers()) - loaded, len(file.entries) - loaded
 
     def _applied(
-        self, network: Any, targets: Sequence[LoraTarget], models: Models, file: NetworkFile | None = None
+        self,
+        network: Any,
+        targets: Sequence[LoraTarget],
+        models: Models,
+        denoiser: nn.Module,
+        file: NetworkFile | None = None,
     ) -> ThirdPartyNetwork:
         parts = list(dict.fromkeys(target.part for target in targets))
         names = LayerNames(targets, list(models.text_encoders))
-        applied = ThirdPartyNetwork(self.name, network, models, parts, names)
+        applied = ThirdPartyNetwork(self.name, network, models, denoiser, parts, names)
         if not any(True for _ in network.parameters()):
             if file is not None:
                 raise _nothing_fits(file, applied.layers())
@@ -384,8 +405,36 @@ def _mend_lycoris(module: ModuleType) -> None:
         )
 
 
-def _base(models: Models) -> tuple[Any, Any, nn.Module]:
-    return models.vae, _text_encoders(models), models.denoiser
+def _seen(targets: Sequence[LoraTarget], models: Models) -> nn.Module:
+    """What a module gets as the denoiser: the live one, or where files are laid out otherwise, their layout."""
+    return file_layout(targets, models) or models.denoiser
+
+
+def _require_layers(
+    module: str, counts: Mapping[str, int], targets: Sequence[LoraTarget], args: Mapping[str, str]
+) -> None:
+    """Raises: UserError: a part that is to be trained has got no layers, where the module shows its layers at all."""
+    if not counts:
+        return
+    # T5 is adapted only on request, so it counts only where the arguments have one.
+    asked = args.get("train_t5xxl", "").strip().lower() in ("true", "1")
+    wanted = dict.fromkeys(target.part for target in targets if asked or not target.optional)
+    lost = [part for part in wanted if not counts.get(part)]
+    if lost:
+        raise UserError(
+            *(
+                f"--network_module: {module} made no layers in {'the denoiser' if part == DENOISER else part}, "
+                f"which would stay untrained; {_ways_out(part, args)}"
+                for part in lost
+            )
+        )
+
+
+def _ways_out(part: str, args: Mapping[str, str]) -> str:
+    other = "choose another preset in --network_args, or " if "preset" in args else ""
+    if part == DENOISER:
+        return f"{other}add --network_train_text_encoder_only, or use a network of networks.*"
+    return f"{other}give it the rate 0 in --text_encoder_lr, or add --network_train_unet_only"
 
 
 def _text_encoders(models: Models) -> Any:

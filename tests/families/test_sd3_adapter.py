@@ -350,7 +350,7 @@ def test_traits_and_metadata(variant, single_file, cache):
     assert metadata["ss_apply_lg_attn_mask"] is True
     assert metadata["ss_weighting_scheme"] == "uniform"
     assert metadata["modelspec.architecture"] == f"stable-diffusion-3-{variant}"
-    assert metadata["modelspec.prediction_type"] == "epsilon"
+    assert metadata["modelspec.prediction_type"] == "flow"
     assert metadata["modelspec.resolution"] == "1024x1024"
     assert family.traits.flow_shift(128, 128) == 3.0
     assert family.traits.cache_suffix == "_sd3.npz"

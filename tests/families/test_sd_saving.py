@@ -51,7 +51,7 @@ def family_for(path, v2: bool, **options) -> SdFamily:
 @pytest.mark.rows("R123")
 def test_reading_and_writing_gives_the_same_bytes(v2, tmp_path):
     published(tmp_path / "model.safetensors", v2)
-    family = family_for(tmp_path / "model.safetensors", v2)
+    family = family_for(tmp_path / "model.safetensors", v2, v_parameterization=True)
     family.save(
         family.load(), tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={"format": "pt"}
     )
@@ -62,7 +62,7 @@ def test_reading_and_writing_gives_the_same_bytes(v2, tmp_path):
 def test_ckpt_round_trip_adds_to_the_counters(v2, tmp_path):
     tensors = published(tmp_path / "model.safetensors", v2)
     torch.save({"state_dict": tensors, "epoch": 2, "global_step": 300}, tmp_path / "model.ckpt")
-    family = family_for(tmp_path / "model.ckpt", v2)
+    family = family_for(tmp_path / "model.ckpt", v2, v_parameterization=True)
     metadata = {"ss_epoch": "3", "ss_steps": "40"}
     family.save(family.load(), tmp_path / "again.ckpt", save_as="ckpt", dtype=None, metadata=metadata)
     again = torch.load(tmp_path / "again.ckpt", weights_only=True)
@@ -103,7 +103,7 @@ def test_trained_weights_are_what_is_written(tmp_path):
 
 def test_saving_over_the_source_keeps_what_training_does_not_use(tmp_path):
     tensors = published(tmp_path / "model.safetensors", True)
-    family = family_for(tmp_path / "model.safetensors", True)
+    family = family_for(tmp_path / "model.safetensors", True, v_parameterization=True)
     models = family.load()
     for _ in range(2):
         family.save(models, tmp_path / "model.safetensors", save_as="safetensors", dtype=None, metadata={})

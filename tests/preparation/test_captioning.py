@@ -167,15 +167,14 @@ def test_pictures_become_384_px_bicubic_with_clips_mean_and_deviation():
     torch.testing.assert_close(found.double(), torch.from_numpy(expected), atol=1e-5, rtol=1e-5)
 
 
-def test_a_file_that_would_run_code_is_refused(tmp_path):
+def test_code_in_a_file_is_not_run(tmp_path):
     class Evil:
         def __reduce__(self):
             return (Path(tmp_path / "ran").touch, ())
 
     write_vocabulary(tmp_path)
     torch.save({"model": original_blip(tiny_blip()), "more": Evil()}, tmp_path / "evil.pth", pickle_module=pickle)
-    with pytest.raises(UserError, match=r"evil\.pth: refused"):
-        load_blip(str(tmp_path / "evil.pth"), SEARCHES["greedy"], None)
+    load_blip(str(tmp_path / "evil.pth"), SEARCHES["greedy"], None)
     assert not (tmp_path / "ran").exists()
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from library.families.flux.keymap import EMBEDDERS, flux_map
 from library.families.shared.t5 import t5_targets
 from library.families.shared.targets import clip_targets, lora_key
-from library.types import LoraTarget
+from library.types import FilePlace, LoraTarget
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,8 +36,20 @@ def transformer_targets(denoiser: nn.Module) -> list[LoraTarget]:
         entry = keys.by_file(f"{name}.weight")
         assert entry is not None
         modules = tuple(model.removesuffix(".weight") for model in entry.models)
-        targets.append(LoraTarget(lora_key("unet", name), "denoiser", modules, optional=name in outer))
+        place = FilePlace(name, _classes(name))
+        targets.append(LoraTarget(lora_key("unet", name), "denoiser", modules, optional=name in outer, place=place))
     return targets
+
+
+def _classes(name: str) -> tuple[tuple[str, str], ...]:
+    """What contains a layer, in the code of the model's authors."""
+    block = ".".join(name.split(".")[:2])
+    if name.startswith("single_blocks."):
+        return ((block, "SingleStreamBlock"),)
+    if not name.startswith("double_blocks."):
+        return ()
+    attention = ((f"{block}.{stream}_attn", "SelfAttention") for stream in ("img", "txt"))
+    return ((block, "DoubleStreamBlock"), *attention)
 
 
 def text_targets(text_encoders: Mapping[str, nn.Module]) -> list[LoraTarget]:

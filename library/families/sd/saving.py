@@ -38,7 +38,7 @@ def save_model(
     save_as: str,
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
-    v_prediction: bool = False,
+    v_prediction: bool | None = None,
 ) -> None:
     """Writes a whole model; an earlier `path` survives a failure.
 
@@ -49,7 +49,8 @@ def save_model(
         dtype: of every tensor of the model in a single file; None keeps what each had in the source. A Diffusers
             folder has the dtype of the models in memory, whatever this says: so do other trainers.
         metadata: goes into a .safetensors file; a .ckpt has only `ss_epoch` and `ss_steps`, added to its source's.
-        v_prediction: what a new Diffusers folder's scheduler is told to expect.
+        v_prediction: what a new Diffusers folder's scheduler is told to expect. Where it is False, a file loses the
+            markers of a model that predicts v.
     Raises: UserError: an unknown format. OSError: it cannot be written.
     """
     source: Source = models.source
@@ -61,8 +62,8 @@ def save_model(
         dtype=dtype,
         metadata=metadata,
         tensors=partial(file_tensors, models.denoiser, models.text_encoders["te"], vae, source, dtype),
-        fill=partial(_fill_folder, models, vae, v_prediction),
-        copied=without_markers(source.preserved, MARKERS if v_prediction else ()),
+        fill=partial(_fill_folder, models, vae, bool(v_prediction)),
+        copied=without_markers(source.preserved, dict.fromkeys(MARKERS, v_prediction)),
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from library.checkpoints.keymap import SwapHalves
 from library.families.sd3.keymap import mmdit_map
 from library.families.shared.targets import lora_key
-from library.types import LoraTarget
+from library.types import FilePlace, LoraTarget
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,9 +53,15 @@ def mmdit_targets(denoiser: nn.Module) -> list[LoraTarget]:
                 groups[name],
                 swap_halves=isinstance(entry.rule, SwapHalves),
                 optional=not BLOCK.fullmatch(name),
+                place=FilePlace(name, _classes(name)),
             )
         )
     return targets
+
+
+def _classes(name: str) -> tuple[tuple[str, str], ...]:
+    """What contains a layer, in the code that files come from."""
+    return ((".".join(name.split(".")[:3]), "SingleDiTBlock"),) if BLOCK.fullmatch(name) else ()
 
 
 def _place(name: str) -> tuple[int, int, int]:

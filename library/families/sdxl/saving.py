@@ -40,8 +40,8 @@ def save_model(
     save_as: str,
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
-    v_prediction: bool = False,
-    zero_terminal_snr: bool = False,
+    v_prediction: bool | None = None,
+    zero_terminal_snr: bool | None = None,
 ) -> None:
     """Writes a whole model; an earlier `path` survives a failure.
 
@@ -52,13 +52,14 @@ def save_model(
         dtype: of every tensor of the model in a single file; None keeps what each had in the source. A Diffusers
             folder has the dtype of the models in memory, whatever this says: so do other trainers.
         metadata: goes into a .safetensors file; a .ckpt has only `ss_epoch` and `ss_steps`, added to its source's.
-        v_prediction, zero_terminal_snr: what a single file is marked with, and a new Diffusers folder's scheduler told.
+        v_prediction, zero_terminal_snr: what a single file is marked with, and a new Diffusers folder's scheduler told;
+            None: the file keeps the markers of its source.
     Raises: UserError: an unknown format. OSError: it cannot be written.
     """
     source: Source = models.source
     vae = models.vae if models.vae is not None else load_vae(source.vae_name)[0]
-    markers = {V_PRED: v_prediction, ZTSNR: zero_terminal_snr}
-    markers = [marker for marker, is_true in markers.items() if is_true]
+    facts = {V_PRED: v_prediction, ZTSNR: zero_terminal_snr}
+    markers = [marker for marker, is_true in facts.items() if is_true]
     write_model(
         path,
         source,
@@ -66,8 +67,8 @@ def save_model(
         dtype=dtype,
         metadata=metadata,
         tensors=lambda: file_tensors(models, vae, dtype) | _markers(markers),
-        fill=partial(_fill_folder, models, vae, v_prediction, zero_terminal_snr),
-        copied=without_markers(source.preserved, markers),
+        fill=partial(_fill_folder, models, vae, bool(v_prediction), bool(zero_terminal_snr)),
+        copied=without_markers(source.preserved, facts),
     )
 
 

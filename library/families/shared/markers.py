@@ -6,7 +6,7 @@ interfaces look for them. No torch here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,6 +80,10 @@ def _words(found: Collection[str], where: str) -> str:
     return f"{where} that it predicts v{ending}" if V_PRED in found else f"{where} that its noise ends in pure noise"
 
 
-def without_markers(keys: Iterable[str], true: Collection[str]) -> list[str]:
-    """The keys of a file without markers that are not `true` of the model any more."""
-    return [key for key in keys if key not in MARKERS or key in true]
+def without_markers(keys: Iterable[str], facts: Mapping[str, bool | None]) -> list[str]:
+    """The keys of a file without markers of what is no longer so.
+
+    Args:
+        facts: by markers, whether they are true of the model; None, as not being there: as its file says.
+    """
+    return [key for key in keys if facts.get(key) is not False]
