@@ -144,6 +144,7 @@ def _check(
 ) -> tuple[Options, list[Any], FamilyTraits]:
     """Everything that can be wrong and is cheap to know, all at once, before torch is imported."""
     from library.data.blueprint import build_specs
+    from library.data.opencv import opencv
     from library.options import parsing, scripts, validation
     from library.options.logging import absolute_paths
 
@@ -160,7 +161,7 @@ def _check(
     if not problems:  # the options make sense: now the files that they name
         problems += registry.method_problems(method_name, opts, traits)
         problems += registry.path_problems(family_name, opts)
-        for look in (lambda: specs.extend(build_specs(opts, traits)), lambda: joining.seed_of_state(opts)):
+        for look in (lambda: specs.extend(build_specs(opts, traits)), lambda: joining.seed_of_state(opts), opencv):
             try:
                 look()
             except UserError as error:

@@ -40,6 +40,7 @@ def set_attention(denoiser: nn.Module, options: MemoryOptions) -> str:
             denoiser.enable_xformers_memory_efficient_attention()
             return "xformers"
         LOGGER.warning("--xformers: no xformers kernels work on this machine; torch's sdpa is used instead")
+        LOGGER.info("python tools/install_xformers.py installs the xformers for this torch, if there is one")
     elif options.mem_eff_attn:
         # Never the kernel that writes out the whole attention matrix.
         torch.backends.cuda.enable_math_sdp(False)

@@ -218,7 +218,7 @@ def test_a_damaged_model(tmp_path):
 def test_without_onnx_runtime_one_line_says_so(tmp_path, monkeypatch):
     files = write_files(tmp_path, "table")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match="pip install onnxruntime"):
+    with pytest.raises(UserError, match=r"pip install -r requirements/tagging.txt"):
         open_tagger(files)
 
 
