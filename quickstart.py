@@ -199,7 +199,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--test", action="store_true", help="run the test suite; what follows goes to pytest")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of the demo's training; {STEPS} if not given")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"of the demo's training, at least 10; {STEPS} if not given"
+    )
     args, rest = parser.parse_known_args()
     if rest and not args.test:
         parser.error(f"unknown arguments: {' '.join(rest)}")

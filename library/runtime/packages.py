@@ -17,7 +17,7 @@ EXTRAS = {
     "prodigyopt": "optimizers",
     "schedulefree": "optimizers",
     "onnxruntime": "tagging",
-    "scipy": "sampling",
+    "scipy": "core",
     "wandb": "wandb",
 }
 # What is imported -> the package of a third party, which none of our files names.
