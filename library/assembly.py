@@ -79,7 +79,7 @@ def assemble(
     _encode(opts, family, method, models, preview, data, accelerator, shards)
     placement.place_denoiser(models, opts, accelerator.device, spread=shards is not None)
     attention = set_attention(models.denoiser, opts.memory)
-    if opts.memory.torch_compile:
+    if opts.memory.compiles:
         compile_blocks(family.blocks(models), opts.memory.dynamo_backend, accelerator.device)
     if shards is not None:
         placement.spread_denoiser(family, models, opts, shards)

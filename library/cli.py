@@ -63,13 +63,13 @@ def ending_as_a_script() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        logs.end_progress()
-        print(error.render(), file=sys.stderr)
-        raise SystemExit(2) from None
+        logs.fail(error)
     except KeyboardInterrupt:
         logs.end_progress()
         print("interrupted; what was saved before is whole", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        logs.fail_for_the_machine(error)
 
 
 def load_family(family: str, argv: Sequence[str]) -> tuple[Family, Models]:
@@ -80,7 +80,7 @@ def load_family(family: str, argv: Sequence[str]) -> tuple[Family, Models]:
     from library.options import parsing, scripts
 
     logs.quiet_third_parties()
-    opts = parsing.parse_options(scripts.groups_for(family, "network"), argv)
+    opts = registry.follow_model(family, parsing.parse_options(scripts.groups_for(family, "network"), argv))
     adapter = registry.make_family(family, opts)
     return adapter, adapter.load()
 
@@ -147,15 +147,19 @@ def _check(
     from library.data.opencv import opencv
     from library.options import parsing, scripts, validation
     from library.options.logging import absolute_paths
+    from library.options.optimizer import default_rate
 
     if opts is None:
         groups = scripts.groups_for(family_name, method_name)
         description = _description(family_name, method_name)
-        opts = parsing.parse_options(groups, argv, prog=_script_name(), description=description)
+        opts = parsing.parse_options(
+            groups, argv, prog=_script_name(), description=description, elsewhere=registry.options_elsewhere
+        )
     main = int(os.environ.get("RANK", "0")) == 0  # the other processes report errors only
     level = opts.logging.console_log_level if main else "ERROR"
     logs.setup_logging(level, opts.logging.console_log_file, opts.logging.console_log_simple)
     traits = scripts.traits_for(family_name)
+    opts = registry.follow_model(family_name, opts)
     problems = list(validation.problems(opts, traits))
     specs: list[Any] = []
     if not problems:  # the options make sense: now the files that they name
@@ -170,7 +174,7 @@ def _check(
         raise UserError(*problems)
     for line in validation.warnings(opts, traits):
         LOGGER.warning("%s", line)
-    for line in absolute_paths(opts):
+    for line in filter(None, (default_rate(opts), *absolute_paths(opts))):
         LOGGER.info("%s", line)
     return opts, specs, traits
 

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from library import cli
+from library import cli, registry
 from library.errors import UserError
 from library.options import parsing, scripts
-from library.options.base import Given, Option, Options, build_options, options_of
+from library.options.base import COMMAND_LINE, Given, Option, Options, build_options, options_of
 from library.options.config_file import read_config
-from library.options.values import from_text, from_toml
+from library.options.values import from_text, from_toml, is_blank
+from library.runtime.logs import LOGGER
 
 
 def train(args: Namespace, *, family: str, method: str) -> None:
@@ -54,12 +55,17 @@ def read_config_from_file(args: Namespace, parser: ArgumentParser) -> Namespace:
     with cli.ending_as_a_script():
         if args.output_config:
             parsing.parse_options(parser)  # writes the file and exits
+        changed = {dest: value for dest, value in vars(args).items() if value != parser.get_default(dest)}
+        flags = {dest: Given(value, COMMAND_LINE) for dest, value in changed.items()}
+        file = read_config(args.config_file, parser.groups, registry.options_elsewhere)
+        options = parsing.with_file(parser.groups, file, flags)
+        for line in options.remarks:
+            LOGGER.warning("%s", line)
         filled = Namespace(**vars(args))
-        for dest, given in read_config(args.config_file, parser.groups).items():
-            if getattr(args, dest, None) == parser.get_default(dest):
-                setattr(filled, dest, given.value)
+        for dest in file.given.keys() & options.given.keys() - changed.keys():
+            setattr(filled, dest, options.given[dest].value)
         # Once more, for flags that repeat a default: argparse keeps what the namespace has already.
-        return parser.parse_known_args(namespace=filled)[0]
+        return parser.without_blanks(parser.parse_known_args(namespace=filled)[0])
 
 
 def add_missing_options(parser: ArgumentParser, family: str, group: str) -> None:
@@ -81,10 +87,10 @@ def _options(args: Namespace, family: str, method: str) -> Options:
     given, problems = {}, []
     for option in (option for group in groups for option in options_of(group)):
         value = getattr(args, option.dest, None)
-        if value is None or value == option.default:
+        if value is None or value == option.default or is_blank(option, value):
             continue
         try:
-            given[option.dest] = Given(_value(option, value), "command line")
+            given[option.dest] = Given(_value(option, value), COMMAND_LINE)
         except ValueError as error:
             problems.append(f"{option.flag}: {error}")
     if problems:

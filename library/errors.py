@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from library.screen import shown, without_secrets
+
 
 class UserError(Exception):
     """A mistake in options, files or data. `cli.run` shows it without a traceback and exits with status 2.
@@ -10,16 +12,18 @@ class UserError(Exception):
     """
 
     def __init__(self, *problems: str, hint: str | None = None):
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = tuple(map(without_secrets, problems))
         self.hint = hint
+        super().__init__("\n".join(self.problems))
 
     def render(self) -> str:
-        if len(self.problems) == 1:
-            text = f"error: {self.problems[0]}"
+        """As it is shown on a screen: a line for each problem."""
+        lines = list(map(shown, self.problems))
+        if len(lines) == 1:
+            text = f"error: {lines[0]}"
         else:
-            text = f"error: {len(self.problems)} problems\n" + "\n".join(f"  {line}" for line in self.problems)
-        return text if self.hint is None else f"{text}\n  hint: {self.hint}"
+            text = f"error: {len(lines)} problems\n" + "\n".join(f"  {line}" for line in lines)
+        return text if self.hint is None else f"{text}\n  hint: {shown(self.hint)}"
 
 
 class NameTooLongError(UserError):

@@ -6,14 +6,17 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from library.options import scripts
+from library.options.base import Option, options_of
+
 if TYPE_CHECKING:
     from library.families.base import Family, FamilyTraits
     from library.methods.base import Method
     from library.options.base import Options
 
 # name, which is that of a package in library.families -> its adapter class in `adapter`; `options` holds TRAITS and
-# `variants` `check_paths(opts)`, `check_text_paths(opts)` where text encoders have files of their own, and
-# `missing_encoders(opts)` where models may lack some; all but `adapter` without torch
+# `variants` `check_paths(opts)`, `check_text_paths(opts)` where texts need less, and `missing_encoders(opts)` where
+# models may lack some; all but `adapter` without torch
 FAMILIES = {"sd": "SdFamily", "sdxl": "SdxlFamily", "sd3": "Sd3Family", "flux": "FluxFamily"}
 # name -> (module, its class); `<module>_args` holds `check_options(opts, traits)`, without torch
 METHODS = {
@@ -21,6 +24,16 @@ METHODS = {
     "finetune": ("library.methods.finetune", "FinetuneMethod"),
     "dreambooth": ("library.methods.finetune", "FinetuneMethod"),
 }
+
+
+def options_elsewhere() -> dict[str, dict[str, Option]]:
+    """The options of all training scripts, name -> script -> option; torch is not needed."""
+    found: dict[str, dict[str, Option]] = {}
+    for family in FAMILIES:
+        for script, method in scripts.scripts_of(family).items():
+            for option in (option for group in scripts.groups_for(family, method) for option in options_of(group)):
+                found.setdefault(option.dest, {})[f"{script}.py"] = option
+    return found
 
 
 def family_module(family: str, name: str) -> ModuleType:
@@ -46,6 +59,13 @@ def method_problems(method: str, opts: Options, traits: FamilyTraits) -> list[st
 def path_problems(family: str, opts: Options) -> list[str]:
     """What is wrong with the paths of a model, as far as names and headers tell it; torch is not needed."""
     return family_module(family, "variants").check_paths(opts)
+
+
+def follow_model(family: str, opts: Options) -> Options:
+    """The options, completed by what the model says about itself; torch is not needed."""
+    from library.families.shared.markers import follow
+
+    return follow(opts) if family_module(family, "options").TRAITS.objective == "ddpm" else opts
 
 
 def text_path_problems(family: str, opts: Options) -> list[str]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from library.errors import UserError
 from networks import functional, lora
 from networks.base import AdapterLayer
-from networks.dylora_args import DyLoraArgs, parse
+from networks.dylora_args import DyLoraArgs, parse, require_one_rank
 from networks.lora import load as load
 from networks.lora_files import read as read
 
@@ -127,8 +127,7 @@ def create(
 ) -> lora.LoraNetwork:
     """As `networks.lora.create`. Raises: UserError: also for a rank that `unit` does not divide, or a dropout."""
     parsed = replace(_parsed(args, dropout), conv_alpha=functional.effective_alpha(alpha, dim))
-    if parsed.conv_dim not in (None, dim):
-        raise UserError(f"--network_args: conv_dim={parsed.conv_dim}: must be --network_dim, {dim}, in networks.dylora")
+    require_one_rank(parsed, dim)
     return lora.build(targets, models, parsed, DyLoraLayer, dim=dim, alpha=alpha, seed=seed)
 
 

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from library.errors import UserError
+from library.options.network import LARGEST_RANK
 from library.types import BlockLayout
 
 T = TypeVar("T")
 
+# Arguments of LyCORIS that ask for another kind of network, with the values that ask for LoRA.
+_OTHER_KINDS = {"algo": ("lora", "locon"), "dora_wd": ("false", "0", ""), "train_norm": ("false", "0", "")}
 
 UNET_25 = BlockLayout(12, 1, 12)
 
@@ -126,10 +129,10 @@ def parse(
         unknown presets.
     """
     reader = Reader(args)
-    reader.only(keys, module)
+    reader.only_lora(keys, module)
     conv_alpha = reader.number("conv_alpha", float, least=0)
     parsed = LoraArgs(
-        conv_dim=reader.number("conv_dim", int, least=1),
+        conv_dim=reader.number("conv_dim", int, least=0) or None,
         conv_alpha=1.0 if conv_alpha is None else conv_alpha,
         block_dims=reader.block_list("block_dims", int, layout),
         block_alphas=reader.block_list("block_alphas", float, layout),
@@ -145,27 +148,48 @@ def parse(
 
 def common_fields(reader: Reader) -> dict[str, Any]:
     """The fields of `LoraArgs` that have nothing to do with convolutions or blocks: dropouts, LoRA+, patterns."""
-    plus = reader.number("loraplus_lr_ratio", float, above=0)
-    unet_plus = reader.number("loraplus_unet_lr_ratio", float, above=0)
-    text_plus = reader.number("loraplus_text_encoder_lr_ratio", float, above=0)
+    denoiser_plus, text_plus = lora_plus(reader)
     return {
         "dropout": reader.number("dropout", float, least=0, most=1),
         "rank_dropout": reader.number("rank_dropout", float, least=0, below=1),
         "module_dropout": reader.number("module_dropout", float, least=0, most=1),
-        "denoiser_plus": plus if unet_plus is None else unet_plus,
-        "text_plus": plus if text_plus is None else text_plus,
+        "denoiser_plus": denoiser_plus,
+        "text_plus": text_plus,
         "reg_dims": reader.by_pattern("network_reg_dims", int),
         "reg_lrs": reader.by_pattern("network_reg_lrs", float),
     }
 
 
-def check(args: Mapping[str, str], *, ranks_from_file: bool, layout: BlockLayout = UNET_25) -> list[str]:
+def lora_plus(reader: Reader) -> tuple[float | None, float | None]:
+    """The LoRA+ ratios of the denoiser and of the text encoders; None where there is none, which 0 says too."""
+    names = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
+    common, *own = (reader.number(name, float, least=0) for name in names)
+    denoiser, text = ((common if ratio is None else ratio) or None for ratio in own)
+    return denoiser, text
+
+
+def check(
+    args: Mapping[str, str], *, ranks_from_file: bool, dim: int | None = None, layout: BlockLayout = UNET_25
+) -> list[str]:
     """What can be said about the arguments without a model: a warning for each that has no effect.
+
+    Args: dim: the network's rank.
 
     Raises: UserError: arguments that `networks.lora.create` would refuse.
     """
     parse(args, layout)
-    return without_effect(args, ranks_from_file=ranks_from_file)
+    return [*unknown(args, KEYS, "networks.lora"), *without_effect(args, ranks_from_file=ranks_from_file)]
+
+
+def unknown(args: Mapping[str, str], keys: Sequence[str], module: str) -> list[str]:
+    """A line for every argument that `module`, which knows `keys`, ignores."""
+    others = [key for key in args if key not in keys and key not in _OTHER_KINDS]
+    near = {key: difflib.get_close_matches(key, keys, n=1) for key in others}
+    return [
+        f"--network_args: {key} is ignored: {module} knows no such argument"
+        + (f"; did you mean {near[key][0]!r}?" if near[key] else "")
+        for key in others
+    ]
 
 
 def without_effect(args: Mapping[str, str], *, ranks_from_file: bool = False) -> list[str]:
@@ -193,13 +217,11 @@ class Reader:
         self.args = args
         self.problems: list[str] = []
 
-    def only(self, keys: Sequence[str], module: str) -> None:
-        for key in (key for key in self.args if key not in keys):
-            near = difflib.get_close_matches(key, keys, n=1)
-            self.problems.append(
-                f"--network_args: {module} knows no {key!r}; "
-                + (f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(keys)}")
-            )
+    def only_lora(self, keys: Sequence[str], module: str) -> None:
+        """Refuses arguments that ask for another kind of network than `module` is, which knows `keys`."""
+        for key, meaning_lora in _OTHER_KINDS.items():
+            if key not in keys and self.args.get(key, meaning_lora[0]).strip().lower() not in meaning_lora:
+                self.refuse(key, f"{module} trains no such network; --network_module lycoris.kohya does")
 
     def refuse(self, key: str, why: str) -> None:
         self.problems.append(f"--network_args: {key}={self.args[key]}: {why}")
@@ -214,25 +236,28 @@ class Reader:
         most: float = math.inf,
         below: float = math.inf,
     ) -> T | None:
-        if key not in self.args:
+        if not self.args.get(key, "").strip():
             return None
         try:
             value = kind(self.args[key])
         except ValueError:
             self.refuse(key, f"is not {'a whole number' if kind is int else 'a number'}")
             return None
+        if kind is int:  # all of them are ranks, or parts of ranks
+            most = min(most, LARGEST_RANK)
         if not (least <= value <= most and above < value < below):
             limits = {"at least": least, "above": above, "at most": most, "below": below}
-            self.refuse(key, "must be " + ", ".join(f"{k} {v:g}" for k, v in limits.items() if math.isfinite(v)))
+            words = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
+            self.refuse(key, f"must be {', '.join(words) or 'a finite number'}")
             return None
         return value
 
     def flag(self, key: str) -> bool:
-        """Whether the argument is True; False says the same as nothing."""
-        text = self.args.get(key, "False").strip().lower()
-        if text not in ("true", "false"):
+        """Whether the argument is True, or 1; False, 0 and an empty value say the same as nothing."""
+        text = self.args.get(key, "").strip().lower()
+        if text not in ("true", "1", "false", "0", ""):
             self.refuse(key, "is neither True nor False")
-        return text == "true"
+        return text in ("true", "1")
 
     def block_list(self, key: str, kind: Callable[[str], T], layout: BlockLayout) -> tuple[T, ...] | None:
         if key not in self.args:
@@ -245,8 +270,12 @@ class Reader:
         if len(entries) != layout.total:
             self.refuse(key, f"has {len(entries)} entries, this model has {layout.total} blocks")
             return None
-        if min(entries) < 0:
+        if not all(map(math.isfinite, entries)):
+            self.refuse(key, "has an entry that is no finite number")
+        elif min(entries) < 0:
             self.refuse(key, "has an entry below 0")
+        elif kind is int and max(entries) > LARGEST_RANK:
+            self.refuse(key, f"has an entry above {LARGEST_RANK}")
         return entries
 
     def by_pattern(self, key: str, kind: Callable[[str], T]) -> tuple[tuple[re.Pattern[str], T], ...]:
@@ -262,6 +291,8 @@ class Reader:
                 number = kind(value)
                 if not 0 <= number < math.inf:
                     raise ValueError("must be at least 0")
+                if kind is int and number > LARGEST_RANK:
+                    raise ValueError(f"must be at most {LARGEST_RANK}")
                 pairs.append((re.compile(pattern), number))
             except re.error as error:
                 self.refuse(key, f"{pattern!r} is no regular expression ({error})")
@@ -301,6 +332,8 @@ class Reader:
         except ValueError:
             self.refuse(key, "holds something that is not a number")
             return [1.0] * count
+        if not all(map(math.isfinite, factors)):
+            self.refuse(key, "holds something that is no finite number")
         if len(factors) > count:
             self.refuse(key, f"has {len(factors)} entries, there are {count} such blocks")
         return (factors + [1.0] * count)[:count]

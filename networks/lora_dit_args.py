@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from library.errors import UserError
-from networks.lora_args import LoraArgs, Reader, common_fields
+from networks.lora_args import LoraArgs, Reader, common_fields, unknown
 from networks.lora_args import without_effect as without_effect_in_lora
 
 T5 = "te3"  # the text encoder that is trained only when train_t5xxl says so
@@ -111,8 +111,8 @@ def rank_of(args: DitArgs, dim: int, key: str, *, outer: bool = False) -> int:
 def parse(args: Mapping[str, str], layout: Layout) -> DitArgs:
     """The arguments as values. Raises: UserError: every problem at once."""
     reader = Reader(args)
-    reader.only(layout.keys, layout.module)
-    reader.number("conv_dim", int, least=1)
+    reader.only_lora(layout.keys, layout.module)
+    reader.number("conv_dim", int, least=0)
     reader.number("conv_alpha", float, least=0)
     ggpo = {key: reader.number(key, float, least=0) for key in GGPO}
     if len(ggpo.keys() & args.keys()) == 1:
@@ -136,7 +136,7 @@ def parse(args: Mapping[str, str], layout: Layout) -> DitArgs:
 
 def _whole_numbers(reader: Reader, key: str, count: int) -> tuple[int, ...]:
     """``[4,0,2]`` or ``4,0,2``; nothing where the argument is not given."""
-    if key not in reader.args:
+    if not reader.args.get(key, "").strip():
         return ()
     try:
         numbers = tuple(int(entry) for entry in reader.args[key].strip().strip("[]").split(","))
@@ -184,7 +184,8 @@ def check(args: Mapping[str, str], layout: Layout, *, ranks_from_file: bool) -> 
     Raises: UserError: arguments that `create` would refuse.
     """
     parse(args, layout)
-    lines = [
+    lines = unknown(args, layout.keys, layout.module)
+    lines += [
         f"--network_args: {key} has no effect in {layout.module}: it adapts no convolutions beside those of "
         f"{layout.outer}"
         for key in ("conv_dim", "conv_alpha")

@@ -15,7 +15,10 @@ def parse(args: Mapping[str, str], layout: BlockLayout = UNET_25) -> LoraArgs:
     return lora_args.parse(args, layout, module="networks.lora_fa", keys=KEYS)
 
 
-def check(args: Mapping[str, str], *, ranks_from_file: bool, layout: BlockLayout = UNET_25) -> list[str]:
+def check(
+    args: Mapping[str, str], *, ranks_from_file: bool, dim: int | None = None, layout: BlockLayout = UNET_25
+) -> list[str]:
     """As `lora_args.check`."""
     parse(args, layout)
-    return lora_args.without_effect(args, ranks_from_file=ranks_from_file)
+    ignored = lora_args.unknown(args, KEYS, "networks.lora_fa")
+    return [*ignored, *lora_args.without_effect(args, ranks_from_file=ranks_from_file)]

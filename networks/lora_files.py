@@ -11,6 +11,7 @@ from torch import Tensor
 from library.checkpoints.reading import read_state_dict
 from library.errors import UserError
 from networks import functional
+from networks.file_names import foreign_format, named_format
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -52,7 +53,7 @@ class LoraFile:
             raise UserError(
                 f"{self.path}: none of its {len(self.entries)} layers fits the {len(targets)} layers that are trained "
                 f"here; its first is {next(iter(self.entries))}, here the first is {targets[0].key}. "
-                "Was it made for another kind of model, or for a part that is not trained?"
+                f"Was it made for another kind of model, or for a part that is not trained?{named_format(self.entries)}"
             )
         return found
 
@@ -82,8 +83,10 @@ def read(path: str | Path) -> LoraFile:
         entries[key] = Entry(down, up, stored)
     if strangers or not entries:
         shown = ", ".join(strangers[:3] or list(tensors)[:3]) or "nothing"
+        foreign = foreign_format(tensors)
+        told = f": this is {foreign[0]}, which is not available here yet; {foreign[1]}" if foreign else ""
         raise UserError(
             f"{path}: holds {shown}, which is not LoRA of this kind (expected *.lora_down.weight, *.lora_up.weight, "
-            "*.alpha); other kinds of network file are not available yet"
+            f"*.alpha){told}"
         )
     return LoraFile(path, entries)

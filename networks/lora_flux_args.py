@@ -47,6 +47,6 @@ def reads_gradients(args: Mapping[str, str]) -> str | None:
     return next((name for name in lora_dit_args.GGPO if name in args), None)
 
 
-def check(args: Mapping[str, str], *, ranks_from_file: bool) -> list[str]:
+def check(args: Mapping[str, str], *, ranks_from_file: bool, dim: int | None = None) -> list[str]:
     """What can be said about the arguments without a model: a warning for each that has no effect."""
     return lora_dit_args.check(args, LAYOUT, ranks_from_file=ranks_from_file)

@@ -37,6 +37,6 @@ def parse(args: Mapping[str, str]) -> DitArgs:
     return lora_dit_args.parse(args, LAYOUT)
 
 
-def check(args: Mapping[str, str], *, ranks_from_file: bool) -> list[str]:
+def check(args: Mapping[str, str], *, ranks_from_file: bool, dim: int | None = None) -> list[str]:
     """What can be said about the arguments without a model: a warning for each that has no effect."""
     return lora_dit_args.check(args, LAYOUT, ranks_from_file=ranks_from_file)

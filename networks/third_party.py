@@ -24,6 +24,7 @@ from library.errors import UserError
 from library.runtime.logs import LOGGER
 from library.runtime.seeds import derive
 from networks.base import TrainableNetwork
+from networks.file_names import named_format
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,7 +109,8 @@ class NetworkFile:
 def read(path: str | Path) -> NetworkFile:
     """Raises: UserError: missing or broken, or its names are not ``<layer>.<tensor>``."""
     entries: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in read_state_dict(path).items():
+    tensors = read_state_dict(path)
+    for name, tensor in tensors.items():
         layer, dot, rest = name.partition(".")
         if not dot:
             raise UserError(f"{path}: holds {name}, so it is no file of a network; --network_weights takes one")
@@ -283,7 +285,7 @@ def _nothing_fits(file: NetworkFile, layers: Mapping[str, nn.Module]) -> UserErr
     example = f"; its first is {next(iter(file.entries), 'none')}, here the first is {next(iter(layers), 'none')}"
     return UserError(
         f"{file.path}: none of its {len(file.entries)} layers fits {here}{example}. "
-        "Was it made for another kind of model, or for a part that is not trained?"
+        f"Was it made for another kind of model, or for a part that is not trained?{named_format(file.flat())}"
     )
 
 

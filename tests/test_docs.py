@@ -12,7 +12,6 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-import toml
 from PIL import Image
 
 import library.families
@@ -24,6 +23,7 @@ from library.data.dataset import build_training_data
 from library.families.sd.options import TRAITS
 from library.options import parsing, scripts
 from library.preparation.cleaning import clean_caption, clean_tags
+from library.runtime.documents import parse_toml
 from library.types import Size
 from tools.option_tables import preparation_groups, preparation_scripts
 
@@ -115,7 +115,7 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("text", [text for _, text in CONFIGS], ids=[heading for heading, _ in CONFIGS])
 def test_every_config_of_the_guide_makes_a_data_set(elsewhere, text):
-    config = toml.loads(text)
+    config = parse_toml(text, "the guide")
     more = prepare(config)
     (elsewhere / "data.toml").write_text(text, encoding="utf-8")
     specs, data = data_of(Path("data.toml"), *more)
@@ -138,7 +138,7 @@ def test_what_the_guide_says_of_single_configs(elsewhere):
     by_heading = dict(CONFIGS)
 
     def data(heading):
-        prepare(toml.loads(by_heading[heading]))
+        prepare(parse_toml(by_heading[heading], "the guide"))
         Path("data.toml").write_text(by_heading[heading], encoding="utf-8")
         return data_of(Path("data.toml"))[1]
 
@@ -165,7 +165,7 @@ CAPTIONS = tables("captions.md", "caption")
 
 @pytest.mark.parametrize(("raw", "options", "result", "count"), CAPTIONS, ids=[row[0] + row[1] for row in CAPTIONS])
 def test_every_worked_caption(raw, options, result, count):
-    said = toml.loads("\n".join(re.findall(r"`(.+?)`", options)))
+    said = parse_toml("\n".join(re.findall(r"`(.+?)`", options)), "the guide")
     epoch, step = said.pop("epoch", 1), said.pop("step", 0)
     caption = raw.strip("`").replace("⏎", "\n")
 

@@ -20,7 +20,14 @@ from library.runtime.packages import EXTRAS, THIRD_PARTIES
 ROOT = Path(__file__).resolve().parent.parent
 
 # Contracts first: what all others may import. Then upwards; a package imports from levels below its own.
-CONTRACTS = ("library.types", "library.errors", "library.version", "library.families.base", "library.methods.base")
+CONTRACTS = (
+    "library.types",
+    "library.errors",
+    "library.screen",
+    "library.version",
+    "library.families.base",
+    "library.methods.base",
+)
 LEVELS = (
     CONTRACTS,
     ("library.objectives", "library.text", "library.checkpoints", "library.options", "library.runtime"),

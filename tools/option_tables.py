@@ -146,7 +146,7 @@ def _row(option: Option) -> str:
     default = "" if option.default in (None, "", False) else f"`{option.default}`"
     meaning = option.details.help
     if option.details.deprecated:
-        meaning += f"; an older way to say `{option.details.deprecated}`"
+        meaning += f"; deprecated; use `{option.details.deprecated}`"
     cells = (f"`{option.flag}`", _values(option), default, meaning)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

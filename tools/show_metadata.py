@@ -1,4 +1,4 @@
-"""Shows what a .safetensors file says about itself: training, hashes and the like. Guide: docs/preprocessing.md"""
+"""Shows what a safetensors file says about itself: training, hashes and the like. Guide: docs/preprocessing.md"""
 
 import sys
 from pathlib import Path

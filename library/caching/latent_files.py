@@ -442,21 +442,23 @@ def _read(
     file: Path, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, NDArray[np.float32]]:
     """Arrays under our names. `names`: what the file calls them. Raises: UserError."""
-    arrays = _read_or_name_it(file, names.values())
+    arrays = _read_or_name_it(file, names.values(), {theirs: shapes[name] for name, theirs in names.items()})
     return {name: _float32(file, theirs, arrays[theirs], shapes[name]) for name, theirs in names.items()}
 
 
 def _read_flip_file(file: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    arrays = _read_or_name_it(file, None)
+    arrays = _read_or_name_it(file, None, {_LATENTS: shape, _OLDEST: shape})
     name = _LATENTS if _LATENTS in arrays else _OLDEST
     if name not in arrays:
         raise _unusable(file, f"it has no {_LATENTS}")
     return _float32(file, name, arrays[name], shape)
 
 
-def _read_or_name_it(file: Path, names: Iterable[str] | None) -> dict[str, NDArray[Any]]:
+def _read_or_name_it(
+    file: Path, names: Iterable[str] | None, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, NDArray[Any]]:
     try:
-        return store.read(file, names)
+        return store.read(file, names, shapes)
     except store.CacheDamaged as error:
         raise _unusable(file, str(error)) from None
     except OSError as error:

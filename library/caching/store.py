@@ -16,12 +16,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from zipfile import BadZipFile, ZipFile, ZipInfo, is_zipfile
 
 import numpy as np
 
 from library.checkpoints.writing import replacing
+from library.runtime.documents import JsonError, load_json
+from library.runtime.files import NotRegularError, open_regular, reason
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
 PROVENANCE = "provenance"  # what names of notes begin with; see pack_note
 
 _EXTENSION = ".npy"
+LARGEST_ARRAY = 1 << 28  # bytes of one array; latents of an image of 100 million pixels take a tenth of it
+_LARGEST_FILE = 1 << 30  # bytes of all arrays of a file
+_WIDEST = 8  # bytes of a number, at most
+_LONGEST_HEADER = 1 << 12  # bytes before the numbers, at most
 _FEW = 8  # arrays of at most so many numbers are told by `summary` in full
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)  # every member's time, so that equal arrays make equal files
 _UNIX = 3  # the system that members are said to be from, on every system
@@ -47,11 +53,16 @@ class _Header(NamedTuple):
     length: int  # bytes
 
 
-def read(path: Path, names: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
+def read(
+    path: Path, names: Iterable[str] | None = None, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, NDArray[Any]]:
     """The arrays called `names`, or all of them. The checksums of what is read are verified.
 
+    Args:
+        shapes: what arrays of these names are wanted with; what takes more room than that is not unpacked.
+
     Raises:
-        CacheDamaged: the file is cut off, altered, no .npz file, or lacks one of `names`.
+        CacheDamaged: the file is cut off, altered, no .npz file, too large for a cache, or lacks one of `names`.
         OSError: it is not there (FileNotFoundError), or the system does not let it be read.
     """
     with _opened(path) as archive:
@@ -60,6 +71,9 @@ def read(path: Path, names: Iterable[str] | None = None) -> dict[str, NDArray[An
         for name in chosen:
             if name not in members:
                 raise CacheDamaged(f"it has no array {name}")
+            size, wanted = members[name].file_size, (shapes or {}).get(name)
+            if wanted is not None and size > math.prod(wanted) * _WIDEST + _LONGEST_HEADER:
+                raise CacheDamaged(f"{name} in it takes {size:,} bytes, too many for the shape {wanted}")
         return {name: _unpack(name, archive.read(members[name])) for name in chosen}
 
 
@@ -124,8 +138,8 @@ def pack_note(note: Mapping[str, Any]) -> NDArray[np.uint8]:
 def unpack_note(array: NDArray[Any]) -> dict[str, Any]:
     """The reverse of `pack_note`. Raises: CacheDamaged: the array holds no note."""
     try:
-        note = json.loads(array.tobytes()) if array.dtype == np.uint8 else None
-    except ValueError:
+        note = load_json(array.tobytes()) if array.dtype == np.uint8 else None
+    except JsonError:
         note = None
     if not isinstance(note, dict):
         raise CacheDamaged("its note cannot be read")
@@ -135,11 +149,15 @@ def unpack_note(array: NDArray[Any]) -> dict[str, Any]:
 @contextmanager
 def _opened(path: Path) -> Iterator[ZipFile]:
     try:
-        with open(path, "rb") as file, ZipFile(file) as archive:
-            _check_count(file, archive)
-            yield archive
-    except (BadZipFile, EOFError, struct.error) as error:
-        raise CacheDamaged(_why_no_zip(path, error)) from None
+        with open_regular(path) as file:
+            try:
+                with ZipFile(file) as archive:
+                    _check_count(file, archive)
+                    yield archive
+            except (BadZipFile, EOFError, struct.error) as error:
+                raise CacheDamaged(_why_no_zip(file, error)) from None
+    except NotRegularError as error:
+        raise CacheDamaged(reason(error)) from None
     except (zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, OverflowError, ValueError) as error:
         raise CacheDamaged(str(error) or type(error).__name__) from None
     except OSError as error:
@@ -149,17 +167,17 @@ def _opened(path: Path) -> Iterator[ZipFile]:
         raise CacheDamaged(error.strerror or str(error)) from None
 
 
-def _why_no_zip(path: Path, error: Exception) -> str:
-    with open(path, "rb") as file:
-        start = file.read(4)
-        if is_zipfile(file):
-            return str(error) or "it ends too early"
+def _why_no_zip(file: BinaryIO, error: Exception) -> str:
+    file.seek(0)
+    start = file.read(4)
+    if is_zipfile(file):
+        return str(error) or "it ends too early"
     if not start:
         return "the file is empty"
     return "the file is cut off" if start == b"PK\3\4" else "it is no .npz file"
 
 
-def _check_count(file: io.BufferedReader, archive: ZipFile) -> None:
+def _check_count(file: BinaryIO, archive: ZipFile) -> None:
     """One wrong byte can make members vanish from the directory, and nothing else notices."""
     file.seek(-(_END.size + len(archive.comment)), io.SEEK_END)
     mark, count = _END.unpack(file.read(_END.size))
@@ -173,6 +191,10 @@ def _members(archive: ZipFile) -> dict[str, ZipInfo]:
     for name in archive.NameToInfo:
         if not name.endswith(_EXTENSION):
             raise CacheDamaged(f"{name} in it is no array")
+    # The directory tells what members become when they are unpacked. A few bytes can become gigabytes.
+    sizes = [member.file_size for member in archive.NameToInfo.values()]
+    if max(sizes) > LARGEST_ARRAY or sum(sizes) > _LARGEST_FILE:
+        raise CacheDamaged(f"its arrays take {sum(sizes):,} bytes, more than any cache does")
     return {name.removesuffix(_EXTENSION): member for name, member in archive.NameToInfo.items()}
 
 

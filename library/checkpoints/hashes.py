@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from library.runtime.files import open_regular
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -47,7 +49,7 @@ def weights_fingerprint(module: nn.Module) -> str:
 
 def tensor_hash(path: str | Path) -> str:
     """sha256, 64 hex digits, of a .safetensors file behind its header: `sshs_model_hash`. Raises: OSError."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
         return _sha256(file)
 
@@ -70,7 +72,7 @@ def _no_file(path: str | Path) -> str | None:
 
 
 def _hash_from(path: str | Path, start: int, size: int | None) -> str:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         file.seek(start)
         return _sha256(file, size)
 

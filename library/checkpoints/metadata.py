@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from library import version
 from library.checkpoints import hashes
 from library.errors import UserError
+from library.runtime.files import read_bytes, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +77,7 @@ _PICTURE_TYPES = {
     ".webp": "image/webp",
     ".gif": "image/gif",
 }
+_LARGEST_THUMBNAIL = 16 << 20  # bytes; it becomes part of the header, which may have 100 MB
 _TITLES = {"/lora": "LoRA", "/textual-inversion": "TextualInversion"}
 
 
@@ -164,9 +166,9 @@ def data_url(path: str) -> str:
     if suffix not in _PICTURE_TYPES:
         raise UserError(f"--metadata_thumbnail: {path}: is not named {', '.join(_PICTURE_TYPES)}")
     try:
-        content = Path(path).read_bytes()
+        content = read_bytes(path, _LARGEST_THUMBNAIL)
     except OSError as error:
-        raise UserError(f"--metadata_thumbnail: {path}: {error.strerror or error}") from error
+        raise UserError(f"--metadata_thumbnail: {path}: {reason(error)}") from error
     return f"data:{_PICTURE_TYPES[suffix]};base64,{base64.b64encode(content).decode('ascii')}"
 
 

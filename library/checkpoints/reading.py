@@ -1,27 +1,39 @@
-"""Reads weights. Nothing here runs code that a file brings: pickles load with `weights_only`, or not at all."""
+"""Reads weights. Nothing here runs code that a file brings: what a pickle holds beside tensors becomes nothing."""
 
 from __future__ import annotations
 
-import json
 import os
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.checkpoints.formats import LARGEST_HEADER, Format, weight_format
+from library.checkpoints.header import HeaderError, ParsedHeader, parse_header
 from library.errors import UserError
+from library.runtime.files import open_regular, path_problem, reason
+from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
-WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
-LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
-_TORCH_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip, or a pickle's protocol
+_SHOWN = 4  # classes that a message names
 _MOST_MAPPED = 1 << 26  # bytes of a file that stay mapped after they were copied
 
 Header = dict[str, tuple[str, tuple[int, ...]]]
+# Torch's storage classes, by which torch files tell a dtype, and the words of safetensors headers.
+_STORAGES = {
+    "BoolStorage": "BOOL",
+    "ByteStorage": "U8",
+    "CharStorage": "I8",
+    "ShortStorage": "I16",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "IntStorage": "I32",
+    "FloatStorage": "F32",
+    "DoubleStorage": "F64",
+    "LongStorage": "I64",
+}
 
 
 def read_header(path: str | Path) -> tuple[dict[str, str], Header]:
@@ -31,25 +43,67 @@ def read_header(path: str | Path) -> tuple[dict[str, str], Header]:
 
     Raises: UserError: missing, truncated or not a safetensors file.
     """
+    parsed, _ = read_layout(path)
+    return parsed.metadata, {key: (tensor.dtype, tensor.shape) for key, tensor in parsed.tensors.items()}
+
+
+def read_layout(path: str | Path) -> tuple[ParsedHeader, int]:
+    """The whole header of a .safetensors file, and where its tensors begin, in bytes from the file's beginning.
+
+    Raises: UserError: as `read_header`.
+    """
     path = Path(path)
     require_file(path)
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 10 or length > min(size - 8, LARGEST_HEADER):
-            raise UserError(f"{path}: not a safetensors file, or cut short ({size:,} bytes); get the file again")
-        try:
-            header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
-            entries = {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise UserError(f"{path}: its safetensors header cannot be read; get the file again") from None
-    if size < 8 + length + end:
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 10 or length > min(size - 8, LARGEST_HEADER):
+                raise UserError(f"{path}: not a safetensors file, or cut short ({size:,} bytes); get the file again")
+            parsed = parse_header(file.read(length))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+    except HeaderError as error:
+        raise UserError(f"{path}: its safetensors header cannot be read ({error}); get the file again") from None
+    start = 8 + length
+    if size < start + parsed.end:
         raise UserError(
-            f"{path}: cut short, {size:,} bytes where its header promises {8 + length + end:,}; get the file again"
+            f"{path}: cut short, {size:,} bytes where its header promises {start + parsed.end:,}; get the file again"
         )
-    return metadata, entries
+    return parsed, start
+
+
+def file_format(path: str | Path) -> Format:
+    """Whether a file is a safetensors file or torch's, by its content, whatever its name says.
+
+    Raises: UserError: missing, or neither of them; the message says what it is.
+    """
+    require_file(path)
+    return weight_format(path)
+
+
+def read_names(path: str | Path) -> Header | None:
+    """Names, dtypes and shapes of the tensors of any weight file, without torch; dtypes as in `read_header`.
+
+    None where only loading can tell: a damaged or unusual torch file.
+
+    Raises: UserError: missing, no weight file, or a broken safetensors file.
+    """
+    if file_format(path) == "safetensors":
+        return read_header(path)[1]
+    from library.checkpoints.unpickling import TensorOutline, read_outline
+
+    try:
+        content = read_outline(Path(path))
+        inner = content.get("state_dict")
+        state = inner if isinstance(inner, dict) else content
+        return {
+            key: (_STORAGES.get(value.dtype, value.dtype), value.shape)
+            for key, value in state.items()
+            if isinstance(key, str) and isinstance(value, TensorOutline)
+        }
+    except Exception:  # whatever a damaged pickle leads to; loading says what is wrong
+        return None
 
 
 def safetensors_dtypes() -> dict[torch.dtype, str]:
@@ -73,17 +127,17 @@ def safetensors_dtypes() -> dict[torch.dtype, str]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a .safetensors file; empty for other files, which have none."""
-    return read_header(path)[0] if Path(path).suffix == ".safetensors" else {}
+    """The metadata of a safetensors file; empty for a torch file, which has none. Raises: UserError: neither."""
+    return read_header(path)[0] if file_format(path) == "safetensors" else {}
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a weight file, as stored, on the CPU. A {"state_dict": ...} wrapper is taken off.
 
-    Raises: UserError: missing or damaged file, or a pickle that holds more than tensors and plain values.
+    Raises: UserError: missing or damaged, no weight file, or a hostile one.
     """
     path = Path(path)
-    if path.suffix.lower() != ".safetensors":
+    if file_format(path) == "torch":
         return unwrap(read_torch(path), path)
     return dict(SafetensorsFile(path).items())
 
@@ -119,7 +173,11 @@ class SafetensorsFile(Mapping[str, "Tensor"]):
             raise UserError(f"{self.path}: cannot be read as safetensors ({error})") from None
 
     def dtype(self, key: str) -> torch.dtype:
-        return {word: dtype for dtype, word in safetensors_dtypes().items()}[self._words[key]]
+        word = self._words[key]
+        for dtype, known in safetensors_dtypes().items():
+            if known == word:
+                return dtype
+        raise UserError(f"{self.path}: the tensor {key!r} is of the type {word}, which cannot be used here")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -153,31 +211,41 @@ class TorchFile(Mapping[str, "Tensor"]):
 
 def open_weights(path: str | Path) -> SafetensorsFile | TorchFile:
     """Like `read_state_dict`, but a tensor is read, into memory of its own, only when it is asked for."""
-    return SafetensorsFile(path) if Path(path).suffix.lower() == ".safetensors" else TorchFile(path)
+    return SafetensorsFile(path) if file_format(path) == "safetensors" else TorchFile(path)
 
 
 def read_torch(path: str | Path) -> Any:
-    """What `torch.save` wrote into `path`, on the CPU.
+    """What `torch.save` wrote into `path`, on the CPU. Nothing that the file names is imported or run.
 
-    Raises: UserError: missing or damaged, or it would have to run code to load.
+    Where it holds objects of other classes, empty stand-ins are in their places, and a line in the log names them.
+
+    Raises: UserError: missing, damaged or hostile.
     """
     import pickle
 
-    import torch
+    from library.checkpoints.unpickling import HostilePickle, load_tolerant, load_torch
 
     path = Path(path)
-    require_weights(path)
+    require_file(path)
     try:
-        # mmap leaves what is not used on the disk; only the zip form, written since torch 1.6, can do it.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
-    except pickle.UnpicklingError:
+        try:
+            return load_torch(path, weights_only=True)
+        except pickle.UnpicklingError:  # it holds more than tensors and plain values
+            content, unknown = load_tolerant(path)
+    except UserError:
+        raise
+    except HostilePickle as error:
         raise UserError(
-            f"{path}: refused, because it holds more than tensors and loading it would run code from the file",
-            hint="use the .safetensors version of this model, or convert it with a tool that you trust",
+            f"{path}: refused, because loading it in the usual way would run code from the file ({error})",
+            hint="do not use files from where it came from",
         ) from None
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+    except Exception as error:  # a damaged pickle may lead to anything
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as a torch checkpoint ({first_line}); get the file again") from None
+    if unknown:
+        names = ", ".join(unknown[:_SHOWN]) + (f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else "")
+        LOGGER.info("%s: read without its objects of %s; nothing of them was run", path, names)
+    return content
 
 
 def unwrap(content: Any, path: str | Path) -> dict[str, Tensor]:
@@ -186,7 +254,8 @@ def unwrap(content: Any, path: str | Path) -> dict[str, Tensor]:
 
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
+    found = content.items() if isinstance(content, dict) else ()
+    tensors = {k: v for k, v in found if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if not tensors:
         raise UserError(f"{path}: holds no weights")
     return tensors
@@ -197,17 +266,12 @@ def require_weights(path: str | Path) -> None:
 
     Raises: UserError: missing, cut short, or something else.
     """
-    if Path(path).suffix.lower() == ".safetensors":
+    if file_format(path) == "safetensors":
         read_header(path)
-        return
-    require_file(path)
-    with open(path, "rb") as file:
-        if file.read(2) not in _TORCH_STARTS:
-            raise UserError(f"{path}: not a torch checkpoint; get the file again")
 
 
 def require_file(path: str | Path) -> None:
-    """Raises: UserError: `path` is not a file."""
-    if not os.path.isfile(path):
-        what = "is a folder, not a file" if os.path.isdir(path) else "no such file"
-        raise UserError(f"{path}: {what}")
+    """Raises: UserError: `path` is not a regular file that may be read."""
+    problem = path_problem(path, "file")
+    if problem:
+        raise UserError(f"{path}: {problem}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from library.data.buckets import round_limits
 from library.data.captions import CaptionOptions, changing
 from library.data.config_file import read_config
-from library.data.config_schema import DATASET, KEYS, SUBSET, Key, check_value
+from library.data.config_schema import DATASET, KEYS, OF_BUCKETS, SUBSET, Key, check_value
 from library.data.folders import has_images, repeat_folders
 from library.errors import UserError
 from library.options import base, validation
@@ -65,6 +66,7 @@ class DatasetSpec:
     validation_split: float  # share of the pictures that is held out, 0 to 1
     validation_seed: int | None
     resize_interpolation: str | None
+    fits_any_size: bool  # without buckets: pictures of another size are resized and cut, as their latents are cached
 
 
 def build_specs(opts: Options, traits: FamilyTraits) -> list[DatasetSpec]:
@@ -86,11 +88,17 @@ def build_specs(opts: Options, traits: FamilyTraits) -> list[DatasetSpec]:
         config = {"general": {}, "datasets": [{"subsets": _subsets_of_flags(opts, reader.problems)}]}
     specs = []
     for number, table in enumerate(config["datasets"], 1):
-        place = f"{file}, [[datasets]] {number}" if file else "the command line"
-        specs.append(reader.dataset(table, place, [(general_place, config["general"])]))
+        place = f"{file}, [[datasets]] {number}" if file else _flag_of_data(opts)
+        spec = reader.dataset(table, place, [(general_place, config["general"])])
+        if spec.subsets:
+            specs.append(spec)
     reader.problems += _check_masks(specs, opts)
+    if not specs and not reader.problems:
+        reader.problems += reader.left_out or ["no images: the data set names no folder"]
     if reader.problems:
         raise UserError(*dict.fromkeys(reader.problems))
+    for reason in reader.left_out:
+        LOGGER.warning(f"{reason}; left out")
     return specs
 
 
@@ -102,6 +110,7 @@ class _Reader:
         self.problems = validation.problems(base.Options([opts.data], opts.given), traits)
         # What the flags alone say is checked there already; a file may combine them with something else.
         self.combine = bool(opts.data.dataset_config) or not self.problems
+        self.left_out: list[str] = []  # what is empty, a line for each
 
     def value(self, name: str, tables: Sequence[tuple[str, Mapping[str, Any]]]) -> Any:
         """The value in force. `tables` are (place, table), the most specific first."""
@@ -125,30 +134,49 @@ class _Reader:
 
     def dataset(self, table: Mapping[str, Any], place: str, outer: list) -> DatasetSpec:
         tables = [(place, table), *outer]
-        found = {name: self.value(name, tables) for name, key in KEYS.items() if DATASET in key.levels}
+        unused = () if self.value("enable_bucket", tables) else OF_BUCKETS  # nobody judges a value without effect
+        names = (name for name, key in KEYS.items() if DATASET in key.levels)
+        found = {name: KEYS[name].default if name in unused else self.value(name, tables) for name in names}
         if found["resolution"] is None:
             said = self.opts.data.resolution is not None or any("resolution" in table for _, table in tables)
             if self.opts.data.dataset_config and not said:
                 self.problems.append(f"{place}: no resolution; give --resolution, or resolution in the dataset config")
             found["resolution"] = self.traits.default_resolution
         found["resolution"] = _as_size(found["resolution"])
+        if not found["enable_bucket"]:
+            _round_resolution(found, place, self.traits)
         _round_limits(found, place)
         if not 0 <= found["validation_split"] <= 1:
             LOGGER.warning(f"{place}: validation_split must be from 0 to 1, got {found['validation_split']}; ignored")
             found["validation_split"] = 0.0
         if self.combine:
             self.problems += _check_frame(found, place, self.traits)
-        subsets = []
-        for number, subset in enumerate(table["subsets"], 1):
-            where = f"{place}, [[datasets.subsets]] {number}" if self.opts.data.dataset_config else place
-            subsets.append(self.subset(subset, where, tables))
-            self.problems += _check_places(subsets[-1], where, by_flags=not self.opts.data.dataset_config)
-            if self.combine:
-                self.problems += _check_augmentation(subsets[-1], found["enable_bucket"], self.opts, where)
-        if subsets and all(subset.is_reg for subset in subsets):
-            self.problems.append(f"{place}: every subset has is_reg = true; regularisation needs pictures to train on")
+        subsets = self._subsets(table["subsets"], place, tables, found["enable_bucket"])
         own = {field.name: found[field.name] for field in fields(DatasetSpec) if field.name in KEYS}
-        return DatasetSpec(subsets=tuple(subsets), **own)
+        cached = self.opts.data.cache_latents or self.opts.data.cache_latents_to_disk
+        return DatasetSpec(subsets=tuple(subsets), fits_any_size=cached, **own)
+
+    def _subsets(
+        self, listed: Sequence[Mapping[str, Any]], place: str, tables: list, buckets: bool
+    ) -> list[SubsetSpec]:
+        """The subsets that have something in them; the others are noted. Without training images there are none."""
+        subsets, only_regularisation = [], bool(listed)
+        for number, table in enumerate(listed, 1):
+            where = f"{place}, [[datasets.subsets]] {number}" if self.opts.data.dataset_config else place
+            subset = self.subset(table, where, tables)
+            only_regularisation = only_regularisation and subset.is_reg
+            self.problems += _check_places(subset, where, by_flags=not self.opts.data.dataset_config)
+            if self.combine:
+                self.problems += _check_augmentation(subset, buckets, self.opts, where)
+            self.problems += _check_attributes(subset, where, self.traits)
+            reason = _why_empty(subset)
+            if reason:
+                self.left_out.append(f"{where}: {reason}")
+            else:
+                subsets.append(subset)
+        if only_regularisation:
+            self.problems.append(f"{place}: every subset has is_reg = true; regularisation needs images to train on")
+        return subsets if any(not subset.is_reg for subset in subsets) else []
 
     def subset(self, table: Mapping[str, Any], place: str, outer: list) -> SubsetSpec:
         tables = [(place, table), *outer]
@@ -190,17 +218,26 @@ def _round_limits(found: dict[str, Any], place: str) -> None:
             found[name] = rounded
 
 
+def _round_resolution(found: dict[str, Any], place: str, traits: FamilyTraits) -> None:
+    """Makes the sides multiples of what the model's latents can be, as long as something is left, and says so."""
+    unit, wanted = traits.pixel_multiple, found["resolution"]
+    rounded = Size(*(side // unit * unit for side in wanted))
+    if rounded != wanted and min(rounded) > 0:
+        LOGGER.warning(
+            f"{place}: resolution {wanted.width}x{wanted.height}: sides are multiples of {unit} with {traits.label}; "
+            f"{rounded.width}x{rounded.height} is used"
+        )
+        found["resolution"] = rounded
+
+
 def _check_frame(found: Mapping[str, Any], place: str, traits: FamilyTraits) -> Iterable[str]:
     """Problems of resolution, bucket step and bucket limits together."""
     resolution, step = found["resolution"], found["bucket_reso_steps"]
     size = f"resolution {resolution.width}x{resolution.height}"
     low, high = found["min_bucket_reso"], found["max_bucket_reso"]
     if not found["enable_bucket"]:
-        if resolution.width % traits.bucket_step or resolution.height % traits.bucket_step:
-            yield (
-                f"{place}: {size}: {traits.label} needs multiples of {traits.bucket_step}; choose another, "
-                "or set enable_bucket"
-            )
+        if min(resolution) < traits.pixel_multiple:
+            yield f"{place}: {size}: sides must be at least {traits.pixel_multiple} with {traits.label}"
     elif step % traits.bucket_step:
         yield f"{place}: bucket_reso_steps must be a multiple of {traits.bucket_step}, got {step}"
     elif found["bucket_no_upscale"]:  # buckets are made for the pictures, limits do not apply
@@ -221,8 +258,23 @@ def _check_places(subset: SubsetSpec, place: str, *, by_flags: bool) -> Iterable
             yield f"{place}: {name} {path} is no {kind}"
     if folder is not None and not folder.is_dir():
         yield f"{place}: image_dir {folder} is no folder"
-    elif folder is not None and subset.metadata_file is None and not has_images(folder):
-        yield f"{place}: no pictures in {folder}"
+
+
+def _check_attributes(subset: SubsetSpec, place: str, traits: FamilyTraits) -> Iterable[str]:
+    """The one custom attribute that a newer version of the ancestor acts on must not be overlooked."""
+    times = (subset.custom_attributes or {}).get("timestep_sampling")
+    if traits.objective == "flow" and isinstance(times, Mapping) and times.get("offset"):
+        yield f"{place}: custom_attributes.timestep_sampling.offset is not available yet; remove it"
+
+
+def _why_empty(subset: SubsetSpec) -> str:
+    """Why nothing would come from a subset, as far as that is seen at once; empty text where something does."""
+    folder = subset.image_dir
+    if subset.num_repeats < 1:
+        return f"{subset.place}: num_repeats = 0"
+    if folder is not None and folder.is_dir() and subset.metadata_file is None and not has_images(folder):
+        return f"no images in {folder}"
+    return ""
 
 
 def _check_masks(specs: Sequence[DatasetSpec], opts: Options) -> Iterable[str]:
@@ -266,6 +318,11 @@ def _subsets_of_flags(opts: Options, problems: list[str]) -> list[dict[str, Any]
     return tables
 
 
+def _flag_of_data(opts: Options) -> str:
+    """The option that says where the images are; messages about what is found there begin with it."""
+    return "--in_json" if opts.data.in_json else "--train_data_dir"
+
+
 def _repeating(parent: str, flag: str, problems: list[str]) -> list[dict[str, Any]]:
     """The sub-folders named <repeats>_<class tokens> as subset tables."""
     folder = Path(parent).expanduser()
@@ -277,7 +334,11 @@ def _repeating(parent: str, flag: str, problems: list[str]) -> list[dict[str, An
         names = ", ".join(path.name for path in ignored[:5]) + (", ..." if len(ignored) > 5 else "")
         LOGGER.warning(f"--{flag}: {len(ignored)} not used, as they are no <repeats>_<class tokens> folder: {names}")
     if not found:
-        problems.append(f"--{flag}: {folder} has no sub-folder named <repeats>_<class tokens>, e.g. 10_sks dog")
+        is_one_itself = re.match(r"\d+_", folder.resolve().name) is not None and has_images(folder)
+        way_out = f"; it looks like one itself: give the folder above it, {folder.parent}" if is_one_itself else ""
+        problems.append(
+            f"--{flag}: {folder} has no sub-folder named <repeats>_<class tokens>, e.g. 10_sks dog{way_out}"
+        )
     return [{"image_dir": str(one.path), "num_repeats": one.repeats, "class_tokens": one.class_tokens} for one in found]
 
 

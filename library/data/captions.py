@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-from library.errors import UserError
+from library.runtime.documents import read_text
 
 DEFAULT_EXTENSION = ".caption"
+LARGEST_CAPTION = 1 << 20  # bytes; a text encoder reads a few hundred words
 
 _PLAIN_BRACES = {"{{": "{", "}}": "}"}
 
@@ -204,15 +205,9 @@ def read_caption(path: Path, *, multiline: bool) -> str:
     Lines end as text files end them, in any system. Signs that a word processor or a web page leaves inside a line,
     such as U+2028 or a form feed, do not end it.
 
-    Raises: UserError: the file cannot be read, or is not UTF-8.
+    Raises: UserError: the file cannot be read, has more than `LARGEST_CAPTION` bytes, or is not UTF-8.
     """
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the caption file as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: the caption file cannot be read ({error.strerror})") from None
-    text = text.removeprefix("\ufeff")  # a byte order mark would become part of the first token
+    text = read_text(path, "the caption file", limit=LARGEST_CAPTION)
     lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
     if multiline:
         return "\n".join(line for line in lines if line)

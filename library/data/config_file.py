@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import toml
-
-from library.data.config_schema import DATASET, GENERAL, NOT_IN_STYLE, SUBSET, check_table
+from library.data.config_schema import DATASET, GENERAL, NOT_IN_STYLE, SUBSET, as_meant, check_table
 from library.errors import UserError
+from library.runtime.documents import parse_json, parse_toml, read_text
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -18,7 +16,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises: UserError: the file is missing, malformed, or has unknown keys, wrong types or no datasets.
     """
-    config = _parse(path)
+    config = _with_values_as_meant(_parse(path))
     problems = [f"{path}: unknown table '{name}'; known are general, datasets" for name in config.keys() - _TABLES]
     general, datasets = config.get("general", {}), config.get("datasets", [])
     if isinstance(general, Mapping):
@@ -42,20 +40,23 @@ def _parse(path: Path) -> dict[str, Any]:
     suffix = path.suffix.lower()
     if suffix not in (".toml", ".json"):
         raise UserError(f"--dataset_config: {path} must be a .toml or a .json file")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        config = toml.loads(text) if suffix == ".toml" else json.loads(text)
-    except FileNotFoundError:
-        raise UserError(f"--dataset_config: there is no file {path}") from None
-    except OSError as error:
-        raise UserError(f"--dataset_config: {path} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the dataset config as UTF-8") from None
-    except ValueError as error:  # both parsers' own errors are ValueErrors, and say line and column
-        hint = "in TOML, write Windows paths as 'C:\\dir' or \"C:/dir\"" if "\\" in text else None
-        raise UserError(f"{path}: {error}", hint=hint) from None
+    text = read_text(path, "the dataset config", option="--dataset_config")
+    config = parse_toml(text, path) if suffix == ".toml" else parse_json(text, path)
     if not isinstance(config, dict):
         raise UserError(f"{path}: must hold one object with general and datasets")
+    return config
+
+
+def _with_values_as_meant(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the values of its tables put right; what is no table stays, for the check of its shape."""
+    config = dict(config)
+    if isinstance(config.get("general"), Mapping):
+        config["general"] = as_meant(config["general"])
+    if _are_tables(config.get("datasets")):
+        config["datasets"] = [as_meant(dataset) for dataset in config["datasets"]]
+        for dataset in config["datasets"]:
+            if _are_tables(dataset.get("subsets")):
+                dataset["subsets"] = [as_meant(subset) for subset in dataset["subsets"]]
     return config
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from library.options.data import MOST_REPEATS, ending_problem
+from library.options.unknown_keys import NOT_YET, is_off
+from library.options.values import as_kind
 
 GENERAL, DATASET, SUBSET = "general", "datasets", "datasets.subsets"
 _DATASET_LEVELS = (GENERAL, DATASET)
@@ -42,7 +47,7 @@ KEYS: dict[str, Key] = {
     "image_dir": Key("str", None, (SUBSET,), help="folder of the pictures; its sub-folders are not entered"),
     "is_reg": Key("bool", False, (SUBSET,), help="the pictures are for regularisation"),
     "class_tokens": Key("str", help="caption of pictures that have no caption file"),
-    "num_repeats": Key("int", 1, flag="--dataset_repeats", low=1),
+    "num_repeats": Key("int", 1, flag="--dataset_repeats", low=0, high=MOST_REPEATS),
     "resize_interpolation": Key("str", None, flag="--resize_interpolation", choices=INTERPOLATIONS),
     "color_aug": Key("bool", False, flag="--color_aug"),
     "flip_aug": Key("bool", False, flag="--flip_aug"),
@@ -72,6 +77,9 @@ KEYS: dict[str, Key] = {
         "str", None, (SUBSET,), help="folder of pictures that belong to these by name: masks, for `--masked_loss`"
     ),
 }
+
+OF_BUCKETS = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
+_PATHS = ("image_dir", "metadata_file", "conditioning_data_dir")
 
 # What has no meaning in a subset of that style, named by the key that makes the style.
 NOT_IN_STYLE = {
@@ -110,6 +118,18 @@ def _has_kind(value: Any, kind: str) -> bool:
     return isinstance(value, {"bool": bool, "str": str, "table": Mapping}[kind])
 
 
+def as_meant(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table with its values as programs write and mean them, see `library.options.values.as_kind`.
+
+    Empty text is left out where it can be no value; where text is wanted it is one, which hides that of a table above.
+    """
+    kinds = {name: KEYS[name].kind if name in KEYS else "" for name in table}
+    given = {name: as_kind(kinds[name], value) for name, value in table.items()}
+    return {
+        name: value for name, value in given.items() if value != "" or (kinds[name] == "str" and name not in _PATHS)
+    }
+
+
 def check_table(table: Mapping[str, Any], level: str, place: str) -> Iterator[str]:
     """Problems of one table: unknown keys, keys of another level, values of the wrong type.
 
@@ -118,7 +138,11 @@ def check_table(table: Mapping[str, Any], level: str, place: str) -> Iterator[st
     """
     for name, value in table.items():
         key = KEYS.get(name)
-        if key is None:
+        if key is None and name in NOT_YET and not is_off(value):
+            yield f"{place}: {name} is not available yet; without it something else would be trained"
+        elif key is None and name in NOT_YET:
+            continue
+        elif key is None:
             yield f"{place}: unknown key '{name}'{_suggestion(name, level)}"
         elif level not in key.levels:
             allowed = " or ".join(_heading(one) for one in key.levels)
@@ -143,6 +167,9 @@ def check_value(name: str, value: Any, source: str) -> Iterator[str]:
     if value is None:
         return
     numbers = value if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        yield f"{source}: {name} must be a finite number, got {value!r}"
+        return
     if key.low is not None and min(numbers) < key.low:
         yield f"{source}: {name} must be at least {key.low}, got {value!r}"
     if key.high is not None and max(numbers) > key.high:
@@ -153,3 +180,11 @@ def check_value(name: str, value: Any, source: str) -> Iterator[str]:
         yield f"{source}: {name} must be [low, high], got {value!r}"
     if name == "caption_separator" and not value:
         yield f"{source}: caption_separator must not be empty"
+    fault = ending_problem(value) if name == "caption_extension" and value else None
+    if fault:
+        yield f"{source}: {name} {fault}"
+    if name in _PATHS and not value.isprintable():
+        yield (
+            f"{source}: {name} has a control character in it, {value!r}; a backslash in double quotes begins an "
+            "escape: write a path in 'single quotes', or with forward slashes"
+        )

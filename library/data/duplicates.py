@@ -7,12 +7,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from library.data.images import read_image
+from library.data.images import read_image, use_image
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -84,13 +84,14 @@ def near(looks: Sequence[int | None], distance: int = DISTANCE) -> list[list[int
 
 def _small_grey(path: Path) -> Image.Image:
     """The upright picture as 9x8 mean grey values, 0 to 255, float."""
-    with Image.open(path) as image:
-        is_jpeg = image.format in ("JPEG", "MPO")
-        if is_jpeg:
-            image.draft("L", _DRAFT)
-            grey = ImageOps.exif_transpose(image).convert("L")
-    if not is_jpeg:
-        grey = Image.fromarray(read_image(path)).convert("L")
+
+    def small(image: Image.Image, *_: Any) -> Image.Image | None:
+        if image.format not in ("JPEG", "MPO"):
+            return None
+        image.draft("L", _DRAFT)
+        return ImageOps.exif_transpose(image).convert("L")
+
+    grey = use_image(path, small) or Image.fromarray(read_image(path)).convert("L")
     # As floats: means rounded to whole levels would make steps where there are none.
     return grey.convert("F").resize((_COLUMNS, _ROWS), Image.Resampling.BOX)
 

@@ -10,20 +10,21 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from library.data.folders import register_jpeg_xl
 from library.data.opencv import opencv
+from library.data.png_metadata import without_texts
+from library.runtime.files import open_regular
 from library.runtime.logs import LOGGER
 from library.types import Size
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.ImageCms import ImageCmsTransform
     from torch import Tensor
+
+T = TypeVar("T")
 
 _ORIENTATION = 0x0112  # EXIF tag; its values, and what brings the stored pixels upright:
 _TURNS = {
@@ -94,17 +97,17 @@ def probe(path: Path) -> Probe:
 
     Raises: OSError or ValueError: no picture, an unknown format, too large, or a truncated file. See `reason`.
     """
-    with open(path, "rb") as file:
-        length = os.fstat(file.fileno()).st_size
-        stream = BytesIO(file.read()) if length <= _SMALL else file
-        with _opened(path, stream) as image:
-            orientation = _orientation(image)
-            frames = image.n_frames if image.format in _ANIMATED else 1
-            if not _ends_well(stream, length):
-                image.load()
-            width, height = image.size
-    size = Size(height, width) if orientation in _SIDEWAYS else Size(width, height)
-    return Probe(size, orientation != 1, frames)
+
+    def look(image: Image.Image, stream: BinaryIO, length: int) -> Probe:
+        orientation = _orientation(image)
+        frames = image.n_frames if image.format in _ANIMATED else 1
+        if not _ends_well(stream, length):
+            image.load()
+        width, height = image.size
+        size = Size(height, width) if orientation in _SIDEWAYS else Size(width, height)
+        return Probe(size, orientation != 1, frames)
+
+    return use_image(path, look)
 
 
 def describe(path: Path) -> list[Any] | str:
@@ -129,7 +132,7 @@ def image_size(path: Path) -> Size:
 def content_digest(path: Path) -> str:
     """The first 32 hex digits of the SHA-256 of a file's bytes. Raises: OSError."""
     digest = sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:32]
@@ -199,36 +202,44 @@ def read_mask(path: Path) -> NDArray[np.uint8]:
     return read_values(path)[..., 0]
 
 
-@contextmanager
-def _opened(path: Path, stream: BinaryIO | None = None) -> Iterator[Image.Image]:
-    """The picture with its header read. What goes wrong, also inside the block, is an OSError or ValueError.
+def use_image(path: Path, use: Callable[[Image.Image, BinaryIO, int], T]) -> T:
+    """What `use` makes of an image whose header has been read, and of its file: the bytes, and how many they are.
 
-    Args:
-        stream: the file's bytes, where they are at hand.
+    Where the texts in a PNG file are too long for Pillow, `use` is called a second time, without them.
+
+    Raises: OSError or ValueError: no image, an unknown format, too large, or damaged, whether that comes out here or
+        in `use`. See `reason`.
     """
     if path.suffix.lower() == ".jxl":
         register_jpeg_xl()
-    try:
-        with Image.open(stream or path) as image:
-            if image.format in _DRAWINGS:
-                raise UnidentifiedImageError
-            yield image
-    except Image.DecompressionBombError:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-        raise ValueError(f"it has more than {limit} million pixels, too many to read") from None
-    except (OSError, ValueError, *_BROKEN) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # not about the bytes: no such file, no permission
-        raise ValueError(_what_is_wrong(path, error)) from None
+    with open_regular(path) as file:
+        length = os.fstat(file.fileno()).st_size
+        stream = BytesIO(file.read()) if length <= _SMALL else file
+        source, profile = stream, None
+        while True:
+            try:
+                with Image.open(source) as image:
+                    if image.format in _DRAWINGS:
+                        raise UnidentifiedImageError
+                    if profile is not None:
+                        image.info["icc_profile"] = profile
+                    return use(image, stream, length)
+            except (OSError, ValueError, Image.DecompressionBombError, *_BROKEN) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # not about the bytes: no such file, no permission
+                bare = without_texts(stream, length) if source is stream else None
+                if bare is None:
+                    raise ValueError(_what_is_wrong(stream, length, error)) from None
+                source, profile = bare
 
 
-def _what_is_wrong(path: Path, error: Exception) -> str:
-    length = os.path.getsize(path)
+def _what_is_wrong(stream: BinaryIO, length: int, error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels, too many to read"
     if length == 0:
         return "the file is empty"
-    with open(path, "rb") as file:
-        if not _ends_well(file, length):
-            return "the file is truncated"
+    if not _ends_well(stream, length):
+        return "the file is truncated"
     if isinstance(error, UnidentifiedImageError):
         return "no picture that can be read"
     return f"the file is damaged: {' '.join(str(error).split())[:80]}"
@@ -298,7 +309,8 @@ def _upright(path: Path, enough: Callable[[Size], Size] | None = None) -> tuple[
     Args:
         enough: as in `read_reduced`; None decodes all of it.
     """
-    with _opened(path) as image:
+
+    def decode(image: Image.Image, *_: Any) -> tuple[Image.Image, Size]:
         orientation = _orientation(image)  # before the pixels, so that it is what `probe` says
         sideways = orientation in _SIDEWAYS
         size = Size(*(image.size[::-1] if sideways else image.size))
@@ -307,6 +319,8 @@ def _upright(path: Path, enough: Callable[[Size], Size] | None = None) -> tuple[
             image.draft(None, least[::-1] if sideways else least)  # does nothing to files other than JPEG
         image.load()
         return (image.transpose(_TURNS[orientation]) if orientation != 1 else image), size
+
+    return use_image(path, decode)
 
 
 # ---- modes and colours

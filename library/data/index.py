@@ -24,13 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from library.checkpoints.writing import replacing
+from library.runtime.documents import load_json
+from library.runtime.files import read_bytes
 from library.runtime.logs import LOGGER, progress
 from library.runtime.signals import leave_interrupts_to_the_parent
 
 Stamp = tuple[int, int]  # bytes, and the modification time in ns
 Entry = list[Any]
 
-VERSION = 2  # of the index files; raise it when a kind of facts gets another meaning
+VERSION = 3  # of the index files; raise it when a kind of facts gets another meaning
 MANY = 2000  # unknown files from which worker processes, which take half a second to start, pay off
 CHUNK = 64  # files handed to a worker at a time
 
@@ -283,10 +285,10 @@ def _read(file: Path, folder: str) -> dict[str, Entry]:
     """The entries by file name; none where the file is missing, damaged or not ours."""
     try:
         with collector_paused():
-            content = json.loads(unseal(file.read_bytes()))
+            content = load_json(unseal(read_bytes(file)))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         LOGGER.info(f"{file}: the file index is built anew ({error})")
         return {}
     if isinstance(content, dict) and content.get("version") == VERSION and content.get("folder") == folder:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from library.checkpoints.writing import replacing
 from library.data.metadata_files import as_size
 from library.errors import UserError
+from library.runtime.documents import JsonError, load_json
+from library.runtime.files import read_bytes, reason
 from library.runtime.logs import LOGGER
 from library.types import Size
 
@@ -36,12 +38,12 @@ def read(folder: Path) -> dict[Path, Info] | None:
     """
     file = folder / FILE_NAME
     try:
-        content = json.loads(file.read_bytes().decode("utf-8-sig"))
+        content = load_json(read_bytes(file))
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); delete it, and it is made anew") from None
-    except (ValueError, RecursionError):  # not UTF-8, or not JSON
+        raise UserError(f"{file}: cannot be read ({reason(error)}); delete it, and it is made anew") from None
+    except JsonError:
         raise _damaged(file, "no JSON text in UTF-8") from None
     if not isinstance(content, dict):
         raise _damaged(file, "not one object")

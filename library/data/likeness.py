@@ -11,6 +11,7 @@ from pathlib import Path
 
 from library.data import duplicates, images
 from library.data.index import FileIndex
+from library.runtime.files import open_regular
 from library.types import Size
 
 _END = 1 << 12  # bytes
@@ -47,7 +48,7 @@ def _with_equal_ends(paths: Sequence[Path], index: FileIndex) -> Iterator[Path]:
 
 def _end_checksum(path: Path) -> int:
     """Of the last bytes. Pictures of one program begin alike, and nearly always end in compressed pixels."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         file.seek(-_END, os.SEEK_END)
         return zlib.crc32(file.read())
 

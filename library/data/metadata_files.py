@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import ntpath
 import os
 import re
@@ -16,8 +15,10 @@ from typing import Any, NamedTuple
 from library.data.folders import is_image
 from library.data.index import collector_paused
 from library.errors import UserError
+from library.runtime.documents import JsonError, json_decoder, load_json, read_text
 from library.types import Size
 
+_LARGEST = 4 << 30  # bytes; millions of images
 _SHOWN = 10  # problems of one file that are told one by one
 _KEY_NAMES = ("image_path", "file_name")  # of a JSON Lines entry; the first one there counts
 _CACHE = re.compile(r"(.+)_\d+x\d+_.+\.npz", re.DOTALL)  # <stem>_<width>x<height>_<what it is for>.npz
@@ -46,7 +47,9 @@ def read_metadata(path: Path, *, may_be_empty: bool = False) -> dict[str, dict[s
     Raises: UserError: the file is missing, not UTF-8, malformed, or has values of the wrong type; or it is empty, and
         `may_be_empty` does not say otherwise.
     """
-    text = _read_text(path)
+    if not os.path.lexists(path):
+        raise UserError(f"there is no metadata file {path}; check --in_json, or metadata_file")
+    text = read_text(path, "the metadata file", limit=_LARGEST)
     problems: list[str] = []
     entries = _parse_lines(text, path, problems) if _has_lines(path) else _parse_object(text, path, problems)
     if len(problems) > _SHOWN:
@@ -74,28 +77,15 @@ def _has_lines(path: Path) -> bool:
     return path.suffix.lower() == ".jsonl"
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except FileNotFoundError:
-        raise UserError(f"there is no metadata file {path}; check --in_json, or metadata_file") from None
-    except OSError as error:
-        raise UserError(f"{path}: the metadata file cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the metadata file as UTF-8") from None
-
-
 def _parse_object(text: str, path: Path, problems: list[str]) -> dict[str, dict[str, Any]]:
     if not text.strip():
         return {}
     repeated: list[str] = []
     try:
-        entries = _decoder(repeated).decode(text)
-    except json.JSONDecodeError as error:
-        hint = "one object per line is read from files called .jsonl" if error.msg == "Extra data" else None
-        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}", hint=hint) from None
-    except (RecursionError, ValueError) as error:  # nested too deeply; a number with thousands of digits
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+        entries = load_json(text, json_decoder(repeated))
+    except JsonError as error:
+        hint = "one object per line is read from files called .jsonl" if error.goes_on else None
+        raise UserError(f"{path}: {error}", hint=hint) from None
     if not isinstance(entries, dict):
         raise UserError(f'{path}: must hold one object, {{"<picture>": {{"caption": "...", "tags": "..."}}, ...}}')
     problems += [f"{path}: '{key}' stands there twice and says different things; keep one" for key in repeated]
@@ -107,19 +97,17 @@ def _parse_object(text: str, path: Path, problems: list[str]) -> dict[str, dict[
 def _parse_lines(text: str, path: Path, problems: list[str]) -> dict[str, dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = {}
     repeated: list[str] = []
-    decoder = _decoder(repeated)
+    decoder = json_decoder(repeated)
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a JSON text
         if not line.strip():
             continue
         place = f"line {number}"
         repeated.clear()
         try:
-            entry = decoder.decode(line)
-        except json.JSONDecodeError as error:
-            problems.append(f"{path}: {place}, column {error.colno}: {error.msg}")
-            continue
-        except (RecursionError, ValueError) as error:  # nested too deeply; a number with thousands of digits
-            problems.append(f"{path}: {place}: cannot be read as JSON ({error})")
+            entry = load_json(line, decoder)
+        except JsonError as error:
+            column = "" if error.column is None else f", column {error.column}"
+            problems.append(f"{path}: {place}{column}: {error.problem}")
             continue
         found = list(_check_entry(entry, path, place))
         found += [f"{path}: {place}: '{name}' stands there twice; keep one" for name in repeated]
@@ -137,19 +125,6 @@ def _add_line(entry: dict[str, Any], entries: dict[str, dict[str, Any]], place: 
     rest = {name: value for name, value in entry.items() if name not in _KEY_NAMES}
     if entries.setdefault(key, rest) != rest:
         problems.append(f"{place}: '{key}' stands there twice and says different things; keep one")
-
-
-def _decoder(repeated: list[str]) -> json.JSONDecoder:
-    """Puts names into `repeated` that an object has twice, with different values. JSON itself takes the last one."""
-
-    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        built = dict(pairs)
-        if len(built) < len(pairs):
-            differing = (name for name, value in pairs if value != built[name])
-            repeated.extend(dict.fromkeys(differing))
-        return built
-
-    return json.JSONDecoder(object_pairs_hook=build)
 
 
 def _check_entry(entry: Any, path: Path, place: str) -> Iterator[str]:

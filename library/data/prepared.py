@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from library.runtime.files import open_regular
 from library.types import Size
 
+_LONGEST = 1 << 12  # bytes of an array of two numbers, with its header
 _NAME = re.compile(r"(.+)_(\d+)x(\d+)_[^_]+\.npz", re.DOTALL)  # <stem>_<width>x<height>_<family>.npz
 
 
@@ -39,8 +42,11 @@ class Prepared:
 
 def _recorded_size(file: Path) -> Size | None:
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            width, height = (int(side) for side in arrays["original_size"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        with open_regular(file) as opened, zipfile.ZipFile(opened) as archive:
+            if archive.getinfo("original_size.npy").file_size > _LONGEST:
+                return None
+            with archive.open("original_size.npy") as member:
+                width, height = (int(side) for side in np.lib.format.read_array(member, allow_pickle=False))
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
         return None  # whether the file can be used is found out where it is
     return Size(width, height) if width > 0 and height > 0 else None

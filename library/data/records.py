@@ -159,19 +159,21 @@ def _usable(
     findings: Findings,
     problems: list[str],
 ) -> list[Record]:
-    records, wrong_size = [], []
+    records, wrong_size, fitted = [], [], []
     bucket_of = bucket_chooser(spec)
     for one, look in zip(pictures, looks, strict=True):
         if look.size is None:
             findings.dropped.append((one.path, look.reason or "neither a picture nor its size is known"))
             continue
         frame = _prepared_frame(one, look.size, spec) or _frame(one.path, look.size, subset, spec, bucket_of)
-        if frame is None and not spec.enable_bucket:
+        if frame is None and not spec.enable_bucket and not spec.fits_any_size:
             wrong_size.append((one.path, look.size))
         elif frame is None:
             size = f"{look.size.width}x{look.size.height}"
             findings.dropped.append((one.path, f"{size} is too small or too narrow for a bucket"))
         else:
+            if not spec.enable_bucket and one.bucket is None and frame[1] is not None:
+                fitted.append(one.path)
             _count(look, one, frame, findings)
             records.append(
                 Record(
@@ -193,6 +195,12 @@ def _usable(
     if varied and any(not record.present for record in records):
         why = "needs the pictures, and some have latents only"
         problems.append(f"{subset.place}: {varied[0]} {why}; remove {varied[0]}")
+    if fitted:
+        findings.warnings.append(
+            f"{subset.place}: {len(fitted)} of {len(looks)} images do not have the size "
+            f"{spec.resolution.width}x{spec.resolution.height} (the first is {fitted[0].name}); they are resized and "
+            "cut at the centre; enable_bucket would keep their shapes"
+        )
     if wrong_size:
         path, size = wrong_size[0]
         wanted = f"{spec.resolution.width}x{spec.resolution.height}"
@@ -218,7 +226,7 @@ def bucket_chooser(spec: DatasetSpec) -> Callable[[Size], Fit | None]:
     if spec.bucket_no_upscale:
         return cache(lambda size: _if_not_endless(buckets.choose_no_upscale(size, spec.resolution, step)))
     limits = spec.min_bucket_reso, spec.max_bucket_reso
-    sizes = buckets.bucket_sizes(spec.resolution, *limits, step) if spec.enable_bucket else []
+    sizes = buckets.bucket_sizes(spec.resolution, *limits, step) if spec.enable_bucket else [spec.resolution]
     return cache(lambda size: _if_not_endless(buckets.choose(size, sizes)))
 
 
@@ -240,11 +248,15 @@ def _frame(
     path: Path, size: Size, subset: SubsetSpec, spec: DatasetSpec, bucket_of: Callable[[Size], Fit | None]
 ) -> tuple[Size, Size | None] | None:
     """(bucket, resized) of a picture, or None where it does not fit."""
-    if not spec.enable_bucket:
-        covers = size.width >= spec.resolution.width and size.height >= spec.resolution.height
-        may_be_cut = subset.random_crop or (subset.face_crop_aug_range and images.face_box(path))
-        return (spec.resolution, None) if size == spec.resolution or (covers and may_be_cut) else None
-    return bucket_of(size)
+    if spec.enable_bucket:
+        return bucket_of(size)
+    if size == spec.resolution:
+        return spec.resolution, None
+    if spec.fits_any_size:
+        return bucket_of(size)
+    covers = size.width >= spec.resolution.width and size.height >= spec.resolution.height
+    may_be_cut = subset.random_crop or (subset.face_crop_aug_range and images.face_box(path))
+    return (spec.resolution, None) if covers and may_be_cut else None
 
 
 def _caption(one: Found, subset: SubsetSpec, findings: Findings) -> str:
@@ -280,7 +292,11 @@ def balance_regularisation(records: Sequence[Record], findings: Findings) -> lis
 
 def _check_what_is_left(records: Sequence[Record], specs: Sequence[DatasetSpec], findings: Findings) -> None:
     empty = set(range(len(specs))) - {record.dataset for record in records if not record.subset.is_reg}
-    if empty:
+    if empty and len(empty) < len(specs):
+        for number in sorted(empty):
+            folders = ", ".join(str(subset.place) for subset in specs[number].subsets)
+            findings.warnings.append(f"{folders}: no usable training image; the dataset is left out")
+    elif empty:
         places = [str(s.place) for number in sorted(empty) for s in specs[number].subsets if not s.is_reg]
         folders = ", ".join(places) or "the data set, which names no folder"
         reasons = [f"{path}: {why}" for path, why in findings.dropped[:10]]

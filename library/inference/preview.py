@@ -12,6 +12,7 @@ from library.errors import UserError
 from library.inference.pictures import png_text, save_png
 from library.inference.placement import evaluating, on_device
 from library.inference.prompts import FLOW_SAMPLER, SamplePrompt, flow_sampler_note, load_prompts
+from library.runtime.limits import exhausted
 from library.runtime.logs import LOGGER
 from library.runtime.seeds import derive
 
@@ -48,25 +49,16 @@ class Preview:
 
     @classmethod
     def from_options(cls, opts: Options, family: Family) -> Preview:
-        """Reads --sample_prompts; without that option the preview is never due.
+        """Reads --sample_prompts; without that option, or any occasion for images, the preview is never due.
 
-        Raises: UserError: a bad prompt file, or an occasion without prompts.
+        Raises: UserError: a bad prompt file.
         """
         sampling = opts.sampling
         prompts = []
-        if sampling.sample_prompts is not None:
+        if sampling.draws:
             _advise_sampler(opts, family.traits)
             prompts = load_prompts(sampling.sample_prompts, family.traits, sampling.sample_sampler)
-        preview = cls(opts, family, prompts)
-        wanted = preview.at_first or preview.every_n_steps or preview.every_n_epochs
-        if wanted and not prompts:
-            raise UserError("sample images are asked for without prompts: give a prompt file with --sample_prompts")
-        if prompts and not wanted:
-            LOGGER.warning(
-                "--sample_prompts has no effect without --sample_every_n_steps, --sample_every_n_epochs "
-                "or --sample_at_first"
-            )
-        return preview
+        return cls(opts, family, prompts)
 
     def due(self, step: int, epoch_end: int | None = None) -> bool:
         """Whether to render now.
@@ -122,22 +114,29 @@ class Preview:
         assert models.vae is not None, "sample images need the VAE: keep it when --sample_prompts is given"
         helpers = [*models.text_encoders.values(), models.vae]
         modules = [models.denoiser, *helpers, *([] if trained is None else [trained])]
-        with (
-            evaluating(modules),
-            on_device(helpers, device),
-            progress(total_steps(prompts), "sample images", unit="step", leave=False) as bar,
-        ):
-            images = generate(
-                self.family,
-                models,
-                prompts,
-                device,
-                dtype or _mixed_precision(self.opts.memory.mixed_precision),
-                vae_float32=self.opts.model.no_half_vae,
-                zero_terminal_snr=self.opts.noise.zero_terminal_snr,
-                known=self._known,
-                progress=bar.update,
-            )
+        try:
+            with (
+                evaluating(modules),
+                on_device(helpers, device),
+                progress(total_steps(prompts), "sample images", unit="step", leave=False) as bar,
+            ):
+                images = generate(
+                    self.family,
+                    models,
+                    prompts,
+                    device,
+                    dtype or _mixed_precision(self.opts.memory.mixed_precision),
+                    vae_float32=self.opts.model.no_half_vae,
+                    zero_terminal_snr=self.opts.noise.zero_terminal_snr,
+                    known=self._known,
+                    progress=bar.update,
+                )
+        except (MemoryError, RuntimeError) as error:
+            memory = exhausted(error)
+            if memory is None:
+                raise
+            LOGGER.warning("no sample images: the %s does not suffice; choose smaller ones in --sample_prompts", memory)
+            return []
         if not write:
             return []
         now = time.strftime("%Y%m%d%H%M%S")

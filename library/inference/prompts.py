@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
+from library.runtime.documents import parse_json, parse_toml, read_text
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ SAMPLERS = (
 )  # fmt: skip
 FLOW_SAMPLER = "euler"  # the only one for flow models
 MIN_SIDE = 64  # pixels
+MAX_SIDE = 8192  # pixels; larger images fit into no memory
 MAX_STEPS = 1000
+RANDOM_SEED = -1  # as in web interfaces: another one each time
 MAX_SEED = 2**64 - 1  # what torch's generators take
 
 
@@ -101,7 +103,7 @@ def load_prompts(path: str | Path, traits: FamilyTraits, sampler: str) -> list[S
         raise UserError(f"{path}: a prompt file must be .txt, .toml or .json")
     base = default_prompt(traits, sampler)
     prompts = []
-    for where, entry in reader(path, _read_text(path)):
+    for where, entry in reader(path, read_text(path, "the prompt file")):
         changes = _parse_line(entry, where) if isinstance(entry, str) else _parse_table(entry, where)
         prompts.append(_finish(base, changes, traits, where))
     if not prompts:
@@ -112,22 +114,14 @@ def load_prompts(path: str | Path, traits: FamilyTraits, sampler: str) -> list[S
 def parse_prompt(line: str, traits: FamilyTraits, sampler: str, where: str = "prompt") -> SamplePrompt:
     """One prompt line, e.g. ``a cat --n blurry --w 768 --h 512 --d 1 --s 28 --l 7.5``.
 
-    An option starts at `` --`` and goes on until the next one; its letters may be of either case.
+    An option starts at `` --`` and goes on until the next one; its letters may be of either case. Dashes with a blank
+    behind them are part of the text before them. Options that are not known are left out, with a warning.
 
     Args:
         where: names the line in messages, e.g. "prompts.txt, line 3".
-    Raises: UserError: an unknown option, a bad value, or an option that is not available yet.
+    Raises: UserError: a bad value, or an option that is not available yet.
     """
     return _finish(default_prompt(traits, sampler), _parse_line(line, where), traits, where)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the prompt file ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: the prompt file is not in UTF-8; save it as UTF-8") from None
 
 
 def _read_txt(path: Path, text: str) -> Iterator[tuple[str, str]]:
@@ -138,12 +132,7 @@ def _read_txt(path: Path, text: str) -> Iterator[tuple[str, str]]:
 
 
 def _read_toml(path: Path, text: str) -> Iterator[tuple[str, dict]]:
-    import toml
-
-    try:
-        shared = toml.loads(text).get("prompt")
-    except (toml.TomlDecodeError, IndexError, ValueError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+    shared = parse_toml(text, path).get("prompt")
     if not isinstance(shared, dict):
         raise UserError(f"{path}: needs a [prompt] table, with [[prompt.subset]] tables for several prompts")
     subsets = shared.pop("subset", [{}])
@@ -154,10 +143,7 @@ def _read_toml(path: Path, text: str) -> Iterator[tuple[str, dict]]:
 
 
 def _read_json(path: Path, text: str) -> Iterator[tuple[str, str | dict]]:
-    try:
-        entries = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+    entries = parse_json(text, path)
     if not isinstance(entries, list):
         raise UserError(f"{path}: must hold a list of prompt lines or tables")
     for number, entry in enumerate(entries, start=1):
@@ -171,14 +157,20 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
     # The leading blank lets a line begin with an option.
     prompt, *parts = f" {line.strip()}".split(" --")
     changes: dict[str, Any] = {"prompt": prompt.strip()}
+    text = "prompt"  # the field that free dashes are part of
     for part in parts:
-        letters, _, value = re.sub(r"\s", " ", part).strip().partition(" ")
+        letters, _, value = re.sub(r"\s", " ", part).partition(" ")
         value = value.strip()
+        if not letters:  # dashes with a blank behind them belong to the text
+            changes[text] = f"{changes[text]} -- {value}".strip()
+            continue
         option = _BY_LETTER.get(letters.lower())
         if option is None:
             known = " ".join(f"--{o.letter}" for o in _OPTIONS)
-            raise UserError(f"{where}: unknown option --{letters}; the options of a prompt are {known}")
+            LOGGER.warning("%s: ignored: --%s is no option of a prompt; these are %s", where, letters, known)
+            continue
         name = f"--{option.letter}"
+        text = "negative_prompt" if option.field == "negative_prompt" else "prompt"
         if not value and option.field != "negative_prompt":
             raise UserError(f"{where}: {name} needs a value")
         try:
@@ -197,11 +189,15 @@ def _parse_table(table: dict[str, Any], where: str) -> dict[str, Any]:
             continue
         option = _BY_KEY.get(key)
         if option is None:
-            raise UserError(f"{where}: unknown key {key!r}; the keys are prompt, {', '.join(_BY_KEY)}")
+            LOGGER.warning("%s: ignored: unknown key %r; the keys are prompt, %s", where, key, ", ".join(_BY_KEY))
+            continue
         accepted = (int, float) if option.kind is float else option.kind
         if isinstance(value, bool) or not isinstance(value, accepted):
             raise UserError(f"{where}: {key} needs {_KIND_NAMES[option.kind]}, got {value!r}")
-        changes[_available(option, key, where)] = option.kind(value)
+        try:
+            changes[_available(option, key, where)] = option.kind(value)
+        except OverflowError:
+            raise UserError(f"{where}: {key}: the number is too large") from None
     return changes
 
 
@@ -215,6 +211,8 @@ def _finish(base: SamplePrompt, changes: dict[str, Any], traits: FamilyTraits, w
     prompt = replace(base, **changes)
     if prompt.sampler not in SAMPLERS:
         raise UserError(f"{where}: unknown sampler {prompt.sampler!r}; choose one of {', '.join(SAMPLERS)}")
+    if prompt.seed == RANDOM_SEED:
+        prompt = replace(prompt, seed=None)
     if prompt.seed is not None and not 0 <= prompt.seed <= MAX_SEED:
         raise UserError(f"{where}: the seed must be from 0 to {MAX_SEED}, got {prompt.seed}")
     for name, value in (("scale", prompt.scale), ("guidance", prompt.guidance)):
@@ -232,12 +230,18 @@ def _finish(base: SamplePrompt, changes: dict[str, Any], traits: FamilyTraits, w
             if value is not None:
                 LOGGER.warning(f"{where}: {name} has no effect with {traits.label}")
 
-    def side(pixels: int) -> int:
-        return max(MIN_SIDE, pixels // traits.pixel_multiple * traits.pixel_multiple)
-
     return replace(
         prompt,
-        width=side(prompt.width),
-        height=side(prompt.height),
+        width=_side("width", prompt.width, traits.pixel_multiple, where),
+        height=_side("height", prompt.height, traits.pixel_multiple, where),
         steps=min(max(prompt.steps, 1), MAX_STEPS),
     )
+
+
+def _side(name: str, pixels: int, multiple: int, where: str) -> int:
+    """A side as it is drawn: a multiple of what the family needs, and at least `MIN_SIDE`. Raises: UserError."""
+    if pixels > MAX_SIDE:
+        raise UserError(f"{where}: the {name} must be at most {MAX_SIDE} pixels, got {pixels}")
+    if pixels < 0:
+        LOGGER.warning("%s: the %s %d is no size; %d is used", where, name, pixels, MIN_SIDE)
+    return max(MIN_SIDE, pixels // multiple * multiple)

@@ -35,14 +35,15 @@ def set_attention(denoiser: nn.Module, options: MemoryOptions) -> str:
     """
     import torch
 
-    if options.xformers:
+    used = options.attention[:1]
+    if used == ("mem_eff_attn",):
+        # Never the kernel that writes out the whole attention matrix.
+        torch.backends.cuda.enable_math_sdp(False)
+        return "memory-efficient sdpa"
+    if used == ("xformers",):
         if xformers_works():
             denoiser.enable_xformers_memory_efficient_attention()
             return "xformers"
         LOGGER.warning("--xformers: no xformers kernels work on this machine; torch's sdpa is used instead")
         LOGGER.info("python tools/install_xformers.py installs the xformers for this torch, if there is one")
-    elif options.mem_eff_attn:
-        # Never the kernel that writes out the whole attention matrix.
-        torch.backends.cuda.enable_math_sdp(False)
-        return "memory-efficient sdpa"
     return "sdpa"

@@ -15,16 +15,15 @@ from library.checkpoints.metadata import finalise
 from library.checkpoints.writing import write_safetensors, write_torch
 from library.errors import UserError
 from library.methods.base import Method
-from library.methods.network_args import block_layout, require_network_module, split_args
+from library.methods.network_args import DEFAULT_DIM, block_layout, require_network_module, split_args
 from library.runtime.logs import LOGGER
+from networks.file_names import require_places
 
 if TYPE_CHECKING:
     from library.families.base import Family, FamilyTraits
     from library.options.base import Options
     from library.types import Batch, LoraTarget, Models
     from networks.base import TrainableNetwork
-
-DEFAULT_DIM = 4
 
 
 class NetworkMethod(Method):
@@ -53,6 +52,8 @@ class NetworkMethod(Method):
         self._merge_base_weights(targets, models)
         self._rates = part_rates(self.opts, family.traits.text_encoders)
         file = self._module.read(options.network_weights) if options.network_weights else None
+        if file is not None:
+            require_places(file.path, file.entries, _names(targets))
         # A part at rate 0 has a place in the network only where a file gives it values: they act, and are saved again.
         kept = file.entries if file else {}
         wanted = [
@@ -106,7 +107,9 @@ class NetworkMethod(Method):
         multipliers = list(self.opts.method.base_weights_multiplier or [])
         for index, path in enumerate(self.opts.method.base_weights or []):
             multiplier = multipliers[index] if index < len(multipliers) else 1.0
-            merged, unused = lora.merge(targets, models, lora_files.read(path), multiplier)
+            file = lora_files.read(path)
+            require_places(file.path, file.entries, _names(targets))
+            merged, unused = lora.merge(targets, models, file, multiplier)
             LOGGER.log(
                 logging.WARNING if unused else logging.INFO,
                 "%s: %d layers merged into the model at %g; %d layers of the file have no place here",
@@ -196,6 +199,11 @@ class NetworkMethod(Method):
             write_safetensors(path, tensors, None if metadata is None else finalise(metadata, tensors))
 
 
+def _names(targets: list[LoraTarget]) -> set[str]:
+    """Every name that a layer of the model has in files."""
+    return {name for target in targets for name in (target.key, target.alias) if name}
+
+
 def _for_file(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
 
@@ -237,9 +245,8 @@ def part_rates(opts: Options, text_encoders: tuple[str, ...]) -> dict[str, float
     options, common = opts.method, opts.optimizer.learning_rate
     rates: dict[str, float] = {}
     if not options.network_train_unet_only:
-        listed = list(options.text_encoder_lr or []) or [common]
-        for index, part in enumerate(text_encoders):
-            rates[part] = listed[min(index, len(listed) - 1)] or 0.0
+        for part, rate in zip(text_encoders, options.text_rates(len(text_encoders)), strict=True):
+            rates[part] = (common if rate is None else rate) or 0.0
     if not options.network_train_text_encoder_only:
         rates["denoiser"] = (common if options.unet_lr is None else options.unet_lr) or 0.0
     return rates

@@ -16,18 +16,17 @@ if TYPE_CHECKING:
     from library.families.base import FamilyTraits
     from library.options.base import Options
 
+DEFAULT_DIM = 4  # the rank where none is given
+
 
 def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str]:
     """One line for each thing to mend; arguments that have no effect are logged as warnings.
 
-    A network module may have a neighbour `<module>_args` whose `check(args, ranks_from_file=...)` knows its arguments,
+    A network module may have a neighbour `<module>_args` whose `check(args, ranks_from_file=..., dim=...)` knows them,
     and whose `reads_gradients(args)` names one for which gradients must outlive the backward pass.
     """
     options, problems = opts.method, []
-    bases, multipliers = options.base_weights or [], options.base_weights_multiplier or []
-    if len(multipliers) > len(bases):
-        problems.append(f"--base_weights_multiplier: {len(multipliers)} values for {len(bases)} --base_weights")
-    for path in filter(None, [options.network_weights, *bases]):
+    for path in filter(None, [options.network_weights, *(options.base_weights or [])]):
         try:
             require_weights(path)
         except UserError as error:
@@ -38,7 +37,8 @@ def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str
         if options.network_module.startswith("networks.") and find_module(f"{options.network_module}_args"):
             module = importlib.import_module(f"{options.network_module}_args")
             layout = block_layout(module.check, traits)
-            for line in module.check(args, ranks_from_file=options.dim_from_weights, **layout):
+            dim = options.network_dim or DEFAULT_DIM
+            for line in module.check(args, ranks_from_file=options.dim_from_weights, dim=dim, **layout):
                 LOGGER.warning("%s", line)
             reads = getattr(module, "reads_gradients", None)
             name = reads(args) if reads is not None else None
@@ -66,14 +66,15 @@ def require_network_module(name: str | None) -> None:
 
 
 def split_args(entries: list[str] | None) -> dict[str, str]:
-    """``["conv_dim=4", ...]`` to a dict, split at the first "=". Raises: UserError: no "=", or a name twice."""
+    """``["conv_dim=4", ...]`` to a dict, split at the first "="; of a name given twice the last value counts.
+
+    Raises: UserError: an entry without "=".
+    """
     args: dict[str, str] = {}
     for entry in entries or []:
         name, equals, value = entry.partition("=")
         name = name.strip()
         if not equals or not name:
             raise UserError(f"--network_args: {entry!r} is not name=value, e.g. conv_dim=4")
-        if name in args:
-            raise UserError(f"--network_args: {name} is given twice")
         args[name] = value.strip()
     return args

@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
+from library.screen import hide
+
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
 
@@ -28,6 +30,9 @@ class Details:
     below: float | None = None
     lenient: bool = False  # a value out of range is warned about and counts as not given
     off: Any = None  # a value that means the same as leaving the option out
+    only_with: tuple[str, ...] = ()  # options, or option=value, of which one must be in use for it to have an effect
+    synonyms: Mapping[Any, Any] | None = None  # other values in circulation -> the value that they mean
+    verbatim: bool = False  # white space alone is a value, as of a separator
     comma_list: bool = False  # text on the command line; a config file may also hold a number or an array
     exists: Literal["file", "folder"] | None = None  # what a value must be the path of
     deprecated: str | None = None  # what to use instead
@@ -64,13 +69,19 @@ class Option:
         """What messages call it; a positional one has no dashes."""
         return self.dest if self.details.positional else f"--{self.dest}"
 
+    @property
+    def company(self) -> str:
+        """What it goes with, e.g. "--noise_offset" or "--loss_type huber or --loss_type smooth_l1"."""
+        flags = [f"--{condition.replace('=', ' ')}" for condition in self.details.only_with]
+        return " or ".join(filter(None, (", ".join(flags[:-1]), flags[-1])))
+
     def range_problem(self, value: Any) -> str | None:
         """ "must be ..., got ..." where `value`, or an item of it, lies outside the limits."""
         limits = self.details
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, bool) or not isinstance(item, int | float):
                 continue
-            if not math.isfinite(item):
+            if isinstance(item, float) and not math.isfinite(item):
                 return f"must be a finite number, got {item}"
             if self.kind == "int_or_float" and isinstance(item, float) and item > 1:
                 return f"must be a whole number of steps or a share from 0 to 1, got {item}"
@@ -151,19 +162,25 @@ def _read(dest: str, default: Any, hint: Any, details: Details) -> Option:
     return Option(dest, default, kind, many, optional, choices, details)
 
 
+COMMAND_LINE = "command line"
+
+
 class Given(NamedTuple):
     """A value as the user gave it, and where."""
 
     value: Any
-    source: str  # "command line", or the configuration file's name
+    source: str  # COMMAND_LINE, or the configuration file's name
 
 
 class Options:
     """All options of a run: one attribute per group (`opts.loss.huber_c`), and what is known about who set them."""
 
-    def __init__(self, groups: Iterable[OptionGroup], given: Mapping[str, Given] | None = None):
+    def __init__(
+        self, groups: Iterable[OptionGroup], given: Mapping[str, Given] | None = None, remarks: Iterable[str] = ()
+    ):
         self.groups = tuple(groups)
         self.given = dict(given or {})
+        self.remarks = tuple(remarks)  # one line for each thing that was ignored while reading them
         for group in self.groups:
             setattr(self, group.group, group)
 
@@ -176,6 +193,16 @@ class Options:
         """The options given on the command line or in the configuration file."""
         return frozenset(self.given)
 
+    def has_effect(self, option: Option) -> bool:
+        """Whether what the option goes with is in use; one that goes with nothing else always has an effect."""
+        conditions = option.details.only_with
+        return not conditions or any(map(self._holds, conditions))
+
+    def _holds(self, condition: str) -> bool:
+        name, equals, wanted = condition.partition("=")
+        value = next((getattr(group, name) for group in self.groups if hasattr(group, name)), None)
+        return str(value).lower() == wanted if equals else bool(value)
+
     def origin(self, dest: str) -> str:
         """ "command line", the configuration file's name, or "default"."""
         return self.given[dest].source if dest in self.given else "default"
@@ -186,16 +213,19 @@ class Options:
         for group in self.groups:
             changes = {name: values[name] for name in values if name in vars(group)}
             groups.append(replace(group, **changes) if changes else group)
-        return Options(groups, self.given)
+        return Options(groups, self.given, self.remarks)
 
     def flat(self) -> dict[str, Any]:
         """Every option's value by its name."""
         return {option.dest: getattr(g, option.dest) for g in self.groups for option in options_of(type(g))}
 
 
-def build_options(groups: Sequence[type[OptionGroup]], given: Mapping[str, Given]) -> Options:
+def build_options(
+    groups: Sequence[type[OptionGroup]], given: Mapping[str, Given], remarks: Iterable[str] = ()
+) -> Options:
     """Defaults, overlaid with what was given; values that mean "off" or are ignored become the default.
 
+    So does a value out of range of an option that has no effect: nobody is to stumble over it.
     An alias sets its target and keeps its own default, so that a value is found in one place only.
     """
     given = dict(given)
@@ -210,8 +240,17 @@ def build_options(groups: Sequence[type[OptionGroup]], given: Mapping[str, Given
             if option.dest not in given or option.dest in aliases:
                 continue
             value = given[option.dest].value
+            if option.details.secret:
+                hide(value)
             off = option.details.off is not None and value == option.details.off
             ignored = option.details.lenient and option.range_problem(value) is not None
             values[option.dest] = option.default if off or ignored else value
         built.append(group(**values))
-    return Options(built, given)
+    options = Options(built, given, remarks)
+    idle = {
+        option.dest: option.default
+        for group in built
+        for option in options_of(type(group))
+        if option.range_problem(getattr(group, option.dest)) and not options.has_effect(option)
+    }
+    return options.replaced(**idle) if idle else options

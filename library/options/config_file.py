@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 
 from library.errors import UserError
 from library.options.base import Given, OptionGroup, Options, opt, options_of
-from library.options.nearest import did_you_mean
-from library.options.values import from_toml
+from library.options.unknown_keys import Elsewhere, is_off, judge
+from library.options.values import from_toml, is_blank
+from library.runtime.documents import format_toml, read_toml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,32 +29,51 @@ def config_path(name: str) -> Path:
     return Path(name if name.endswith(".toml") else f"{name}.toml")
 
 
-def read_config(name: str, groups: Iterable[type[OptionGroup]]) -> dict[str, Given]:
-    """The options that a configuration file gives.
+@dataclass(frozen=True)
+class FileOptions:
+    """What a configuration file says to a script."""
 
-    Raises: UserError: no such file, no TOML, or any number of unknown keys and wrong values, all at once.
+    name: str
+    given: dict[str, Given]
+    wrong: dict[str, tuple[Any, str]]  # option -> value and what is wrong with it, if it has an effect
+    remarks: tuple[str, ...]  # one line for each key that is ignored
+
+
+def read_config(name: str, groups: Iterable[type[OptionGroup]], elsewhere: Elsewhere = dict) -> FileOptions:
+    """The options that a configuration file gives; a key in several sections counts as the last of them says.
+
+    Raises: UserError: no such file, no TOML, or any number of keys that ask for something else than would be trained.
     """
     path = config_path(name)
     known = {option.dest: option for group in groups for option in options_of(group)}
     given: dict[str, Given] = {}
-    problems = []
+    wrong: dict[str, tuple[Any, str]] = {}
+    remarks: list[str] = []
+    problems: list[str] = []
     for key, value in _keys(_load(path)):
         if key in _NOT_IN_FILES:
-            problems.append(f"key {key!r} in {path.name} belongs on the command line; remove it from the file")
+            if not is_off(value):
+                remarks.append(f"key {key!r} in {path.name}: ignored; it belongs on the command line")
         elif key == "datasets":
             problems.append(f"[[datasets]] in {path.name} describes a data set: give that file with --dataset_config")
         elif key not in known:
-            problems.append(f"unknown key {key!r} in {path.name}{did_you_mean(key, known)}")
-        elif key in given:
-            problems.append(f"key {key!r} in {path.name}: given twice, in different sections")
-        else:
+            verdict = judge(key, value, known, elsewhere)
+            if verdict.kind == "warning":
+                remarks.append(f"key {key!r} in {path.name}: {verdict.text}")
+            elif verdict.kind == "error":
+                problems.append(f"key {key!r} in {path.name}: {verdict.text}")
+        elif not is_blank(known[key], value):
+            wrong.pop(key, None)
+            before = given.pop(key, None)
             try:
                 given[key] = Given(from_toml(known[key], value), path.name)
             except ValueError as error:
-                problems.append(f"key {key!r} in {path.name}: {error}")
+                wrong[key] = value, str(error)
+            if before is not None and before != given.get(key):
+                remarks.append(f"key {key!r} in {path.name}: given in several sections; the last one counts")
     if problems:
         raise UserError(*problems)
-    return given
+    return FileOptions(path.name, given, wrong, tuple(remarks))
 
 
 def write_config(options: Options) -> Path:
@@ -65,18 +84,19 @@ def write_config(options: Options) -> Path:
     if options.config.config_file is None:
         raise UserError("--output_config: needs --config_file to name the file to write")
     path = config_path(options.config.config_file)
-    lines = []
+    tables = {}
     for group in options.groups:
         values = {
             option.dest: getattr(group, option.dest)
             for option in options_of(type(group))
             if option.dest not in _NOT_IN_FILES and not option.details.secret
         }
-        rows = [f"{dest} = {_toml(value)}" for dest, value in values.items() if value is not None]
-        lines += [f"[{group.group}]", *rows, ""] if rows else []
+        table = {dest: value for dest, value in values.items() if value is not None}
+        if table:
+            tables[group.group] = table
     try:
         with open(path, "x", encoding="utf-8") as file:
-            file.write("\n".join(lines))
+            file.write(format_toml(tables))
     except FileExistsError:
         raise UserError(f"--output_config: {path} exists already; it is never overwritten") from None
     except OSError as error:
@@ -85,16 +105,7 @@ def write_config(options: Options) -> Path:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    import toml
-
-    try:
-        return toml.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise UserError(f"--config_file: {path} is not UTF-8 text; save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"--config_file: cannot read {path}: {error.strerror}") from None
-    except (ValueError, IndexError, TypeError) as error:  # what the toml package raises for broken files
-        raise UserError(f"--config_file: {path} is not valid TOML: {error}") from None
+    return read_toml(path, "the configuration file", option="--config_file")
 
 
 def _keys(tables: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -103,9 +114,3 @@ def _keys(tables: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from value.items()
         else:
             yield key, value
-
-
-def _toml(value: Any) -> str:
-    """JSON writes text, numbers, booleans and lists as TOML does, but for one control character."""
-    text = str(value) if isinstance(value, Path) else value
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from library.families.base import FamilyTraits
 
 
+_BUCKETS = ("enable_bucket", "dataset_config")
+MOST_REPEATS = 1_000_000  # passes over one image in one epoch
+
+
+def ending_problem(ending: str) -> str | None:
+    """What is wrong with the ending of caption files, which is put behind the names of images."""
+    if not ending.strip(". ") or any(sign in ending for sign in "/\\\0") or not ending.isprintable():
+        return f"must be an ending of file names, e.g. .txt, got {ending!r}"
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(OptionGroup, group="data", title="Data set"):
     train_data_dir: str | None = opt(None, "folder of training folders named <repeats>_<identifier> <class>")
@@ -23,7 +34,9 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
         exists="file",
     )
     dataset_config: Path | None = opt(None, "TOML or JSON file that describes the data sets, in place of folders")
-    dataset_repeats: int = opt(1, "passes over each picture per epoch, where the data set does not say", at_least=1)
+    dataset_repeats: int = opt(
+        1, "passes over each picture per epoch, where the data set does not say", at_least=1, at_most=MOST_REPEATS
+    )
     dataset_class: str | None = opt(
         None, "import path of a function or class of your own that makes the data, as in my_package.my_module.MyData"
     )
@@ -54,29 +67,40 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
         alias_of="caption_extension",
         deprecated="--caption_extension",
     )
-    caption_separator: str = opt(",", "sign between the parts (tags) of a caption")
-    secondary_separator: str | None = opt(None, "sign between tags that are shuffled and dropped as one, e.g. ;;;")
+    caption_separator: str = opt(",", "sign between the parts (tags) of a caption", verbatim=True)
+    secondary_separator: str | None = opt(
+        None, "sign between tags that are shuffled and dropped as one, e.g. ;;;", verbatim=True
+    )
     shuffle_caption: bool = opt(False, "shuffle the parts of a caption anew each time")
     keep_tokens: int = opt(0, "number of leading caption parts that are neither shuffled nor dropped", at_least=0)
     keep_tokens_separator: str = opt(
-        "", "sign such as ||| that parts fixed parts of a caption from those that may be shuffled and dropped"
+        "",
+        "sign such as ||| that parts fixed parts of a caption from those that may be shuffled and dropped",
+        verbatim=True,
     )
     enable_wildcard: bool = opt(False, "choose one of {a|b|c}, and one line of captions with several lines, each time")
-    caption_prefix: str | None = opt(None, "text put before every caption")
-    caption_suffix: str | None = opt(None, "text put after every caption")
+    caption_prefix: str | None = opt(None, "text put before every caption", verbatim=True)
+    caption_suffix: str | None = opt(None, "text put after every caption", verbatim=True)
     caption_dropout_rate: float = opt(0.0, "share of pictures trained with an empty caption", at_least=0, at_most=1)
     caption_dropout_every_n_epochs: int = opt(0, "every so many epochs, train without any caption; 0 = off", at_least=0)
     caption_tag_dropout_rate: float = opt(0.0, "share of caption parts left out each time", at_least=0, at_most=1)
-    token_warmup_min: int = opt(1, "caption parts used at the start of the token warm-up", at_least=0)
+    token_warmup_min: int = opt(
+        1,
+        "caption parts used at the start of the token warm-up",
+        at_least=0,
+        only_with=("token_warmup_step", "dataset_config"),
+    )
     token_warmup_step: float = opt(
         0, "step from which whole captions are used; below 1 it is a share of the run", at_least=0
     )
 
     enable_bucket: bool = opt(False, "train at several aspect ratios, each picture at the nearest one")
-    min_bucket_reso: int = opt(256, "shortest side of a bucket in pixels", at_least=1)
-    max_bucket_reso: int = opt(1024, "longest side of a bucket in pixels", at_least=1)
-    bucket_reso_steps: int = opt(64, "sides of buckets are multiples of this many pixels", at_least=1)
-    bucket_no_upscale: bool = opt(False, "never enlarge pictures; make buckets to fit them instead")
+    min_bucket_reso: int = opt(256, "shortest side of a bucket in pixels", at_least=1, only_with=_BUCKETS)
+    max_bucket_reso: int = opt(1024, "longest side of a bucket in pixels", at_least=1, only_with=_BUCKETS)
+    bucket_reso_steps: int = opt(
+        64, "sides of buckets are multiples of this many pixels", at_least=1, only_with=_BUCKETS
+    )
+    bucket_no_upscale: bool = opt(False, "never enlarge pictures; make buckets to fit them instead", only_with=_BUCKETS)
     resize_interpolation: Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"] | None = opt(
         None, "how pictures are resized; by default area when shrinking and lanczos when enlarging"
     )
@@ -94,7 +118,7 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
         False, "encode all pictures once and keep the latents in files beside them, for this run and later ones"
     )
     skip_cache_check: bool = opt(False, "trust latent files without looking into them")
-    vae_batch_size: int = opt(1, "pictures that the VAE encodes at once while caching", at_least=1)
+    vae_batch_size: int = opt(1, "pictures that the VAE encodes at once while caching", at_least=1, off=0)
 
     max_data_loader_n_workers: int = opt(
         8, "most processes that load pictures; 0 loads them in the main one", at_least=0
@@ -110,6 +134,9 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
             yield "--train_data_dir: missing; name a folder of pictures with it, or a file with --dataset_config"
         elif self.resolution is None and not self.dataset_config:
             yield "--resolution: missing; give one number, or width,height"
+        fault = ending_problem(self.caption_extension)
+        if fault and self.caption_extension:
+            yield f"--caption_extension: {fault}"
         if self.dataset_config and self.dataset_config.suffix.lower() not in (".toml", ".json"):
             yield f"--dataset_config: must be a .toml or .json file, got {str(self.dataset_config)!r}"
         yield from self._check_sizes(traits)
@@ -130,11 +157,8 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
             yield f"--resolution: must be one number or width,height in pixels, got {self.resolution!r}"
         elif self.dataset_config:
             return  # the file may say otherwise about everything below
-        elif not self.enable_bucket and any(side % traits.bucket_step for side in sides):
-            yield (
-                f"--resolution: sides must be multiples of {traits.bucket_step}, got {self.resolution}; "
-                "choose another size, or add --enable_bucket"
-            )
+        elif not self.enable_bucket and min(sides) < traits.pixel_multiple:
+            yield f"--resolution: sides must be at least {traits.pixel_multiple}, got {self.resolution}"
         elif self.enable_bucket and not self.bucket_no_upscale:
             low, high = self._bucket_limits()
             if min(sides) < low:

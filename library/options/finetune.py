@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from library.options.base import OptionGroup, Options, opt
 from library.options.data import DataOptions
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class WholeModelOptions(OptionGroup, group="method", title="Training"):
     """What every script for whole models says to the method."""
+
+    usual_rate: ClassVar[str] = ""
+    needs_common_rate: ClassVar[bool] = True
 
     learning_rate_te: float | None = opt(None, "learning rate of the text encoders; --learning_rate if not given")
 

@@ -32,7 +32,7 @@ class TextCacheOptions(OptionGroup, group="text_cache", title="Text encoder outp
         False, "the same, and keep the outputs in files beside the pictures for later runs"
     )
     text_encoder_batch_size: int | None = opt(
-        None, "captions that are encoded at once while caching; the training batch size if not given", at_least=1
+        None, "captions that are encoded at once while caching; the training batch size if not given", at_least=1, off=0
     )
 
     @property
@@ -61,7 +61,7 @@ class BlockSwapOptions(OptionGroup, group="swap", title="Block swap"):
         flag = "--blocks_to_swap"
         if opts.memory.cpu_offload_checkpointing:
             yield f"{flag}: cannot be used with --cpu_offload_checkpointing; choose one of them"
-        if opts.memory.torch_compile and opts.memory.dynamo_backend == "cudagraphs":
+        if opts.memory.compiles and opts.memory.dynamo_backend == "cudagraphs":
             yield f"{flag}: cannot be used with --dynamo_backend cudagraphs, whose weights must not move"
         if hasattr(opts.method, "text_encoder_stop"):  # the mark of methods that train the model itself
             if not opts.optimizer.fused_backward_pass:

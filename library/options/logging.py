@@ -11,8 +11,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from library.errors import UserError
-from library.options.base import OptionGroup, Options, opt, options_of
+from library.options.base import COMMAND_LINE, OptionGroup, Options, opt, options_of
 from library.options.nearest import did_you_mean
+from library.runtime.documents import read_toml
 from library.runtime.packages import remedy
 
 if TYPE_CHECKING:
@@ -86,16 +87,7 @@ def read_tracker_config(path: str, trackers: Iterable[str] = ("tensorboard", "wa
 
     Raises: UserError: the file cannot be read or is no TOML, or says something that no tracker understands.
     """
-    import toml
-
-    try:
-        tables = toml.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise UserError(f"--log_tracker_config: {path} is not UTF-8 text; save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"--log_tracker_config: cannot read {path}: {error.strerror}") from None
-    except (ValueError, IndexError, TypeError) as error:  # what the toml package raises for broken files
-        raise UserError(f"--log_tracker_config: {path} is not valid TOML: {error}") from None
+    tables = read_toml(path, "the settings of trackers", option="--log_tracker_config")
     problems = []
     for name, table in tables.items():
         if name not in ("tensorboard", "wandb") or not isinstance(table, dict):
@@ -117,7 +109,7 @@ def absolute_paths(opts: Options) -> list[str]:
     if "wandb" not in opts.logging.trackers:
         return []
     values = opts.flat()
-    told = [name for name in opts.given if opts.origin(name) == "command line" and holds_absolute_path(values[name])]
+    told = [name for name in opts.given if opts.origin(name) == COMMAND_LINE and holds_absolute_path(values[name])]
     if not told:
         return []
     flags = ", ".join(f"--{name}" for name in sorted(told))
@@ -146,7 +138,7 @@ def secrets(opts: Options) -> dict[str, str]:
 
 def _visible_secrets(opts: Options) -> Iterator[str]:
     for name in secrets(opts):
-        if opts.origin(name) == "command line":
+        if opts.origin(name) == COMMAND_LINE:
             variable = _SECRETS_IN_ENVIRONMENT.get(name)
             other = f", or set {variable} in the environment" if variable else ""
             stored = ", and Weights & Biases stores command lines" if "wandb" in opts.logging.trackers else ""

@@ -17,18 +17,27 @@ class NoiseOptions(OptionGroup, group="noise", title="Noise and timesteps"):
     noise_offset: float | None = opt(
         None, "strength of an extra noise per channel, for darker and lighter pictures; 0.05 to 0.1", at_least=0, off=0
     )
-    noise_offset_random_strength: bool = opt(False, "draw the noise offset between 0 and --noise_offset each time")
+    noise_offset_random_strength: bool = opt(
+        False, "draw the noise offset between 0 and --noise_offset each time", only_with=("noise_offset",)
+    )
     adaptive_noise_scale: float | None = opt(
         None, "adds this much of the latents' mean brightness to the noise offset", off=0
     )
     multires_noise_iterations: int | None = opt(
         None, "coarser layers of noise to add (pyramid noise), e.g. 6", at_least=1, off=0
     )
-    multires_noise_discount: float = opt(0.3, "strength of each coarser layer relative to the one before", above=0)
+    multires_noise_discount: float = opt(
+        0.3,
+        "strength of each coarser layer relative to the one before",
+        above=0,
+        only_with=("multires_noise_iterations",),
+    )
     ip_noise_gamma: float | None = opt(
         None, "strength of input perturbation noise (arXiv:2301.11706), e.g. 0.1", at_least=0, off=0
     )
-    ip_noise_gamma_random_strength: bool = opt(False, "draw that strength between 0 and --ip_noise_gamma each time")
+    ip_noise_gamma_random_strength: bool = opt(
+        False, "draw that strength between 0 and --ip_noise_gamma each time", only_with=("ip_noise_gamma",)
+    )
     zero_terminal_snr: bool = opt(False, "noise schedule that ends in pure noise (arXiv:2305.08891)")
     min_timestep: int | None = opt(None, "lowest timestep that is trained (0 if not given)", at_least=0, at_most=999)
     max_timestep: int | None = opt(
@@ -45,21 +54,20 @@ class NoiseOptions(OptionGroup, group="noise", title="Noise and timesteps"):
         if low >= high:
             yield f"--min_timestep: must be below --max_timestep, got {low} and {high}"
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        if self.noise_offset_random_strength and self.noise_offset is None:
-            yield "--noise_offset_random_strength: no effect without --noise_offset"
-        if self.ip_noise_gamma_random_strength and self.ip_noise_gamma is None:
-            yield "--ip_noise_gamma_random_strength: no effect without --ip_noise_gamma"
+
+_HUBER = ("loss_type=huber", "loss_type=smooth_l1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions(OptionGroup, group="loss", title="Loss"):
     loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = opt("l2", "distance between prediction and target")
     huber_schedule: Literal["constant", "exponential", "snr"] = opt(
-        "snr", "how the switch point of huber and smooth_l1 depends on the noise"
+        "snr", "how the switch point of huber and smooth_l1 depends on the noise", only_with=_HUBER
     )
-    huber_c: float = opt(0.1, "switch point of huber and smooth_l1, from squared to absolute distance", above=0)
-    huber_scale: float = opt(1.0, "factor on the switch point", above=0)
+    huber_c: float = opt(
+        0.1, "switch point of huber and smooth_l1, from squared to absolute distance", above=0, only_with=_HUBER
+    )
+    huber_scale: float = opt(1.0, "factor on the switch point", above=0, only_with=_HUBER)
     prior_loss_weight: float = opt(1.0, "weight of regularisation pictures in the loss", at_least=0)
     masked_loss: bool = opt(
         False, "weigh the loss by masks: the pictures of --conditioning_data_dir, or transparency with --alpha_mask"

@@ -29,8 +29,11 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
     torch_compile: bool = opt(False, "compile the denoiser's blocks: slow first steps, then faster ones")
     dynamo_backend: Literal[
         "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt", "onnxrt",
-        "tensort", "ipex", "tvm",
-    ] = opt("inductor", "compiler behind --torch_compile; which of them work depends on the machine")  # fmt: skip
+        "tensort", "ipex", "tvm", "no",
+    ] = opt(
+        "inductor", "compiler behind --torch_compile, no: none; which of them work depends on the machine",
+        only_with=("torch_compile",), synonyms={"tensorrt": "tensort"},
+    )  # fmt: skip
     full_fp16: bool = opt(False, "trained weights and gradients in fp16 too; needs --mixed_precision fp16")
     full_bf16: bool = opt(False, "trained weights and gradients in bf16 too; needs --mixed_precision bf16")
     stochastic_rounding: bool = opt(
@@ -45,10 +48,17 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
         False, "keep checkpointed activations in main memory; needs --gradient_checkpointing"
     )
 
+    @property
+    def attention(self) -> tuple[str, ...]:
+        """The kinds of attention that are asked for; the first one is used, as in the ancestor."""
+        return tuple(name for name in ("mem_eff_attn", "xformers", "sdpa") if getattr(self, name))
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the denoiser is compiled."""
+        return self.torch_compile and self.dynamo_backend != "no"
+
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        kernels = [f"--{name}" for name in ("xformers", "mem_eff_attn", "sdpa") if getattr(self, name)]
-        if len(kernels) > 1:
-            yield f"{kernels[0]}: cannot be used with {' and '.join(kernels[1:])}; choose one kind of attention"
         if self.full_fp16 and self.full_bf16:
             yield "--full_fp16: cannot be used with --full_bf16; drop one"
         for flag, given, needed in (("--full_fp16", self.full_fp16, "fp16"), ("--full_bf16", self.full_bf16, "bf16")):
@@ -71,8 +81,14 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
                 yield f"--quantize_base: {self.quantize_base} {lack}; {remedy('bitsandbytes')}; or choose fp8"
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        if "dynamo_backend" in opts.explicit and not self.torch_compile:
-            yield "--dynamo_backend: no effect without --torch_compile"
+        used, *others = self.attention or ("sdpa",)
+        for name in others:
+            yield f"--{name}: no effect with --{used}, which is used"
+        if self.torch_compile and not self.compiles:
+            yield "--torch_compile: no effect with --dynamo_backend no"
+
+
+_DEEPSPEED = ("deepspeed",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +96,7 @@ class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs")
     trains: ClassVar[bool] = True  # False: how accelerate would spread what is trained does not matter
 
     ddp_timeout: int | None = opt(
-        None, "minutes that processes wait for each other in a step; 10 if not given (30 on CPUs)", at_least=1
+        None, "minutes that processes wait for each other in a step; 10 if not given (30 on CPUs)", at_least=1, off=0
     )
     ddp_gradient_as_bucket_view: bool = opt(False, "share memory between gradients and their exchange")
     ddp_static_graph: bool = opt(False, "promise that every step uses the same parameters")
@@ -88,19 +104,31 @@ class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs")
         False, "spread a whole model that is trained over the processes as --zero_stage says; torch's FSDP2 does it"
     )
     zero_stage: Literal[0, 1, 2, 3] = opt(
-        2, "0: nothing is spread; 1, 2: gradients and the optimizer; 3: weights too, gathered block by block"
+        2,
+        "0: nothing is spread; 1, 2: gradients and the optimizer; 3: weights too, gathered block by block",
+        only_with=_DEEPSPEED,
     )
     offload_optimizer_device: Literal["cpu", "nvme"] | None = opt(
-        None, "cpu: what is spread lies in main memory; nvme is refused"
+        None, "cpu: what is spread lies in main memory; nvme is refused", only_with=_DEEPSPEED
     )
-    offload_optimizer_nvme_path: str | None = opt(None, "folder for an optimizer on disk; refused with nvme")
-    offload_param_device: Literal["cpu", "nvme"] | None = opt(None, "the same as --offload_optimizer_device")
-    offload_param_nvme_path: str | None = opt(None, "folder for parameters on disk; refused with nvme")
-    zero3_init_flag: bool = opt(False, "spread the model while it is built; it always is, block by block")
+    offload_optimizer_nvme_path: str | None = opt(
+        None, "folder for an optimizer on disk; refused with nvme", only_with=_DEEPSPEED
+    )
+    offload_param_device: Literal["cpu", "nvme"] | None = opt(
+        None, "the same as --offload_optimizer_device", only_with=_DEEPSPEED
+    )
+    offload_param_nvme_path: str | None = opt(
+        None, "folder for parameters on disk; refused with nvme", only_with=_DEEPSPEED
+    )
+    zero3_init_flag: bool = opt(
+        False, "spread the model while it is built; it always is, block by block", only_with=_DEEPSPEED
+    )
     zero3_save_16bit_model: bool = opt(
-        False, "gather weights for saving; they always are, in the format of --save_precision"
+        False, "gather weights for saving; they always are, in the format of --save_precision", only_with=_DEEPSPEED
     )
-    fp16_master_weights_and_gradients: bool = opt(False, "master weights and gradients in fp16; refused")
+    fp16_master_weights_and_gradients: bool = opt(
+        False, "master weights and gradients in fp16; refused", only_with=_DEEPSPEED
+    )
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if not self.trains:
@@ -113,25 +141,10 @@ class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs")
         for name in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):
             if getattr(self, name):
                 yield f"--{name}: no effect, as all gradients are exchanged in one message anyway"
-        if not self.deepspeed:
-            for name in _OF_DEEPSPEED & opts.explicit:
-                yield f"--{name}: no effect without --deepspeed"
         if self.trains:
             yield from sharding.advice(opts)
 
 
-_OF_DEEPSPEED = frozenset(
-    (
-        "zero_stage",
-        "offload_optimizer_device",
-        "offload_optimizer_nvme_path",
-        "offload_param_device",
-        "offload_param_nvme_path",
-        "zero3_init_flag",
-        "zero3_save_16bit_model",
-        "fp16_master_weights_and_gradients",
-    )
-)
 _OLDEST_BITSANDBYTES = 0, 49  # those before crash on CPUs where a whole block of weights is 0
 
 

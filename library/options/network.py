@@ -7,26 +7,31 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from library.options.base import OptionGroup, Options, opt
-from library.options.optimizer import not_pairs
+from library.options.optimizer import not_pairs, repeated
 from library.runtime.packages import remedy
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
 
+LARGEST_RANK = 1 << 15  # no layer of these models is wider
 _OURS = ("networks.dylora", "networks.lora_fa", "networks.oft", "networks.control_net_lllite")
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions(OptionGroup, group="method", title="Network"):
+    usual_rate: ClassVar[str] = "it is made for whole models, a LoRA usually wants 1e-4"
+
     network_module: str | None = opt(
         None,
         "module of the network type: networks.lora, networks.lora_flux, networks.lora_sd3, or another such as "
         "lycoris.kohya",
     )
-    network_dim: int | None = opt(None, "rank of the network; the module's own default if not given", at_least=1)
+    network_dim: int | None = opt(
+        None, "rank of the network; the module's own default if not given", at_least=1, at_most=LARGEST_RANK
+    )
     network_alpha: float = opt(1, "scale: the network acts with alpha / rank; 0 means alpha = rank", at_least=0)
     network_dropout: float | None = opt(
         None, "share of the network's inner values left out each step", at_least=0, below=1, off=0
@@ -40,10 +45,16 @@ class NetworkOptions(OptionGroup, group="method", title="Network"):
     text_encoder_lr: list[float] | None = opt(
         None, "learning rate of the text encoders' part, one for all or one for each; --learning_rate if not given"
     )
-    scale_weight_norms: float | None = opt(None, "shrink weights whose norm grows above this, e.g. 1", above=0)
+    scale_weight_norms: float | None = opt(None, "shrink weights whose norm grows above this, e.g. 1", above=0, off=0)
     training_comment: str | None = opt(None, "comment in the file's metadata")
     base_weights: list[str] | None = opt(None, "networks merged into the base model first")
     base_weights_multiplier: list[float] | None = opt(None, "their strengths")
+
+    @property
+    def needs_common_rate(self) -> bool:
+        """Whether a part is trained with --learning_rate."""
+        denoiser = not self.network_train_text_encoder_only and self.unet_lr is None
+        return denoiser or (not self.network_train_unet_only and not self.text_encoder_lr)
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from self._check_module()
@@ -52,12 +63,6 @@ class NetworkOptions(OptionGroup, group="method", title="Network"):
             yield "--network_train_unet_only: cannot be used with --network_train_text_encoder_only; drop one"
         if self.dim_from_weights and not self.network_weights:
             yield "--dim_from_weights: needs --network_weights, the file to take the ranks from"
-        encoders = len(traits.text_encoders)
-        if len(self.text_encoder_lr or ()) > encoders:
-            yield (
-                f"--text_encoder_lr: {traits.label} has {encoders} text encoder{'s' if encoders > 1 else ''}, "
-                f"got {len(self.text_encoder_lr)} rates"
-            )
 
     def _check_module(self) -> Iterator[str]:
         name = self.network_module
@@ -69,7 +74,24 @@ class NetworkOptions(OptionGroup, group="method", title="Network"):
             what_to_do = remedy(name.split(".")[0]) or "check the name, or install its package"
             yield f"--network_module: there is no module {name!r}; {what_to_do}"
 
+    def text_rates(self, count: int) -> list[float | None]:
+        """Learning rates of `count` text encoders: those without one take the last; surplus ones have no effect.
+
+        None: no rate is given, so that --learning_rate counts.
+        """
+        listed = self.text_encoder_lr or [None]
+        return [listed[min(index, len(listed) - 1)] for index in range(count)]
+
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from repeated("--network_args", self.network_args)
+        encoders, rates = len(traits.text_encoders), self.text_encoder_lr or []
+        if any(rate != rates[encoders - 1] for rate in rates[encoders:]):
+            yield (
+                f"--text_encoder_lr: {traits.label} has {encoders} text encoder{'s' if encoders > 1 else ''}; the "
+                f"first {f'{encoders} rates count' if encoders > 1 else 'rate counts'} of {len(rates)}"
+            )
+        if len(self.base_weights_multiplier or ()) > len(self.base_weights or ()):
+            yield "--base_weights_multiplier: there are more values than --base_weights; the first ones count"
         if self.network_train_unet_only and self.text_encoder_lr:
             yield "--text_encoder_lr: no effect with --network_train_unet_only"
         if self.network_train_text_encoder_only and self.unet_lr is not None:

@@ -65,6 +65,7 @@ TORCH_SCHEDULES = (
 )  # fmt: skip
 UNUSABLE_SCHEDULES = ("ChainedScheduler", "LambdaLR", "MultiplicativeLR", "SequentialLR")
 _FLOORS = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
+_CYCLIC = tuple(f"lr_scheduler={name}" for name in ("cosine_with_restarts", *_FLOORS))
 _WITHOUT_ARGS = ("constant", "constant_with_warmup")
 _RULES = re.compile(r"(-?[\d.]+(e-?\d+)?:\d+,)*-?[\d.]+(e-?\d+)?", re.IGNORECASE)
 
@@ -97,14 +98,16 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
         0, "steps of the final decay of warmup_stable_decay, or a share such as 0.1 or 10%", at_least=0
     )
     lr_scheduler_num_cycles: int = opt(
-        1, "restarts of cosine_with_restarts; twice the cosine half-waves elsewhere", at_least=1
+        1, "restarts of cosine_with_restarts; twice the cosine half-waves elsewhere", at_least=1, only_with=_CYCLIC
     )
-    lr_scheduler_power: float = opt(1, "exponent of the polynomial schedule", at_least=0)
+    lr_scheduler_power: float = opt(
+        1, "exponent of the polynomial schedule", at_least=0, only_with=("lr_scheduler=polynomial",)
+    )
     fused_backward_pass: bool = opt(
         False, "step each weight inside the backward pass, as soon as its gradient is there: less memory"
     )
     lr_scheduler_timescale: int | None = opt(
-        None, "time scale of inverse_sqrt in steps; the warm-up's length if not given", at_least=1
+        None, "time scale of inverse_sqrt in steps; the warm-up's length if not given", at_least=1, off=0
     )
     lr_scheduler_min_lr_ratio: float | None = opt(
         None,
@@ -114,17 +117,13 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
     )
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        chosen = [
-            flag
-            for flag, given in (
-                ("--optimizer_type", self.optimizer_type),
-                ("--use_8bit_adam", self.use_8bit_adam),
-                ("--use_lion_optimizer", self.use_lion_optimizer),
-            )
-            if given
-        ]
-        if len(chosen) > 1:
-            yield f"{chosen[0]}: cannot be used with {' and '.join(chosen[1:])}; choose one optimizer"
+        chosen = {"--optimizer_type": self.optimizer_type}
+        chosen["--use_8bit_adam"] = "AdamW8bit" if self.use_8bit_adam else ""
+        chosen["--use_lion_optimizer"] = "Lion" if self.use_lion_optimizer else ""
+        chosen = {flag: name for flag, name in chosen.items() if name}
+        if len({_PATHS.get(name.lower(), name) for name in chosen.values()}) > 1:
+            first, *others = chosen
+            yield f"{first}: cannot be used with {' and '.join(others)}; choose one optimizer"
         yield from self._check_optimizer()
         yield from not_pairs("--optimizer_args", self.optimizer_args, literals=True)
         yield from not_pairs("--lr_scheduler_args", _without_rules(self), literals=True)
@@ -220,6 +219,8 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         name = schedule_name(self)
+        yield from repeated("--optimizer_args", self.optimizer_args)
+        yield from repeated("--lr_scheduler_args", self.lr_scheduler_args)
         if self.fused_backward_pass and self.max_grad_norm:
             yield "--max_grad_norm: not applied with --fused_backward_pass, which never has all gradients at once"
         if is_adafactor(self):
@@ -309,6 +310,21 @@ def initial_rate(options: OptimizerOptions) -> float:
     return float(rate) if name.lower() == "adafactor" and rate else options.learning_rate
 
 
+def default_rate(opts: Options) -> str | None:
+    """A line about --learning_rate where nobody chose it and some part is trained with it; it is made for whole models.
+
+    The method's group says with `usual_rate` what its kind of training usually wants, and with `needs_common_rate`
+    whether a part is trained that has no rate of its own.
+    """
+    options: OptimizerOptions = opts.optimizer
+    if "learning_rate" in opts.explicit or sets_own_rate(options) or not opts.method.needs_common_rate:
+        return None
+    usual = opts.method.usual_rate
+    if optimizer_path(options).split(".")[0] in ("dadaptation", "prodigyopt", "prodigyplus"):
+        usual = f"{optimizer_name(options)} finds the rate itself and wants 1"
+    return f"learning rate: {options.learning_rate:g}, the default{f'; {usual} (--learning_rate)' if usual else ''}"
+
+
 def schedule_args(options: OptimizerOptions) -> dict[str, Any]:
     """--lr_scheduler_args; step_rules is text, in quotes or not. Raises: UserError."""
     values = literal_args("--lr_scheduler_args", _without_rules(options))
@@ -361,6 +377,16 @@ def literal_args(flag: str, entries: Sequence[str] | None) -> dict[str, Any]:
         raise UserError(*problems)
     pairs = (entry.partition("=") for entry in entries or ())
     return {name.strip(): ast.literal_eval(text.strip()) for name, _, text in pairs}
+
+
+def repeated(flag: str, entries: Sequence[str] | None) -> Iterator[str]:
+    """One line for each name that is given several values, of which the last one counts."""
+    values: dict[str, set[str]] = {}
+    for entry in entries or ():
+        name, _, text = entry.partition("=")
+        values.setdefault(name.strip(), set()).add(text.strip())
+    for name in (name for name, given in values.items() if len(given) > 1):
+        yield f"{flag}: {name} is given several times; the last one counts"
 
 
 def not_pairs(flag: str, entries: Sequence[str] | None, *, literals: bool = False) -> Iterator[str]:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NoReturn
 
 from library.errors import UserError
-from library.options.base import Given, Option, OptionGroup, Options, build_options, options_of
-from library.options.config_file import read_config, write_config
-from library.options.nearest import did_you_mean
-from library.options.values import from_text
+from library.options.base import COMMAND_LINE, Given, Option, OptionGroup, Options, build_options, options_of
+from library.options.config_file import FileOptions, read_config, write_config
+from library.options.unknown_keys import Elsewhere, is_off, judge_flag
+from library.options.values import from_text, is_blank
+from library.screen import HIDDEN, shown
 
 _ABSENT: Any = object()
 
 
 class OptionParser(argparse.ArgumentParser):
-    """argparse, with mistakes raised as UserError instead of a usage dump.
+    """argparse, with mistakes raised as UserError instead of a usage dump, and blank values taken as not given.
 
     Other programs call `parse_args`, which ends with status 2 as argparse's own does.
     """
@@ -27,9 +29,19 @@ class OptionParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         try:
-            return super().parse_args(args, namespace)
+            return self.without_blanks(super().parse_args(args, namespace))
         except UserError as error:
             self.exit(2, f"{error.render()}\n")
+
+    def without_blanks(self, namespace: argparse.Namespace) -> argparse.Namespace:
+        """The same with the defaults in place of blank values."""
+        values = vars(namespace)
+        defaults = {dest: self.get_default(dest) for dest in values}
+        return argparse.Namespace(**{**defaults, **dict(_not_blank(values))})
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if value is not _ABSENT:
+            super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
@@ -57,31 +69,59 @@ def parse_options(
     *,
     prog: str | None = None,
     description: str = "",
+    elsewhere: Elsewhere = dict,
 ) -> Options:
     """Reads the command line and the file named by --config_file. Values are not checked against each other here.
 
     With --output_config it writes that file instead and exits with status 0, as --help does.
+
+    Args:
+        elsewhere: gives the options of other scripts, for what is said about those that this one does not have.
+
     Raises: UserError: unknown or ambiguous flags, values of the wrong type, a bad configuration file.
     """
     if not isinstance(parser, OptionParser):
         parser = build_parser(parser, prog, description)
-    flags = _from_command_line(parser, argv)
+    flags = _from_command_line(parser, argv, elsewhere)
     file = flags["config_file"].value if "config_file" in flags else None
     writing = "output_config" in flags
     if file is None or writing:
         options = build_options(parser.groups, flags)
     else:
-        options = build_options(parser.groups, {**_without_replaced(parser, file, flags), **flags})
+        options = with_file(parser.groups, read_config(file, parser.groups, elsewhere), flags)
     if writing:
-        print(f"wrote {write_config(options)}")
+        print(shown(f"wrote {write_config(options)}"))
         raise SystemExit(0)
     return options
 
 
-def _without_replaced(parser: OptionParser, file: str, flags: dict[str, Given]) -> dict[str, Given]:
+def with_file(groups: Sequence[type[OptionGroup]], file: FileOptions, flags: dict[str, Given]) -> Options:
+    """The options of a file and of the command line, which wins.
+
+    Raises: UserError: a value of the file that is wrong, of an option that has an effect.
+    """
+    given = {**_without_replaced(groups, file.given, flags), **flags}
+    options = build_options(groups, given)
+    remarks, problems = list(file.remarks), []
+    for option in (option for group in groups for option in options_of(group)):
+        value, why = file.wrong.get(option.dest, (None, ""))
+        if not why or option.dest in flags:
+            continue
+        if options.has_effect(option):
+            problems.append(f"key {option.dest!r} in {file.name}: {why}")
+        elif not is_off(value):
+            remarks.append(f"key {option.dest!r} in {file.name}: no effect without {option.company}")
+    if problems:
+        raise UserError(*problems)
+    return build_options(groups, given, remarks)
+
+
+def _without_replaced(
+    groups: Sequence[type[OptionGroup]], given: dict[str, Given], flags: dict[str, Given]
+) -> dict[str, Given]:
     """What the file gives, less the options whose older or newer spelling is on the command line."""
-    from_file = read_config(file, parser.groups)
-    for group in parser.groups:
+    from_file = dict(given)
+    for group in groups:
         for option in options_of(group):
             target = option.details.alias_of
             if target and option.dest in flags:
@@ -91,18 +131,27 @@ def _without_replaced(parser: OptionParser, file: str, flags: dict[str, Given]) 
     return from_file
 
 
-def _from_command_line(parser: OptionParser, argv: Sequence[str] | None) -> dict[str, Given]:
+def _from_command_line(parser: OptionParser, argv: Sequence[str] | None, elsewhere: Elsewhere) -> dict[str, Given]:
     # argparse leaves alone what a namespace already has: what is still _ABSENT afterwards was not given
     blank = argparse.Namespace(**{option.dest: _ABSENT for g in parser.groups for option in options_of(g)})
     words = sys.argv[1:] if argv is None else list(argv)
     values, unknown = parser.parse_known_args(words, blank)
     if unknown:
-        raise UserError(*_unknown_problems(parser, words, unknown))
-    return {dest: Given(v, "command line") for dest, v in vars(values).items() if v is not _ABSENT}
+        raise UserError(*_unknown_problems(parser, words, unknown, elsewhere))
+    return {dest: Given(value, COMMAND_LINE) for dest, value in _not_blank(vars(values))}
 
 
-def _unknown_problems(parser: OptionParser, words: Sequence[str], unknown: Sequence[str]) -> list[str]:
-    known = [option.flag for g in parser.groups for option in options_of(g) if not option.details.positional]
+def _not_blank(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for dest, value in values.items():
+        items = [item for item in value if item is not _ABSENT] if isinstance(value, list) else value
+        if items is not _ABSENT and (items or not value):
+            yield dest, items
+
+
+def _unknown_problems(
+    parser: OptionParser, words: Sequence[str], unknown: Sequence[str], elsewhere: Elsewhere
+) -> list[str]:
+    known = {option.dest: option for g in parser.groups for option in options_of(g) if not option.details.positional}
     flags = [text.split("=", 1)[0] for text in unknown if text.startswith("-") and text != "--"]
     if not flags:
         flag = _list_behind_equals_sign(parser, words, unknown)
@@ -110,8 +159,15 @@ def _unknown_problems(parser: OptionParser, words: Sequence[str], unknown: Seque
             return [f"{flag}: takes several values without an equals sign only, as in {flag} A B"]
         alone = _positional(parser.groups)
         rule = f"beside {' and '.join(alone)} " if alone else ""
-        return [f"unexpected value {' '.join(unknown)!r}: {rule}every value needs its option before it"]
-    return [f"unknown option {flag}{did_you_mean(flag, known)}" for flag in flags]
+        words = " ".join(map(_stray, unknown))
+        return [f"unexpected value {words!r}: {rule}every value needs its option before it"]
+    return [f"unknown option {flag}{judge_flag(flag, known, elsewhere)}" for flag in flags]
+
+
+def _stray(word: str) -> str:
+    """A word that belongs to no option, for a message. Long mixtures of letters and digits are keys more than words."""
+    is_key = re.fullmatch(r"(?=.*\d)(?=.*[A-Za-z])[\w+=-]{20,}", word, re.ASCII)
+    return HIDDEN if is_key else word
 
 
 def _list_behind_equals_sign(parser: OptionParser, words: Sequence[str], unknown: Sequence[str]) -> str | None:
@@ -142,6 +198,10 @@ def _argument(option: Option) -> dict[str, Any]:
 
 def _converter(option: Option) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
+        if is_blank(option, text):
+            if option.details.positional or option.details.required:
+                raise argparse.ArgumentTypeError("must not be empty")
+            return _ABSENT
         try:
             return from_text(option, text)
         except ValueError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from library.errors import UserError
@@ -148,11 +147,7 @@ class CannyOptions(OptionGroup, group="canny", title="Edges"):
 
 @dataclass(frozen=True, kw_only=True)
 class ShowMetadataOptions(OptionGroup, group="shown", title="File"):
-    model: str | None = opt(None, ".safetensors file: a model, or a LoRA or the like", required=True)
-
-    def check(self, opts: Options, traits: FamilyTraits) -> Iterator[str]:
-        if self.model is not None and Path(self.model).suffix.lower() != ".safetensors":
-            yield f"--model={self.model}: only .safetensors files have metadata"
+    model: str | None = opt(None, "safetensors file: a model, or a LoRA or the like", required=True)
 
 
 def parse_sizes(text: str) -> list[Size]:

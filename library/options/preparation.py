@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from library.options.base import opt
+from library.options.data import ending_problem
 from library.options.logging import ConsoleOptions
 
 
@@ -16,8 +17,9 @@ class WorkOptions(ConsoleOptions, group="work", title="Messages and failures"):
 
 def ending_problems(ending: str) -> Iterable[str]:
     """What is wrong with a --caption_extension of files that are written."""
-    if not ending.strip(". ") or any(sign in ending for sign in "/\\"):
-        yield f"--caption_extension must be an ending of file names, e.g. .txt, got {ending!r}"
+    fault = ending_problem(ending)
+    if fault:
+        yield f"--caption_extension {fault}"
 
 
 def ending_advice(ending: str) -> Iterable[str]:

@@ -13,9 +13,14 @@ if TYPE_CHECKING:
     from library.families.base import FamilyTraits
 
 
+_OCCASIONS = ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(OptionGroup, group="sampling", title="Sample pictures"):
-    sample_prompts: str | None = opt(None, "file of prompts for sample pictures: .txt, .toml or .json", exists="file")
+    sample_prompts: str | None = opt(
+        None, "file of prompts for sample pictures: .txt, .toml or .json", exists="file", only_with=_OCCASIONS
+    )
     sample_at_first: bool = opt(False, "draw sample pictures before the first step too")
     sample_every_n_steps: int | None = opt(
         None, "draw sample pictures every so many optimizer steps", at_least=1, lenient=True
@@ -26,17 +31,19 @@ class SamplingOptions(OptionGroup, group="sampling", title="Sample pictures"):
         "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
     ] = opt("ddim", "sampler of the sample pictures")  # fmt: skip
 
+    @property
+    def draws(self) -> bool:
+        """Whether there are prompts, and occasions for their images."""
+        return bool(self.sample_prompts) and any(getattr(self, name) for name in _OCCASIONS)
+
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        if self.sample_prompts and Path(self.sample_prompts).suffix.lower() not in (".txt", ".toml", ".json"):
+        if self.draws and Path(self.sample_prompts).suffix.lower() not in (".txt", ".toml", ".json"):
             yield f"--sample_prompts: must be a .txt, .toml or .json file, got {self.sample_prompts!r}"
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        moments = ("sample_at_first", "sample_every_n_steps", "sample_every_n_epochs")
-        given = [f"--{name}" for name in moments if getattr(self, name)]
+        given = [f"--{name}" for name in _OCCASIONS if getattr(self, name)]
         if given and not self.sample_prompts:
-            yield f"{given[0]}: no sample pictures without --sample_prompts"
-        if self.sample_prompts and not given:
-            yield "--sample_prompts: no sample pictures without --sample_every_n_steps or --sample_every_n_epochs"
+            yield f"{given[0]}: no sample images without --sample_prompts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +54,15 @@ class ValidationOptions(OptionGroup, group="validation", title="Validation"):
     validation_split: float = opt(
         0.0, "share of the pictures kept out of training, to measure the loss on", at_least=0, at_most=1, lenient=True
     )
-    validate_every_n_steps: int | None = opt(None, "validate every so many optimizer steps", at_least=1)
+    validate_every_n_steps: int | None = opt(None, "validate every so many optimizer steps", at_least=1, off=0)
     validate_every_n_epochs: int | None = opt(
         None,
         "validate after every so many epochs; after each if neither this nor a number of steps is given",
         at_least=1,
+        off=0,
     )
     max_validation_steps: int | None = opt(None, "most batches per validation; all if not given", at_least=1)
     save_best_validation: bool = opt(False, "keep the copy with the lowest validation loss as <output_name>-best")
     early_stop_patience: int | None = opt(
-        None, "end the run when so many validations in a row have brought no lower loss", at_least=1
+        None, "end the run when so many validations in a row have brought no lower loss", at_least=1, off=0
     )

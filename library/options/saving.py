@@ -28,6 +28,9 @@ class HubFolder:
     kind: str = "model"
 
 
+_UPLOADING = ("huggingface_repo_id",)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SavingOptions(OptionGroup, group="saving", title="Saving"):
     output_dir: str | None = opt(None, "folder for everything that the run writes; made if it is missing")
@@ -39,8 +42,16 @@ class SavingOptions(OptionGroup, group="saving", title="Saving"):
     save_every_n_epochs: int | None = opt(None, "save a copy every so many epochs", at_least=1, off=0)
     save_every_n_steps: int | None = opt(None, "save a copy every so many optimizer steps", at_least=1, off=0)
     save_n_epoch_ratio: int | None = opt(None, "save about this many copies over the run", at_least=1, off=0)
-    save_last_n_epochs: int | None = opt(None, "keep only the last so many epoch copies", at_least=1, off=0)
-    save_last_n_steps: int | None = opt(None, "keep only step copies of the last so many steps", at_least=1, off=0)
+    save_last_n_epochs: int | None = opt(
+        None,
+        "keep only the last so many epoch copies",
+        at_least=1,
+        off=0,
+        only_with=("save_every_n_epochs", "save_n_epoch_ratio"),
+    )
+    save_last_n_steps: int | None = opt(
+        None, "keep only step copies of the last so many steps", at_least=1, off=0, only_with=("save_every_n_steps",)
+    )
     save_last_n_epochs_state: int | None = opt(
         None, "keep only the last so many epoch states; as many as copies if not given", at_least=1, off=0
     )
@@ -53,19 +64,26 @@ class SavingOptions(OptionGroup, group="saving", title="Saving"):
     huggingface_repo_id: str | None = opt(
         None, "repository at Hugging Face, user/name, that everything saved is uploaded to; made if it is missing"
     )
-    huggingface_repo_type: str | None = opt(None, "kind of that repository: model or dataset; model if not given")
-    huggingface_path_in_repo: str | None = opt(None, "folder in that repository; its top if not given")
+    huggingface_repo_type: str | None = opt(
+        None, "kind of that repository: model or dataset; model if not given", only_with=_UPLOADING
+    )
+    huggingface_path_in_repo: str | None = opt(
+        None, "folder in that repository; its top if not given", only_with=_UPLOADING
+    )
     huggingface_token: str | None = opt(
-        None, "access token for Hugging Face; HF_TOKEN or the stored login if not given", secret=True
+        None,
+        "access token for Hugging Face; HF_TOKEN or the stored login if not given",
+        secret=True,
+        only_with=("huggingface_repo_id", "resume_from_huggingface"),
     )
     huggingface_repo_visibility: str | None = opt(
-        None, "public or private, for a repository that the run makes; private if not given"
+        None, "public or private, for a repository that the run makes; private if not given", only_with=_UPLOADING
     )
     save_state_to_huggingface: bool = opt(False, "upload the states that are saved, too")
     resume_from_huggingface: bool = opt(
         False, "--resume names a state at Hugging Face: user/name/folder, then :revision or :revision:kind"
     )
-    async_upload: bool = opt(False, "upload while training goes on, instead of waiting for it")
+    async_upload: bool = opt(False, "upload while training goes on, instead of waiting for it", only_with=_UPLOADING)
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if not self.output_dir:
@@ -89,23 +107,8 @@ class SavingOptions(OptionGroup, group="saving", title="Saving"):
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.save_n_epoch_ratio and self.save_every_n_epochs:
             yield "--save_every_n_epochs: no effect, --save_n_epoch_ratio decides"
-        if self.save_last_n_epochs and not (self.save_every_n_epochs or self.save_n_epoch_ratio):
-            yield "--save_last_n_epochs: no effect without --save_every_n_epochs"
-        if self.save_last_n_steps and not self.save_every_n_steps:
-            yield "--save_last_n_steps: no effect without --save_every_n_steps"
         if self.save_state_to_huggingface and not (self.save_state or self.save_state_on_train_end):
             yield "--save_state_to_huggingface: no state is saved without --save_state or --save_state_on_train_end"
-        if not self.huggingface_repo_id:
-            for name in (
-                "huggingface_repo_type",
-                "huggingface_path_in_repo",
-                "huggingface_repo_visibility",
-                "async_upload",
-            ):
-                if getattr(self, name):
-                    yield f"--{name}: no effect without --huggingface_repo_id"
-            if self.huggingface_token and not self.resume_from_huggingface:
-                yield "--huggingface_token: no effect without --huggingface_repo_id or --resume_from_huggingface"
 
 
 def parse_hub_folder(text: str | None) -> HubFolder:

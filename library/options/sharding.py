@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
+from library.runtime.documents import LARGEST_CONFIG, load_json
+from library.runtime.files import read_bytes
 
 if TYPE_CHECKING:
     from library.options.base import Options
@@ -74,7 +75,7 @@ def problems(opts: Options, environ: Mapping[str, str] = os.environ) -> Iterator
         "--stochastic_rounding": memory.stochastic_rounding,
         "--fused_backward_pass": opts.optimizer.fused_backward_pass,
         "--fused_optimizer_groups or --blockwise_fused_optimizers": fused is not None and fused.in_use,
-        "--torch_compile": memory.torch_compile,
+        "--torch_compile": memory.compiles,
         "--lowram": memory.lowram,  # each device would get the whole model first
         "--fp16_master_weights_and_gradients": opts.distributed.fp16_master_weights_and_gradients,
     }
@@ -106,7 +107,7 @@ def _zero(asked_by: str, stage: int, *devices: str | None) -> Sharding | None:
 
 def _zero_of_file(file: Path) -> tuple[int, str | None, str | None]:
     try:
-        zero: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {})
+        zero: dict[str, Any] = load_json(read_bytes(file, LARGEST_CONFIG)).get("zero_optimization", {})
         stage = zero.get("stage", 0)
         devices = [zero.get(f"offload_{what}", {}).get("device") for what in ("optimizer", "param")]
         return 2 if stage == "auto" else int(stage), *devices

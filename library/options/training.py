@@ -28,17 +28,16 @@ class TrainingOptions(OptionGroup, group="training", title="Training"):
         1, "batches per optimizer step; more of them act like a larger batch in little memory", at_least=1
     )
     ema: bool = opt(False, "average the trained weights over time; what is saved, sampled and validated is the average")
-    ema_decay: float = opt(0.999, "share of the average that each step keeps", above=0, below=1)
+    ema_decay: float = opt(0.999, "share of the average that each step keeps", above=0, below=1, only_with=("ema",))
     skip_until_initial_step: bool = opt(
-        False, "with --initial_step or --initial_epoch, go on in the data as if the steps before had been done"
+        False,
+        "with --initial_step or --initial_epoch, go on in the data as if the steps before had been done; a run that "
+        "--resume continues always does",
+        only_with=("initial_step", "initial_epoch", "resume"),
     )
-    initial_epoch: int | None = opt(None, "epoch to start counting from, 1 is the first", at_least=1)
+    initial_epoch: int | None = opt(None, "epoch to start counting from, 1 is the first", at_least=1, off=0)
     initial_step: int | None = opt(None, "optimizer steps that count as done; wins over --initial_epoch", at_least=0)
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        if self.skip_until_initial_step and self.initial_step is None and self.initial_epoch is None:
-            yield "--skip_until_initial_step: no effect without --initial_step or --initial_epoch"
-        if "ema_decay" in opts.explicit and not self.ema:
-            yield "--ema_decay: no effect without --ema"
-        if self.max_train_epochs is not None and opts.origin("max_train_steps") == "command line":
+        if self.max_train_epochs is not None and "max_train_steps" in opts.explicit:
             yield f"--max_train_steps {self.max_train_steps}: no effect, --max_train_epochs decides the length"

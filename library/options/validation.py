@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.options.base import Option, Options, options_of
+from library.options.base import COMMAND_LINE, Option, Options, options_of
+from library.options.unknown_keys import is_off, written_unasked
+from library.runtime.files import path_problem
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
@@ -15,28 +16,33 @@ if TYPE_CHECKING:
 
 def problems(options: Options, traits: FamilyTraits) -> list[str]:
     """One line per problem, e.g. "--network_dim: must be at least 1, got 0 (from run.toml)"; empty if all is well."""
-    lines = []
+    lines: list[str] = []
+    outside = {}  # values that no check of several options may calculate with
     for group in options.groups:
-        for option in options_of(type(group)):
-            lines += [f"{option.flag}: {problem}" for problem in _of_value(option, getattr(group, option.dest))]
-        lines += group.check(options, traits)
+        for option in filter(options.has_effect, options_of(type(group))):
+            value = getattr(group, option.dest)
+            lines += [f"{option.flag}: {problem}" for problem in _of_value(option, value)]
+            if option.range_problem(value):
+                outside[option.dest] = option.default
+    sound = options.replaced(**outside) if outside else options
+    for group in sound.groups:
+        lines += group.check(sound, traits)
     return [_with_origin(line, options) for line in dict.fromkeys(lines)]
 
 
 def warnings(options: Options, traits: FamilyTraits) -> list[str]:
-    """One line per option that is followed, or harmlessly not followed, but was perhaps not meant."""
+    """One line per option that is followed, or harmlessly not followed, but was perhaps not meant.
+
+    Nothing is said of what a GUI writes into every configuration file, wanted or not.
+    """
     lines = []
     for group in options.groups:
         for option in options_of(type(group)):
-            if option.dest not in options.given:
-                continue
-            value = options.given[option.dest].value
-            if option.details.deprecated and value != option.default:
-                lines.append(f"{option.flag}: an older way to say {option.details.deprecated}")
-            if option.details.lenient and option.range_problem(value):
-                lines.append(f"{option.flag}: {option.range_problem(value)}; ignored")
+            if option.dest in options.given:
+                lines += [f"{option.flag}: {advice}" for advice in _advice(option, options)]
         lines += group.advise(options, traits)
-    return [_with_origin(line, options) for line in lines]
+    wanted = [line for line in dict.fromkeys(lines) if not _is_of_a_gui(line, options)]
+    return [*options.remarks, *(_with_origin(line, options) for line in wanted)]
 
 
 def _of_value(option: Option, value: Any) -> Iterator[str]:
@@ -46,12 +52,34 @@ def _of_value(option: Option, value: Any) -> Iterator[str]:
     if problem:
         yield problem
     wanted = option.details.exists
-    if wanted and not (Path(value).is_file() if wanted == "file" else Path(value).is_dir()):
-        yield f"there is no {wanted} {str(value)!r}"
+    fault = path_problem(value, wanted) if wanted else None
+    if fault:
+        yield f"there is no {wanted} {str(value)!r}" if fault == f"no such {wanted}" else f"{str(value)!r}: {fault}"
+
+
+def _advice(option: Option, options: Options) -> Iterator[str]:
+    value = options.given[option.dest].value
+    if option.details.deprecated and value != option.default and not is_off(value):
+        yield f"deprecated; use {option.details.deprecated}"
+    if option.details.lenient and option.range_problem(value) and not is_off(value):
+        yield f"{option.range_problem(value)}; ignored"
+    if value != option.default and not is_off(value) and not options.has_effect(option):
+        yield f"no effect without {option.company}"
+
+
+def _is_of_a_gui(line: str, options: Options) -> bool:
+    name = _option_of(line)
+    given = options.given.get(name)
+    return given is not None and given.source != COMMAND_LINE and written_unasked(name, given.value)
+
+
+def _option_of(line: str) -> str:
+    """The name of the option that a line is about; empty where it is about none."""
+    named = re.match(r"--(\w+)", line)
+    return named[1] if named else ""
 
 
 def _with_origin(line: str, options: Options) -> str:
     """Adds the configuration file's name where the option that a line is about came from one."""
-    named = re.match(r"--(\w+)", line)
-    origin = options.origin(named[1]) if named else "default"
-    return line if origin in ("default", "command line") else f"{line} (from {origin})"
+    origin = options.origin(_option_of(line))
+    return line if origin in ("default", COMMAND_LINE) else f"{line} (from {origin})"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from library.options.base import Option
+from library.screen import hide
 
 _WANTED = {
     "bool": "true or false",
@@ -17,31 +18,36 @@ _WANTED = {
 }
 
 
-def from_text(option: Option, text: str) -> Any:
-    """One value of the command line. Empty text means "not given" where an option may be absent.
+def is_blank(option: Option, value: Any) -> bool:
+    """Whether a value is the empty field of a form, which means "not given"; so does a list of nothing else."""
+    if isinstance(value, list):
+        return bool(value) and all(is_blank(option, item) for item in value)
+    return isinstance(value, str) and not (value if option.details.verbatim else value.strip())
 
-    Raises: ValueError: not of the option's type, none of its choices, or empty where something has to be named.
+
+def from_text(option: Option, text: str) -> Any:
+    """One value of the command line, which is not blank.
+
+    Raises: ValueError: not of the option's type, or none of its choices.
     """
-    if text == "" and (option.details.positional or option.details.required):
-        raise ValueError("must not be empty")
-    if text == "" and option.optional and not option.many:
-        return None
     try:
         value = _CONVERT[option.kind](text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"must be {_WANTED[option.kind]}, got {text!r}") from None
     return _chosen(option, value)
 
 
 def from_toml(option: Option, value: Any) -> Any:
-    """A value of a configuration file; a single value will do where a list is taken.
+    """A value of a configuration file, which is not blank; a single value will do where a list is taken.
 
     Raises: ValueError: not of the option's type, or none of its choices.
     """
-    if value == "" and option.optional and not option.many:
-        return None
+    if option.details.secret and not isinstance(value, str):
+        hide(value)
+        raise ValueError("must be text in quotes; what was given is not repeated here")
     if option.many:
-        return [_item(option, item) for item in (value if isinstance(value, list) else [value])]
+        items = value if isinstance(value, list) else [value]
+        return [_item(option, item) for item in items if not is_blank(option, item)]
     if option.details.comma_list and isinstance(value, list):
         return ",".join(_number_text(option, item) for item in value)
     if option.details.comma_list and not isinstance(value, str):
@@ -49,8 +55,24 @@ def from_toml(option: Option, value: Any) -> Any:
     return _item(option, value)
 
 
+def as_kind(kind: str, value: Any) -> Any:
+    """A value of a TOML or JSON file as programs mean it: 0 and 1 for a switch are false and true, 64.0 is 64.
+
+    What is neither stays as it is, for the check of types to judge.
+    """
+    if kind == "bool" and value in (0, 1) and isinstance(value, int | float):
+        return bool(value)
+    whole = kind in ("int", "size", "int_or_float") and isinstance(value, float) and value.is_integer()
+    if whole and not (kind == "int_or_float" and value <= 1):  # there 1.0 is the whole run
+        return int(value)
+    if kind == "str" and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value
+
+
 def _item(option: Option, value: Any) -> Any:
-    is_bool, kind = isinstance(value, bool), option.kind
+    value, kind = as_kind(option.kind, value), option.kind
+    is_bool = isinstance(value, bool)
     wanted = ValueError(f"must be {_WANTED[kind]}, got {_show(value)}{_quotes_hint(option, value)}")
     match kind:
         case "bool":
@@ -66,7 +88,10 @@ def _item(option: Option, value: Any) -> Any:
         case "float":
             if is_bool or not isinstance(value, int | float):
                 raise wanted
-            value = float(value)
+            try:
+                value = float(value)
+            except OverflowError:
+                raise ValueError("must be a number that a computer can hold; this one has hundreds of digits") from None
         case "int_or_float":
             if isinstance(value, str) and value.endswith("%"):
                 return from_text(option, value)
@@ -76,6 +101,7 @@ def _item(option: Option, value: Any) -> Any:
 
 
 def _chosen(option: Option, value: Any) -> Any:
+    value = (option.details.synonyms or {}).get(value, value)
     if option.choices and value not in option.choices:
         raise ValueError(f"must be one of {', '.join(map(str, option.choices))}; got {value!r}")
     return value

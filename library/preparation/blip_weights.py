@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.keymap import Each, KeyMap, Rename, first_few
-from library.checkpoints.reading import read_state_dict, read_torch, unwrap
+from library.checkpoints.reading import file_format, read_state_dict, read_torch, unwrap
 from library.errors import UserError
 from library.families.shared.building import build
 
@@ -45,9 +45,9 @@ def read_original_blip(path: Path) -> dict[str, Tensor]:
 
     Pre-training files have further parts, such as a text encoder; those are left out.
 
-    Raises: UserError: damaged, would run code, or no BLIP captioner.
+    Raises: UserError: damaged, hostile, or no BLIP captioner.
     """
-    if path.suffix.lower() == ".safetensors":
+    if file_format(path) == "safetensors":
         tensors = read_state_dict(path)
     else:
         content = read_torch(path)

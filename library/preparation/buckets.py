@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from library import registry
 from library.errors import UserError
 from library.options import scripts
-from library.options.base import Given, Options, build_options, opt
+from library.options.base import COMMAND_LINE, Given, Options, build_options, opt
 from library.options.bucketing import BucketingOptions
 from library.options.data import DataOptions
 from library.options.large_models import LargeModelOptions
@@ -116,7 +116,7 @@ def _as_training(options: ModelBucketingOptions, family: str) -> Options:
         *(LargeModelOptions, parts.family_options(family), DataOptions, LossOptions, TrainingOptions),
         *(MemoryOptions, DistributedOptions),
     )
-    return build_options(groups, {name: Given(value, "command line") for name, value in said.items()})
+    return build_options(groups, {name: Given(value, COMMAND_LINE) for name, value in said.items()})
 
 
 def _spec(training: Options, family: str) -> DatasetSpec:
@@ -133,7 +133,7 @@ def _spec(training: Options, family: str) -> DatasetSpec:
 def _in_our_words(problem: str) -> str:
     for theirs, ours in _OUR_NAMES.items():
         problem = problem.replace(theirs, ours)
-    return problem.removeprefix("the command line: ")
+    return problem.removeprefix("--train_data_dir: ")
 
 
 # ---- pictures and their entries
@@ -247,8 +247,9 @@ def _load_vae(family: str, training: Options) -> Models:
     try:
         return parts.load_vae(family, training)
     except UserError as error:
-        ours = f"give its file in place of the model, and --family {family}"
-        raise UserError(*(problem.replace("give its file with --ae", ours) for problem in error.problems)) from None
+        ours = f"in place of the model, and --family {family}"
+        named = (problem.replace("with --ae", ours).replace("with --vae", ours) for problem in error.problems)
+        raise UserError(*named) from None
 
 
 def _with_unclear_flips(pictures: Sequence[Path]) -> set[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from library.data import images
 from library.errors import UserError
 from library.preparation.onnx_sessions import first_line, open_session
+from library.runtime.documents import load_json
 from library.types import Size
 
 if TYPE_CHECKING:
@@ -227,10 +227,10 @@ def _face(found: _Found, index: int, scale: float) -> Face:
 
 def _value(metadata: Mapping[str, str], key: str, default: Any) -> Any:
     """A value that is written as JSON or as Python writes it."""
-    read: tuple[Callable[[str], Any], ...] = (json.loads, ast.literal_eval)
+    read: tuple[Callable[[str], Any], ...] = (load_json, ast.literal_eval)
     for reader in read:
         try:
             return reader(metadata[key])
-        except (KeyError, ValueError, SyntaxError):
+        except (KeyError, ValueError, SyntaxError, RecursionError, MemoryError):
             continue
     return default

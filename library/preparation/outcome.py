@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from library.runtime.logs import LOGGER, clear_progress
+from library.screen import escaped
 
 _NAMED = 20  # failures in the summary; each was named when it happened
 
@@ -60,4 +61,4 @@ def show(line: str) -> None:
     if sys.stdout.isatty():
         clear_progress()  # or the line would stand behind a bar
     encoding = sys.stdout.encoding or "utf-8"
-    print(line.encode(encoding, "replace").decode(encoding), flush=True)
+    print(escaped(line).encode(encoding, "replace").decode(encoding), flush=True)

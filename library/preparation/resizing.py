@@ -21,6 +21,7 @@ from library.options.preparation import WorkOptions
 from library.preparation.outcome import Outcome
 from library.preparation.picture_files import WriteError, encoded, is_written, make_folder, write_file
 from library.preparation.pictures import find_pictures, my_share, read_ahead
+from library.runtime.files import read_bytes
 from library.types import Size
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _resize_file(path: Path, target: Path, sizes: Sequence[Size], names: Sequenc
         content = encoded(fitted[0] if len(fitted) == 1 else np.dstack(fitted), suffix)
         for name in companions(path.name, names):
             copy = target / result_name(name, size, os.path.splitext(name)[1])
-            write_file(copy, (path.parent / name).read_bytes())
+            write_file(copy, read_bytes(path.parent / name))
         write_file(file, content)  # last: where it is there, the rest is too
     return True
 

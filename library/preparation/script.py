@@ -12,6 +12,7 @@ from library.options import parsing, validation
 from library.options.base import OptionGroup, Options, options_of
 from library.preparation.outcome import Outcome
 from library.preparation.pictures import gathered, is_first, processes
+from library.registry import options_elsewhere
 from library.runtime import logs
 from library.runtime.logs import LOGGER
 
@@ -45,13 +46,13 @@ def run_script(
             status = _conclude(outcome, opts)
         processes().leave()
     except UserError as error:
-        logs.end_progress()
-        print(error.render(), file=sys.stderr)
-        raise SystemExit(2) from None
+        logs.fail(error)
     except KeyboardInterrupt:
         logs.end_progress()
         print(f"interrupted; {_after_a_stop(groups)}", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        logs.fail_for_the_machine(error)
     if status:
         raise SystemExit(status)
 
@@ -68,7 +69,9 @@ def _options(
     description: str,
     traits: Callable[[Options], FamilyTraits | None],
 ) -> Options:
-    opts = parsing.parse_options(groups, argv, prog=os.path.basename(sys.argv[0]), description=description)
+    opts = parsing.parse_options(
+        groups, argv, prog=os.path.basename(sys.argv[0]), description=description, elsewhere=options_elsewhere
+    )
     values = opts.flat()
     level = values["console_log_level"] if is_first() else "ERROR"  # the other processes report errors only
     _set_up_messages(level, values)
@@ -83,10 +86,7 @@ def _options(
 
 def _set_up_messages(level: str | None, values: dict[str, Any]) -> None:
     file = values["console_log_file"]
-    try:
-        logs.setup_logging(level, file, values["console_log_simple"])
-    except OSError as error:
-        raise UserError(f"--console_log_file: cannot write {file}: {error.strerror}") from None
+    logs.setup_logging(level, file, values["console_log_simple"])
 
 
 def _conclude(outcome: Outcome, opts: Options) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import floor
@@ -19,6 +18,8 @@ from library.preparation.onnx_sessions import first_line, is_on_gpu, open_sessio
 from library.preparation.outcome import counted
 from library.preparation.tag_rules import CATEGORIES, Label
 from library.preparation.tagger_files import Kind, TaggerFiles
+from library.runtime.documents import LARGEST_CONFIG, NotTextError, decode, load_json
+from library.runtime.files import read_bytes, reason
 from library.runtime.logs import LOGGER
 from library.types import Size
 
@@ -101,11 +102,11 @@ def read_labels(files: TaggerFiles) -> tuple[Label, ...]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return decode(read_bytes(path, LARGEST_CONFIG))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); get the tagger again") from None
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+    except NotTextError as error:
+        raise UserError(f"{path}: {error}; get the tagger again") from None
 
 
 def _from_table(text: str, path: Path) -> Iterable[Label]:
@@ -120,7 +121,7 @@ def _from_table(text: str, path: Path) -> Iterable[Label]:
 def _from_mapping(text: str, path: Path) -> Iterable[Label]:
     """{"0": {"tag": "...", "category": "General"}, ...}"""
     try:
-        rows = {int(number): (row["tag"], row["category"]) for number, row in json.loads(text).items()}
+        rows = {int(number): (row["tag"], row["category"]) for number, row in load_json(text).items()}
         if not all(isinstance(word, str) for pair in rows.values() for word in pair):
             raise TypeError("a tag and a category are words")
     except (ValueError, TypeError, KeyError, AttributeError):

@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 from library.checkpoints.writing import replacing
+from library.data.captions import LARGEST_CAPTION
 from library.data.folders import is_image
 from library.errors import UserError
+from library.runtime.files import read_bytes, reason
 
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 _KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa]")
@@ -24,9 +26,9 @@ def read_text(path: Path) -> str:
     Raises: UserError: the file cannot be read, or its encoding is not certain.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, LARGEST_CAPTION)
     except OSError as error:
-        raise UserError(f"{path}: the file cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: the file cannot be read ({reason(error)})") from None
     text = _decode(content)
     if text is None:
         raise UserError(f"{path}: neither UTF-8 nor another encoding for certain; save the file as UTF-8")

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import sys
 import warnings
-from typing import Any
+from typing import Any, NoReturn
+
+from library.errors import UserError
+from library.runtime.files import reason
+from library.runtime.limits import as_user_error
+from library.screen import shown
 
 LOGGER = logging.getLogger("trainscripts")
 
@@ -15,15 +21,48 @@ _NOISY_LOGGERS = ("xformers", "transformers", "diffusers", "bitsandbytes", "torc
 
 
 def setup_logging(level: str | None = None, file: str | None = None, simple: bool = False) -> None:
-    """Sends our messages to stderr, or to `file` where one is given; `simple` leaves out time and level."""
-    handler = (
-        logging.FileHandler(file, encoding="utf-8", errors="backslashreplace") if file else _BesideBars(sys.stderr)
-    )
+    """Sends our messages to stderr, or to `file` where one is given; `simple` leaves out time and level.
+
+    Raises: UserError: the file cannot be written.
+    """
+    handler = _LogFile.opened(file) if file else _BesideBars(sys.stderr)
     layout = "%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s"
-    handler.setFormatter(logging.Formatter(layout, datefmt="%H:%M:%S"))
+    handler.setFormatter(_Shown(layout, datefmt="%H:%M:%S"))
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(level or "INFO")
     LOGGER.propagate = False
+
+
+class _Shown(logging.Formatter):
+    """Every message is one line, as a screen may show it; a traceback behind it stays as it is."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = shown(record.message)
+        return super().formatMessage(record)
+
+
+class _LogFile(logging.FileHandler):
+    """--console_log_file. Where it takes no more, as on a full disk, one line on the screen says so."""
+
+    failed = False
+
+    @classmethod
+    def opened(cls, file: str) -> _LogFile:
+        try:
+            if os.path.exists(file) and stat.S_ISFIFO(os.stat(file).st_mode):
+                os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK))  # fails where it would wait for a reader
+            return cls(file, encoding="utf-8", errors="backslashreplace")
+        except (OSError, ValueError) as error:
+            why = reason(error) if isinstance(error, OSError) else error
+            raise UserError(f"--console_log_file: cannot write {file} ({why})") from None
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.failed:
+            self.failed = True
+            print(shown(f"--console_log_file: no more can be written ({reason(error)})"), file=sys.stderr)
 
 
 class _BesideBars(logging.StreamHandler):
@@ -68,6 +107,26 @@ def end_progress() -> None:
     """Ends the lines of bars that are still open, so that what is printed next begins a line of its own."""
     for bar in _open_bars():
         bar.close()
+
+
+def fail(error: UserError) -> NoReturn:
+    """Ends a script whose user has something to correct: a line on the screen for each problem, and status 2."""
+    end_progress()
+    print(error.render(), file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+def fail_for_the_machine(error: Exception) -> NoReturn:
+    """Ends a script by an exception that nobody expected: in one line where it tells of the machine.
+
+    Its traceback is in the log then, with --console_log_level=DEBUG. Any other exception goes on, as it may be a fault
+    of the code.
+    """
+    problem = as_user_error(error)
+    if problem is None:
+        raise error
+    LOGGER.debug("where it was raised:", exc_info=error)
+    fail(problem)
 
 
 def _open_bars() -> list[Any]:

@@ -174,7 +174,8 @@ def construct(cls: Callable[..., T], name: str, flag: str, arguments: dict[str, 
         if unknown:
             raise UserError(f"{flag}: {name} has no argument {unknown[0]!r}; it takes {', '.join(known)}")
     try:
-        return cls(target, **fixed, **arguments)
+        with contextlib.redirect_stdout(io.StringIO()):  # some print what they were told
+            return cls(target, **fixed, **arguments)
     except Exception as error:  # what a class raises at its arguments is of any kind, AssertionError too
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "no arguments"
         raise UserError(f"{flag}: {name} refuses {given}: {_first_line(error)}") from error

@@ -14,6 +14,8 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
+from library.runtime.documents import LARGEST_CONFIG, load_json
+from library.runtime.files import read_bytes
 from library.version import NAME, VERSION
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ def read_progress(folder: Path) -> Progress | None:
     if not file.is_file():
         return None
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))
+        told = load_json(read_bytes(file, LARGEST_CONFIG))
         step, epoch = int(told["current_step"]), int(told["current_epoch"])
         return Progress(step, epoch, told.get("seed"), told.get("epoch_ended", True))
     except (OSError, ValueError, KeyError, TypeError):

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -268,3 +269,63 @@ def test_what_is_no_note(tmp_path, array):
         store.unpack_note(array)
     store.write(tmp_path / "a.npz", {"provenance": array})
     assert "note" in store.summary(tmp_path / "a.npz")["damaged"]
+
+
+@pytest.fixture
+def bomb(tmp_path):
+    """A file of some kilobytes whose one array says, truly, that it is larger than any cache."""
+    header = io.BytesIO()
+    shape = (store.LARGEST_ARRAY // 4 + 1,)
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    with (
+        zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive,
+        archive.open("latents.npy", "w", force_zip64=True) as member,
+    ):
+        member.write(header.getvalue())
+        block = bytes(1 << 20)
+        for _ in range(store.LARGEST_ARRAY // len(block)):
+            member.write(block)
+        member.write(bytes(4))
+    return tmp_path / "a.npz"
+
+
+def peak_of(call):
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_would_unpack_to_gigabytes_is_not_unpacked(bomb):
+    assert bomb.stat().st_size < 1 << 20
+    found = {}
+    assert peak_of(lambda: found.update(store.summary(bomb))) < 1 << 24
+    assert found["damaged"].startswith("its arrays take 268,4")
+    for read in (store.read, store.names):
+        with pytest.raises(CacheDamaged, match="more than any cache does"):
+            read(bomb)
+
+
+def test_an_array_that_is_larger_than_wanted_is_not_unpacked(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", latents=np.zeros((4, 1024, 1024), np.float32))
+    assert store.read(tmp_path / "a.npz", ["latents"], {"latents": (4, 1024, 1024)})["latents"].shape[0] == 4
+
+    def read_small():
+        with pytest.raises(CacheDamaged, match=r"latents .* 16,777,344 bytes, too many for the shape \(4, 8, 8\)"):
+            store.read(tmp_path / "a.npz", ["latents"], {"latents": (4, 8, 8)})
+
+    assert peak_of(read_small) < 1 << 20
+
+
+def test_what_is_no_regular_file_is_damaged_and_can_be_replaced(tmp_path):
+    os.mkfifo(tmp_path / "a.npz")
+    assert store.summary(tmp_path / "a.npz") == {"damaged": "a named pipe, not a regular file"}
+    store.write(tmp_path / "a.npz", ARRAYS, keep_others=True)
+    assert same(store.read(tmp_path / "a.npz"), ARRAYS)
+
+
+def test_a_note_that_is_nested_without_end_is_damaged(tmp_path):
+    store.write(tmp_path / "a.npz", {"provenance": np.frombuffer(b"[" * 200_000, np.uint8)})
+    assert store.summary(tmp_path / "a.npz") == {"damaged": "its note cannot be read"}

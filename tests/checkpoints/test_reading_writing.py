@@ -135,7 +135,7 @@ def test_ckpt_with_and_without_wrapper(tmp_path, legacy):
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint at all", b"PK\x03\x04 broken zip"])
 def test_damaged_ckpt_is_named(tmp_path, content):
     (tmp_path / "a.ckpt").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.ckpt: (not a torch checkpoint|cannot be read)"):
+    with pytest.raises(UserError, match=r"a\.ckpt: cannot be read"):
         read_state_dict(tmp_path / "a.ckpt")
 
 

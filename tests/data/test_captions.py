@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 from library.data.captions import (
+    LARGEST_CAPTION,
     CaptionOptions,
     caption_name,
     changing,
@@ -322,3 +323,24 @@ def test_every_reason_has_its_line():
         "enable_wildcard",
         "caption_dropout_rate",
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"a" * (LARGEST_CAPTION + 1), "it has 1,048,577 bytes, and at most 1,048,576 are read"),
+        ("a cat".encode("utf-16-le"), "not UTF-8 text: zero bytes, as UTF-16 text has them (byte 1)"),
+    ],
+    ids=["too long", "UTF-16 without a mark"],
+)
+def test_what_is_no_caption_is_named(tmp_path, content, problem):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_caption(tmp_path / "a.txt", multiline=False)
+    assert str(caught.value).startswith(f"{tmp_path / 'a.txt'}: ")
+    assert problem in str(caught.value)
+
+
+def test_the_longest_caption_is_read(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a" * LARGEST_CAPTION)
+    assert len(read_caption(tmp_path / "a.txt", multiline=False)) == LARGEST_CAPTION

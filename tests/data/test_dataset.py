@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 from collections import Counter
@@ -15,6 +16,7 @@ from PIL import Image
 from library.data import images
 from library.data.blueprint import build_specs
 from library.data.dataset import ItemDataset, build_training_data
+from library.data.rendering import render
 from library.data.sampler import Address
 from library.errors import UserError
 
@@ -387,6 +389,35 @@ def test_without_buckets_sizes_must_match(tmp_path, draw, load):
     draw(tmp_path / "1_x" / "c.png", (63, 200))
     with pytest.raises(UserError, match=r"1 of 3 .* c.png"):
         load(tmp_path, random_crop=True)
+
+
+def test_without_buckets_images_of_another_size_are_fitted_where_latents_are_cached(tmp_path, draw, load, caplog):
+    """As the ancestor does. The cut is the one of a bucket of that size."""
+    draw(tmp_path / "1_x" / "a.png", (64, 64))
+    draw(tmp_path / "1_x" / "b.png", (64, 128))
+    data = load(tmp_path, cache_latents=True)
+    records = {record.path.name: record for record in data.records}
+    assert {record.bucket for record in records.values()} == {(64, 64)}
+    assert (records["a.png"].resized, records["b.png"].resized) == (None, (64, 128))
+    pixels = render(records["b.png"], False, Random(0)).pixels
+    assert np.array_equal(pixels, np.asarray(Image.open(tmp_path / "1_x" / "b.png"))[32:96])
+    draw(tmp_path / "1_x" / "c.png", (200, 100))
+    (record,) = (record for record in load(tmp_path, cache_latents=True).records if record.path.name == "c.png")
+    assert record.resized == (128, 64)
+
+
+def test_a_dataset_without_usable_images_is_left_out_while_others_remain(tmp_path, draw, make_opts, traits, warnings):
+    good = draw(tmp_path / "good" / "a.png").parent
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "b.png").write_bytes(b"no image")
+    datasets = [{"resolution": 64, "subsets": [{"image_dir": str(tmp_path / name)}]} for name in ("good", "bad")]
+    config = tmp_path / "data.json"
+    config.write_text(json.dumps({"datasets": datasets}))
+    opts = make_opts(dataset_config=str(config))
+    data = build_training_data(build_specs(opts, traits), opts, traits, 1)
+    assert [record.path.parent for record in data.records] == [good]
+    assert f"{tmp_path / 'bad'}: no usable training image; the dataset is left out" in warnings.text
+    assert sum(len(batch.captions) for batch in data.loader(1)) == 1
 
 
 def test_random_crop_without_buckets(tmp_path, draw, load):

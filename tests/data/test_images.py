@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import struct
 import subprocess
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, features
 
-from library.data import images
+from library.data import duplicates, images
 from library.types import Size
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -362,8 +363,8 @@ def profile(space, tags, kind=b"mntr", connection=b"XYZ "):
     return header.ljust(128, b"\0") + table + body
 
 
-def rgb_profile(matrix, gamma=2.2):
-    tags = {b"wtpt": b"XYZ \0\0\0\0" + fixed(*D50)}
+def rgb_profile(matrix, gamma=2.2, more=None):
+    tags = {**(more or {}), b"wtpt": b"XYZ \0\0\0\0" + fixed(*D50)}
     for letter, column in zip((b"r", b"g", b"b"), matrix.T, strict=True):
         tags[letter + b"XYZ"] = b"XYZ \0\0\0\0" + fixed(*column)
         tags[letter + b"TRC"] = curve(gamma)
@@ -683,3 +684,77 @@ def test_large_pictures_lose_nothing_on_the_way_to_numpy(tmp_path, width, height
     pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.bmp")
     assert np.array_equal(images.read_image(tmp_path / "a.bmp"), pixels)
+
+
+# ---- texts and profiles in PNG files
+
+
+def png_with(path, *chunks, behind=False):
+    """A PNG file of `gradient` with more chunks: (kind, bytes), before or behind its pixels."""
+    stream = BytesIO()
+    Image.fromarray(gradient()).save(stream, format="PNG")
+    plain = stream.getvalue()
+    added = b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    place = len(plain) - 12 if behind else 33  # behind the header, or before the end
+    path.write_bytes(plain[:place] + added + plain[place:])
+
+
+LONG = zlib.compress(b"x" * 1_500_000)
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before the pixels", "behind the pixels"])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [(b"zTXt", b"workflow\0\0" + LONG)],
+        [(b"iTXt", b"prompt\0\1\0\0\0" + LONG)],
+        [(b"tEXt", b"a\0" + b"x" * 900_000)] * 80,
+        [(b"iCCP", b"profile\0\0" + LONG)],
+        [(b"iTXt", b"no zeros at all")],
+    ],
+    ids=["packed text", "packed Unicode text", "many texts", "profile", "broken text"],
+)
+def test_texts_that_are_too_long_for_the_library_cost_nothing_but_themselves(tmp_path, chunks, behind):
+    png_with(tmp_path / "a.png", *chunks, behind=behind)
+    assert images.probe(tmp_path / "a.png") == (Size(40, 24), False, 1)
+    assert (images.read_image(tmp_path / "a.png") == gradient()).all()
+    duplicates.look(tmp_path / "a.png")
+
+
+def test_a_long_colour_profile_still_counts(tmp_path):
+    """The same profile with a private tag of megabytes in it."""
+    short, long = (rgb_profile(DISPLAY_P3, more=more) for more in ({}, {b"long": fixed(*[0.5] * 400_000)}))
+    for name, icc in (("short", short), ("long", long)):
+        png_with(tmp_path / f"{name}.png", (b"iCCP", b"profile\0\0" + zlib.compress(icc)))
+    assert len(long) > 1_500_000
+    read = images.read_image(tmp_path / "long.png")
+    assert (read == images.read_image(tmp_path / "short.png")).all()
+    assert not (read == gradient()).all()
+
+
+def test_orientation_stays_where_texts_are_left_out(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    png_with(tmp_path / "a.png", (b"eXIf", exif.tobytes()[6:]), (b"zTXt", b"workflow\0\0" + LONG))
+    assert images.probe(tmp_path / "a.png") == (Size(24, 40), True, 1)
+    assert (images.read_image(tmp_path / "a.png") == np.rot90(gradient(), -1)).all()
+
+
+def test_pixels_that_are_broken_stay_broken_without_texts(tmp_path):
+    png_with(tmp_path / "a.png", (b"zTXt", b"workflow\0\0" + LONG))
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    content[content.index(b"IDAT") + 20] ^= 0xFF
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        images.read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_regular_file_is_no_image(tmp_path, kind):
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "a.png")
+    else:
+        (tmp_path / "a.png").symlink_to("/dev/zero")
+    assert images.describe(tmp_path / "a.png").startswith(("a named pipe, ", "a device, "))

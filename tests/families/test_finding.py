@@ -64,8 +64,8 @@ def test_the_family_of_a_folder(tmp_path, class_name, parts, family):
 
 def test_what_does_not_tell_its_family(tmp_path):
     (tmp_path / "vae").mkdir()
-    (tmp_path / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    save_file({"decoder.conv_in.weight": torch.zeros(1)}, tmp_path / "vae.safetensors")
+    (tmp_path / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL", "latent_channels": 16}')
+    save_file({"decoder.conv_in.weight": torch.zeros(1, 16, 3, 3)}, tmp_path / "vae.safetensors")
     for name in ("vae", "vae.safetensors"):
         with pytest.raises(
             UserError, match=r"this is a VAE, which may .* several families; say which one with --family"
@@ -76,6 +76,19 @@ def test_what_does_not_tell_its_family(tmp_path):
         family_of(str(tmp_path / "other.safetensors"))
     with pytest.raises(UserError, match="no such file or folder"):
         family_of(str(tmp_path / "gone.safetensors"))
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+@pytest.mark.parametrize("name", ["vae.safetensors", "vae.pt", "0a1b2c"])
+def test_a_vae_by_itself_is_one_of_the_first_models(tmp_path, prefix, name):
+    tensors = {f"{prefix}decoder.conv_in.weight": torch.zeros(1, 4, 3, 3)}
+    torch.save(tensors, tmp_path / name) if name.endswith(".pt") else save_file(tensors, tmp_path / name)
+    assert family_of(str(tmp_path / name)) == "sd"
+
+
+def test_a_vae_folder_is_one_of_the_first_models(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    assert family_of(str(tmp_path)) == "sd"
 
 
 def test_a_hub_out_of_reach_is_asked_once(monkeypatch):

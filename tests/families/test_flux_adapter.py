@@ -315,7 +315,7 @@ def advice(**values):
 def test_what_cannot_be_done_is_refused_or_said():
     assert "--model_type: chroma is not supported" in advice(model_type="chroma")[0]
     assert "--controlnet_model_name_or_path: not supported" in advice(controlnet_model_name_or_path="x")[0]
-    assert "--split_mode: an older way to say --blocks_to_swap 18" in advice(split_mode=True)[1]
+    assert "--split_mode: deprecated; use --blocks_to_swap 18" in advice(split_mode=True)[1]
     assert "--vae: no effect on FLUX.1; give its autoencoder with --ae" in advice(vae="x")[1]
     assert "--model_prediction_type: sigma_scaled (the default" in advice()[1]
     assert "--model_prediction_type: additive does not fit" in advice(model_prediction_type="additive")[1]

@@ -19,6 +19,7 @@ from library.errors import UserError
 from library.families.flux.adapter import FluxFamily
 from library.families.flux.keymap import flux_map
 from library.families.flux.variants import check_paths, flux_shape
+from library.families.shared.clip import public_state
 from library.memory.low_precision import Fp8Linear
 from library.options.memory import MemoryOptions
 from library.training import placement
@@ -34,6 +35,7 @@ from tests.builders.flux import (
     write_flux,
     write_parts,
 )
+from tests.builders.fp8 import fp8_scaled
 from tests.builders.t5 import t5_weights, tiny_t5
 
 
@@ -220,7 +222,6 @@ def write(path, tensors):
         ({"distilled_guidance_layer.norms.0.scale": torch.ones(2)}, "this is a Chroma model"),
         ({"double_stream_modulation_img.lin.weight": torch.ones(2)}, "this is a FLUX.2 model"),
         ({"double_blocks.0.img_mlp.0.weight.absmax": torch.ones(2)}, "quantised to 4 bits"),
-        ({"scaled_fp8": torch.ones(2)}, "separate scales"),
         ({"img_in.weight": torch.ones(WIDTH, 384)}, "384 channels instead of 64"),
         ({"txt_in.weight": None}, "lacks the tensor txt_in.weight"),
         ({"lora_unet_x.lora_down.weight": torch.ones(2)}, "this is a LoRA"),
@@ -267,6 +268,59 @@ def test_swapped_parts_are_named(tmp_path, parts):
     for name in ("clip_l", "t5xxl", "ae"):
         with pytest.raises(UserError):
             load(model, {**parts, name: swapped[name]})
+
+
+# --- 8 bits with scales -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("name", ["scale_weight", "weight_scale"])
+def test_fp8_scaled_models_are_multiplied(tmp_path, parts, prefix, name):
+    """To the bit: the product in float32, rounded to bfloat16 as all 8 bit weights are."""
+    tensors = {prefix + key: tensor.bfloat16() for key, tensor in flux_tensors().items()}
+    stored, meant = fp8_scaled(tensors, lambda key, _: "_blocks." in key, name=name, prefix=prefix)
+    models = load(write(tmp_path / "model.safetensors", stored), parts)
+    expected = flux_map(prefix).to_model({key: tensor.bfloat16() for key, tensor in meant.items()})
+    assert_same_weights(models.denoiser, expected)
+    assert {parameter.dtype for parameter in models.denoiser.parameters()} == {torch.bfloat16}
+    assert models.source.preserved == ()
+
+
+def test_fp8_scaled_encoders_are_multiplied(tmp_path, parts):
+    t5, meant_t5 = fp8_scaled(t5_weights(tiny_t5(48)), lambda key, _: ".layer." in key and "bias" not in key)
+    clip, meant_clip = fp8_scaled(clip_l_tensors(tiny_clip_l()), lambda key, _: ".layers." in key, with_input=False)
+    files = {"t5xxl": write(tmp_path / "t5.safetensors", t5), "clip_l": write(tmp_path / "c.safetensors", clip)}
+    models = load(write_flux(tmp_path), {**parts, **{option: str(file) for option, file in files.items()}})
+    state = models.text_encoders["te3"].state_dict()
+    for key, tensor in meant_t5.items():
+        expected = tensor.bfloat16() if t5[key].dtype == torch.float8_e4m3fn else tensor
+        assert_close(state[key].float(), expected.float(), atol=0, rtol=0, msg=key)
+    state = public_state(models.text_encoders["te1"])
+    for key in [key for key in meant_clip if key in state]:
+        expected = meant_clip[key].bfloat16() if clip[key].dtype == torch.float8_e4m3fn else meant_clip[key]
+        assert_close(state[key].float(), expected.float(), atol=0, rtol=0, msg=key)
+
+
+def test_a_bundle_keeps_the_scaled_encoders_that_it_does_not_train(tmp_path, parts):
+    """Scales of the denoiser are used up; those of parts that are saved as they are stay beside them."""
+    whole = load_file(write_bundle(tmp_path / "all.safetensors"))
+    t5 = "text_encoders.t5xxl.transformer."
+    chosen = lambda key, _: "_blocks." in key or (key.startswith(t5) and ".layer." in key and "bias" not in key)  # noqa: E731
+    stored, _ = fp8_scaled(whole, chosen, prefix=t5)
+    tokenizer = {"tokenizer_cache_dir": parts["tokenizer_cache_dir"]}
+    models = load(write(tmp_path / "all.safetensors", stored), tokenizer)
+    kept = set(models.source.preserved)
+    assert f"{t5}scaled_fp8" in kept
+    assert {key for key in stored if key.endswith("scale_weight") and key.startswith(t5)} <= kept
+    assert not any(key.endswith("scale_weight") and "_blocks." in key for key in kept)
+
+
+def test_other_weights_with_scales_are_named(tmp_path, parts):
+    layer = "double_blocks.0.img_mlp.0"
+    tensors = {**flux_tensors(), f"{layer}.weight_scale": torch.ones(())}
+    tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].to(torch.int8)
+    with pytest.raises(UserError, match=r"img_mlp\.0\.weight: weights in int8 with separate scales cannot be read"):
+        load(write(tmp_path / "model.safetensors", tensors), parts)
 
 
 def test_encoders_of_another_width(tmp_path, parts):

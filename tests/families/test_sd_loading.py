@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from library.errors import UserError
 from library.families.sd.adapter import SdFamily
 from library.families.sd.loading import load_model, load_vae
+from library.families.sd.variants import check_paths
 from library.families.shared.clip import final_layer_norm, live_name, public_state
 from library.options.parsing import parse_options
 from library.options.scripts import groups_for
@@ -280,6 +282,82 @@ def test_a_model_of_the_other_version_is_refused(tmp_path):
             load_model(str(write_tiny_sd2(tmp_path / "2" / name)), False)
         with pytest.raises(UserError, match=r"this is a Stable Diffusion 1\.x model; remove --v2"):
             load_model(str(write_tiny_sd1(tmp_path / "1" / name)), True)
+
+
+# --- parts that an option replaces ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner", ["none", "broken"])
+@pytest.mark.parametrize("name", ["m.safetensors", "m.ckpt", "0a1b2c"])
+def test_a_vae_that_is_replaced_is_not_needed(v2, original, single_file, tmp_path, inner, name):
+    tensors = {k: v for k, v in load_file(single_file).items() if not k.startswith("first_stage_model.")}
+    vae = WRITE[v2](tmp_path / "whole.safetensors", seed=9)
+    if inner == "broken":
+        tensors["first_stage_model.encoder.conv_in.weight"] = torch.zeros(3)
+    path = tmp_path / name
+    torch.save(tensors, path) if name.endswith(".ckpt") else save_file(tensors, path)
+    assert check_paths(sd_options(path, v2=v2, vae=str(vae))) == []
+    parts = load_model(str(path), v2, str(vae))
+    assert_same_state(parts.denoiser.state_dict(), original.denoiser.state_dict())
+    assert_same_state(parts.vae.state_dict(), tiny_sd(v2, seed=9).vae.state_dict())
+    assert not any(key.startswith("first_stage_model.") for key in parts.source.preserved)
+    if inner == "none":
+        assert check_paths(sd_options(path, v2=v2)) == [
+            f"--pretrained_model_name_or_path: {path}: holds no VAE; give one with --vae"
+        ]
+        with pytest.raises(UserError, match="holds no VAE; give one with --vae"):
+            load_model(str(path), v2)
+        with pytest.raises(UserError, match="holds no VAE"):
+            load_vae(str(path))
+
+
+def test_a_folder_without_vae(tmp_path):
+    import shutil
+
+    folder, vae = write_tiny_sd1(tmp_path / "folder"), write_tiny_sd1(tmp_path / "vae.safetensors", seed=9)
+    shutil.rmtree(folder / "vae")
+    assert check_paths(sd_options(folder, vae=str(vae))) == []
+    assert_same_state(load_model(str(folder), False, str(vae)).vae.state_dict(), tiny_sd(seed=9).vae.state_dict())
+    assert "holds no VAE; give one with --vae" in check_paths(sd_options(folder))[0]
+    with pytest.raises(UserError, match=r"folder: holds no VAE; give one with --vae"):
+        load_model(str(folder), False)
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        (9, "this is an inpainting model: its U-Net takes 9 channels"),
+        (8, "this is an instruct-pix2pix model: its U-Net takes 8 channels"),
+        (6, "its U-Net takes 6 channels; only those that take 4 can be trained here"),
+    ],
+)
+@pytest.mark.parametrize("name", ["m.safetensors", "m.ckpt", "folder"])
+def test_other_input_channels_are_named_early_and_at_loading(tmp_path, channels, message, name):
+    path = write_tiny_sd1(tmp_path / name)
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    if name == "folder":
+        config = path / "unet" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": channels}))
+    else:
+        tensors = load_file(path) if name == "m.safetensors" else torch.load(path, weights_only=True)["state_dict"]
+        tensors[first] = torch.zeros(tensors[first].shape[0], channels, 3, 3)
+        save_file(tensors, path) if name == "m.safetensors" else torch.save(tensors, path)
+    (problem,) = check_paths(sd_options(path))
+    assert problem.startswith(f"--pretrained_model_name_or_path: {path}: {message}")
+    with pytest.raises(UserError, match=message):
+        load_model(str(path), False)
+
+
+def test_a_file_is_saved_again_as_what_it_is(tmp_path):
+    for written, name, kind in (("m.safetensors", "x.ckpt", "safetensors"), ("m.ckpt", "0a1b2c", "ckpt")):
+        path = write_tiny_sd1(tmp_path / written).rename(tmp_path / name)
+        assert load_model(str(path), False).source.save_as == kind
+
+
+def test_the_index_of_a_folder_as_the_model(tmp_path):
+    folder = write_tiny_sd1(tmp_path / "folder")
+    (problem,) = check_paths(sd_options(folder / "model_index.json"))
+    assert problem.endswith(f"model_index.json: this is the index of a Diffusers model; give its folder, {folder}")
 
 
 def test_incomplete_and_odd_files_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ from torch.testing import assert_close
 from library.errors import UserError
 from library.families.sdxl.adapter import SdxlFamily
 from library.families.sdxl.loading import load_model, load_vae
-from library.families.sdxl.variants import check_paths
+from library.families.sdxl.variants import check_paths, check_text_paths
 from library.families.shared.clip import public_state
 from library.types import Batch, Models
 from tests.builders import sd_options, write_tiny_sd1
+from tests.builders.fp8 import fp8_scaled
 from tests.builders.sdxl import sdxl_options, tiny_sdxl, write_tiny_sdxl
 
 UNET, TE1, TE2 = "model.diffusion_model.", "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
@@ -242,6 +244,41 @@ def test_other_models_are_refused_early_and_at_loading(single_file, tmp_path):
     config = folder / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 9}))
     assert "inpainting" in check_paths(sdxl_options(folder))[0]
+
+
+def test_a_vae_that_is_replaced_is_not_needed(single_file, original, tmp_path):
+    tensors = {k: v for k, v in load_file(single_file).items() if not k.startswith("first_stage_model.")}
+    save_file(tensors, tmp_path / "0a1b2c")
+    vae = write_tiny_sdxl(tmp_path / "other.safetensors", seed=9)
+    path = tmp_path / "0a1b2c"
+    assert check_paths(sdxl_options(path, vae=str(vae))) == []
+    assert check_text_paths(sdxl_options(path)) == []
+    assert "holds no VAE; give one with --vae" in check_paths(sdxl_options(path))[0]
+    for mapped in (True, False):
+        parts = load_model(str(path), str(vae), mapped=mapped)
+        assert_same_state(parts.denoiser.state_dict(), original.denoiser.state_dict())
+    with pytest.raises(UserError, match="0a1b2c: holds no VAE; give one with --vae"):
+        load_model(str(path))
+    folder = write_tiny_sdxl(tmp_path / "folder")
+    shutil.rmtree(folder / "vae")
+    assert check_paths(sdxl_options(folder, vae=str(vae))) == []
+    assert load_model(str(folder), str(vae)).source.vae_name == str(vae)
+    assert "holds no VAE; give one with --vae" in check_paths(sdxl_options(folder))[0]
+
+
+def test_fp8_scaled_models_are_multiplied(single_file, tmp_path):
+    chosen = lambda key, _: "_blocks." in key or ".layers." in key or ".resblocks." in key  # noqa: E731
+    stored, meant = fp8_scaled(load_file(single_file), chosen, prefix=UNET)
+    save_file(stored, tmp_path / "scaled.safetensors")
+    save_file({key: tensor.contiguous() for key, tensor in meant.items()}, tmp_path / "meant.safetensors")
+    assert check_paths(sdxl_options(tmp_path / "scaled.safetensors")) == []
+    scaled, plain = (load_model(str(tmp_path / f"{name}.safetensors")) for name in ("scaled", "meant"))
+    for part in ("te1", "te2", "denoiser"):
+        one, other = (parts.denoiser if part == "denoiser" else parts.text_encoders[part] for parts in (scaled, plain))
+        state = other.state_dict()
+        for name, tensor in one.state_dict().items():
+            assert torch.equal(tensor, state[name].to(tensor.dtype)), name
+    assert scaled.source.preserved == plain.source.preserved
 
 
 def test_incomplete_files_are_refused(single_file, tmp_path):

@@ -98,7 +98,6 @@ def test_a_decoder_is_left_out():
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"scaled_fp8": torch.zeros(1)}, "separate scales"),
         ({"encoder.block.0.layer.1.DenseReluDense.wi.weight": torch.zeros(2, 2)}, "older T5 without gated layers"),
         ({"shared.weight": None}, "lacks the tensor encoder.embed_tokens.weight"),
         ({"encoder.final_layer_norm.weight": None}, "final_layer_norm"),

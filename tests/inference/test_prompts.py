@@ -136,8 +136,9 @@ def test_steps_are_clamped(given, kept, traits):
         ("x --w wide", r"line 2: --w needs a whole number, got 'wide'"),
         ("x --l", r"line 2: --l needs a value"),
         ("x --l nan", r"line 2: the scale must be a finite number"),
-        ("x --d -1", r"line 2: the seed must be from 0"),
-        ("x --zz 3", r"line 2: unknown option --zz"),
+        ("x --d -2", r"line 2: the seed must be from 0"),
+        ("x --w 8193", r"line 2: the width must be at most 8192 pixels, got 8193"),
+        ("x --h 1000000000", r"line 2: the height must be at most 8192 pixels"),
         ("x --ss plms", r"line 2: unknown sampler 'plms'"),
         ("x --cn control.png", r"line 2: --cn \(controlnet_image\) is not available yet"),
         ("x --rcfg 1", r"line 2: --rcfg \(renorm_cfg\) is not available yet"),
@@ -159,17 +160,18 @@ def test_a_bad_line_is_named(line, message, tmp_path, traits):
     [
         ("p.csv", b"x", "must be .txt, .toml or .json"),
         ("p.txt", b"# nothing\n\n", "holds no prompt"),
-        ("p.txt", "é".encode("latin-1"), "not in UTF-8"),
-        ("p.toml", b"[prompt\n", "not valid TOML"),
+        ("p.txt", "é".encode("latin-1"), "not UTF-8 text"),
+        ("p.toml", b"[prompt\n", "is not valid TOML: line 1, column 8: a closing"),
         ("p.toml", b"[other]\nx = 1\n", r"needs a \[prompt\] table"),
         ("p.toml", b'[prompt]\nsubset = "x"\n', "subset"),
         ("p.toml", b"[prompt]\nwidth = 64\n", "prompt 1: needs a `prompt` text"),
-        ("p.json", b'["a",\n"b"', "line 2: not valid JSON"),
+        ("p.json", b'["a",\n"b"', "is not valid JSON: line 2, column 4: a comma"),
         ("p.json", b'{"prompt": "a"}', "list"),
         ("p.json", b'["a", 3]', "prompt 2: must be a prompt line or a table"),
         ("p.json", b'[{"prompt": "a", "width": "64"}]', "prompt 1: width needs a whole number, got '64'"),
         ("p.json", b'[{"prompt": "a", "seed": true}]', "prompt 1: seed needs a whole number, got True"),
-        ("p.json", b'[{"prompt": "a", "steps": 3}]', "prompt 1: unknown key 'steps'"),
+        ("p.json", b'[{"prompt": "a", "scale": 1' + b"0" * 400 + b"}]", "prompt 1: scale: the number is too large"),
+        ("p.json", b"[" * 200_000, "nested too deeply"),
         ("p.json", b'[{"prompt": "a", "renorm_cfg": "3"}]', "not available yet"),
         ("p.json", b'[{"prompt": "a", "flow_shift": "3"}]', "flow_shift needs a number, got '3'"),
     ],
@@ -183,7 +185,7 @@ def test_a_bad_file_is_named(name, content, message, tmp_path, traits):
 
 
 def test_a_missing_file_is_named(tmp_path, traits):
-    with pytest.raises(UserError, match=r"gone\.txt: cannot read"):
+    with pytest.raises(UserError, match=r"gone\.txt: there is no such file"):
         load_prompts(tmp_path / "gone.txt", traits, "ddim")
 
 
@@ -227,3 +229,42 @@ def test_nothing_heavy_is_imported():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("line", "prompt", "negative"),
+    [
+        ("a photo -- of a cat --w 64", "a photo -- of a cat", ""),
+        ("a photo --  of a cat -- and a dog", "a photo -- of a cat -- and a dog", ""),
+        ("a photo --n bad -- ugly --w 64", "a photo", "bad -- ugly"),
+        ("a photo --w 64 -- of a cat", "a photo -- of a cat", ""),
+        ("a photo --", "a photo --", ""),
+    ],
+)
+def test_free_dashes_are_text(line, prompt, negative, traits):
+    parsed = parse_prompt(line, traits, "ddim")
+    assert (parsed.prompt, parsed.negative_prompt) == (prompt, negative)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "warning"),
+    [
+        ("p.txt", "a cat --ar 16:9 --w 64", "line 1: ignored: --ar is no option of a prompt"),
+        ("p.json", '[{"prompt": "a cat", "width": 64, "steps": 3}]', "prompt 1: ignored: unknown key 'steps'"),
+        ("p.txt", "a cat --w -64", "line 1: the width -64 is no size; 64 is used"),
+    ],
+)
+def test_what_the_reader_does_not_know_is_left_out_with_a_warning(
+    name, content, warning, tmp_path, traits, caplog, monkeypatch
+):
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    (tmp_path / name).write_text(content)
+    with caplog.at_level(logging.WARNING):
+        (prompt,) = load_prompts(tmp_path / name, traits, "ddim")
+    assert (prompt.prompt, prompt.width, prompt.steps) == ("a cat", 64, 30)
+    (line,) = caplog.messages
+    assert warning in line
+
+
+def test_a_seed_of_minus_one_is_chosen_anew(traits):
+    assert parse_prompt("a cat --d -1", traits, "ddim").seed is None

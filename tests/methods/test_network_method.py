@@ -175,7 +175,6 @@ def test_nothing_to_train_is_an_error(given):
         ({"network_module": "networks.functional"}, "networks.functional is no kind of network"),
         ({"network_module": "lycoris.koyha"}, "lycoris.koyha cannot be imported: ModuleNotFoundError"),
         ({"network_args": ["conv_dim"]}, "'conv_dim' is not name=value"),
-        ({"network_args": ["conv_dim=1", "conv_dim=2"]}, "conv_dim is given twice"),
     ],
 )
 def test_wrong_options_are_refused_before_a_model_is_read(given, message):
@@ -187,10 +186,8 @@ def test_wrong_options_are_refused_before_a_model_is_read(given, message):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"network_args": ["conv_dmi=1"]}, "did you mean 'conv_dim'"),
         ({"network_args": ["conv_dim"]}, "'conv_dim' is not name=value"),
         ({"network_module": "networks.lorra"}, "there is no module named 'networks.lorra'"),
-        ({"base_weights_multiplier": [1.0]}, "1 values for 0 --base_weights"),
         (
             {
                 "network_module": "networks.lora_flux",
@@ -490,3 +487,25 @@ def test_a_module_in_the_current_folder(tmp_path, monkeypatch):
         attached(**given, scale_weight_norms=1.0)
     with pytest.raises(UserError, match="broken_network_in_a_folder cannot be imported: ZeroDivisionError"):
         attached(network_module="broken_network_in_a_folder")
+
+
+# ---- files that fit in part
+
+
+@pytest.mark.parametrize("how", ["network_weights", "base_weights"])
+def test_a_file_whose_denoiser_fits_nothing_is_refused(tmp_path, how):
+    method = attached()
+    tensors = method.trainable().file_state()
+    lost = {name.replace("lora_unet_", "lora_unet_other_"): value for name, value in tensors.items()}
+    torch.save(lost, tmp_path / "a.pt")
+    count = len({name.partition(".")[0] for name in lost if name.startswith("lora_unet")})
+    given = {how: str(tmp_path / "a.pt") if how == "network_weights" else [str(tmp_path / "a.pt")]}
+    with pytest.raises(UserError, match=rf"a\.pt: its {count} layers lora_unet_\* \(the denoiser\) find no place"):
+        attached(**given)
+
+
+def test_a_part_that_has_a_place_but_is_not_trained_is_a_warning(tmp_path, messages):
+    method = attached()
+    torch.save(method.trainable().file_state(), tmp_path / "a.pt")
+    attached(network_weights=str(tmp_path / "a.pt"), network_train_unet_only=True)
+    assert any("1 layers of the file are not used" in line for line in messages(logging.WARNING))

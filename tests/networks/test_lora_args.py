@@ -7,7 +7,7 @@ import math
 import pytest
 
 from library.errors import UserError
-from networks.lora_args import BlockLayout, parse, rank_and_alpha, without_effect
+from networks.lora_args import BlockLayout, check, parse, rank_and_alpha, without_effect
 
 
 def weights(**args):
@@ -55,12 +55,12 @@ def test_layout_with_fixed_ends():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"conv_dims": "4"}, "knows no 'conv_dims'; did you mean 'conv_dim'"),
-        ({"algo": "loha"}, "knows no 'algo'; it knows conv_dim"),
+        ({"algo": "loha"}, "algo=loha: networks.lora trains no such network; --network_module lycoris.kohya does"),
+        ({"dora_wd": "True"}, "dora_wd=True: networks.lora trains no such network"),
         ({"conv_dim": "4.5"}, "conv_dim=4.5: is not a whole number"),
-        ({"conv_dim": "0"}, "conv_dim=0: must be at least 1"),
+        ({"conv_dim": "-1"}, "conv_dim=-1: must be at least 0"),
         ({"rank_dropout": "1"}, "rank_dropout=1: must be at least 0, below 1"),
-        ({"loraplus_lr_ratio": "-1"}, "loraplus_lr_ratio=-1: must be above 0"),
+        ({"loraplus_lr_ratio": "-1"}, "loraplus_lr_ratio=-1: must be at least 0"),
         (
             {"down_lr_weight": "sinus"},
             "down_lr_weight=sinus: is neither a comma-separated list nor one of sine",
@@ -90,8 +90,23 @@ def test_errors_say_what_is_wrong(args, message):
 
 def test_all_problems_at_once():
     with pytest.raises(UserError) as caught:
-        parse({"conv_dim": "x", "dropuot": "1", "up_lr_weight": "?"})
+        parse({"conv_dim": "x", "dropout": "2", "up_lr_weight": "?"})
     assert len(caught.value.problems) == 3
+
+
+def test_zero_and_nothing_switch_off():
+    parsed = parse({"conv_dim": "0", "loraplus_lr_ratio": "0", "loraplus_unet_lr_ratio": "", "rank_dropout": ""})
+    assert parsed == parse({})
+    assert parse({"loraplus_lr_ratio": "4", "loraplus_unet_lr_ratio": "0"}).denoiser_plus is None
+    assert parse({"algo": "lora", "dora_wd": "False", "train_norm": "0"}) == parse({})
+
+
+def test_arguments_that_the_module_does_not_know_are_ignored_aloud():
+    lines = check({"conv_dims": "4", "preset": "full", "dora_wd": "False"}, ranks_from_file=False)
+    assert lines == [
+        "--network_args: conv_dims is ignored: networks.lora knows no such argument; did you mean 'conv_dim'?",
+        "--network_args: preset is ignored: networks.lora knows no such argument",
+    ]
 
 
 def test_what_has_no_effect_is_said():

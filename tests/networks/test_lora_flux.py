@@ -185,10 +185,9 @@ def test_verbose_lists_ranks(models, targets, caplog, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"img_atn_dim": "4"}, "networks.lora_flux knows no 'img_atn_dim'; did you mean 'img_attn_dim'"),
-        ({"context_attn_dim": "4"}, "networks.lora_flux knows no 'context_attn_dim'"),
+        ({"algo": "lokr"}, "algo=lokr: networks.lora_flux trains no such network"),
         ({"train_t5xxl": "yes"}, "train_t5xxl=yes: is neither True nor False"),
-        ({"split_qkv": "1"}, "split_qkv=1: is neither True nor False"),
+        ({"split_qkv": "on"}, "split_qkv=on: is neither True nor False"),
         ({"train_blocks": "doubles"}, "train_blocks=doubles: is none of all, double, single"),
         ({"img_mlp_dim": "-1"}, "img_mlp_dim=-1: must be at least 0"),
         ({"single_dim": "4.5"}, "single_dim=4.5: is not a whole number"),

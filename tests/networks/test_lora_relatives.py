@@ -167,7 +167,6 @@ def test_lora_plus_in_dylora(models, targets):
     [
         ({"args": {"unit": "3"}}, "unit=3: does not divide the rank, 4"),
         ({"args": {"conv_dim": "2"}}, "conv_dim=2: must be --network_dim, 4"),
-        ({"args": {"block_dims": "1"}}, "networks.dylora knows no 'block_dims'"),
         ({"args": {"unit": "0"}}, "unit=0: must be at least 1"),
         ({"dropout": 0.1}, "networks.dylora has none"),
     ],
@@ -199,7 +198,10 @@ def test_arguments_are_known_without_a_model():
     assert lora_fa_args.check({"conv_alpha": "1"}, ranks_from_file=False) == [
         "--network_args: conv_alpha has no effect without conv_dim or conv_block_dims"
     ]
-    with pytest.raises(UserError, match="lora_fa knows no 'loraplus_lr_ratio'"):
-        lora_fa_args.check({"loraplus_lr_ratio": "2"}, ranks_from_file=False)
+    assert lora_fa_args.check({"loraplus_lr_ratio": "2"}, ranks_from_file=False) == [
+        "--network_args: loraplus_lr_ratio is ignored: networks.lora_fa knows no such argument"
+    ]
     assert "conv_alpha has no effect" in dylora_args.check({"conv_alpha": "1"}, ranks_from_file=False)[0]
     assert dylora_args.check({"unit": "2"}, ranks_from_file=False) == []
+    with pytest.raises(UserError, match="conv_dim=1: must be --network_dim, 8"):
+        dylora_args.check({"conv_dim": "1"}, ranks_from_file=False, dim=8)

@@ -42,7 +42,10 @@ OURS_OF = {  # of one method, or of one script
     "sd3_train": {"text_encoder_lr1", "text_encoder_lr2", "text_encoder_lr3"},  # as guides print them
     "sdxl_train": {"text_encoder_batch_size", "blocks_to_swap", "blockwise_fused_optimizers"},
 }
-ADDED_CHOICES = {"max_token_length": {75}}  # means the same as leaving it out
+ADDED_CHOICES = {
+    "max_token_length": {75},  # means the same as leaving it out
+    "dynamo_backend": {"no"},  # what GUIs write
+}
 ROOT = Path(__file__).parents[2]
 
 

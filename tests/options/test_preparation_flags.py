@@ -49,7 +49,10 @@ OURS_OF: dict[str, set[str]] = {  # of one script
     "finetune/make_captions.py": {"model", "prompt", "skip_existing"},
     "finetune/tag_images_by_wd14_tagger.py": {"skip_existing"},
 }
-ADDED_CHOICES = {"max_token_length": {75}}  # means the same as leaving it out
+ADDED_CHOICES = {
+    "max_token_length": {75},  # means the same as leaving it out
+    "dynamo_backend": {"no"},  # what GUIs write
+}
 
 
 def parser_of(script: str) -> ArgumentParser:

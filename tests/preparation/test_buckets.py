@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 from library.caching import store
 from library.errors import UserError
@@ -40,6 +41,8 @@ def models(tmp_path_factory):
         sd2=write("sd2.safetensors", FOUR, "first_stage_model.", "cond_stage_model.model.x"),
         sdxl=write("sdxl.safetensors", FOUR, "first_stage_model.", "conditioner.embedders.0.x"),
         sd3=write("sd3.safetensors", sd3.tiny_vae(), "first_stage_model.", "model.diffusion_model.joint_blocks.0.x"),
+        vae=write("vae.safetensors", FOUR, ""),
+        empty=write("empty.safetensors", nn.Module(), "", "cond_stage_model.transformer.x"),
         ae=write("ae.safetensors", flux.tiny_ae(), ""),
         bundle=write("bundle.safetensors", flux.tiny_ae(), "vae.", "double_blocks.0.x"),
     )
@@ -151,7 +154,18 @@ def test_every_family_has_its_own_files(run, folder, models, model, more, vae, f
         np.testing.assert_array_equal(store.read(apart)["latents"], arrays["latents_flipped"])
 
 
-def test_a_vae_by_itself_needs_its_family(run, models):
+def test_a_vae_by_itself_is_one_of_the_first_models(run, folder, models):
+    run("--seed=5", model=models.vae)
+    expected = drawn(FOUR, folder / "square.png", seed=5)
+    np.testing.assert_allclose(store.read(folder / "square.npz")["latents"], expected, atol=2e-5)
+
+
+def test_a_checkpoint_without_vae_names_what_to_give(run, models):
+    with pytest.raises(UserError, match="holds no VAE; give one in place of the model, and --family sd"):
+        run(model=models.empty)
+
+
+def test_a_vae_with_16_channels_needs_its_family(run, models):
     with pytest.raises(
         UserError, match="this is a VAE, which may belong to several families; say which one with --fam"
     ):

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from library.errors import UserError
@@ -84,7 +85,6 @@ def test_a_picture_into_a_folder(tmp_path):
     [
         (edges.GROUPS, [], ["--input is required", "--output is required"]),
         (edges.GROUPS, ["--input=a", "--output=b", "--thres1=-1"], ["--thres1: must be at least 0"]),
-        (shown_metadata.GROUPS, ["--model=a.ckpt"], ["--model=a.ckpt: only .safetensors files have metadata"]),
         (resizing.GROUPS, ["in", "out", "--max_resolution=512"], ["--max_resolution: must be sizes such as"]),
         (resizing.GROUPS, ["in", "out", "--max_resolution=64x48", "--divisible_by=64"], ["64x48 is smaller than"]),
         (resizing.GROUPS, ["in", "out", "--divisible_by=0"], ["--divisible_by: must be at least 1"]),
@@ -117,6 +117,15 @@ def test_metadata_is_sorted_and_readable(tmp_path, capsys):
         '    "modelspec.title": "Ünï 😀",',
         r'    "ss_tag_frequency": "{\"猫\": 3}"',
     ]
+
+
+def test_metadata_of_a_file_of_any_name_and_of_none(tmp_path, capsys):
+    write_header(tmp_path / "0a1b2c", {"a": "b"})
+    show(tmp_path / "0a1b2c")
+    assert json.loads(capsys.readouterr().out) == {"a": "b"}
+    torch.save({"a": torch.ones(1)}, tmp_path / "lora.pt")
+    with pytest.raises(UserError, match=r"lora\.pt: this is a torch file; only safetensors files have metadata"):
+        show(tmp_path / "lora.pt")
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])

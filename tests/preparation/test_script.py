@@ -84,7 +84,7 @@ def test_an_older_spelling_counts_and_is_told_of(capsys):
     sizes = []
     assert run(lambda opts: sizes.append(opts.trial.size), "x", "--length=5") == 0
     assert sizes == [5]
-    assert "--length: an older way to say --size" in capsys.readouterr().err
+    assert "--length: deprecated; use --size" in capsys.readouterr().err
 
 
 def test_mistakes_found_on_the_way_are_one_line(capsys):

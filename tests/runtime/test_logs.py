@@ -1,7 +1,9 @@
+import os
 import re
 
 import pytest
 
+from library.errors import UserError
 from library.runtime.logs import LOGGER, progress, setup_logging
 
 
@@ -32,3 +34,32 @@ def test_messages_take_the_place_of_a_bar(capsys):
     (line,) = [line for line in capsys.readouterr().err.split("\n") if "a message" in line]
     assert line.rpartition("\r")[2] == "a message"
     assert "work" in line
+
+
+def test_every_message_is_one_line_that_a_screen_may_show(capsys):
+    setup_logging(simple=True)
+    LOGGER.warning("%s: left out", "a\x1b[2J\nb.png")
+    LOGGER.warning(f"got hf_{'a1' * 17}")
+    assert capsys.readouterr().err == "a\\x1b[2J\\nb.png: left out\ngot (hidden)\n"
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a pipe without reader", "below a file", "a name too long", "a NUL"])
+def test_a_log_file_that_cannot_be_written_is_one_line(tmp_path, kind):
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    name = {
+        "a folder": ".", "a pipe without reader": "pipe", "below a file": "file/x", "a name too long": "x" * 300,
+        "a NUL": "a\0b",
+    }[kind]  # fmt: skip
+    with pytest.raises(UserError, match=r"^--console_log_file: cannot write "):
+        setup_logging(file=str(tmp_path / name))
+
+
+def test_a_log_file_that_takes_no_more_is_told_once(capsys):
+    setup_logging(file="/dev/full")
+    for _ in range(3):
+        LOGGER.warning("a message")
+    setup_logging()
+    assert capsys.readouterr().err.splitlines() == [
+        "--console_log_file: no more can be written (No space left on device)"
+    ]

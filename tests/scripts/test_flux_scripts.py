@@ -301,7 +301,7 @@ def test_older_words_for_block_swap(script, line, count):
     opts, problems, warnings = checked(script, line)
     assert (opts.swap.count, problems) == (count, [])
     for flag in re.findall(r"--(?:double_|single_)blocks_to_swap|--split_mode", line):
-        assert any(said.startswith(f"{flag}: an older way to say --blocks_to_swap") for said in warnings)
+        assert any(said.startswith(f"{flag}: deprecated; use --blocks_to_swap") for said in warnings)
 
 
 @pytest.mark.rows("R365", "R373", "R395", "R397", "R399")

@@ -99,7 +99,7 @@ def test_what_fails_is_one_line_and_a_status(run, two_folders):
     line = ("merge_captions_to_metadata.py", "train_data1", "out.json", "--caption_extention=.caption")
     broken, strict = run(*line), run(*line, "--strict")
     assert (broken.returncode, strict.returncode) == (0, 1)
-    assert "--caption_extention: an older way to say --caption_extension" in broken.stderr
+    assert "--caption_extention: deprecated; use --caption_extension" in broken.stderr
     assert "1 done, 1 failed" in broken.stderr
     assert list(load(two_folders / "out.json")) == ["b"]
     unwritable = run("merge_captions_to_metadata.py", "train_data2", os.path.join("file", "out.json"))

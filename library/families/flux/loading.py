@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.keymap import KeyMap, KeyMapError
 from library.checkpoints.reading import open_weights
+from library.checkpoints.scaled import is_scale
 from library.errors import UserError
 from library.families.flux.keymap import AE, flux_map
 from library.families.flux.variants import (
@@ -31,6 +32,7 @@ from library.families.shared.hub import hub_folder
 from library.families.shared.reading import (
     Reader,
     counters,
+    file_kind,
     folder_dtype,
     folder_dtypes,
     from_pretrained,
@@ -70,13 +72,14 @@ class Source:
     preserved: tuple[str, ...] = ()  # keys of the file that the denoiser does not use
     part_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of a folder, by subfolder
     counters: dict[str, int] = field(default_factory=dict)  # epoch and global_step of a .ckpt
+    file_kind: str = "safetensors"  # of a file, "safetensors" or "ckpt"
 
     @property
     def save_as(self) -> str:
         """The output format that is the same kind as the source."""
         if self.folder is not None:
             return "diffusers_safetensors" if self.part_dtypes else "diffusers"
-        return "safetensors" if self.name.lower().endswith(".safetensors") else "ckpt"
+        return self.file_kind
 
 
 @dataclass
@@ -180,6 +183,7 @@ def _load_file(name: str, given: Mapping[str, str], mapped: bool, with_weights: 
         forms=reader.forms,
         preserved=tuple(key for key in weights if key not in reader.forms),
         counters=counters(weights),
+        file_kind=file_kind(weights),
     )
     return denoiser, source
 
@@ -189,6 +193,9 @@ def _converted(reader: Reader, keys: KeyMap, names: Iterable[str]) -> dict[str, 
     tensors: dict[str, Tensor] = {}
     unknown = []
     for name in names:
+        if is_scale(name):
+            reader.take([name])  # so that it counts as used
+            continue
         entry = keys.by_file(name)
         if entry is None:
             unknown.append(name)

@@ -57,19 +57,26 @@ class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
         None,
         "longest caption for T5 in tokens; 512 for FLUX.1 dev and else 256 if not given; all are padded to it",
         at_least=1,
+        off=0,
     )
     guidance_scale: float = opt(3.5, "embedded guidance that dev is told while it is trained; 1 for new concepts")
     timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = opt(
         "sigma", "which times are trained: shift and flux_shift (by picture size) are as in sampling"
     )
     sigmoid_scale: float = opt(
-        1.0, "spread of --timestep_sampling sigmoid, shift and flux_shift: lower keeps to the middle", above=0
+        1.0,
+        "spread of --timestep_sampling sigmoid, shift and flux_shift: lower keeps to the middle",
+        above=0,
+        only_with=("timestep_sampling=sigmoid", "timestep_sampling=shift", "timestep_sampling=flux_shift"),
     )
     model_prediction_type: Literal["raw", "additive", "sigma_scaled"] = opt(
         "sigma_scaled", "how the model's output is read before it is compared with the velocity; raw is right for FLUX"
     )
     discrete_flow_shift: float = opt(
-        3.0, "shift of --timestep_sampling sigma and shift: above 1 more noise, below 1 less", above=0
+        3.0,
+        "shift of --timestep_sampling sigma and shift: above 1 more noise, below 1 less",
+        above=0,
+        only_with=("timestep_sampling=sigma", "timestep_sampling=shift"),
     )
     model_type: Literal["flux", "chroma"] = opt("flux", "kind of model; chroma is refused, as it is another network")
 
@@ -93,20 +100,16 @@ class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
                 f"--model_prediction_type: {self.model_prediction_type}{kept} does not fit the velocity that FLUX "
                 "predicts and is trained on; --model_prediction_type raw does"
             )
-        for name, other in self._idle():
-            if name in opts.explicit:
-                yield f"--{name}: no effect with --{other} {getattr(self, other)}"
+        if "weighting_scheme" in opts.explicit:
+            for other in self._idle_weighting():
+                yield f"--weighting_scheme: no effect with --{other} {getattr(self, other)}"
 
-    def _idle(self) -> Iterator[tuple[str, str]]:
-        """Options of time that do nothing, each with the option that keeps it from acting."""
-        if self.timestep_sampling not in ("sigma", "shift"):
-            yield "discrete_flow_shift", "timestep_sampling"
-        if self.timestep_sampling not in ("sigmoid", "shift", "flux_shift"):
-            yield "sigmoid_scale", "timestep_sampling"
+    def _idle_weighting(self) -> Iterator[str]:
+        """The options that keep the weighting scheme from acting."""
         if self.weighting_scheme in ("logit_normal", "mode") and self.timestep_sampling != "sigma":
-            yield "weighting_scheme", "timestep_sampling"
+            yield "timestep_sampling"
         if self.weighting_scheme in ("sigma_sqrt", "cosmap") and self.model_prediction_type != "sigma_scaled":
-            yield "weighting_scheme", "model_prediction_type"
+            yield "model_prediction_type"
 
 
 OPTIONS = FluxOptions

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoints.reading import read_header
 from library.errors import UserError
 from library.families.flux.keymap import AE, ENCODERS, PREFIX
 from library.families.shared.recognition import (
     FLUX,
+    file_shapes,
     path_problem,
     pipeline_kind,
     read_json,
     recognise,
-    recognise_file,
     vae_problem,
 )
 from library.families.shared.t5 import is_t5
@@ -43,10 +42,6 @@ STRANGERS = (
     (
         r"\.(quant_state\.|absmax$|quant_map$)",
         "its weights are quantised to 4 bits, which cannot be trained on; use the file in 16 bits or fp8",
-    ),
-    (
-        r"(^|\.)(scaled_fp8|scale_weight|weight_scale|input_scale|scale_input)$",
-        "its weights are in 8 bits with separate scales, which cannot be read; use the file in 16 bits or as plain fp8",
     ),
 )
 
@@ -125,19 +120,21 @@ def _text_problems(opts: Options) -> list[str]:
 def _model_problem(path: Path) -> str | None:
     if path.is_dir():
         return folder_problem(path)
-    if path.suffix.lower() != ".safetensors":
-        return None  # a pickle says nothing before it is loaded
-    shapes = {key: shape for key, (_, shape) in read_header(path)[1].items()}
+    shapes = file_shapes(path)
+    if shapes is None:
+        return None
     return mismatch(shapes) or channels_problem(flux_shape(shapes).in_channels)
 
 
 def _encoder_problem(path: Path, part: str) -> str | None:
-    return encoder_problem(read_header(path)[1], part) if path.suffix.lower() == ".safetensors" else None
+    shapes = file_shapes(path)
+    return None if shapes is None else encoder_problem(shapes, part)
 
 
 def _ae_problem(path: Path) -> str | None:
-    if recognise_file(path) == FLUX:
-        inside = any(key.startswith(AE) for key in read_header(path)[1])
+    shapes = file_shapes(path) or {}
+    if recognise(shapes) == FLUX:
+        inside = any(key.startswith(AE) for key in shapes)
         return None if inside else "this is FLUX's transformer; its autoencoder, ae.safetensors, is needed here"
     return vae_problem(path, (FLUX,))
 
@@ -147,8 +144,10 @@ def _missing_parts(opts: Options, needed: Collection[str]) -> list[str]:
     path, family = Path(opts.model.pretrained_model_name_or_path), opts.family
     if path.is_dir():
         inside = {part for part, folder in (*FOLDERS.items(), ("vae", "vae")) if (path / folder).is_dir()}
-    elif path.suffix.lower() == ".safetensors":
-        keys = read_header(path)[1]
+    elif path.is_file():
+        keys = file_shapes(path)
+        if keys is None:
+            return []
         inside = {part for part in ENCODERS if encoder_prefix(keys, part, inside=True) is not None}
         inside |= {"vae"} if any(key.startswith(AE) for key in keys) else set()
     else:

@@ -23,7 +23,8 @@ from library.families.shared.building import build
 from library.families.shared.clip import build_clip, clip_config
 from library.families.shared.reading import Reader, from_pretrained, naming
 from library.families.shared.recognition import SD1, SD2, recognise
-from library.families.shared.unet import UNET, unet_map, unet_shape
+from library.families.shared.unet import UNET, channels_problem, unet_map, unet_shape
+from library.families.shared.vae import VAE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +47,7 @@ class Source(reading.Source):
 class Parts:
     denoiser: nn.Module
     text_encoder: nn.Module
-    vae: nn.Module
+    vae: nn.Module | None
     source: Source
 
 
@@ -59,7 +60,8 @@ def load_model(name: str, v2: bool, vae_name: str | None = None) -> Parts:
         vae_name: where to take the VAE from instead; see `load_vae`.
     Raises: UserError: missing, unreadable, incomplete or of another family.
     """
-    parts = _load_file(Path(name), v2) if Path(name).is_file() else _load_folder(name, v2)
+    load = _load_file if Path(name).is_file() else _load_folder
+    parts = load(name, v2, own_vae=not vae_name)
     if vae_name:
         parts.vae, forms = load_vae(vae_name)
         parts.source = parts.source.with_vae(vae_name, forms)
@@ -79,9 +81,12 @@ def own_vae(opts: Options) -> nn.Module:
 # --- single files -----------------------------------------------------------------------------------------------------
 
 
-def _load_file(path: Path, v2: bool) -> Parts:
+def _load_file(name: str, v2: bool, *, own_vae: bool) -> Parts:
+    """`own_vae`: False leaves the file's VAE unread, whatever it is."""
     import torch
 
+    vae, vae_forms = None, {}
+    path = Path(name)
     with naming(path):
         weights = open_weights(path)
         problem = mismatch(recognise(weights), v2)
@@ -91,17 +96,19 @@ def _load_file(path: Path, v2: bool) -> Parts:
         level = v2 or has_text_model_level(weights)
         denoiser = _unet_from_file(reader, v2)
         text_encoder = _text_encoder_from_file(reader, v2, level)
-        vae, vae_forms = reading.vae_from_file(weights, SCALING_FACTOR)
+        if own_vae:
+            vae, vae_forms = reading.own_vae_of_file(weights, SCALING_FACTOR)
     forms = reader.forms | vae_forms
     source = Source(
-        name=str(path),
-        vae_name=str(path),
+        name=name,
+        vae_name=name,
         v2=v2,
         is_file=True,
         text_model_level=level,
         forms=forms,
-        preserved=tuple(key for key in weights if key not in forms),
+        preserved=tuple(key for key in weights if key not in forms and (own_vae or not key.startswith(VAE))),
         counters=reading.counters(weights),
+        file_kind=reading.file_kind(weights),
     )
     return Parts(denoiser, text_encoder, vae, source)
 
@@ -126,8 +133,8 @@ def _text_encoder_from_file(reader: Reader, v2: bool, text_model_level: bool) ->
 # --- Diffusers folders and the hub ------------------------------------------------------------------------------------
 
 
-def _load_folder(name: str, v2: bool) -> Parts:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+def _load_folder(name: str, v2: bool, *, own_vae: bool) -> Parts:
+    from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
     reading.require_model_name(name)
@@ -141,6 +148,9 @@ def _load_folder(name: str, v2: bool) -> Parts:
         if problem:
             raise UserError(problem)
         denoiser = from_pretrained(UNet2DConditionModel, name, "unet")
-        vae = from_pretrained(AutoencoderKL, name, "vae")
+        problem = channels_problem(denoiser.config.in_channels)
+        if problem:
+            raise UserError(problem)
+        vae = reading.own_vae_of_folder(name) if own_vae else None
     dtypes = reading.folder_dtypes(Path(name), ("unet", "text_encoder", "vae"))
     return Parts(denoiser, text_encoder, vae, Source(name, name, is_file=False, part_dtypes=dtypes, v2=v2))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from library.families.sd.keymap import OPEN_CLIP, text_map
 from library.families.sd.loading import Source, load_vae
 from library.families.shared.clip import public_state
+from library.families.shared.markers import MARKERS, without_markers
 from library.families.shared.open_clip import unused_layers
 from library.families.shared.unet import map_of_config
 from library.families.shared.vae import vae_map
@@ -61,6 +62,7 @@ def save_model(
         metadata=metadata,
         tensors=partial(file_tensors, models.denoiser, models.text_encoders["te"], vae, source, dtype),
         fill=partial(_fill_folder, models, vae, v_prediction),
+        copied=without_markers(source.preserved, MARKERS if v_prediction else ()),
     )
 
 

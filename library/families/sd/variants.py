@@ -12,12 +12,16 @@ from library.families.shared.recognition import (
     SD1,
     SD2,
     SDXL,
+    file_shapes,
+    missing_vae_folder,
     path_problem,
     pipeline_kind,
     read_json,
-    recognise_file,
+    recognise,
     vae_problem,
 )
+from library.families.shared.unet import CHANNELS, channels_problem, input_problem
+from library.families.shared.vae import missing_vae
 
 if TYPE_CHECKING:
     from library.options.base import Options
@@ -40,22 +44,25 @@ def mismatch(kind: str, v2: bool) -> str | None:
 def check_paths(opts: Options) -> list[str]:
     """Every problem with the paths of model and VAE that can be seen without loading anything.
 
-    Reads only the headers of .safetensors files and the small JSON files of Diffusers folders.
+    Reads only the names in files and the small JSON files of Diffusers folders.
     """
     flag, model, vae = "--pretrained_model_name_or_path", opts.model.pretrained_model_name_or_path, opts.model.vae
     if not model:
         return [f"{flag}: name a model: a file, a Diffusers folder or a hub id"]
-    problems = [path_problem(flag, model, lambda path: _model_problem(path, opts.family.v2))]
+    problems = [path_problem(flag, model, lambda path: _model_problem(path, opts.family.v2, needs_vae=not vae))]
     if vae:
         problems.append(path_problem("--vae", vae, lambda path: vae_problem(path, VAE_SOURCES)))
     return [problem for problem in problems if problem]
 
 
-def _model_problem(path: Path, v2: bool) -> str | None:
+def _model_problem(path: Path, v2: bool, *, needs_vae: bool) -> str | None:
     if path.is_dir():
-        return folder_problem(path, v2)
-    kind = recognise_file(path)
-    return None if kind is None else mismatch(kind, v2)
+        return folder_problem(path, v2) or (missing_vae_folder(path) if needs_vae else None)
+    shapes = file_shapes(path)
+    if shapes is None:
+        return None
+    lacking = missing_vae(shapes) if needs_vae else None
+    return mismatch(recognise(shapes), v2) or input_problem(shapes) or lacking
 
 
 def folder_problem(path: Path, v2: bool) -> str | None:
@@ -64,7 +71,8 @@ def folder_problem(path: Path, v2: bool) -> str | None:
         kind = pipeline_kind(path)
         return f"this is {kind}" if kind else "not a Diffusers model folder: unet/config.json is missing"
     kind = pipeline_kind(path) or folder_kind(path)
-    return mismatch(kind, v2)
+    channels = read_json(path / "unet" / "config.json").get("in_channels", CHANNELS)
+    return mismatch(kind, v2) or channels_problem(channels)
 
 
 def folder_kind(path: Path) -> str:

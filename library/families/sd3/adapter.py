@@ -22,7 +22,7 @@ from library.families.sd3.tokenizers import load_tokenizers
 from library.families.sd3.variants import missing_encoder
 from library.families.shared.t5 import encode_t5, t5_targets
 from library.families.shared.targets import clip_targets
-from library.families.shared.vae import decode_latents, encode_pixels
+from library.families.shared.vae import NO_VAE, decode_latents, encode_pixels
 from library.runtime.logs import LOGGER
 from library.text.chunking import tokenize
 from library.text.t5_tokenizer import tokenize_t5
@@ -52,6 +52,8 @@ class Sd3Family(Family):
             parts = load_text_encoders(name, files, mapped=mapped)
         else:
             parts = load_model(name, files, model.vae, mapped=mapped)
+            if parts.vae is None:
+                raise UserError(f"{name}: {NO_VAE}")
         folder = None if parts.source is None else parts.source.folder
         tokenizers = load_tokenizers(parts.text_encoders, folder, model.tokenizer_cache_dir)
         models = Models(parts.denoiser, parts.text_encoders, tokenizers, parts.vae, parts.source)
@@ -224,7 +226,7 @@ class Sd3Family(Family):
             "ss_mode_scale": options.mode_scale,
             "modelspec.architecture": f"stable-diffusion-3-{variant}",
             "modelspec.implementation": "diffusers",
-            "modelspec.prediction_type": "epsilon",  # as all files of this family say, although it is not true
+            "modelspec.prediction_type": "flow",
             "modelspec.resolution": "1024x1024",
         }
 

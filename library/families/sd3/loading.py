@@ -29,6 +29,7 @@ from library.families.shared.hub import hub_folder
 from library.families.shared.reading import (
     Reader,
     counters,
+    file_kind,
     folder_dtypes,
     from_pretrained,
     load_vae,
@@ -72,6 +73,7 @@ class Source:
     preserved: tuple[str, ...] = ()  # keys of the file that the model does not use
     part_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of a folder, by subfolder
     counters: dict[str, int] = field(default_factory=dict)  # epoch and global_step of a .ckpt
+    file_kind: str = "safetensors"  # of a file, "safetensors" or "ckpt"
 
     @property
     def is_file(self) -> bool:
@@ -82,7 +84,7 @@ class Source:
         """The output format that is the same kind as the source."""
         if not self.is_file:
             return "diffusers_safetensors" if "transformer" in self.part_dtypes else "diffusers"
-        return "safetensors" if self.name.lower().endswith(".safetensors") else "ckpt"
+        return self.file_kind
 
 
 @dataclass
@@ -101,7 +103,7 @@ def load_model(
     Args:
         name: a single file, a Diffusers folder or a hub id.
         encoder_files: by names of text encoders, files to take them from instead.
-        vae_name: where to take the VAE from instead; see `load_vae`.
+        vae_name: where to take the VAE from instead; see `load_vae`. Without it, a model may have no VAE.
         mapped: False reads .safetensors files from beginning to end instead of mapping them.
     Raises: UserError: missing, unreadable, incomplete, of another family, or parts that do not fit together.
     """
@@ -242,6 +244,7 @@ def _load_file(name: str, skip: frozenset[str], *, mapped: bool) -> Parts:
         forms=forms,
         preserved=tuple(key for key in weights if key not in forms),
         counters=counters(weights),
+        file_kind=file_kind(weights),
     )
     return Parts(denoiser, encoders, vae, source)
 

@@ -49,7 +49,7 @@ class Sd3Options(FlowOptions, group="family", title="Stable Diffusion 3/3.5"):
     save_t5xxl: bool = opt(False, "the same of T5")
     t5xxl_device: str | None = opt(None, "once the device of T5; now it goes where it is needed and leaves again")
     t5xxl_dtype: str | None = opt(None, "once the number format of T5; now --mixed_precision and --fp8_base say it")
-    t5xxl_max_token_length: int = opt(256, "longest caption for T5 in tokens; all are padded to it", at_least=1)
+    t5xxl_max_token_length: int = opt(256, "longest caption for T5 in tokens; all are padded to it", at_least=1, off=0)
     apply_lg_attn_mask: bool = opt(False, "hide the padding of CLIP-L's and CLIP-G's captions from attention")
     clip_l_dropout_rate: float = opt(
         0.0, "share of captions whose CLIP-L output is replaced by zeros in training", at_least=0, at_most=1

@@ -9,11 +9,11 @@ from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoints.reading import read_header
 from library.errors import UserError
 from library.families.sd3.keymap import ENCODERS, MMDIT
 from library.families.shared.recognition import (
     SD3,
+    file_shapes,
     path_problem,
     pipeline_kind,
     read_json,
@@ -22,6 +22,7 @@ from library.families.shared.recognition import (
     vae_problem,
 )
 from library.families.shared.t5 import is_t5
+from library.families.shared.vae import missing_vae
 
 if TYPE_CHECKING:
     from library.options.base import Options
@@ -105,10 +106,8 @@ def _model_problem(path: Path) -> str | None:
 def _encoder_file_problem(path: Path, part: str) -> str | None:
     if path.is_dir():
         return "is a folder; the encoder's file is needed here"
-    if path.suffix.lower() != ".safetensors":
-        return None
-    header = {key: shape for key, (_, shape) in read_header(path)[1].items()}
-    return encoder_problem(header, part)
+    shapes = file_shapes(path)
+    return None if shapes is None else encoder_problem(shapes, part)
 
 
 def _missing_parts(opts: Options) -> list[str]:
@@ -146,10 +145,12 @@ def _parts_of(opts: Options) -> set[str] | None:
         inside = set()
     elif path.is_dir():
         inside = {part for part, folder in (*FOLDERS.items(), ("vae", "vae")) if (path / folder).is_dir()}
-    elif path.suffix.lower() == ".safetensors":
-        keys = read_header(path)[1]
+    elif path.is_file():
+        keys = file_shapes(path)
+        if keys is None:
+            return None
         inside = {part for part in ENCODERS if encoder_prefix(keys, part, inside=True) is not None}
-        inside |= {"vae"} if any(key.startswith("first_stage_model.") for key in keys) else set()
+        inside |= set() if missing_vae(keys) else {"vae"}
     else:
         return None
     given = {part for part, option in FLAGS.items() if getattr(opts.family, option)}

@@ -16,7 +16,8 @@ from library.families.shared import reading
 from library.families.shared.building import build
 from library.families.shared.clip import build_clip, clip_config
 from library.families.shared.reading import Reader, from_pretrained, naming, open_model
-from library.families.shared.unet import UNET, unet_map, unet_shape
+from library.families.shared.unet import UNET, channels_problem, unet_map, unet_shape
+from library.families.shared.vae import VAE
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,10 @@ def load_model(name: str, vae_name: str | None = None, *, mapped: bool = True) -
         mapped: False reads a .safetensors file from its beginning to its end instead of mapping it.
     Raises: UserError: missing, unreadable, incomplete or of another family.
     """
-    parts = _load_file(Path(name), mapped=mapped) if Path(name).is_file() else _load_folder(name)
+    if Path(name).is_file():
+        parts = _load_file(name, mapped=mapped, own_vae=not vae_name)
+    else:
+        parts = _load_folder(name, own_vae=not vae_name)
     if vae_name:
         parts.vae, forms = load_vae(vae_name)
         parts.source = parts.source.with_vae(vae_name, forms)
@@ -86,21 +90,25 @@ def own_vae(opts: Options) -> nn.Module:
 # --- single files -----------------------------------------------------------------------------------------------------
 
 
-def _load_file(path: Path, *, mapped: bool) -> Parts:
-    with naming(path):
-        weights = _open_file(path, mapped)
+def _load_file(name: str, *, mapped: bool, own_vae: bool) -> Parts:
+    """`own_vae`: False leaves the file's VAE unread, whatever it is."""
+    vae, vae_forms = None, {}
+    with naming(name):
+        weights = _open_file(Path(name), mapped)
         reader = Reader(weights, None)
         denoiser = _unet_from_file(reader)
         text_encoders = _text_encoders(reader)
-        vae, vae_forms = reading.vae_from_file(weights, SCALING_FACTOR)
+        if own_vae:
+            vae, vae_forms = reading.own_vae_of_file(weights, SCALING_FACTOR)
     forms = reader.forms | vae_forms
     source = Source(
-        name=str(path),
-        vae_name=str(path),
+        name=name,
+        vae_name=name,
         is_file=True,
         forms=forms,
-        preserved=tuple(key for key in weights if key not in forms),
+        preserved=tuple(key for key in weights if key not in forms and (own_vae or not key.startswith(VAE))),
         counters=reading.counters(weights),
+        file_kind=reading.file_kind(weights),
         projection=projection_name(weights),
     )
     return Parts(denoiser, text_encoders, vae, source)
@@ -146,8 +154,8 @@ def _text_encoder(reader: Reader, prefix: str, keys: KeyMap, *, hidden_act: str,
 # --- Diffusers folders and the hub ------------------------------------------------------------------------------------
 
 
-def _load_folder(name: str) -> Parts:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+def _load_folder(name: str, *, own_vae: bool) -> Parts:
+    from diffusers import UNet2DConditionModel
 
     reading.require_model_name(name)
     with naming(name):
@@ -156,7 +164,10 @@ def _load_folder(name: str) -> Parts:
         denoiser = from_pretrained(UNet2DConditionModel, name, "unet", dtypes.get("unet"))
         if denoiser.config.addition_embed_type != "text_time":
             raise UserError("its U-Net is not told sizes, so this is no SDXL model")
-        vae = from_pretrained(AutoencoderKL, name, "vae")
+        problem = channels_problem(denoiser.config.in_channels)
+        if problem:
+            raise UserError(problem)
+        vae = reading.own_vae_of_folder(name) if own_vae else None
     return Parts(denoiser, text_encoders, vae, Source(name, name, is_file=False, part_dtypes=dtypes))
 
 

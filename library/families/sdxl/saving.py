@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from library.families.sdxl.keymap import text1_map, text2_map
 from library.families.sdxl.loading import Source, load_vae
 from library.families.shared.clip import public_state
+from library.families.shared.markers import V_PRED, ZTSNR, without_markers
 from library.families.shared.recognition import read_json
 from library.families.shared.unet import map_of_config
 from library.families.shared.vae import vae_map
@@ -51,19 +52,22 @@ def save_model(
         dtype: of every tensor of the model in a single file; None keeps what each had in the source. A Diffusers
             folder has the dtype of the models in memory, whatever this says: so do other trainers.
         metadata: goes into a .safetensors file; a .ckpt has only `ss_epoch` and `ss_steps`, added to its source's.
-        v_prediction, zero_terminal_snr: what a new Diffusers folder's scheduler is told.
+        v_prediction, zero_terminal_snr: what a single file is marked with, and a new Diffusers folder's scheduler told.
     Raises: UserError: an unknown format. OSError: it cannot be written.
     """
     source: Source = models.source
     vae = models.vae if models.vae is not None else load_vae(source.vae_name)[0]
+    markers = {V_PRED: v_prediction, ZTSNR: zero_terminal_snr}
+    markers = [marker for marker, is_true in markers.items() if is_true]
     write_model(
         path,
         source,
         save_as=save_as,
         dtype=dtype,
         metadata=metadata,
-        tensors=partial(file_tensors, models, vae, dtype),
+        tensors=lambda: file_tensors(models, vae, dtype) | _markers(markers),
         fill=partial(_fill_folder, models, vae, v_prediction, zero_terminal_snr),
+        copied=without_markers(source.preserved, markers),
     )
 
 
@@ -82,6 +86,13 @@ def file_tensors(models: Models, vae: nn.Module, dtype: torch.dtype | None) -> F
         folder_dtype = source.part_dtypes.get(part)
         tensors |= deferred_part(keys, state, forms=source.forms, folder_dtype=folder_dtype, dtype=dtype)
     return tensors
+
+
+def _markers(names: Iterable[str]) -> FileTensors:
+    """Empty tensors, by whose names user interfaces know how to sample the model."""
+    import torch
+
+    return {name: torch.zeros(0) for name in names}
 
 
 def _fill_folder(

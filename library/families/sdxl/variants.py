@@ -6,16 +6,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.checkpoints.reading import read_header
 from library.families.sdxl.keymap import PROJECTION, PROJECTION_LAYER, TE1, TE2
 from library.families.shared.recognition import (
     SDXL,
+    file_shapes,
+    missing_vae_folder,
     path_problem,
     pipeline_kind,
     read_json,
     recognise,
     vae_problem,
 )
+from library.families.shared.unet import CHANNELS, channels_problem, input_problem
+from library.families.shared.vae import missing_vae
 
 if TYPE_CHECKING:
     from library.options.base import Options
@@ -27,23 +30,34 @@ UNUSED_TEXT = ("logit_scale", "attn_mask", "position_ids")  # ends of names belo
 def check_paths(opts: Options) -> list[str]:
     """Every problem with the paths of model and VAE that can be seen without loading anything.
 
-    Reads only the headers of .safetensors files and the small JSON files of Diffusers folders.
+    Reads only the names in files and the small JSON files of Diffusers folders.
     """
-    flag, model, vae = "--pretrained_model_name_or_path", opts.model.pretrained_model_name_or_path, opts.model.vae
-    if not model:
-        return [f"{flag}: name a model: a file, a Diffusers folder or a hub id"]
-    problems = [path_problem(flag, model, _model_problem)]
+    vae = opts.model.vae
+    problems = _model_problems(opts, needs_vae=not vae)
     if vae:
         problems.append(path_problem("--vae", vae, lambda path: vae_problem(path, VAE_SOURCES)))
     return [problem for problem in problems if problem]
 
 
-def _model_problem(path: Path) -> str | None:
+def check_text_paths(opts: Options) -> list[str]:
+    """`check_paths` for texts alone: without a VAE."""
+    return [problem for problem in _model_problems(opts, needs_vae=False) if problem]
+
+
+def _model_problems(opts: Options, *, needs_vae: bool) -> list[str | None]:
+    flag, model = "--pretrained_model_name_or_path", opts.model.pretrained_model_name_or_path
+    if not model:
+        return [f"{flag}: name a model: a file, a Diffusers folder or a hub id"]
+    return [path_problem(flag, model, lambda path: _model_problem(path, needs_vae=needs_vae))]
+
+
+def _model_problem(path: Path, *, needs_vae: bool) -> str | None:
     if path.is_dir():
-        return folder_problem(path)
-    if path.suffix.lower() != ".safetensors":
-        return None  # a pickle says nothing before it is loaded
-    return file_problem(read_header(path)[1])
+        return folder_problem(path) or (missing_vae_folder(path) if needs_vae else None)
+    shapes = file_shapes(path)
+    if shapes is None:
+        return None
+    return file_problem(shapes) or input_problem(shapes) or (missing_vae(shapes) if needs_vae else None)
 
 
 def file_problem(keys: Iterable[str]) -> str | None:
@@ -68,10 +82,7 @@ def folder_problem(path: Path) -> str | None:
         return _mismatch("a Diffusers model with one text encoder")
     if not (path / "text_encoder").is_dir():
         return "this is an SDXL model with one text encoder (the refiner?); the base model, which has two, is needed"
-    channels = read_json(path / "unet" / "config.json").get("in_channels", 4)
-    if channels != 4:
-        return f"its U-Net takes {channels} channels (an inpainting model?); training those is not available yet"
-    return None
+    return channels_problem(read_json(path / "unet" / "config.json").get("in_channels", CHANNELS))
 
 
 def _mismatch(kind: str) -> str:

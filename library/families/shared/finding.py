@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from library.errors import UserError
+from library.families.sd.options import TRAITS
 from library.families.shared import hub
 from library.families.shared.reading import naming
 from library.families.shared.recognition import (
@@ -15,6 +16,7 @@ from library.families.shared.recognition import (
     SDXL,
     UNKNOWN,
     VAE_ONLY,
+    file_shapes,
     is_hub_id,
     pipeline_kind,
     read_json,
@@ -45,16 +47,29 @@ def kind_of(name: str) -> str:
 def family_of(name: str) -> str:
     """The family of a model's file, folder or hub id, by its name in `library.families`.
 
-    Raises: UserError: it is not there, or could be of several families, as a VAE by itself is.
+    A VAE by itself whose latents have 4 channels is one of Stable Diffusion 1.x and 2.x, as other trainers take it.
+
+    Raises: UserError: it is not there, or could be of several families, as a VAE with 16 channels is.
     """
     kind = kind_of(name)
     if kind in FAMILY_OF:
         return FAMILY_OF[kind]
     if kind == UNKNOWN and not Path(name).exists():
         raise UserError(f"{name}: the hub does not tell what kind of model this is; say it with --family")
+    if kind == VAE_ONLY and _latent_channels(Path(name)) == TRAITS.latent_channels:
+        return FAMILY_OF[SD1]  # what a VAE by itself has always meant
     if kind == VAE_ONLY:
         raise UserError(f"{name}: this is {kind}, which may belong to several families; say which one with --family")
     raise UserError(f"{name}: this is {kind}; give a whole model, or a VAE together with --family")
+
+
+def _latent_channels(path: Path) -> int | None:
+    """Of a VAE's file or folder; None where names do not tell it."""
+    if path.is_dir():
+        return read_json(path / "config.json").get("latent_channels", TRAITS.latent_channels)
+    shapes = file_shapes(path) or {}
+    shape = next((shape for key, shape in shapes.items() if key.endswith("decoder.conv_in.weight")), ())
+    return shape[1] if len(shape) > 1 else None
 
 
 def _kind_of_pickle(path: Path) -> str:

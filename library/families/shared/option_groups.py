@@ -26,7 +26,9 @@ class CommonOptions(OptionGroup, group="family", title="Model family"):
         at_least=1,
         off=0,
     )
-    max_token_length: Literal[75, 150, 225] | None = opt(None, "longest caption in tokens; 75 if not given", off=75)
+    max_token_length: Literal[75, 150, 225] | None = opt(
+        None, "longest caption in tokens; 75 if not given", off=75, synonyms={255: 225}
+    )
     weighted_captions: bool = opt(False, "follow weights such as (word:1.2) and [word] in captions")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
@@ -48,6 +50,9 @@ _DDPM_ONLY = {
 }
 
 
+_LOGIT_NORMAL = ("weighting_scheme=logit_normal",)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FlowOptions(CommonOptions):
     """What the rectified-flow families share: T5, and densities and weights of time."""
@@ -58,9 +63,11 @@ class FlowOptions(CommonOptions):
     weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"] = opt(
         "uniform", "which times are drawn more often (logit_normal, mode) or weigh more (sigma_sqrt, cosmap)"
     )
-    logit_mean: float = opt(0.0, "mean of --weighting_scheme logit_normal")
-    logit_std: float = opt(1.0, "standard deviation of --weighting_scheme logit_normal", above=0)
-    mode_scale: float = opt(1.29, "strength of --weighting_scheme mode")
+    logit_mean: float = opt(0.0, "mean of --weighting_scheme logit_normal", only_with=_LOGIT_NORMAL)
+    logit_std: float = opt(
+        1.0, "standard deviation of --weighting_scheme logit_normal", above=0, only_with=_LOGIT_NORMAL
+    )
+    mode_scale: float = opt(1.29, "strength of --weighting_scheme mode", only_with=("weighting_scheme=mode",))
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if opts.loss.loss_type in ("huber", "smooth_l1") and opts.loss.huber_schedule == "snr":
@@ -79,9 +86,6 @@ class FlowOptions(CommonOptions):
             for name in names:
                 if getattr(getattr(opts, group), name):
                     yield f"--{name}: no effect on {traits.label}"
-        for name, scheme in (("logit_mean", "logit_normal"), ("logit_std", "logit_normal"), ("mode_scale", "mode")):
-            if name in opts.explicit and self.weighting_scheme != scheme:
-                yield f"--{name}: no effect without --weighting_scheme {scheme}"
 
 
 def _trains_t5(method: OptionGroup) -> bool:

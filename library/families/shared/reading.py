@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from library.checkpoints.reading import SafetensorsFile, TorchFile, open_weights, read_header
+from library.checkpoints.reading import (
+    SafetensorsFile,
+    TorchFile,
+    file_format,
+    open_weights,
+    read_header,
+    read_layout,
+)
+from library.checkpoints.scaled import is_scale, multiplied, scale_of
 from library.errors import UserError
 from library.families.shared import hub
 from library.families.shared.building import build, freeze, outline
-from library.families.shared.recognition import is_hub_id, recognise, vae_kind_problem
-from library.families.shared.vae import VAE, VAE_PARTS, vae_config, vae_map, vae_shapes
+from library.families.shared.recognition import is_hub_id, missing_vae_folder, recognise, vae_kind_problem
+from library.families.shared.vae import NO_VAE, VAE, VAE_PARTS, missing_vae, vae_config, vae_map, vae_shapes
+from library.runtime.files import open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -37,13 +45,14 @@ class Source:
     preserved: tuple[str, ...] = ()  # keys of the file that the model does not use
     part_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of a Diffusers folder, by subfolder
     counters: dict[str, int] = field(default_factory=dict)  # epoch and global_step of a .ckpt
+    file_kind: str = "safetensors"  # of a file, "safetensors" or "ckpt"
 
     @property
     def save_as(self) -> str:
         """The output format that is the same kind as the source."""
         if not self.is_file:
             return "diffusers_safetensors" if self.part_dtypes else "diffusers"
-        return "safetensors" if self.name.lower().endswith(".safetensors") else "ckpt"
+        return self.file_kind
 
     def with_vae(self: S, name: str, forms: Mapping[str, Form]) -> S:
         """The same with the VAE from another place."""
@@ -66,6 +75,8 @@ def naming(path: Path | str) -> Iterator[None]:
 class Reader:
     """Takes tensors out of a file, onto torch's default device, and notes their forms.
 
+    Weights that have a scale of their own come multiplied by it; the scales, as part of their form, do not come.
+
     Args:
         dtype: what tensors become; None keeps each one's own, but for 8 bit floats, in which nothing can be computed:
             they become bfloat16.
@@ -83,17 +94,21 @@ class Reader:
         for key in keys:
             tensor = self.weights[key]
             self.forms[key] = (tensor.dtype, tuple(tensor.shape))
+            if is_scale(key):
+                continue
             is_fp8 = tensor.is_floating_point() and tensor.dtype.itemsize == 1
             dtype = self.dtype or (torch.bfloat16 if is_fp8 else tensor.dtype)
-            taken[key] = tensor.to(torch.get_default_device(), dtype)
+            device, scale = torch.get_default_device(), scale_of(key, self.weights)
+            if scale is not None:
+                self.forms[key] = (torch.bfloat16, tuple(tensor.shape))  # no 8 bits without scales hold the product
+                tensor = multiplied(key, tensor.to(device), self.weights[scale])
+            taken[key] = tensor.to(device, dtype)
         return taken
 
 
 def open_model(path: Path, *, mapped: bool = True) -> Weights:
     """`open_weights`; with `mapped` False a .safetensors file is read by ordinary reads instead of being mapped."""
-    if mapped or path.suffix.lower() != ".safetensors":
-        return open_weights(path)
-    return PlainFile(path)
+    return open_weights(path) if mapped or file_format(path) != "safetensors" else PlainFile(path)
 
 
 class PlainFile(SafetensorsFile):
@@ -101,13 +116,11 @@ class PlainFile(SafetensorsFile):
 
     def __init__(self, path: Path):
         self.path = path
-        self.metadata, header = read_header(path)
-        self.shapes = {key: shape for key, (_, shape) in header.items()}
-        self._words = {key: word for key, (word, _) in header.items()}
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length))
-        self._starts = {key: 8 + length + entries[key]["data_offsets"][0] for key in self.shapes}
+        parsed, start = read_layout(path)
+        self.metadata = parsed.metadata
+        self.shapes = {key: tensor.shape for key, tensor in parsed.tensors.items()}
+        self._words = {key: tensor.dtype for key, tensor in parsed.tensors.items()}
+        self._starts = {key: start + tensor.start for key, tensor in parsed.tensors.items()}
 
     def __getitem__(self, key: str) -> Tensor:
         import torch
@@ -115,11 +128,16 @@ class PlainFile(SafetensorsFile):
         if key not in self.shapes:
             raise KeyError(key)
         tensor = torch.empty(self.shapes[key], dtype=self.dtype(key), device="cpu")
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             file.seek(self._starts[key])
             if tensor.numel():
                 file.readinto(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
         return tensor
+
+
+def file_kind(weights: Weights) -> str:
+    """The `save_as` of an open file: "safetensors" or "ckpt"."""
+    return "safetensors" if isinstance(weights, SafetensorsFile) else "ckpt"
 
 
 def counters(weights: Weights) -> dict[str, int]:
@@ -212,6 +230,24 @@ def vae_origin(given: str | None, model: str | None, flag: str = "--vae") -> str
     return origin
 
 
+def own_vae_of_file(weights: Weights, scaling_factor: float) -> tuple[nn.Module, dict[str, Form]]:
+    """`vae_from_file` of a whole model's file. Raises: UserError: it brings no VAE, or a broken one."""
+    problem = missing_vae(weights)
+    if problem:
+        raise UserError(problem)
+    return vae_from_file(weights, scaling_factor)
+
+
+def own_vae_of_folder(name: str) -> nn.Module:
+    """The VAE of a Diffusers model's folder or hub id. Raises: UserError: it brings none, or it cannot be read."""
+    from diffusers import AutoencoderKL
+
+    problem = missing_vae_folder(Path(name)) if Path(name).is_dir() else None
+    if problem:
+        raise UserError(problem)
+    return from_pretrained(AutoencoderKL, name, "vae")
+
+
 def load_vae(
     name: str,
     *,
@@ -270,6 +306,8 @@ def vae_from_file(
     prefix = VAE if any(key.startswith(VAE) for key in weights) else ""
     reader = Reader(weights, torch.float32)
     used = [key for key in weights if key.startswith(tuple(prefix + part for part in VAE_PARTS))]
+    if not used:
+        raise UserError(NO_VAE)
     tensors = {key.removeprefix(prefix): tensor for key, tensor in reader.take(used).items()}
     forms = {VAE + key.removeprefix(prefix): form for key, form in reader.forms.items()}
     if any(key.startswith("encoder.down_blocks.") for key in tensors):

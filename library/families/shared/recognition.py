@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from library.checkpoints.reading import read_header
+from library.checkpoints.reading import read_names
 from library.errors import UserError
+from library.families.shared.vae import NO_VAE
+from library.runtime.documents import parse_json, read_text
 
 SD1, SD2, SDXL = "a Stable Diffusion 1.x model", "a Stable Diffusion 2.x model", "an SDXL model"
 SD3, FLUX = "a Stable Diffusion 3 model", "a FLUX model"
@@ -42,8 +44,15 @@ def recognise(keys: Iterable[str]) -> str:
 
 
 def recognise_file(path: Path) -> str | None:
-    """`recognise` for a file; None for a pickle, which says nothing before it is loaded. Raises: UserError: broken."""
-    return recognise(read_header(path)[1]) if path.suffix.lower() == ".safetensors" else None
+    """`recognise` for a file; None where only loading can tell. Raises: UserError: broken, or no weight file."""
+    names = read_names(path)
+    return None if names is None else recognise(names)
+
+
+def file_shapes(path: Path) -> dict[str, tuple[int, ...]] | None:
+    """The shapes of a file's tensors; None where only loading can tell. Raises: UserError: as `recognise_file`."""
+    names = read_names(path)
+    return None if names is None else {key: shape for key, (_, shape) in names.items()}
 
 
 def pipeline_kind(folder: Path) -> str | None:
@@ -81,6 +90,11 @@ def path_problem(flag: str, name: str, problem_of: Callable[[Path], str | None])
     return problem and f"{flag}: {name}: {problem}"
 
 
+def missing_vae_folder(folder: Path) -> str | None:
+    """What is wrong with a Diffusers model's folder that brings no VAE of its own; None when it has one."""
+    return None if (folder / "vae").is_dir() else NO_VAE
+
+
 def vae_problem(path: Path, kinds: tuple[str, ...]) -> str | None:
     """Why a file or folder cannot give a VAE; None when it can.
 
@@ -103,9 +117,9 @@ def vae_kind_problem(kind: str, kinds: tuple[str, ...]) -> str | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A small JSON file of a Diffusers folder. Raises: UserError: missing or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing from the Diffusers folder") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: missing from the Diffusers folder")
+    value = parse_json(read_text(path, "the file"), path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold one JSON object")
+    return value

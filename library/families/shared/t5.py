@@ -21,7 +21,6 @@ EMBEDDING = "shared.weight"
 COPY = "encoder.embed_tokens.weight"  # of the same tensor; files have one of the two, or both
 BLOCK = "encoder.block."
 LORA_LAYERS = ("layer.0.SelfAttention.", "layer.1.DenseReluDense.")  # of a block, whose linear layers adapt
-SCALED = ("scaled_fp8", "scale_weight", "weight_scale", "scale_input", "input_scale")  # ends of 8 bit files' names
 
 
 def t5_keys(keys: Iterable[str]) -> list[str]:
@@ -42,12 +41,6 @@ def t5_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
     Raises: UserError: a tensor is missing, or the weights are of another kind of T5.
     """
-    scaled = next((key for key in shapes if key.endswith(SCALED)), None)
-    if scaled:
-        raise UserError(
-            f"this T5 is in 8 bits with separate scales ({scaled}), which cannot be read",
-            hint="use the file without scales, in 16 bits or as plain fp8",
-        )
     if f"{BLOCK}0.layer.1.DenseReluDense.wi.weight" in shapes:
         raise UserError("this is an older T5 without gated layers; the encoder of T5 v1.1 is needed")
     try:

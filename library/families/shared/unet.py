@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+CHANNELS = 4  # of latents, and so of a U-Net's input and output
+# Models with further input channels, by their number.
+STRANGERS = {
+    5: "a depth-to-image model",
+    7: "an upscaler",
+    8: "an instruct-pix2pix model",
+    9: "an inpainting model",
+}
+
 UNET = "model.diffusion_model."  # before every name in a single file
 HEAD_WIDTH = 64  # shapes cannot tell; the real models' rule, except for the first ones
 TIME_WIDTH = 256  # of each of the numbers that a U-Net with an added embedding is told
@@ -77,6 +86,20 @@ def unet_rules(layers: int, attention: tuple[bool, ...], *, added: bool = False)
             file = f"output_blocks.{number}.{place}.conv.{{p}}"
             rules.append(Rename(file, f"up_blocks.{up}.upsamplers.0.conv.{{p}}"))
     return tuple(rules)
+
+
+def channels_problem(channels: int) -> str | None:
+    """What is wrong with a U-Net that takes so many channels; None for none."""
+    if channels == CHANNELS:
+        return None
+    what = f"this is {STRANGERS[channels]}: " if channels in STRANGERS else ""
+    return f"{what}its U-Net takes {channels} channels; only those that take {CHANNELS} can be trained here"
+
+
+def input_problem(shapes: Shapes) -> str | None:
+    """`channels_problem` of the U-Net in a single file, whose names have the file's prefix."""
+    shape = shapes.get(f"{UNET}input_blocks.0.0.weight", ())
+    return channels_problem(shape[1]) if len(shape) > 1 else None
 
 
 @cache  # it is asked about every single weight
@@ -148,8 +171,11 @@ def unet_shape(shapes: Shapes) -> UnetShape:
 
     Args:
         shapes: of the whole file, names as in the file.
-    Raises: UserError: the names are not those of such a U-Net, or it is an inpainting model.
+    Raises: UserError: the names are not those of such a U-Net, or it takes other channels than latents have.
     """
+    problem = input_problem(shapes)
+    if problem:
+        raise UserError(problem)
     try:
         return _unet_shape({key.removeprefix(UNET): shape for key, shape in shapes.items() if key.startswith(UNET)})
     except (KeyError, IndexError) as error:
@@ -173,8 +199,6 @@ def _unet_shape(shapes: Shapes) -> UnetShape:
             f"the U-Net's levels have {[len(level) for level in levels]} layers; equal numbers are expected"
         )
     in_channels = shapes["input_blocks.0.0.weight"][1]
-    if in_channels == 9:
-        raise UserError("this is an inpainting model (9 input channels); training those is not available yet")
     middle = "middle_block.1."
     depths = [_depth(shapes, f"input_blocks.{level[0]}.1.") or 1 for level in levels]
     if f"input_blocks.{levels[-1][0]}.1.proj_in.weight" not in shapes:

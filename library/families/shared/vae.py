@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.keymap import Conv1x1, Each, KeyMap, Rename, Rule
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 
 VAE = "first_stage_model."  # before every name in a single file of a whole model
+NO_VAE = "holds no VAE; give one with --vae"
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 RESNET = (
@@ -68,6 +69,11 @@ def vae_rules(levels: int) -> tuple[Rule, ...]:
         Rename("quant_conv.{p}", "quant_conv.{p}"),
         Rename("post_quant_conv.{p}", "post_quant_conv.{p}"),
     )
+
+
+def missing_vae(keys: Iterable[str]) -> str | None:
+    """What is wrong with a whole model's file that brings no VAE of its own; None when it has one."""
+    return None if any(key.startswith(VAE) for key in keys) else NO_VAE
 
 
 def vae_map(levels: int, prefix: str = VAE) -> KeyMap:

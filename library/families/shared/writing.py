@@ -14,6 +14,7 @@ from library.checkpoints.reading import open_weights
 from library.checkpoints.writing import Deferred, materialise, replacing_folder, write_safetensors, write_torch
 from library.errors import UserError
 from library.families.shared.clip import public_state
+from library.families.shared.recognition import read_json
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def save_scheduler(source: str, folder: Path, make: Callable[[], Any]) -> str:
         shutil.copyfile(own, folder / own.name)
     else:
         make().save_pretrained(folder)
-    return json.loads((folder / own.name).read_text(encoding="utf-8"))["_class_name"]
+    return str(read_json(folder / own.name).get("_class_name"))
 
 
 def write_model_index(folder: Path, pipeline: str, parts: Mapping[str, Any]) -> None:

@@ -1,0 +1,85 @@
+"""What a model says about how it was trained: marker tensors in checkpoints, the scheduler in Diffusers folders.
+
+Checkpoints that predict v hold an empty tensor `v_pred`, and `ztsnr` where their noise ends in pure noise; user
+interfaces look for them. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.checkpoints.reading import read_names
+from library.errors import UserError
+from library.families.shared.recognition import read_json
+from library.runtime.logs import LOGGER
+
+if TYPE_CHECKING:
+    from library.options.base import Options
+
+V_PRED, ZTSNR = "v_pred", "ztsnr"
+MARKERS = {V_PRED: "v_parameterization", ZTSNR: "zero_terminal_snr"}  # and the options that say the same
+EDM = ("edm_mean", "edm_vpred.sigma_max")  # of another noise schedule, which is not available
+EDM_FOUND = "edm"  # any of them
+
+
+def follow(opts: Options) -> Options:
+    """The options as the model's own markers complete them, which the log tells.
+
+    An option that is given stays as it is: then the log warns. Models that cannot be read say nothing here.
+    """
+    name = opts.model.pretrained_model_name_or_path
+    try:
+        found, where = _stated(Path(name or ""))
+    except (UserError, OSError):
+        return opts
+    if EDM_FOUND in found:
+        LOGGER.warning("%s: was trained with an EDM noise schedule, which is not available: trained without it", name)
+    silent = [marker for marker in MARKERS if marker in found and not _is_on(opts, marker)]
+    against = _against(opts, silent)
+    if against:
+        LOGGER.warning("%s: %s, but %s; it is trained as the options say", name, _words(found, where), against)
+    elif silent:
+        flags = " ".join(f"--{MARKERS[marker]}" for marker in silent)
+        LOGGER.info("%s: switched on, as %s: %s", flags, name, _words(found, where))
+        return opts.replaced(**{MARKERS[marker]: True for marker in silent})
+    return opts
+
+
+def _stated(path: Path) -> tuple[set[str], str]:
+    """The markers of a file or folder, and where it has them. Raises: UserError, OSError: it cannot be read."""
+    if path.is_dir():
+        config = path / "scheduler" / "scheduler_config.json"
+        told = read_json(config) if config.is_file() else {}
+        if told.get("prediction_type") != "v_prediction":
+            return set(), ""
+        return {V_PRED, ZTSNR} if told.get("rescale_betas_zero_snr") is True else {V_PRED}, "its scheduler says"
+    names = (read_names(path) or {}) if path.is_file() else {}
+    found = {marker for marker in MARKERS if marker in names}
+    return found | ({EDM_FOUND} if any(key in names for key in EDM) else set()), "its markers say"
+
+
+def _is_on(opts: Options, marker: str) -> bool:
+    group = opts.family if marker == V_PRED else opts.noise
+    return bool(getattr(group, MARKERS[marker]))
+
+
+def _against(opts: Options, silent: Collection[str]) -> str | None:
+    """What of the options speaks against what the model says."""
+    for marker in silent:
+        if MARKERS[marker] in opts.explicit:
+            return f"{MARKERS[marker]} is off in {opts.origin(MARKERS[marker])}"
+    if V_PRED in silent and opts.loss.v_pred_like_loss is not None:
+        return "--v_pred_like_loss is for models that predict noise"
+    return None
+
+
+def _words(found: Collection[str], where: str) -> str:
+    ending = ", with noise that ends in pure noise" if ZTSNR in found else ""
+    return f"{where} that it predicts v{ending}" if V_PRED in found else f"{where} that its noise ends in pure noise"
+
+
+def without_markers(keys: Iterable[str], true: Collection[str]) -> list[str]:
+    """The keys of a file without markers that are not `true` of the model any more."""
+    return [key for key in keys if key not in MARKERS or key in true]

@@ -1,0 +1,82 @@
+"""What the names in a network file tell: whose format it is, and which parts of a model it is for. No torch here."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from library.errors import UserError
+
+_LYCORIS = "--network_module=lycoris.kohya takes it in --network_weights"
+_CONVERT = "convert it to the kohya layout with the program that made it"
+# The first pattern that is found in any name decides: the format, and what can be done.
+FORMATS = (
+    (r"\.hada_w1_a$", "LoHa", _LYCORIS),
+    (r"\.lokr_w1(_a)?$", "LoKr", _LYCORIS),
+    (r"\.(oft_blocks|oft_diag|oft_R\.weight)$", "OFT", _LYCORIS),
+    (r"\.on_input$", "IA3", _LYCORIS),
+    (r"\.[ab]1\.weight$", "GLoRA", _LYCORIS),
+    (r"\.(diff|diff_b)$", "full weight differences", _LYCORIS),
+    (r"\.w_norm$", "LyCORIS with trained norms", _LYCORIS),
+    (r"\.lora_mid\.weight$", "LoCon in Tucker form", _LYCORIS),
+    (r"\.dora_scale$", "DoRA", _LYCORIS),
+    (r"^bundle_emb\.", "LoRA with embeddings inside", "write it without the embeddings"),
+    (r"\.processor\.\w*lora\d\.", "xlabs LoRA", _CONVERT),
+    (r"^lora_(transformer|prior)_|^lora_te\d*_(encoder|text_model)\S*\.lora_[AB]\.", "OneTrainer LoRA", _CONVERT),
+    (r"\.processor\.to_\w+_lora\.", "Diffusers LoRA of the first kind (attention processors)", _CONVERT),
+    (r"^(model\.)?diffusion_model\..*lora", "LoRA with ComfyUI's names (diffusion_model.*)", _CONVERT),
+    (r"^(transformer|unet|text_encoder(_\d)?)\..*lora", "Diffusers/PEFT LoRA (ai-toolkit writes it too)", _CONVERT),
+    (r"^base_model\.model\.", "PEFT LoRA", _CONVERT),
+    (r"_blocks\.\d+\..*\.lora_[AB]\.", "LoRA with FLUX's own names (Black Forest Labs)", _CONVERT),
+    (r"^(emb_params|clip_[lg]|string_to_param.*)$", "a Textual Inversion embedding", "give a network file"),
+    (r"^model\.diffusion_model\.", "a whole model", "give a network file"),
+)
+# Layer names of the kohya layout begin so; what stands behind the prefix is the layer.
+_PART = re.compile(r"(?:lora|oft|lycoris)_(?P<part>unet|transformer|prior|te\d*)(?=_)")
+
+
+def foreign_format(names: Iterable[str]) -> tuple[str, str] | None:
+    """The format of a file with these tensor names, and what to do with it; None for none that is known here."""
+    text = "\n".join(names)
+    found = (entry for entry in FORMATS if re.search(entry[0], text, re.MULTILINE))
+    return next(((name, advice) for _, name, advice in found), None)
+
+
+def named_format(names: Iterable[str]) -> str:
+    """A sentence, after a space, that names the format of a file of which nothing fits; empty where it is not known."""
+    found = foreign_format(names)
+    return f" Its names are those of {found[0]}: {found[1]}." if found else ""
+
+
+def require_places(path: Path, layers: Iterable[str], known: Collection[str]) -> None:
+    """Refuses a file of which a whole part, the denoiser or a text encoder, has no layer in this model.
+
+    Files of which nothing at all fits are left to their readers, which say more about those.
+
+    Args:
+        layers: names of the file's layers.
+        known: all names that layers of this model have in files.
+    Raises: UserError.
+    """
+    layers = list(layers)
+    parts = {layer: match[0] if (match := _PART.match(layer)) else "" for layer in layers}
+    sizes, fitting = Counter(parts.values()), {parts[layer] for layer in layers if layer in known}
+    lost = [part for part in sizes if part and part not in fitting]
+    if not lost or not fitting:
+        return
+    foreign = foreign_format(lost_name for lost_name in layers if parts[lost_name] in lost)
+    hint = f"; they have the names of {foreign[0]}: {foreign[1]}" if foreign else ""
+    raise UserError(
+        *(
+            f"{path}: its {sizes[part]} layers {part}_* ({_title(part)}) find no place in this model, only "
+            f"{sum(sizes.values()) - sum(sizes[other] for other in lost)} of {len(layers)} layers could be used; give "
+            f"a file that was made for this kind of model{hint}"
+            for part in lost
+        )
+    )
+
+
+def _title(prefix: str) -> str:
+    return "a text encoder" if "_te" in prefix else "the denoiser"

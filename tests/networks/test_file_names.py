@@ -1,0 +1,100 @@
+"""Formats of network files that others wrote are named, and no file is used of which a whole part would be lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from library.errors import UserError
+from library.types import LoraTarget
+from networks import lora_files, third_party
+from networks.file_names import require_places
+
+LINEAR = "double_blocks_0_img_attn_qkv"
+FOREIGN = {
+    f"transformer.{LINEAR}.attn.to_q.lora_A.weight": "Diffusers/PEFT LoRA (ai-toolkit",
+    "unet.down_blocks.1.attentions.0.to_q.lora_A.weight": "Diffusers/PEFT LoRA",
+    "unet.down_blocks.1.attentions.0.to_q.lora.down.weight": "Diffusers/PEFT LoRA",
+    "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight": "Diffusers/PEFT",
+    "base_model.model.double_blocks.0.img_attn.qkv.lora_A.weight": "PEFT LoRA",
+    "down_blocks.0.attentions.0.attn1.processor.to_q_lora.down.weight": "Diffusers LoRA of the first kind",
+    "double_blocks.0.processor.qkv_lora1.down.weight": "xlabs LoRA",
+    "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": "LoRA with ComfyUI's names (diffusion_model.*)",
+    "diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight": "LoRA with ComfyUI's names (diffusion_model.*)",
+    "double_blocks.0.img_attn.qkv.lora_A.weight": "LoRA with FLUX's own names",
+    "lora_unet_x.hada_w1_a": "LoHa, which is not available here yet; --network_module=lycoris.kohya",
+    "lora_unet_x.lokr_w1": "LoKr",
+    "lora_unet_x.lokr_w1_a": "LoKr",
+    "lora_unet_x.oft_blocks": "OFT",
+    "oft_unet_x.oft_diag": "OFT",
+    "lora_unet_x.on_input": "IA3",
+    "lora_unet_x.a1.weight": "GLoRA",
+    "lora_unet_x.diff": "full weight differences",
+    "lora_unet_x.lora_mid.weight": "LoCon in Tucker form",
+    "lora_unet_x.dora_scale": "DoRA",
+    "bundle_emb.word.string_to_param.*": "LoRA with embeddings inside",
+    "emb_params": "a Textual Inversion embedding",
+    "model.diffusion_model.out.2.weight": "a whole model",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_other_formats_are_named(tmp_path, name):
+    save_file({name: torch.zeros(2, 2)}, tmp_path / "0a1b2c")
+    with pytest.raises(UserError, match=r"0a1b2c: holds .*which is not LoRA of this kind") as caught:
+        lora_files.read(tmp_path / "0a1b2c")
+    assert f": this is {FOREIGN[name]}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_content_is_shown(tmp_path):
+    save_file({"something.else": torch.zeros(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"holds something\.else, which is not LoRA of this kind") as caught:
+        lora_files.read(tmp_path / "a.safetensors")
+    assert "this is" not in str(caught.value)
+
+
+def test_a_third_party_file_of_another_format_is_named(tmp_path):
+    save_file({"diffusion_model.a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "a.safetensors")
+    error = third_party._nothing_fits(third_party.read(tmp_path / "a.safetensors"), {})
+    assert "Its names are those of LoRA with ComfyUI's names (diffusion_model.*)" in str(error)
+
+
+KNOWN = {"lora_unet_a", "lora_unet_b", "lora_te1_a", "lora_te2_a"}
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        ["lora_unet_a", "lora_unet_c"],
+        ["lora_unet_a", "lora_te1_a", "lora_te1_z"],
+        ["lora_unet_z", "lora_te1_z"],  # nothing at all: the reader says so
+        ["lora_unet_a", "something"],
+    ],
+)
+def test_files_that_fit_in_every_part_go_on(tmp_path, layers):
+    require_places(tmp_path / "a", layers, KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("layers", "messages"),
+    [
+        (["lora_te1_a", "lora_unet_y", "lora_unet_z"], [r"its 2 layers lora_unet_\* \(the denoiser\) find no place"]),
+        (["lora_unet_a", "lora_te3_x"], [r"its 1 layers lora_te3_\* \(a text encoder\) find no place"]),
+        (["lora_unet_a", "lora_te_x"], [r"its 1 layers lora_te_\*"]),
+        (["lora_te1_a", "lora_unet_y", "lora_te3_z"], [r"lora_unet_\*", r"lora_te3_\*"]),
+        (["lora_te1_a"] + [f"lora_transformer_{i}" for i in range(40)], ["its 40 layers .*names of OneTrainer LoRA"]),
+    ],
+)
+def test_a_whole_part_without_a_place_is_an_error(tmp_path, layers, messages):
+    with pytest.raises(UserError, match=messages[0]) as caught:
+        require_places(tmp_path / "a", layers, KNOWN)
+    assert len(caught.value.problems) == len(messages)
+
+
+def test_files_without_anything_that_fits_name_their_format(tmp_path):
+    key = "lora_transformer_single_transformer_blocks_0_attn_to_q"
+    save_file({f"{key}.lora_{side}.weight": torch.zeros(2, 2) for side in ("down", "up")}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"none of its 1 layers fits .* Its names are those of OneTrainer LoRA"):
+        lora_files.read(tmp_path / "a.safetensors").matching([LoraTarget("lora_unet_a", "denoiser", ("a",))])
