@@ -238,7 +238,7 @@ def test_the_first_command_on_a_bare_machine(tmp_path, wheels):
         "PIP_NO_INDEX": "1",
         "PIP_FIND_LINKS": str(wheels),
         "PIP_CONFIG_FILE": os.devnull,
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": "1",
         "WORK": str(tmp_path / "layers"),
         "HIDDEN_FROM": "/usr" if prefix.startswith("/usr") else f"/usr {prefix}",
         "HIDDEN": ensurepip,
