@@ -1,4 +1,4 @@
-"""From a bare machine to a trained LoRA and a picture of what it learned. Needs Python 3.10 to 3.13 and nothing else.
+"""From a bare machine to a trained LoRA and an image of what it learned. Needs Python 3.10 to 3.14 and nothing else.
 
 python quickstart.py          # makes .venv, installs, trains, writes demo_out/before_after.png
 python quickstart.py --test   # makes .venv if needed, installs, runs the test suite
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 MODEL = "examples/tiny_model/tiny-sd.safetensors"
 OUT = "demo_out"
 STEPS = 500
@@ -33,7 +36,6 @@ TRAIN = [
     "--enable_bucket",
     "--min_bucket_reso=64",
     "--train_batch_size=4",
-    f"--max_train_steps={STEPS}",
     "--network_module=networks.lora",
     "--network_dim=16",
     "--network_alpha=16",
@@ -46,10 +48,14 @@ TRAIN = [
     "--sample_prompts=examples/concept/prompts.txt",
     "--sample_sampler=ddim",
     "--sample_at_first",
-    f"--sample_every_n_steps={STEPS}",
     f"--logging_dir={OUT}/logs",
     "--console_log_simple",
 ]
+
+
+def training(steps: int = STEPS) -> list[str]:
+    """The demo's training, as arguments of Python."""
+    return [*TRAIN, f"--max_train_steps={steps}", f"--sample_every_n_steps={steps}"]
 
 
 def say(text: str) -> None:
@@ -63,44 +69,118 @@ def run(arguments: list[str]) -> None:
         raise SystemExit(status)
 
 
-def install(requirements: str) -> None:
-    """Makes .venv and installs `requirements`, unless exactly that has been done before."""
-    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
-        found = f"{sys.version_info[0]}.{sys.version_info[1]}"
-        raise SystemExit(f"error: this is Python {found}; start quickstart.py with Python 3.10, 3.11, 3.12 or 3.13")
-    wanted = b"".join((ROOT / name).read_bytes() for name in sorted({"requirements.txt", requirements}))
-    stamp = VENV / f"installed-{requirements}"
-    fingerprint = hashlib.sha256(wanted + sys.version.encode()).hexdigest()
-    if stamp.exists() and stamp.read_text() == fingerprint and PYTHON.exists():
+def tried(*command: str) -> str | None:
+    """What a command of the environment's Python prints; None where it fails."""
+    try:
+        done = subprocess.run([str(PYTHON), *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def fault_of_environment() -> str | None:
+    """What is wrong with .venv; None: it is whole."""
+    probe = tried("-c", "import sys; print(*sys.version_info[:2], sep='.'); print(sys.prefix)")
+    if probe is None:
+        return "its Python does not run"
+    version, prefix = probe.splitlines()
+    if Path(prefix).resolve() != VENV.resolve():
+        return "it is no environment of its own"
+    if version not in PYTHONS:
+        return f"it has Python {version}"
+    notes = (VENV / "pyvenv.cfg").read_text() if (VENV / "pyvenv.cfg").is_file() else ""
+    made_by = re.search(r"^version(?:_info)? *= *(\d+\.\d+)", notes, flags=re.MULTILINE)
+    if made_by and made_by[1] != version:  # the system's Python has been exchanged, and finds none of the packages
+        return f"it was made by Python {made_by[1]}, which is {version} now"
+    if tried("-m", "pip", "--version") is None and tried("-m", "ensurepip") is None:
+        return "it has no pip"
+    return None
+
+
+def make_environment() -> None:
+    """Makes .venv unless a whole one is there. What an interrupted start has left is no obstacle to the next one."""
+    there = VENV.is_symlink() or VENV.exists()
+    fault = fault_of_environment() if there else None
+    if there and fault is None:
         return
-    if not PYTHON.exists():
-        say("making .venv")
-        venv.create(VENV, with_pip=True)
-    say(f"installing {requirements} (a few minutes and some GB the first time)")
-    run(["-m", "pip", "install", "--disable-pip-version-check", "--quiet", "-r", requirements])
-    stamp.write_text(fingerprint)
+    found = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    if found not in PYTHONS:
+        raise SystemExit(f"error: this is Python {found}; start quickstart.py with one of Python {', '.join(PYTHONS)}")
+    has_ensurepip = importlib.util.find_spec("ensurepip") is not None
+    if not has_ensurepip and importlib.util.find_spec("pip") is None:
+        raise SystemExit(
+            "error: this Python has neither pip nor ensurepip, which makes environments with pip; "
+            f"on Debian and Ubuntu run: sudo apt install python{found}-venv"
+        )
+    say(f".venv cannot be used, as {fault}; making it anew" if there else "making .venv")
+    if there and not VENV.is_dir():
+        VENV.unlink()
+    venv.create(VENV, clear=True, with_pip=has_ensurepip)
+    if not has_ensurepip:
+        pip = [sys.executable, "-m", "pip", "--python", str(PYTHON), "install", "--quiet", "pip"]
+        if subprocess.run(pip, check=False).returncode:
+            raise SystemExit(f"error: no pip in .venv; on Debian and Ubuntu run: sudo apt install python{found}-venv")
 
 
-def report_gpu() -> None:
-    """Where there is an NVIDIA GPU that the installed torch can't use, says how to change that."""
+def install(requirements: str) -> None:
+    """Makes .venv and installs `requirements`, unless exactly that has been done before; then sees that it works."""
+    make_environment()
+    files = [*ROOT.glob("requirements*.txt"), *(ROOT / "requirements").glob("*.txt")]
+    wanted = b"".join(file.read_bytes() for file in sorted(files))
+    stamp = VENV / f"installed-{Path(requirements).stem}"
+    fingerprint = hashlib.sha256(wanted).hexdigest()
+    if not stamp.exists() or stamp.read_text() != fingerprint:
+        say(f"installing {requirements} (a few minutes and some GB the first time)")
+        run(["-m", "pip", "install", "--disable-pip-version-check", "-r", requirements])
+        stamp.write_text(fingerprint)
+    mend_opencv()
+
+
+def mend_opencv() -> None:
+    """Exchanges an OpenCV that lacks libraries of a desktop for the build that needs none, of the same version."""
+    probe = "try: import cv2\nexcept ImportError as error: print(error)"
+    reason = tried("-c", probe)
+    if reason == "":
+        return
+    version = tried("-c", "from importlib.metadata import version; print(version('opencv-python'))")
+    if version is None:
+        raise SystemExit(f"error: OpenCV cannot be imported ({reason}), and it is not the package opencv-python")
+    say(f"OpenCV cannot be imported here ({reason});")
+    say(f"putting opencv-python-headless {version} in its place, which needs no libraries of a desktop")
+    run(["-m", "pip", "uninstall", "--yes", "--quiet", "opencv-python"])
+    headless = f"opencv-python-headless=={version}"
+    run(["-m", "pip", "install", "--disable-pip-version-check", "--force-reinstall", "--no-deps", headless])
+    reason = tried("-c", probe)
+    if reason != "":
+        raise SystemExit(f"error: OpenCV cannot be imported still ({reason})")
+
+
+def look_for_gpu() -> None:
+    """Where there is an NVIDIA GPU: installs the xformers for this torch, or says how to get a torch for the GPU."""
     if shutil.which("nvidia-smi") is None:
         return
-    probe = [str(PYTHON), "-c", "import torch; print(torch.cuda.is_available())"]
-    if subprocess.run(probe, capture_output=True, text=True, check=False).stdout.strip() != "True":
+    if tried("-c", "import torch; print(torch.cuda.is_available())") != "True":
         say("there is an NVIDIA GPU, but this torch was built without CUDA (pip installs that on Windows)")
         say("for the CUDA build, take the command for your system from https://pytorch.org/get-started/locally/")
         say(f"and run it with {PYTHON} -m pip; torch must stay below 2.14 and torchvision is not needed")
+        return
+    build = tried("-c", "import torch; print(torch.__version__, torch.version.cuda)") or ""
+    stamp = VENV / "tried-xformers"
+    if not stamp.exists() or stamp.read_text() != build:  # once for each torch
+        run(["tools/install_xformers.py"])
+        stamp.write_text(build)
 
 
-def demo() -> None:
-    install("requirements.txt")
-    report_gpu()
+def demo(steps: int) -> None:
+    install("requirements/core.txt")
+    look_for_gpu()
     out = ROOT / OUT
-    shutil.rmtree(out / "sample", ignore_errors=True)  # pictures of an earlier demo
-    shown = " \\\n    ".join(["python", *TRAIN])
+    shutil.rmtree(out / "sample", ignore_errors=True)  # images of an earlier demo
+    command = training(steps)
+    shown = " \\\n    ".join(["python", *command])
     say(f"training a LoRA of the concept in examples/concept on {MODEL}:\n\n  {shown}\n")
     start = time.time()
-    run(TRAIN)
+    run(command)
     say(f"trained in {time.time() - start:.0f} s")
     run(["examples/before_after.py", f"{OUT}/sample", "examples/concept", f"{OUT}/before_after.png"])
     say(f"look at {out / 'before_after.png'}: the same prompts and seeds without and with the LoRA")
@@ -115,15 +195,20 @@ def test(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--test", action="store_true", help="run the test suite; what follows goes to pytest")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"of the demo's training, at least 10; {STEPS} if not given"
+    )
     args, rest = parser.parse_known_args()
     if rest and not args.test:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     if args.test:
         test(rest)
     else:
-        demo()
+        demo(args.steps)
 
 
 if __name__ == "__main__":

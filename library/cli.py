@@ -166,6 +166,7 @@ def checked(opts: Options, family_name: str, method_name: str, traits: FamilyTra
     Raises: UserError: everything that is wrong with the options, and with the files as far as names and headers tell.
     """
     from library.data.blueprint import build_specs
+    from library.data.opencv import opencv
     from library.options import validation
     from library.options.logging import absolute_paths
     from library.options.optimizer import default_rate
@@ -175,7 +176,7 @@ def checked(opts: Options, family_name: str, method_name: str, traits: FamilyTra
     if not problems:  # the options make sense: now the files that they name
         problems += registry.method_problems(method_name, opts, traits)
         problems += registry.path_problems(family_name, opts)
-        for look in (lambda: specs.extend(build_specs(opts, traits)), lambda: joining.seed_of_state(opts)):
+        for look in (lambda: specs.extend(build_specs(opts, traits)), lambda: joining.seed_of_state(opts), opencv):
             try:
                 look()
             except UserError as error:

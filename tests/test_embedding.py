@@ -98,7 +98,7 @@ def test_mistakes_end_as_those_of_a_script(parser, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         read_config_from_file(parser.parse_args([f"--config_file={tmp_path / 'none.toml'}"]), parser)
     assert ended.value.code == 2
-    assert "--config_file: cannot read" in capsys.readouterr().err
+    assert "--config_file: there is no file" in capsys.readouterr().err
 
 
 def test_options_are_added_to_any_parser():

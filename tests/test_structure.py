@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from library.runtime.packages import EXTRAS, THIRD_PARTIES
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Contracts first: what all others may import. Then upwards; a package imports from levels below its own.
@@ -51,7 +53,7 @@ ORIGINAL_KEYS = re.compile(
 )
 MAY_KNOW_ORIGINAL_KEYS = ("library/families/", "library/checkpoints/")
 
-OPTIONAL = {"pillow_jxl"}  # used where the user has it, missed by nobody
+OPTIONAL = {"pillow_jxl", "pip"}  # used where the user has it, missed by nobody
 DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python"}  # where the package is not called as its module
 
 
@@ -280,11 +282,8 @@ def test_base_classes_stay_small(package, name):
 
 
 def required_packages() -> list[str]:
-    lines = [
-        line
-        for file in ("requirements.txt", "requirements-dev.txt")
-        for line in (ROOT / file).read_text(encoding="utf-8").splitlines()
-    ]
+    files = [ROOT / "requirements.txt", ROOT / "requirements-dev.txt", *(ROOT / "requirements").glob("*.txt")]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     return [re.match(r"[A-Za-z0-9_.-]+", line)[0] for line in lines if line and not line.startswith(("#", "-r"))]
 
 
@@ -297,6 +296,14 @@ def test_every_requirement_is_explained():
     explained = explained_packages()
     assert sorted(explained) == sorted(required_packages())
     assert all(len(reason) > 10 for reason in explained.values())
+
+
+def test_what_is_missing_is_in_the_file_that_messages_name():
+    for module, extra in EXTRAS.items():
+        text = (ROOT / "requirements" / f"{extra}.txt").read_text(encoding="utf-8")
+        assert re.search(rf"^{module.replace('_', '-')}\b", text, flags=re.MULTILINE), module
+    for package in THIRD_PARTIES.values():
+        assert package in required_packages()  # the tests have them
 
 
 def test_everything_imported_is_required():

@@ -11,18 +11,18 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from random import Random
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from library.data.folders import register_jpeg_xl
+from library.data.opencv import opencv
 from library.data.png_metadata import without_texts
 from library.runtime.files import open_regular
 from library.runtime.logs import LOGGER
@@ -417,15 +417,6 @@ def _colour_grid() -> NDArray[np.uint8]:
 # ---- geometry
 
 
-@cache
-def _opencv() -> ModuleType:
-    import cv2
-
-    # Its thread pool does not survive a fork, and in many data workers at once it only fights over the cores.
-    cv2.setNumThreads(0)
-    return cv2
-
-
 def resize(image: NDArray[np.uint8], to: Size, interpolation: str | None = None) -> NDArray[np.uint8]:
     """(H, W, 3) or (H, W) to (to.height, to.width, ...).
 
@@ -439,7 +430,7 @@ def resize(image: NDArray[np.uint8], to: Size, interpolation: str | None = None)
         interpolation = "area" if _fits_into(to, image) else "lanczos"
     if interpolation in _PILLOW:
         return np.asarray(Image.fromarray(image).resize(to, _PILLOW[interpolation]))
-    cv2 = _opencv()
+    cv2 = opencv()
     flags = {
         "nearest": cv2.INTER_NEAREST,
         "bilinear": cv2.INTER_LINEAR,
@@ -530,7 +521,7 @@ def vary_colours(image: NDArray[np.uint8], rng: Random) -> NDArray[np.uint8]:
     if rng.random() >= 1 / 3:
         return image
     if rng.random() < 0.5:
-        cv2 = _opencv()
+        cv2 = opencv()
         hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)  # 8-bit hue counts 0..179, two degrees each
         hsv[..., 0] = (hsv[..., 0].astype(np.int16) + rng.randint(-8, 8)) % 180
         return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import UserError
 from library.inference.prompts import SAMPLERS
 from library.objectives import ddpm
+from library.runtime.packages import remedy
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,7 @@ def make_scheduler(
     assert prediction_type in ("epsilon", "v_prediction"), prediction_type
     plain_name = name.removeprefix("k_")
     if plain_name == "lms" and importlib.util.find_spec("scipy") is None:
-        raise UserError(f"--sample_sampler {name} needs the package scipy: install it, or choose another sampler")
+        raise UserError(f"--sample_sampler {name} needs the package scipy; {remedy('scipy')}")
     class_name, settings = _SCHEDULERS[plain_name]
     settings = {
         **settings,

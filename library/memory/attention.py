@@ -45,4 +45,5 @@ def set_attention(denoiser: nn.Module, options: MemoryOptions) -> str:
             denoiser.enable_xformers_memory_efficient_attention()
             return "xformers"
         LOGGER.warning("--xformers: no xformers kernels work on this machine; torch's sdpa is used instead")
+        LOGGER.info("python tools/install_xformers.py installs the xformers for this torch, if there is one")
     return "sdpa"

@@ -15,6 +15,7 @@ from library.errors import UserError
 from library.options.base import COMMAND_LINE, OptionGroup, Options, opt, options_of
 from library.options.nearest import did_you_mean
 from library.runtime.documents import read_toml
+from library.runtime.packages import remedy
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
@@ -63,7 +64,7 @@ class LoggingOptions(ConsoleOptions, group="logging", title="Messages and logs")
         if "tensorboard" in self.trackers and not self.logging_dir:
             yield f"--log_with: {self.log_with} needs --logging_dir, the folder to write to"
         if "wandb" in self.trackers and not _wandb_is_installed():
-            yield f"--log_with: {self.log_with} needs the package wandb; install it with: pip install wandb"
+            yield f"--log_with: {self.log_with} needs the package wandb, which is not installed; {remedy('wandb')}"
         elif self.log_tracker_config and os.path.isfile(self.log_tracker_config):
             try:
                 read_tracker_config(self.log_tracker_config, self.trackers)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from library.options import sharding
 from library.options.base import OptionGroup, Options, opt
 from library.options.optimizer import is_schedule_free, optimizer_name
+from library.runtime.packages import remedy
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
@@ -77,7 +78,7 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
         if self.quantize_base not in (None, "fp8"):
             lack = _lack_of_bitsandbytes()
             if lack:
-                yield f"--quantize_base: {self.quantize_base} {lack}; run: pip install -U bitsandbytes; or choose fp8"
+                yield f"--quantize_base: {self.quantize_base} {lack}; {remedy('bitsandbytes')}; or choose fp8"
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         used, *others = self.attention or ("sdpa",)

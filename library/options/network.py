@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from library.options.base import OptionGroup, Options, opt
 from library.options.optimizer import not_pairs, repeated
+from library.runtime.packages import remedy
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
@@ -70,7 +71,8 @@ class NetworkOptions(OptionGroup, group="method", title="Network"):
         elif name in _OURS and not find_module(name):
             yield f"--network_module: not available yet ({name})"
         elif not find_module(name):
-            yield f"--network_module: there is no module {name!r}; check the name, or install its package"
+            what_to_do = remedy(name.split(".")[0]) or "check the name, or install its package"
+            yield f"--network_module: there is no module {name!r}; {what_to_do}"
 
     def text_rates(self, count: int) -> list[float | None]:
         """Learning rates of `count` text encoders: those without one take the last; surplus ones have no effect.

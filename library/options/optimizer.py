@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import UserError
 from library.options.base import OptionGroup, Options, opt
 from library.options.nearest import did_you_mean
+from library.runtime.packages import remedy
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
@@ -66,8 +67,6 @@ UNUSABLE_SCHEDULES = ("ChainedScheduler", "LambdaLR", "MultiplicativeLR", "Seque
 _FLOORS = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
 _CYCLIC = tuple(f"lr_scheduler={name}" for name in ("cosine_with_restarts", *_FLOORS))
 _WITHOUT_ARGS = ("constant", "constant_with_warmup")
-# import name -> name for pip, where they differ
-_PACKAGES = {"lion_pytorch": "lion-pytorch", "prodigyplus": "prodigy-plus-schedule-free"}
 _RULES = re.compile(r"(-?[\d.]+(e-?\d+)?:\d+,)*-?[\d.]+(e-?\d+)?", re.IGNORECASE)
 
 
@@ -157,10 +156,8 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
             near = did_you_mean(name, (*OPTIMIZERS, *TORCH_OPTIMIZERS))
             yield f"--optimizer_type: unknown optimizer {name!r}; names of torch.optim are case-sensitive{near}"
         elif not _installed(package):
-            wanted = _PACKAGES.get(package, package)
-            known = package in _PACKAGES or path in _PATHS.values()  # a guessed name is nothing to install
-            remedy = f"pip install {wanted}" if known else "check the path, or install what it comes from"
-            yield f"--optimizer_type: {name} needs the package {wanted}, which is not installed; {remedy}"
+            what_to_do = remedy(package) or "check the path, or install what it comes from"
+            yield f"--optimizer_type: {name} needs the package {package}, which is not installed; {what_to_do}"
 
     def _check_no_schedule(self) -> Iterator[str]:
         why = f"{optimizer_name(self)} needs no schedule and no warm-up"

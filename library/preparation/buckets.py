@@ -57,8 +57,10 @@ def prepare(opts: Options) -> Outcome:
     """
     from library.data.index import FileIndex
     from library.data.metadata_files import read_metadata
+    from library.data.opencv import opencv
     from library.runtime.places import cache_folder
 
+    opencv()
     options, outcome = opts.bucketing, Outcome()
     out = Path(options.out_json)
     if is_first():

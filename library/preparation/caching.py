@@ -102,10 +102,12 @@ def cache_latents(opts: Options) -> Outcome:
     from library import encoding
     from library.caching import latents
     from library.checkpoints.hashes import weights_fingerprint
+    from library.data.opencv import opencv
     from library.data.reading import read_data
     from library.runtime.processes import Processes
     from library.training import placement
 
+    opencv()
     family = _family(opts)
     # Texts and training do not matter here, so neither does what speaks against caching texts.
     opts = _of_family(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.data import images
+from library.data.opencv import opencv
 from library.errors import UserError
 from library.options.base import Options
 from library.options.picture_tools import CannyOptions
@@ -24,6 +25,7 @@ GROUPS = (CannyOptions, WorkOptions)
 
 def draw_edges(opts: Options) -> Outcome:
     """Writes the edges of --input, a picture or every picture of a folder, to --output."""
+    opencv()
     source, target = Path(opts.canny.input), Path(opts.canny.output)
     outcome = Outcome()
     if source.is_dir():
@@ -52,9 +54,7 @@ def draw_edges(opts: Options) -> Outcome:
 
 def canny(pixels: NDArray[np.uint8], low: int, high: int) -> NDArray[np.uint8]:
     """RGB (H, W, 3) to edges (H, W), 255 on 0, by the two thresholds of Canny's method."""
-    import cv2
-
-    return cv2.Canny(pixels, low, high)
+    return opencv().Canny(pixels, low, high)
 
 
 def _result_file(source: Path, target: Path) -> Path:

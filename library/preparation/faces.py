@@ -12,6 +12,7 @@ import numpy as np
 
 from library.data import images
 from library.data.images import Cut, FaceBox
+from library.data.opencv import opencv
 from library.errors import UserError
 from library.options.base import Options
 from library.options.picture_tools import FaceOptions
@@ -51,6 +52,7 @@ class Framing(NamedTuple):
 
 def cut_faces(opts: Options) -> Outcome:
     """Writes the pictures of --src_dir, or the parts around their faces, to --dst_dir."""
+    opencv()
     given = opts.faces
     source, target = Path(given.src_dir), Path(given.dst_dir)
     pictures = find_pictures(source, recursive=False)
@@ -216,17 +218,15 @@ def _result(pixels: NDArray[np.uint8], face: Face, given: FaceOptions) -> tuple[
 
 
 def _turned(pixels: NDArray[np.uint8], matrix: NDArray[np.float64]) -> NDArray[np.uint8]:
-    import cv2
-
     height, width = pixels.shape[:2]
     if max(height, width) > _LONGEST_TURNED:
         raise ValueError(f"{width}x{height} is too long for --rotate, which takes {_LONGEST_TURNED} pixels at most")
+    cv2 = opencv()
     return cv2.warpAffine(pixels, matrix, (width, height), flags=cv2.INTER_LANCZOS4, borderMode=cv2.BORDER_REPLICATE)
 
 
 def _with_marks(pixels: NDArray[np.uint8], face: FaceBox, eyes: list[tuple[int, int]]) -> NDArray[np.uint8]:
-    import cv2
-
+    cv2 = opencv()
     marked = np.ascontiguousarray(pixels).copy()
     line = max(1, min(marked.shape[:2]) // 200)
     start = (face.x - face.width // 2, face.y - face.height // 2)

@@ -11,6 +11,7 @@ from typing import Any
 from library.checkpoints.reading import require_file
 from library.errors import UserError
 from library.preparation.pictures import processes
+from library.runtime.packages import remedy
 
 _PROVIDERS = ("CUDAExecutionProvider", "ROCMExecutionProvider")  # on a GPU, best first
 _ONLY_FATAL = 4  # severity in ONNX Runtime's log; what goes wrong is raised as well
@@ -29,7 +30,7 @@ def open_session(path: Path, hint: str | None = None) -> Any:
         try:
             import onnxruntime
         except ImportError as error:
-            raise UserError(f"ONNX Runtime is missing ({error}); install it with: pip install onnxruntime") from None
+            raise UserError(f"ONNX Runtime is missing ({error}); {remedy('onnxruntime')}") from None
 
         onnxruntime.set_default_logger_severity(_ONLY_FATAL)
         ours, available = processes(), onnxruntime.get_available_providers()

@@ -13,6 +13,7 @@ import numpy as np
 from library.data import images
 from library.data.folders import is_image
 from library.data.images import Cut
+from library.data.opencv import opencv
 from library.errors import UserError
 from library.options.base import Options
 from library.options.picture_tools import ResizingOptions, parse_sizes
@@ -31,6 +32,7 @@ GROUPS = (ResizingOptions, WorkOptions)
 
 def resize_pictures(opts: Options) -> Outcome:
     """Writes every picture of a folder in every size of --max_resolution."""
+    opencv()
     given = opts.resizing
     source, target = Path(given.src_img_folder), Path(given.dst_img_folder)
     pictures = find_pictures(source, recursive=False)

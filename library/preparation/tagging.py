@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from library.data.opencv import opencv
 from library.errors import UserError
 from library.options.base import Options
 from library.options.preparation import WorkOptions
@@ -68,6 +69,7 @@ def tag_pictures(opts: Options) -> Outcome:
 
     Raises: UserError: there are no pictures, the tagger cannot be had or run, or the file for all cannot be written.
     """
+    opencv()
     options: TaggingOptions = opts.tagging
     rules = rules_of(options)
     pictures = find_pictures(Path(options.train_data_dir), recursive=options.recursive)

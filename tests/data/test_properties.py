@@ -10,6 +10,9 @@ from random import Random
 from typing import NamedTuple
 
 import pytest
+
+pytest.importorskip("hypothesis")
+
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 

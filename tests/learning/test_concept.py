@@ -23,7 +23,7 @@ COUNT = 24
 def lora(tmp_path_factory) -> Path:
     """Trained by the very command that quickstart.py runs, without its sample pictures."""
     out = tmp_path_factory.mktemp("concept")
-    command = [a for a in quickstart.TRAIN if not a.startswith(("--output_dir", "--sample", "--logging"))]
+    command = [a for a in quickstart.training() if not a.startswith(("--output_dir", "--sample", "--logging"))]
     command += [f"--output_dir={out}", "--max_data_loader_n_workers=0"]
     result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

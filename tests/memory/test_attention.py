@@ -53,7 +53,7 @@ def test_the_attention_matrix_is_never_written_out(switches):
     with sdpa_kernel(SDPBackend.MATH):
         plain, expected = trained_once(unet)
     assert plain >= WHOLE_MATRIX
-    options = SimpleNamespace(xformers=False, mem_eff_attn=True, sdpa=False)
+    options = SimpleNamespace(attention=("mem_eff_attn",))
     assert set_attention(unet, options) == "memory-efficient sdpa"
     efficient, gradient = trained_once(unet)
     assert efficient < WHOLE_MATRIX / 8

@@ -16,6 +16,8 @@ from library.memory.quantised import INT8_BLOCK, NF4_BLOCK, from_int8, from_nf4,
 from tests.memory.test_block_swap import Case, assert_same, flux_step, most, tiny_flux, unet_step
 from tests.networks.conftest import tiny_unet
 
+pytest.importorskip("bitsandbytes")
+
 FORMS = {"int8": (to_int8, from_int8, INT8_BLOCK), "nf4": (to_nf4, from_nf4, NF4_BLOCK)}
 BYTES = {"int8": 1 + 4 / 256, "nf4": 1 / 2 + 4 / 64}  # for a weight, scales counted
 NARROW = (torch.float16, torch.bfloat16)

@@ -15,6 +15,8 @@ from library.errors import UserError
 from library.types import LoraTarget, Models
 from networks.third_party import LayerNames, ThirdPartyModule, read
 
+pytest.importorskip("lycoris")
+
 ALGOS = {
     "locon": {"algo": "locon", "conv_dim": "2", "conv_alpha": "1"},
     "tucker": {"algo": "locon", "use_tucker": "True"},

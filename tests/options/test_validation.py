@@ -184,12 +184,26 @@ def test_optimizers_are_accepted(valid, traits, name):
 
 @pytest.mark.parametrize(
     ("name", "package"),
-    [("Lion", "lion-pytorch"), ("Prodigy", "prodigyopt"), ("prodigyplus.ProdigyPlusScheduleFree", "prodigy-plus-sch")],
+    [
+        ("Lion", "-r requirements/optimizers.txt"),
+        ("Prodigy", "-r requirements/optimizers.txt"),
+        ("AdamW8bit", "-r requirements/optimizers.txt"),
+        ("prodigyplus.ProdigyPlusScheduleFree", "prodigy-plus-schedule-free"),
+    ],
 )
 def test_a_missing_package_is_named_before_anything_is_loaded(valid, traits, monkeypatch, name, package):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    lines = problems(valid(f"--optimizer_type={name}"), traits)
-    assert any(line.startswith(f"--optimizer_type: {name} needs the package {package}") for line in lines), lines
+    lines = [line for line in problems(valid(f"--optimizer_type={name}"), traits) if "--optimizer_type" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"--optimizer_type: {name} needs the package ")
+    assert lines[0].endswith(f"-m pip install {package}")
+
+
+def test_the_package_of_a_network_module_is_named(valid, traits, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (line,) = (line for line in problems(valid("--network_module=lycoris.kohya"), traits) if "network_module" in line)
+    assert line.startswith("--network_module: there is no module 'lycoris.kohya'; run: ")
+    assert line.endswith("-m pip install lycoris-lora")
 
 
 @pytest.mark.rows("C25", "C26", "C27", "C33", "C36", "C41", "C86", "C87", "C89", "C90", "C91", "C93")

@@ -18,6 +18,8 @@ from library.preparation.tagger_files import TaggerFiles, find_tagger, recognise
 from library.preparation.tagger_models import open_tagger, probabilities, read_labels, read_pixels, to_input
 from tests.builders.onnx_file import write_tagger
 
+pytest.importorskip("onnxruntime")
+
 SIDE = 8
 LABELS = 6
 TABLE = 'tag_id,name,category,count\n9999999,safe,9,1\n1,explicit,9,1\n2,"a,b",0,9\n3,c,1,9\n4,d,5,9\n5,é,4,9\n'
@@ -218,7 +220,7 @@ def test_a_damaged_model(tmp_path):
 def test_without_onnx_runtime_one_line_says_so(tmp_path, monkeypatch):
     files = write_files(tmp_path, "table")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match="pip install onnxruntime"):
+    with pytest.raises(UserError, match=r"pip install -r requirements/tagging.txt"):
         open_tagger(files)
 
 

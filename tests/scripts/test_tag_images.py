@@ -16,6 +16,8 @@ from PIL import Image
 from tests.builders.hub_server import running_hub
 from tests.builders.onnx_file import write_tagger
 
+pytest.importorskip("onnxruntime")
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "finetune" / "tag_images_by_wd14_tagger.py")
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")

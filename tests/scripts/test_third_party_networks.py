@@ -17,6 +17,8 @@ from torch import nn
 from library import cli
 from library.methods.network import NetworkMethod
 
+pytest.importorskip("lycoris")
+
 MODEL = "examples/tiny_model/tiny-sd.safetensors"
 RATES = {"learning_rate": 1e-2, "scale_weight_norms": 0.5}
 RUNS = {

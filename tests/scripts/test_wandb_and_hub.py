@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from tests.builders.hub_server import TOKEN, running_hub
 
+pytest.importorskip("wandb")
+
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "0123456789abcdef0123456789abcdef01234567"
 WITH_HUB = {

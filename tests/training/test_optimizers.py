@@ -28,6 +28,9 @@ from library.training.optimizers import (
     optimizer_mode,
 )
 
+for package in ("bitsandbytes", "dadaptation", "lion_pytorch", "prodigyopt", "prodigyplus", "schedulefree"):
+    pytest.importorskip(package)
+
 NESTEROV = {"nesterov": True, "momentum": 0.9}
 FULL_PATHS = {  # and the rate they are used with
     "bitsandbytes.optim.AdEMAMix8bit": 1e-3,

@@ -113,6 +113,7 @@ def records(file: Path) -> list:
 @pytest.fixture(scope="module")
 def offline_run(tmp_path_factory):
     """A run at Weights & Biases that stays on this machine: its folder, and the messages in it."""
+    pytest.importorskip("wandb")
     folder = tmp_path_factory.mktemp("wandb")
     (folder / "trackers.toml").write_text(TRACKER_CONFIG, encoding="utf-8")
     flags = ["--log_with=wandb", "--logging_dir=logs", "--wandb_run_name=my run", "--log_tracker_name=my project"]
