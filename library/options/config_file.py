@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from library.errors import UserError
 from library.options.base import Given, OptionGroup, Options, opt, options_of
 from library.options.nearest import did_you_mean
 from library.options.values import from_toml
+from library.runtime.durable import replacing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +77,10 @@ def write_config(options: Options) -> Path:
         rows = [f"{dest} = {_toml(value)}" for dest, value in values.items() if value is not None]
         lines += [f"[{group.group}]", *rows, ""] if rows else []
     try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write("\n".join(lines))
-    except FileExistsError:
-        raise UserError(f"--output_config: {path} exists already; it is never overwritten") from None
+        if os.path.lexists(path):
+            raise UserError(f"--output_config: {path} exists already; it is never overwritten")
+        with replacing(path) as temporary:
+            temporary.write_text("\n".join(lines), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output_config: cannot write {path}: {error.strerror}") from None
     return path

@@ -77,7 +77,8 @@ def save_state(folder: Path, parts: Parts, progress: Progress, *, gather: bool =
     """
     import torch
 
-    from library.checkpoints.writing import replacing_folder, write_safetensors
+    from library.checkpoints.writing import write_safetensors
+    from library.runtime.durable import replacing_folder
 
     whole: Callable[[Any], Any] = _unchanged
     if gather:

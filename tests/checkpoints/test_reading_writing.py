@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.checkpoints.reading import open_weights, read_header, read_state_dict
-from library.checkpoints.writing import Deferred, replacing, replacing_folder, write_safetensors, write_torch
+from library.checkpoints.writing import Deferred, write_safetensors, write_torch
 from library.errors import UserError
+from library.runtime.durable import replacing, replacing_folder
 
 
 def tensors() -> dict[str, torch.Tensor]:
