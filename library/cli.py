@@ -89,6 +89,10 @@ def _train(family_name: str, method_name: str, argv: Sequence[str]) -> None:
         from library.training.hub import fetch_state
 
         opts = fetch_state(opts)
+    if opts.saving.resume and _is_first_process():
+        from library.training.state_notes import verify
+
+        verify(Path(opts.saving.resume))
     sharding = sharding_of(opts)
     accelerator = joining.join_for_training(opts, sharding)
     shards = _make_shards(opts, sharding, accelerator)
@@ -132,17 +136,20 @@ def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Opt
     from library.data.blueprint import build_specs
     from library.options import parsing, scripts, validation
     from library.options.logging import absolute_paths
+    from library.training import leftovers, rehearsal
 
     groups = scripts.groups_for(family_name, method_name)
     description = _description(family_name, method_name)
     opts = parsing.parse_options(groups, argv, prog=_script_name(), description=description)
-    main = int(os.environ.get("RANK", "0")) == 0  # the other processes report errors only
+    main = _is_first_process()  # the other processes report errors only
     level = opts.logging.console_log_level if main else "ERROR"
     logs.setup_logging(level, opts.logging.console_log_file, opts.logging.console_log_simple)
     traits = scripts.traits_for(family_name)
     problems = list(validation.problems(opts, traits))
     specs: list[Any] = []
     if not problems:  # the options make sense: now the files that they name
+        if main and not opts.data.debug_dataset:
+            leftovers.clear(opts.saving)
         problems += registry.method_problems(method_name, opts, traits)
         problems += registry.path_problems(family_name, opts)
         for look in (lambda: specs.extend(build_specs(opts, traits)), lambda: joining.seed_of_state(opts)):
@@ -150,6 +157,8 @@ def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Opt
                 look()
             except UserError as error:
                 problems += error.problems
+    if not problems and main and not opts.data.debug_dataset:
+        problems += rehearsal.problems(opts)
     if problems:
         raise UserError(*problems)
     for line in validation.warnings(opts, traits):
@@ -157,6 +166,10 @@ def _check(family_name: str, method_name: str, argv: Sequence[str]) -> tuple[Opt
     for line in absolute_paths(opts):
         LOGGER.info("%s", line)
     return opts, specs, traits
+
+
+def _is_first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _plan_run(opts: Options, data: Any, accelerator: Accelerator) -> RunPlan:
@@ -188,9 +201,14 @@ def _make_shards(opts: Options, sharding: Sharding | None, accelerator: Accelera
 
 def _rehearse(opts: Options, accelerator: Accelerator, shards: Shards | None) -> None:
     """What only the classes themselves can say about their arguments, while nothing large is loaded yet."""
-    from library.training import lr_schedules, optimizers
+    from library.training import lr_schedules, optimizers, resuming, state_notes
 
     if not opts.data.debug_dataset:
+        if opts.saving.resume:
+            folder = Path(opts.saving.resume)
+            resuming.require_optimizer(
+                folder, state_notes.read_making(folder), optimizers.optimizer_class(opts.optimizer)
+            )
         optimizers.rehearse(opts.optimizer, accelerator.device, None if shards is None else shards.mesh)
         lr_schedules.rehearse(opts.optimizer)
 

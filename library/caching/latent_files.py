@@ -96,8 +96,8 @@ class Latents:
 def files_of(wanted: Wanted, layout: CacheLayout) -> list[Path]:
     """Where latents may lie, in the order in which earlier trainers look, or with `as_prepared` in the reverse order.
 
-    The last one is where ours go. A name that is too long is shortened. Where two pictures differ in the extension only, it stays in the name: earlier
-    trainers mix such pictures up.
+    The last one is where ours go. Where two pictures differ in the extension only, it stays in the name: earlier
+    trainers mix such pictures up. A name that is too long is shortened.
     """
     folder = wanted.picture.parent
     stem = (wanted.picture.name if wanted.shared_stem else wanted.picture.stem) + wanted.variant

@@ -122,7 +122,10 @@ def items_of(records: Sequence[Record]) -> list[Item]:
 
 
 def cache_file(item: Item, layout: TextLayout) -> Path:
-    """The file of an item's outputs. Where a picture shares its stem with another, the extension stays in the name. A name that is too long is shortened."""
+    """The file of an item's outputs. Where a picture shares its stem with another, the extension stays in the name.
+
+    A name that is too long is shortened.
+    """
     stem = item.picture.name if item.shared_stem else item.picture.stem
     return item.picture.with_name(fitting(stem, layout.suffix))
 

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from library.training.saving import SavePlan, remove
+from library.runtime.durable import remove
+from library.training.saving import SavePlan
 
 
 def plan(**changes) -> SavePlan:
