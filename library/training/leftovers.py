@@ -1,4 +1,4 @@
-"""What killed runs have left under the names of this run: named and removed, or restored where nothing else is whole."""
+"""What killed runs have left under the names of a run: named and removed, or restored where nothing else is whole."""
 
 from __future__ import annotations
 

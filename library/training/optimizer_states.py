@@ -15,6 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# settings that do not tell an optimizer from another
+_ANY_OPTIMIZERS = {
+    "params",
+    "param_names",
+    "name",
+    "initial_lr",
+    "foreach",
+    "fused",
+    "maximize",
+    "capturable",
+    "differentiable",
+}
 _STEPS = 2  # of a trial: some tensors are made in the second one
 
 
@@ -28,10 +40,11 @@ def check(saved: Any, optimizer: torch.optim.Optimizer) -> None:
     shapes = _Shapes(optimizer)
     for group, told in zip(optimizer.param_groups, groups, strict=True):
         _check_settings(group, told)
+        foreign = told.keys() - group.keys() - _ANY_OPTIMIZERS
         for weight, number in zip(group["params"], told["params"], strict=True):
             values = saved["state"].get(number)
             if values is not None:
-                _check_values(number, values, shapes.of(group, weight), tuple(weight.shape))
+                _check_values(number, values, shapes.of(group, weight), tuple(weight.shape), foreign=bool(foreign))
 
 
 def _groups(saved: Any, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -72,7 +85,16 @@ def alike(ours: Any, theirs: Any) -> bool:
     return not isinstance(ours, str) or isinstance(theirs, str)
 
 
-def _check_values(number: int, values: Any, wanted: Mapping[str, set[tuple[int, ...]]], whole: tuple[int, ...]) -> None:
+def _check_values(
+    number: int, values: Any, wanted: Mapping[str, set[tuple[int, ...]]], whole: tuple[int, ...], *, foreign: bool
+) -> None:
+    """Raises: ValueError: what is known of one weight is not as the optimizer keeps it.
+
+    Args:
+        wanted: shapes by name; empty: nobody knows them.
+        whole: the weight's.
+        foreign: whether the state has settings that the optimizer does not know.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"what it has of tensor {number} is no table")
     missing = [name for name in wanted if name not in values]
@@ -81,6 +103,8 @@ def _check_values(number: int, values: Any, wanted: Mapping[str, set[tuple[int, 
     for name, value in values.items():
         if not isinstance(value, Tensor):
             continue
+        if foreign and wanted and name not in wanted:
+            raise ValueError(f"it has {name} of tensor {number}, so another optimizer made it")
         allowed = wanted.get(name, {whole, ()})
         if tuple(value.shape) not in allowed and not (value.numel() == 1 and () in allowed):
             expected = " or ".join(map(str, sorted(map(list, allowed))))

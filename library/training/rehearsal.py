@@ -12,7 +12,7 @@ from library.errors import UserError
 from library.options.saving import output_place, sample_place
 from library.runtime.durable import LONGEST_NAME, fitting
 from library.training.saving import SavePlan, check_space, make_save_plan
-from library.training.state_notes import MODEL
+from library.training.state_notes import MODEL, OPTIMIZER, PROGRESS, SCHEDULE
 
 if TYPE_CHECKING:
     from library.options.base import Options
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 _SMALLEST_NETWORK = 1 << 20  # bytes; about what rank 1 of the smallest model takes
 _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".bin")
 _LONGEST_COMPANION = "_t5xxl"  # of the endings of files beside a model
-_OF_A_MODEL = ("model_index.json",)
+_OF_A_MODEL = ("model_index.json",)  # a folder with one of these may be replaced
+_OF_A_STATE = (MODEL, OPTIMIZER, SCHEDULE, PROGRESS, "pytorch_model.bin")
 
 
 def problems(opts: Options) -> list[str]:
@@ -112,26 +113,28 @@ def _shown(path: Path) -> str:
 
 def _of_another_kind(plan: SavePlan) -> Iterator[str]:
     """Lines about folders where files are to be written, and the other way round."""
-    name = re.escape(plan.final_path().name.removesuffix(plan.suffix))
-    epoch, step = (re.escape(path.name.split("-")[0]) if plan.name is None else name for path in _numbered(plan))
+    ends = {plan.final_path(): "", plan.epoch_path(0): "-000000", plan.step_path(0): "-step00000000"}
+    name, epoch, step = (re.escape(path.name.removesuffix(end + plan.suffix)) for path, end in ends.items())
     copies = rf"({name}(-best)?|{epoch}-\d{{6}}|{step}-step\d{{8}})"
-    copy, state = re.compile(copies + re.escape(plan.suffix)), re.compile(rf"{copies}-state")
+    kinds = (
+        (re.compile(copies + re.escape(plan.suffix)), not plan.suffix, _OF_A_MODEL),
+        (re.compile(rf"{copies}-state"), True, _OF_A_STATE),
+    )
     try:
-        entries = sorted(os.scandir(plan.folder / Path(plan.name or "").parent), key=lambda entry: entry.name)
+        entries = sorted(os.scandir(plan.final_path().parent), key=lambda entry: entry.name)
     except OSError:
         return
     for entry in entries:
-        for pattern, is_folder, parts in ((copy, not plan.suffix, _OF_A_MODEL), (state, True, (MODEL,))):
+        for pattern, is_folder, parts in kinds:
             if not pattern.fullmatch(entry.name):
                 continue
             if entry.is_dir() != is_folder:
-                yield f"--output_name: {entry.path} is a {'file' if is_folder else 'folder'}; move it, or choose another name"
+                wrong = "a file" if is_folder else "a folder"
             elif is_folder and os.listdir(entry.path) and not any(Path(entry.path, part).exists() for part in parts):
-                yield f"--output_name: {entry.path} is a folder of something else; move it, or choose another name"
-
-
-def _numbered(plan: SavePlan) -> tuple[Path, Path]:
-    return plan.epoch_path(0), plan.step_path(0)
+                wrong = "a folder of something else"
+            else:
+                continue
+            yield f"--output_name: {entry.path} is {wrong}; move it, or choose another name"
 
 
 def _smallest_copy(opts: Options) -> int:

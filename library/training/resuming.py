@@ -206,9 +206,10 @@ class Changes:
 
     def _base(self, number: int, group: Mapping[str, Any]) -> tuple[Any, Any]:
         """The rate that a group's schedule starts from: that of the state, and that of now."""
-        told = self._settings_before(number, group)
-        before = _plain(told["lr"] if "lr" in told else group.get("initial_lr", group.get("lr")))
-        now = self._now.groups[number]["lr"]
+        told, now = self._settings_before(number, group), self._now.groups[number]["lr"]
+        if "lr" not in told and "initial_lr" not in group:  # nobody knows, so it is taken for the same
+            return now, now
+        before = _plain(told["lr"] if "lr" in told else group["initial_lr"])
         if now is None or before is None:  # the optimizer found or finds it
             return (before, before) if now is None else (None, now)
         if not self._now.rates_given[number]:
