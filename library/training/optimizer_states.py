@@ -135,8 +135,12 @@ class _Shapes:
     def _stepped(self, group: Mapping[str, Any], weight: Tensor, value: float) -> Mapping[str, Any]:
         device = weight.device
         probe = torch.nn.Parameter(torch.full(weight.shape, value, dtype=weight.dtype, device=device))
-        trial = copy.copy(self._optimizer)
+        trial = object.__new__(type(self._optimizer))  # `copy` would leave out what optimizers keep beside their groups
+        vars(trial).update(vars(self._optimizer))
+        trial._optimizer_step_pre_hooks = trial._optimizer_step_post_hooks = {}  # they are about the real weights
         trial.state = defaultdict(dict)
+        if weight in self._optimizer.state:  # some make it when they are made
+            trial.state[probe] = copy.deepcopy(self._optimizer.state[weight])
         trial.param_groups = [{**copy.deepcopy({k: v for k, v in group.items() if k != "params"}), "params": [probe]}]
         with _apart(device):
             try:
