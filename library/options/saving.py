@@ -151,8 +151,7 @@ def _no_output_name(name: str) -> str | None:
         return "no name of a file has a NUL character"
     if name.endswith(_SEPARATORS):
         return "must name a file and not a folder"
-    below = os.path.normpath(name)
-    if os.path.isabs(name) or os.path.splitdrive(name)[0] or below.split(os.sep)[0] == os.pardir:
+    if os.path.isabs(name) or os.path.splitdrive(name)[0] or os.pardir in Path(name).parts:
         return "must stay below --output_dir, which names the place"
     return None
 
