@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from library.errors import UserError
-from library.runtime.durable import replacing
+from library.runtime.durable import discard_once, replacing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,6 +56,7 @@ def encoded(pixels: NDArray[np.uint8], suffix: str) -> bytes:
 
 def write_file(path: Path, content: bytes) -> None:
     """Raises: WriteError. ValueError: the name is too long, which is about this picture."""
+    discard_once(path.parent, path.suffix)
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(content)

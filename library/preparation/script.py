@@ -71,7 +71,7 @@ def _options(
     opts = parsing.parse_options(groups, argv, prog=os.path.basename(sys.argv[0]), description=description)
     values = opts.flat()
     level = values["console_log_level"] if is_first() else "ERROR"  # the other processes report errors only
-    _set_up_messages(level, values)
+    logs.setup_logging(level, values["console_log_file"], values["console_log_simple"])
     known: Any = traits(opts)
     problems = validation.problems(opts, known)
     if problems:
@@ -79,14 +79,6 @@ def _options(
     for line in validation.warnings(opts, known):
         LOGGER.warning("%s", line)
     return opts
-
-
-def _set_up_messages(level: str | None, values: dict[str, Any]) -> None:
-    file = values["console_log_file"]
-    try:
-        logs.setup_logging(level, file, values["console_log_simple"])
-    except OSError as error:
-        raise UserError(f"--console_log_file: cannot write {file}: {error.strerror}") from None
 
 
 def _conclude(outcome: Outcome, opts: Options) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from library.data.folders import is_image
 from library.errors import UserError
-from library.runtime.durable import replacing
+from library.runtime.durable import discard_once, replacing
 
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 _KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa]")
@@ -47,6 +47,7 @@ def require_text_ending(extension: str) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file as UTF-8, or leaves an earlier one as it was. Raises: UserError: it cannot be written."""
+    discard_once(path.parent, path.suffix)
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(text.encode("utf-8"))

@@ -191,6 +191,14 @@ def discard_abandoned(targets: Iterable[Path]) -> list[Path]:
     return removed
 
 
+@lru_cache(maxsize=1024)
+def discard_once(folder: Path, suffix: str) -> None:
+    """Removes what dead writers of files with an ending have left in a folder, the first time that this is called."""
+    for leftover in abandoned(folder, lambda name: name.endswith(suffix)):
+        if not leftover.path.is_dir():
+            remove(leftover.path)
+
+
 def beginning(path: Path) -> str:
     """The part of its target's name that a temporary name has: all of it, if names may be so long."""
     return _cut(path.name, _longest_name(path.parent) - _AROUND)

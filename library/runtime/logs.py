@@ -25,7 +25,7 @@ def setup_logging(level: str | None = None, file: str | None = None, simple: boo
     try:
         handler = _IntoFile(file) if file else _BesideBars(sys.stderr)
     except OSError as error:
-        raise UserError(f"--console_log_file: {file} cannot be written ({error.strerror or error})") from None
+        raise UserError(f"--console_log_file: cannot write {file}: {error.strerror or error}") from None
     layout = "%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s"
     handler.setFormatter(logging.Formatter(layout, datefmt="%H:%M:%S"))
     LOGGER.handlers[:] = [handler]

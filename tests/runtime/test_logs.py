@@ -49,7 +49,7 @@ def test_a_log_on_a_full_disk_is_one_warning_and_messages_go_to_the_screen(capsy
 
 def test_a_log_in_a_place_that_is_none_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--console_log_file: .* cannot be written \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"--console_log_file: cannot write .*: Not a directory"):
         setup_logging(file=str(tmp_path / "file" / "log.txt"))
 
 
