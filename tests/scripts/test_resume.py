@@ -192,6 +192,26 @@ def test_a_state_at_the_planned_end_writes_the_final_files(whole, run_script, tr
         assert weights_hash(tmp_path) == hash_of(same)
 
 
+def test_a_changed_rate_counts_and_is_told(whole, run_script, train_arguments, tmp_path):
+    state = whole / "lora-step00000008-state"
+    done = run_script(*train_arguments(tmp_path, **OPTIONS | {"resume": state, "learning_rate": 1e-5}))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "the learning rate of text_encoder, unet: 0.001 -> 1e-05 (the former is the state's)" in done.stderr
+    assert weights_hash(tmp_path) != weights_hash(whole)
+
+
+def test_names_are_tried_and_leftovers_cleared_away_before_anything_is_loaded(run_script, train_arguments, tmp_path):
+    left = tmp_path / f".{'猫' * 80}.abcd1234.tmp"  # the end of so long a name is cut off
+    left.write_text("half")
+    done = run_script(*train_arguments(tmp_path, output_name="猫" * 84))
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    assert "cannot be made (File name too long); choose another name" in done.stderr
+    assert f"removed {left}" in done.stderr
+    assert "loaded" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.rows("R148", "R150", "R151")
 def test_counting_from_another_step(run_script, train_arguments, whole, tmp_path):
     """--initial_step counts only; with --skip_until_initial_step the data goes on from there too."""

@@ -103,6 +103,27 @@ def test_states_of_something_else_are_refused(tmp_path):
         state.load_state(tmp_path / "s", two)
 
 
+@pytest.mark.parametrize("numbers", [1, 2, 100])
+def test_optimizer_tensors_of_another_shape_never_reach_a_kernel(tmp_path, numbers):
+    """In a state without checksums too: the step of such an optimizer reads beyond them."""
+    parts = make()
+    step(parts)
+    state.save_state(tmp_path / "s", parts, state_notes.Progress(1, 1, 0))
+    (tmp_path / "s" / "train_state.json").unlink()
+    saved = torch.load(tmp_path / "s" / "optimizer.bin", weights_only=True)
+    saved["state"][0]["exp_avg"] = torch.zeros(numbers)
+    torch.save(saved, tmp_path / "s" / "optimizer.bin")
+    with pytest.raises(UserError, match=r"optimizer\.bin does not fit .*its exp_avg of tensor 0 has the shape"):
+        state.load_state(tmp_path / "s", make())
+
+
+def test_an_average_of_other_weights_is_refused(tmp_path):
+    state.save_state(tmp_path / "s", make(), state_notes.Progress(1, 1, 0))
+    torch.save({"average": {"0": torch.zeros(4), "1": torch.zeros(3)}}, tmp_path / "s" / "extra.bin")
+    with pytest.raises(UserError, match=r"extra\.bin does not fit the options \(average 0 has the shape \[4\]\)"):
+        state.load_state(tmp_path / "s", make())
+
+
 def test_a_pickle_that_runs_code_is_not_loaded(tmp_path):
     class Evil:
         def __reduce__(self):
