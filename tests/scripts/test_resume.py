@@ -196,7 +196,7 @@ def test_a_changed_rate_counts_and_is_told(whole, run_script, train_arguments, t
     state = whole / "lora-step00000008-state"
     done = run_script(*train_arguments(tmp_path, **OPTIONS | {"resume": state, "learning_rate": 1e-5}))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "the learning rate of text_encoder, unet: 0.001 -> 1e-05 (the former is the state's)" in done.stderr
+    assert "the learning rate of textencoder, unet: 0.001 -> 1e-05 (the former is the state's)" in done.stderr
     assert weights_hash(tmp_path) != weights_hash(whole)
 
 
