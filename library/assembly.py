@@ -22,13 +22,14 @@ from library.memory.attention import set_attention
 from library.memory.compiling import compile_blocks
 from library.options.optimizer import sets_own_rate
 from library.runtime.logs import LOGGER
-from library.training import placement, plan, state
+from library.training import placement, plan, state, state_notes
 from library.training.ema import Average
 from library.training.hub import Hub
 from library.training.loop import Run, RunFacts
 from library.training.lr_schedules import make_schedule, wants_loss
 from library.training.optimizers import describe_optimizer, make_optimizer
-from library.training.saving import make_save_plan
+from library.training.resuming import making_of
+from library.training.saving import check_space, make_save_plan
 from library.training.stepping import Stepper, equal_parts, parts_by_block
 from library.training.tracking import make_tracker
 from library.training.validation import Validation
@@ -98,8 +99,10 @@ def assemble(
     LOGGER.info(
         "device %s, mixed precision %s, attention %s", accelerator.device, opts.memory.mixed_precision, attention
     )
+    making = making_of(optimizer, opts, run_plan, data)
     prepared = accelerator.prepare_optimizer(optimizer)
     saves = make_save_plan(opts.saving, method.file_suffix(), run_plan.epochs)
+    check_space(saves.final_path().parent, state.size_of(method.trainable().state_dict()), "what is to be saved")
     return Run(
         opts=opts,
         seed=opts.training.seed,
@@ -121,6 +124,7 @@ def assemble(
         make_metadata=_metadata_maker(opts, family, method, models, data, run_plan, optimizer),
         save_dtype=SAVE_DTYPES[opts.saving.save_precision],
         start=start,
+        making=making,
         resume=Path(opts.saving.resume) if opts.saving.resume else None,
         average=_average(opts, optimizer),
         shards=shards,
@@ -192,15 +196,16 @@ def _average(opts: Options, optimizer: Any) -> Average | None:
 
 
 def _choose_start(opts: Options, run_plan: RunPlan) -> Start:
-    """Where the run begins. Raises: UserError: the run is over already."""
-    progress = state.read_progress(Path(opts.saving.resume)) if opts.saving.resume else None
+    """Where the run begins; a state at the planned end has only its end to do. Raises: UserError: no step is left."""
+    progress = state_notes.read_progress(Path(opts.saving.resume)) if opts.saving.resume else None
     step, ended = (progress.step, progress.epoch_ended) if progress is not None else (None, True)
     start = plan.choose_start(run_plan, opts.training, step, epoch_ended=ended)
     if start.step >= run_plan.total_steps:
-        raise UserError(
-            f"{start.step} steps are done already, and the run has {run_plan.total_steps}; "
-            "raise --max_train_steps or --max_train_epochs, which count from the very beginning"
-        )
+        over = f"{start.step} steps are done already, and the run has {run_plan.total_steps}"
+        more = "raise --max_train_steps or --max_train_epochs, which count from the very beginning"
+        if progress is None or start.step != progress.step:
+            raise UserError(f"{over}; {more}")
+        LOGGER.warning("%s: nothing is trained, and the final files are written; to train on, %s", over, more)
     if opts.saving.resume and progress is None and not start.step:
         LOGGER.warning("%s does not tell its step, so it counts from 0; --initial_step tells it", opts.saving.resume)
     return start

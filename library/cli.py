@@ -102,6 +102,10 @@ def _train(family_name: str, method_name: str, argv: Sequence[str], options: Opt
         from library.training.hub import fetch_state
 
         opts = fetch_state(opts)
+    if opts.saving.resume and _is_first_process():
+        from library.training.state_notes import verify
+
+        verify(Path(opts.saving.resume))
     sharding = sharding_of(opts)
     accelerator = joining.join_for_training(opts, sharding)
     shards = _make_shards(opts, sharding, accelerator)
@@ -152,8 +156,7 @@ def _check(
         opts = parsing.parse_options(
             groups, argv, prog=_script_name(), description=description, elsewhere=registry.options_elsewhere
         )
-    main = int(os.environ.get("RANK", "0")) == 0  # the other processes report errors only
-    level = opts.logging.console_log_level if main else "ERROR"
+    level = opts.logging.console_log_level if _is_first_process() else "ERROR"  # the others report errors only
     logs.setup_logging(level, opts.logging.console_log_file, opts.logging.console_log_simple)
     traits = scripts.traits_for(family_name)
     opts = registry.follow_model(family_name, opts)
@@ -170,10 +173,14 @@ def checked(opts: Options, family_name: str, method_name: str, traits: FamilyTra
     from library.options import validation
     from library.options.logging import absolute_paths
     from library.options.optimizer import default_rate
+    from library.training import leftovers, rehearsal
 
+    writes = _is_first_process() and not opts.data.debug_dataset
     problems = list(validation.problems(opts, traits))
     specs: list[DatasetSpec] = []
     if not problems:  # the options make sense: now the files that they name
+        if writes:
+            leftovers.clear(opts.saving)
         problems += registry.method_problems(method_name, opts, traits)
         problems += registry.path_problems(family_name, opts)
         for look in (lambda: specs.extend(build_specs(opts, traits)), lambda: joining.seed_of_state(opts), opencv):
@@ -181,6 +188,8 @@ def checked(opts: Options, family_name: str, method_name: str, traits: FamilyTra
                 look()
             except UserError as error:
                 problems += error.problems
+    if not problems and writes:
+        problems += rehearsal.problems(opts)
     if problems:
         raise UserError(*problems)
     for line in validation.warnings(opts, traits):
@@ -188,6 +197,10 @@ def checked(opts: Options, family_name: str, method_name: str, traits: FamilyTra
     for line in filter(None, (default_rate(opts), *absolute_paths(opts))):
         LOGGER.info("%s", line)
     return specs
+
+
+def _is_first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _plan_run(opts: Options, data: Any, accelerator: Accelerator) -> RunPlan:
@@ -219,9 +232,14 @@ def _make_shards(opts: Options, sharding: Sharding | None, accelerator: Accelera
 
 def _rehearse(opts: Options, accelerator: Accelerator, shards: Shards | None) -> None:
     """What only the classes themselves can say about their arguments, while nothing large is loaded yet."""
-    from library.training import lr_schedules, optimizers
+    from library.training import lr_schedules, optimizers, resuming, state_notes
 
     if not opts.data.debug_dataset:
+        if opts.saving.resume:
+            folder = Path(opts.saving.resume)
+            resuming.require_optimizer(
+                folder, state_notes.read_making(folder), optimizers.optimizer_class(opts.optimizer)
+            )
         optimizers.rehearse(opts.optimizer, accelerator.device, None if shards is None else shards.mesh)
         lr_schedules.rehearse(opts.optimizer)
 

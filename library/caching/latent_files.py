@@ -19,6 +19,7 @@ import numpy as np
 from library import version
 from library.caching import store
 from library.errors import UserError
+from library.runtime.durable import fitting
 from library.types import Size
 
 if TYPE_CHECKING:
@@ -96,11 +97,11 @@ def files_of(wanted: Wanted, layout: CacheLayout) -> list[Path]:
     """Where latents may lie, in the order in which earlier trainers look, or with `as_prepared` in the reverse order.
 
     The last one is where ours go. Where two pictures differ in the extension only, it stays in the name: earlier
-    trainers mix such pictures up.
+    trainers mix such pictures up. A name that is too long is shortened.
     """
     folder = wanted.picture.parent
     stem = (wanted.picture.name if wanted.shared_stem else wanted.picture.stem) + wanted.variant
-    named = folder / f"{stem}_{wanted.size.width:04d}x{wanted.size.height:04d}{layout.suffix}"
+    named = folder / fitting(stem, f"_{wanted.size.width:04d}x{wanted.size.height:04d}{layout.suffix}")
     if layout.keys_by_size or wanted.shared_stem or wanted.variant:
         return [named]
     oldest = _oldest_file(wanted.picture)
@@ -216,11 +217,11 @@ def _save_flip_file(wanted: Wanted, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 def _oldest_file(picture: Path) -> Path:
-    return picture.with_name(f"{picture.stem}.npz")
+    return picture.with_name(fitting(picture.stem, ".npz"))
 
 
 def _flip_file(picture: Path) -> Path:
-    return picture.with_name(f"{picture.stem}_flip.npz")
+    return picture.with_name(fitting(picture.stem, "_flip.npz"))
 
 
 def _shape(wanted: Wanted, layout: CacheLayout) -> tuple[int, int, int]:

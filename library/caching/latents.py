@@ -26,6 +26,7 @@ from library.data import buckets, images
 from library.data.rendering import View, loss_mask, render
 from library.errors import NameTooLongError, UserError
 from library.runtime import logs, seeds
+from library.runtime.durable import discard_abandoned, flush_file_systems
 from library.runtime.logs import LOGGER
 from library.runtime.processes import Processes
 
@@ -188,6 +189,7 @@ def _make_files(
     encoder.processes.wait()  # nobody writes while others still look
     places = sorted({shelf.place(one) for one in missing})
     mine = set(encoder.processes.share_of(places))
+    discard_abandoned(mine)
     jobs = _in_order(one for one in missing if shelf.place(one) in mine)
     for one, latents in _encode(jobs, owners, encoder, failed):
         try:
@@ -196,6 +198,7 @@ def _make_files(
             if failed is None:
                 raise
             failed(one.picture, error.problems[0])
+    flush_file_systems({place.parent for place in mine})  # before the index says that they are whole
     encoder.processes.wait()
     return _Made(wanted, shelf, missing, found)
 

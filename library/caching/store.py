@@ -21,8 +21,8 @@ from zipfile import BadZipFile, ZipFile, ZipInfo, is_zipfile
 
 import numpy as np
 
-from library.checkpoints.writing import replacing
 from library.runtime.documents import JsonError, load_json
+from library.runtime.durable import replacing
 from library.runtime.files import NotRegularError, open_regular, reason
 
 if TYPE_CHECKING:
@@ -85,6 +85,9 @@ def names(path: Path) -> list[str]:
 
 def write(path: Path, arrays: Mapping[str, NDArray[Any]], *, keep_others: bool = False) -> None:
     """Writes an uncompressed .npz file beside `path` and renames it. Equal arrays make equal bytes.
+
+    It does not wait for the disk: whoever writes many calls `flush_file_systems` once at the end. What a power cut
+    before that leaves empty is found damaged when it is read, and made again.
 
     Args:
         keep_others: arrays of other names in an existing file stay; if that is damaged, they are lost. Only one process

@@ -21,6 +21,7 @@ from library.caching.stems import shared_stems
 from library.data.captions import make_caption
 from library.errors import NameTooLongError, UserError
 from library.runtime import logs
+from library.runtime.durable import discard_abandoned, fitting, flush_file_systems
 from library.runtime.processes import Processes
 from library.types import TextCond
 from library.version import NAME, VERSION
@@ -121,9 +122,12 @@ def items_of(records: Sequence[Record]) -> list[Item]:
 
 
 def cache_file(item: Item, layout: TextLayout) -> Path:
-    """The file of an item's outputs. Where a picture shares its stem with another, the extension stays in the name."""
+    """The file of an item's outputs. Where a picture shares its stem with another, the extension stays in the name.
+
+    A name that is too long is shortened.
+    """
     stem = item.picture.name if item.shared_stem else item.picture.stem
-    return item.picture.with_name(stem + layout.suffix)
+    return item.picture.with_name(fitting(stem, layout.suffix))
 
 
 def cache_text_in_memory(
@@ -212,7 +216,10 @@ def cache_text_on_disk(
         "text encoder outputs %s: %d used as they are, %d made again, %d new", where, used, again, made - again
     )
     if todo:
+        files = [cache_file(item, layout) for members in todo.values() for item in members]
+        discard_abandoned(files)
         _encode_to_files(todo, layout, encode, encoder, batch_size, failed, progress)
+        flush_file_systems({file.parent for file in files})
     return (disk_store(items, layout) if world == 1 else None), reasons
 
 

@@ -1,25 +1,19 @@
-"""Writes weights beside their target and renames when complete, so that an earlier file survives a failure."""
+"""Writes weights. A file has its name when it is whole and on the disk; an earlier one survives a failure."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from library.checkpoints.reading import safetensors_dtypes
+from library.runtime.durable import replacing
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-
-_SHOWN = 40  # signs of a file's name that its temporary name has
 
 
 @dataclass(frozen=True)
@@ -29,81 +23,6 @@ class Deferred:
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
-
-
-@contextmanager
-def replacing(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
-    """Gives a temporary file name in the folder of `path`; on success the file is flushed to disk and renamed.
-
-    If the block raises, the temporary file is removed and an earlier `path` stays as it was.
-
-    Args:
-        flush: False for what can be made again and is checked when it is read: waiting for the disk takes longer than
-            many small files do, and only a power cut makes a difference.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=_beginning(path), suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        if flush:
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """Gives an empty folder beside `path`; on success it takes the place of `path`, whatever was there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=_beginning(path), suffix=".tmp", dir=path.parent))
-    fresh, old = work / "new", work / "old"
-    fresh.mkdir()
-    try:
-        yield fresh
-        if path.exists():
-            os.replace(path, old)  # a folder cannot be renamed over a filled one
-        try:
-            os.replace(fresh, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-@contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
-    """Gives an empty folder beside `path`; on success it becomes `path`, unless another process was first.
-
-    Whoever looks at `path` meanwhile finds no folder, or a whole one. Raises: OSError: `path` cannot be made.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=_beginning(path), suffix=".tmp", dir=path.parent))
-    fresh = work / "new"
-    fresh.mkdir()
-    try:
-        yield fresh
-        try:
-            os.rename(fresh, path)
-        except OSError:
-            if not path.is_dir():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _beginning(path: Path) -> str:
-    """Of a temporary name. Not all of a long one: file systems have 255 bytes for a name, of up to 4 for each sign."""
-    return f".{path.name[:_SHOWN]}."
 
 
 def write_safetensors(
@@ -126,26 +45,46 @@ def write_safetensors(
 
 
 def write_torch(path: str | Path, obj: Any) -> None:
-    """`torch.save`, atomically. Raises: OSError."""
+    """`torch.save`, atomically. Raises: OSError: the disk is full or the folder cannot be written."""
     import torch
 
-    with replacing(path) as temporary:
-        torch.save(obj, temporary)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        target = _Remembering(file)
+        torch.save(obj, target)
+        if target.error is not None:
+            raise target.error
+
+
+class _Remembering:
+    """A file for `torch.save`, which tells a full disk by a RuntimeError without a reason.
+
+    The system's error is kept instead, and what comes after it goes nowhere.
+    """
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        if self.error is None:
+            try:
+                self._file.flush()
+            except OSError as error:
+                self.error = error
 
 
 def materialise(value: Tensor | Deferred) -> Tensor:
     """The tensor itself, on the CPU, contiguous."""
     tensor = value.make() if isinstance(value, Deferred) else value
     return tensor.detach().cpu().contiguous()
-
-
-def _read_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-_UMASK = _read_umask()  # once and here: it can only be read by changing it, which other threads would see
 
 
 def _rank(dtype: torch.dtype) -> int:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw
 
-from library.checkpoints.writing import replacing
 from library.data import images
 from library.data.lettering import TEXT, length, shorten, step, without_face, wrap, write
 from library.data.sampler import Address
 from library.errors import UserError
+from library.runtime.durable import replacing
 from library.runtime.logs import LOGGER, progress
 from library.types import Size
 

@@ -23,8 +23,8 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
-from library.checkpoints.writing import replacing
 from library.runtime.documents import load_json
+from library.runtime.durable import discard_abandoned, replacing
 from library.runtime.files import read_bytes
 from library.runtime.logs import LOGGER, progress
 from library.runtime.signals import leave_interrupts_to_the_parent
@@ -133,9 +133,9 @@ class FileIndex:
         """Writes the index of each folder that has changed. Where that fails, one warning says so."""
         if self._place is None:
             return
-        for folder in self._folders.values():
-            if not folder.has_changed():
-                continue
+        changed = [folder for folder in self._folders.values() if folder.has_changed()]
+        discard_abandoned(_index_file(self._place, folder.path) for folder in changed)
+        for folder in changed:
             try:
                 folder.save(self._place)
             except OSError as error:

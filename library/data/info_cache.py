@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from library.checkpoints.writing import replacing
 from library.data.metadata_files import as_size
 from library.errors import UserError
 from library.runtime.documents import JsonError, load_json
+from library.runtime.durable import replacing
 from library.runtime.files import read_bytes, reason
 from library.runtime.logs import LOGGER
 from library.types import Size

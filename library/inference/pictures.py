@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from library.runtime.durable import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,16 +38,11 @@ def png_text(prompt: SamplePrompt) -> dict[str, str]:
 
 
 def save_png(image: Image, path: Path, text: dict[str, str]) -> None:
-    """Writes beside `path` and renames, so that a file under that name is always whole."""
+    """Writes a PNG file, which has its name when it is whole. Raises: OSError."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     for key, value in text.items():
         info.add_text(key, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as unfinished:
         image.save(unfinished, format="PNG", pnginfo=info)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -12,6 +12,8 @@ from library.errors import UserError
 from library.inference.pictures import png_text, save_png
 from library.inference.placement import evaluating, on_device
 from library.inference.prompts import FLOW_SAMPLER, SamplePrompt, flow_sampler_note, load_prompts
+from library.options.saving import sample_place
+from library.runtime.durable import fitting
 from library.runtime.limits import exhausted
 from library.runtime.logs import LOGGER
 from library.runtime.seeds import derive
@@ -142,7 +144,7 @@ class Preview:
         now = time.strftime("%Y%m%d%H%M%S")
         pictures = []
         for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-            path = self.folder / self._file_name(step, epoch, index, now)
+            path = self._path(step, epoch, index, now)
             try:
                 save_png(image, path, png_text(prompt))
             except OSError as error:
@@ -150,17 +152,13 @@ class Preview:
             pictures.append(PreviewPicture(prompt, path, image))
         return pictures
 
-    @property
-    def folder(self) -> Path:
-        return Path(self.opts.saving.output_dir) / "sample"
-
-    def _file_name(self, step: int, epoch: int | None, index: int, now: str) -> str:
-        name = self.opts.saving.output_name
-        start = "" if name is None else f"{name}_"
+    def _path(self, step: int, epoch: int | None, index: int, now: str) -> Path:
+        """Of a picture; a name that is too long is shortened."""
+        folder, start = sample_place(self.opts.saving)
         moment = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
         seed = self.prompts[index].seed
         end = "" if seed is None else f"_{seed}"
-        return f"{start}{moment}_{index:02d}_{now}{end}.png"
+        return folder / fitting(start, f"{moment}_{index:02d}_{now}{end}.png")
 
     def _seeded(self, prompt: SamplePrompt, step: int, index: int) -> SamplePrompt:
         """A prompt without a seed looks different every time, yet the same when a run is repeated or resumed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from library.options.base import Given, OptionGroup, Options, opt, options_of
 from library.options.unknown_keys import Elsewhere, is_off, judge
 from library.options.values import from_toml, is_blank
 from library.runtime.documents import format_toml, read_toml
+from library.runtime.durable import replacing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +97,10 @@ def write_config(options: Options) -> Path:
         if table:
             tables[group.group] = table
     try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(format_toml(tables))
-    except FileExistsError:
-        raise UserError(f"--output_config: {path} exists already; it is never overwritten") from None
+        if os.path.lexists(path):
+            raise UserError(f"--output_config: {path} exists already; it is never overwritten")
+        with replacing(path) as temporary:
+            temporary.write_text(format_toml(tables), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output_config: cannot write {path}: {error.strerror}") from None
     return path

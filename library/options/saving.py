@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from library.runtime.places import unwritable
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
 
+_SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
 _REPO_KINDS = ("model", "dataset")
 _REPO_ID = re.compile(r"(?!.*(--|\.\.))(?!.*\.git$)(\w[\w.-]*/)?\w([\w.-]{0,94}\w)?", re.ASCII)
 
@@ -90,6 +92,8 @@ class SavingOptions(OptionGroup, group="saving", title="Saving"):
             yield "--output_dir: missing; name the folder to save to"
         elif reason := unwritable(Path(self.output_dir)):
             yield f"--output_dir: nothing can be saved to {self.output_dir}: {reason}"
+        if self.output_name and (reason := _no_output_name(self.output_name)):
+            yield f"--output_name: {reason}, got {self.output_name!r}"
         if self.huggingface_repo_id and not _REPO_ID.fullmatch(self.huggingface_repo_id):
             yield f"--huggingface_repo_id: must be user/name, got {self.huggingface_repo_id!r}"
         yield from _one_of("huggingface_repo_type", self.huggingface_repo_type, _REPO_KINDS)
@@ -111,6 +115,22 @@ class SavingOptions(OptionGroup, group="saving", title="Saving"):
             yield "--save_state_to_huggingface: no state is saved without --save_state or --save_state_on_train_end"
 
 
+def output_place(options: SavingOptions) -> tuple[Path, tuple[str, ...]]:
+    """The folder that copies are saved to, and what their names begin with."""
+    starts = [options.output_name] if options.output_name else ["last", "epoch", "at"]
+    paths = [Path(options.output_dir) / start for start in starts]
+    return paths[0].parent, tuple(path.name for path in paths)
+
+
+def sample_place(options: SavingOptions) -> tuple[Path, str]:
+    """The folder that sample images are saved to, and what their names begin with."""
+    folder = Path(options.output_dir) / "sample"
+    if not options.output_name:
+        return folder, ""
+    path = folder / options.output_name
+    return path.parent, f"{path.name}_"
+
+
 def parse_hub_folder(text: str | None) -> HubFolder:
     """``user/name/folder[:revision[:kind]]``. Raises: ValueError."""
     if not text:
@@ -126,6 +146,17 @@ def parse_hub_folder(text: str | None) -> HubFolder:
     if kind not in _REPO_KINDS:
         raise ValueError(f"the kind of repository in --resume must be {_either(_REPO_KINDS)}, got {kind!r}")
     return HubFolder(f"{user}/{name}", path, rest[0] if rest else None, kind)
+
+
+def _no_output_name(name: str) -> str | None:
+    """Why a text cannot be the beginning of names below --output_dir; None: it can."""
+    if "\0" in name:
+        return "no name of a file has a NUL character"
+    if name.endswith(_SEPARATORS):
+        return "must name a file and not a folder"
+    if os.path.isabs(name) or os.path.splitdrive(name)[0] or os.pardir in Path(name).parts:
+        return "must stay below --output_dir, which names the place"
+    return None
 
 
 def _one_of(name: str, value: str | None, choices: tuple[str, ...]) -> Iterable[str]:

@@ -105,7 +105,7 @@ def caption_folder(
         for path, found in _captioned(captioner, batch, folder, outcome):
             caption = mend(found)
             try:
-                write_text(caption_path(path, given), f"{caption}\n", flush=False)
+                write_text(caption_path(path, given), f"{caption}\n")
             except UserError as error:
                 outcome.fail(path, str(error))
                 continue

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from library.checkpoints.writing import replacing
 from library.errors import UserError
+from library.runtime.durable import discard_once, replacing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,8 +56,9 @@ def encoded(pixels: NDArray[np.uint8], suffix: str) -> bytes:
 
 def write_file(path: Path, content: bytes) -> None:
     """Raises: WriteError. ValueError: the name is too long, which is about this picture."""
+    discard_once(path.parent, path.suffix)
     try:
-        with replacing(path, flush=False) as temporary:
+        with replacing(path) as temporary:
             temporary.write_bytes(content)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
@@ -76,7 +77,7 @@ def make_folder(path: Path) -> None:
 
 
 def is_written(path: Path) -> bool:
-    """Whether a result is there and not empty, as a power cut may leave it."""
+    """Whether a result is there and not empty, as a power cut may leave those of other programs."""
     try:
         return path.stat().st_size > 0
     except OSError:

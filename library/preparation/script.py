@@ -74,7 +74,7 @@ def _options(
     )
     values = opts.flat()
     level = values["console_log_level"] if is_first() else "ERROR"  # the other processes report errors only
-    _set_up_messages(level, values)
+    logs.setup_logging(level, values["console_log_file"], values["console_log_simple"])
     known: Any = traits(opts)
     problems = validation.problems(opts, known)
     if problems:
@@ -82,11 +82,6 @@ def _options(
     for line in validation.warnings(opts, known):
         LOGGER.warning("%s", line)
     return opts
-
-
-def _set_up_messages(level: str | None, values: dict[str, Any]) -> None:
-    file = values["console_log_file"]
-    logs.setup_logging(level, file, values["console_log_simple"])
 
 
 def _conclude(outcome: Outcome, opts: Options) -> int:

@@ -70,7 +70,7 @@ class TagFiles:
             text = with_appended(before, tags, self._separator)
             if text == before:
                 return
-        write_text(path, f"{text}\n", flush=False)
+        write_text(path, f"{text}\n")
 
     def finish(self) -> None:
         pass

@@ -6,10 +6,10 @@ import codecs
 import re
 from pathlib import Path
 
-from library.checkpoints.writing import replacing
 from library.data.captions import LARGEST_CAPTION
 from library.data.folders import is_image
 from library.errors import UserError
+from library.runtime.durable import discard_once, replacing
 from library.runtime.files import read_bytes, reason
 
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
@@ -47,15 +47,11 @@ def require_text_ending(extension: str) -> None:
         raise UserError(f"--caption_extension: files ending in {extension} are pictures; give another, such as .txt")
 
 
-def write_text(path: Path, text: str, *, flush: bool = True) -> None:
-    """Writes a text file as UTF-8, or leaves an earlier one as it was.
-
-    Args:
-        flush: as in `replacing`.
-    Raises: UserError: it cannot be written.
-    """
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file as UTF-8, or leaves an earlier one as it was. Raises: UserError: it cannot be written."""
+    discard_once(path.parent, path.suffix)
     try:
-        with replacing(path, flush=flush) as temporary:
+        with replacing(path) as temporary:
             temporary.write_bytes(text.encode("utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import stat
@@ -25,7 +26,7 @@ def setup_logging(level: str | None = None, file: str | None = None, simple: boo
 
     Raises: UserError: the file cannot be written.
     """
-    handler = _LogFile.opened(file) if file else _BesideBars(sys.stderr)
+    handler = _IntoFile.opened(file) if file else _BesideBars(sys.stderr)
     layout = "%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s"
     handler.setFormatter(_Shown(layout, datefmt="%H:%M:%S"))
     LOGGER.handlers[:] = [handler]
@@ -41,13 +42,24 @@ class _Shown(logging.Formatter):
         return super().formatMessage(record)
 
 
-class _LogFile(logging.FileHandler):
-    """--console_log_file. Where it takes no more, as on a full disk, one line on the screen says so."""
+class _BesideBars(logging.StreamHandler):
+    """A handler whose messages do not stand behind a progress bar. What the screen does not take is lost."""
 
-    failed = False
+    def emit(self, record: logging.LogRecord) -> None:
+        clear_progress()
+        super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # logging's name
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+class _IntoFile(logging.FileHandler):
+    """A handler for a file; when that can no longer be written, one warning says so, and the screen has the rest."""
 
     @classmethod
-    def opened(cls, file: str) -> _LogFile:
+    def opened(cls, file: str) -> _IntoFile:
+        """Raises: UserError: the file cannot be written."""
         try:
             if os.path.exists(file) and stat.S_ISFIFO(os.stat(file).st_mode):
                 os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK))  # fails where it would wait for a reader
@@ -56,21 +68,38 @@ class _LogFile(logging.FileHandler):
             why = reason(error) if isinstance(error, OSError) else error
             raise UserError(f"--console_log_file: cannot write {file} ({why})") from None
 
-    def handleError(self, record: logging.LogRecord) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:  # logging's name
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
-        elif not self.failed:
-            self.failed = True
-            print(shown(f"--console_log_file: no more can be written ({reason(error)})"), file=sys.stderr)
+            return
+        screen = _BesideBars(sys.stderr)
+        screen.setFormatter(self.formatter)
+        LOGGER.handlers[:] = [screen if handler is self else handler for handler in LOGGER.handlers]
+        with contextlib.suppress(OSError):
+            self.close()  # tries once more to write what is left
+        why = reason(error)
+        LOGGER.warning("--console_log_file: %s cannot be written (%s); messages come here", self.baseFilename, why)
+        screen.handle(record)
 
 
-class _BesideBars(logging.StreamHandler):
-    """A handler whose messages do not stand behind a progress bar."""
+class _Screen:
+    """stderr for bars, which must not end a run when it is a file on a full disk, or a program that is gone."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        clear_progress()
-        super().emit(record)
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def quiet_third_parties() -> None:
@@ -94,7 +123,8 @@ def progress(total: int | None, desc: str, unit: str = "it", **kwargs: Any) -> A
     from tqdm import tqdm
 
     interval = 0.5 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, desc=desc, unit=unit, mininterval=interval, dynamic_ncols=True, smoothing=0.1, **kwargs)
+    how = {"mininterval": interval, "dynamic_ncols": True, "smoothing": 0.1, "file": _Screen(sys.stderr), **kwargs}
+    return tqdm(total=total, desc=desc, unit=unit, **how)
 
 
 def clear_progress() -> None:

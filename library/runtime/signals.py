@@ -42,4 +42,4 @@ class Interruption:
             raise KeyboardInterrupt
         self.asked = True
         name = signal.Signals(number).name
-        LOGGER.warning("%s: finishing the step and saving the state; once more ends it at once", name)
+        LOGGER.warning("%s: finishing the step, then saving; once more ends it at once", name)

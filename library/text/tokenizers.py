@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from library.checkpoints.writing import new_folder
 from library.errors import UserError
+from library.runtime.durable import new_folder
 from library.runtime.logs import LOGGER
 
 CLIP_VOCABULARY = Path(__file__).parent / "clip_vocabulary"

@@ -55,7 +55,10 @@ class Average:
         return {str(number): average for number, average in enumerate(self._average)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises: ValueError: the average of other parameters."""
         for number, average in enumerate(self._average):
+            if state[str(number)].shape != average.shape:
+                raise ValueError(f"average {number} has the shape {list(state[str(number)].shape)}")
             average.copy_(state[str(number)])
 
 

@@ -13,7 +13,7 @@ from library.errors import UserError
 from library.options.base import Options, options_of
 from library.options.saving import SavingOptions, parse_hub_folder
 from library.runtime.logs import LOGGER
-from library.training.state import EXTRA, MODEL, OPTIMIZER, PROGRESS, SCALER, SCHEDULE
+from library.training.state_notes import EXTRA, MODEL, OPTIMIZER, PROGRESS, SCALER, SCHEDULE
 
 _OF_A_STATE = (MODEL, OPTIMIZER, SCHEDULE, SCALER, EXTRA, PROGRESS)  # nothing else is fetched, least of all pickles
 

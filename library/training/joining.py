@@ -93,7 +93,7 @@ def seed_of_state(opts: Options) -> int | None:
 
     Raises: UserError: an unreadable state.
     """
-    from library.training.state import read_progress
+    from library.training.state_notes import read_progress
 
     if not opts.saving.resume or opts.saving.resume_from_huggingface:
         return None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.runtime import logs, seeds
+from library.runtime import durable, logs, seeds
 from library.runtime.logs import LOGGER
 from library.runtime.processes import Processes
 from library.runtime.signals import Interruption
@@ -24,6 +24,7 @@ from library.training.ema import Average
 from library.training.lr_schedules import wants_loss
 from library.training.optimizers import averaged_weights, effective_rates
 from library.training.scalars import ScalarQueue, all_finite
+from library.training.state_notes import MODEL, Progress
 from library.training.step import StepParts, training_step
 from library.training.validation import Best
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from library.options.base import Options
     from library.training.hub import Hub
     from library.training.plan import RunPlan, Start
+    from library.training.resuming import Making
     from library.training.sharding import Shards
     from library.training.stepping import Stepper
     from library.training.tracking import Tracker
@@ -71,6 +73,7 @@ class Run:
     make_metadata: Callable[[RunFacts], dict[str, str] | None]
     save_dtype: torch.dtype | None
     start: Start
+    making: Making  # what a state says of this run
     resume: Path | None = None  # state folder
     average: Average | None = None  # of the trained weights
     shards: Shards | None = None  # where the trained weights are spread over the processes
@@ -119,12 +122,12 @@ class RunFacts:
 def train(run: Run) -> RunFacts:
     """Runs until the planned number of optimizer steps is done, saving, sampling and logging on the way.
 
-    Ctrl-C and SIGTERM end it after the step at hand, with a state to go on from.
+    Ctrl-C and SIGTERM end it after the step at hand, with a state to go on from. In the last step they change nothing.
     """
     with Interruption() as interruption:
         facts = _steps(run, interruption)
-    if run.takes_part:
-        _save_interrupted(run, facts) if facts.interrupted else _save(run, facts, run.saves.final())
+        if run.takes_part:
+            _save_interrupted(run, facts) if facts.interrupted else _save(run, facts, run.saves.final())
     return facts
 
 
@@ -133,7 +136,7 @@ def _steps(run: Run, interruption: Interruption) -> RunFacts:
     parts = StepParts(run.family, run.models, run.objective, grad_text)
     placement.training_modes(run.models, run.method.trainable(), grad_text=grad_text)
     if run.resume is not None:
-        state.load_state(run.resume, _state_parts(run), spread=run.shards is not None)
+        state.load_state(run.resume, _state_parts(run), making=run.making, spread=run.shards is not None)
         LOGGER.info("resumed from %s after step %d", run.resume, run.start.step)
     facts = RunFacts(run.start.step, run.start.epochs, run.start.epochs * run.plan.batches_per_process)
     facts.micro_step += run.start.batches
@@ -141,12 +144,13 @@ def _steps(run: Run, interruption: Interruption) -> RunFacts:
     if run.takes_part and facts.step == 0 and run.preview.due(0):
         _sample(run, facts, epoch_end=False)
     first_batch = run.start.batches
-    while facts.step < run.plan.total_steps and not facts.interrupted and not facts.stopped:
+    end_of_epoch_missing = first_batch == run.plan.batches_per_process
+    while (facts.step < run.plan.total_steps or end_of_epoch_missing) and not facts.interrupted and not facts.stopped:
         facts.epoch += 1
         facts.epoch_ended = False
         run.method.start_epoch(facts.epoch)
         _epoch(run, parts, facts, report, interruption, first_batch)
-        first_batch = 0
+        first_batch, end_of_epoch_missing = 0, False
     report.close(facts)
     return facts
 
@@ -173,8 +177,10 @@ def _epoch(
         if run.takes_part:
             _after_step(run, facts, report)
         # All processes must leave at the same step, whichever of them the signal has reached.
-        facts.interrupted = bool(run.processes.largest(int(interruption.asked)))
-        if facts.interrupted or facts.stopped or facts.step >= run.plan.total_steps:
+        asked = bool(run.processes.largest(int(interruption.asked)))
+        over = facts.stopped or facts.step >= run.plan.total_steps
+        facts.interrupted = asked and not over
+        if asked or over:
             break
     whole = facts.micro_step == facts.epoch * run.plan.batches_per_process
     if facts.interrupted or (facts.stopped and not whole):
@@ -332,14 +338,15 @@ def _forget(run: Run, obsolete: Path | None) -> None:
     if obsolete is not None and run.writes:
         for path in (obsolete, *run.method.companions(obsolete)):
             run.hub.settle(path)
-            saving.remove(path)
+            durable.remove(path)
 
 
 def _save_state(run: Run, facts: RunFacts, folder: Path) -> None:
     run.hub.settle(folder)
     with saving.failing_clearly(folder):
-        progress = state.Progress(facts.step, facts.epoch, run.seed, facts.epoch_ended)
-        state.save_state(folder, _state_parts(run), progress, gather=run.shards is not None, write=run.writes)
+        progress = Progress(facts.step, facts.epoch, run.seed, facts.epoch_ended)
+        how = {"made_with": run.making.to_json(), "gather": run.shards is not None, "write": run.writes}
+        state.save_state(folder, _state_parts(run), progress, **how)
     LOGGER.info("saved the state in %s", folder)
     run.hub.upload_state(folder)
 
@@ -364,7 +371,17 @@ def _save_interrupted(run: Run, facts: RunFacts) -> None:
     _check_weights(run, facts)
     folder = run.saves.state_of(run.saves.step_path(facts.step))
     _save_state(run, facts, folder)
-    LOGGER.warning("interrupted after step %d; --resume=%s goes on from there", facts.step, folder)
+    LOGGER.warning(
+        "interrupted after step %d; --resume=%s goes on from there; %s", facts.step, folder, _usable(run, facts, folder)
+    )
+
+
+def _usable(run: Run, facts: RunFacts, folder: Path) -> str:
+    """Where the model as it is now is to be had without training on."""
+    averaged = run.average is not None or callable(getattr(run.optimizer.optimizer, "eval", None))
+    if run.method.added() is not None and not averaged:
+        return f"{folder / MODEL} can be used as it is, without metadata"
+    return f"with --max_train_steps={facts.step} beside it, only {run.saves.final_path().name} of this step is written"
 
 
 def _sample(run: Run, facts: RunFacts, *, epoch_end: bool) -> None:

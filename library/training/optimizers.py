@@ -78,10 +78,15 @@ def rehearse(options: OptimizerOptions, device: torch.device, mesh: Any | None =
             check_optimizer(make, name, mesh)
 
 
+def optimizer_class(options: OptimizerOptions) -> type:
+    """The class that the options name. Raises: UserError: it is not there."""
+    return import_class("--optimizer_type", optimizer_path(options), "torch.optim.Optimizer")
+
+
 def _chosen(options: OptimizerOptions) -> tuple[type, str, dict[str, Any]]:
     """The class, the name that it was chosen by, and its arguments but for the rate."""
     name, path = optimizer_name(options), optimizer_path(options)
-    cls = import_class("--optimizer_type", path, "torch.optim.Optimizer")
+    cls = optimizer_class(options)
     arguments = literal_args("--optimizer_args", options.optimizer_args)
     if "lr" in arguments:
         raise UserError("--optimizer_args: the rate is not given here; use --learning_rate")

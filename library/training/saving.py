@@ -12,6 +12,8 @@ from typing import NamedTuple
 from library.errors import UserError
 from library.options.saving import SavingOptions
 
+_OF_WRITING = ("inline_container", "iostream error", "PytorchStreamWriter")  # in what torch.save says of a full disk
+
 
 class Due(NamedTuple):
     """What to write at one moment, and what to delete when that is done."""
@@ -123,18 +125,13 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
 @contextmanager
 def failing_clearly(path: Path) -> Iterator[None]:
-    """Turns what the system says against writing `path` into one line. Raises: UserError."""
+    """Turns what the system says against writing `path` into one line, whoever passes it on. Raises: UserError."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be saved ({error.strerror or error}); what was saved before is whole"
-        ) from None
-
-
-def remove(path: Path) -> None:
-    """Deletes exactly this file or folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _OF_WRITING):
+            raise
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: cannot be saved ({reason}); what was saved before is whole") from None

@@ -5,8 +5,6 @@ Random streams are not part of it. They follow from the seed and from how many s
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,27 +13,26 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
-from library.runtime.documents import LARGEST_CONFIG, load_json
-from library.runtime.files import read_bytes
-from library.version import NAME, VERSION
+from library.training.resuming import report_data
+from library.training.state_notes import (
+    EXTRA,
+    MODEL,
+    OPTIMIZER,
+    SCALER,
+    SCHEDULE,
+    Progress,
+    read_making,
+    read_progress,
+    write_notes,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-MODEL, OPTIMIZER, SCHEDULE, SCALER = "model.safetensors", "optimizer.bin", "scheduler.bin", "scaler.pt"
-EXTRA = "extra.bin"
-PROGRESS = "train_state.json"  # the last file to be written
+    from library.training.resuming import Making
 
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run was."""
-
-    step: int  # optimizer steps done
-    epoch: int  # the epoch of that step, from 1
-    seed: int | None  # None: an earlier trainer's state, which does not tell
-    epoch_ended: bool = True  # False: what happens at the end of that epoch is still to be done, if it is over
+_OF_OTHER_CONTENTS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -49,38 +46,25 @@ class Parts:
     extra: Mapping[str, Any] | None = None  # what else is kept between steps, by name; `restart` where a state lacks it
 
 
-def read_progress(folder: Path) -> Progress | None:
-    """What the state tells of itself; None: an earlier trainer's state of a whole model, which tells nothing.
-
-    Raises: UserError: the folder holds no state, or one whose saving was cut off.
-    """
-    if not os.path.isdir(folder):
-        raise UserError(f"--resume: there is no folder {folder}")
-    missing = [name for name in (MODEL, OPTIMIZER, SCHEDULE) if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"--resume: {folder} is no whole state, it has no {missing[0]}; choose an earlier one")
-    file = folder / PROGRESS
-    if not file.is_file():
-        return None
-    try:
-        told = load_json(read_bytes(file, LARGEST_CONFIG))
-        step, epoch = int(told["current_step"]), int(told["current_epoch"])
-        return Progress(step, epoch, told.get("seed"), told.get("epoch_ended", True))
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--resume: {file} cannot be read; choose an earlier state") from None
-
-
-def save_state(folder: Path, parts: Parts, progress: Progress, *, gather: bool = False, write: bool = True) -> None:
-    """Writes a state folder, in the layout of accelerate; it takes its name when everything is in it.
+def save_state(
+    folder: Path,
+    parts: Parts,
+    progress: Progress,
+    *,
+    made_with: Mapping[str, Any] | None = None,
+    gather: bool = False,
+    write: bool = True,
+) -> None:
+    """Writes a state folder, in the layout of accelerate; it takes its name when everything is in it, on the disk.
 
     Args:
+        made_with: see `resuming.Making`.
         gather: whether weights are spread over processes; then all of them call this.
         write: whether this process is the one that writes.
     Raises: OSError: the disk is full or the folder cannot be written; an earlier state of this name stays.
     """
-    import torch
-
-    from library.checkpoints.writing import replacing_folder, write_safetensors
+    from library.checkpoints.writing import write_safetensors, write_torch
+    from library.runtime.durable import replacing_folder
 
     whole: Callable[[Any], Any] = _unchanged
     if gather:
@@ -93,22 +77,21 @@ def save_state(folder: Path, parts: Parts, progress: Progress, *, gather: bool =
         return
     with replacing_folder(folder) as fresh:
         write_safetensors(fresh / MODEL, {name: t.detach().cpu().contiguous() for name, t in trained.items()})
-        torch.save(optimizer, fresh / OPTIMIZER)
-        torch.save(parts.schedule.state_dict(), fresh / SCHEDULE)
+        write_torch(fresh / OPTIMIZER, optimizer)
+        write_torch(fresh / SCHEDULE, parts.schedule.state_dict())
         if parts.scaler is not None:
-            torch.save(parts.scaler.state_dict(), fresh / SCALER)
+            write_torch(fresh / SCALER, parts.scaler.state_dict())
         if extra:
-            torch.save(extra, fresh / EXTRA)
-        told = {"current_epoch": progress.epoch, "current_step": progress.step, "seed": progress.seed}
-        told["epoch_ended"] = progress.epoch_ended
-        text = json.dumps({**told, "made_by": f"{NAME} {VERSION}"}, indent=2)
-        (fresh / PROGRESS).write_text(text, encoding="utf-8")
+            write_torch(fresh / EXTRA, extra)
+        write_notes(fresh, progress, made_with)
 
 
-def load_state(folder: Path, parts: Parts, *, spread: bool = False) -> None:
-    """Fills the parts from a state folder.
+def load_state(folder: Path, parts: Parts, *, making: Making | None = None, spread: bool = False) -> None:
+    """Fills the parts from a state folder. Options that are others now than then count, see `resuming`.
 
-    Args: spread: whether weights are spread over processes; then all of them call this.
+    Args:
+        making: what makes this run; None: nothing is compared.
+        spread: whether weights are spread over processes; then all of them call this.
     Raises: UserError: the state is of another network, optimizer or schedule, or a file is damaged.
     """
     from safetensors import SafetensorError
@@ -120,18 +103,58 @@ def load_state(folder: Path, parts: Parts, *, spread: bool = False) -> None:
         raise UserError(f"--resume: {folder / MODEL} cannot be read ({error}); choose an earlier state") from None
     spread_like, spread_optimizer_state = _spreading() if spread else (_first, _first)
     _fill(parts.trained, tensors, folder, spread_like)
-    optimizer_options = "--optimizer_type and --optimizer_args"
-    _load(parts.optimizer, folder / OPTIMIZER, optimizer_options, lambda s: spread_optimizer_state(s, parts.optimizer))
-    _load(parts.schedule, folder / SCHEDULE, "--lr_scheduler")
+    _load_optimizer(folder, parts, making, spread_optimizer_state)
     if parts.scaler is not None and (folder / SCALER).is_file():
         _load(parts.scaler, folder / SCALER, "--mixed_precision")
     if parts.extra:
-        found = _read(folder / EXTRA) if (folder / EXTRA).is_file() else {}
-        for name, part in parts.extra.items():
-            if name in found:
-                part.load_state_dict(spread_like(found[name], part.state_dict()))
-            else:
-                part.restart()
+        _load_extra(folder, parts.extra, spread_like)
+
+
+def _load_optimizer(
+    folder: Path, parts: Parts, making: Making | None, spread_optimizer_state: Callable[..., Any]
+) -> None:
+    """Optimizer and schedule, with what the options have changed."""
+    from library.training import optimizer_states
+    from library.training.resuming import Changes
+
+    before = read_making(folder)
+    changes = None if making is None else Changes(parts.optimizer, parts.schedule, making, before)
+
+    def fitting_state(saved: Any) -> Any:
+        optimizer_states.check(saved, parts.optimizer)
+        return spread_optimizer_state(saved, parts.optimizer)
+
+    _load(parts.optimizer, folder / OPTIMIZER, "--optimizer_type and --optimizer_args", fitting_state)
+    file, options = folder / SCHEDULE, "--lr_scheduler"
+    if changes is None:
+        _load(parts.schedule, file, options)
+        return
+    report_data(before.get("data"), making.data)
+    changes.to_groups()
+    saved = _read(file)
+    if not isinstance(saved, dict):
+        raise _misfit(file, options, "it is no state of a schedule")
+    progress = read_progress(folder)
+    if changes.to_schedule(saved, 0 if progress is None else progress.step):
+        return
+    ours = parts.schedule.state_dict()
+    odd = [name for name, value in saved.items() if name in ours and not optimizer_states.alike(ours[name], value)]
+    if odd:
+        raise _misfit(file, options, f"its {odd[0]} is {str(saved[odd[0]])[:40]}")
+    _load(parts.schedule, file, options)
+
+
+def _load_extra(folder: Path, extra: Mapping[str, Any], spread_like: Callable[..., Any]) -> None:
+    file = folder / EXTRA
+    found = _read(file) if file.is_file() else {}
+    for name, part in extra.items():
+        if not isinstance(found, dict) or name not in found:
+            part.restart()
+            continue
+        try:
+            part.load_state_dict(spread_like(found[name], part.state_dict()))
+        except _OF_OTHER_CONTENTS as error:
+            raise _misfit(file, "the options", str(error) or type(error).__name__) from None
 
 
 def needed_bytes(parts: Parts) -> int:
@@ -179,9 +202,12 @@ def _fill(
 def _load(part: Any, file: Path, options: str, prepare: Callable[[Any], Any] = _unchanged) -> None:
     try:
         part.load_state_dict(prepare(_read(file)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{file} does not fit {options} ({str(error) or type(error).__name__})"
-        raise UserError(f"--resume: {reason}; give those of the run that saved it") from None
+    except _OF_OTHER_CONTENTS as error:
+        raise _misfit(file, options, str(error) or type(error).__name__) from None
+
+
+def _misfit(file: Path, options: str, why: str) -> UserError:
+    return UserError(f"--resume: {file} does not fit {options} ({why}); give those of the run that saved it")
 
 
 def _read(file: Path) -> Any:
@@ -189,6 +215,6 @@ def _read(file: Path) -> Any:
 
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, UnpicklingError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0] or "it is empty"
         raise UserError(f"--resume: {file} cannot be read ({reason}); choose an earlier state") from None

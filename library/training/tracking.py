@@ -130,6 +130,7 @@ class TensorBoard:
 
         options = opts.logging
         run = f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
+        _quiet_writer_threads()
         self._writer = SummaryWriter(str(Path(options.logging_dir) / run / name), **settings)
         if options.log_config:
             rows = [f"| {name} | {value} |" for name, value in sorted(loggable(opts).items())]
@@ -146,6 +147,23 @@ class TensorBoard:
 
     def close(self, failed: bool) -> None:
         self._writer.close()
+
+
+def _quiet_writer_threads() -> None:
+    """Keeps the tracebacks of TensorBoard's own threads off the screen: they pass their errors on to whoever writes."""
+    before = threading.excepthook
+    if getattr(before, "quiet_writers", False):
+        return
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        module = type(failed.thread).__module__
+        if module.split(".")[0] == "tensorboard" and isinstance(failed.exc_value, OSError):
+            LOGGER.debug("%s ended: %s", failed.thread.name, failed.exc_value)
+        else:
+            before(failed)
+
+    hook.quiet_writers = True
+    threading.excepthook = hook
 
 
 class WeightsAndBiases:

@@ -500,7 +500,7 @@ def test_what_one_picture_lacks_is_told_and_the_others_are_written(items, tmp_pa
     encoder, told = Encoder(), {}
     with torch.no_grad():
         encoder.table.weight[ord("z")] = float("nan")
-    long = Item(tmp_path / f"{'n' * 250}.png", "an owl")
+    long = Item(tmp_path / ("n" * 300) / "a.png", "an owl")
     cache_text_on_disk(
         [*items, long], LAYOUT, encoder, {}, 2, failed=lambda picture, why: told.update({picture: why}), progress=Bar
     )
@@ -512,6 +512,34 @@ def test_what_one_picture_lacks_is_told_and_the_others_are_written(items, tmp_pa
     with pytest.raises(UserError, match="too long") as caught:
         cache_text_on_disk([long], LAYOUT, encoder, {}, 2, progress=Bar)
     assert caught.value.hint.startswith("shorten the picture's name")
+
+
+def test_names_that_are_too_long_are_shortened_and_stay_apart(tmp_path):
+    names = [f"{'猫' * 82}{end}.png" for end in "ab"]
+    items = [Item(tmp_path / name, "an owl") for name in names]
+    data_store, _ = on_disk(items, Encoder())
+    assert len({cache_file(item, LAYOUT) for item in items}) == 2
+    for number, item in enumerate(items):
+        assert cache_file(item, LAYOUT).name.startswith("猫" * 70)
+        assert len(cache_file(item, LAYOUT).name.encode()) <= 255
+        assert data_store.get(number)
+    assert Bar.last.done == 2
+    on_disk(items, Encoder())
+    assert Bar.last.done == 2, "nothing is made again"
+
+
+def test_what_a_killed_run_has_left_is_removed_and_an_empty_file_is_made_again(items, tmp_path):
+    on_disk(items[:2], Encoder())
+    left = tmp_path / f".{cache_file(items[0], LAYOUT).name}.abcd1234.tmp"
+    other = tmp_path / ".another.npz.abcd1234.tmp"
+    for path in (left, other, cache_file(items[0], LAYOUT)):  # as a power cut leaves a file that was not flushed
+        path.write_bytes(b"")
+    data_store, reasons = on_disk(items[:2], Encoder())
+    assert len(reasons) == 1
+    assert "the file is empty" in reasons[0]
+    assert data_store.get(0)
+    assert other.exists()
+    assert not left.exists()
 
 
 def test_an_encoder_that_does_not_fit_the_layout_is_refused(items):

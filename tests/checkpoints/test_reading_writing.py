@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.checkpoints.reading import open_weights, read_header, read_state_dict
-from library.checkpoints.writing import Deferred, replacing, replacing_folder, write_safetensors, write_torch
+from library.checkpoints.writing import Deferred, write_safetensors, write_torch
 from library.errors import UserError
+from library.runtime.durable import replacing, replacing_folder
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -195,3 +198,24 @@ def test_new_files_have_the_usual_permissions(tmp_path):
     with replacing(tmp_path / "ours") as temporary:
         temporary.write_text("")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
+def test_a_torch_file_on_a_full_disk_says_what_the_system_says(tmp_path):
+    """`torch.save` itself raises a RuntimeError that does not tell."""
+    import resource
+
+    path = tmp_path / "a.pt"
+    write_torch(path, {"a": torch.ones(3)})
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_torch(path, {"a": torch.ones(1 << 18), "b": torch.ones(1 << 18)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.errno == errno.EFBIG
+    assert path.read_bytes() == before
+    assert [one.name for one in tmp_path.iterdir()] == ["a.pt"]

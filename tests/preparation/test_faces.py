@@ -280,7 +280,7 @@ def test_a_second_run_goes_on_where_the_first_one_ended(work):
 def test_a_full_disk_ends_the_run(work, monkeypatch):
     draw(work.source / "a.png", (192, 128, 64, 64))
 
-    def full(path, *, flush):
+    def full(path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(picture_files, "replacing", full)

@@ -226,7 +226,7 @@ def test_a_full_disk_ends_the_run(folders, monkeypatch):
     for name in "abc":
         Image.fromarray(picture(64, 64)).save(source / f"{name}.png")
 
-    def full(path, *, flush):
+    def full(path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(picture_files, "replacing", full)

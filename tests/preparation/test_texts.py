@@ -6,6 +6,7 @@ import pytest
 
 from library.errors import UserError
 from library.preparation.texts import read_lines, read_text, write_text
+from library.runtime.durable import replacing
 
 JAPANESE = "青い髪の女の子、ポニーテール"
 
@@ -79,3 +80,17 @@ def test_a_file_in_the_place_of_a_folder_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         write_text(file / "b.json", "x")
     assert file.read_bytes() == b"before"
+
+
+def test_what_a_killed_run_has_left_is_removed_once_and_what_is_alive_or_foreign_stays(tmp_path):
+    for name in (".a.txt.abcd1234.tmp", ".a.png.abcd1234.tmp", ".notes.txt.tmp"):
+        (tmp_path / name).write_text("half")
+    with replacing(tmp_path / "b.txt") as alive:
+        write_text(tmp_path / "a.txt", "a cat\n")
+        assert alive.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".a.png.abcd1234.tmp",
+        ".notes.txt.tmp",
+        "a.txt",
+        "b.txt",
+    ]

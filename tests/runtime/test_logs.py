@@ -1,5 +1,6 @@
 import os
 import re
+import sys
 
 import pytest
 
@@ -55,11 +56,24 @@ def test_a_log_file_that_cannot_be_written_is_one_line(tmp_path, kind):
         setup_logging(file=str(tmp_path / name))
 
 
-def test_a_log_file_that_takes_no_more_is_told_once(capsys):
-    setup_logging(file="/dev/full")
-    for _ in range(3):
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
+def test_a_log_on_a_full_disk_is_one_warning_and_messages_go_to_the_screen(capsys):
+    setup_logging(file="/dev/full", simple=True)
+    for word in ("first", "second"):
+        LOGGER.info("the %s message", word)
+    warning, first, second = capsys.readouterr().err.splitlines()
+    assert warning == "--console_log_file: /dev/full cannot be written (No space left on device); messages come here"
+    assert (first, second) == ("the first message", "the second message")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
+def test_a_screen_that_takes_nothing_ends_no_run(monkeypatch):
+    full = open("/dev/full", "w", buffering=1)  # noqa: SIM115  # closing it is an error too
+    monkeypatch.setattr(sys, "stderr", full)
+    setup_logging(simple=True)
+    with progress(10, "work", mininterval=0) as bar:
         LOGGER.warning("a message")
-    setup_logging()
-    assert capsys.readouterr().err.splitlines() == [
-        "--console_log_file: no more can be written (No space left on device)"
-    ]
+        bar.update()
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="No space left"):
+        full.close()

@@ -173,7 +173,7 @@ SCRIPTS = {
         ],
         "{}_*_sd.npz",
         torch=True,
-        refused=NO_ROOM | NO_BUCKET,
+        refused=NO_BUCKET,
     ),
     "texts": Script(
         "tools/cache_text_encoder_outputs.py",
@@ -275,6 +275,8 @@ def test_odd_pictures(run_script, odd_pictures, models, data, out, name):
     new = {path for path in folder.iterdir() if not (odd_pictures / path.name).exists() or not script.beside}
     if script.results:
         expected = {stem: list(folder.glob(script.results.format(stem))) for stem in used}
+        if LONG in used and not expected[LONG]:  # the name of a cache file is shortened
+            expected[LONG] = list(folder.glob(script.results.format(f"{LONG[:40]}*~????????")))
         assert all(len(found) == 1 for found in expected.values()), expected
         assert {path for found in expected.values() for path in found} == {p for p in new if p.suffix != ".toml"}
     else:

@@ -118,7 +118,7 @@ def test_a_signal_ends_the_run_with_a_state(whole, train_arguments, start_script
     done = script.result()
     assert done.returncode == 0, done.stderr[-3000:]
     (state,) = tmp_path.glob("lora-step*-state")
-    assert f"--resume={state}" in done.stderr
+    assert f"--resume={state} goes on from there; {state / 'model.safetensors'} can be used as it is" in done.stderr
     assert not (tmp_path / "lora.safetensors").exists()
     done = run_script(*train_arguments(tmp_path, **OPTIONS | {"resume": state}))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -167,9 +167,6 @@ def test_what_cannot_be_resumed_is_told_at_once(whole, run_script, train_argumen
     shutil.copytree(whole / "lora-step00000004-state", cut)
     (cut / "optimizer.bin").unlink()
     assert "is no whole state, it has no optimizer.bin" in refused(resume=cut)
-    said = refused(resume=whole / "lora-state")
-    assert "9 steps are done already, and the run has 9" in said
-    assert "loaded" not in said
     assert "the state of another network or model" in refused(
         resume=whole / "lora-state", max_train_steps=12, network_dim=8
     )
@@ -177,7 +174,76 @@ def test_what_cannot_be_resumed_is_told_at_once(whole, run_script, train_argumen
     shutil.copytree(whole / "lora-step00000004-state", broken)
     content = (broken / "optimizer.bin").read_bytes()
     (broken / "optimizer.bin").write_bytes(content[: len(content) // 2])
-    assert "optimizer.bin cannot be read" in refused(resume=broken)
+    said = refused(resume=broken)
+    assert f"{broken / 'optimizer.bin'} has {len(content) // 2:,} bytes and was saved with" in said
+    assert "loaded" not in said
+    shutil.copytree(whole / "lora-step00000004-state", tmp_path / "turned-state")
+    turned = bytearray(content)
+    turned[len(content) // 2] ^= 1
+    (tmp_path / "turned-state" / "optimizer.bin").write_bytes(turned)
+    said = refused(resume=tmp_path / "turned-state")
+    assert "optimizer.bin is damaged" in said
+    assert "loaded" not in said
+    said = refused(resume=whole / "lora-step00000004-state", optimizer_type="Lion")
+    assert "was saved with the optimizer torch.optim.adamw.AdamW, and --optimizer_type now says lion_pytorch" in said
+    assert "loaded" not in said
+
+
+SIGNAL_IN_THE_LAST_STEP = """
+import os, runpy, signal, sys
+from library.training import loop
+done, real = [], loop.training_step
+def step(*args, **kwargs):
+    done.append(1)
+    if len(done) == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args, **kwargs)
+loop.training_step = step
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_signal_in_the_last_step_changes_nothing(run_script, train_arguments, tmp_path):
+    line = train_arguments(tmp_path, max_train_steps=2, train_batch_size=4)
+    done = run_script(*line, launcher=("-c", SIGNAL_IN_THE_LAST_STEP))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "SIGTERM: finishing the step" in done.stderr
+    assert "interrupted" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
+def test_a_state_at_the_planned_end_writes_the_final_files(whole, run_script, train_arguments, tmp_path):
+    """As a run needs that was killed between its last state and its final file."""
+    for state, steps in (("lora-state", STEPS), ("lora-step00000008-state", 6)):
+        done = run_script(*train_arguments(tmp_path, **OPTIONS | {"resume": whole / state, "max_train_steps": steps}))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"and the run has {steps}: nothing is trained" in done.stderr
+        assert "0 steps in" in done.stderr
+        assert (tmp_path / "lora-state").is_dir()
+        same = whole / ("lora.safetensors" if steps == STEPS else "lora-step00000008.safetensors")
+        assert weights_hash(tmp_path) == hash_of(same)
+
+
+def test_a_changed_rate_counts_and_is_told(whole, run_script, train_arguments, tmp_path):
+    state = whole / "lora-step00000008-state"
+    done = run_script(*train_arguments(tmp_path, **OPTIONS | {"resume": state, "learning_rate": 1e-5}))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "the learning rate of textencoder, unet: 0.001 -> 1e-05 (the former is the state's)" in done.stderr
+    assert weights_hash(tmp_path) != weights_hash(whole)
+
+
+def test_names_are_tried_and_leftovers_cleared_away_before_anything_is_loaded(run_script, train_arguments, tmp_path):
+    left = tmp_path / f".{'猫' * 80}.abcd1234.tmp"  # the end of so long a name is cut off
+    left.write_text("half")
+    done = run_script(*train_arguments(tmp_path, output_name="猫" * 84))
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    assert "cannot be made (File name too long); choose another name" in done.stderr
+    assert f"removed {left}" in done.stderr
+    assert "loaded" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.rows("R148", "R150", "R151")

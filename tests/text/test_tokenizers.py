@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from library.checkpoints.writing import new_folder
 from library.errors import UserError
 from library.families.sd.tokenizer import sd_tokenizer
+from library.runtime.durable import new_folder
 from library.text.tokenizers import bundled_clip_tokenizer, save_clip_tokenizer
 from tests.builders import write_tiny_sd1
 

@@ -1,8 +1,12 @@
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from library.training.saving import SavePlan, remove
+from library.errors import UserError
+from library.runtime.durable import remove
+from library.training.saving import SavePlan, failing_clearly
 
 
 def plan(**changes) -> SavePlan:
@@ -92,3 +96,35 @@ def test_states_only_where_they_are_asked_for():
     assert plan().final().state is None
     assert plan(final_state=True).final().state.name == "last-state"
     assert plan(every_steps=1, final_state=True).after_step(1).state is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
+@pytest.mark.parametrize("package", ["python", "safetensors", "torch"])
+def test_whoever_tells_of_a_full_disk_it_is_one_line(tmp_path, package):
+    import resource
+
+    import torch
+    from safetensors.torch import save_file
+
+    path, large = tmp_path / "m", {"a": torch.ones(1 << 18)}
+    writers = {
+        "python": lambda: path.write_bytes(bytes(1 << 20)),
+        "safetensors": lambda: save_file(large, path),
+        "torch": lambda: torch.save(large, path),
+    }
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(UserError) as caught, failing_clearly(path):
+            writers[package]()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    (line,) = caught.value.problems
+    assert line.startswith(f"{path}: cannot be saved (")
+    assert line.endswith("); what was saved before is whole")
+
+
+def test_a_mistake_of_our_own_is_not_taken_for_a_full_disk():
+    with pytest.raises(RuntimeError, match="shapes"), failing_clearly(Path("m")):
+        raise RuntimeError("shapes do not fit")

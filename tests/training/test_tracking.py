@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -274,6 +275,28 @@ def test_a_tracker_that_cannot_be_opened_does_not_end_the_run(tmp_path, messages
         tracker.scalars(1, {"loss": 1.0})
     (line,) = messages()
     assert line.startswith("TensorBoard cannot be used, the run goes on without it: ")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
+def test_tensorboard_on_a_full_disk_is_one_warning(tmp_path, messages, monkeypatch):
+    import resource
+
+    tracebacks, limits = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with make_tracker(options(f"--logging_dir={tmp_path}"), "network_train") as tracker:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # files may not grow any more
+        try:
+            for step in range(100):
+                tracker.scalars(step, {"loss": 1.0})
+                time.sleep(0.002)
+        finally:
+            tracker.close()
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, before)
+    assert tracebacks == []
+    (line,) = messages()
+    assert line.startswith("TensorBoard failed, nothing more is logged there: ")
 
 
 @pytest.mark.parametrize("enabled", [True, False])

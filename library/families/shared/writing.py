@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.keymap import Entry, KeyMap
 from library.checkpoints.reading import open_weights
-from library.checkpoints.writing import Deferred, materialise, replacing_folder, write_safetensors, write_torch
+from library.checkpoints.writing import Deferred, materialise, write_safetensors, write_torch
 from library.errors import UserError
 from library.families.shared.clip import public_state
 from library.families.shared.recognition import read_json
+from library.runtime.durable import replacing_folder
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:

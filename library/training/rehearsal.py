@@ -1,0 +1,153 @@
+"""What a run will write at its end is tried before anything is loaded: the names, their folders, and the room."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.errors import UserError
+from library.options.saving import output_place, sample_place
+from library.runtime.durable import LONGEST_NAME, fitting
+from library.training.saving import SavePlan, check_space, make_save_plan
+from library.training.state_notes import MODEL, OPTIMIZER, PROGRESS, SCHEDULE
+
+if TYPE_CHECKING:
+    from library.options.base import Options
+
+_SMALLEST_NETWORK = 1 << 20  # bytes; about what rank 1 of the smallest model takes
+_WEIGHTS = (".safetensors", ".ckpt", ".pt", ".bin")
+_LONGEST_COMPANION = "_t5xxl"  # of the endings of files beside a model
+_OF_A_MODEL = ("model_index.json",)  # a folder with one of these may be replaced
+_OF_A_STATE = (MODEL, OPTIMIZER, SCHEDULE, PROGRESS, "pytorch_model.bin")
+
+
+def problems(opts: Options) -> list[str]:
+    """One line per thing that could not be saved; leaves everything as it was."""
+    found: list[str] = []
+    for suffix in _suffixes(opts):
+        found += _of_names(opts, make_save_plan(opts.saving, suffix, 1))
+    if opts.sampling.sample_prompts:
+        folder, start = sample_place(opts.saving)
+        found += _try(folder / fitting(start, "e000000_00_00000000000000_0000000000.png"), folder=False)
+    if not found:
+        try:
+            check_space(output_place(opts.saving)[0], _smallest_copy(opts), "a copy of what is trained")
+        except UserError as error:
+            found += error.problems
+    return list(dict.fromkeys(found))
+
+
+def _suffixes(opts: Options) -> list[str]:
+    """The possible endings of copies, "" for folders; which one it is may only be known of the loaded model."""
+    chosen = opts.saving.save_model_as
+    if chosen:
+        return ["" if chosen.startswith("diffusers") else f".{chosen}"]
+    if not hasattr(opts.saving, "use_safetensors"):
+        return [".safetensors"]
+    source = opts.model.pretrained_model_name_or_path or ""
+    if os.path.isfile(source):
+        return [".safetensors" if opts.saving.use_safetensors else Path(source).suffix or ".safetensors"]
+    return [""]
+
+
+def _of_names(opts: Options, plan: SavePlan) -> Iterator[str]:
+    saving = opts.saving
+    copies = [plan.final_path()]
+    if plan.every_epochs:
+        copies.append(plan.epoch_path(1))
+    if plan.every_steps:
+        copies.append(plan.step_path(1))
+    if getattr(opts.validation, "save_best_validation", False):
+        copies.append(plan.best_path())
+    for path in copies:
+        yield from _try(path, folder=not plan.suffix)
+    longest = max(copies, key=lambda path: len(path.name))
+    if plan.suffix and (getattr(opts.family, "save_clip", False) or getattr(opts.family, "save_t5xxl", False)):
+        yield from _try(longest.with_name(f"{longest.stem}{_LONGEST_COMPANION}{plan.suffix}"), folder=False)
+    states = [plan.step_path(1)]  # what a signal leaves
+    if saving.save_state or saving.save_state_on_train_end:
+        states.append(plan.final_path())
+    if saving.save_state and plan.every_epochs:
+        states.append(plan.epoch_path(1))
+    for path in states:
+        yield from _try(plan.state_of(path), folder=True)
+    yield from _of_another_kind(plan)
+
+
+def _try(path: Path, *, folder: bool) -> Iterator[str]:
+    """Makes a file or folder of this name, with those above it, and takes all of it away again."""
+    made: list[Path] = []
+    try:
+        _make_missing(path.parent, made)
+        if os.path.lexists(path):
+            return
+        if folder:
+            path.mkdir()
+            made.append(path)
+        else:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            path.unlink()
+    except OSError as error:
+        yield f"--output_name: {_shown(path)} cannot be made ({error.strerror or error}); choose another name"
+    finally:
+        for one in reversed(made):
+            one.rmdir()
+
+
+def _make_missing(folder: Path, made: list[Path]) -> None:
+    if folder.is_dir():
+        return
+    if not os.path.lexists(folder.parent) or not folder.parent.is_dir():
+        _make_missing(folder.parent, made)
+    folder.mkdir()
+    made.append(folder)
+
+
+def _shown(path: Path) -> str:
+    text = str(path)
+    return text if len(path.name.encode("utf-8", "replace")) <= LONGEST_NAME else f"{path.parent / path.name[:40]}..."
+
+
+def _of_another_kind(plan: SavePlan) -> Iterator[str]:
+    """Lines about folders where files are to be written, and the other way round."""
+    ends = {plan.final_path(): "", plan.epoch_path(0): "-000000", plan.step_path(0): "-step00000000"}
+    name, epoch, step = (re.escape(path.name.removesuffix(end + plan.suffix)) for path, end in ends.items())
+    copies = rf"({name}(-best)?|{epoch}-\d{{6}}|{step}-step\d{{8}})"
+    kinds = (
+        (re.compile(copies + re.escape(plan.suffix)), not plan.suffix, _OF_A_MODEL),
+        (re.compile(rf"{copies}-state"), True, _OF_A_STATE),
+    )
+    try:
+        entries = sorted(os.scandir(plan.final_path().parent), key=lambda entry: entry.name)
+    except OSError:
+        return
+    for entry in entries:
+        for pattern, is_folder, parts in kinds:
+            if not pattern.fullmatch(entry.name):
+                continue
+            if entry.is_dir() != is_folder:
+                wrong = "a file" if is_folder else "a folder"
+            elif is_folder and os.listdir(entry.path) and not any(Path(entry.path, part).exists() for part in parts):
+                wrong = "a folder of something else"
+            else:
+                continue
+            yield f"--output_name: {entry.path} is {wrong}; move it, or choose another name"
+
+
+def _smallest_copy(opts: Options) -> int:
+    """Bytes that one copy takes at least: the file that the model comes from, or those of the folder."""
+    if not hasattr(opts.saving, "use_safetensors"):
+        return _SMALLEST_NETWORK
+    source = Path(opts.model.pretrained_model_name_or_path or "")
+    if source.is_file():
+        size = source.stat().st_size
+    else:
+        largest: dict[Path, int] = {}
+        for file in source.glob("*/*") if source.is_dir() else ():
+            if file.suffix in _WEIGHTS and file.is_file():
+                largest[file.parent] = max(largest.get(file.parent, 0), file.stat().st_size)
+        size = sum(largest.values())
+    return size // 2 if opts.saving.save_precision in ("fp16", "bf16") else size

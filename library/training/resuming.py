@@ -1,0 +1,275 @@
+"""What made a state, and what becomes of options that are others now than when it was saved.
+
+A rate, a setting of the optimizer (decay, betas, eps) and a schedule that are given anew count: the run goes on from
+its place in the new schedule, with the rate that a run with these options has at that step. Another optimizer is
+refused. Other data is reported. Where nothing differs, everything is loaded as it was saved, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError
+from library.runtime.logs import LOGGER
+
+if TYPE_CHECKING:
+    from library.data.dataset import TrainingData
+    from library.options.base import Options
+    from library.training.plan import RunPlan
+
+_NOT_SETTINGS = ("params", "lr", "initial_lr", "name")
+_COMMON = ("betas", "weight_decay", "eps", "momentum", "dampening", "alpha", "rho")  # settings that no step changes
+_OF_A_PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr", "_sum", "_count")
+# beginnings of the names of schedules that know how long the run is
+_OVER_THE_RUN = ("linear", "cosine", "polynomial", "warmup_stable")
+_DATA = {"images": "images", "reg_images": "regularisation images", "batches_per_epoch": "batches per epoch"}
+
+
+@dataclass
+class Making:
+    """What made a state, as JSON values."""
+
+    optimizer: str  # the class with its module
+    groups: list[dict[str, Any]]  # of the optimizer as it was made: name, lr and the other settings
+    schedule: dict[str, Any]
+    data: dict[str, Any]
+    rates_given: list[bool] = field(default_factory=list)  # by group: whether the user chose its rate; not saved
+
+    def to_json(self) -> dict[str, Any]:
+        told = asdict(self)
+        del told["rates_given"]
+        return told
+
+
+def making_of(optimizer: Any, opts: Options, run_plan: RunPlan, data: TrainingData) -> Making:
+    """To be called when optimizer and schedule are made and nothing is loaded or trained yet."""
+    options = opts.optimizer
+    by_default = "learning_rate" not in opts.explicit
+    groups = [_settings(group) for group in optimizer.param_groups]
+    given = [not (by_default and group["lr"] == options.learning_rate) for group in groups]
+    schedule = _schedule_of(options, run_plan.total_steps)
+    return Making(class_name(type(optimizer)), groups, schedule, _data_of(data, run_plan), given)
+
+
+def class_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def require_optimizer(folder: Path, made_with: Mapping[str, Any], cls: type) -> None:
+    """Raises: UserError: another class of optimizer saved the state."""
+    before = made_with.get("optimizer")
+    if isinstance(before, str) and _short(before) != _short(class_name(cls)):
+        raise UserError(
+            f"--resume: {folder} was saved with the optimizer {before[:100]}, and --optimizer_type now says "
+            f"{class_name(cls)}; give that of the state, or begin anew from the saved weights"
+        )
+
+
+def _short(name: str) -> tuple[str, str]:
+    """Package and class: modules inside a package may move from version to version."""
+    return name.partition(".")[0], name.rpartition(".")[2]
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    values = {name: _plain(value) for name, value in group.items() if name not in _NOT_SETTINGS}
+    simple = {name: value for name, value in values.items() if isinstance(value, str | int | float | list | None)}
+    return {"name": group.get("name", ""), "lr": _plain(group.get("initial_lr", group.get("lr"))), **simple}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "item") and getattr(value, "numel", lambda: 1)() == 1:
+        return value.item()
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _schedule_of(options: Any, total_steps: int) -> dict[str, Any]:
+    from library.options.optimizer import is_schedule_free, schedule_args, schedule_name, sets_own_rate
+    from library.training.lr_schedules import as_steps
+
+    if sets_own_rate(options) or is_schedule_free(options):
+        return {"lr_scheduler": "by the optimizer"}
+    if options.lr_scheduler_type:
+        told: dict[str, Any] = {"lr_scheduler": options.lr_scheduler_type}
+    else:
+        name = schedule_name(options)
+        told = {
+            "lr_scheduler": name,
+            "lr_warmup_steps": as_steps(options.lr_warmup_steps, total_steps),
+            "lr_decay_steps": as_steps(options.lr_decay_steps, total_steps),
+            "lr_scheduler_num_cycles": options.lr_scheduler_num_cycles,
+            "lr_scheduler_power": options.lr_scheduler_power,
+            "lr_scheduler_timescale": options.lr_scheduler_timescale,
+            "lr_scheduler_min_lr_ratio": options.lr_scheduler_min_lr_ratio,
+        }
+        if name.startswith(_OVER_THE_RUN):
+            told["steps"] = total_steps
+    return told | {f"lr_scheduler_args {name}": _plain(value) for name, value in schedule_args(options).items()}
+
+
+def _data_of(data: TrainingData, run_plan: RunPlan) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for line in sorted(
+        f"{record.path.name}/{record.size}/{record.bucket}/{record.repeats}" for record in data.all_records
+    ):
+        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
+    return {
+        "images": data.num_train_images,
+        "reg_images": data.num_reg_images,
+        "batches_per_epoch": run_plan.batches_per_epoch,
+        "files": digest.hexdigest(),
+    }
+
+
+# ---- what differs
+
+
+def report_data(before: Any, now: Mapping[str, Any]) -> None:
+    """One warning where the data is not that of the state."""
+    if not isinstance(before, dict) or not before or before == now:
+        return
+    other = [key for key in _DATA if before.get(key) != now[key]]
+    counts = [f"{_text(before.get(key))} {_DATA[key]} then, {now[key]} now" for key in other]
+    what = "; ".join(counts) or "other files, sizes or repeats in as many images"
+    LOGGER.warning(
+        "the data is not that of the resumed run (%s): the run goes on at its step of an epoch of the new data", what
+    )
+
+
+class Changes:
+    """Settings, rates and schedule of a run that is resumed: those of the state, but where options changed them.
+
+    Args:
+        optimizer: fresh, with the settings that the options say; so is `schedule`.
+        now: what makes this run.
+        before: what made the state, see `Making`; empty where it does not tell.
+    """
+
+    def __init__(self, optimizer: Any, schedule: Any, now: Making, before: Mapping[str, Any]):
+        self._optimizer, self._schedule, self._now, self._before = optimizer, schedule, now, before
+        skipped = ("params",)
+        self._fresh = [
+            {name: copy.deepcopy(value) for name, value in group.items() if name not in skipped}
+            for group in optimizer.param_groups
+        ]
+
+    def to_groups(self) -> None:
+        """Gives the groups of the optimizer, whose state is loaded, the settings that the options changed."""
+        changed: dict[tuple[str, str], list[str]] = {}
+        for number, (group, fresh) in enumerate(zip(self._optimizer.param_groups, self._fresh, strict=True)):
+            for name, value in fresh.items():
+                group.setdefault(name, value)  # a version that knows more settings than the one that saved
+            for name, was in self._settings_before(number, group).items():
+                given = self._now.groups[number].get(name, was)
+                if name not in ("name", "lr") and given != was and _plain(group[name]) == was:  # else it is no setting
+                    group[name] = fresh[name]
+                    changed.setdefault((name, f"{_text(was)} -> {_text(given)}"), []).append(str(fresh.get("name", "")))
+        for (name, change), parts in changed.items():
+            LOGGER.info("--optimizer_args: %s of %s: %s (the former is the state's)", name, ", ".join(parts), change)
+
+    def to_schedule(self, saved: Mapping[str, Any], step: int) -> bool:
+        """Brings the schedule to its place with the rates and options of now, if any of these have changed.
+
+        Args:
+            saved: the schedule's state; it is to be loaded where nothing has changed.
+            step: optimizer steps done.
+        Returns: whether anything has changed.
+        """
+        from library.training.lr_schedules import AdafactorRates, wants_loss
+
+        bases = [self._base(number, group) for number, group in enumerate(self._optimizer.param_groups)]
+        was_plateau = "num_bad_epochs" in saved
+        other = self._other_schedule(saved)
+        changed = [old for old, new in bases if old != new]
+        self._tell_rates(bases)
+        if isinstance(self._schedule, AdafactorRates) or not (other or changed):
+            return False
+        position = step if was_plateau or not isinstance(saved.get("last_epoch"), int) else saved["last_epoch"]
+        if other:
+            LOGGER.info("the schedule goes on at step %d with other options: %s", position, "; ".join(other))
+        if wants_loss(self._schedule):
+            self._to_plateau(saved if was_plateau else {}, bases)
+        else:
+            self._to_place(position, [new for _, new in bases])
+        return True
+
+    def _settings_before(self, number: int, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        groups = self._before.get("groups")
+        if isinstance(groups, list) and number < len(groups) and isinstance(groups[number], dict):
+            return groups[number]
+        return {name: _plain(group[name]) for name in _COMMON if name in self._fresh[number] and name in group}
+
+    def _base(self, number: int, group: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The rate that a group's schedule starts from: that of the state, and that of now."""
+        told, now = self._settings_before(number, group), self._now.groups[number]["lr"]
+        if "lr" not in told and "initial_lr" not in group:  # nobody knows, so it is taken for the same
+            return now, now
+        before = _plain(told["lr"] if "lr" in told else group["initial_lr"])
+        if now is None or before is None:  # the optimizer found or finds it
+            return (before, before) if now is None else (None, now)
+        if not self._now.rates_given[number]:
+            self._now.groups[number]["lr"] = before
+            return before, before
+        return before, now
+
+    def _tell_rates(self, bases: Sequence[tuple[Any, Any]]) -> None:
+        named: dict[str, list[str]] = {}
+        for (old, new), fresh in zip(bases, self._fresh, strict=True):
+            if old != new:
+                named.setdefault(f"{_text(old)} -> {_text(new)}", []).append(str(fresh.get("name") or "all parts"))
+        for change, parts in named.items():
+            LOGGER.info("the learning rate of %s: %s (the former is the state's)", ", ".join(parts), change)
+        both = zip(bases, self._now.rates_given, strict=True)
+        kept = {old for (old, _), given in both if not given and old is not None}
+        if kept:
+            rates = ", ".join(map(_text, sorted(kept)))
+            LOGGER.info("--learning_rate was not given: that of the resumed run stays (%s)", rates)
+
+    def _other_schedule(self, saved: Mapping[str, Any]) -> list[str]:
+        before, now = self._before.get("schedule"), self._now.schedule
+        if not isinstance(before, dict):  # only the class is known, by what it keeps
+            ours = vars(self._schedule)
+            other = any((kind in saved) != (kind in ours) for kind in ("lr_lambdas", "num_bad_epochs"))
+            return [f"--lr_scheduler is now {now['lr_scheduler']}"] if other else []
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        flags = {name: name if name == "steps" else f"--{name}" for name in names}
+        return [f"{flags[name]} {_text(before.get(name))} -> {_text(now.get(name))}" for name in names]
+
+    def _to_place(self, position: int, bases: Sequence[Any]) -> None:
+        """As if a run with these rates had done `position` steps of the schedule."""
+        schedule = self._schedule
+        for group, fresh, base, first in zip(
+            self._optimizer.param_groups, self._fresh, bases, schedule.base_lrs, strict=True
+        ):
+            group["initial_lr"] = base
+            group["lr"] = fresh["lr"] if base == first or not first else fresh["lr"] * (base / first)
+        schedule.base_lrs = list(bases)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch misses the optimizer's steps, which another run has done
+            if hasattr(schedule, "lr_lambdas"):  # a function of the step alone
+                schedule.last_epoch = position - 1
+                schedule.step()
+            else:
+                for _ in range(position):
+                    schedule.step()
+
+    def _to_plateau(self, saved: Mapping[str, Any], bases: Iterable[tuple[Any, Any]]) -> None:
+        """The reductions so far stay, as shares of the rate."""
+        schedule = self._schedule
+        vars(schedule).update({name: saved[name] for name in _OF_A_PLATEAU if name in saved})
+        for group, fresh, (old, new), floor in zip(
+            self._optimizer.param_groups, self._fresh, bases, schedule.min_lrs, strict=True
+        ):
+            group["initial_lr"] = new
+            group["lr"] = max(group["lr"] * new / old, floor) if saved and old else fresh["lr"]
+        schedule._last_lr = [group["lr"] for group in self._optimizer.param_groups]
+
+
+def _text(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

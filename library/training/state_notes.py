@@ -1,0 +1,154 @@
+"""What a state folder tells of itself, read without torch: how far the run was, what made it, checksums of its files.
+
+All of it stands in ``train_state.json``, which is written last. Earlier trainers, and earlier versions of this one,
+tell less: what is missing is not checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.runtime.documents import load_json
+from library.runtime.files import read_bytes
+from library.version import NAME, VERSION
+
+MODEL, OPTIMIZER, SCHEDULE, SCALER = "model.safetensors", "optimizer.bin", "scheduler.bin", "scaler.pt"
+EXTRA = "extra.bin"
+PROGRESS = "train_state.json"
+
+_CHUNK = 1 << 24  # bytes
+_MOST_STEPS = 10**12
+_LARGEST_SEED = 2**32 - 1  # as --seed
+_LARGEST_NOTES = 1 << 26  # bytes
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run was."""
+
+    step: int  # optimizer steps done
+    epoch: int  # the epoch of that step, from 1
+    seed: int | None  # None: an earlier trainer's state, which does not tell
+    epoch_ended: bool = True  # False: what happens at the end of that epoch is still to be done, if it is over
+
+
+def read_progress(folder: Path) -> Progress | None:
+    """How far the run was; None: an earlier trainer's state of a whole model, which tells nothing.
+
+    Raises: UserError: the folder holds no state, or one whose saving was cut off, or impossible values.
+    """
+    if not os.path.isdir(folder):  # a name that is too long is none
+        raise UserError(f"--resume: there is no folder {folder}")
+    missing = [name for name in (MODEL, OPTIMIZER, SCHEDULE) if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"--resume: {folder} is no whole state, it has no {missing[0]}; choose an earlier one")
+    told = _read(folder)
+    if told is None:
+        return None
+    step = _count(folder, told, "current_step", 0, _MOST_STEPS)
+    epoch = _count(folder, told, "current_epoch", min(step, 1), step + 1)  # each epoch has a step
+    seed = None if told.get("seed") is None else _count(folder, told, "seed", 0, _LARGEST_SEED)
+    ended = told.get("epoch_ended", True)
+    if not isinstance(ended, bool):
+        raise _impossible(folder, "epoch_ended", ended)
+    return Progress(step, epoch, seed, ended)
+
+
+def read_making(folder: Path) -> dict[str, Any]:
+    """What made the state, see `resuming.Making`; empty where the state does not tell. Raises: UserError."""
+    made_with = (_read(folder) or {}).get("made_with", {})
+    if not isinstance(made_with, dict):
+        raise _impossible(folder, "made_with", made_with)
+    return made_with
+
+
+def write_notes(folder: Path, progress: Progress, made_with: Mapping[str, Any] | None = None) -> None:
+    """Writes ``train_state.json`` beside the other files of a state, with their checksums. Raises: OSError."""
+    told = {"current_epoch": progress.epoch, "current_step": progress.step, "seed": progress.seed}
+    told["epoch_ended"] = progress.epoch_ended
+    if made_with:
+        told["made_with"] = dict(made_with)
+    told["files"] = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
+    }
+    text = json.dumps({**told, "made_by": f"{NAME} {VERSION}"}, indent=2)
+    (folder / PROGRESS).write_text(text, encoding="utf-8")
+
+
+def verify(folder: Path) -> None:
+    """Compares the files of a state with their checksums, where it has some.
+
+    Raises: UserError: a file is not what was saved.
+    """
+    fault = _fault(folder, (_read(folder) or {}).get("files", {}))
+    if fault:
+        raise UserError(f"--resume: {fault}; choose an earlier state")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds a state with all that it was saved with; False for those without checksums."""
+    try:
+        told = _read(folder) or {}
+    except UserError:
+        return False
+    files = told.get("files", {})
+    return {MODEL, OPTIMIZER, SCHEDULE} <= files.keys() and _fault(folder, files) is None
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    file = folder / PROGRESS
+    if not file.is_file():
+        return None
+    try:
+        told = load_json(read_bytes(file, _LARGEST_NOTES))
+        if not isinstance(told, dict) or not isinstance(told.get("files", {}), dict):
+            raise ValueError
+    except (OSError, ValueError):
+        raise UserError(f"--resume: {file} cannot be read; choose an earlier state") from None
+    return told
+
+
+def _count(folder: Path, told: Mapping[str, Any], name: str, least: int, most: int) -> int:
+    """A whole number between `least` and `most`; 4.0 is 4. Raises: UserError."""
+    value = told.get(name)
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not whole or not least <= value <= most:
+        raise _impossible(folder, name, value)
+    return int(value)
+
+
+def _impossible(folder: Path, name: str, value: Any) -> UserError:
+    text = repr(value)
+    shown = text if len(text) <= 40 else f"{text[:40]}..."
+    return UserError(f"--resume: {folder / PROGRESS}: {name} cannot be {shown}; choose an earlier state")
+
+
+def _fault(folder: Path, files: Mapping[str, Any]) -> str | None:
+    """What is wrong with the first file that is not as its entry says; None: all are as they were saved."""
+    for name, told in files.items():
+        path = folder / Path(name).name
+        wanted = (told.get("bytes"), told.get("sha256")) if isinstance(told, dict) else (None, None)
+        try:
+            size = path.stat().st_size
+            if size != wanted[0]:
+                return f"{path} has {size:,} bytes and was saved with {wanted[0]}"
+            if _sha256(path) != wanted[1]:
+                return f"{path} is damaged, its checksum is another than when it was saved"
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror or error})"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
