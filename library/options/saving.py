@@ -94,12 +94,8 @@ class SavingOptions(OptionGroup, group="saving", title="Saving"):
             yield f"--output_dir: nothing can be saved to {self.output_dir}: {reason}"
         if self.output_name and (reason := _no_output_name(self.output_name)):
             yield f"--output_name: {reason}, got {self.output_name!r}"
-        if self.huggingface_repo_id and not _REPO_ID.fullmatch(self.huggingface_repo_id):
-            yield f"--huggingface_repo_id: must be user/name, got {self.huggingface_repo_id!r}"
-        yield from _one_of("huggingface_repo_type", self.huggingface_repo_type, _REPO_KINDS)
-        yield from _one_of("huggingface_repo_visibility", self.huggingface_repo_visibility, ("public", "private"))
-        if self.huggingface_path_in_repo and ".." in self.huggingface_path_in_repo.replace("\\", "/").split("/"):
-            yield f"--huggingface_path_in_repo: must not contain .., got {self.huggingface_path_in_repo!r}"
+        if self.huggingface_repo_id:
+            yield from self._check_upload()
         if self.save_state_to_huggingface and not self.huggingface_repo_id:
             yield "--save_state_to_huggingface: needs --huggingface_repo_id, the repository to upload to"
         if self.resume_from_huggingface:
@@ -108,7 +104,18 @@ class SavingOptions(OptionGroup, group="saving", title="Saving"):
             except ValueError as error:
                 yield f"--resume_from_huggingface: {error}"
 
+    def _check_upload(self) -> Iterable[str]:
+        if not _REPO_ID.fullmatch(self.huggingface_repo_id):
+            yield f"--huggingface_repo_id: must be user/name, got {self.huggingface_repo_id!r}"
+        if self.huggingface_repo_type not in (None, *_REPO_KINDS):
+            yield f"--huggingface_repo_type: must be {_either(_REPO_KINDS)}, got {self.huggingface_repo_type!r}"
+        if self.huggingface_path_in_repo and ".." in self.huggingface_path_in_repo.replace("\\", "/").split("/"):
+            yield f"--huggingface_path_in_repo: must not contain .., got {self.huggingface_path_in_repo!r}"
+
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if self.huggingface_repo_id and self.huggingface_repo_visibility not in (None, "public", "private"):
+            given = self.huggingface_repo_visibility
+            yield f"--huggingface_repo_visibility: {given!r} is not public, so it counts as private"
         if self.save_n_epoch_ratio and self.save_every_n_epochs:
             yield "--save_every_n_epochs: no effect, --save_n_epoch_ratio decides"
         if self.save_state_to_huggingface and not (self.save_state or self.save_state_on_train_end):
@@ -157,11 +164,6 @@ def _no_output_name(name: str) -> str | None:
     if os.path.isabs(name) or os.path.splitdrive(name)[0] or os.pardir in Path(name).parts:
         return "must stay below --output_dir, which names the place"
     return None
-
-
-def _one_of(name: str, value: str | None, choices: tuple[str, ...]) -> Iterable[str]:
-    if value is not None and value not in choices:
-        yield f"--{name}: must be {_either(choices)}, got {value!r}"
 
 
 def _either(choices: tuple[str, ...]) -> str:

@@ -44,9 +44,14 @@ def test_where_curves_go(valid, traits, flags, trackers):
         ("--huggingface_repo_id=me/a--b", "--huggingface_repo_id: must be user/name"),
         ("--huggingface_repo_id=me/b.git", "--huggingface_repo_id: must be user/name"),
         ("--huggingface_repo_id=https://huggingface.co/me/b", "--huggingface_repo_id: must be user/name"),
-        ("--huggingface_repo_type=space", "--huggingface_repo_type: must be model or dataset, got 'space'"),
-        ("--huggingface_repo_visibility=secret", "--huggingface_repo_visibility: must be public or private, got"),
-        ("--huggingface_path_in_repo=../x", "--huggingface_path_in_repo: must not contain .."),
+        (
+            "--huggingface_repo_id=a/b --huggingface_repo_type=space",
+            "--huggingface_repo_type: must be model or dataset, got 'space'",
+        ),
+        (
+            "--huggingface_repo_id=a/b --huggingface_path_in_repo=../x",
+            "--huggingface_path_in_repo: must not contain ..",
+        ),
         ("--save_state_to_huggingface", "--save_state_to_huggingface: needs --huggingface_repo_id"),
         ("--resume_from_huggingface", "--resume_from_huggingface: needs --resume user/name/folder"),
         ("--resume_from_huggingface --resume=me/style", "--resume_from_huggingface: --resume must be user/name/folder"),
@@ -55,6 +60,13 @@ def test_where_curves_go(valid, traits, flags, trackers):
 def test_refused(valid, traits, tmp_path, monkeypatch, flags, problem):
     monkeypatch.chdir(tmp_path)
     assert [line for line in problems(valid(*flags.split()), traits) if line.startswith(problem)]
+
+
+def test_what_is_not_public_is_private(valid, traits):
+    opts = valid("--huggingface_repo_id=a/b", "--huggingface_repo_visibility=secret")
+    assert problems(opts, traits) == []
+    assert "'secret' is not public, so it counts as private" in "".join(warnings(opts, traits))
+    assert problems(valid("--huggingface_repo_visibility=secret", "--huggingface_repo_type=space"), traits) == []
 
 
 def test_names_that_the_hub_takes(valid, traits):
