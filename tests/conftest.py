@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 
 import pytest
 
@@ -37,11 +38,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def console() -> Iterator[None]:
-    """A script that runs inside a test points the log at its own place; the next test must not inherit that."""
-    before = list(LOGGER.handlers), LOGGER.level, LOGGER.propagate
-    yield
-    LOGGER.handlers[:], LOGGER.level, LOGGER.propagate = before
+def console() -> None:
+    """A script that runs inside a test, or a fixture, points the log at its own place; no test is to inherit that."""
+    LOGGER.handlers[:], LOGGER.propagate = [], True
+    LOGGER.setLevel(logging.NOTSET)
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

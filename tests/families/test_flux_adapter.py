@@ -337,7 +337,7 @@ def test_options_of_time_that_do_nothing_are_said():
     assert idle.keys() == set(get_args(get_type_hints(FluxOptions)["timestep_sampling"]))
     for sampling, names in idle.items():
         said = advice(timestep_sampling=sampling, **raw, **time)[1].splitlines()
-        assert said == [f"--{name}: no effect with --timestep_sampling {sampling} (from x)" for name in names]
+        assert sorted(line.partition(" without ")[0] for line in said) == [f"--{name}: no effect" for name in names]
     densities, weights = ("logit_normal", "mode"), ("sigma_sqrt", "cosmap")
     for scheme in (*densities, *weights, "none", "uniform"):
         for sampling, reading in (("sigma", "raw"), ("shift", "raw"), ("shift", "sigma_scaled")):

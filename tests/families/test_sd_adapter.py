@@ -184,7 +184,7 @@ def test_paths_are_checked_at_once(tmp_path):
     missing = check_paths(sd_options(tmp_path / "no.safetensors", vae="owner/no.pt"))
     assert [problem.split(":")[0] for problem in missing] == ["--pretrained_model_name_or_path", "--vae"]
     (tmp_path / "page.safetensors").write_text("<html>" * 100)
-    assert "not a safetensors file" in check_paths(sd_options(tmp_path / "page.safetensors"))[0]
+    assert "this is a web page" in check_paths(sd_options(tmp_path / "page.safetensors"))[0]
     index = {"_class_name": "StableDiffusionXLPipeline"}
     (folder / "model_index.json").write_text(json.dumps(index))
     assert "SDXL" in check_paths(sd_options(folder, v2=True))[0]

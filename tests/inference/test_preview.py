@@ -16,6 +16,7 @@ from library.inference import placement
 from library.inference.generate import generate
 from library.inference.preview import Preview
 from library.inference.prompts import SamplePrompt
+from library.options.sampling import SamplingOptions
 from library.runtime.logs import LOGGER
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # diffusers with newer numpy
@@ -44,7 +45,8 @@ def options(tmp_path, **changes) -> SimpleNamespace:
     }
     for group in groups.values():
         group.update({key: value for key, value in changes.items() if key in group})
-    return SimpleNamespace(**{name: SimpleNamespace(**group) for name, group in groups.items()})
+    chosen = {name: SimpleNamespace(**group) for name, group in groups.items()}
+    return SimpleNamespace(**{**chosen, "sampling": SamplingOptions(**groups["sampling"])})
 
 
 @pytest.fixture
@@ -100,11 +102,10 @@ def test_prompts_come_from_the_option(tmp_path, make_family, said):
     )
     assert [(p.prompt, p.steps, p.sampler) for p in preview.prompts] == [("a cat", 3, "euler")]
     assert said.text == ""
-    Preview.from_options(options(tmp_path, sample_prompts=str(file)), make_family())
-    assert "--sample_prompts has no effect" in said.text
-    assert not Preview.from_options(options(tmp_path), make_family()).due(0)
-    with pytest.raises(UserError, match="--sample_prompts"):
-        Preview.from_options(options(tmp_path, sample_every_n_steps=5), make_family())
+    for idle in ({"sample_prompts": str(file)}, {"sample_every_n_steps": 5}, {}):
+        preview = Preview.from_options(options(tmp_path, **idle), make_family())
+        assert not preview.prompts
+        assert not any(preview.due(step) for step in range(10))
 
 
 @pytest.mark.parametrize(

@@ -420,7 +420,6 @@ def test_nothing_to_do_loads_no_model(tmp_path):
     ("arguments", "message"),
     [
         (["--min_length=9", "--max_length=8"], "--min_length 9 is more than --max_length 8"),
-        (["--caption_extension="], "--caption_extension must be an ending"),
         (["--caption_extension=."], "--caption_extension must be an ending"),
         (["--caption_extension=x/y"], "--caption_extension must be an ending"),
         (["--model=a/b", "--caption_weights=a/b"], "--model and --caption_weights"),
