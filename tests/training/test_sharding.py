@@ -23,11 +23,16 @@ dist.init_process_group("gloo")
 first = dist.get_rank() == 0
 shards = sharding.Shards(Sharding("FSDP", {reshard}, False), torch.device("cpu"), 2, first=first)
 """
+# Groups that a mesh still refers to when the interpreter ends are not joined, and one of their threads can abort it.
 END = """
+import gc
 dist.barrier()
 dist.destroy_process_group()
 if first:
     print("reached the end")
+for name in [name for name in globals() if not name.startswith("__") and name != "gc"]:
+    del globals()[name]
+gc.collect()
 """
 TREE = """
 torch.manual_seed(0)
