@@ -1,4 +1,4 @@
-"""Fine-tunes a whole Stable Diffusion 1.x/2.x model on the pictures of a metadata file. Guide: docs/fine_tuning.md"""
+"""Fine-tunes a whole Stable Diffusion 1.x/2.x model on the images of a metadata file. Guide: docs/fine_tuning.md"""
 
 from library import cli, embedding
 

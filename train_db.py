@@ -1,4 +1,4 @@
-"""Trains a whole Stable Diffusion 1.x/2.x model on folders of pictures (DreamBooth). Guide: docs/fine_tuning.md"""
+"""Trains a whole Stable Diffusion 1.x/2.x model on folders of images (DreamBooth). Guide: docs/fine_tuning.md"""
 
 from library import cli, embedding
 

@@ -22,7 +22,7 @@ class Model:
     kind: str
     config: dict[str, Any]
     tiny: dict[str, Any]
-    side: int  # pixels of the square picture
+    side: int  # pixels of the square image
     # configuration, T5's tokens -> what the family's cached text consists of, without batch axis
     text: Callable[[dict[str, Any], int], dict[str, tuple[int, ...]]]
     t5_tokens: int = 0

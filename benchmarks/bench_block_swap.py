@@ -1,4 +1,4 @@
-"""What it costs to keep blocks in main memory: seconds of a LoRA step, by --blocks_to_swap.
+"""What it costs to keep blocks in CPU memory: seconds of a LoRA step, by --blocks_to_swap.
 
     python benchmarks/bench_block_swap.py
     python benchmarks/bench_block_swap.py --full --counts 0 20 40 55
@@ -108,7 +108,7 @@ def _wait(device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--counts", type=int, nargs="+", help="blocks to swap; by default 0, 10, 20 and so on, and all")
-    parser.add_argument("--side", type=int, help="pixels of the square picture; by default 1024, on a CPU 64")
+    parser.add_argument("--side", type=int, help="pixels of the square image; by default 1024, on a CPU 64")
     parser.add_argument("--steps", type=int, help="timed steps of each count; by default 10, on a CPU 2")
     parser.add_argument("--full", action="store_true", help="all 19 + 38 blocks")
     args = parser.parse_args()

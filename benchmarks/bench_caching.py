@@ -1,8 +1,8 @@
-"""Caching latents against the shortest loop that does it one picture at a time, and memory over many pictures.
+"""Caching latents against the shortest loop that does it one image at a time, and memory over many images.
 
     python benchmarks/bench_caching.py
 
-Ours and the loop take turns over the same pictures with the bundled model's VAE; the figures that count are the
+Ours and the loop take turns over the same images with the bundled model's VAE; the figures that count are the
 ratios. For memory, a mean over squares stands in for the VAE, and the process must not grow with what it has done.
 """
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
-from pictures import write_pictures
+from images import write_images
 from torch import Tensor
 
 from library import cli
@@ -64,9 +64,9 @@ def vae_of_the_model() -> Encode:
 def one_by_one(data: TrainingData, encode: Encode) -> Iterator[tuple[Path, Tensor]]:
     """Read, resize, cut out, encode."""
     for record in data.records:
-        picture = images.apply_cut(images.read_image(record.path), images.centre_cut(record.resized, record.bucket))
+        image = images.apply_cut(images.read_image(record.path), images.centre_cut(record.resized, record.bucket))
         rng = torch.Generator().manual_seed(0)
-        yield record.path, encode(images.to_pixels(picture)[None], [rng])[0]
+        yield record.path, encode(images.to_pixels(image)[None], [rng])[0]
 
 
 def loop_in_memory(data: TrainingData, encode: Encode) -> None:
@@ -109,14 +109,14 @@ def compare(name: str, folder: Path, count: int, encode: Encode, ours: Callable,
         pairs.append(both)
     ratio = statistics.median(theirs / own for own, theirs in pairs)
     own, theirs = (count / min(column) for column in zip(*pairs, strict=True))
-    print(f"latents {name}: {ratio:.2f} times as fast as the loop; ours {own:.1f}, the loop {theirs:.1f} pictures/s")
+    print(f"latents {name}: {ratio:.2f} times as fast as the loop; ours {own:.1f}, the loop {theirs:.1f} images/s")
 
 
 def show_speed(count: int, rounds: int) -> None:
     encode = vae_of_the_model()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary, "pictures")
-        write_pictures(folder / "1_x", count, lambda number: SIZES[number % 3])
+        folder = Path(temporary, "images")
+        write_images(folder / "1_x", count, lambda number: SIZES[number % 3])
         for _ in range(3):  # the first runs are slow
             encode(torch.zeros(1, 3, 256, 256), [torch.Generator()])
         compare("in memory", folder, count, encode, ours_in_memory, loop_in_memory, rounds)
@@ -124,7 +124,7 @@ def show_speed(count: int, rounds: int) -> None:
         remove_caches(folder)
         for name in ("first", "second"):
             taken = seconds(ours_on_disk, folder, encode)
-            print(f"latents on disk, {name} start: {taken:.2f} s, {count / taken:.0f} pictures/s")
+            print(f"latents on disk, {name} start: {taken:.2f} s, {count / taken:.0f} images/s")
 
 
 def pooled(pixels: Tensor, _: object) -> Tensor:
@@ -149,7 +149,7 @@ class Memory:
     def line(self, name: str) -> str:
         growth = 100 * (self.seen[100] / self.seen[10] - 1)
         points = ", ".join(f"{mib:.0f} MiB at {share} %" for share, mib in self.seen.items())
-        return f"memory while {name} {self.total} pictures: {points}; {growth:+.1f} % from 10 % on"
+        return f"memory while {name} {self.total} images: {points}; {growth:+.1f} % from 10 % on"
 
 
 def _mib_now() -> float:
@@ -159,8 +159,8 @@ def _mib_now() -> float:
 
 def show_memory(count: int) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary, "pictures")
-        write_pictures(folder / "1_x", count, lambda number: (64 + number % 9 * 4, 64))
+        folder = Path(temporary, "images")
+        write_images(folder / "1_x", count, lambda number: (64 + number % 9 * 4, 64))
         caching = Memory(count)
 
         def encode(pixels: Tensor, rngs: list[torch.Generator]) -> Tensor:
@@ -174,7 +174,7 @@ def show_memory(count: int) -> None:
         print(loading.line("loading"))
         start = time.perf_counter()
         ours_on_disk(data, encode)
-        print(f"{caching.line('caching')}; {count / (time.perf_counter() - start):.0f} pictures/s")
+        print(f"{caching.line('caching')}; {count / (time.perf_counter() - start):.0f} images/s")
         reading = Memory(count)
         for batch in data.loader(2, workers=0):
             reading.step(len(batch.captions))
@@ -183,13 +183,13 @@ def show_memory(count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=60)
+    parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--many", type=int, default=10_000, help="small pictures, to watch memory; 0: don't (Linux)")
+    parser.add_argument("--many", type=int, default=10_000, help="small images, to watch memory; 0: don't (Linux)")
     args = parser.parse_args()
     if args.many:
         show_memory(args.many)
-    show_speed(args.pictures, args.rounds)
+    show_speed(args.images, args.rounds)
 
 
 if __name__ == "__main__":

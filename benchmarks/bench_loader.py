@@ -1,4 +1,4 @@
-"""How fast batches come: pictures decoded and resized, or latents read from files, with 0, 2 and 4 data workers.
+"""How fast batches come: images decoded and resized, or latents read from files, with 0, 2 and 4 data workers.
 
     python benchmarks/bench_loader.py
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from pictures import write_pictures
+from images import write_images
 from torch import Tensor
 
 from library.caching import latents
@@ -73,18 +73,18 @@ def measure(name: str, sets: dict[int, TrainingData]) -> None:
     for workers, seconds in times.items():
         count = len(sets[workers].items)
         ratio = statistics.median(alone / own for alone, own in zip(times[0], seconds, strict=True))
-        print(f"{name}, {workers} workers: {ratio:.2f} times as fast as none; {count / min(seconds):.0f} pictures/s")
+        print(f"{name}, {workers} workers: {ratio:.2f} times as fast as none; {count / min(seconds):.0f} images/s")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--images", type=int, default=200)
     args = parser.parse_args()
     torch.set_num_threads(1)  # as data workers have it
     with tempfile.TemporaryDirectory() as temporary:
-        folder, index = Path(temporary, "pictures"), Path(temporary, "index")
-        write_pictures(folder / "1_x", args.pictures, lambda number: SIZES[number % 3], kinds=("jpg",))
-        measure("JPEG pictures of 0.8 megapixels", {workers: read_data(folder, index) for workers in WORKERS})
+        folder, index = Path(temporary, "images"), Path(temporary, "index")
+        write_images(folder / "1_x", args.images, lambda number: SIZES[number % 3], kinds=("jpg",))
+        measure("JPEG images of 0.8 megapixels", {workers: read_data(folder, index) for workers in WORKERS})
         (folder / "1_x").rename(folder / "10_x")  # reading latents is so quick that one epoch needs more of it
         measure("latents in files", {workers: cache(read_data(folder, index)) for workers in WORKERS})
 

@@ -1,13 +1,13 @@
-"""Tagging and preparing latents against plain loops that take one picture at a time, and memory over many pictures.
+"""Tagging and preparing latents against plain loops that take one image at a time, and memory over many images.
 
     python benchmarks/bench_preparation.py
     python benchmarks/bench_preparation.py --count 10000
 
-Ours and a plain loop take turns over the same pictures; the figures that count are the ratios of neighbouring runs.
+Ours and a plain loop take turns over the same images; the figures that count are the ratios of neighbouring runs.
 Photos are JPEG files of 12 megapixels, drawings PNG files of 512 x 512 pixels. The models are small, so that reading
-pictures takes most of the time, as it does beside a GPU: an ONNX tagger of one layer for 448 x 448 pixels, and the
+images takes most of the time, as it does beside a GPU: an ONNX tagger of one layer for 448 x 448 pixels, and the
 bundled VAE, to sizes at which it takes little (64) and more (256). Ours is all that the scripts do once options are
-read; both load their models. --count watches this process's memory while it tags and encodes so many small pictures
+read; both load their models. --count watches this process's memory while it tags and encodes so many small images
 (Linux).
 """
 
@@ -34,8 +34,8 @@ import cv2
 import numpy as np
 import onnxruntime
 import torch
+from images import write_images
 from numpy.typing import NDArray
-from pictures import write_pictures
 from PIL import Image
 
 from library.options import parsing
@@ -48,7 +48,7 @@ PHOTO, DRAWING = (4000, 3000), (512, 512)  # pixels
 SEEN = 448  # side of what the tagger sees
 LABELS = 8
 THRESHOLD = 0.35
-BATCH = 8  # pictures that ours gives a model at once
+BATCH = 8  # images that ours gives a model at once
 
 
 # ---- what is worked on
@@ -64,12 +64,12 @@ def write_photos(folder: Path, count: int) -> None:
 def photo(seed: int, size: tuple[int, int] = PHOTO) -> NDArray[np.uint8]:
     """Shapes of all sizes, small ones weaker than large ones, and grain; (H, W, 3)."""
     rng, (width, height) = np.random.default_rng(seed), size
-    picture = rng.normal(size=(height, width, 1)).astype(np.float32) * 1.5 + np.float32(127)
-    picture = picture.repeat(3, axis=-1)
+    image = rng.normal(size=(height, width, 1)).astype(np.float32) * 1.5 + np.float32(127)
+    image = image.repeat(3, axis=-1)
     for columns, strength in ((8, 50), (32, 25), (128, 12), (512, 6)):
         grid = rng.normal(size=(max(2, columns * height // width), columns, 3)) * strength
-        picture += cv2.resize(grid.astype(np.float32), size, interpolation=cv2.INTER_CUBIC)
-    return picture.clip(0, 255).astype(np.uint8)
+        image += cv2.resize(grid.astype(np.float32), size, interpolation=cv2.INTER_CUBIC)
+    return image.clip(0, 255).astype(np.uint8)
 
 
 def write_small_tagger(folder: Path) -> None:
@@ -105,7 +105,7 @@ def plain_tagging(folder: Path, tagger: Path) -> None:
 
 def our_tagging(folder: Path, tagger: Path) -> None:
     arguments = ["--onnx", f"--repo_id={tagger}", f"--batch_size={BATCH}", f"--thresh={THRESHOLD}", str(folder)]
-    outcome = tagging.tag_pictures(parsing.parse_options(tagging.GROUPS, arguments))
+    outcome = tagging.tag_images(parsing.parse_options(tagging.GROUPS, arguments))
     assert not outcome.failed, outcome.lines()
 
 
@@ -132,7 +132,7 @@ def plain_latents(folder: Path, side: int) -> None:
 
 
 def bucket_of(width: int, height: int, side: int) -> tuple[int, int]:
-    """Near enough to ours for pictures of 4:3 and squares: sides in steps of 64, no more pixels than side x side."""
+    """Near enough to ours for images of 4:3 and squares: sides in steps of 64, no more pixels than side x side."""
     ratio = width / height
     columns = int(side * ratio**0.5 // 64 * 64)
     return columns, int(side * side // columns // 64 * 64)
@@ -140,7 +140,7 @@ def bucket_of(width: int, height: int, side: int) -> tuple[int, int]:
 
 def our_latents(folder: Path, side: int) -> None:
     texts = folder.parent / "in.json"
-    texts.write_text(json.dumps({path.stem: {"caption": "a picture"} for path in folder.iterdir()}), encoding="utf-8")
+    texts.write_text(json.dumps({path.stem: {"caption": "an image"} for path in folder.iterdir()}), encoding="utf-8")
     places = [str(folder), str(texts), str(folder.parent / "out.json"), str(MODEL)]
     options = [f"--max_resolution={side}", "--min_bucket_reso=64", f"--batch_size={BATCH}"]
     outcome = buckets.prepare(parsing.parse_options(buckets.GROUPS, [*places, *options]))
@@ -151,7 +151,7 @@ def our_latents(folder: Path, side: int) -> None:
 
 
 def compare(name: str, folder: Path, rounds: int, ours: Callable[[], None], loop: Callable[[], None]) -> None:
-    pictures = len(list(folder.iterdir()))
+    images = len(list(folder.iterdir()))
     pairs = []
     for number in range(rounds + 1):
         both = []
@@ -168,9 +168,9 @@ def compare(name: str, folder: Path, rounds: int, ours: Callable[[], None], loop
         if number:  # the first round loads libraries
             pairs.append(both)
     ratios = [plain / own for plain, own in pairs]
-    plain, own = (pictures / statistics.median(column) for column in zip(*pairs, strict=True))
+    plain, own = (images / statistics.median(column) for column in zip(*pairs, strict=True))
     print(
-        f"{name}: ours {own:.1f}, the loop {plain:.1f} pictures/s; {statistics.median(ratios):.2f} times as fast "
+        f"{name}: ours {own:.1f}, the loop {plain:.1f} images/s; {statistics.median(ratios):.2f} times as fast "
         f"({min(ratios):.2f} to {max(ratios):.2f})",
         flush=True,
     )
@@ -183,7 +183,7 @@ def show_speed(place: Path, photos: int, drawings: int, rounds: int) -> None:
     large, small = place / "large" / "photos", place / "small" / "drawings"
     large.parent.mkdir()
     write_photos(large, photos)
-    write_pictures(small, drawings, lambda number: DRAWING, kinds=("png",))
+    write_images(small, drawings, lambda number: DRAWING, kinds=("png",))
     for file in (*small.glob("*.txt"), small / ".written"):
         file.unlink()
     for folder in (large, small):
@@ -229,15 +229,15 @@ def resident_mib() -> float:
 
 
 def show_memory(place: Path, count: int) -> None:
-    tagger, folder = place / "tagger", place / "many" / "pictures"
+    tagger, folder = place / "tagger", place / "many" / "images"
     tagger.mkdir()
     write_small_tagger(tagger)
-    write_pictures(folder, count, lambda number: (64 + number % 9 * 4, 64))
+    write_images(folder, count, lambda number: (64 + number % 9 * 4, 64))
     works = {"tagging": lambda: our_tagging(folder, tagger), "latents": lambda: our_latents(folder, 64)}
     for name, work in works.items():
         with Watch() as memory, redirect_stderr(io.StringIO()):
             work()
-        print(f"memory, {name} of {count} pictures at {count / memory.seconds:.0f}/s: {memory.line()}", flush=True)
+        print(f"memory, {name} of {count} images at {count / memory.seconds:.0f}/s: {memory.line()}", flush=True)
 
 
 def main() -> None:
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=16)
     parser.add_argument("--drawings", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--count", type=int, default=0, help="watch memory over so many small pictures (Linux)")
+    parser.add_argument("--count", type=int, default=0, help="watch memory over so many small images (Linux)")
     args = parser.parse_args()
     logs.quiet_third_parties()
     logs.setup_logging("ERROR")

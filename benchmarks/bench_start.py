@@ -1,7 +1,7 @@
-"""What a run does before training: cold and warm start on many small pictures, and a metadata file of a million keys.
+"""What a run does before training: cold and warm start on many small images, and a metadata file of a million keys.
 
     python benchmarks/bench_start.py
-    python benchmarks/bench_start.py --pictures 10000 --keys 0 --folder /tmp/pictures
+    python benchmarks/bench_start.py --images 10000 --keys 0 --folder /tmp/images
 
 Every start is a process of its own. "Cold" means that nothing is known of the files; the operating system has them in
 memory, as after a download. "Warm" is the second start, which finds in the index what the first has seen.
@@ -42,7 +42,7 @@ def start(folder: Path, index: Path) -> dict[str, float]:
     data.report()
     reported = time.perf_counter()
     return {
-        "pictures": len(data.records),
+        "images": len(data.records),
         "imports": imported - began,
         "start": built - imported,
         "report": reported - built,
@@ -52,7 +52,7 @@ def start(folder: Path, index: Path) -> dict[str, float]:
 
 
 def metadata(folder: Path) -> dict[str, float]:
-    """Seconds and memory for reading a metadata file and finding its pictures, in this process."""
+    """Seconds and memory for reading a metadata file and finding its images, in this process."""
     from library.data import metadata_files
     from library.data.index import FileIndex
 
@@ -63,11 +63,11 @@ def metadata(folder: Path) -> dict[str, float]:
     index = FileIndex(None)
 
     def listing(path: Path) -> dict[str, tuple[int, int]] | frozenset[str]:
-        return names if path == folder / "pictures" else index.listing(path)
+        return names if path == folder / "images" else index.listing(path)
 
     listed = time.perf_counter()
     found, problems = metadata_files.resolve(
-        entries, folder / "pictures", listing, file=folder / "meta.json", separator=", ", wildcard=False
+        entries, folder / "images", listing, file=folder / "meta.json", separator=", ", wildcard=False
     )
     resolved = time.perf_counter()
     assert len(found) == len(entries), problems
@@ -75,9 +75,9 @@ def metadata(folder: Path) -> dict[str, float]:
 
 
 def write_metadata(folder: Path, keys: int) -> None:
-    """A metadata file, and the names of the pictures in place of a million files."""
-    (folder / "pictures").mkdir(exist_ok=True)
-    names = [f"picture {number:07d}.jpg" for number in range(keys)]
+    """A metadata file, and the names of the images in place of a million files."""
+    (folder / "images").mkdir(exist_ok=True)
+    names = [f"image {number:07d}.jpg" for number in range(keys)]
     entries = {
         name.removesuffix(".jpg"): {"caption": f"a photo, number {number}", "tags": "tree, hill, cloud"}
         for number, name in enumerate(names)
@@ -101,17 +101,17 @@ def in_fresh_process(*arguments: str) -> dict[str, float]:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
 
 
-def show_starts(folder: Path, pictures: int) -> None:
-    from pictures import write_pictures
+def show_starts(folder: Path, images: int) -> None:
+    from images import write_images
 
-    write_pictures(folder / "1_x", pictures, lambda number: (64 + number % 9 * 4, 64))
+    write_images(folder / "1_x", images, lambda number: (64 + number % 9 * 4, 64))
     with tempfile.TemporaryDirectory() as index:
         for name in ("cold", "warm", "warm again"):
             seen = in_fresh_process("start", str(folder), index)
-            speed = seen["pictures"] / seen["start"]
+            speed = seen["images"] / seen["start"]
             print(
-                f"{name} start, {seen['pictures']} pictures: {seen['start']:.2f} s, "
-                f"{speed:.0f} pictures/s, {seen['cpu']:.1f} s of CPU; report {seen['report']:.2f} s, "
+                f"{name} start, {seen['images']} images: {seen['start']:.2f} s, "
+                f"{speed:.0f} images/s, {seen['cpu']:.1f} s of CPU; report {seen['report']:.2f} s, "
                 f"imports {seen['imports']:.2f} s, peak {seen['mib']:.0f} MiB"
             )
 
@@ -121,16 +121,16 @@ def show_metadata(keys: int) -> None:
         write_metadata(Path(folder), keys)
         seen = in_fresh_process("metadata", folder)
     print(
-        f"metadata file, {seen['keys']} keys: read {seen['read']:.1f} s, find the pictures {seen['resolve']:.1f} s, "
+        f"metadata file, {seen['keys']} keys: read {seen['read']:.1f} s, find the images {seen['resolve']:.1f} s, "
         f"peak {seen['mib']:.0f} MiB"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=100_000)
+    parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--keys", type=int, default=1_000_000, help="of the metadata file")
-    parser.add_argument("--folder", type=Path, help="keep the pictures here, for the next time")
+    parser.add_argument("--folder", type=Path, help="keep the images here, for the next time")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -139,8 +139,8 @@ def main() -> None:
         print(json.dumps(seen))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        if args.pictures:
-            show_starts(args.folder or Path(temporary), args.pictures)
+        if args.images:
+            show_starts(args.folder or Path(temporary), args.images)
     if args.keys:
         show_metadata(args.keys)
 

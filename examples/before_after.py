@@ -1,4 +1,4 @@
-"""Puts sample pictures of a run side by side: the first ones above, the last ones below, under their prompts.
+"""Puts sample images of a run side by side: the first ones above, the last ones below, under their prompts.
 
 python examples/before_after.py demo_out/sample examples/concept demo_out/before_after.png
 """
@@ -15,7 +15,7 @@ SIDE, GAP, HEAD, LABEL = 160, 8, 58, 92
 
 
 def first_and_last(folder: Path) -> list[tuple[Path, Path]]:
-    """Each prompt's first and last sampled picture; names end in `_<step>_<prompt>_<time>_<seed>.png`."""
+    """Each prompt's first and last sampled image; names end in `_<step>_<prompt>_<time>_<seed>.png`."""
     by_prompt: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.png")):
         prompt = path.stem.split("_")[-3]
@@ -39,7 +39,7 @@ def make_sheet(samples: Path, concept: Path) -> Image.Image:
     for label, y in (
         ("without\nthe LoRA", rows[0]),
         ("with\nthe LoRA", rows[1]),
-        ("pictures it\nlearned from", training_row),
+        ("images it\nlearned from", training_row),
     ):
         pen.multiline_text((8, y + SIDE // 2 - 16), label, fill="black", font=font)
     for column, (before, after) in enumerate(pairs):

@@ -1,4 +1,4 @@
-"""Captions the pictures of a folder with BLIP, or with another image-text-to-text model."""
+"""Captions the images of a folder with BLIP, or with another image-text-to-text model."""
 
 import sys
 from pathlib import Path

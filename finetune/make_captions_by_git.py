@@ -1,4 +1,4 @@
-"""Captions the pictures of a folder with GIT."""
+"""Captions the images of a folder with GIT."""
 
 import sys
 from pathlib import Path

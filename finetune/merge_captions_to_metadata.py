@@ -1,4 +1,4 @@
-"""Merges the caption files beside pictures into a metadata file, from which fine_tune.py trains."""
+"""Merges the caption files beside images into a metadata file, from which fine_tune.py trains."""
 
 import sys
 from pathlib import Path

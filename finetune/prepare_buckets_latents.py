@@ -1,4 +1,4 @@
-"""Sorts pictures into buckets and encodes them, for fine_tune.py --in_json. Guide: docs/preprocessing.md"""
+"""Sorts images into buckets and encodes them, for fine_tune.py --in_json. Guide: docs/preprocessing.md"""
 
 import sys
 from pathlib import Path

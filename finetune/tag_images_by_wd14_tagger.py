@@ -1,4 +1,4 @@
-"""Tags the pictures of a folder with a WD14 tagger of SmilingWolf's, or with DeepDanbooru."""
+"""Tags the images of a folder with a WD14 tagger of SmilingWolf's, or with DeepDanbooru."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
 from library.preparation.script import run_script
-from library.preparation.tagging import GROUPS, tag_pictures
+from library.preparation.tagging import GROUPS, tag_images
 
 if __name__ == "__main__":
-    run_script(tag_pictures, GROUPS, description=__doc__)
+    run_script(tag_images, GROUPS, description=__doc__)

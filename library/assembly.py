@@ -132,12 +132,12 @@ def assemble(
 
 
 def _check_sizes(models: Models, data: Any, preview: Preview) -> None:
-    """Raises: UserError: pictures to train on, or to make, are larger than the model can take."""
+    """Raises: UserError: images to train on, or to make, are larger than the model can take."""
     most = models.longest_side
     if most is None:
         return
     sizes = {Size(*record.bucket): "a bucket of" for record in data.all_records}
-    sizes |= {Size(prompt.width, prompt.height): "--sample_prompts: a picture of" for prompt in preview.prompts}
+    sizes |= {Size(prompt.width, prompt.height): "--sample_prompts: an image of" for prompt in preview.prompts}
     large = [f"{what} {size.width}x{size.height}" for size, what in sizes.items() if max(size) > most]
     if large:
         raise UserError(*(f"{place} is too large: this model takes {most} pixels on a side" for place in large))

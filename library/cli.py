@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 TITLES = {
     "network": "Trains a LoRA-type network on {model}.",
     "finetune": "Trains a whole model: {model}.",
-    "dreambooth": "Trains a whole model, {model}, on folders of pictures of a concept (DreamBooth).",
+    "dreambooth": "Trains a whole model, {model}, on folders of images of a concept (DreamBooth).",
 }
 TRACKERS = {"network": "network_train", "finetune": "finetuning", "dreambooth": "dreambooth"}  # where logs go
 

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def latent_cache(opts: Options, family: Family, models: Any, data: Any) -> Any:
-    """What caches the latents once it is given an encoder; None: pictures are encoded whenever they come up.
+    """What caches the latents once it is given an encoder; None: images are encoded whenever they come up.
 
-    Metadata data sets whose latents all lie beside the pictures use them without being asked to: preparing them is
+    Metadata data sets whose latents all lie beside the images use them without being asked to: preparing them is
     what they were prepared for.
     """
     from library.caching import latents

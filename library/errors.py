@@ -27,4 +27,4 @@ class UserError(Exception):
 
 
 class NameTooLongError(UserError):
-    """A file beside one picture cannot be written, for the length of its name; those beside others can."""
+    """A file beside one image cannot be written, for the length of its name; those beside others can."""

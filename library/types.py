@@ -61,12 +61,12 @@ class Batch:
     latents: Tensor | None  # (B, C, H/8, W/8) as caches hold them (see Family.encode_images), or None: encode `pixels`
     pixels: Tensor | None  # (B, 3, H, W) in [-1, 1], or None when latents are cached
     loss_weights: Tensor  # (B,); prior_loss_weight for regularisation images, else 1
-    masks: Tensor | None  # (B, 1, H, W) in [0, 1] at the picture's or the latents' size, or None: everything counts
-    original_sizes: Tensor  # (B, 2) int, (width, height) of the pictures on disk
+    masks: Tensor | None  # (B, 1, H, W) in [0, 1] at the image's or the latents' size, or None: everything counts
+    original_sizes: Tensor  # (B, 2) int, (width, height) of the images on disk
     crop_top_lefts: Tensor  # (B, 2) int, (top, left) as formats record it (crop_ltrb)
     target_sizes: Tensor  # (B, 2) int, (width, height) of the bucket
     text: TextCond | None = None  # cached text-encoder outputs
-    keys: list[str] = field(default_factory=list)  # the pictures' paths, for messages
+    keys: list[str] = field(default_factory=list)  # the images' paths, for messages
     network_multiplier: float = 1.0  # strength of a trained network for this batch
     attributes: list[Mapping[str, Any] | None] = field(default_factory=list)  # custom_attributes of the dataset config
     guidance: float | None = None  # what distilled models are told; None: what the options say
@@ -112,7 +112,7 @@ class Models:
     tokenizers: dict[str, Any]
     vae: nn.Module | None
     source: Any = None
-    longest_side: int | None = None  # pixels of the largest pictures that the denoiser takes; None: any
+    longest_side: int | None = None  # pixels of the largest images that the denoiser takes; None: any
 
 
 @dataclass(frozen=True)

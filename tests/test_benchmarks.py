@@ -46,11 +46,11 @@ def test_every_row_of_the_models_runs_at_tiny_size():
     assert float(rows["sdxl-full", "plain"]["TFLOP"]) > float(rows["sdxl-lora", "plain"]["TFLOP"])
 
 
-def test_preparing_pictures_runs_and_tells_its_ratios():
+def test_preparing_images_runs_and_tells_its_ratios():
     command = ["benchmarks/bench_preparation.py", "--photos=1", "--drawings=2", "--rounds=1"]
     run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("pictures/s") == 5
+    assert run.stdout.count("images/s") == 5
     assert run.stderr == ""
 
 

@@ -32,7 +32,7 @@ GUIDES = (
     "dataset_config.md",
     "captions.md",
     "caching.md",
-    "pictures.md",
+    "images.md",
     "optimizers.md",
     "resuming.md",
     "memory.md",
@@ -45,7 +45,7 @@ GUIDES = (
     "preprocessing.md",
     "captioning.md",
     "tagging.md",
-    "picture_tools.md",
+    "image_tools.md",
 )
 FAMILIES = sorted(file.parent.name for file in Path(library.families.__path__[0]).glob("*/options.py"))
 GROUPS = scripts.groups_for("sd", "network")
@@ -143,9 +143,9 @@ def test_what_the_guide_says_of_single_configs(elsewhere):
         return data_of(Path("data.toml"))[1]
 
     assert data("A metadata file").num_train_images == 10 * len(ENTRIES)
-    assert len(data("Pictures kept for validation").held_out.records) == 2
+    assert len(data("Images kept for validation").held_out.records) == 2
     assert data("One folder at three resolutions").num_train_images == 16 + 16 + 2 * 16
-    regular = data("Regularisation pictures")
+    regular = data("Regularisation images")
     assert regular.num_reg_images == regular.num_train_images == 160
 
 
@@ -211,17 +211,17 @@ def size_of(text: str) -> Size:
     return Size(*map(int, text.split("x")))
 
 
-BUCKETS = tables("pictures.md", "picture")
+BUCKETS = tables("images.md", "image")
 
 
 @pytest.mark.parametrize("row", BUCKETS, ids=[" ".join(row[:3]) for row in BUCKETS])
 def test_every_worked_bucket(row):
-    picture, resolution, limits, bucket, resized, cut = row
+    image, resolution, limits, bucket, resized, cut = row
     if limits == "none":
-        fit = buckets.choose_no_upscale(size_of(picture), size_of(resolution), 64)
+        fit = buckets.choose_no_upscale(size_of(image), size_of(resolution), 64)
     else:
         low, high = map(int, limits.split(" to "))
-        fit = buckets.choose(size_of(picture), buckets.bucket_sizes(size_of(resolution), low, high, 64))
+        fit = buckets.choose(size_of(image), buckets.bucket_sizes(size_of(resolution), low, high, 64))
     assert fit == (size_of(bucket), size_of(resized))
     assert size_of(cut) == (fit.resized.width - fit.bucket.width, fit.resized.height - fit.bucket.height)
 
@@ -234,7 +234,7 @@ def test_there_are_worked_buckets():
 
 
 def figure(seed: int, size: tuple[int, int] = (128, 128)) -> Image.Image:
-    """A picture with enough in it to tell it from those of other seeds."""
+    """An image with enough in it to tell it from those of other seeds."""
     fields = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
     return Image.fromarray(fields).resize(size, Image.Resampling.BICUBIC)
 
@@ -262,7 +262,7 @@ def test_the_printed_report_is_what_such_a_folder_gives(elsewhere):
     arguments = ["--train_data_dir=messy", "--resolution=64", "--enable_bucket", "--min_bucket_reso=64"]
     opts = parsing.parse_options(GROUPS, [*arguments, "--output_dir=out", "--network_module=networks.lora"])
     data = build_training_data(build_specs(opts, TRAITS), opts, TRAITS, 1)
-    (printed,) = [text for heading, text in blocks("pictures.md", "") if heading == "The start-up report"]
+    (printed,) = [text for heading, text in blocks("images.md", "") if heading == "The start-up report"]
     assert [line.replace(os.sep, "/") for line in data.report()] == printed.splitlines()
 
 

@@ -1,4 +1,4 @@
-"""Encodes the pictures of a data set, for training with --cache_latents_to_disk. Guide: docs/preprocessing.md"""
+"""Encodes the images of a data set, for training with --cache_latents_to_disk. Guide: docs/preprocessing.md"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Draws the edges of pictures, white on black. Guide: docs/preprocessing.md"""
+"""Draws the edges of images, white on black. Guide: docs/preprocessing.md"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Finds faces, cuts and turns pictures by them, and puts their places into the names. Guide: docs/preprocessing.md"""
+"""Finds faces, cuts and turns images by them, and puts their places into the names. Guide: docs/preprocessing.md"""
 
 import sys
 from pathlib import Path

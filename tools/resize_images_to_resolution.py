@@ -1,4 +1,4 @@
-"""Writes pictures in smaller sizes, for training at several resolutions. Guide: docs/preprocessing.md"""
+"""Writes images in smaller sizes, for training at several resolutions. Guide: docs/preprocessing.md"""
 
 import sys
 from pathlib import Path
@@ -7,8 +7,8 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
-from library.preparation.resizing import GROUPS, resize_pictures
+from library.preparation.resizing import GROUPS, resize_images
 from library.preparation.script import run_script
 
 if __name__ == "__main__":
-    run_script(resize_pictures, GROUPS, description=str(__doc__))
+    run_script(resize_images, GROUPS, description=str(__doc__))

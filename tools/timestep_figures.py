@@ -23,7 +23,7 @@ from library.options.loss import LossOptions, NoiseOptions
 
 FILE = ROOT / "docs" / "images" / "timesteps.png"
 DRAWS, BINS, SEED = 2_000_000, 50, 1
-LARGE = 1024 // 8  # side of the latents of a picture of 1024 pixels
+LARGE = 1024 // 8  # side of the latents of an image of 1024 pixels
 
 # Drawn larger and made smaller at the end, which smooths the lines. All in pixels of the finished figure.
 _DETAIL = 3
@@ -97,7 +97,7 @@ def panels() -> list[Panel]:
             ],
         ),
         Panel(
-            "--sigmoid_scale and the size of pictures",
+            "--sigmoid_scale and the size of images",
             density,
             4.0,
             (0, 1, 2, 3, 4),
@@ -167,7 +167,7 @@ def _draw(pen: ImageDraw.ImageDraw, panel: Panel, left: int, top: int) -> None:
         _write(pen, across - _width(text) / 2, bottom + 8, text, _LETTERS, _QUIET)
     _line(pen, [place(0, 0), place(1000, 0)], _QUIET, 1)
     for text, across in (
-        ("picture", plot_left),
+        ("image", plot_left),
         ("timestep (1000 sigma)", plot_left + (_PANEL[0] - _width("timestep (1000 sigma)")) / 2),
         ("noise", plot_left + _PANEL[0] - _width("noise")),
     ):

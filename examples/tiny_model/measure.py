@@ -2,7 +2,7 @@
 
     python examples/tiny_model/measure.py --count 512 --sheet docs/images/tiny_model.png
 
-Pictures are generated from captions of random scenes and read back by `pictures.read`, which is plain geometry.
+Images are generated from captions of random scenes and read back by `images.read`, which is plain geometry.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from random import Random
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
-import pictures as pic
+import images as pic
 import torch
 from PIL import Image
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--scale", type=float, default=5.0)
-    parser.add_argument("--sheet", type=Path, help="write the first 48 pictures to this file")
+    parser.add_argument("--sheet", type=Path, help="write the first 48 images to this file")
     args = parser.parse_args()
     rng = Random(20261120)  # scenes the training did not use
     scenes = [pic.random_scene(rng) for _ in range(args.count)]

@@ -1,4 +1,4 @@
-"""Trains the tiny Stable Diffusion 1.x model that this repository ships, from nothing, on pictures drawn by a script.
+"""Trains the tiny Stable Diffusion 1.x model that this repository ships, from nothing, on images drawn by a script.
 
     python examples/tiny_model/train_tiny_model.py --work tiny_model_work
 
@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 
-import pictures as pic
+import images as pic
 
 from library.runtime import logs
 
@@ -140,7 +140,7 @@ def train_vae(work: Path, device: str, steps: int) -> None:
     vae = new_vae().to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     progress = Progress("vae", steps)
-    whole_from = int(steps * 0.6)  # crops first: more edges for the same work; whole pictures settle the group norms
+    whole_from = int(steps * 0.6)  # crops first: more edges for the same work; whole images settle the group norms
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * cosine(step, steps)
@@ -152,7 +152,7 @@ def train_vae(work: Path, device: str, steps: int) -> None:
         pixels = to_tensor(np.stack(picked)).to(device)
         posterior = vae.encode(pixels).latent_dist
         out = vae.decode(posterior.sample()).sample
-        loss = picture_loss(out, pixels)
+        loss = image_loss(out, pixels)
         loss = loss + 2e-5 * 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -169,7 +169,7 @@ def train_vae(work: Path, device: str, steps: int) -> None:
     save_comparison(sample, out, work / "vae.png")
 
 
-def picture_loss(out: Tensor, pixels: Tensor) -> Tensor:
+def image_loss(out: Tensor, pixels: Tensor) -> Tensor:
     """Absolute and squared error, and the error of horizontal and vertical differences, which sharpens edges."""
     diff = out - pixels
     edges = (diff[..., 1:] - diff[..., :-1]).abs().mean() + (diff[..., 1:, :] - diff[..., :-1, :]).abs().mean()
@@ -177,7 +177,7 @@ def picture_loss(out: Tensor, pixels: Tensor) -> Tensor:
 
 
 def save_comparison(pixels: Tensor, out: Tensor, path: Path) -> None:
-    """The pictures above what the VAE made of them."""
+    """The images above what the VAE made of them."""
     from PIL import Image
 
     both = torch.cat([pixels, out]).add(1).mul(127.5).byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -185,7 +185,7 @@ def save_comparison(pixels: Tensor, out: Tensor, path: Path) -> None:
 
 
 def refine_decoder(work: Path, device: str, steps: int) -> None:
-    """Trains the decoder on, with the encoder (and so the denoiser's latents) as it is: sharper pictures.
+    """Trains the decoder on, with the encoder (and so the denoiser's latents) as it is: sharper images.
 
     Latents get a little noise, as those of the denoiser are not perfect either.
     """
@@ -211,7 +211,7 @@ def refine_decoder(work: Path, device: str, steps: int) -> None:
         picked = [rng.randrange(len(latents)) for _ in range(10)]
         spread = torch.rand(10, 1, 1, 1, device=device) * 0.06 / SCALE
         noisy = latents[picked] + spread * torch.randn(10, *latents.shape[1:], device=device)
-        loss = picture_loss(vae.decode(noisy).sample, pixels[picked])
+        loss = image_loss(vae.decode(noisy).sample, pixels[picked])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -382,7 +382,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2800, help="steps of the denoiser and the text encoder")
     parser.add_argument("--decoder_steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--pictures", type=int, default=24000, help="scenes the denoiser is trained on")
+    parser.add_argument("--images", type=int, default=24000, help="scenes the denoiser is trained on")
 
     parser.add_argument("--target", type=Path, default=HERE / "tiny-sd.safetensors", help="where the model goes")
     args = parser.parse_args()
@@ -393,7 +393,7 @@ def main() -> None:
         torch.manual_seed(2)
         train_vae(args.work, device, args.vae_steps)
     if args.stage in ("all", "denoiser"):
-        train_denoiser(args.work, device, args.steps, args.batch, args.pictures)
+        train_denoiser(args.work, device, args.steps, args.batch, args.images)
     if args.stage in ("all", "decoder"):
         refine_decoder(args.work, device, args.decoder_steps)
     if args.stage in ("all", "export"):

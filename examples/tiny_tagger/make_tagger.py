@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 FOLDER = Path(__file__).resolve().parent
-SIDE = 8  # pixels of the pictures that it looks at
+SIDE = 8  # pixels of the images that it looks at
 RATINGS = ("general", "sensitive", "questionable", "explicit")
 _RATING, _GENERAL = "9", "0"  # categories of selected_tags.csv
 
 
 def measures() -> dict[str, np.ndarray]:
-    """Weights of (row, column, blue/green/red) whose sums with a picture, 0 to 1, measure something about it."""
+    """Weights of (row, column, blue/green/red) whose sums with an image, 0 to 1, measure something about it."""
     across = np.broadcast_to(np.linspace(-1, 1, SIDE), (SIDE, SIDE))
     edge = np.ones((SIDE, SIDE))
     edge[1:-1, 1:-1] = 0

@@ -1,4 +1,4 @@
-"""Where a picture's latents lie on disk, whether they can be used, and how they are read and written.
+"""Where an image's latents lie on disk, whether they can be used, and how they are read and written.
 
 A file holds one or more entries. An entry is a set of arrays whose names end alike: in nothing, or in the size of the
 latents (height x width, as in ``latents_64x48``). Files of earlier trainers are read, and ours are for them to read.
@@ -49,25 +49,25 @@ class CacheLayout:
 class Wanted:
     """What one record needs. Records that need the same are equal."""
 
-    picture: Path  # its path, with an extension even where only latents are left of it
-    present: bool  # whether the picture is there
-    shared_stem: bool  # another picture of the run differs in nothing but the extension
-    size: Size  # of the picture, upright
+    image: Path  # its path, with an extension even where only latents are left of it
+    present: bool  # whether the image is there
+    shared_stem: bool  # another image of the run differs in nothing but the extension
+    size: Size  # of the image, upright
     bucket: Size  # pixels
     resized: Size | None  # covers the bucket; None: cut out as it is
     crop_ltrb: tuple[float, float, float, float]  # see buckets.crop_ltrb
     interpolation: str | None  # None: by default
-    flip: bool  # latents of the mirrored picture are needed
-    alpha: bool  # the picture's transparency is needed
-    mask: Path | None  # a picture that weighs the loss; needed with the transparency in it, if that is needed too
-    variant: str = ""  # part of the file name where one run needs a picture in several looks of one size
+    flip: bool  # latents of the mirrored image are needed
+    alpha: bool  # the image's transparency is needed
+    mask: Path | None  # an image that weighs the loss; needed with the transparency in it, if that is needed too
+    variant: str = ""  # part of the file name where one run needs an image in several looks of one size
 
 
 @dataclass(frozen=True)
 class Identity:
     """What latents are made from. Digests are of contents."""
 
-    picture: str | None  # None: the picture is not there
+    image: str | None  # None: the image is not there
     vae: str | None  # fingerprint of the weights; None: any will do
     mask: str | None
 
@@ -85,10 +85,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Latents:
-    """Latents of one picture as caches hold them; all float32. None: not there, or not asked for."""
+    """Latents of one image as caches hold them; all float32. None: not there, or not asked for."""
 
     plain: NDArray[np.float32] | None  # (C, h, w)
-    flipped: NDArray[np.float32] | None = None  # (C, h, w), of the mirrored picture
+    flipped: NDArray[np.float32] | None = None  # (C, h, w), of the mirrored image
     alpha: NDArray[np.float32] | None = None  # (bucket height, bucket width), 0 to 1, not mirrored
     mask: NDArray[np.float32] | None = None  # (h, w), 0 to 1, not mirrored
 
@@ -96,15 +96,15 @@ class Latents:
 def files_of(wanted: Wanted, layout: CacheLayout) -> list[Path]:
     """Where latents may lie, in the order in which earlier trainers look, or with `as_prepared` in the reverse order.
 
-    The last one is where ours go. Where two pictures differ in the extension only, it stays in the name: earlier
-    trainers mix such pictures up. A name that is too long is shortened.
+    The last one is where ours go. Where two images differ in the extension only, it stays in the name: earlier
+    trainers mix such images up. A name that is too long is shortened.
     """
-    folder = wanted.picture.parent
-    stem = (wanted.picture.name if wanted.shared_stem else wanted.picture.stem) + wanted.variant
+    folder = wanted.image.parent
+    stem = (wanted.image.name if wanted.shared_stem else wanted.image.stem) + wanted.variant
     named = folder / fitting(stem, f"_{wanted.size.width:04d}x{wanted.size.height:04d}{layout.suffix}")
     if layout.keys_by_size or wanted.shared_stem or wanted.variant:
         return [named]
-    oldest = _oldest_file(wanted.picture)
+    oldest = _oldest_file(wanted.image)
     return [named, oldest] if layout.as_prepared else [oldest, named]
 
 
@@ -174,12 +174,12 @@ def load(entry: Entry, *, plain: bool = True, flip: bool = False, alpha: bool = 
 
 
 def save(wanted: Wanted, layout: CacheLayout, latents: Latents, identity: Identity) -> Entry:
-    """Adds latents to the file of a picture. Entries of other sizes stay if they can still be of use.
+    """Adds latents to the file of an image. Entries of other sizes stay if they can still be of use.
 
     Where array names need no size, the first size in a file has none, as that is what earlier trainers read. Mirrored
     latents and masks that are there already and made from the same stay beside the new latents. With `as_prepared`,
     mirrored latents are in a file of their own too, and such a file of earlier latents goes.
-    Only one process at a time may write the latents of a picture.
+    Only one process at a time may write the latents of an image.
 
     Raises: OSError: disk full, no permission; an existing file is as it was. ValueError: not what `wanted` says.
     """
@@ -188,7 +188,7 @@ def save(wanted: Wanted, layout: CacheLayout, latents: Latents, identity: Identi
     arrays: dict[str, NDArray[Any]] = {n: np.asarray(a, np.float32) for n, a in given.items() if a is not None}
     for name, expected in _shapes(wanted, layout).items():
         if name not in arrays or arrays[name].shape != expected:
-            raise ValueError(f"{wanted.picture}: {name} must have the shape {expected}")
+            raise ValueError(f"{wanted.image}: {name} must have the shape {expected}")
     note = _note(wanted, identity)
     contents, old = _existing(file)
     notes = contents["provenance"]
@@ -203,25 +203,25 @@ def save(wanted: Wanted, layout: CacheLayout, latents: Latents, identity: Identi
     useless = {suffix, _by_size(shape)} | {other for other in notes if not _same_origin(notes[other], identity)}
     kept = {name: array for name, array in old.items() if _suffix_of(name) not in useless}
     store.write(file, kept | {name + suffix: array for name, array in arrays.items()})
-    if layout.as_prepared and file == _oldest_file(wanted.picture):
+    if layout.as_prepared and file == _oldest_file(wanted.image):
         _save_flip_file(wanted, arrays)
     return Entry(file, suffix, shape)
 
 
 def _save_flip_file(wanted: Wanted, arrays: Mapping[str, NDArray[Any]]) -> None:
-    file = _flip_file(wanted.picture)
+    file = _flip_file(wanted.image)
     if wanted.flip:
         store.write(file, {_LATENTS: arrays[_FLIPPED], _SIZE: arrays[_SIZE], _CROP: arrays[_CROP]})
     elif os.path.lexists(file):  # there is none where its name would be too long, and to ask so is no error
         file.unlink(missing_ok=True)  # another run on the same folder may have done it meanwhile
 
 
-def _oldest_file(picture: Path) -> Path:
-    return picture.with_name(fitting(picture.stem, ".npz"))
+def _oldest_file(image: Path) -> Path:
+    return image.with_name(fitting(image.stem, ".npz"))
 
 
-def _flip_file(picture: Path) -> Path:
-    return picture.with_name(fitting(picture.stem, "_flip.npz"))
+def _flip_file(image: Path) -> Path:
+    return image.with_name(fitting(image.stem, "_flip.npz"))
 
 
 def _shape(wanted: Wanted, layout: CacheLayout) -> tuple[int, int, int]:
@@ -283,8 +283,8 @@ def _locate(
     for name in _shapes(wanted, layout):
         if name + suffix in arrays or (name == _LATENTS and oldest):
             continue
-        beside = _flip_file(wanted.picture)
-        if name != _FLIPPED or file != _oldest_file(wanted.picture) or stamps(beside) is None:
+        beside = _flip_file(wanted.image)
+        if name != _FLIPPED or file != _oldest_file(wanted.image) or stamps(beside) is None:
             return f"it has no {name}{suffix}"
         flip_file = beside
     return Entry(file, suffix, shape, oldest, flip_file)
@@ -337,7 +337,7 @@ def _flip_file_problem(contents: Mapping[str, Any], shape: tuple[int, ...]) -> s
 
 def _note(wanted: Wanted, identity: Identity) -> dict[str, Any]:
     return {
-        "picture": identity.picture,
+        "picture": identity.image,
         "vae": identity.vae,
         "alpha": wanted.alpha,  # decides over the colours of what is transparent, and is part of the mask
         "mask": identity.mask,
@@ -351,12 +351,12 @@ def _note_problem(note: Mapping[str, Any], wanted: Wanted, identity: Identity) -
     now = _note(wanted, identity)
     if not now.keys() <= note.keys():
         return "its note lacks something"
-    if identity.picture is not None and note["picture"] != now["picture"]:
-        return "the picture has changed since"
+    if identity.image is not None and note["picture"] != now["picture"]:
+        return "the image has changed since"
     if identity.vae is not None and note["vae"] != now["vae"]:
         return "made by another VAE"
-    if wanted.present and note["resized"] != now["resized"]:  # without the picture, only the note knows
-        return f"the picture was resized to {_times(note['resized'])}, not to {_times(now['resized'])}"
+    if wanted.present and note["resized"] != now["resized"]:  # without the image, only the note knows
+        return f"the image was resized to {_times(note['resized'])}, not to {_times(now['resized'])}"
     if note["interpolation"] != now["interpolation"]:
         return f"resized with interpolation {note['interpolation']}, not {now['interpolation']}"
     if note["alpha"] != now["alpha"]:
@@ -367,7 +367,7 @@ def _note_problem(note: Mapping[str, Any], wanted: Wanted, identity: Identity) -
 
 
 def _same_origin(note: Mapping[str, Any], identity: Identity) -> bool:
-    return identity.vae in (None, note.get("vae")) and identity.picture in (None, note.get("picture"))
+    return identity.vae in (None, note.get("vae")) and identity.image in (None, note.get("picture"))
 
 
 def _origin_problem(
@@ -377,19 +377,19 @@ def _origin_problem(
     wanted: Wanted,
     stamps: Callable[[Path], tuple[int, int] | None],
 ) -> str | None:
-    """Why an entry without a note may not be this picture's."""
+    """Why an entry without a note may not be this image's."""
     if wanted.shared_stem:
-        return "it does not say which of the pictures of this name it was made from"
+        return "it does not say which of the images of this name it was made from"
     size = _values(contents, _SIZE + suffix, wanted.size)
     if size != list(wanted.size):
         turned = size == list(wanted.size[::-1])
-        return "made from the picture before it was turned" if turned else f"made from a picture of {_times(size)}"
+        return "made from the image before it was turned" if turned else f"made from an image of {_times(size)}"
     return _age_problem(file, wanted, stamps)
 
 
 def _age_problem(file: Path, wanted: Wanted, stamps: Callable[[Path], tuple[int, int] | None]) -> str | None:
-    made, taken = stamps(file), stamps(wanted.picture) if wanted.present else None
-    return "older than the picture" if made and taken and made[1] < taken[1] else None
+    made, taken = stamps(file), stamps(wanted.image) if wanted.present else None
+    return "older than the image" if made and taken and made[1] < taken[1] else None
 
 
 def _crop_problem(contents: Mapping[str, Any], entry: Entry, wanted: Wanted) -> str | None:

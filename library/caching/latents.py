@@ -1,4 +1,4 @@
-"""Encodes every picture once, before training, and keeps the latents in memory or in files beside the pictures."""
+"""Encodes every image once, before training, and keeps the latents in memory or in files beside the images."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ _TOLD = 20  # files that are rebuilt are named up to so many
 
 @dataclass(frozen=True)
 class Encoder:
-    """How pictures become latents.
+    """How images become latents.
 
-    `encode` takes pixels (B, 3, H, W) in [-1, 1] on the CPU, all of one size, and a generator per picture, and gives
+    `encode` takes pixels (B, 3, H, W) in [-1, 1] on the CPU, all of one size, and a generator per image, and gives
     latents (B, C, H/8, W/8) as caches hold them.
     """
 
@@ -58,7 +58,7 @@ class Encoder:
     seed: int  # of the draws from the VAE's posterior
     processes: Processes = field(default_factory=Processes)
     progress: Callable[..., Any] = logs.progress
-    workers: int | None = None  # threads that decode pictures ahead; None: one per processor, up to 8
+    workers: int | None = None  # threads that decode images ahead; None: one per processor, up to 8
 
 
 # ---- what the data holds afterwards
@@ -85,7 +85,7 @@ class LatentsOnDisk(NamedTuple):
 
     def load(self, flip: bool) -> tuple[Tensor, Tensor | None]:
         """Raises: UserError: the file is gone or damaged."""
-        # The mask picture's array has the transparency in it already.
+        # The mask image's array has the transparency in it already.
         alpha = self.alpha and not self.mask
         read = latent_files.load(self.entry, plain=not flip, flip=flip, alpha=alpha, mask=self.mask)
         latents = torch.from_numpy(read.flipped if flip else read.plain)
@@ -100,9 +100,9 @@ class LatentsOnDisk(NamedTuple):
 
 
 def cache_in_memory(data: TrainingData, encoder: Encoder) -> None:
-    """Encodes all pictures of `data`, which yields latents from then on. Several processes share the work.
+    """Encodes all images of `data`, which yields latents from then on. Several processes share the work.
 
-    Raises: UserError: a picture cannot be read, or the VAE gives NaN for it.
+    Raises: UserError: an image cannot be read, or the VAE gives NaN for it.
     """
     wanted = wanted_of(data.all_records)
     owners = dict(zip(wanted, data.all_records, strict=True))
@@ -114,7 +114,7 @@ def cache_in_memory(data: TrainingData, encoder: Encoder) -> None:
 
 
 def cache_on_disk(data: TrainingData, encoder: Encoder, layout: CacheLayout, vae: str, *, check: bool = True) -> None:
-    """Makes sure that every picture's latents lie beside it; `data` reads them from there from then on.
+    """Makes sure that every image's latents lie beside it; `data` reads them from there from then on.
 
     Files that fit are used, whoever made them. The others are named and made again. Several processes share the work,
     file by file. What is done when a run is stopped is there for the next.
@@ -123,7 +123,7 @@ def cache_on_disk(data: TrainingData, encoder: Encoder, layout: CacheLayout, vae
         vae: fingerprint of the VAE's weights.
         check: False: files are trusted without looking into them (--skip_cache_check).
 
-    Raises: UserError: a picture cannot be read, the VAE gives NaN for it, latents without a picture cannot be used, or
+    Raises: UserError: an image cannot be read, the VAE gives NaN for it, latents without an image cannot be used, or
         a file cannot be written.
     """
     wanted, shelf, missing, found = _make_files(data.all_records, data.index, encoder, layout, vae, check=check)
@@ -143,16 +143,16 @@ def make_files(
     check: bool = True,
     again: bool = False,
 ) -> int:
-    """Makes sure that every record's latents lie beside its picture, for later runs. Processes share the work.
+    """Makes sure that every record's latents lie beside its image, for later runs. Processes share the work.
 
     Args:
         vae: fingerprint of the VAE's weights.
-        failed: is told of pictures that cannot be read or encoded, and why, in the process that had them to do.
+        failed: is told of images that cannot be read or encoded, and why, in the process that had them to do.
         check: as in `cache_on_disk`.
         again: files that are there are made again, even if they fit.
 
     Returns: how many of the records had latents already that fit; the same in every process.
-    Raises: UserError: latents without a picture cannot be used, or a file cannot be written.
+    Raises: UserError: latents without an image cannot be used, or a file cannot be written.
     """
     made = _make_files(records, index, encoder, layout, vae, check=check, again=again, failed=failed)
     missing = set(made.missing)
@@ -183,7 +183,7 @@ def _make_files(
     shelf = _Shelf(index, layout, vae, [] if again else list(owners), check)
     found = {one: None if again else shelf.find(one) for one in owners}
     missing = [one for one, entry in found.items() if not isinstance(entry, Entry)]
-    _refuse_lost_pictures(missing, found)
+    _refuse_lost_images(missing, found)
     if not again:
         _tell_what_is_made(found)
     encoder.processes.wait()  # nobody writes while others still look
@@ -197,14 +197,14 @@ def _make_files(
         except NameTooLongError as error:
             if failed is None:
                 raise
-            failed(one.picture, error.problems[0])
+            failed(one.image, error.problems[0])
     flush_file_systems({place.parent for place in mine})  # before the index says that they are whole
     encoder.processes.wait()
     return _Made(wanted, shelf, missing, found)
 
 
 def wanted_of(records: Sequence[Record]) -> list[Wanted]:
-    """What each record needs of a cache. Records of the same look of a picture need the same."""
+    """What each record needs of a cache. Records of the same look of an image need the same."""
     shared = shared_stems(records)
     flips: dict[_Look, bool] = {}
     variants: dict[tuple[Path, Size], dict[_Look, str]] = {}
@@ -227,7 +227,7 @@ def wanted_of(records: Sequence[Record]) -> list[Wanted]:
 
 
 class _Look(NamedTuple):
-    """What decides over latents and masks of a picture."""
+    """What decides over latents and masks of an image."""
 
     path: Path
     bucket: Size
@@ -246,7 +246,7 @@ def _look(record: Record) -> _Look:
 def _wanted(record: Record, *, shared: bool, flip: bool, variant: str) -> Wanted:
     frame = record.size if record.resized is not None else record.bucket
     return Wanted(
-        picture=record.path if record.present else record.path.with_name(f"{record.path.name}.png"),
+        image=record.path if record.present else record.path.with_name(f"{record.path.name}.png"),
         present=record.present,
         shared_stem=shared,
         size=record.size,
@@ -262,15 +262,15 @@ def _wanted(record: Record, *, shared: bool, flip: bool, variant: str) -> Wanted
 
 
 def files_are_there(data: TrainingData, layout: CacheLayout) -> bool:
-    """Whether every picture has a file of latents, whatever is in it."""
+    """Whether every image has a file of latents, whatever is in it."""
     return next(without_files(data.all_records, data.index, layout), None) is None
 
 
 def without_files(records: Sequence[Record], index: FileIndex, layout: CacheLayout) -> Iterator[Path]:
-    """The pictures that have no file of latents."""
+    """The images that have no file of latents."""
     for one in wanted_of(records):
         if all(index.stamp(file) is None for file in latent_files.files_of(one, layout)):
-            yield one.picture
+            yield one.image
 
 
 class _Shelf:
@@ -288,7 +288,7 @@ class _Shelf:
         foreign = sum(self._is_of_another_vae(one, notes) for one in judged)
         if foreign:
             LOGGER.warning(
-                "%d pictures are not there, and their latents were made by another VAE; they are used", foreign
+                "%d images are not there, and their latents were made by another VAE; they are used", foreign
             )
 
     def _is_of_another_vae(self, wanted: Wanted, notes: Mapping[Path, Any]) -> bool:
@@ -332,10 +332,10 @@ class _Shelf:
         return latent_files.files_of(wanted, self.layout)
 
     def _identity(self, wanted: Wanted) -> Identity:
-        picture = self._digests([wanted.picture])[0] if wanted.present else None
+        image = self._digests([wanted.image])[0] if wanted.present else None
         # Latents that cannot be made again are used as they are; `_Shelf` has told if they are another VAE's.
         vae = self.vae if wanted.present else None
-        return Identity(picture, vae, self._digests([wanted.mask])[0] if wanted.mask is not None else None)
+        return Identity(image, vae, self._digests([wanted.mask])[0] if wanted.mask is not None else None)
 
     def _digests(self, paths: Sequence[Path]) -> list[str]:
         return self.index.learn("digest", paths, images.content_digest)
@@ -348,8 +348,8 @@ class _Shelf:
 
 
 def _sources(wanted: Wanted) -> list[Path]:
-    pictures = [wanted.picture] if wanted.present else []
-    return pictures + ([wanted.mask] if wanted.mask is not None else [])
+    images = [wanted.image] if wanted.present else []
+    return images + ([wanted.mask] if wanted.mask is not None else [])
 
 
 def _stamp_now(file: Path) -> tuple[int, int] | None:
@@ -360,14 +360,12 @@ def _stamp_now(file: Path) -> tuple[int, int] | None:
     return found.st_size, found.st_mtime_ns
 
 
-def _refuse_lost_pictures(missing: Sequence[Wanted], found: Mapping[Wanted, Entry | str | None]) -> None:
+def _refuse_lost_images(missing: Sequence[Wanted], found: Mapping[Wanted, Entry | str | None]) -> None:
     lost = [one for one in missing if not one.present]
     if lost:
-        lines = [
-            f"{found[one] or f'{one.picture.with_suffix(str())}: no latents'}; there is no picture" for one in lost
-        ]
+        lines = [f"{found[one] or f'{one.image.with_suffix(str())}: no latents'}; there is no image" for one in lost]
         more = [f"and {len(lost) - _TOLD} more like these"] if len(lost) > _TOLD else []
-        raise UserError(*lines[:_TOLD], *more, hint="bring the pictures back, or remove their entries")
+        raise UserError(*lines[:_TOLD], *more, hint="bring the images back, or remove their entries")
 
 
 def _tell_what_is_made(found: Mapping[Wanted, Entry | str | None]) -> None:
@@ -390,7 +388,7 @@ class Encoded(NamedTuple):
     plain: Tensor  # (C, h, w)
     flipped: Tensor | None
     alpha: NDArray[np.float32] | None  # (bucket height, bucket width), transparency alone, for files
-    mask: Tensor | None  # (1, h, w), transparency and mask picture together
+    mask: Tensor | None  # (1, h, w), transparency and mask image together
 
     def in_memory(self) -> CachedLatents:
         return CachedLatents(self.plain, self.flipped, self.mask)
@@ -403,7 +401,7 @@ class _Decoded(NamedTuple):
 
 def _in_order(wanted: Iterable[Wanted]) -> list[Wanted]:
     """One size after the other, so that batches are full and the VAE sees each shape in one run."""
-    return sorted(wanted, key=lambda one: (one.bucket, one.picture))
+    return sorted(wanted, key=lambda one: (one.bucket, one.image))
 
 
 def _encode(
@@ -412,10 +410,10 @@ def _encode(
     encoder: Encoder,
     failed: Callable[[Path, str], None] | None = None,
 ) -> Iterator[tuple[Wanted, Encoded]]:
-    """Encodes in batches of one size; pictures are decoded ahead in threads.
+    """Encodes in batches of one size; images are decoded ahead in threads.
 
     Args:
-        failed: is told of each picture that cannot be read or for which the VAE gives NaN; None: UserError is raised.
+        failed: is told of each image that cannot be read or for which the VAE gives NaN; None: UserError is raised.
     """
     if not jobs and encoder.processes.world == 1:
         return
@@ -425,13 +423,13 @@ def _encode(
         for group in _batches(jobs, encoder.batch_size):
             usable = []
             for one in group:
-                picture = next(decoded)
-                if isinstance(picture, _Decoded):
-                    usable.append((one, picture))
+                image = next(decoded)
+                if isinstance(image, _Decoded):
+                    usable.append((one, image))
                 elif failed is None:
-                    raise picture
+                    raise image
                 else:
-                    failed(one.picture, picture.problems[0])
+                    failed(one.image, image.problems[0])
             yield from _encode_usable(usable, encoder, failed)
             bar.update(len(group))
 
@@ -451,12 +449,12 @@ def _encode_usable(
         return
     group = [one for one, _ in usable]
     try:
-        encoded = _encode_group(group, [picture for _, picture in usable], encoder)
+        encoded = _encode_group(group, [image for _, image in usable], encoder)
     except UserError as error:
         if failed is None:
             raise
         if len(usable) == 1:
-            failed(group[0].picture, error.problems[0])
+            failed(group[0].image, error.problems[0])
             return
     else:
         yield from zip(group, encoded, strict=True)
@@ -465,8 +463,8 @@ def _encode_usable(
         yield from _encode_usable([one], encoder, failed)
 
 
-def _encode_group(group: Sequence[Wanted], pictures: Sequence[_Decoded], encoder: Encoder) -> list[Encoded]:
-    pixels = [picture.pixels for picture in pictures]
+def _encode_group(group: Sequence[Wanted], images: Sequence[_Decoded], encoder: Encoder) -> list[Encoded]:
+    pixels = [image.pixels for image in images]
     plain = _run(group, pixels, encoder, "plain")
     mirrored = [position for position, one in enumerate(group) if one.flip]
     flipped: dict[int, Tensor] = {}
@@ -475,24 +473,24 @@ def _encode_group(group: Sequence[Wanted], pictures: Sequence[_Decoded], encoder
         tensors = _run(chosen, [pixels[position].flip(-1) for position in mirrored], encoder, "flipped")
         flipped = dict(zip(mirrored, tensors, strict=True))
     encoded = []
-    for position, (latents, picture) in enumerate(zip(plain, pictures, strict=True)):
-        mask = loss_mask(picture.view)
+    for position, (latents, image) in enumerate(zip(plain, images, strict=True)):
+        mask = loss_mask(image.view)
         small = None if mask is None else functional.adaptive_avg_pool2d(mask, latents.shape[-2:])
-        alpha = None if picture.view.alpha is None else picture.view.alpha.astype(np.float32) / 255
+        alpha = None if image.view.alpha is None else image.view.alpha.astype(np.float32) / 255
         encoded.append(Encoded(latents, flipped.get(position), alpha, small))
     return encoded
 
 
 def _run(group: Sequence[Wanted], pixels: Sequence[Tensor], encoder: Encoder, look: str) -> list[Tensor]:
-    # By name, so that a picture's latents do not depend on its neighbours, on the order or on the process.
-    rngs = [seeds.generator("cpu", encoder.seed, "latents", one.picture.name, *one.bucket, look) for one in group]
+    # By name, so that an image's latents do not depend on its neighbours, on the order or on the process.
+    rngs = [seeds.generator("cpu", encoder.seed, "latents", one.image.name, *one.bucket, look) for one in group]
     latents = encoder.encode(torch.stack(list(pixels)), rngs).float().cpu()
     _refuse_nan(latents, group)
     return [one.clone() for one in latents]  # each its own memory: a view would keep the batch
 
 
 def _decode(record: Record) -> _Decoded:
-    # The generator is never drawn from: build_specs refuses cached latents where pictures vary by chance.
+    # The generator is never drawn from: build_specs refuses cached latents where images vary by chance.
     view = render(record, False, Random(0))
     return _Decoded(images.to_pixels(view.pixels), view)
 
@@ -539,7 +537,7 @@ def _refuse_nan(latents: Tensor, group: Sequence[Wanted]) -> None:
     broken = [one for one, latent in zip(group, latents, strict=True) if not torch.isfinite(latent).all()]
     if broken:
         raise UserError(
-            *(f"{one.picture}: the VAE gives NaN or infinite latents" for one in broken),
+            *(f"{one.image}: the VAE gives NaN or infinite latents" for one in broken),
             hint="--no_half_vae encodes in float32",
         )
 

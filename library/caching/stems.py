@@ -1,4 +1,4 @@
-"""Which pictures of a run have their folder and stem in common, so that cache files must tell them apart."""
+"""Which images of a run have their folder and stem in common, so that cache files must tell them apart."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def shared_stems(records: Iterable[Record]) -> frozenset[Path]:
-    """The pictures that differ from another one in nothing but the extension, such as a.png and a.jpg."""
+    """The images that differ from another one in nothing but the extension, such as a.png and a.jpg."""
     by_stem: dict[Path, set[Path]] = {}
     for record in records:
         by_stem.setdefault(record.path.with_suffix("") if record.present else record.path, set()).add(record.path)

@@ -56,9 +56,9 @@ class TextLayout:
 class Item:
     """One record, as far as its text is concerned."""
 
-    picture: Path
+    image: Path
     caption: str  # as training gives it to the encoder
-    shared_stem: bool = False  # another picture of the folder differs in its extension only
+    shared_stem: bool = False  # another image of the folder differs in its extension only
     changed: bool = False  # the caption is not what the caption file says, e.g. it has a prefix
     caption_file: Path | None = None
 
@@ -111,7 +111,7 @@ def items_of(records: Sequence[Record]) -> list[Item]:
     shared = shared_stems(records)
     return [
         Item(
-            picture=record.path if record.present else record.path.with_name(f"{record.path.name}.png"),
+            image=record.path if record.present else record.path.with_name(f"{record.path.name}.png"),
             # Nothing is drawn and no step counts, as nothing in the caption changes.
             caption=make_caption(record.caption, record.subset.captions, Random(0), epoch=1, step=0),
             shared_stem=record.path in shared,
@@ -122,12 +122,12 @@ def items_of(records: Sequence[Record]) -> list[Item]:
 
 
 def cache_file(item: Item, layout: TextLayout) -> Path:
-    """The file of an item's outputs. Where a picture shares its stem with another, the extension stays in the name.
+    """The file of an item's outputs. Where an image shares its stem with another, the extension stays in the name.
 
     A name that is too long is shortened.
     """
-    stem = item.picture.name if item.shared_stem else item.picture.stem
-    return item.picture.with_name(fitting(stem, layout.suffix))
+    stem = item.image.name if item.shared_stem else item.image.stem
+    return item.image.with_name(fitting(stem, layout.suffix))
 
 
 def cache_text_in_memory(
@@ -189,7 +189,7 @@ def cache_text_on_disk(
         unread: names in `encoder` that may be others in files, as nothing of theirs will be read.
         check: whether to look into files that are there; if not, they are trusted.
         summaries: what `store.summary` says about a file, perhaps remembered.
-        failed: is told of pictures whose caption gives NaN or whose file's name is too long, and why; the others get
+        failed: is told of images whose caption gives NaN or whose file's name is too long, and why; the others get
             their files. None: the first one ends the run.
         progress: makes a progress bar, as `library.runtime.logs.progress` does.
 
@@ -258,7 +258,7 @@ def _by_caption(items: Sequence[Item], layout: TextLayout) -> dict[str, list[Ite
     for item in items:
         file = cache_file(item, layout)
         place = os.path.normcase(os.path.abspath(file))
-        if place not in owners:  # one picture may come in several datasets
+        if place not in owners:  # one image may come in several datasets
             owners[place] = item
             groups.setdefault(item.caption, []).append(item)
         elif owners[place].caption != item.caption:
@@ -268,7 +268,7 @@ def _by_caption(items: Sequence[Item], layout: TextLayout) -> dict[str, list[Ite
         raise UserError(
             *clashes[:_SHOWN],
             *more,
-            hint="give a picture the same caption wherever it is used, or cache text encoder outputs in memory",
+            hint="give an image the same caption wherever it is used, or cache text encoder outputs in memory",
         )
     return groups
 
@@ -280,7 +280,7 @@ def _groups(captions: Sequence[str], size: int) -> list[Sequence[str]]:
 def _encode_group(group: Sequence[str], encode: Encode, owners: Mapping[str, Item]) -> TextCond:
     """The conditioning of some captions, on the CPU. `owners` are for messages."""
     cond = _encode_rows(group, encode)
-    broken = [f"{owners[caption].picture}: {_NAN}" for caption in _broken(cond, group)]
+    broken = [f"{owners[caption].image}: {_NAN}" for caption in _broken(cond, group)]
     if broken:
         raise UserError(*broken, hint="run the text encoder in bfloat16 or float32")
     return cond
@@ -341,7 +341,7 @@ def _encode_to_files(
 
 def _refuse(items: Sequence[Item], failed: Callable[[Path, str], None], bar: Any) -> None:
     for item in items:
-        failed(item.picture, _NAN)
+        failed(item.image, _NAN)
         bar.update(1)
 
 
@@ -352,7 +352,7 @@ def _finish(writing: Iterable[tuple[Item, Future[None]]], failed: Callable[[Path
         except NameTooLongError as error:
             if failed is None:
                 raise
-            failed(item.picture, error.problems[0])
+            failed(item.image, error.problems[0])
         bar.update(1)
 
 
@@ -361,7 +361,7 @@ def _write(file: Path, arrays: Arrays) -> None:
         store.write(file, arrays)
     except OSError as error:
         too_long = error.errno == errno.ENAMETOOLONG
-        mend = "shorten the picture's name" if too_long else "free some space or make the folder writable"
+        mend = "shorten the image's name" if too_long else "free some space or make the folder writable"
         raise (NameTooLongError if too_long else UserError)(
             f"{file}: the cache file cannot be written ({error.strerror or error})",
             hint=f"{mend}, or cache text encoder outputs in memory",
@@ -423,7 +423,7 @@ def _foreign_fault(file: Path, item: Item, layout: TextLayout) -> str | None:
         return layout.distrust
     if item.changed:
         return "it does not tell its caption, and what earlier trainers put there is the caption file as it is"
-    source = item.caption_file or item.picture
+    source = item.caption_file or item.image
     try:
         older = file.stat().st_mtime_ns < source.stat().st_mtime_ns
     except OSError as error:

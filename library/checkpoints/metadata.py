@@ -70,7 +70,7 @@ _SPEC_OPTIONS = (
     "is_negative_embedding",
 )
 # fmt: on
-_PICTURE_TYPES = {
+_IMAGE_TYPES = {
     ".png": "image/png",
     ".jpg": "image/jpeg",
     ".jpeg": "image/jpeg",
@@ -156,20 +156,20 @@ def minimal(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def data_url(path: str) -> str:
-    """A picture file as "data:<type>;base64,..."; such a text is given back as it is.
+    """An image file as "data:<type>;base64,..."; such a text is given back as it is.
 
-    Raises: UserError: unreadable, or not named like a picture.
+    Raises: UserError: unreadable, or not named like an image.
     """
     if path.startswith("data:"):
         return path
     suffix = Path(path).suffix.lower()
-    if suffix not in _PICTURE_TYPES:
-        raise UserError(f"--metadata_thumbnail: {path}: is not named {', '.join(_PICTURE_TYPES)}")
+    if suffix not in _IMAGE_TYPES:
+        raise UserError(f"--metadata_thumbnail: {path}: is not named {', '.join(_IMAGE_TYPES)}")
     try:
         content = read_bytes(path, _LARGEST_THUMBNAIL)
     except OSError as error:
         raise UserError(f"--metadata_thumbnail: {path}: {reason(error)}") from error
-    return f"data:{_PICTURE_TYPES[suffix]};base64,{base64.b64encode(content).decode('ascii')}"
+    return f"data:{_IMAGE_TYPES[suffix]};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _options_metadata(opts: Options) -> dict[str, Any]:

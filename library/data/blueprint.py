@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SubsetSpec:
-    """One folder or metadata file of pictures, and what is done with them."""
+    """One folder or metadata file of images, and what is done with them."""
 
     image_dir: Path | None  # None: the metadata file names full paths
     metadata_file: Path | None
-    conditioning_data_dir: Path | None  # a picture of the same name for every picture
-    class_tokens: str | None  # the caption of pictures without a caption file
+    conditioning_data_dir: Path | None  # an image of the same name for every image
+    class_tokens: str | None  # the caption of images without a caption file
     is_reg: bool
     num_repeats: int
     caption_extension: str  # with the dot
@@ -63,11 +63,11 @@ class DatasetSpec:
     max_bucket_reso: int
     bucket_reso_steps: int
     bucket_no_upscale: bool
-    network_multiplier: float  # strength of the network while these pictures train
-    validation_split: float  # share of the pictures that is held out, 0 to 1
+    network_multiplier: float  # strength of the network while these images train
+    validation_split: float  # share of the images that is held out, 0 to 1
     validation_seed: int | None
     resize_interpolation: str | None
-    fits_any_size: bool  # without buckets: pictures of another size are resized and cut, as their latents are cached
+    fits_any_size: bool  # without buckets: images of another size are resized and cut, as their latents are cached
 
 
 def build_specs(opts: Options, traits: FamilyTraits) -> list[DatasetSpec]:
@@ -83,7 +83,7 @@ def build_specs(opts: Options, traits: FamilyTraits) -> list[DatasetSpec]:
         file = Path(opts.data.dataset_config)
         config, general_place = read_config(file), f"{file}, [general]"
         folders = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
-        _warn_about_ignored(opts, folders, "--dataset_config says where the pictures are")
+        _warn_about_ignored(opts, folders, "--dataset_config says where the images are")
     else:
         file, general_place = None, ""
         config = {"general": {}, "datasets": [{"subsets": _subsets_of_flags(opts, reader.problems)}]}
@@ -241,7 +241,7 @@ def _check_frame(found: Mapping[str, Any], place: str, traits: FamilyTraits) -> 
             yield f"{place}: {size}: sides must be at least {traits.pixel_multiple} with {traits.label}"
     elif step % traits.bucket_step:
         yield f"{place}: bucket_reso_steps must be a multiple of {traits.bucket_step}, got {step}"
-    elif found["bucket_no_upscale"]:  # buckets are made for the pictures, limits do not apply
+    elif found["bucket_no_upscale"]:  # buckets are made for the images, limits do not apply
         if resolution.width * resolution.height < step * step:
             yield f"{place}: {size} is smaller than one bucket step, {step}x{step}"
     elif not low <= min(resolution) <= max(resolution) <= high:
@@ -282,7 +282,7 @@ def _check_masks(specs: Sequence[DatasetSpec], opts: Options) -> Iterable[str]:
     subsets = [subset for spec in specs for subset in spec.subsets]
     folders = [subset.conditioning_data_dir for subset in subsets if subset.conditioning_data_dir]
     if folders and not opts.loss.masked_loss and os.path.isdir(folders[0]):
-        yield f"conditioning_data_dir {folders[0]}: its pictures are masks for --masked_loss; add that, or remove them"
+        yield f"conditioning_data_dir {folders[0]}: its images are masks for --masked_loss; add that, or remove them"
     if opts.loss.masked_loss and not folders and not any(subset.alpha_mask for subset in subsets):
         yield "--masked_loss: there are no masks; name their folder in conditioning_data_dir, or set alpha_mask"
 
@@ -292,23 +292,23 @@ def _check_augmentation(subset: SubsetSpec, buckets: bool, opts: Options, place:
         for name in ("color_aug", "random_crop", "face_crop_aug_range"):
             if getattr(subset, name):
                 yield (
-                    f"{place}: {name} changes the picture every time, so its latents cannot be cached; "
+                    f"{place}: {name} changes the image every time, so its latents cannot be cached; "
                     f"remove {'--cache_latents' if opts.data.cache_latents else '--cache_latents_to_disk'} or {name}"
                 )
     if getattr(opts, "text_cache", None) and opts.text_cache.in_use:
         yield from changing(subset.captions, place)
     if buckets and subset.face_crop_aug_range:
-        LOGGER.warning(f"{place}: face_crop_aug_range has no effect on pictures in buckets (enable_bucket)")
+        LOGGER.warning(f"{place}: face_crop_aug_range has no effect on images in buckets (enable_bucket)")
 
 
 def _subsets_of_flags(opts: Options, problems: list[str]) -> list[dict[str, Any]]:
     """The data flags as subset tables: a metadata file, a folder with its masks, or folders that say their repeats."""
     options = opts.data
     if options.in_json:
-        _warn_about_ignored(opts, ("reg_data_dir", "conditioning_data_dir"), "--in_json says which pictures are used")
+        _warn_about_ignored(opts, ("reg_data_dir", "conditioning_data_dir"), "--in_json says which images are used")
         return [{"metadata_file": options.in_json, "image_dir": options.train_data_dir}]
     if options.train_data_dir and options.conditioning_data_dir:
-        _warn_about_ignored(opts, ("reg_data_dir",), "masks have none for regularisation pictures")
+        _warn_about_ignored(opts, ("reg_data_dir",), "masks have none for regularisation images")
         return _folders_with_masks(options.train_data_dir, options.conditioning_data_dir, problems)
     tables = []
     for flag, is_reg in (("train_data_dir", False), ("reg_data_dir", True)):
@@ -343,12 +343,12 @@ def _repeating(parent: str, flag: str, problems: list[str]) -> list[dict[str, An
     return [{"image_dir": str(one.path), "num_repeats": one.repeats, "class_tokens": one.class_tokens} for one in found]
 
 
-def _folders_with_masks(pictures: str, masks: str, problems: list[str]) -> list[dict[str, Any]]:
-    """One folder of pictures, or <repeats>_<class tokens> folders; masks lie in `masks` or its sub-folders so named."""
-    folder = Path(pictures).expanduser()
+def _folders_with_masks(images: str, masks: str, problems: list[str]) -> list[dict[str, Any]]:
+    """One folder of images, or <repeats>_<class tokens> folders; masks lie in `masks` or its sub-folders so named."""
+    folder = Path(images).expanduser()
     if os.path.isdir(folder) and has_images(folder):
-        return [{"image_dir": pictures, "conditioning_data_dir": masks}]
-    tables = _repeating(pictures, "train_data_dir", problems)
+        return [{"image_dir": images, "conditioning_data_dir": masks}]
+    tables = _repeating(images, "train_data_dir", problems)
     for table in tables:
         own = Path(masks).expanduser() / Path(table["image_dir"]).name
         table["conditioning_data_dir"] = str(own) if os.path.isdir(own) else masks

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: which sizes exist, which one a picture goes to, how it is cropped. Pure functions."""
+"""Aspect-ratio buckets: which sizes exist, which one an image goes to, how it is cropped. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from library.types import Size
 
 
 class Fit(NamedTuple):
-    """Where a picture goes: it is resized to `resized`, which covers `bucket`, then the overhang is cut off."""
+    """Where an image goes: it is resized to `resized`, which covers `bucket`, then the overhang is cut off."""
 
     bucket: Size
     resized: Size
@@ -39,7 +39,7 @@ def bucket_sizes(resolution: Size, low: int, high: int, step: int) -> list[Size]
 
 
 def choose(image: Size, sizes: Sequence[Size]) -> Fit:
-    """The bucket of nearest aspect ratio (the first one on a tie); small pictures are enlarged to it."""
+    """The bucket of nearest aspect ratio (the first one on a tie); small images are enlarged to it."""
     aspect = image.width / image.height
     bucket = image if image in sizes else min(sizes, key=lambda size: abs(size.width / size.height - aspect))
     if aspect > bucket.width / bucket.height:
@@ -50,9 +50,9 @@ def choose(image: Size, sizes: Sequence[Size]) -> Fit:
 
 
 def choose_no_upscale(image: Size, resolution: Size, step: int) -> Fit | None:
-    """A bucket made for the picture: shrunk to the resolution's area where larger, else as it is; never enlarged.
+    """A bucket made for the image: shrunk to the resolution's area where larger, else as it is; never enlarged.
 
-    Returns: None where a side of the picture is below `step`, so that no bucket is small enough.
+    Returns: None where a side of the image is below `step`, so that no bucket is small enough.
     """
     resized = image
     area = resolution.width * resolution.height
@@ -82,7 +82,7 @@ def _round(value: float) -> int:
 
 
 def crop_ltrb(bucket: Size, image: Size) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) as caches record it and SDXL is told: where the whole picture would lie in the bucket.
+    """(left, top, right, bottom) as caches record it and SDXL is told: where the whole image would lie in the bucket.
 
     It is the letter-box position, not the offset that the crop really had; files in circulation hold this value.
     """
@@ -96,7 +96,7 @@ def crop_ltrb(bucket: Size, image: Size) -> tuple[float, float, float, float]:
 
 
 def aspect_error(bucket: Size, image: Size) -> float:
-    """How far the bucket's width / height is from the picture's."""
+    """How far the bucket's width / height is from the image's."""
     return abs(bucket.width / bucket.height - image.width / image.height)
 
 

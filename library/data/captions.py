@@ -186,12 +186,12 @@ def _without_marks(caption: str, options: CaptionOptions) -> str:
     return ", ".join(part for part in (piece.strip(ends) for piece in caption.split(mark)) if part)
 
 
-def caption_name(picture: str, extension: str, names: Collection[str]) -> str | None:
-    """The file name of a picture's caption, from that of the picture. `names` are the folder's file names.
+def caption_name(image: str, extension: str, names: Collection[str]) -> str | None:
+    """The file name of an image's caption, from that of the image. `names` are the folder's file names.
 
-    Pictures cut out around a face are called ``<name>_<cx>_<cy>_<w>_<h>`` and may share the caption of ``<name>``.
+    Images cut out around a face are called ``<name>_<cx>_<cy>_<w>_<h>`` and may share the caption of ``<name>``.
     """
-    stem = picture.rpartition(".")[0] or picture
+    stem = image.rpartition(".")[0] or image
     if stem + extension in names:
         return stem + extension
     fields = stem.rsplit("_", 4)
@@ -214,15 +214,15 @@ def read_caption(path: Path, *, multiline: bool) -> str:
     return lines[0]
 
 
-def extension_in_use(extension: str, pictures: Sequence[str], names: Collection[str]) -> str:
+def extension_in_use(extension: str, images: Sequence[str], names: Collection[str]) -> str:
     """The extension of a folder's captions: `.txt` where the default finds nothing and there are `.txt` files.
 
     Nearly every caption in the field is a `.txt` file; training on folder names beside them is never what was meant.
     """
-    if extension != DEFAULT_EXTENSION or _any_caption(pictures, extension, names):
+    if extension != DEFAULT_EXTENSION or _any_caption(images, extension, names):
         return extension
-    return ".txt" if _any_caption(pictures, ".txt", names) else extension
+    return ".txt" if _any_caption(images, ".txt", names) else extension
 
 
-def _any_caption(pictures: Iterable[str], extension: str, names: Collection[str]) -> bool:
-    return any(caption_name(picture, extension, names) for picture in pictures)
+def _any_caption(images: Iterable[str], extension: str, names: Collection[str]) -> bool:
+    return any(caption_name(image, extension, names) for image in images)

@@ -41,12 +41,12 @@ KEYS: dict[str, Key] = {
     "max_bucket_reso": Key("int", 1024, _DATASET_LEVELS, "--max_bucket_reso", low=1),
     "bucket_reso_steps": Key("int", 64, _DATASET_LEVELS, "--bucket_reso_steps", low=1),
     "bucket_no_upscale": Key("bool", False, _DATASET_LEVELS, "--bucket_no_upscale"),
-    "network_multiplier": Key("float", 1.0, _DATASET_LEVELS, help="strength of the network while these pictures train"),
+    "network_multiplier": Key("float", 1.0, _DATASET_LEVELS, help="strength of the network while these images train"),
     "validation_seed": Key("int", None, _DATASET_LEVELS, "--validation_seed", low=0),
     "validation_split": Key("float", 0.0, _DATASET_LEVELS, "--validation_split"),
-    "image_dir": Key("str", None, (SUBSET,), help="folder of the pictures; its sub-folders are not entered"),
-    "is_reg": Key("bool", False, (SUBSET,), help="the pictures are for regularisation"),
-    "class_tokens": Key("str", help="caption of pictures that have no caption file"),
+    "image_dir": Key("str", None, (SUBSET,), help="folder of the images; its sub-folders are not entered"),
+    "is_reg": Key("bool", False, (SUBSET,), help="the images are for regularisation"),
+    "class_tokens": Key("str", help="caption of images that have no caption file"),
     "num_repeats": Key("int", 1, flag="--dataset_repeats", low=0, high=MOST_REPEATS),
     "resize_interpolation": Key("str", None, flag="--resize_interpolation", choices=INTERPOLATIONS),
     "color_aug": Key("bool", False, flag="--color_aug"),
@@ -74,7 +74,7 @@ KEYS: dict[str, Key] = {
     "alpha_mask": Key("bool", False, (SUBSET,), "--alpha_mask"),
     "metadata_file": Key("str", None, (SUBSET,), help="metadata file with captions and tags, as for `--in_json`"),
     "conditioning_data_dir": Key(
-        "str", None, (SUBSET,), help="folder of pictures that belong to these by name: masks, for `--masked_loss`"
+        "str", None, (SUBSET,), help="folder of images that belong to these by name: masks, for `--masked_loss`"
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Contact sheets for --debug_dataset: pictures, masks and captions as training would see them, on PNG pages."""
+"""Contact sheets for --debug_dataset: images, masks and captions as training would see them, on PNG pages."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from library.data.records import Record
 
 _NAME = re.compile(r"(validation_)?dataset\d+_bucket\d{4,}x\d{4,}_page\d+\.png")  # of a sheet
-_MANY = 50  # pictures from which there is a progress bar
+_MANY = 50  # images from which there is a progress bar
 _OPENED = 4  # sheets that `show` opens; viewers leaf through the rest of the folder
 
 # All in pixels.
-_SIDE = 256  # longer side of a picture, at most
+_SIDE = 256  # longer side of an image, at most
 _SLOT = 216  # width of a cell, at least, so that there is room for words
 _WIDTH = 1640  # of a sheet, about
 _ROWS = 4  # on a page
@@ -52,11 +52,11 @@ class Cell:
     """What a sheet shows of one record."""
 
     record: Record
-    picture: NDArray[np.uint8] | None  # (bucket height, bucket width, 3), as in epoch 1; of repeats the first
-    mask: NDArray[np.float32] | None  # (bucket height, bucket width) in [0, 1]; None: all of the picture counts
+    image: NDArray[np.uint8] | None  # (bucket height, bucket width, 3), as in epoch 1; of repeats the first
+    mask: NDArray[np.float32] | None  # (bucket height, bucket width) in [0, 1]; None: all of the image counts
     captions: tuple[str, ...]  # of epoch 1, 2, ...
     mirrored: bool
-    problem: str = ""  # why there is no picture
+    problem: str = ""  # why there is no image
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ class _Page:
 
 
 def write_sheets(data: TrainingData, folder: Path, *, epochs: int = 3, most: int = 400) -> list[Path]:
-    """Writes the sheets of a data set, those of pictures held out after the others, and returns their paths in order.
+    """Writes the sheets of a data set, those of images held out after the others, and returns their paths in order.
 
     There is one sheet per bucket of a dataset, or several pages. Sheets of an earlier call are removed.
 
     Args:
-        epochs: for how many the captions are shown; pictures are those of epoch 1.
-        most: pictures on all sheets together, evenly from all subsets.
+        epochs: for how many the captions are shown; images are those of epoch 1.
+        most: images on all sheets together, evenly from all subsets.
 
     Raises: UserError: the folder cannot be written to.
     """
@@ -88,11 +88,11 @@ def write_sheets(data: TrainingData, folder: Path, *, epochs: int = 3, most: int
     chosen = _choose([part for part, _, _ in parts], most)
     shown, there = sum(map(len, chosen)), len(data.all_records)
     if shown < there:
-        LOGGER.info("the contact sheets show %d of %d pictures, evenly from all subsets", shown, there)
+        LOGGER.info("the contact sheets show %d of %d images, evenly from all subsets", shown, there)
     sheets: list[Path] = []
     strange: set[str] = set()
     try:
-        with progress(shown, "contact sheets", unit="picture") if shown >= _MANY else nullcontext() as bar:
+        with progress(shown, "contact sheets", unit="image") if shown >= _MANY else nullcontext() as bar:
             for (part, count, prefix), numbers in zip(parts, chosen, strict=True):
                 pages = _pages(part, numbers, count, prefix)
                 cells = cells_of(part, [number for page in pages for row in page.rows for number in row], count)
@@ -139,17 +139,17 @@ def cells_of(data: TrainingData, numbers: Sequence[int], epochs: int) -> Iterato
 def _cell(data: TrainingData, record: Record, moments: Sequence[Address]) -> Cell:
     captions = tuple(data.items.caption_at(moment) for moment in moments)
     if not record.present:
-        return Cell(record, None, None, captions, False, "no picture here, only its latents")
+        return Cell(record, None, None, captions, False, "no image here, only its latents")
     try:
         sample = data.items[moments[0]]
     except UserError as error:
         return Cell(record, None, None, captions, False, str(error).removeprefix(f"{record.path}: "))
-    picture = ((sample.pixels + 1) * 127.5).round().byte().numpy().transpose(1, 2, 0)
+    image = ((sample.pixels + 1) * 127.5).round().byte().numpy().transpose(1, 2, 0)
     mask = None if sample.mask is None else sample.mask[0].numpy()
-    return Cell(record, picture, mask, captions, data.items.is_mirrored_at(moments[0]))
+    return Cell(record, image, mask, captions, data.items.is_mirrored_at(moments[0]))
 
 
-# ---- which pictures, on which page
+# ---- which images, on which page
 
 
 def _choose(parts: Sequence[TrainingData], most: int) -> list[list[int]]:
@@ -196,17 +196,17 @@ def _pages(data: TrainingData, numbers: Sequence[int], epochs: int, prefix: str)
 def _notes(there: Sequence[Record], shown: int, batch_size: int, epochs: int, prefix: str) -> list[str]:
     """The lines below a sheet's title. `there` is all of the bucket."""
     regular = [record for record in there if record.subset.is_reg]
-    counts = _count([record for record in there if not record.subset.is_reg], "picture")
-    counts += f"; {_count(regular, 'regularisation picture')}" if regular else ""
+    counts = _count([record for record in there if not record.subset.is_reg], "image")
+    counts += f"; {_count(regular, 'regularisation image')}" if regular else ""
     if prefix:
         how = "As validation sees them."
     elif epochs > 1:
-        how = f"Pictures as in epoch 1, captions as in epochs 1 to {epochs}; a caption that stays the same stands once."
+        how = f"Images as in epoch 1, captions as in epochs 1 to {epochs}; a caption that stays the same stands once."
     else:
-        how = "Pictures and captions as in epoch 1."
+        how = "Images and captions as in epoch 1."
     if any(_has_mask(record) for record in there):
         how += " The second copy shows the mask: red does not count in the loss."
-    part = [f"A part only: {shown} of the {len(there)} pictures of this bucket."] if shown < len(there) else []
+    part = [f"A part only: {shown} of the {len(there)} images of this bucket."] if shown < len(there) else []
     return [f"{counts}; batch size {batch_size}", *part, how]
 
 
@@ -313,16 +313,16 @@ def _cell_width(cell: Cell, slot: int) -> int:
 
 
 def _panels(cell: Cell) -> list[NDArray[np.uint8] | None]:
-    if cell.picture is None or cell.mask is None:
-        return [cell.picture]
+    if cell.image is None or cell.mask is None:
+        return [cell.image]
     cover = 0.65 * (1 - cell.mask[..., None])
-    return [cell.picture, np.round(cell.picture * (1 - cover) + _RED * cover).astype(np.uint8)]
+    return [cell.image, np.round(cell.image * (1 - cover) + _RED * cover).astype(np.uint8)]
 
 
 def _put(
     sheet: Image.Image, pen: ImageDraw.ImageDraw, left: int, top: int, size: Size, panel: NDArray[np.uint8] | None
 ) -> None:
-    """The picture with an edge around it, or a crossed-out place."""
+    """The image with an edge around it, or a crossed-out place."""
     right, bottom = left + size.width, top + size.height
     pen.rectangle((left - 1, top - 1, right, bottom), fill=_BLANK, outline=_EDGE)
     if panel is None:
@@ -333,7 +333,7 @@ def _put(
 
 
 def _cell_lines(cell: Cell, with_folder: bool, width: int) -> list[tuple[str, str]]:
-    """(text, colour) of each line below a picture."""
+    """(text, colour) of each line below an image."""
     record = cell.record
     facts = _times(record.size)
     facts += f" to {_times(record.bucket)}" if record.size != record.bucket else ""
@@ -371,7 +371,7 @@ def show(sheets: Sequence[Path], opener: Callable[[Path], None] | None = None) -
     """Opens the first sheets with the system's viewer, where a person sits before a screen. Never waits or fails.
 
     Args:
-        opener: opens one file; None: what the system opens pictures with.
+        opener: opens one file; None: what the system opens images with.
     """
     try:
         if _is_watched():

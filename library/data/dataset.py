@@ -36,7 +36,7 @@ class Sample:
     caption: str
     pixels: Tensor | None  # (3, H, W) in [-1, 1]
     latents: Tensor | None  # (C, H/8, W/8)
-    mask: Tensor | None  # (1, H, W) or (1, H/8, W/8) in [0, 1]; None: all of the picture counts
+    mask: Tensor | None  # (1, H, W) or (1, H/8, W/8) in [0, 1]; None: all of the image counts
     loss_weight: float
     original_size: Size
     crop_top_left: tuple[int, int]
@@ -51,7 +51,7 @@ class LatentEntry(Protocol):
     """The latents of one record, in memory or in a file. Picklable."""
 
     def load(self, flip: bool) -> tuple[Tensor, Tensor | None]:
-        """(latents (C, H/8, W/8), mask as `Sample.mask`), of the mirrored picture with `flip`, on the CPU.
+        """(latents (C, H/8, W/8), mask as `Sample.mask`), of the mirrored image with `flip`, on the CPU.
 
         Raises: UserError: its file is gone or damaged.
         """
@@ -89,7 +89,7 @@ class ItemDataset(Dataset[Sample]):
         return len(self.items)
 
     def __getitem__(self, address: Address) -> Sample:
-        """Raises: UserError: the picture or its latents cannot be read."""
+        """Raises: UserError: the image or its latents cannot be read."""
         number = self.items[address.index]
         record = self.records[number]
         flip, look = self._look(record, address)
@@ -122,7 +122,7 @@ class ItemDataset(Dataset[Sample]):
         return make_caption(record.caption, options, words, address.epoch, address.step)
 
     def is_mirrored_at(self, address: Address) -> bool:
-        """Whether the picture is mirrored there."""
+        """Whether the image is mirrored there."""
         return self._look(self.records[self.items[address.index]], address)[0]
 
     def _look(self, record: Record, address: Address) -> tuple[bool, Random]:
@@ -198,12 +198,12 @@ class TrainingData:
 
     @property
     def num_train_images(self) -> int:
-        """Pictures times repeats, without regularisation."""
+        """Images times repeats, without regularisation."""
         return sum(record.repeats for record in self.records if not record.subset.is_reg)
 
     @property
     def num_reg_images(self) -> int:
-        """Regularisation pictures in use, times repeats."""
+        """Regularisation images in use, times repeats."""
         return sum(record.repeats for record in self.records if record.subset.is_reg)
 
     @property
@@ -236,7 +236,7 @@ class TrainingData:
             self.held_out.items.first_text = len(self.records)
 
     def is_prepared(self) -> bool:
-        """Whether all of it comes from metadata files, and nothing varies the pictures: latents may lie beside them."""
+        """Whether all of it comes from metadata files, and nothing varies the images: latents may lie beside them."""
         return all(
             subset.metadata_file and not (subset.color_aug or subset.random_crop or subset.face_crop_aug_range)
             for spec in self.specs
@@ -276,7 +276,7 @@ class TrainingData:
         return loader
 
     def report(self) -> list[str]:
-        """What was found, in lines for the log: pictures, buckets, and everything that is left out and why."""
+        """What was found, in lines for the log: images, buckets, and everything that is left out and why."""
         return summary.report(self)
 
     def metadata(self, processes: int = 1) -> dict[str, Any]:
@@ -292,7 +292,7 @@ def build_training_data(
     Args:
         main: whether this process is the one that writes: the index, and metadata_cache.json where asked for.
 
-    Raises: UserError: no usable picture, wrong sizes, unreadable captions.
+    Raises: UserError: no usable image, wrong sizes, unreadable captions.
     """
     place = opts.data.data_index_dir
     index = FileIndex(Path(place).expanduser() if place else cache_folder() / "index")

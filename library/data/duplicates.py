@@ -1,4 +1,4 @@
-"""Pictures that occur twice: the same bytes, or nearly the same look (saved again, resized). Indices in, groups out."""
+"""Images that occur twice: the same bytes, or nearly the same look (saved again, resized). Indices in, groups out."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def exact(digests: Sequence[str]) -> list[list[int]]:
 
 
 def look(path: Path) -> int | None:
-    """A 64-bit difference hash of the upright picture: which of 9x8 grey fields are brighter than their left neighbour.
+    """A 64-bit difference hash of the upright image: which of 9x8 grey fields are brighter than their left neighbour.
 
-    Returns: None for pictures with so little in them (flat, a gradient, a dot on a plain ground) that different ones
+    Returns: None for images with so little in them (flat, a gradient, a dot on a plain ground) that different ones
         would have the same hash.
-    Raises: OSError or ValueError: the file is no whole picture.
+    Raises: OSError or ValueError: the file is no whole image.
     """
     try:
         fields = np.asarray(_small_grey(path))
@@ -58,13 +58,13 @@ def look(path: Path) -> int | None:
 
 
 def near(looks: Sequence[int | None], distance: int = DISTANCE) -> list[list[int]]:
-    """Groups of pictures whose hashes differ by at most `distance` bits, directly or by way of others in the group.
+    """Groups of images whose hashes differ by at most `distance` bits, directly or by way of others in the group.
 
     Not all pairs are compared: where 64 bits are cut into `distance` + 3 bands, two hashes that near have three bands
     in common, so only hashes with three equal bands meet.
 
     Args:
-        looks: as `look` gives them; pictures with None are in no group.
+        looks: as `look` gives them; images with None are in no group.
         distance: bits, 0 to 16; time grows with its third power.
 
     Returns: sorted indices, two and more; groups by their first index.
@@ -83,7 +83,7 @@ def near(looks: Sequence[int | None], distance: int = DISTANCE) -> list[list[int
 
 
 def _small_grey(path: Path) -> Image.Image:
-    """The upright picture as 9x8 mean grey values, 0 to 255, float."""
+    """The upright image as 9x8 mean grey values, 0 to 255, float."""
 
     def small(image: Image.Image, *_: Any) -> Image.Image | None:
         if image.format not in ("JPEG", "MPO"):
@@ -97,9 +97,9 @@ def _small_grey(path: Path) -> Image.Image:
 
 
 def _masks(hashes: NDArray[np.uint64], bands: int) -> Iterator[np.uint64]:
-    """For every three of the bands, the bits in them. Bits that tell pictures apart are dealt out to all bands alike.
+    """For every three of the bands, the bits in them. Bits that tell images apart are dealt out to all bands alike.
 
-    Neighbouring bits would make poor bands: the upper rows of many pictures are a plain background.
+    Neighbouring bits would make poor bands: the upper rows of many images are a plain background.
     """
     ones = np.array([np.count_nonzero(hashes >> np.uint64(bit) & np.uint64(1)) for bit in range(64)])
     order = np.argsort(np.abs(ones - len(hashes) / 2), kind="stable").tolist()

@@ -1,4 +1,4 @@
-"""Pictures in folders, and the DreamBooth naming of sub-folders."""
+"""Images in folders, and the DreamBooth naming of sub-folders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RepeatFolder(NamedTuple):
 
 @cache
 def image_extensions() -> frozenset[str]:
-    """File extensions read as pictures, in lower case; AVIF and JPEG XL where Pillow can read them here."""
+    """File extensions read as images, in lower case; AVIF and JPEG XL where Pillow can read them here."""
     from PIL import Image
 
     register_jpeg_xl()
@@ -54,12 +54,12 @@ def register_jpeg_xl() -> bool:
 
 
 def is_other_image(name: str) -> bool:
-    """Whether a file name has the extension of a picture of a kind that is not read here."""
+    """Whether a file name has the extension of an image of a kind that is not read here."""
     return name.lower().endswith(_other_endings()) and not name.startswith("._")
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name has a picture's extension, in any case (`.Png` too)."""
+    """Whether a file name has an image's extension, in any case (`.Png` too)."""
     if not name.lower().endswith(_endings()):
         return False
     return not name.startswith(".") or (os.path.splitext(name)[1] != "" and not name.startswith("._"))
@@ -71,7 +71,7 @@ def has_images(folder: Path) -> bool:
 
 
 def list_folder(folder: Path) -> tuple[list[Path], frozenset[str]]:
-    """The pictures of a folder sorted by name, so that the order is the same on every file system; and all file names.
+    """The images of a folder sorted by name, so that the order is the same on every file system; and all file names.
 
     Sub-folders are not entered.
     """

@@ -1,4 +1,4 @@
-"""Which pictures are kept out of training, to measure the loss on. A picture is never on both sides."""
+"""Which images are kept out of training, to measure the loss on. An image is never on both sides."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def hold_out(
 ) -> tuple[list[Record], list[Record]]:
     """(records to train on, records to validate with).
 
-    Every dataset gives validation_split of its pictures, rounded, at least one; regularisation pictures none. A
-    picture that any dataset holds out leaves the training of all of them, and so do its exact copies. The choice
-    depends on the seed and the pictures' names, so that it stays as it is when the folder moves or grows a little.
+    Every dataset gives validation_split of its images, rounded, at least one; regularisation images none. A
+    image that any dataset holds out leaves the training of all of them, and so do its exact copies. The choice
+    depends on the seed and the images' names, so that it stays as it is when the folder moves or grows a little.
 
     Args:
         seed: used by datasets without a validation_seed.
-        copies: picture -> the first of the files with the same bytes; only those that have any.
+        copies: image -> the first of the files with the same bytes; only those that have any.
     """
 
     def identity(record: Record) -> Path:

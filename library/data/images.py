@@ -1,4 +1,4 @@
-"""Picture files to RGB arrays, and what is done to them: resize, cut, colours. Arrays are uint8 (H, W, 3) or (H, W).
+"""Image files to RGB arrays, and what is done to them: resize, cut, colours. Arrays are uint8 (H, W, 3) or (H, W).
 
 Files are only ever read.
 """
@@ -46,7 +46,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = (5, 6, 7, 8)  # these exchange width and height
-_ANIMATED = ("WEBP", "PNG", "AVIF", "GIF", "JXL")  # MPO and TIFF have several pictures too, but no frames
+_ANIMATED = ("WEBP", "PNG", "AVIF", "GIF", "JXL")  # MPO and TIFF have several images too, but no frames
 _DRAWINGS = ("EPS", "WMF", "EMF")  # Pillow would start another program to draw these
 _GREY = ("1", "L", "LA", "La")
 _PILLOW = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
@@ -64,7 +64,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Probe(NamedTuple):
-    """What the header of a picture file tells."""
+    """What the header of an image file tells."""
 
     size: Size  # upright, as training sees it
     turned: bool  # EXIF says that the stored pixels are to be turned or mirrored
@@ -72,7 +72,7 @@ class Probe(NamedTuple):
 
 
 class FaceBox(NamedTuple):
-    """Centre and size of a face, in pixels of the picture on disk."""
+    """Centre and size of a face, in pixels of the image on disk."""
 
     x: int
     y: int
@@ -81,7 +81,7 @@ class FaceBox(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """Which part of a picture is used: all of it is brought to `resized`, and `to` is taken from (left, top) on."""
+    """Which part of an image is used: all of it is brought to `resized`, and `to` is taken from (left, top) on."""
 
     resized: Size
     left: int
@@ -95,7 +95,7 @@ class Cut(NamedTuple):
 def probe(path: Path) -> Probe:
     """Size, orientation and frames from the header; pixels are decoded only where the file's end looks cut off.
 
-    Raises: OSError or ValueError: no picture, an unknown format, too large, or a truncated file. See `reason`.
+    Raises: OSError or ValueError: no image, an unknown format, too large, or a truncated file. See `reason`.
     """
 
     def look(image: Image.Image, stream: BinaryIO, length: int) -> Probe:
@@ -139,25 +139,25 @@ def content_digest(path: Path) -> str:
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """The picture upright, sRGB, uint8 (H, W, 3); of an animated one the first frame. Transparent parts become white.
+    """The image upright, sRGB, uint8 (H, W, 3); of an animated one the first frame. Transparent parts become white.
 
     White is what taggers and viewers show behind a drawing; the colours stored under full transparency are left-overs
     that nobody has seen.
 
-    Raises: OSError or ValueError: no picture, an unknown format, too large, or damaged. See `reason`.
+    Raises: OSError or ValueError: no image, an unknown format, too large, or damaged. See `reason`.
     """
     return _rgb_on_white(_upright(path)[0], path)
 
 
 def read_reduced(path: Path, enough: Callable[[Size], Size]) -> tuple[NDArray[np.uint8], Size]:
-    """As `read_image`, for who shrinks the picture anyway: it may come smaller than it is, and has its own size beside.
+    """As `read_image`, for who shrinks the image anyway: it may come smaller than it is, and has its own size beside.
 
     A JPEG file is decoded at a half, a quarter or an eighth of its size, the smallest that is enough. That takes half
-    the time or less. Where `enough` is four times what the picture is shrunk to, that is the same picture to within
+    the time or less. Where `enough` is four times what the image is shrunk to, that is the same image to within
     one level of 255 on average; twice leaves a little more. Other files come whole.
 
     Args:
-        enough: from the picture's upright size to the smallest one that will do.
+        enough: from the image's upright size to the smallest one that will do.
     Raises: OSError or ValueError as `read_image`.
     """
     image, size = _upright(path, enough)
@@ -176,7 +176,7 @@ def _rgb_on_white(image: Image.Image, path: Path) -> NDArray[np.uint8]:
 def read_image_and_alpha(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """As `read_image`, but the colours (H, W, 3) as stored under whatever transparency, and the opacity (H, W).
 
-    The opacity is 255 where nothing shines through; everywhere, if the picture has no transparency.
+    The opacity is 255 where nothing shines through; everywhere, if the image has no transparency.
 
     Raises: OSError or ValueError as `read_image`.
     """
@@ -187,7 +187,7 @@ def read_image_and_alpha(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint
 
 
 def read_values(path: Path) -> NDArray[np.uint8]:
-    """The numbers of a mask or control picture, upright, uint8 (H, W, 3): no transparency, no colour profile.
+    """The numbers of a mask or control image, upright, uint8 (H, W, 3): no transparency, no colour profile.
 
     A grey of 128 means one half there, whatever a profile says about how bright it looks.
 
@@ -198,7 +198,7 @@ def read_values(path: Path) -> NDArray[np.uint8]:
 
 
 def read_mask(path: Path) -> NDArray[np.uint8]:
-    """The red channel of `read_values`, uint8 (H, W); the grey level of a grey picture."""
+    """The red channel of `read_values`, uint8 (H, W); the grey level of a grey image."""
     return read_values(path)[..., 0]
 
 
@@ -241,7 +241,7 @@ def _what_is_wrong(stream: BinaryIO, length: int, error: Exception) -> str:
     if not _ends_well(stream, length):
         return "the file is truncated"
     if isinstance(error, UnidentifiedImageError):
-        return "no picture that can be read"
+        return "no image that can be read"
     return f"the file is damaged: {' '.join(str(error).split())[:80]}"
 
 
@@ -304,7 +304,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(path: Path, enough: Callable[[Size], Size] | None = None) -> tuple[Image.Image, Size]:
-    """The decoded picture in the mode of its file, upright, and the size of the whole picture.
+    """The decoded image in the mode of its file, upright, and the size of the whole image.
 
     Args:
         enough: as in `read_reduced`; None decodes all of it.
@@ -449,7 +449,7 @@ def _fits_into(to: Size, image: NDArray[np.uint8]) -> bool:
 def apply_cut(image: NDArray[np.uint8], cut: Cut, interpolation: str | None = None) -> NDArray[np.uint8]:
     """(H, W, 3) or (H, W) to (cut.to.height, cut.to.width, ...); `interpolation` as in `resize`.
 
-    A picture of another size than the one the cut was made for is thought of as laid over all of that one.
+    An image of another size than the one the cut was made for is thought of as laid over all of that one.
     """
     image = resize(image, cut.resized, interpolation)
     return image[cut.top : cut.top + cut.to.height, cut.left : cut.left + cut.to.width]
@@ -483,10 +483,10 @@ def face_box(path: Path) -> FaceBox | None:
 def face_cut(
     size: Size, face: FaceBox, to: Size, span: tuple[float, float], rng: Random, anywhere: bool = False
 ) -> Cut:
-    """Shrinks the picture by chance and cuts around the face.
+    """Shrinks the image by chance and cuts around the face.
 
     Args:
-        size: of the picture; covers `to`.
+        size: of the image; covers `to`.
         span: (low, high); the frame's shorter side is between `low` and `high` times the face's longer side.
         anywhere: the face may lie anywhere in the frame, most often near the middle (--random_crop).
     """

@@ -1,4 +1,4 @@
-"""`metadata_cache.json`: sizes and captions of a folder's pictures, in the form that earlier trainers keep them in."""
+"""`metadata_cache.json`: sizes and captions of a folder's images, in the form that earlier trainers keep them in."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILE_NAME = "metadata_cache.json"
 
 
 class Info(NamedTuple):
-    """What is kept of one picture."""
+    """What is kept of one image."""
 
     caption: str  # as the caption file says; several lines are several captions (enable_wildcard)
     size: Size
@@ -31,8 +31,8 @@ def read(folder: Path) -> dict[Path, Info] | None:
     """What the folder's file says, by ``folder / file name``; None: there is no such file.
 
     The file holds paths as they were written, perhaps in another place or on another system; only their file names
-    count. Nothing is compared with the folder: pictures may have come, gone or changed since. Earlier trainers recorded
-    sizes as stored, before EXIF orientation turns the picture: width and height may be exchanged.
+    count. Nothing is compared with the folder: images may have come, gone or changed since. Earlier trainers recorded
+    sizes as stored, before EXIF orientation turns the image: width and height may be exchanged.
 
     Raises: UserError: the file cannot be read, or is malformed.
     """

@@ -1,4 +1,4 @@
-"""Texts on pictures, in any language: faces, line breaks, widths in pixels.
+"""Texts on images, in any language: faces, line breaks, widths in pixels.
 
 Texts are set in the first of `_FACES` that is installed, and each character that it lacks in the next one that has it.
 Pillow's own face comes last, which knows little beyond ASCII. A character that no face has becomes an empty box.

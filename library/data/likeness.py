@@ -1,4 +1,4 @@
-"""Which pictures of a data set are the same, or look the same. The searching itself is in `duplicates`."""
+"""Which images of a data set are the same, or look the same. The searching itself is in `duplicates`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from library.types import Size
 
 _END = 1 << 12  # bytes
 _SMALL = 1 << 16  # bytes; to read so much takes no longer than to read its end
-MOST = 2000  # pictures that are decoded at start, to see which are damaged and which look alike
+MOST = 2000  # images that are decoded at start, to see which are damaged and which look alike
 
 
 def copies(sizes: Mapping[Path, Size], index: FileIndex) -> dict[Path, Path]:
     """Files with the same bytes: each -> the first of them, in the order of `sizes`; files without a copy are left out.
 
-    Only files of equal length and picture size are read; of larger ones first the ends, as among a million pictures
+    Only files of equal length and image size are read; of larger ones first the ends, as among a million images
     many have the length of another by chance.
     """
     suspects: dict[tuple[int, Size], list[Path]] = defaultdict(list)
@@ -47,7 +47,7 @@ def _with_equal_ends(paths: Sequence[Path], index: FileIndex) -> Iterator[Path]:
 
 
 def _end_checksum(path: Path) -> int:
-    """Of the last bytes. Pictures of one program begin alike, and nearly always end in compressed pixels."""
+    """Of the last bytes. Images of one program begin alike, and nearly always end in compressed pixels."""
     with open_regular(path) as file:
         file.seek(-_END, os.SEEK_END)
         return zlib.crc32(file.read())
@@ -55,14 +55,14 @@ def _end_checksum(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Looks:
-    """What decoding every picture told."""
+    """What decoding every image told."""
 
     damaged: dict[Path, str]  # and how; their headers are whole
-    alike: list[list[Path]]  # groups of pictures that are not the same and look it: saved again, resized
+    alike: list[list[Path]]  # groups of images that are not the same and look it: saved again, resized
 
 
 def look_at(paths: Sequence[Path], same: Mapping[Path, Path], index: FileIndex) -> Looks | None:
-    """Decodes every picture, or what the index does not know of. None: there are too many.
+    """Decodes every image, or what the index does not know of. None: there are too many.
 
     Args:
         same: as `copies` gives them; of equal files only the first is looked at.

@@ -1,4 +1,4 @@
-"""Metadata files of fine-tuning data sets: captions, tags and sizes by picture, as JSON or JSON Lines."""
+"""Metadata files of fine-tuning data sets: captions, tags and sizes by image, as JSON or JSON Lines."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _CACHE = re.compile(r"(.+)_\d+x\d+_.+\.npz", re.DOTALL)  # <stem>_<width>x<heigh
 
 
 class Entry(NamedTuple):
-    """One picture of a metadata file."""
+    """One image of a metadata file."""
 
     key: str  # as the file says
-    picture: Path | None  # None: there are only latents
+    image: Path | None  # None: there are only latents
     base: Path  # folder / stem: cache files are this and a suffix. Stems may hold dots, so never use with_suffix
     caption: str  # caption and tags, see `join_caption`
     captioned: bool  # the file gives a caption or tags, be they empty
@@ -39,7 +39,7 @@ class Entry(NamedTuple):
 
 @collector_paused()
 def read_metadata(path: Path, *, may_be_empty: bool = False) -> dict[str, dict[str, Any]]:
-    """What the file says of each picture: ``{key: {"caption", "tags", "image_size", "train_resolution", ...}}``.
+    """What the file says of each image: ``{key: {"caption", "tags", "image_size", "train_resolution", ...}}``.
 
     A `.jsonl` file has one object per line, with the key as "image_path" or "file_name"; any other is one JSON object.
     The four named values are checked, and each may be missing or null; others are passed on as they are.
@@ -58,7 +58,7 @@ def read_metadata(path: Path, *, may_be_empty: bool = False) -> dict[str, dict[s
         raise UserError(*problems)
     if not entries and not may_be_empty:
         raise UserError(
-            f"{path}: there are no pictures in it; write captions into it with merge_captions_to_metadata.py, "
+            f"{path}: there are no images in it; write captions into it with merge_captions_to_metadata.py, "
             "or tags with merge_dd_tags_to_metadata.py"
         )
     return entries
@@ -87,7 +87,7 @@ def _parse_object(text: str, path: Path, problems: list[str]) -> dict[str, dict[
         hint = "one object per line is read from files called .jsonl" if error.goes_on else None
         raise UserError(f"{path}: {error}", hint=hint) from None
     if not isinstance(entries, dict):
-        raise UserError(f'{path}: must hold one object, {{"<picture>": {{"caption": "...", "tags": "..."}}, ...}}')
+        raise UserError(f'{path}: must hold one object, {{"<image>": {{"caption": "...", "tags": "..."}}, ...}}')
     problems += [f"{path}: '{key}' stands there twice and says different things; keep one" for key in repeated]
     for key, entry in entries.items():
         problems += _check_entry(entry, path, f"'{key}'")
@@ -120,7 +120,7 @@ def _parse_lines(text: str, path: Path, problems: list[str]) -> dict[str, dict[s
 def _add_line(entry: dict[str, Any], entries: dict[str, dict[str, Any]], place: str, problems: list[str]) -> None:
     key = next((entry[name] for name in _KEY_NAMES if name in entry), None)
     if not isinstance(key, str) or not key:
-        problems.append(f'{place}: no picture is named; write "image_path": "<file>"')
+        problems.append(f'{place}: no image is named; write "image_path": "<file>"')
         return
     rest = {name: value for name, value in entry.items() if name not in _KEY_NAMES}
     if entries.setdefault(key, rest) != rest:
@@ -186,7 +186,7 @@ def resolve(
     separator: str,
     wildcard: bool,
 ) -> tuple[list[Entry], list[str]]:
-    """Finds the picture of every key, or its latents; and tells, one line each, what was not found.
+    """Finds the image of every key, or its latents; and tells, one line each, what was not found.
 
     A key is a file name or a stem in `image_dir`, or a path. A path is looked for as it stands (relative ones from the
     working directory); then below `image_dir`, by the longest of its ends whose folder is there. So a file that was
@@ -202,7 +202,7 @@ def resolve(
         separator: between caption and tags, see `join_caption`; so is `wildcard`.
 
     Returns: (entries, problems). Entries are in the order of their folders (by parts, symbolic links followed) and then
-        of their names, so that the order in the metadata file doesn't matter. Of several keys for one picture the
+        of their names, so that the order in the metadata file doesn't matter. Of several keys for one image the
         first one of the file counts, and the others are problems. Problems are in the order of the file.
 
     Raises: UserError: `image_dir` is needed and cannot be read.
@@ -215,7 +215,7 @@ def resolve(
         if isinstance(found, str):
             problems.append(f"{file}: {found}")
             continue
-        address = (found.folder.order, found.picture or found.stem)
+        address = (found.folder.order, found.image or found.stem)
         if address in first:
             where = os.path.join(found.folder.path, address[1])
             problems.append(f"{file}: '{first[address].key}' and '{key}' are both {where}; remove one of them")
@@ -227,7 +227,7 @@ def resolve(
 
 class _Found(NamedTuple):
     folder: _Folder
-    picture: str | None  # file name
+    image: str | None  # file name
     stem: str
 
 
@@ -235,7 +235,7 @@ def _entry(key: str, said: Mapping[str, Any], found: _Found, caption: str) -> En
     folder = found.folder.path
     return Entry(
         key=key,
-        picture=None if found.picture is None else folder / found.picture,
+        image=None if found.image is None else folder / found.image,
         base=folder / found.stem,
         caption=caption,
         captioned=said.get("caption") is not None or said.get("tags") is not None,
@@ -246,24 +246,24 @@ def _entry(key: str, said: Mapping[str, Any], found: _Found, caption: str) -> En
 
 
 def _find(key: str, places: _Places) -> _Found | str:
-    """What a key means, or why it means nothing. Pictures in any place go before latents."""
+    """What a key means, or why it means nothing. Images in any place go before latents."""
     for folder, name in places.of(key):
-        pictures = folder.pictures_of(name)
-        if len(pictures) > 1:
-            return f"'{key}' may be {' or '.join(sorted(pictures))} in {folder.path}; write it with its extension"
-        if pictures:
-            return _Found(folder, pictures[0], _stem(pictures[0]))
+        images = folder.images_of(name)
+        if len(images) > 1:
+            return f"'{key}' may be {' or '.join(sorted(images))} in {folder.path}; write it with its extension"
+        if images:
+            return _Found(folder, images[0], _stem(images[0]))
     for folder, name in places.of(key):
         stem = _stem(name) if is_image(name) else name
-        # Where another picture has this stem, the latents are that picture's.
-        if stem in folder.latents and stem not in folder.pictures:
+        # Where another image has this stem, the latents are that image's.
+        if stem in folder.latents and stem not in folder.images:
             return _Found(folder, None, stem)
-    advice = "" if places.image_dir else "; say where the pictures are with --train_data_dir, or image_dir"
-    return f"no picture for '{key}' in {folder.path}{advice}"
+    advice = "" if places.image_dir else "; say where the images are with --train_data_dir, or image_dir"
+    return f"no image for '{key}' in {folder.path}{advice}"
 
 
-def _stem(picture: str) -> str:
-    return picture.rpartition(".")[0]
+def _stem(image: str) -> str:
+    return image.rpartition(".")[0]
 
 
 @dataclass
@@ -280,7 +280,7 @@ class _Folder:
         return Path(os.path.realpath(self.path)).parts
 
     @cached_property
-    def pictures(self) -> dict[str, tuple[str, ...]]:
+    def images(self) -> dict[str, tuple[str, ...]]:
         """File names by stem."""
         found: dict[str, tuple[str, ...]] = {}
         for name in filter(is_image, self.names):
@@ -295,16 +295,16 @@ class _Folder:
         matches = map(_CACHE.fullmatch, caches)
         return frozenset([name.removesuffix(".npz") for name in caches] + [match[1] for match in matches if match])
 
-    def pictures_of(self, name: str) -> Sequence[str]:
+    def images_of(self, name: str) -> Sequence[str]:
         """The file of this name, or else all with this stem. The extension may differ in case."""
         if "." in name and is_image(name):
             if name in self.names:
                 return (name,)
             stem = _stem(name)
-            same = [other for other in self.pictures.get(stem, ()) if other.lower() == name.lower()]
+            same = [other for other in self.images.get(stem, ()) if other.lower() == name.lower()]
             if same:
                 return same
-        return self.pictures.get(name, ())
+        return self.images.get(name, ())
 
 
 class _Places:
@@ -337,7 +337,7 @@ class _Places:
     def _below_image_dir(self, head: str, image_dir: Path) -> _Folder:
         """The folder that the longest end of `head` names there.
 
-        A picture that is missing in it is not looked for further up: another one may have the same name.
+        An image that is missing in it is not looked for further up: another one may have the same name.
         """
         parts = [part for part in re.split(r"[\\/]", ntpath.splitdrive(head)[1]) if part not in ("", ".")]
         for start in range(len(parts)):
@@ -346,7 +346,7 @@ class _Places:
                 return folder
         folder = self._folder(str(image_dir))
         if folder.failure is not None:
-            raise UserError(f"{image_dir}: the folder of the pictures cannot be read ({folder.failure})")
+            raise UserError(f"{image_dir}: the folder of the images cannot be read ({folder.failure})")
         return folder
 
     def _folder(self, place: str) -> _Folder:

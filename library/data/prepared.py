@@ -1,4 +1,4 @@
-"""What the names of latent files tell where a metadata file's pictures were prepared and may be gone."""
+"""What the names of latent files tell where a metadata file's images were prepared and may be gone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Prepared:
         return f"{base.name}_flip.npz" in self._listing(base.parent)
 
     def size(self, base: Path) -> Size | None:
-        """Width and height of a picture that is gone, from the name of its latents or from what is in them."""
+        """Width and height of an image that is gone, from the name of its latents or from what is in them."""
         named = self._sizes(base.parent).get(base.name)
         return named or _recorded_size(base.with_name(f"{base.name}.npz"))
 

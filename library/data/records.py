@@ -1,4 +1,4 @@
-"""Looks at every picture and caption once, before training: sizes, captions, buckets, and what has to be left out."""
+"""Looks at every image and caption once, before training: sizes, captions, buckets, and what has to be left out."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from library.data.blueprint import DatasetSpec, SubsetSpec
 from library.data.buckets import Fit
 from library.data.holdout import hold_out
 from library.data.index import FileIndex
-from library.data.styles import Found, Notes, find_pictures
+from library.data.styles import Found, Notes, find_images
 from library.errors import UserError
 from library.runtime.logs import LOGGER
 from library.types import Size
 
 _MOST_ITEMS = 20_000_000  # of an epoch, whose order is a list in memory
-_MOST_PIXELS = 10**8  # of a picture that is enlarged for its bucket
+_MOST_PIXELS = 10**8  # of an image that is enlarged for its bucket
 
 
 @dataclass(frozen=True)
 class Record:
-    """One picture of one subset. The same file in another dataset is another record."""
+    """One image of one subset. The same file in another dataset is another record."""
 
-    path: Path  # where there are latents only: the picture's place without extension
+    path: Path  # where there are latents only: the image's place without extension
     caption: str  # as the file says; see captions.make_caption
-    size: Size  # of the picture on disk, upright
+    size: Size  # of the image on disk, upright
     bucket: Size  # what the model sees
     resized: Size | None  # covers the bucket; None: no buckets, cut out as it is
     subset: SubsetSpec
     dataset: int  # index of its DatasetSpec
     repeats: int
-    present: bool = True  # whether there is a picture, and not only its latents
+    present: bool = True  # whether there is an image, and not only its latents
     flip: bool = False  # mirrored half of the time
-    conditioning: Path | None = None  # a picture that belongs to it: its mask
+    conditioning: Path | None = None  # an image that belongs to it: its mask
     tags: str | None = None  # of a metadata file, apart from the caption that has them joined
 
 
@@ -52,16 +52,16 @@ class Findings:
     without_words: int = 0  # of these, no class tokens either
     empty_captions: int = 0
     latents_only: int = 0
-    surplus_reg: int = 0  # regularisation pictures that are not used
+    surplus_reg: int = 0  # regularisation images that are not used
     copies: dict[Path, Path] = field(default_factory=dict)  # files with the same bytes -> the first of them
-    alike: list[list[Path]] | None = field(default_factory=list)  # pictures that look the same; None: not looked for
-    cut: list[Path] = field(default_factory=list)  # pictures that lose more than half of their area to the bucket
-    other_shapes: list[Path] = field(default_factory=list)  # masks of another aspect ratio than their picture's
+    alike: list[list[Path]] | None = field(default_factory=list)  # images that look the same; None: not looked for
+    cut: list[Path] = field(default_factory=list)  # images that lose more than half of their area to the bucket
+    other_shapes: list[Path] = field(default_factory=list)  # masks of another aspect ratio than their image's
     warnings: list[str] = field(default_factory=list)
 
 
 class _Look(NamedTuple):
-    """What looking at a picture's header told; `reason` why it cannot be used."""
+    """What looking at an image's header told; `reason` why it cannot be used."""
 
     size: Size | None
     turned: bool = False
@@ -81,25 +81,25 @@ class _Seen(NamedTuple):
 def read_records(
     specs: Sequence[DatasetSpec], index: FileIndex, seed: int, *, strict: bool = False, main: bool = True
 ) -> tuple[list[Record], list[Record], Findings]:
-    """Every usable picture: (to train on, held out for validation, what was found on the way).
+    """Every usable image: (to train on, held out for validation, what was found on the way).
 
     The order is stable: by dataset, subset, path.
 
     Args:
         index: remembers what is seen.
-        seed: of the choice of pictures that are held out, where the dataset has none of its own.
-        strict: a picture that cannot be used ends the run.
+        seed: of the choice of images that are held out, where the dataset has none of its own.
+        strict: an image that cannot be used ends the run.
         main: whether this process is the one that writes metadata_cache.json, where that is asked for.
 
-    Raises: UserError: nothing is left, captions cannot be read, or pictures of the wrong size without buckets.
+    Raises: UserError: nothing is left, captions cannot be read, or images of the wrong size without buckets.
     """
     findings, seen = Findings(), []
     notes = Notes(findings.warnings, findings.dropped, [], findings.forgotten)
     for number, spec in enumerate(specs):
         for subset in spec.subsets:
-            pictures = find_pictures(subset, index, notes)
-            looks = _look_at(pictures, index)
-            found = _usable(pictures, looks, subset, number, spec, findings, notes.problems)
+            images = find_images(subset, index, notes)
+            looks = _look_at(images, index)
+            found = _usable(images, looks, subset, number, spec, findings, notes.problems)
             if main and subset.cache_info and not notes.problems:
                 _keep_info(subset, [one.record for one in found])
             seen += found
@@ -126,9 +126,9 @@ def read_records(
 
 
 def _check_masks(records: Sequence[Record], index: FileIndex, findings: Findings) -> None:
-    """Drops the pictures whose masks cannot be used, and notes masks of another shape than their picture's."""
+    """Drops the images whose masks cannot be used, and notes masks of another shape than their image's."""
     masked = {record.conditioning: record for record in records if record.conditioning is not None}
-    seen = index.learn("picture", list(masked), images.describe)
+    seen = index.learn("image", list(masked), images.describe)
     for (mask, record), described in zip(masked.items(), seen, strict=True):
         look = _as_look(described)
         if look.size is None:
@@ -138,7 +138,7 @@ def _check_masks(records: Sequence[Record], index: FileIndex, findings: Findings
 
 
 def _check_looks(records: Sequence[Record], index: FileIndex, findings: Findings) -> None:
-    """Notes which pictures are the same or look it, and drops those whose header is whole and whose pixels are not."""
+    """Notes which images are the same or look it, and drops those whose header is whole and whose pixels are not."""
     sizes = {record.path: record.size for record in records if record.present}
     findings.copies = likeness.copies(sizes, index)
     looks = likeness.look_at(list(sizes), findings.copies, index)
@@ -146,10 +146,10 @@ def _check_looks(records: Sequence[Record], index: FileIndex, findings: Findings
     findings.dropped += looks.damaged.items() if looks is not None else ()
 
 
-def _look_at(pictures: Sequence[Found], index: FileIndex) -> list[_Look]:
-    to_see = [one.path for one in pictures if one.present and one.size is None]
-    seen = iter(index.learn("picture", to_see, images.describe))
-    return [_Look(one.size) if one.size is not None or not one.present else _as_look(next(seen)) for one in pictures]
+def _look_at(found: Sequence[Found], index: FileIndex) -> list[_Look]:
+    to_see = [one.path for one in found if one.present and one.size is None]
+    seen = iter(index.learn("image", to_see, images.describe))
+    return [_Look(one.size) if one.size is not None or not one.present else _as_look(next(seen)) for one in found]
 
 
 def _as_look(described: list | str) -> _Look:
@@ -165,7 +165,7 @@ def _keep_info(subset: SubsetSpec, found: Iterable[Record]) -> None:
 
 
 def _usable(
-    pictures: Sequence[Found],
+    images: Sequence[Found],
     looks: Sequence[_Look],
     subset: SubsetSpec,
     number: int,
@@ -175,9 +175,9 @@ def _usable(
 ) -> list[_Seen]:
     seen, wrong_size, fitted = [], [], []
     bucket_of = bucket_chooser(spec)
-    for one, look in zip(pictures, looks, strict=True):
+    for one, look in zip(images, looks, strict=True):
         if look.size is None:
-            findings.dropped.append((one.path, look.reason or "neither a picture nor its size is known"))
+            findings.dropped.append((one.path, look.reason or "neither an image nor its size is known"))
             continue
         frame = _prepared_frame(one, look.size, spec) or _frame(one.path, look.size, subset, spec, bucket_of)
         if frame is None and not spec.enable_bucket and not spec.fits_any_size:
@@ -205,7 +205,7 @@ def _usable(
             seen.append(_Seen(record, look.turned, look.frames > 1, one.caption is not None))
     varied = [name for name in ("color_aug", "random_crop", "face_crop_aug_range") if getattr(subset, name)]
     if varied and any(not one.record.present for one in seen):
-        why = "needs the pictures, and some have latents only"
+        why = "needs the images, and some have latents only"
         problems.append(f"{subset.place}: {varied[0]} {why}; remove {varied[0]}")
     if fitted:
         findings.warnings.append(
@@ -217,7 +217,7 @@ def _usable(
         path, size = wrong_size[0]
         wanted = f"{spec.resolution.width}x{spec.resolution.height}"
         problems.append(
-            f"{subset.place}: {len(wrong_size)} of {len(looks)} pictures do not have the size {wanted} "
+            f"{subset.place}: {len(wrong_size)} of {len(looks)} images do not have the size {wanted} "
             f"(the first is {path.name}, {size.width}x{size.height}); set enable_bucket, or resize them"
         )
     return seen
@@ -238,7 +238,7 @@ def _count(seen: Iterable[_Seen], findings: Findings) -> None:
 
 
 def bucket_chooser(spec: DatasetSpec) -> Callable[[Size], Fit | None]:
-    """Chooses the bucket for a size of pictures, once for all pictures that have it. None: the size fits into none."""
+    """Chooses the bucket for a size of images, once for all images that have it. None: the size fits into none."""
     step = spec.bucket_reso_steps
     if spec.bucket_no_upscale:
         return cache(lambda size: _if_not_endless(buckets.choose_no_upscale(size, spec.resolution, step)))
@@ -264,7 +264,7 @@ def _prepared_frame(one: Found, size: Size, spec: DatasetSpec) -> tuple[Size, Si
 def _frame(
     path: Path, size: Size, subset: SubsetSpec, spec: DatasetSpec, bucket_of: Callable[[Size], Fit | None]
 ) -> tuple[Size, Size | None] | None:
-    """(bucket, resized) of a picture, or None where it does not fit."""
+    """(bucket, resized) of an image, or None where it does not fit."""
     if spec.enable_bucket:
         return bucket_of(size)
     if size == spec.resolution:
@@ -277,7 +277,7 @@ def _frame(
 
 
 def balance_regularisation(records: Sequence[Record], findings: Findings) -> list[Record]:
-    """Evens out one dataset: regularisation pictures come until their repeats reach the training pictures'.
+    """Evens out one dataset: regularisation images come until their repeats reach the training images'.
 
     If there are too few, their repeats grow by one, from the first on, until they reach it; surplus ones are left out.
     """
@@ -308,10 +308,10 @@ def _check_what_is_left(records: Sequence[Record], specs: Sequence[DatasetSpec],
         places = [str(s.place) for number in sorted(empty) for s in specs[number].subsets if not s.is_reg]
         folders = ", ".join(places) or "the data set, which names no folder"
         reasons = [f"{path}: {why}" for path, why in findings.dropped[:10]]
-        raise UserError(f"no usable training picture in {folders}", *reasons)
+        raise UserError(f"no usable training image in {folders}", *reasons)
     if findings.without_words:
         findings.warnings.append(
-            f"{findings.without_words} pictures have neither a caption file nor class tokens: they train on no text"
+            f"{findings.without_words} images have neither a caption file nor class tokens: they train on no text"
         )
     for line in findings.warnings:
         LOGGER.warning(line)

@@ -1,4 +1,4 @@
-"""A record's files to what the model is to see: the picture, its transparency and the picture that belongs to it."""
+"""A record's files to what the model is to see: the image, its transparency and the image that belongs to it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Read = TypeVar("Read")
 
-SPARE = 4  # times the size that is wanted is how large a picture is decoded at least, to be shrunk well from there
+SPARE = 4  # times the size that is wanted is how large an image is decoded at least, to be shrunk well from there
 
 
 class View(NamedTuple):
@@ -31,11 +31,11 @@ class View(NamedTuple):
 
     pixels: NDArray[np.uint8]  # (bucket height, bucket width, 3)
     alpha: NDArray[np.uint8] | None  # (bucket height, bucket width): opacity; only with alpha_mask
-    extra: NDArray[np.uint8] | None  # (bucket height, bucket width, 3): conditioning picture, where the record has one
+    extra: NDArray[np.uint8] | None  # (bucket height, bucket width, 3): conditioning image, where the record has one
 
 
 def render(record: Record, flip: bool, rng: Random) -> View:
-    """The record's picture as the model is to see it, and what goes with it.
+    """The record's image as the model is to see it, and what goes with it.
 
     A JPEG file that is shrunk to an eighth or less may be decoded at a fraction of its size, see `images.read_reduced`.
     With alpha_mask the colours are those stored under the transparency; without, white shows through it.
@@ -43,7 +43,7 @@ def render(record: Record, flip: bool, rng: Random) -> View:
     Args:
         rng: decides over the random cuts and colours that the subset asks for.
 
-    Raises: UserError: a file cannot be read, or the picture has another size than the record says.
+    Raises: UserError: a file cannot be read, or the image has another size than the record says.
     """
     subset = record.subset
     alpha = extra = None
@@ -59,7 +59,7 @@ def render(record: Record, flip: bool, rng: Random) -> View:
         size = Size(*pixels.shape[1::-1])
     if size != record.size:
         raise UserError(
-            f"{record.path}: the picture has changed since the start of the run, from "
+            f"{record.path}: the image has changed since the start of the run, from "
             f"{record.size.width}x{record.size.height} to {size.width}x{size.height}; start the run again"
         )
     pixels = images.apply_cut(pixels, cut, subset.resize_interpolation)
@@ -77,7 +77,7 @@ def _read(read: Callable[[Path], Read], path: Path) -> Read:
     try:
         return read(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: the picture cannot be read ({images.reason(error)}); replace or remove it") from None
+        raise UserError(f"{path}: the image cannot be read ({images.reason(error)}); replace or remove it") from None
 
 
 def _cut(record: Record, rng: Random) -> Cut:
@@ -93,7 +93,7 @@ def _cut(record: Record, rng: Random) -> Cut:
 
 
 def recorded_crop(record: Record, flip: bool) -> tuple[int, int]:
-    """(top, left) that SDXL is told; a mirrored picture counts from its other side. See `buckets.crop_ltrb`."""
+    """(top, left) that SDXL is told; a mirrored image counts from its other side. See `buckets.crop_ltrb`."""
     frame = record.size if record.resized is not None else record.bucket
     left, top, right, _ = buckets.crop_ltrb(record.bucket, frame)
     return int(top), int(record.bucket.width - right if flip else left)
@@ -109,7 +109,7 @@ def to_mask(plane: NDArray[np.uint8]) -> Tensor:
 def loss_mask(view: View) -> Tensor | None:
     """How much each pixel counts, float32 (1, H, W) in [0, 1]; None: all of them do.
 
-    It is the opacity, or the red channel of the conditioning picture, or where both are there their product.
+    It is the opacity, or the red channel of the conditioning image, or where both are there their product.
     """
     alpha = None if view.alpha is None else to_mask(view.alpha)
     red = None if view.extra is None else to_mask(view.extra[..., 0])

@@ -1,4 +1,4 @@
-"""How each style of data set says which pictures it has: a folder, a folder with masks, or a metadata file."""
+"""How each style of data set says which images it has: a folder, a folder with masks, or a metadata file."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from library.types import Size
 
 
 class Found(NamedTuple):
-    """A picture as its folder or metadata file tells of it, before anybody has looked into it."""
+    """An image as its folder or metadata file tells of it, before anybody has looked into it."""
 
-    path: Path  # where there are latents only: the picture's place without extension
+    path: Path  # where there are latents only: the image's place without extension
     caption: str | None  # None: nothing says; the class tokens stand in
-    present: bool = True  # whether there is a picture, and not only its latents
+    present: bool = True  # whether there is an image, and not only its latents
     size: Size | None = None  # known without looking
     bucket: Size | None = None  # what the latents were made for, as a metadata file says
     conditioning: Path | None = None
@@ -39,11 +39,11 @@ class Notes:
     warnings: list[str]
     dropped: list[tuple[Path, str]]  # files, or the metadata file that names them, and why
     problems: list[str]  # each of these ends the run
-    uncaptioned: list[Path]  # pictures without a caption in folders where most have one
+    uncaptioned: list[Path]  # images without a caption in folders where most have one
 
 
-def find_pictures(subset: SubsetSpec, index: FileIndex, notes: Notes) -> list[Found]:
-    """The pictures of a subset in a stable order, by path.
+def find_images(subset: SubsetSpec, index: FileIndex, notes: Notes) -> list[Found]:
+    """The images of a subset in a stable order, by path.
 
     Raises: UserError: a metadata file that cannot be read.
     """
@@ -59,30 +59,28 @@ def find_pictures(subset: SubsetSpec, index: FileIndex, notes: Notes) -> list[Fo
 
 def _of_folder(subset: SubsetSpec, index: FileIndex, notes: Notes) -> list[Found]:
     names = index.listing(subset.image_dir)
-    pictures = sorted(filter(is_image, names))
-    extension = extension_in_use(subset.caption_extension, pictures, names)
+    images = sorted(filter(is_image, names))
+    extension = extension_in_use(subset.caption_extension, images, names)
     if extension != subset.caption_extension:
         notes.warnings.append(
             f"{subset.image_dir}: no {subset.caption_extension} files; its {extension} files are used as captions "
             f"(set --caption_extension {extension} to say so)"
         )
     others = sorted(filter(is_other_image, names))
-    notes.dropped += [
-        (subset.image_dir / name, "pictures of this kind are not read; save it as PNG") for name in others
-    ]
-    files = [caption_name(picture, extension, names) for picture in pictures]
-    missing = [subset.image_dir / name for name, file in zip(pictures, files, strict=True) if file is None]
-    if 2 * len(missing) <= len(pictures):
+    notes.dropped += [(subset.image_dir / name, "images of this kind are not read; save it as PNG") for name in others]
+    files = [caption_name(image, extension, names) for image in images]
+    missing = [subset.image_dir / name for name, file in zip(images, files, strict=True) if file is None]
+    if 2 * len(missing) <= len(images):
         notes.uncaptioned += missing
     passed_over = sum(caption_name(path.name, ".txt", names) is not None for path in missing)
     if passed_over and extension == DEFAULT_EXTENSION:
         notes.warnings.append(
-            f"{subset.image_dir}: {passed_over} of the pictures without {extension} file have a .txt file, which is "
+            f"{subset.image_dir}: {passed_over} of the images without {extension} file have a .txt file, which is "
             "not read; in one folder all captions have one ending"
         )
     captions = _read_captions(subset, dict.fromkeys(filter(None, files)), index, notes)
     folder = subset.image_dir
-    return [Found(folder / name, captions.get(file)) for name, file in zip(pictures, files, strict=True)]
+    return [Found(folder / name, captions.get(file)) for name, file in zip(images, files, strict=True)]
 
 
 def _read_captions(subset: SubsetSpec, files: Collection[str], index: FileIndex, notes: Notes) -> dict[str | None, str]:
@@ -127,9 +125,9 @@ def _of_metadata(subset: SubsetSpec, file: Path, index: FileIndex, notes: Notes)
 def _of_entry(entry: metadata_files.Entry, prepared: Prepared) -> Found:
     caption = entry.caption if entry.captioned else None
     flip_file = prepared.has_flip_file(entry.base)
-    if entry.picture is not None:
+    if entry.image is not None:
         bucket = entry.train_resolution
-        return Found(entry.picture, caption, bucket=bucket, tags=entry.tags, flip_file=flip_file)
+        return Found(entry.image, caption, bucket=bucket, tags=entry.tags, flip_file=flip_file)
     size = entry.image_size or prepared.size(entry.base) or entry.train_resolution
     return Found(entry.base, caption, False, size, entry.train_resolution, tags=entry.tags, flip_file=flip_file)
 
@@ -148,7 +146,7 @@ def _with_conditioning(found: Sequence[Found], folder: Path, index: FileIndex, n
         yield one._replace(conditioning=folder / (one.path.name if one.path.name in names else names[0]))
     if missing:
         names = ", ".join(path.name for path in missing[:5]) + (", ..." if len(missing) > 5 else "")
-        notes.problems.append(f"{folder}: no mask for {len(missing)} pictures of {missing[0].parent}: {names}")
+        notes.problems.append(f"{folder}: no mask for {len(missing)} images of {missing[0].parent}: {names}")
     surplus = by_stem.keys() - {one.path.stem for one in found}
     if surplus:
-        notes.warnings.append(f"{folder}: {len(surplus)} pictures belong to no picture of the data set")
+        notes.warnings.append(f"{folder}: {len(surplus)} images belong to no image of the data set")

@@ -22,13 +22,13 @@ _NAMED = 10  # files of one kind that are named one by one
 
 
 def report(data: TrainingData) -> list[str]:
-    """The lines that the user sees before training. Every picture that is left out is named."""
+    """The lines that the user sees before training. Every image that is left out is named."""
     findings = data.findings
     lines = []
     for number, spec in enumerate(data.specs):
         lines += _dataset_lines(spec, [record for record in data.records if record.dataset == number], number)
     if data.held_out is not None:
-        lines.append(f"held out for validation: {len(data.held_out.records)} pictures")
+        lines.append(f"held out for validation: {len(data.held_out.records)} images")
     notes = (
         (findings.turned, "turned upright as their EXIF orientation says"),
         (findings.moving, "with several frames: the first one is used"),
@@ -36,23 +36,23 @@ def report(data: TrainingData) -> list[str]:
         (findings.uncaptioned - findings.without_words, "without a caption: their class tokens are the caption"),
         (findings.without_words, "with neither a caption nor class tokens: they train on no text"),
         (findings.empty_captions, "with an empty caption: they train on no text"),
-        (findings.surplus_reg, "for regularisation not used: there are more than training pictures times repeats"),
+        (findings.surplus_reg, "for regularisation not used: there are more than training images times repeats"),
         (len(findings.dropped), "left out"),
     )
-    lines += [f"{_pictures(count)} {text}" for count, text in notes if count]
+    lines += [f"{_images(count)} {text}" for count, text in notes if count]
     lines += [f"left out: {path}: {reason}" for path, reason in findings.dropped]
     lines += _likeness_lines(findings)
     forgotten = list(dict.fromkeys(findings.forgotten))
-    lines += _named(forgotten, f"{_pictures(len(forgotten))} without a caption where most of the folder have one")
+    lines += _named(forgotten, f"{_images(len(forgotten))} without a caption where most of the folder have one")
     cut = list(dict.fromkeys(findings.cut))
-    lines += _named(cut, f"{_pictures(len(cut))} of an odd shape, of which more than half is cut off")
+    lines += _named(cut, f"{_images(len(cut))} of an odd shape, of which more than half is cut off")
     shapes = findings.other_shapes
-    lines += _named(shapes, f"{len(shapes)} masks of another shape than their pictures, stretched to fit")
+    lines += _named(shapes, f"{len(shapes)} masks of another shape than their images, stretched to fit")
     return lines
 
 
-def _pictures(count: int) -> str:
-    return f"{count} picture{'' if count == 1 else 's'}"
+def _images(count: int) -> str:
+    return f"{count} image{'' if count == 1 else 's'}"
 
 
 def _named(paths: Sequence[Path], text: str) -> list[str]:
@@ -65,17 +65,17 @@ def _likeness_lines(findings: Findings) -> list[str]:
     groups: dict[Path, list[Path]] = {}
     for path, first in findings.copies.items():
         groups.setdefault(first, []).append(path)
-    lines = [f"the same picture: {_joined(group)}" for group in list(groups.values())[:_NAMED]]
+    lines = [f"the same image: {_joined(group)}" for group in list(groups.values())[:_NAMED]]
     if len(groups) > _NAMED:
         lines.append(f"and {len(groups) - _NAMED} more groups of equal files")
     if findings.alike is None:
         lines.append(
-            f"pictures were not decoded to see which are damaged or look alike, as they are more than {likeness.MOST}"
+            f"images were not decoded to see which are damaged or look alike, as they are more than {likeness.MOST}"
         )
         return lines
     lines += [f"look almost the same: {_joined(group)}" for group in findings.alike[:_NAMED]]
     if len(findings.alike) > _NAMED:
-        lines.append(f"and {len(findings.alike) - _NAMED} more groups of pictures that look alike")
+        lines.append(f"and {len(findings.alike) - _NAMED} more groups of images that look alike")
     return lines
 
 
@@ -88,7 +88,7 @@ def _dataset_lines(spec: DatasetSpec, records: Sequence[Record], number: int) ->
     size = f"{spec.resolution.width}x{spec.resolution.height}"
     lines = [
         f"dataset {number + 1}: {size}, batch size {spec.batch_size}: "
-        f"{len(train)} pictures, {sum(record.repeats for record in train)} with repeats"
+        f"{len(train)} images, {sum(record.repeats for record in train)} with repeats"
     ]
     regular = [record for record in records if record.subset.is_reg]
     if regular:
@@ -96,11 +96,11 @@ def _dataset_lines(spec: DatasetSpec, records: Sequence[Record], number: int) ->
     for subset in spec.subsets:
         own = [record for record in records if record.subset is subset]
         kind = " (regularisation)" if subset.is_reg else ""
-        lines.append(f"  {subset.place}{kind}: {len(own)} pictures x {subset.num_repeats}")
+        lines.append(f"  {subset.place}{kind}: {len(own)} images x {subset.num_repeats}")
     counts = _bucket_counts(records)
     if spec.enable_bucket or len(counts) > 1:  # prepared latents have buckets of their own
         for bucket, count in sorted(counts.items()):
-            lines.append(f"  bucket {bucket.width}x{bucket.height}: {count} pictures with repeats")
+            lines.append(f"  bucket {bucket.width}x{bucket.height}: {count} images with repeats")
         lines.append(f"  mean aspect ratio error: {_mean_aspect_error(records):.4f}")
     return lines
 
@@ -215,7 +215,7 @@ def _name(path: Path) -> str:
 
 
 def _folders(subsets: Iterable[tuple[DatasetSpec, SubsetSpec]], records: Sequence[Record]) -> dict[str, Any]:
-    """{folder name: repeats and pictures}; equal names get " (2)", " (3)", ..."""
+    """{folder name: repeats and images}; equal names get " (2)", " (3)", ..."""
     found: dict[str, Any] = {}
     for _, subset in subsets:
         name, number = _place_name(subset), 2
@@ -227,7 +227,7 @@ def _folders(subsets: Iterable[tuple[DatasetSpec, SubsetSpec]], records: Sequenc
 
 
 def _tag_frequency(records: Sequence[Record]) -> dict[str, Counter[str]]:
-    """{folder name: {tag: pictures that have it}}, over captions as they are on disk; in metadata files, the tags."""
+    """{folder name: {tag: images that have it}}, over captions as they are on disk; in metadata files, the tags."""
     found: dict[str, Counter[str]] = {}
     for record in records:
         text = record.caption if record.tags is None else record.tags

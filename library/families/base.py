@@ -25,7 +25,7 @@ class FamilyTraits:
     label: str  # for messages, e.g. "Stable Diffusion 1.x/2.x"
     text_encoders: tuple[str, ...]  # LoRA prefixes: SD ("te",), SDXL ("te1", "te2"), FLUX ("te1", "te3")
     latent_channels: int
-    pixel_multiple: int  # sampled pictures' sides are floored to this
+    pixel_multiple: int  # sampled images' sides are floored to this
     bucket_step: int  # bucket sizes must be multiples of this
     objective: Literal["ddpm", "flow"]
     cache_suffix: str  # of latent cache files, e.g. "_sd.npz"
@@ -67,7 +67,7 @@ class Family(ABC):
         """Pixels (B, 3, H, W) in [-1, 1] to latents (B, C, H/8, W/8) in the form that caches hold.
 
         Latents are drawn from a distribution; the same `generator` state draws the same ones. A list has one for each
-        picture, whose latents then do not depend on the rest of the batch.
+        image, whose latents then do not depend on the rest of the batch.
         """
 
     @abstractmethod

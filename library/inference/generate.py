@@ -1,4 +1,4 @@
-"""Pictures from prompts, with any family: guidance, denoising and decoding. Never asks which family it has."""
+"""Images from prompts, with any family: guidance, denoising and decoding. Never asks which family it has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.inference.pictures import to_pictures
+from library.inference.images import to_images
 from library.inference.placement import in_float32
 from library.inference.prompts import SamplePrompt
 from library.inference.samplers import make_flow_scheduler, make_scheduler
@@ -41,9 +41,9 @@ def generate(
     known: Mapping[str, TextCond] | None = None,
     progress: Progress | None = None,
 ) -> list[Image]:
-    """One picture per prompt, in the prompts' order.
+    """One image per prompt, in the prompts' order.
 
-    Every picture has its own random stream on the CPU, so that neither the device nor the pictures beside it in a
+    Every image has its own random stream on the CPU, so that neither the device nor the images beside it in a
     batch change it (apart from rounding).
 
     Args:
@@ -53,13 +53,13 @@ def generate(
         vae_float32: decodes in float32, for VAEs that overflow in half precision.
         zero_terminal_snr: the model was trained with that schedule.
         known: the conditioning of every text, as `encode_texts` gave it, where `models` lacks text encoders by now.
-        progress: called with the number of (picture, step) pairs just done, e.g. the `update` of a bar of
+        progress: called with the number of (image, step) pairs just done, e.g. the `update` of a bar of
             `total_steps(prompts)`.
     Raises: UserError: a sampler that cannot run.
     """
     prompts = [prompts] if isinstance(prompts, SamplePrompt) else list(prompts)
     device = torch.device(device)
-    pictures = []
+    images = []
     for group in _batches(prompts, batch_size):
         latents = sample_latents(
             family, models, group, device, dtype, zero_terminal_snr=zero_terminal_snr, known=known, progress=progress
@@ -67,9 +67,9 @@ def generate(
         pixels = decode(family, models, latents, torch.float32 if vae_float32 else dtype, widen=vae_float32)
         for prompt, finite in zip(group, pixels.isfinite().flatten(1).all(1).tolist(), strict=True):
             if not finite:
-                LOGGER.warning(f"the picture of {prompt.prompt!r} holds values that are no numbers (overflow?)")
-        pictures += to_pictures(pixels)
-    return pictures
+                LOGGER.warning(f"the image of {prompt.prompt!r} holds values that are no numbers (overflow?)")
+        images += to_images(pixels)
+    return images
 
 
 def total_steps(prompts: Sequence[SamplePrompt]) -> int:
@@ -127,7 +127,7 @@ def flow_shift(traits: FamilyTraits, prompt: SamplePrompt) -> float:
 
 
 def initial_noise(prompts: Sequence[SamplePrompt], channels: int, generators: Sequence[torch.Generator]) -> Tensor:
-    """Standard normal latents, float32 on the CPU, each picture's from its own generator."""
+    """Standard normal latents, float32 on the CPU, each image's from its own generator."""
     shapes = [(channels, prompt.height // LATENT_STRIDE, prompt.width // LATENT_STRIDE) for prompt in prompts]
     return torch.stack([torch.randn(s, generator=g) for s, g in zip(shapes, generators, strict=True)])
 
@@ -141,7 +141,7 @@ def with_seed(prompt: SamplePrompt) -> SamplePrompt:
 def encode_texts(
     family: Family, models: Models, prompts: Sequence[SamplePrompt], dtype: torch.dtype, device: torch.device
 ) -> dict[str, TextCond]:
-    """The conditioning of each text of the prompts, on the CPU, for pictures made without the text encoders."""
+    """The conditioning of each text of the prompts, on the CPU, for images made without the text encoders."""
     texts = dict.fromkeys(text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt))
     with _precision(device, dtype):
         return {
@@ -207,7 +207,7 @@ def _same_lengths(one: TextCond, other: TextCond) -> bool:
 
 
 def _sizes(prompts: Sequence[SamplePrompt], device: torch.device) -> Batch:
-    """What families that are told sizes and guidance hear: a whole picture of the size asked for, not cropped."""
+    """What families that are told sizes and guidance hear: a whole image of the size asked for, not cropped."""
     sizes = torch.tensor([(prompt.width, prompt.height) for prompt in prompts], device=device)
     return Batch(
         captions=[prompt.prompt for prompt in prompts],

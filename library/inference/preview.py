@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from library.errors import UserError
-from library.inference.pictures import png_text, save_png
+from library.inference.images import png_text, save_png
 from library.inference.placement import evaluating, on_device
 from library.inference.prompts import FLOW_SAMPLER, SamplePrompt, flow_sampler_note, load_prompts
 from library.options.saving import sample_place
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from library.types import Models, TextCond
 
 
-class PreviewPicture(NamedTuple):
+class PreviewImage(NamedTuple):
     prompt: SamplePrompt  # with the seed that was used
     path: Path
     image: Image
@@ -39,7 +39,7 @@ class Preview:
 
     Args:
         opts: reads the groups sampling, saving, training, memory, model and noise.
-        prompts: the pictures of one occasion, see `load_prompts`.
+        prompts: the images of one occasion, see `load_prompts`.
     """
 
     def __init__(self, opts: Options, family: Family, prompts: Sequence[SamplePrompt]):
@@ -96,8 +96,8 @@ class Preview:
         trained: nn.Module | None = None,
         device: torch.device | None = None,
         write: bool = True,
-    ) -> list[PreviewPicture]:
-        """Makes and writes the pictures, and leaves models, modes, devices and random state as they were.
+    ) -> list[PreviewImage]:
+        """Makes and writes the images, and leaves models, modes, devices and random state as they were.
 
         Args:
             models: text encoders and VAE come to the denoiser's device for the time being.
@@ -142,18 +142,18 @@ class Preview:
         if not write:
             return []
         now = time.strftime("%Y%m%d%H%M%S")
-        pictures = []
+        made = []
         for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
             path = self._path(step, epoch, index, now)
             try:
                 save_png(image, path, png_text(prompt))
             except OSError as error:
                 raise UserError(f"{path}: cannot write the sample image ({error.strerror})") from error
-            pictures.append(PreviewPicture(prompt, path, image))
-        return pictures
+            made.append(PreviewImage(prompt, path, image))
+        return made
 
     def _path(self, step: int, epoch: int | None, index: int, now: str) -> Path:
-        """Of a picture; a name that is too long is shortened."""
+        """Of an image; a name that is too long is shortened."""
         folder, start = sample_place(self.opts.saving)
         moment = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
         seed = self.prompts[index].seed

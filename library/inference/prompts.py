@@ -30,7 +30,7 @@ MAX_SEED = 2**64 - 1  # what torch's generators take
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """One picture to make."""
+    """One image to make."""
 
     prompt: str
     negative_prompt: str
@@ -85,7 +85,7 @@ def default_prompt(traits: FamilyTraits, sampler: str) -> SamplePrompt:
 
 def flow_sampler_note(traits: FamilyTraits) -> str:
     """Why a flow model does not take another sampler, to end a message with."""
-    return f"pictures of {traits.label} are always made with {FLOW_SAMPLER}"
+    return f"images of {traits.label} are always made with {FLOW_SAMPLER}"
 
 
 def load_prompts(path: str | Path, traits: FamilyTraits, sampler: str) -> list[SamplePrompt]:

@@ -1,8 +1,8 @@
-"""Some of the denoiser's blocks live in main memory, and each comes to the device in its turn.
+"""Some of the denoiser's blocks live in CPU memory, and each comes to the device in its turn.
 
 The device keeps a ring of two places. While one block computes, the next one is copied into the other place: forwards
 in the forward pass, backwards in the backward pass. Frozen weights are only ever copied to the device. Weights that
-are trained inside the backward pass go back to main memory as soon as they are stepped.
+are trained inside the backward pass go back to CPU memory as soon as they are stepped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class BlockSwap:
     `count` + 2 blocks, spread evenly, take turns in two places as large as the largest of them; the others stay on the
     device. Each pass then copies `count` blocks, because the last two of one pass are the first two of the next.
 
-    Outside of a block's call its parameters and buffers are those in main memory, at all times: saving, averaging and
+    Outside of a block's call its parameters and buffers are those in CPU memory, at all times: saving, averaging and
     loading see true weights. In place changes of them (`copy_`, `load_state_dict`) are noticed. Do not assign `.data`.
 
     Trained weights must be stepped inside the backward pass (`stepping.step_in_backward`): then a weight, its gradient
@@ -46,7 +46,7 @@ class BlockSwap:
     def __init__(self, blocks: Sequence[nn.Module], count: int, device: torch.device, *, simulate: bool = False):
         """`blocks`: in the order in which the model runs them. `count`: 0 does nothing.
 
-        `simulate`: plays the device within main memory, copying as late as possible, for tests.
+        `simulate`: plays the device within CPU memory, copying as late as possible, for tests.
 
         Raises: UserError: fewer than two blocks would be left.
         """
@@ -115,13 +115,13 @@ class BlockSwap:
     def serve(self, optimizer: torch.optim.Optimizer) -> None:
         """Keeps the optimizer's numbers for swapped weights on the device, also those that a state brings.
 
-        Optimizers put what they load beside the weight, which is in main memory then.
+        Optimizers put what they load beside the weight, which is in CPU memory then.
         """
         swapped = {id(piece.tensor) for block in self._blocks for piece in block.pieces if piece.tensor.requires_grad}
 
         def to_device(loaded: torch.optim.Optimizer) -> None:
             for group in loaded.param_groups:
-                # Counts are kept in main memory on purpose, but for kernels that read them on the device.
+                # Counts are kept in CPU memory on purpose, but for kernels that read them on the device.
                 counts_too = group.get("fused") or group.get("capturable")
                 for weight in group["params"]:
                     state = loaded.state.get(weight, {}) if id(weight) in swapped else {}
@@ -291,7 +291,7 @@ class BlockSwap:
         slot.versions = block.seen = block.versions()
 
     def _end_of_backward(self) -> None:
-        # The only wait: after it main memory holds the true weights, whoever reads them and however.
+        # The only wait: after it CPU memory holds the true weights, whoever reads them and however.
         self._complete()
         self._settle()
         self._backward = None
@@ -340,7 +340,7 @@ class _Piece:
     tensor: Tensor  # the one that the model holds
     start: int  # bytes
     stride: tuple[int, ...]
-    host: Tensor | None = None  # its values in main memory
+    host: Tensor | None = None  # its values in CPU memory
 
     def inside(self, memory: Tensor) -> Tensor:
         like = self.tensor
@@ -349,7 +349,7 @@ class _Piece:
 
 
 class _Block:
-    """A block whose weights live in one piece of main memory, every number format in it."""
+    """A block whose weights live in one piece of CPU memory, every number format in it."""
 
     def __init__(self, place: int, module: nn.Module, shared: set[int]):
         self.place, self.module = place, module
@@ -364,13 +364,13 @@ class _Block:
             self.size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         self.trained = any(piece.tensor.requires_grad for piece in self.pieces)
         self.compiled: Callable[..., Any] | None = None
-        self.written: Arrival | None = None  # the last thing that was copied to main memory
+        self.written: Arrival | None = None  # the last thing that was copied to CPU memory
         self.seen: list[int] | None = None  # versions when it was last copied
         self.changes = 0  # how often it was changed by others between two copies
         self._views: dict[int, list[Tensor]] = {}
 
     def leave_device(self, device: torch.device) -> None:
-        """To main memory, wherever it is; but what it shares with other blocks goes to `device` for good."""
+        """To CPU memory, wherever it is; but what it shares with other blocks goes to `device` for good."""
         self.host = host_buffer(self.size, device)
         mine = {id(piece.tensor) for piece in self.pieces}
         for piece in self.pieces:

@@ -1,4 +1,4 @@
-"""How weights travel between main memory and a device: queues of copies that run beside the computation."""
+"""How weights travel between CPU memory and a device: queues of copies that run beside the computation."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Lane(Protocol):
 
 
 def make_lane(device: torch.device, *, simulate: bool = False) -> Lane:
-    """A lane to or from `device`. `simulate`: copies within main memory, each as late as it may be."""
+    """A lane to or from `device`. `simulate`: copies within CPU memory, each as late as it may be."""
     if simulate:
         return LateLane()
     return _StreamLane(device) if device.type in ("cuda", "xpu") else _DirectLane()
 
 
 def host_buffer(size: int, device: torch.device) -> Tensor:
-    """At least `size` bytes of main memory that `device` can reach by itself, uint8; see `release_host_buffer`."""
+    """At least `size` bytes of CPU memory that `device` can reach by itself, uint8; see `release_host_buffer`."""
     if device.type != "cuda":
         return torch.empty(size, dtype=torch.uint8)
     # torch's own pinned memory is rounded up to a power of two, which is up to twice what a block needs. Whole pages
@@ -53,7 +53,7 @@ def host_buffer(size: int, device: torch.device) -> Tensor:
     try:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
     except RuntimeError as error:
-        LOGGER.warning("main memory cannot be pinned (%s); swapping blocks will be slower", error)
+        LOGGER.warning("CPU memory cannot be pinned (%s); swapping blocks will be slower", error)
         _forget_error(device)
     return buffer
 

@@ -1,4 +1,4 @@
-"""Inputs of checkpointed blocks kept in main memory between the forward and the backward pass."""
+"""Inputs of checkpointed blocks kept in CPU memory between the forward and the backward pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SMALL = 1 << 20  # bytes; what every block is given, such as text, is not worth
 def offloading_checkpoint(device: torch.device, smallest: int = _SMALL) -> Callable[..., Any]:
     """A function for `enable_gradient_checkpointing`: ``(block, *inputs)`` to the block's output.
 
-    The block's inputs of `smallest` bytes or more wait in main memory. On CUDA the copies run beside the computation,
+    The block's inputs of `smallest` bytes or more wait in CPU memory. On CUDA the copies run beside the computation,
     and while one block is computed again the input of the one before it is fetched. Results are the same to the bit.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -42,7 +42,7 @@ def offloading_checkpoint(device: torch.device, smallest: int = _SMALL) -> Calla
 
 
 class _Away:
-    """A tensor in main memory that knows which one will be wanted after it."""
+    """A tensor in CPU memory that knows which one will be wanted after it."""
 
     def __init__(self, tensor: Tensor, stream: torch.cuda.Stream | None, before: weakref.ref[_Away] | None):
         self._device, self._stream, self._before = tensor.device, stream, before

@@ -24,9 +24,9 @@ def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str
         return []  # whoever builds the data set from it says what is wrong
     wanted = isinstance(opts.method, FinetuneOptions)
     reason = (
-        "has no metadata_file, which fine-tuning needs; train_db.py takes folders of pictures"
+        "has no metadata_file, which fine-tuning needs; train_db.py takes folders of images"
         if wanted
-        else "has a metadata_file; train_db.py takes folders of pictures, fine_tune.py takes metadata files"
+        else "has a metadata_file; train_db.py takes folders of images, fine_tune.py takes metadata files"
     )
     return [
         f"{path}, [[datasets]] {number}, [[datasets.subsets]] {place}: {reason}"

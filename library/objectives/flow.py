@@ -1,4 +1,4 @@
-"""Rectified flow: the straight path from picture to noise, which moments of it are trained, and the loss.
+"""Rectified flow: the straight path from image to noise, which moments of it are trained, and the loss.
 
 ``x_sigma = (1 - sigma) * x_0 + sigma * noise`` with sigma from 0 (clean) to 1 (pure noise); the velocity along the path
 is ``noise - x_0``. Timesteps are ``1000 * sigma``. Source: Esser et al. 2024 (arXiv:2403.03206), sections 2 and 3.
@@ -29,7 +29,7 @@ PredictionKind = Literal["raw", "additive", "sigma_scaled"]
 Target = Literal["velocity", "clean"]
 
 # The first step above no noise at all. The weight 1 / sigma² has no limit at sigma 0, where an infinite weight times a
-# loss of zero is not a number; one such picture would spoil the whole batch. Below this step the weight grows no more.
+# loss of zero is not a number; one such image would spoil the whole batch. Below this step the weight grows no more.
 LEAST_SIGMA = 1 / NUM_TIMESTEPS
 
 
@@ -50,7 +50,7 @@ class FlowSettings:
 
 
 class FlowObjective(Objective):
-    """Velocity or clean picture on a straight path.
+    """Velocity or clean image on a straight path.
 
     Args:
         settings: of the family.
@@ -207,7 +207,7 @@ def loss_weight(scheme: WeightingScheme, sigma: Tensor) -> Tensor:
 
 
 def _read_prediction(kind: PredictionKind, prediction: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
-    """What is compared with the target, (B, C, h, w); for sigma_scaled the clean picture that a velocity implies."""
+    """What is compared with the target, (B, C, h, w); for sigma_scaled the clean image that a velocity implies."""
     if kind == "raw":
         return prediction
     if kind == "additive":

@@ -1,4 +1,4 @@
-"""Loss masks: which parts of a picture count."""
+"""Loss masks: which parts of an image count."""
 
 from __future__ import annotations
 

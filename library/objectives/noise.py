@@ -27,7 +27,7 @@ def offset_noise(
     random_strength: bool = False,
     adaptive_scale: float | None = None,
 ) -> Tensor:
-    """Adds one normal number per item and channel, so that the model learns to change a picture's mean.
+    """Adds one normal number per item and channel, so that the model learns to change an image's mean.
 
     Args:
         noise, latents: (B, C, h, w); the latents as the denoiser sees them.

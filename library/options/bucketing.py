@@ -16,18 +16,18 @@ _NO = frozenset(("", "0", "false", "no", "off", "none"))
 
 @dataclass(frozen=True, kw_only=True)
 class BucketingOptions(OptionGroup, group="bucketing", title="Buckets and latents"):
-    train_data_dir: str = opt(None, "folder of pictures", positional=True, exists="folder")
+    train_data_dir: str = opt(None, "folder of images", positional=True, exists="folder")
     in_json: str = opt(None, "metadata file to read (.json or .jsonl)", positional=True, exists="file")
     out_json: str = opt(None, "metadata file to write; may be the one that is read", positional=True)
     model_name_or_path: str = opt(
         None, "model whose VAE encodes: a file, a Diffusers folder or a hub id; or a VAE by itself", positional=True
     )
     v2: bool = opt(False, "the model is Stable Diffusion 2.x; not needed, as the file tells it")
-    full_path: bool = opt(False, "name pictures by their whole path in the metadata; for several folders")
+    full_path: bool = opt(False, "name images by their whole path in the metadata; for several folders")
     recursive: bool = opt(False, "look into sub-folders too; needs --full_path")
-    batch_size: int = opt(1, "pictures that the VAE encodes at once", at_least=1)
+    batch_size: int = opt(1, "images that the VAE encodes at once", at_least=1)
     max_data_loader_n_workers: int | None = opt(
-        None, "threads that read pictures ahead; as many as are useful if not given", at_least=0
+        None, "threads that read images ahead; as many as are useful if not given", at_least=0
     )
     max_resolution: str = opt(
         "512,512", "size whose area buckets have at most: width,height in pixels, or one side of a square",
@@ -36,9 +36,9 @@ class BucketingOptions(OptionGroup, group="bucketing", title="Buckets and latent
     min_bucket_reso: int = opt(256, "shortest side of a bucket in pixels", at_least=1)
     max_bucket_reso: int = opt(1024, "longest side of a bucket in pixels", at_least=1)
     bucket_reso_steps: int = opt(64, "sides of buckets are multiples of this many pixels", at_least=1)
-    bucket_no_upscale: bool = opt(False, "never enlarge pictures; make buckets to fit them instead")
+    bucket_no_upscale: bool = opt(False, "never enlarge images; make buckets to fit them instead")
     mixed_precision: Literal["no", "fp16", "bf16"] = opt("no", "number format of the VAE; no means float32")
-    flip_aug: bool = opt(False, "encode the mirrored pictures too; training then mirrors half of the time")
+    flip_aug: bool = opt(False, "encode the mirrored images too; training then mirrors half of the time")
     alpha_mask: str = opt("", "any text but no, 0 and false: keep the transparency too, for --alpha_mask in training")
     skip_existing: bool = opt(False, "keep latents that are there and fit; without it all are made again")
     seed: int = opt(
@@ -52,6 +52,6 @@ class BucketingOptions(OptionGroup, group="bucketing", title="Buckets and latent
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.recursive and not self.full_path:
-            yield "--recursive: needs --full_path, as pictures of several folders may have the same name"
+            yield "--recursive: needs --full_path, as images of several folders may have the same name"
         if not self.out_json.lower().endswith(".json"):
             yield f"out_json: must be a .json file, got {self.out_json!r}"

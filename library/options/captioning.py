@@ -1,4 +1,4 @@
-"""Options of the scripts that write captions with a model that looks at the pictures."""
+"""Options of the scripts that write captions with a model that looks at the images."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ GIT_MODEL = "microsoft/git-large-textcaps"
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionFileOptions(OptionGroup, group="caption", title="Captions"):
-    """Which pictures, where their captions go, and how many are worked on at a time."""
+    """Which images, where their captions go, and how many are worked on at a time."""
 
-    train_data_dir: str | None = opt(None, "folder of the pictures", exists="folder", positional=True)
-    caption_extension: str = opt(".caption", "ending of the caption files, which are written beside the pictures")
+    train_data_dir: str | None = opt(None, "folder of the images", exists="folder", positional=True)
+    caption_extension: str = opt(".caption", "ending of the caption files, which are written beside the images")
     recursive: bool = opt(False, "look into sub-folders too")
-    skip_existing: bool = opt(False, "leave pictures alone that have a caption file already")
-    batch_size: int = opt(1, "pictures per batch; more is faster and takes more memory", at_least=1)
+    skip_existing: bool = opt(False, "leave images alone that have a caption file already")
+    batch_size: int = opt(1, "images per batch; more is faster and takes more memory", at_least=1)
     max_data_loader_n_workers: int | None = opt(
-        None, "threads that read pictures ahead; as many as are useful if not given", at_least=0
+        None, "threads that read images ahead; as many as are useful if not given", at_least=0
     )
-    debug: bool = opt(False, "print every picture's path and caption")
+    debug: bool = opt(False, "print every image's path and caption")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from ending_problems(self.caption_extension)
@@ -50,7 +50,7 @@ class CaptionOptions(CaptionFileOptions):
     )
     prompt: str | None = opt(
         None,
-        'what the model is asked or has to go on with, e.g. "Describe this picture."; BLIP goes on with '
+        'what the model is asked or has to go on with, e.g. "Describe this image."; BLIP goes on with '
         '"a picture of" if not given',
     )
     caption_extention: str | None = opt(
@@ -70,7 +70,7 @@ class CaptionOptions(CaptionFileOptions):
     )
     max_length: int = opt(75, "longest caption in tokens; for BLIP with the prompt", at_least=1)
     min_length: int = opt(5, "shortest caption in tokens; for BLIP with the prompt", at_least=0)
-    seed: int = opt(42, "draws other words; each picture draws its own, in whatever order and batches they come")
+    seed: int = opt(42, "draws other words; each image draws its own, in whatever order and batches they come")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from super().check(opts, traits)
@@ -92,5 +92,5 @@ class GitCaptionOptions(CaptionFileOptions):
     model_id: str = opt(GIT_MODEL, "GIT model: hub id or folder")
     max_length: int = opt(50, "longest caption in tokens", at_least=1)
     remove_words: bool = opt(
-        False, 'take out what the model believes to be written in the picture, e.g. "with the words ..."'
+        False, 'take out what the model believes to be written in the image, e.g. "with the words ..."'
     )

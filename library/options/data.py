@@ -1,4 +1,4 @@
-"""Which pictures and captions, how they are prepared, cut into buckets, varied and loaded."""
+"""Which images and captions, how they are prepared, cut into buckets, varied and loaded."""
 
 from __future__ import annotations
 
@@ -30,37 +30,37 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
     reg_data_dir: str | None = opt(None, "folder of regularisation folders named <repeats>_<class>")
     in_json: str | None = opt(
         None,
-        "metadata file (.json or .jsonl) with captions and tags of the pictures in --train_data_dir",
+        "metadata file (.json or .jsonl) with captions and tags of the images in --train_data_dir",
         exists="file",
     )
     dataset_config: Path | None = opt(None, "TOML or JSON file that describes the data sets, in place of folders")
     dataset_repeats: int = opt(
-        1, "passes over each picture per epoch, where the data set does not say", at_least=1, at_most=MOST_REPEATS
+        1, "passes over each image per epoch, where the data set does not say", at_least=1, at_most=MOST_REPEATS
     )
     dataset_class: str | None = opt(
         None, "import path of a function or class of your own that makes the data, as in my_package.my_module.MyData"
     )
     conditioning_data_dir: str | None = opt(
         None,
-        "folder of pictures that belong to those in --train_data_dir by name: masks, for --masked_loss",
+        "folder of images that belong to those in --train_data_dir by name: masks, for --masked_loss",
         exists="folder",
     )
     cache_info: bool = opt(
-        False, "keep sizes and captions in metadata_cache.json beside the pictures, and trust it from then on"
+        False, "keep sizes and captions in metadata_cache.json beside the images, and trust it from then on"
     )
     debug_dataset: bool = opt(
-        False, "write contact sheets of pictures, masks and captions as training would see them, instead of training"
+        False, "write contact sheets of images, masks and captions as training would see them, instead of training"
     )
-    strict: bool = opt(False, "stop where a picture cannot be used, instead of leaving it out")
+    strict: bool = opt(False, "stop where an image cannot be used, instead of leaving it out")
     data_index_dir: str | None = opt(
         None, "folder that remembers sizes, captions and checksums between runs; the user's cache folder if not given"
     )
-    train_batch_size: int = opt(1, "pictures per batch and process", at_least=1)
+    train_batch_size: int = opt(1, "images per batch and process", at_least=1)
     resolution: str | None = opt(
         None, "training size in pixels: one side of a square, or width,height", comma_list=True
     )
 
-    caption_extension: str = opt(".caption", "ending of the caption files beside the pictures, e.g. .txt")
+    caption_extension: str = opt(".caption", "ending of the caption files beside the images, e.g. .txt")
     caption_extention: str | None = opt(
         None,
         "misspelling of --caption_extension, still understood",
@@ -81,7 +81,7 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
     enable_wildcard: bool = opt(False, "choose one of {a|b|c}, and one line of captions with several lines, each time")
     caption_prefix: str | None = opt(None, "text put before every caption", verbatim=True)
     caption_suffix: str | None = opt(None, "text put after every caption", verbatim=True)
-    caption_dropout_rate: float = opt(0.0, "share of pictures trained with an empty caption", at_least=0, at_most=1)
+    caption_dropout_rate: float = opt(0.0, "share of images trained with an empty caption", at_least=0, at_most=1)
     caption_dropout_every_n_epochs: int = opt(0, "every so many epochs, train without any caption; 0 = off", at_least=0)
     caption_tag_dropout_rate: float = opt(0.0, "share of caption parts left out each time", at_least=0, at_most=1)
     token_warmup_min: int = opt(
@@ -94,35 +94,33 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
         0, "step from which whole captions are used; below 1 it is a share of the run", at_least=0
     )
 
-    enable_bucket: bool = opt(False, "train at several aspect ratios, each picture at the nearest one")
+    enable_bucket: bool = opt(False, "train at several aspect ratios, each image at the nearest one")
     min_bucket_reso: int = opt(256, "shortest side of a bucket in pixels", at_least=1, only_with=_BUCKETS)
     max_bucket_reso: int = opt(1024, "longest side of a bucket in pixels", at_least=1, only_with=_BUCKETS)
     bucket_reso_steps: int = opt(
         64, "sides of buckets are multiples of this many pixels", at_least=1, only_with=_BUCKETS
     )
-    bucket_no_upscale: bool = opt(False, "never enlarge pictures; make buckets to fit them instead", only_with=_BUCKETS)
+    bucket_no_upscale: bool = opt(False, "never enlarge images; make buckets to fit them instead", only_with=_BUCKETS)
     resize_interpolation: Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"] | None = opt(
-        None, "how pictures are resized; by default area when shrinking and lanczos when enlarging"
+        None, "how images are resized; by default area when shrinking and lanczos when enlarging"
     )
 
-    flip_aug: bool = opt(False, "mirror half of the pictures; not for subjects that are not symmetrical")
+    flip_aug: bool = opt(False, "mirror half of the images; not for subjects that are not symmetrical")
     color_aug: bool = opt(False, "vary hue and tone a little")
     random_crop: bool = opt(False, "cut at a random place instead of the centre")
     face_crop_aug_range: str | None = opt(
         None, "cut around faces found in file names, at sizes between these two factors, e.g. 2.0,4.0", comma_list=True
     )
-    alpha_mask: bool = opt(False, "leave transparent parts of pictures out of the loss")
+    alpha_mask: bool = opt(False, "leave transparent parts of images out of the loss")
 
-    cache_latents: bool = opt(False, "encode all pictures once before training and keep the latents in memory")
+    cache_latents: bool = opt(False, "encode all images once before training and keep the latents in memory")
     cache_latents_to_disk: bool = opt(
-        False, "encode all pictures once and keep the latents in files beside them, for this run and later ones"
+        False, "encode all images once and keep the latents in files beside them, for this run and later ones"
     )
     skip_cache_check: bool = opt(False, "trust latent files without looking into them")
-    vae_batch_size: int = opt(1, "pictures that the VAE encodes at once while caching", at_least=1, off=0)
+    vae_batch_size: int = opt(1, "images that the VAE encodes at once while caching", at_least=1, off=0)
 
-    max_data_loader_n_workers: int = opt(
-        8, "most processes that load pictures; 0 loads them in the main one", at_least=0
-    )
+    max_data_loader_n_workers: int = opt(8, "most processes that load images; 0 loads them in the main one", at_least=0)
     persistent_data_loader_workers: bool = opt(False, "keep loading processes from epoch to epoch; saves start-up time")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
@@ -131,7 +129,7 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
         if self.in_json and not self.dataset_config and not self.in_json.lower().endswith((".json", ".jsonl")):
             yield f"--in_json: must be a .json or .jsonl file, got {self.in_json!r}"
         if not (self.dataset_config or self.train_data_dir or self.in_json or self.dataset_class):
-            yield "--train_data_dir: missing; name a folder of pictures with it, or a file with --dataset_config"
+            yield "--train_data_dir: missing; name a folder of images with it, or a file with --dataset_config"
         elif self.resolution is None and not self.dataset_config:
             yield "--resolution: missing; give one number, or width,height"
         fault = ending_problem(self.caption_extension)
@@ -183,7 +181,7 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
             flag = "--cache_latents" if self.cache_latents else "--cache_latents_to_disk"
             for name in ("color_aug", "random_crop", "face_crop_aug_range"):
                 if getattr(self, name):
-                    yield f"{flag}: cannot be used with --{name}, which makes every picture new each time; drop one"
+                    yield f"{flag}: cannot be used with --{name}, which makes every image new each time; drop one"
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.skip_cache_check and not self.cache_latents_to_disk and not self.in_json and not self.dataset_config:

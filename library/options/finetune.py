@@ -59,7 +59,7 @@ class WholeModelOptions(OptionGroup, group="method", title="Training"):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(WholeModelOptions, title="Fine-tuning"):
-    """Pictures by metadata file; text encoders on request."""
+    """Images by metadata file; text encoders on request."""
 
     train_text_encoder: bool = opt(False, "train the text encoders too")
     diffusers_xformers: bool = opt(False, "the same as --xformers", alias_of="xformers", deprecated="--xformers")
@@ -75,7 +75,7 @@ class FinetuneOptions(WholeModelOptions, title="Fine-tuning"):
 
 @dataclass(frozen=True, kw_only=True)
 class DreamBoothOptions(WholeModelOptions, title="DreamBooth"):
-    """Pictures by folders; text encoders unless they are stopped."""
+    """Images by folders; text encoders unless they are stopped."""
 
     stop_text_encoder_training: int | None = opt(
         None, "train only the denoiser from this optimizer step on; -1: the text encoders are never trained"
@@ -104,14 +104,14 @@ class FinetuneData(DataOptions, without=("reg_data_dir", "conditioning_data_dir"
         if not (self.in_json or self.dataset_config or self.dataset_class):
             yield (
                 "--in_json: missing; name a metadata file with it, or a data set with metadata_file with "
-                "--dataset_config (train_db.py takes folders of pictures)"
+                "--dataset_config (train_db.py takes folders of images)"
             )
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from super().advise(opts, traits)
         if self.in_json and self.resolution is None and not self.dataset_config:
             side = traits.default_resolution
-            yield f"--resolution: not given; pictures without prepared latents are trained at {side}x{side}"
+            yield f"--resolution: not given; images without prepared latents are trained at {side}x{side}"
 
 
 class DreamBoothData(DataOptions, without=("in_json", "dataset_repeats")):

@@ -29,7 +29,7 @@ class TextCacheOptions(OptionGroup, group="text_cache", title="Text encoder outp
         False, "encode every caption once, before training, and free the text encoders; captions must not change"
     )
     cache_text_encoder_outputs_to_disk: bool = opt(
-        False, "the same, and keep the outputs in files beside the pictures for later runs"
+        False, "the same, and keep the outputs in files beside the images for later runs"
     )
     text_encoder_batch_size: int | None = opt(
         None, "captions that are encoded at once while caching; the training batch size if not given", at_least=1, off=0
@@ -47,7 +47,7 @@ class TextCacheOptions(OptionGroup, group="text_cache", title="Text encoder outp
 @dataclass(frozen=True, kw_only=True)
 class BlockSwapOptions(OptionGroup, group="swap", title="Block swap"):
     blocks_to_swap: int | None = opt(
-        None, "keep this many of the denoiser's blocks in main memory and bring each to the GPU in its turn", at_least=0
+        None, "keep this many of the denoiser's blocks in CPU memory and bring each to the GPU in its turn", at_least=0
     )
 
     @property

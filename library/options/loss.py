@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class NoiseOptions(OptionGroup, group="noise", title="Noise and timesteps"):
     noise_offset: float | None = opt(
-        None, "strength of an extra noise per channel, for darker and lighter pictures; 0.05 to 0.1", at_least=0, off=0
+        None, "strength of an extra noise per channel, for darker and lighter images; 0.05 to 0.1", at_least=0, off=0
     )
     noise_offset_random_strength: bool = opt(
         False, "draw the noise offset between 0 and --noise_offset each time", only_with=("noise_offset",)
@@ -68,9 +68,9 @@ class LossOptions(OptionGroup, group="loss", title="Loss"):
         0.1, "switch point of huber and smooth_l1, from squared to absolute distance", above=0, only_with=_HUBER
     )
     huber_scale: float = opt(1.0, "factor on the switch point", above=0, only_with=_HUBER)
-    prior_loss_weight: float = opt(1.0, "weight of regularisation pictures in the loss", at_least=0)
+    prior_loss_weight: float = opt(1.0, "weight of regularisation images in the loss", at_least=0)
     masked_loss: bool = opt(
-        False, "weigh the loss by masks: the pictures of --conditioning_data_dir, or transparency with --alpha_mask"
+        False, "weigh the loss by masks: the images of --conditioning_data_dir, or transparency with --alpha_mask"
     )
     min_snr_gamma: float | None = opt(
         None, "cap of the signal-to-noise weight (arXiv:2303.09556), 5 is usual; 0 = off", at_least=0, off=0

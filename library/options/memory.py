@@ -24,7 +24,7 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
     sdpa: bool = opt(False, "attention by torch's scaled_dot_product_attention, which is also the default")
     gradient_checkpointing: bool = opt(False, "compute activations again in the backward pass: less memory, slower")
     mixed_precision: Literal["no", "fp16", "bf16"] = opt("no", "number format of the computation; no means float32")
-    lowram: bool = opt(False, "load the model straight to the GPU, for machines with little main memory")
+    lowram: bool = opt(False, "load the model straight to the GPU, for machines with little CPU memory")
     highvram: bool = opt(False, "keep what fits on the GPU and do not empty its cache: faster")
     torch_compile: bool = opt(False, "compile the denoiser's blocks: slow first steps, then faster ones")
     dynamo_backend: Literal[
@@ -45,7 +45,7 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
         None, "keep the frozen base model's weights small, text encoders too; fp8 means --fp8_base, nf4 takes 4.5 bits"
     )
     cpu_offload_checkpointing: bool = opt(
-        False, "keep checkpointed activations in main memory; needs --gradient_checkpointing"
+        False, "keep checkpointed activations in CPU memory; needs --gradient_checkpointing"
     )
 
     @property
@@ -109,7 +109,7 @@ class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs")
         only_with=_DEEPSPEED,
     )
     offload_optimizer_device: Literal["cpu", "nvme"] | None = opt(
-        None, "cpu: what is spread lies in main memory; nvme is refused", only_with=_DEEPSPEED
+        None, "cpu: what is spread lies in CPU memory; nvme is refused", only_with=_DEEPSPEED
     )
     offload_optimizer_nvme_path: str | None = opt(
         None, "folder for an optimizer on disk; refused with nvme", only_with=_DEEPSPEED

@@ -11,24 +11,24 @@ from library.options.base import OptionGroup, Options, opt
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
 
-_ENDING = "what the names of {} files end with, behind the name of the picture without its extension"
+_ENDING = "what the names of {} files end with, behind the name of the image without its extension"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions(OptionGroup, group="merge", title="Metadata"):
-    train_data_dir: str = opt(None, "folder of pictures", positional=True, exists="folder")
+    train_data_dir: str = opt(None, "folder of images", positional=True, exists="folder")
     out_json: str = opt(None, "metadata file to write (.json or .jsonl)", positional=True)
     in_json: str | None = opt(
         None, "metadata file to start from; if not given, the file to write where that is there already", exists="file"
     )
     caption_extension: str = opt(".caption", _ENDING.format("caption"))
-    full_path: bool = opt(False, "name pictures by their whole path in the metadata; for several folders")
+    full_path: bool = opt(False, "name images by their whole path in the metadata; for several folders")
     recursive: bool = opt(False, "look into sub-folders too; needs --full_path")
-    debug: bool = opt(False, "show each picture with what is written about it")
+    debug: bool = opt(False, "show each image with what is written about it")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.recursive and not self.full_path:
-            yield "--recursive: needs --full_path, as pictures in several folders may have the same name"
+            yield "--recursive: needs --full_path, as images in several folders may have the same name"
         if not self.caption_extension.strip():
             yield "--caption_extension: must not be empty"
 
@@ -49,4 +49,4 @@ class MergeTagsOptions(MergeOptions):
 class CleanOptions(OptionGroup, group="clean", title="Metadata"):
     in_json: str = opt(None, "metadata file to read (.json or .jsonl)", positional=True, exists="file")
     out_json: str = opt(None, "metadata file to write; may be the one that is read", positional=True)
-    debug: bool = opt(False, "show each picture with what was changed")
+    debug: bool = opt(False, "show each image with what was changed")

@@ -1,4 +1,4 @@
-"""What all scripts that prepare pictures and captions have in common."""
+"""What all scripts that prepare images and captions have in common."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from library.options.logging import ConsoleOptions
 
 @dataclass(frozen=True, kw_only=True)
 class WorkOptions(ConsoleOptions, group="work", title="Messages and failures"):
-    strict: bool = opt(False, "end with status 1 if any picture failed; without it, only if all of them did")
+    strict: bool = opt(False, "end with status 1 if any image failed; without it, only if all of them did")
 
 
 def ending_problems(ending: str) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""Pictures and losses that show, during training, how far it has come."""
+"""Images and losses that show, during training, how far it has come."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _OCCASIONS = ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions(OptionGroup, group="sampling", title="Sample pictures"):
+class SamplingOptions(OptionGroup, group="sampling", title="Sample images"):
     sample_prompts: str | None = opt(
-        None, "file of prompts for sample pictures: .txt, .toml or .json", exists="file", only_with=_OCCASIONS
+        None, "file of prompts for sample images: .txt, .toml or .json", exists="file", only_with=_OCCASIONS
     )
-    sample_at_first: bool = opt(False, "draw sample pictures before the first step too")
+    sample_at_first: bool = opt(False, "draw sample images before the first step too")
     sample_every_n_steps: int | None = opt(
-        None, "draw sample pictures every so many optimizer steps", at_least=1, lenient=True
+        None, "draw sample images every so many optimizer steps", at_least=1, lenient=True
     )
-    sample_every_n_epochs: int | None = opt(None, "draw sample pictures every so many epochs", at_least=1, lenient=True)
+    sample_every_n_epochs: int | None = opt(None, "draw sample images every so many epochs", at_least=1, lenient=True)
     sample_sampler: Literal[
         "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
         "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
-    ] = opt("ddim", "sampler of the sample pictures")  # fmt: skip
+    ] = opt("ddim", "sampler of the sample images")  # fmt: skip
 
     @property
     def draws(self) -> bool:
@@ -49,10 +49,10 @@ class SamplingOptions(OptionGroup, group="sampling", title="Sample pictures"):
 @dataclass(frozen=True, kw_only=True)
 class ValidationOptions(OptionGroup, group="validation", title="Validation"):
     validation_seed: int | None = opt(
-        None, "seed of the choice of validation pictures and of their noise; --seed if not given", at_least=0
+        None, "seed of the choice of validation images and of their noise; --seed if not given", at_least=0
     )
     validation_split: float = opt(
-        0.0, "share of the pictures kept out of training, to measure the loss on", at_least=0, at_most=1, lenient=True
+        0.0, "share of the images kept out of training, to measure the loss on", at_least=0, at_most=1, lenient=True
     )
     validate_every_n_steps: int | None = opt(None, "validate every so many optimizer steps", at_least=1, off=0)
     validate_every_n_epochs: int | None = opt(

@@ -179,7 +179,7 @@ class MetadataOptions(OptionGroup, group="metadata", title="Metadata"):
     metadata_license: str | None = opt(None, "licence in the file's metadata")
     metadata_tags: str | None = opt(None, "tags in the file's metadata, separated by commas")
     metadata_usage_hint: str | None = opt(None, "usage hint in the file's metadata")
-    metadata_thumbnail: str | None = opt(None, "small picture in the file's metadata: an image file or a data: URL")
+    metadata_thumbnail: str | None = opt(None, "small image in the file's metadata: an image file or a data: URL")
     metadata_merged_from: str | None = opt(None, "models that this one was merged from, in the file's metadata")
     metadata_trigger_phrase: str | None = opt(None, "words that call up what was trained, in the file's metadata")
     metadata_preprocessor: str | None = opt(None, "preprocessor in the file's metadata")

@@ -25,7 +25,7 @@ class Sharding:
 
     asked_by: str  # the option, or the engine that accelerate was launched with
     reshard: bool  # a block's weights are given back after its forward pass: FSDP's full shard, ZeRO stage 3
-    offload: bool  # what is spread lies in main memory
+    offload: bool  # what is spread lies in CPU memory
 
 
 def sharding_of(opts: Options, environ: Mapping[str, str] = os.environ) -> Sharding | None:

@@ -1,4 +1,4 @@
-"""Options of the script that writes tags with a model that looks at the pictures."""
+"""Options of the script that writes tags with a model that looks at the images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _threshold(kind: str) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class TaggingOptions(OptionGroup, group="tagging", title="Tagging"):
-    train_data_dir: str = opt(None, "folder of pictures", exists="folder", positional=True)
+    train_data_dir: str = opt(None, "folder of images", exists="folder", positional=True)
     repo_id: str = opt(
         DEFAULT_TAGGER,
         "tagger at Hugging Face: owner/model, or owner/model/folder; or a folder here that holds a tagger",
@@ -33,14 +33,14 @@ class TaggingOptions(OptionGroup, group="tagging", title="Tagging"):
     model_dir: str = opt("wd14_tagger_model", "folder that keeps taggers, each in a sub-folder of its own")
     force_download: bool = opt(False, "fetch the tagger again even if it is there")
     onnx: bool = opt(False, "run the tagger's ONNX file, which is done in any case")
-    batch_size: int = opt(1, "pictures per batch; more is faster and takes more memory", at_least=1)
+    batch_size: int = opt(1, "images per batch; more is faster and takes more memory", at_least=1)
     max_data_loader_n_workers: int | None = opt(
-        None, "threads that read pictures ahead; as many as are useful if not given", at_least=0
+        None, "threads that read images ahead; as many as are useful if not given", at_least=0
     )
     output_path: str | None = opt(
-        None, "write all tags into this one .json or .jsonl file, in place of a file beside each picture"
+        None, "write all tags into this one .json or .jsonl file, in place of a file beside each image"
     )
-    caption_extension: str = opt(".txt", "ending of the tag files, which are written beside the pictures")
+    caption_extension: str = opt(".txt", "ending of the tag files, which are written beside the images")
     caption_extention: str | None = opt(
         None,
         "misspelling of --caption_extension, still understood",
@@ -48,7 +48,7 @@ class TaggingOptions(OptionGroup, group="tagging", title="Tagging"):
         deprecated="--caption_extension",
     )
     recursive: bool = opt(False, "look into sub-folders too")
-    skip_existing: bool = opt(False, "leave pictures alone that have tags already")
+    skip_existing: bool = opt(False, "leave images alone that have tags already")
     append_tags: bool = opt(False, "keep the tags that are there, and add those that are missing")
     thresh: float = opt(
         0.35,
@@ -81,7 +81,7 @@ class TaggingOptions(OptionGroup, group="tagging", title="Tagging"):
     )
     caption_separator: str = opt(", ", "text between two tags")
     frequency_tags: bool = opt(False, "print how often each tag was found, the most frequent first")
-    debug: bool = opt(False, "print every picture's path and tags with their probabilities")
+    debug: bool = opt(False, "print every image's path and tags with their probabilities")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from ending_problems(self.caption_extension)

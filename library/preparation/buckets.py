@@ -1,4 +1,4 @@
-"""prepare_buckets_latents.py: pictures into buckets, latents beside them, and the buckets into a metadata file."""
+"""prepare_buckets_latents.py: images into buckets, latents beside them, and the buckets into a metadata file."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from library.options.memory import DistributedOptions, MemoryOptions
 from library.options.preparation import WorkOptions
 from library.options.training import TrainingOptions
 from library.preparation import encoding as parts
+from library.preparation.images import find_images, gathered, is_first, require_room_beside
 from library.preparation.metadata import NOT_UNICODE, is_unicode, require_writable, write_metadata
 from library.preparation.outcome import Outcome, counted
-from library.preparation.pictures import find_pictures, gathered, is_first, require_room_beside
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ GROUPS = (ModelBucketingOptions, WorkOptions)
 
 
 def prepare(opts: Options) -> Outcome:
-    """Encodes the pictures of a folder and writes the metadata file.
+    """Encodes the images of a folder and writes the metadata file.
 
     Raises: UserError: options, model or metadata file cannot be used, or a file cannot be written.
     """
@@ -69,12 +69,12 @@ def prepare(opts: Options) -> Outcome:
     training = _as_training(options, family)
     spec = _spec(training, family)
     metadata = read_metadata(Path(options.in_json))
-    pictures = find_pictures(Path(options.train_data_dir), recursive=options.recursive)
+    images = find_images(Path(options.train_data_dir), recursive=options.recursive)
     index = FileIndex(cache_folder() / "index")
-    keys = dict(_keys(pictures, metadata, options, index, outcome))
-    for picture in [picture for picture, key in keys.items() if not is_unicode(key)]:
-        outcome.fail(picture, NOT_UNICODE)
-        del keys[picture]
+    keys = dict(_keys(images, metadata, options, index, outcome))
+    for image in [image for image, key in keys.items() if not is_unicode(key)]:
+        outcome.fail(image, NOT_UNICODE)
+        del keys[image]
     records = list(_records(list(keys), spec, index, outcome))
     kept = _encode(records, family, training, options, index, outcome) if records else 0
     failed = {path for one in gathered(set(outcome.failed)) for path in one}
@@ -98,7 +98,7 @@ def _family_of(model: str) -> str:
 
 
 def _as_training(options: ModelBucketingOptions, family: str) -> Options:
-    """The options of a training run on these pictures that encodes them alike."""
+    """The options of a training run on these images that encodes them alike."""
     said = {
         "pretrained_model_name_or_path": options.model_name_or_path,
         "v2": options.v2,
@@ -136,42 +136,42 @@ def _in_our_words(problem: str) -> str:
     return problem.removeprefix("--train_data_dir: ")
 
 
-# ---- pictures and their entries
+# ---- images and their entries
 
 
 def _keys(
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     metadata: Mapping[str, Mapping[str, Any]],
     options: ModelBucketingOptions,
     index: FileIndex,
     outcome: Outcome,
 ) -> Iterator[tuple[Path, str]]:
-    """Every picture with the key of its entry; those without an entry get one."""
+    """Every image with the key of its entry; those without an entry get one."""
     from library.data.metadata_files import resolve
 
     folder, file = Path(options.train_data_dir), Path(options.in_json)
     entries, _ = resolve(metadata, folder, index.listing, file=file, separator=",", wildcard=False)
-    known = {_address(entry.picture): entry.key for entry in entries if entry.picture is not None}
-    stems = Counter(_address(picture.with_suffix("")) for picture in pictures)
+    known = {_address(entry.image): entry.key for entry in entries if entry.image is not None}
+    stems = Counter(_address(image.with_suffix("")) for image in images)
     found = 0
-    for picture in pictures:
-        if _address(picture) in known:
+    for image in images:
+        if _address(image) in known:
             found += 1
-            yield picture, known[_address(picture)]
+            yield image, known[_address(image)]
         elif options.full_path:
-            yield picture, os.path.abspath(picture)
-        elif stems[_address(picture.with_suffix(""))] == 1:
-            yield picture, picture.stem
-        elif picture.stem in metadata:
-            outcome.fail(picture, f"'{picture.stem}' in {file} may be it or another; write it with its extension")
+            yield image, os.path.abspath(image)
+        elif stems[_address(image.with_suffix(""))] == 1:
+            yield image, image.stem
+        elif image.stem in metadata:
+            outcome.fail(image, f"'{image.stem}' in {file} may be it or another; write it with its extension")
         else:
-            yield picture, picture.name
-    if found < len(pictures):
-        new = counted(len(pictures) - found)
+            yield image, image.name
+    if found < len(images):
+        new = counted(len(images) - found)
         LOGGER.info("%s not in %s, with an entry without a caption from now on", new, file)
     if found < len(metadata):
         others = counted(len(metadata) - found, "entry", "entries")
-        LOGGER.info("%s: %s of other pictures left as before", file, others)
+        LOGGER.info("%s: %s of other images left as before", file, others)
 
 
 def _address(path: Path) -> tuple[str, str]:
@@ -179,22 +179,22 @@ def _address(path: Path) -> tuple[str, str]:
     return os.path.realpath(path.parent), path.name
 
 
-def _records(pictures: Sequence[Path], spec: DatasetSpec, index: FileIndex, outcome: Outcome) -> Iterator[Record]:
+def _records(paths: Sequence[Path], spec: DatasetSpec, index: FileIndex, outcome: Outcome) -> Iterator[Record]:
     from library.data import images
     from library.data.records import Record, bucket_chooser
     from library.types import Size
 
     choose, subset = bucket_chooser(spec), spec.subsets[0]
-    for picture, seen in zip(pictures, index.learn("picture", pictures, images.describe), strict=True):
+    for image, seen in zip(paths, index.learn("image", paths, images.describe), strict=True):
         if isinstance(seen, str):
-            outcome.fail(picture, seen)
+            outcome.fail(image, seen)
             continue
         size = Size(*seen[:2])
         fit = choose(size)
         if fit is None:
-            outcome.fail(picture, f"{size.width}x{size.height} is too small or too narrow for a bucket")
+            outcome.fail(image, f"{size.width}x{size.height} is too small or too narrow for a bucket")
             continue
-        yield Record(picture, "", size, fit.bucket, fit.resized, subset, 0, 1, flip=subset.flip_aug)
+        yield Record(image, "", size, fit.bucket, fit.resized, subset, 0, 1, flip=subset.flip_aug)
 
 
 # ---- latents
@@ -252,14 +252,14 @@ def _load_vae(family: str, training: Options) -> Models:
         raise UserError(*named) from None
 
 
-def _with_unclear_flips(pictures: Sequence[Path]) -> set[Path]:
-    """Pictures such as a.png and a_flip.png: the mirrored latents of one would be named as the latents of the other.
+def _with_unclear_flips(images: Sequence[Path]) -> set[Path]:
+    """Images such as a.png and a_flip.png: the mirrored latents of one would be named as the latents of the other.
 
     All of one stem together, as a.jpg and a.png have to be told apart as well.
     """
     bases: dict[Path, set[Path]] = {}
-    for picture in pictures:
-        bases.setdefault(picture.with_suffix(""), set()).add(picture)
+    for image in images:
+        bases.setdefault(image.with_suffix(""), set()).add(image)
     unclear: set[Path] = set()
     for base, same_stem in bases.items():
         mirrored = bases.get(base.with_name(f"{base.name}_flip"))
@@ -272,7 +272,7 @@ def _with_unclear_flips(pictures: Sequence[Path]) -> set[Path]:
 
 
 def _noted(metadata: Metadata, keys: Mapping[Path, str], records: Sequence[Record]) -> Metadata:
-    """The metadata with the buckets of `records`; pictures of `keys` that are not among them lose theirs."""
+    """The metadata with the buckets of `records`; images of `keys` that are not among them lose theirs."""
     noted = {key: dict(entry) for key, entry in metadata.items()}
     for key in keys.values():
         noted.get(key, {}).pop("train_resolution", None)
@@ -284,7 +284,7 @@ def _noted(metadata: Metadata, keys: Mapping[Path, str], records: Sequence[Recor
 
 
 def _tell(records: Sequence[Record]) -> None:
-    """Pictures per bucket, and how well the buckets fit them."""
+    """Images per bucket, and how well the buckets fit them."""
     from library.data.buckets import aspect_error
 
     for bucket, count in sorted(Counter(record.bucket for record in records).items()):

@@ -13,8 +13,8 @@ from library.options import caching as groups
 from library.options import scripts
 from library.options.base import OptionGroup, Options, build_options, opt, options_of
 from library.preparation import encoding as parts
+from library.preparation.images import gathered, is_first, require_room_beside
 from library.preparation.outcome import Outcome
-from library.preparation.pictures import gathered, is_first, require_room_beside
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def traits_of(opts: Options) -> FamilyTraits:
 def _of_family(opts: Options, family: str, **changed: Any) -> Options:
     """The options as a training script of the family would have them; what is of another family does nothing.
 
-    Pictures that cannot be used are left out, whatever --strict says: it decides over the exit status here.
+    Images that cannot be used are left out, whatever --strict says: it decides over the exit status here.
     """
     own = parts.family_options(family)
     others = {option.dest for option in options_of(FAMILIES)} - {option.dest for option in options_of(own)}
@@ -95,7 +95,7 @@ def _check(opts: Options, family: str, problems: Sequence[str] = ()) -> list[Any
 
 
 def cache_latents(opts: Options) -> Outcome:
-    """Encodes the pictures of a data set into the files that training reads with --cache_latents_to_disk.
+    """Encodes the images of a data set into the files that training reads with --cache_latents_to_disk.
 
     Raises: UserError: options, data set or VAE cannot be used, or a file cannot be written.
     """
@@ -179,7 +179,7 @@ def cache_texts(opts: Options) -> Outcome:
     data = read_data(specs, opts, adapter.traits, processes)
     encoding.require_texts(opts, adapter, registry.missing_encoders(family, opts), data, samples=False)
     items = text_outputs.items_of(data.all_records)
-    files = {text_outputs.cache_file(one, layout): one.picture for one in items}
+    files = {text_outputs.cache_file(one, layout): one.image for one in items}
     before = {file: _stamp(file) for file in files}
     require_room_beside((file for file, stamp in before.items() if stamp is None), "text encoder outputs")
     with placement.loading(opts, accelerator.device):
@@ -192,7 +192,7 @@ def cache_texts(opts: Options) -> Outcome:
     failed = {path for one in gathered(set(outcome.failed)) for path in one}
     if is_first():
         data.index.save()
-        usable = [file for file, picture in files.items() if picture not in failed]
+        usable = [file for file, image in files.items() if image not in failed]
         outcome.done = sum(_stamp(file) != before[file] for file in usable)
         outcome.skipped = len(usable) - outcome.done
     return outcome

@@ -1,4 +1,4 @@
-"""Models that tell what is on a picture: BLIP, GIT, and whatever transformers loads as image-text-to-text."""
+"""Models that tell what is on an image: BLIP, GIT, and whatever transformers loads as image-text-to-text."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BLIP_PROMPT = "a picture of "  # what BLIP's captions were trained to go on from
-ASKING = "Describe this picture in one sentence."
+ASKING = "Describe this image in one sentence."
 BERT = "google-bert/bert-base-uncased"  # whose vocabulary the original BLIP files are for
-_SPARE = 2  # how many times as large as the model's picture a decoded one is at least; it is shrunk well from there
+_SPARE = 2  # how many times as large as the model's image a decoded one is at least; it is shrunk well from there
 _BLIP_PENALTY = 1.1  # on repeated words where words are drawn, as the original has it
 _CAPTION_TASK = "<CAPTION>"  # Florence-2 is asked by task
 
@@ -35,16 +35,16 @@ class Captioner(Protocol):
     """A model that is ready to caption."""
 
     def enough(self, size: Size) -> Size:
-        """How large a picture of this size has to be decoded at least; see `images.read_reduced`."""
+        """How large an image of this size has to be decoded at least; see `images.read_reduced`."""
 
     def prepare(self, image: NDArray[np.uint8]) -> Any:
-        """What the model needs of a picture (H, W, 3). Called in several threads."""
+        """What the model needs of an image (H, W, 3). Called in several threads."""
 
     def caption(self, prepared: Sequence[Any], names: Sequence[str]) -> list[str]:
-        """One line of text for each of a batch of pictures.
+        """One line of text for each of a batch of images.
 
         Args:
-            names: what tells these pictures from all others, for the draws.
+            names: what tells these images from all others, for the draws.
         """
 
 
@@ -85,7 +85,7 @@ class _Ours:
         return _pixels(self.image_processor, image)
 
     def _continued(self, prepared: Sequence[Tensor], names: Sequence[str], ids: Tensor, penalty: float = 1.0) -> Tensor:
-        """The tokens that the model gives for pictures after `ids`, (B, length), with them."""
+        """The tokens that the model gives for images after `ids`, (B, length), with them."""
         import torch
 
         with torch.inference_mode():
@@ -126,7 +126,7 @@ class Git(_Ours):
 
 @dataclass(frozen=True)
 class ImageTextModel:
-    """Any model of transformers that takes pictures and text, asked as its processor has it."""
+    """Any model of transformers that takes images and text, asked as its processor has it."""
 
     model: nn.Module
     processor: Any
@@ -158,10 +158,10 @@ class ImageTextModel:
             found = found[:, length:]  # this model repeats what it was asked
         return _texts(self.processor.tokenizer, found)
 
-    def _inputs(self, pictures: Sequence[Image.Image]) -> Any:
+    def _inputs(self, images: Sequence[Image.Image]) -> Any:
         if getattr(self.processor, "chat_template", None):
             asked = {"type": "text", "text": ASKING if self.prompt is None else self.prompt}
-            chats = [[{"role": "user", "content": [{"type": "image", "image": one}, asked]}] for one in pictures]
+            chats = [[{"role": "user", "content": [{"type": "image", "image": one}, asked]}] for one in images]
             return self.processor.apply_chat_template(
                 chats,
                 add_generation_prompt=True,
@@ -174,8 +174,8 @@ class ImageTextModel:
         prompt = self.prompt
         if prompt is None:
             prompt = _CAPTION_TASK if _CAPTION_TASK in tasks else ""
-        texts = [prompt] * len(pictures)
-        return self.processor(images=list(pictures), text=texts, padding=True, return_tensors="pt")
+        texts = [prompt] * len(images)
+        return self.processor(images=list(images), text=texts, padding=True, return_tensors="pt")
 
 
 def load_blip(weights: str, search: Search, prompt: str | None) -> Blip:
@@ -276,7 +276,7 @@ def _bert_tokenizer(folder: Path) -> Any:
 
 
 def _blip_image_processor(side: int) -> Any:
-    """BLIP's: a square of `side` pixels, whatever the picture's proportions, bicubic; CLIP's mean and deviation."""
+    """BLIP's: a square of `side` pixels, whatever the image's proportions, bicubic; CLIP's mean and deviation."""
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
     return BlipImageProcessorPil(size={"height": side, "width": side})
@@ -288,14 +288,14 @@ def _pixels(image_processor: Any, image: NDArray[np.uint8]) -> Tensor:
 
 
 def _enough(image_processor: Any) -> Size:
-    """Twice what the picture is shrunk to, whose sides are set, or only the shorter one."""
+    """Twice what the image is shrunk to, whose sides are set, or only the shorter one."""
     size = image_processor.size
     sides = [size["shortest_edge"]] * 2 if "shortest_edge" in size else [size["width"], size["height"]]
     return Size(*(_SPARE * side for side in sides))
 
 
 def _processor(name: str, config: Any = None) -> Any:
-    """What turns pictures and text into a model's inputs. Without torchvision, one that does so for no videos.
+    """What turns images and text into a model's inputs. Without torchvision, one that does so for no videos.
 
     Args:
         config: the model's, where it may be one for videos too.
@@ -304,15 +304,15 @@ def _processor(name: str, config: Any = None) -> Any:
 
     loader: Callable[..., Any] = AutoProcessor.from_pretrained
     if config is not None and not _has_torchvision():
-        loader = _for_pictures_only(type(config)) or loader
+        loader = _for_images_only(type(config)) or loader
 
     def without_code(name: str, **where: Any) -> Any:
         return loader(name, trust_remote_code=False, **where)
 
-    processor = load(name, without_code, "a processor of pictures and text")
+    processor = load(name, without_code, "a processor of images and text")
     for part in ("tokenizer", "image_processor"):
         if not hasattr(processor, part):
-            raise UserError(f"{name}: its files describe no {part}, so it cannot be given pictures and text")
+            raise UserError(f"{name}: its files describe no {part}, so it cannot be given images and text")
     return processor
 
 
@@ -322,7 +322,7 @@ def _has_torchvision() -> bool:
     return is_torchvision_available()
 
 
-def _for_pictures_only(config_class: type) -> Callable[..., Any] | None:
+def _for_images_only(config_class: type) -> Callable[..., Any] | None:
     """`from_pretrained` of a model's processor, without its part for videos; None if it has none."""
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
@@ -332,12 +332,12 @@ def _for_pictures_only(config_class: type) -> Callable[..., Any] | None:
     if "video_processor" not in whole.get_attributes():
         return None
 
-    class ForPicturesOnly(whole):
+    class ForImagesOnly(whole):
         @classmethod
         def get_attributes(cls) -> list[str]:
             return [name for name in super().get_attributes() if name != "video_processor"]
 
-    return ForPicturesOnly.from_pretrained
+    return ForImagesOnly.from_pretrained
 
 
 # Models that have to be asked in a way of their own.

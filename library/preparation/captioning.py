@@ -1,4 +1,4 @@
-"""Writes a caption beside each picture of a folder: finetune/make_captions.py and make_captions_by_git.py."""
+"""Writes a caption beside each image of a folder: finetune/make_captions.py and make_captions_by_git.py."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from library.errors import UserError
 from library.options.base import Options
 from library.options.captioning import CaptionFileOptions, CaptionOptions, GitCaptionOptions
 from library.options.preparation import WorkOptions
-from library.preparation.outcome import Outcome, show
-from library.preparation.pictures import (
-    find_pictures,
+from library.preparation.images import (
+    find_images,
     gathered,
     in_batches,
     my_share,
@@ -22,6 +21,7 @@ from library.preparation.pictures import (
     require_room_beside,
     warn_of_shared_names,
 )
+from library.preparation.outcome import Outcome, show
 from library.preparation.texts import require_text_ending, write_text
 from library.preparation.written_words import without_written_words
 from library.runtime.logs import LOGGER
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 GROUPS = (CaptionOptions, WorkOptions)
 GIT_GROUPS = (GitCaptionOptions, WorkOptions)
 
-_NARROWEST = 400  # the longer side of a picture in shorter ones
+_NARROWEST = 400  # the longer side of an image in shorter ones
 
 
 def make_captions(opts: Options) -> Outcome:
@@ -72,21 +72,21 @@ def make_captions_by_git(opts: Options) -> Outcome:
 def caption_folder(
     given: CaptionFileOptions, load: Callable[[], Captioner], mend: Callable[[str], str] = lambda caption: caption
 ) -> Outcome:
-    """Captions this process's share of the pictures of a folder.
+    """Captions this process's share of the images of a folder.
 
     Args:
         load: makes the model; called only if there is something to do.
         mend: changes a caption before it is written.
-    Raises: UserError: no pictures, the model cannot be had, or a batch does not fit into the GPU's memory.
+    Raises: UserError: no images, the model cannot be had, or a batch does not fit into the GPU's memory.
     """
     require_text_ending(given.caption_extension)
     folder = Path(given.train_data_dir)
     outcome = Outcome()
-    pictures = find_pictures(folder, recursive=given.recursive)
-    warn_of_shared_names(pictures, "caption file")
-    share = my_share(pictures)
-    done = {path for path in pictures if given.skip_existing and isfile(caption_path(path, given))}
-    require_room_beside((path for path in pictures if path not in done), "caption files")
+    images = find_images(folder, recursive=given.recursive)
+    warn_of_shared_names(images, "caption file")
+    share = my_share(images)
+    done = {path for path in images if given.skip_existing and isfile(caption_path(path, given))}
+    require_room_beside((path for path in images if path not in done), "caption files")
     todo = [path for path in share if path not in done]
     outcome.skipped = len(share) - len(todo)
     if not any(gathered(len(todo))):  # together, as the processes load together
@@ -115,15 +115,15 @@ def caption_folder(
     return outcome
 
 
-def caption_path(picture: Path, given: CaptionFileOptions) -> Path:
-    """Where the caption of a picture goes: the same name with another ending."""
-    return picture.with_name(picture.stem + given.caption_extension)
+def caption_path(image: Path, given: CaptionFileOptions) -> Path:
+    """Where the caption of an image goes: the same name with another ending."""
+    return image.with_name(image.stem + given.caption_extension)
 
 
 def _captioned(
     captioner: Captioner, batch: Sequence[tuple[Path, Any]], folder: Path, outcome: Outcome
 ) -> Iterator[tuple[Path, str]]:
-    """Pictures of a batch with their captions. If the model refuses the batch, they go one by one."""
+    """Images of a batch with their captions. If the model refuses the batch, they go one by one."""
     import torch
 
     names = [path.relative_to(folder).as_posix() for path, _ in batch]
@@ -134,7 +134,7 @@ def _captioned(
             f"--batch_size {len(batch)}: the GPU's memory is too small"
             + ("; give a smaller number" if len(batch) > 1 else " for this model")
         ) from None
-    except Exception as error:  # what processors and models raise over a picture is of every kind
+    except Exception as error:  # what processors and models raise over an image is of every kind
         if len(batch) == 1:
             LOGGER.debug("%s", batch[0][0], exc_info=error)
             lines = str(error).splitlines() or [type(error).__name__]

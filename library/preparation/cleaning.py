@@ -50,7 +50,7 @@ def clean(opts: Options) -> Outcome:
 
 
 def clean_entry(entry: dict[str, Any]) -> dict[str, Any]:
-    """A picture's entry with its caption and tags cleaned, as far as it has them."""
+    """An image's entry with its caption and tags cleaned, as far as it has them."""
     found = {"caption": (entry.get("caption"), clean_caption), "tags": (entry.get("tags"), clean_tags)}
     return {**entry, **{field: make(text) for field, (text, make) in found.items() if text is not None}}
 
@@ -61,7 +61,7 @@ def clean_entry(entry: dict[str, Any]) -> dict[str, Any]:
 def clean_tags(text: str) -> str:
     """Tags between commas: with spaces for underscores, without what is behind a rating, and less of the same.
 
-    Where several persons are in the picture, what would be said of each of them is removed. Of two tags of which one
+    Where several persons are in the image, what would be said of each of them is removed. Of two tags of which one
     ends like the other (``white shirt``, ``shirt``) only the longer stays.
     """
     tags = [tag for tag in (spaced(piece.strip()).strip() for piece in re.split(r"[,\n]", text)) if tag]

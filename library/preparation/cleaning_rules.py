@@ -1,4 +1,4 @@
-"""The rules of clean_captions_and_tags.py, made to be changed: add, take out and reorder what suits your pictures.
+"""The rules of clean_captions_and_tags.py, made to be changed: add, take out and reorder what suits your images.
 
 Captions: each pair is (words, what is written for them). Capitals do not count, only whole words are found, and an "a"
 or "an" in front is made to fit. The pairs are gone through in their order, again and again until nothing changes.
@@ -35,16 +35,16 @@ CAPTION_RULES = (
     ("person", "girl"),
     ("a cartoon figure", "a figure"),
     ("a cartoon image", "an image"),
-    ("a cartoon picture", "a picture"),
+    ("a cartoon image", "an image"),
     ("a cartoon drawing", "a drawing"),
     ("an anime figure", "a figure"),
     ("an anime image", "an image"),
-    ("an anime picture", "a picture"),
+    ("an anime image", "an image"),
     ("an anime drawing", "a drawing"),
     ("girl girl", "girl"),
 )
 
-# Tags about one person. Where several persons are in the picture and one of these patterns is found more than once,
+# Tags about one person. Where several persons are in the image and one of these patterns is found more than once,
 # nobody knows who is meant, so all that it finds are removed.
 ONE_PERSONS_TAGS = (
     r"(long|short|medium) hair",

@@ -1,4 +1,4 @@
-"""Edges of pictures, white on black, as ControlNets are trained with them: tools/canny.py."""
+"""Edges of images, white on black, as ControlNets are trained with them: tools/canny.py."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from library.data import images
 from library.data.opencv import opencv
 from library.errors import UserError
 from library.options.base import Options
-from library.options.picture_tools import CannyOptions
+from library.options.image_tools import CannyOptions
 from library.options.preparation import WorkOptions
+from library.preparation.image_files import WriteError, encoded, make_folder, writable_suffix, write_file
+from library.preparation.images import find_images, my_share, read_ahead
 from library.preparation.outcome import Outcome
-from library.preparation.picture_files import WriteError, encoded, make_folder, writable_suffix, write_file
-from library.preparation.pictures import find_pictures, my_share, read_ahead
 from library.preparation.resizing import without_namesakes
 
 if TYPE_CHECKING:
@@ -24,16 +24,16 @@ GROUPS = (CannyOptions, WorkOptions)
 
 
 def draw_edges(opts: Options) -> Outcome:
-    """Writes the edges of --input, a picture or every picture of a folder, to --output."""
+    """Writes the edges of --input, an image or every image of a folder, to --output."""
     opencv()
     source, target = Path(opts.canny.input), Path(opts.canny.output)
     outcome = Outcome()
     if source.is_dir():
         make_folder(target)
-        pictures = my_share(without_namesakes(find_pictures(source, recursive=False), outcome))
-        results = {path: target / f"{path.stem}.png" for path in pictures}
+        paths = my_share(without_namesakes(find_images(source, recursive=False), outcome))
+        results = {path: target / f"{path.stem}.png" for path in paths}
         if target.samefile(source):
-            raise UserError(f"{target}: the results need a folder of their own, or they would replace the pictures")
+            raise UserError(f"{target}: the results need a folder of their own, or they would replace the images")
     else:
         results = {source: _result_file(source, target)}
 
@@ -58,13 +58,13 @@ def canny(pixels: NDArray[np.uint8], low: int, high: int) -> NDArray[np.uint8]:
 
 
 def _result_file(source: Path, target: Path) -> Path:
-    """Raises: UserError: no such picture, or no file name that a picture can be written to."""
+    """Raises: UserError: no such image, or no file name that an image can be written to."""
     if not source.is_file():
         raise UserError(f"--input={source}: no such file or folder")
     if target.is_dir():
         target = target / f"{source.stem}.png"
     if target.exists() and target.samefile(source):
-        raise UserError(f"--output={target}: the edges would replace the picture; give another name or folder")
+        raise UserError(f"--output={target}: the edges would replace the image; give another name or folder")
     if target.suffix == "" or writable_suffix(target.suffix) != target.suffix:
         raise UserError(f"--output={target}: must end in .png, .jpg, .webp or .bmp, or be a folder that is there")
     make_folder(target.parent)

@@ -1,4 +1,4 @@
-"""The parts of a model that encode pictures or captions, for scripts that do nothing else with a model."""
+"""The parts of a model that encode images or captions, for scripts that do nothing else with a model."""
 
 from __future__ import annotations
 

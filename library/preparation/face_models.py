@@ -19,9 +19,9 @@ from library.types import Size
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_LONGER_SIDE = 640  # what a picture is resized to for a model that takes any size; the models are trained with it
+_LONGER_SIDE = 640  # what an image is resized to for a model that takes any size; the models are trained with it
 _MULTIPLE = 32  # of both sides, for the coarsest grid of the models
-_PADDING = 114  # the grey that YOLO models see beside pictures in training
+_PADDING = 114  # the grey that YOLO models see beside images in training
 _MOST_OVERLAP = 0.45  # intersection over union from which two boxes are of one face
 _MOST_FINISHED = 1000  # boxes of a model that sorts out its own; grids have more cells
 _YUNET_STRIDES = (8, 16, 32)
@@ -29,7 +29,7 @@ _EYES = {5: (0, 1), 17: (1, 2)}  # by the number of points: of faces, and of who
 
 
 class Face(NamedTuple):
-    """A face in a picture, in its pixels; the box may reach over the picture's edge."""
+    """A face in an image, in its pixels; the box may reach over the image's edge."""
 
     left: float
     top: float
@@ -69,7 +69,7 @@ class FaceModel:
             )
 
     def find(self, pixels: NDArray[np.uint8], threshold: float) -> list[Face]:
-        """The faces in an RGB picture (H, W, 3) that the model is at least so sure of, largest first.
+        """The faces in an RGB image (H, W, 3) that the model is at least so sure of, largest first.
 
         Raises: UserError: the model does not run, or gives something else than boxes.
         """
@@ -91,7 +91,7 @@ class FaceModel:
         return sorted(faces, key=lambda face: max(face.right - face.left, face.bottom - face.top), reverse=True)
 
     def _prepared(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[Any], float]:
-        """(what the model is fed, factor from the picture's pixels to the model's)."""
+        """(what the model is fed, factor from the image's pixels to the model's)."""
         height, width = pixels.shape[:2]
         fixed = [side if isinstance(side, int) and side > 0 else None for side in self._input.shape[2:]]
         limits = [side or _LONGER_SIDE for side in fixed]

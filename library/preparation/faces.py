@@ -1,4 +1,4 @@
-"""Cuts pictures around the faces in them, for --face_crop_aug_range and the like: tools/detect_face_rotate.py."""
+"""Cuts images around the faces in them, for --face_crop_aug_range and the like: tools/detect_face_rotate.py."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from library.data.images import Cut, FaceBox
 from library.data.opencv import opencv
 from library.errors import UserError
 from library.options.base import Options
-from library.options.picture_tools import FaceOptions
+from library.options.image_tools import FaceOptions
 from library.options.preparation import WorkOptions
 from library.preparation.face_models import Face, FaceModel
-from library.preparation.outcome import Outcome, counted
-from library.preparation.picture_files import (
+from library.preparation.image_files import (
     WriteError,
     encoded,
     is_written,
@@ -27,7 +26,8 @@ from library.preparation.picture_files import (
     writable_suffix,
     write_file,
 )
-from library.preparation.pictures import find_pictures, my_share, read_ahead
+from library.preparation.images import find_images, my_share, read_ahead
+from library.preparation.outcome import Outcome, counted
 from library.runtime.logs import LOGGER
 from library.types import Size
 
@@ -35,27 +35,27 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 GROUPS = (FaceOptions, WorkOptions)
-_MOST_PIXELS = 10**8  # of a picture that is enlarged for the sake of its face
+_MOST_PIXELS = 10**8  # of an image that is enlarged for the sake of its face
 _LONGEST_TURNED = 32766  # pixels of a side: OpenCV counts them with 16 bits here
 _LEAST_SURE = 0.05  # below, it is not worth telling about
 _BOX, _EYE = (255, 0, 0), (0, 0, 255)  # RGB of what --debug draws
 
 
 class Framing(NamedTuple):
-    """How a result is made of its picture. At most one of `pixels` and `times` is given; without, nothing is cut."""
+    """How a result is made of its image. At most one of `pixels` and `times` is given; without, nothing is cut."""
 
     face_side: int | None = None  # pixels of the face's longer side
     pixels: Size | None = None  # of the cut
     times: tuple[float, float] | None = None  # width and height of the cut, in longer sides of the face
-    fit: bool = False  # the cut takes all of the picture's shorter side
+    fit: bool = False  # the cut takes all of the image's shorter side
 
 
 def cut_faces(opts: Options) -> Outcome:
-    """Writes the pictures of --src_dir, or the parts around their faces, to --dst_dir."""
+    """Writes the images of --src_dir, or the parts around their faces, to --dst_dir."""
     opencv()
     given = opts.faces
     source, target = Path(given.src_dir), Path(given.dst_dir)
-    pictures = find_pictures(source, recursive=False)
+    paths = find_images(source, recursive=False)
     make_folder(target)
     if target.samefile(source):
         raise UserError(f"--dst_dir={target}: the results need a folder of their own, or the next run would cut them")
@@ -63,9 +63,9 @@ def cut_faces(opts: Options) -> Outcome:
     if given.rotate and not model.finds_eyes:
         raise UserError(f"--rotate needs a model that finds eyes, as YuNet does; {given.model} finds boxes only")
     outcome = Outcome()
-    todo = my_share(pictures)
+    todo = my_share(paths)
     if given.skip_existing:
-        there = _pictures_of_results(target)
+        there = _images_of_results(target)
         left = [path for path in todo if (path.stem, writable_suffix(path.suffix)) not in there]
         outcome.skipped += len(todo) - len(left)
         todo = left
@@ -94,7 +94,7 @@ def cut_faces(opts: Options) -> Outcome:
 
 
 def box_of(face: Face, size: Size) -> FaceBox:
-    """Centre and size in whole pixels, of the part that lies inside the picture."""
+    """Centre and size in whole pixels, of the part that lies inside the image."""
     left, right = (min(max(x, 0.0), size.width) for x in (face.left, face.right))
     top, bottom = (min(max(y, 0.0), size.height) for y in (face.top, face.bottom))
     return FaceBox(_whole((left + right) / 2), _whole((top + bottom) / 2), _whole(right - left), _whole(bottom - top))
@@ -115,9 +115,9 @@ def turning(centre: tuple[float, float], degrees: float) -> NDArray[np.float64]:
 
 
 def frame(size: Size, face: FaceBox, framing: Framing) -> tuple[Cut, FaceBox]:
-    """Which part of a picture becomes the result, and where the face is in it.
+    """Which part of an image becomes the result, and where the face is in it.
 
-    The cut has the face in its middle, or as near to that as the picture's edges allow. A picture that is too small
+    The cut has the face in its middle, or as near to that as the image's edges allow. An image that is too small
     for `framing.pixels` is enlarged, so that the result always has that size.
     """
     face_side = max(face.width, face.height, 1)
@@ -155,7 +155,7 @@ def _whole(value: float) -> int:
 
 
 def _cut_file(path: Path, pixels: NDArray[np.uint8], model: FaceModel, given: FaceOptions) -> list[tuple[str, bytes]]:
-    """(name, content) of every result of a picture.
+    """(name, content) of every result of an image.
 
     Raises: ValueError: a result would be too large, or cannot be written as a file of its kind.
     """
@@ -189,9 +189,9 @@ def _wanted_faces(path: Path, pixels: NDArray[np.uint8], model: FaceModel, given
 
 
 def _result(pixels: NDArray[np.uint8], face: Face, given: FaceOptions) -> tuple[NDArray[np.uint8], FaceBox]:
-    """The picture around a face, and the face's box in it.
+    """The image around a face, and the face's box in it.
 
-    Raises: ValueError: the face is so small that what it is to become would not fit into memory, or the picture is too
+    Raises: ValueError: the face is so small that what it is to become would not fit into memory, or the image is too
         long to be turned.
     """
     size = Size(pixels.shape[1], pixels.shape[0])
@@ -236,8 +236,8 @@ def _with_marks(pixels: NDArray[np.uint8], face: FaceBox, eyes: list[tuple[int, 
     return marked
 
 
-def _pictures_of_results(folder: Path) -> set[tuple[str, str]]:
-    """(stem, suffix) of the pictures that have a result in `folder`."""
+def _images_of_results(folder: Path) -> set[tuple[str, str]]:
+    """(stem, suffix) of the images that have a result in `folder`."""
     found = set()
     for entry in os.scandir(folder):
         path = Path(entry.name)

@@ -1,4 +1,4 @@
-"""Captions or tags from the files beside pictures into a metadata file: merge_captions_to_metadata.py and its like."""
+"""Captions or tags from the files beside images into a metadata file: merge_captions_to_metadata.py and its like."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from library.errors import UserError
 from library.options.base import Options
 from library.options.metadata import MergeCaptionsOptions, MergeOptions, MergeTagsOptions
 from library.options.preparation import WorkOptions
+from library.preparation.images import find_images, read_ahead
 from library.preparation.metadata import NOT_UNICODE, is_unicode, require_writable, write_metadata
 from library.preparation.outcome import Outcome, counted
-from library.preparation.pictures import find_pictures, read_ahead
 from library.preparation.texts import read_lines
 from library.runtime.logs import LOGGER
 
@@ -41,36 +41,36 @@ def merge_tags(opts: Options) -> Outcome:
 
 
 def merge(options: MergeOptions, field: Field) -> Outcome:
-    """Reads the text file of every picture, and writes what it says into the metadata as `field`.
+    """Reads the text file of every image, and writes what it says into the metadata as `field`.
 
-    What else the metadata says stays, and so does the order of its pictures; new ones follow, sorted. A picture without
+    What else the metadata says stays, and so does the order of its images; new ones follow, sorted. An image without
     a text file is left as it is.
 
-    Raises: UserError: nothing can be read, no picture has a text file, or the metadata cannot be read or written.
+    Raises: UserError: nothing can be read, no image has a text file, or the metadata cannot be read or written.
     """
     target = Path(options.out_json)
     require_writable(target, "out_json")
     entries = _entries_before(options, target)
-    pictures = find_pictures(Path(options.train_data_dir), recursive=options.recursive)
-    texts = text_files(pictures, options.caption_extension)
-    _tell_missing(pictures, texts, options)
-    keys = keys_of(pictures, entries, full_path=options.full_path)
+    images = find_images(Path(options.train_data_dir), recursive=options.recursive)
+    texts = text_files(images, options.caption_extension)
+    _tell_missing(images, texts, options)
+    keys = keys_of(images, entries, full_path=options.full_path)
     _tell_two_names(keys, entries)
-    outcome = Outcome(skipped=len(pictures) - len(texts))
+    outcome = Outcome(skipped=len(images) - len(texts))
     empty = 0
-    reading = read_ahead(list(texts), lambda picture: read_lines(texts[picture]), outcome, workers=None, desc="merging")
-    for picture, text in reading:
-        key = keys[picture]
+    reading = read_ahead(list(texts), lambda image: read_lines(texts[image]), outcome, workers=None, desc="merging")
+    for image, text in reading:
+        key = keys[image]
         if not is_unicode(key):
-            outcome.fail(picture, NOT_UNICODE)
+            outcome.fail(image, NOT_UNICODE)
             continue
         empty += not text
         entries[key] = {**entries.get(key, {}), field: text}
         outcome.done += 1
-    for picture in texts if options.debug else ():
-        if picture not in outcome.failed:
-            key = keys[picture]
-            LOGGER.info("%s: %s of %s: %s", texts[picture], field, key, entries[key][field])
+    for image in texts if options.debug else ():
+        if image not in outcome.failed:
+            key = keys[image]
+            LOGGER.info("%s: %s of %s: %s", texts[image], field, key, entries[key][field])
     if empty:
         LOGGER.warning("empty: %s", counted(empty, f"{options.caption_extension} file"))
     if outcome.done:
@@ -89,16 +89,16 @@ def _entries_before(options: MergeOptions, target: Path) -> dict[str, dict[str, 
     return read_metadata(source, may_be_empty=True)
 
 
-def text_files(pictures: Sequence[Path], extension: str) -> dict[Path, Path]:
-    """The text file of each picture that has one.
+def text_files(images: Sequence[Path], extension: str) -> dict[Path, Path]:
+    """The text file of each image that has one.
 
     Raises: UserError: a folder cannot be read.
     """
     found = {}
-    for picture in pictures:
-        name = caption_name(picture.name, extension, _names_in(picture.parent))
+    for image in images:
+        name = caption_name(image.name, extension, _names_in(image.parent))
         if name is not None:
-            found[picture] = picture.parent / name
+            found[image] = image.parent / name
     _names_in.cache_clear()  # of this moment only
     return found
 
@@ -111,57 +111,54 @@ def _names_in(folder: Path) -> frozenset[str]:
         raise UserError(f"{folder}: the folder cannot be read ({error.strerror})") from None
 
 
-def keys_of(pictures: Sequence[Path], entries: Mapping[str, Any], *, full_path: bool) -> dict[Path, str]:
-    """What each picture is called in the metadata.
+def keys_of(images: Sequence[Path], entries: Mapping[str, Any], *, full_path: bool) -> dict[Path, str]:
+    """What each image is called in the metadata.
 
     A path that `entries` have already stays as it is spelt there. Else it is the absolute path with `full_path`, as the
-    next script may be started in another folder; and the stem without. Where several pictures of the folder share a
+    next script may be started in another folder; and the stem without. Where several images of the folder share a
     stem it is the file name, as nothing else tells them apart.
     """
     known = {os.path.abspath(key): key for key in entries if is_image(os.path.basename(key))}
-    shared = Counter(picture.stem for picture in pictures)
+    shared = Counter(image.stem for image in images)
 
-    def name(picture: Path) -> str:
+    def name(image: Path) -> str:
         if full_path:
-            return os.path.abspath(picture)
-        return picture.name if shared[picture.stem] > 1 or picture.name in entries else picture.stem
+            return os.path.abspath(image)
+        return image.name if shared[image.stem] > 1 or image.name in entries else image.stem
 
-    return {picture: known.get(os.path.abspath(picture)) or name(picture) for picture in pictures}
+    return {image: known.get(os.path.abspath(image)) or name(image) for image in images}
 
 
-def _tell_missing(pictures: Sequence[Path], texts: Mapping[Path, Path], options: MergeOptions) -> None:
+def _tell_missing(images: Sequence[Path], texts: Mapping[Path, Path], options: MergeOptions) -> None:
     extension, folder = options.caption_extension, options.train_data_dir
     if not texts:
         raise UserError(
-            f"none of {counted(len(pictures))} in {folder} has a {extension} file beside it; "
-            f"name the ending of your files with --caption_extension{_others(pictures, extension)}"
+            f"none of {counted(len(images))} in {folder} has a {extension} file beside it; "
+            f"name the ending of your files with --caption_extension{_others(images, extension)}"
         )
-    missing = [picture for picture in pictures if picture not in texts]
+    missing = [image for image in images if image not in texts]
     if missing:
-        names = ", ".join(str(picture.relative_to(folder)) for picture in missing[:_SHOWN])
+        names = ", ".join(str(image.relative_to(folder)) for image in missing[:_SHOWN])
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         LOGGER.warning(
             "%d of %s without a %s file, left out: %s%s",
-            len(missing), counted(len(pictures)), extension, names, more,
+            len(missing), counted(len(images)), extension, names, more,
         )  # fmt: skip
 
 
 def _tell_two_names(keys: Mapping[Path, str], entries: Mapping[str, Any]) -> None:
     twice = [
-        other
-        for picture, key in keys.items()
-        for other in (picture.name, picture.stem)
-        if other in entries and key != other
+        other for image, key in keys.items() for other in (image.name, image.stem) if other in entries and key != other
     ]
     if twice:
         LOGGER.warning(
-            "%s without a folder in the metadata, such as '%s', may mean pictures that are there by path now; "
+            "%s without a folder in the metadata, such as '%s', may mean images that are there by path now; "
             "training takes one name for each, so remove the others, or begin with another --in_json",
             counted(len(twice), "name"), twice[0],
         )  # fmt: skip
 
 
-def _others(pictures: Sequence[Path], extension: str) -> str:
+def _others(images: Sequence[Path], extension: str) -> str:
     """A hint where files of another usual ending are there."""
-    other = [ending for ending in (".caption", ".txt") if ending != extension and text_files(pictures, ending)]
+    other = [ending for ending in (".caption", ".txt") if ending != extension and text_files(images, ending)]
     return f", such as --caption_extension={other[0]}, of which there are some" if other else ""

@@ -10,7 +10,7 @@ from typing import Any
 
 from library.checkpoints.reading import require_file
 from library.errors import UserError
-from library.preparation.pictures import processes
+from library.preparation.images import processes
 from library.runtime.packages import remedy
 
 _PROVIDERS = ("CUDAExecutionProvider", "ROCMExecutionProvider")  # on a GPU, best first

@@ -1,4 +1,4 @@
-"""What came of a run over many pictures: how many were done, how many had been before, and which failed."""
+"""What came of a run over many images: how many were done, how many had been before, and which failed."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _NAMED = 20  # failures in the summary; each was named when it happened
 
 @dataclass
 class Outcome:
-    """Counts of pictures, and the reason of each failure by its path."""
+    """Counts of images, and the reason of each failure by its path."""
 
     done: int = 0
     skipped: int = 0  # there was nothing to do
     failed: dict[Path, str] = field(default_factory=dict)
 
     def fail(self, path: Path, reason: str) -> None:
-        """Names a picture that could not be used, now and in the summary. `reason`: a few words, or an error's text."""
+        """Names an image that could not be used, now and in the summary. `reason`: a few words, or an error's text."""
         self.failed[path] = reason.removeprefix(f"{path}: ")
         LOGGER.warning("%s: %s; left out", path, self.failed[path])
 
     def status(self, strict: bool) -> int:
-        """The exit status: 1 if every picture failed, or with `strict` if any did; else 0."""
+        """The exit status: 1 if every image failed, or with `strict` if any did; else 0."""
         return int(bool(self.failed) and (strict or not (self.done or self.skipped)))
 
     def lines(self) -> list[str]:
@@ -51,13 +51,13 @@ class Outcome:
         return whole
 
 
-def counted(count: int, noun: str = "picture", several: str | None = None) -> str:
-    """``1 picture``, ``2 pictures``; `several` where a plural is not the noun with an s."""
+def counted(count: int, noun: str = "image", several: str | None = None) -> str:
+    """``1 image``, ``2 images``; `several` where a plural is not the noun with an s."""
     return f"{count} {noun if count == 1 else several or noun + 's'}"
 
 
 def show(line: str) -> None:
-    """Prints what a script is asked to tell about pictures. Signs that a console lacks show as others."""
+    """Prints what a script is asked to tell about images. Signs that a console lacks show as others."""
     if sys.stdout.isatty():
         clear_progress()  # or the line would stand behind a bar
     encoding = sys.stdout.encoding or "utf-8"

@@ -13,7 +13,7 @@ from library.errors import UserError
 from library.families.shared import hub
 from library.families.shared.building import freeze
 from library.families.shared.recognition import is_hub_id
-from library.preparation.pictures import by_the_first, is_first
+from library.preparation.images import by_the_first, is_first
 from library.runtime.durable import replacing
 from library.runtime.logs import LOGGER, progress
 from library.runtime.places import cache_folder

@@ -1,4 +1,4 @@
-"""Pictures in smaller sizes, for trainings at several resolutions: tools/resize_images_to_resolution.py."""
+"""Images in smaller sizes, for trainings at several resolutions: tools/resize_images_to_resolution.py."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from library.data.images import Cut
 from library.data.opencv import opencv
 from library.errors import UserError
 from library.options.base import Options
-from library.options.picture_tools import ResizingOptions, parse_sizes
+from library.options.image_tools import ResizingOptions, parse_sizes
 from library.options.preparation import WorkOptions
+from library.preparation.image_files import WriteError, encoded, is_written, make_folder, write_file
+from library.preparation.images import find_images, my_share, read_ahead
 from library.preparation.outcome import Outcome
-from library.preparation.picture_files import WriteError, encoded, is_written, make_folder, write_file
-from library.preparation.pictures import find_pictures, my_share, read_ahead
 from library.runtime.files import read_bytes
 from library.types import Size
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 GROUPS = (ResizingOptions, WorkOptions)
 
 
-def resize_pictures(opts: Options) -> Outcome:
-    """Writes every picture of a folder in every size of --max_resolution."""
+def resize_images(opts: Options) -> Outcome:
+    """Writes every image of a folder in every size of --max_resolution."""
     opencv()
     given = opts.resizing
     source, target = Path(given.src_img_folder), Path(given.dst_img_folder)
-    pictures = find_pictures(source, recursive=False)
+    images = find_images(source, recursive=False)
     make_folder(target)
     if target.samefile(source):
         raise UserError(f"{target}: the results need a folder of their own, or the next run would resize them too")
@@ -49,7 +49,7 @@ def resize_pictures(opts: Options) -> Outcome:
         except WriteError as error:
             return error
 
-    todo = my_share(without_namesakes(pictures, outcome))
+    todo = my_share(without_namesakes(images, outcome))
     workers = given.max_data_loader_n_workers
     for _, done in read_ahead(todo, work, outcome, workers=workers, desc="resizing"):
         if isinstance(done, WriteError):
@@ -60,7 +60,7 @@ def resize_pictures(opts: Options) -> Outcome:
 
 
 def fit(size: Size, most: Size, divisible_by: int) -> Cut:
-    """How a picture of `size` comes to have at most as many pixels as `most`, in its own proportions.
+    """How an image of `size` comes to have at most as many pixels as `most`, in its own proportions.
 
     Raises: ValueError: nothing is left of one side that could be divided by `divisible_by`.
     """
@@ -75,14 +75,14 @@ def fit(size: Size, most: Size, divisible_by: int) -> Cut:
     return images.centre_cut(resized, to)
 
 
-def result_name(picture: str, size: Size, suffix: str) -> str:
+def result_name(image: str, size: Size, suffix: str) -> str:
     """The file name of a result: ``a.b.png`` in 512x384 as ``a.b+512x384.jpg``."""
-    return f"{os.path.splitext(picture)[0]}+{size.width}x{size.height}{suffix}"
+    return f"{os.path.splitext(image)[0]}+{size.width}x{size.height}{suffix}"
 
 
-def companions(picture: str, names: Sequence[str]) -> list[str]:
-    """The files beside a picture that have its name but for the ending; neither pictures nor caches (.npz)."""
-    stem = os.path.splitext(picture)[0]
+def companions(image: str, names: Sequence[str]) -> list[str]:
+    """The files beside an image that have its name but for the ending; neither images nor caches (.npz)."""
+    stem = os.path.splitext(image)[0]
     return [
         name
         for name in names
@@ -90,10 +90,10 @@ def companions(picture: str, names: Sequence[str]) -> list[str]:
     ]
 
 
-def without_namesakes(pictures: Sequence[Path], outcome: Outcome) -> list[Path]:
-    """The pictures less those whose results would have the names of an earlier one's, as of a.jpg and a.png."""
+def without_namesakes(images: Sequence[Path], outcome: Outcome) -> list[Path]:
+    """The images less those whose results would have the names of an earlier one's, as of a.jpg and a.png."""
     first: dict[str, Path] = {}
-    for path in pictures:
+    for path in images:
         other = first.setdefault(os.path.normcase(path.stem), path)
         if other is not path:
             outcome.fail(path, f"the results would have the names of those of {other.name}; rename one of them")

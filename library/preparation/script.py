@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from library.errors import UserError
 from library.options import parsing, validation
 from library.options.base import OptionGroup, Options, options_of
+from library.preparation.images import gathered, is_first, processes
 from library.preparation.outcome import Outcome
-from library.preparation.pictures import gathered, is_first, processes
 from library.registry import options_elsewhere
 from library.runtime import logs
 from library.runtime.logs import LOGGER
@@ -30,7 +30,7 @@ def run_script(
 ) -> None:
     """Runs one script. It returns when all went well; else it exits.
 
-    1: pictures failed, see `Outcome.status`. 2: the user has something to mend. 130: interrupted.
+    1: images failed, see `Outcome.status`. 2: the user has something to mend. 130: interrupted.
 
     Args:
         work: what the script does. What it returns is added up over all processes and told at the end.

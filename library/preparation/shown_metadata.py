@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from library.checkpoints.reading import file_format, read_header
 from library.errors import UserError
 from library.options.base import Options
-from library.options.picture_tools import ShowMetadataOptions
+from library.options.image_tools import ShowMetadataOptions
 from library.options.preparation import WorkOptions
 from library.runtime.logs import LOGGER
 from library.screen import UNSEEN

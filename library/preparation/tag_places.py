@@ -1,4 +1,4 @@
-"""Where tags go: into a text file beside each picture, or all of them into one JSON file."""
+"""Where tags go: into a text file beside each image, or all of them into one JSON file."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, Protocol
 from library.data.metadata_files import read_metadata
 from library.errors import UserError
 from library.options.tagging import TaggingOptions
+from library.preparation.images import gathered, is_first, processes, require_room_beside, warn_of_shared_names
 from library.preparation.metadata import NOT_UNICODE, is_unicode, require_writable, write_metadata
 from library.preparation.outcome import counted
-from library.preparation.pictures import gathered, is_first, processes, require_room_beside, warn_of_shared_names
 from library.preparation.tag_rules import with_appended
 from library.preparation.texts import read_lines, require_text_ending, write_text
 from library.runtime.logs import LOGGER
@@ -22,49 +22,49 @@ from library.types import Size
 class TagPlace(Protocol):
     """What takes the tags of a run."""
 
-    def has(self, picture: Path) -> bool:
-        """Whether there are tags for a picture from an earlier run."""
+    def has(self, image: Path) -> bool:
+        """Whether there are tags for an image from an earlier run."""
 
-    def put(self, picture: Path, tags: Sequence[str], size: Size) -> None:
-        """Takes the tags of a picture. Raises: UserError: they cannot be put there."""
+    def put(self, image: Path, tags: Sequence[str], size: Size) -> None:
+        """Takes the tags of an image. Raises: UserError: they cannot be put there."""
 
     def finish(self) -> None:
-        """Called once by every process, when all pictures are done. Raises: UserError."""
+        """Called once by every process, when all images are done. Raises: UserError."""
 
     def interrupted(self) -> None:
         """Called in place of `finish` when the user stops the run."""
 
 
-def tag_place(options: TaggingOptions, pictures: Sequence[Path]) -> TagPlace:
-    """The place that the options name, for these pictures of all processes.
+def tag_place(options: TaggingOptions, images: Sequence[Path]) -> TagPlace:
+    """The place that the options name, for these images of all processes.
 
     Raises: UserError: what is there cannot be read, or nothing can be written there.
     """
     if options.output_path is None:
         require_text_ending(options.caption_extension)
-        warn_of_shared_names(pictures, "tag file")
+        warn_of_shared_names(images, "tag file")
         place = TagFiles(options.caption_extension, options.caption_separator, append=options.append_tags)
-        new = (picture for picture in pictures if not (options.skip_existing and place.has(picture)))
+        new = (image for image in images if not (options.skip_existing and place.has(image)))
         require_room_beside(new, "tag files")
         return place
     keep = options.skip_existing or options.append_tags
-    return OneFile(Path(options.output_path), pictures, options.caption_separator, options.append_tags, keep)
+    return OneFile(Path(options.output_path), images, options.caption_separator, options.append_tags, keep)
 
 
 class TagFiles:
-    """``<stem><extension>`` beside each picture."""
+    """``<stem><extension>`` beside each image."""
 
     def __init__(self, extension: str, separator: str, *, append: bool):
         self._extension, self._separator, self._append = extension, separator, append
 
-    def path_of(self, picture: Path) -> Path:
-        return picture.with_name(picture.stem + self._extension)
+    def path_of(self, image: Path) -> Path:
+        return image.with_name(image.stem + self._extension)
 
-    def has(self, picture: Path) -> bool:
-        return os.path.isfile(self.path_of(picture))  # Path.is_file raises over names that are too long
+    def has(self, image: Path) -> bool:
+        return os.path.isfile(self.path_of(image))  # Path.is_file raises over names that are too long
 
-    def put(self, picture: Path, tags: Sequence[str], size: Size) -> None:
-        path, text = self.path_of(picture), self._separator.join(tags)
+    def put(self, image: Path, tags: Sequence[str], size: Size) -> None:
+        path, text = self.path_of(image), self._separator.join(tags)
         if self._append and os.path.isfile(path):
             before = read_lines(path)
             text = with_appended(before, tags, self._separator)
@@ -80,15 +80,15 @@ class TagFiles:
 
 
 class OneFile:
-    """A `.json` or `.jsonl` file with an entry for each picture, by its full path.
+    """A `.json` or `.jsonl` file with an entry for each image, by its full path.
 
     Args:
-        pictures: of all processes, in the order in which they are written.
+        images: of all processes, in the order in which they are written.
         keep: what the file says already stays.
     """
 
-    def __init__(self, path: Path, pictures: Sequence[Path], separator: str, append: bool, keep: bool):
-        self._path, self._pictures, self._separator, self._append = path, pictures, separator, append
+    def __init__(self, path: Path, images: Sequence[Path], separator: str, append: bool, keep: bool):
+        self._path, self._images, self._separator, self._append = path, images, separator, append
         self._field = "caption" if path.suffix.lower() == ".jsonl" else "tags"
         self._new: dict[str, dict[str, Any]] = {}
         before = read_metadata(path, may_be_empty=True) if keep and path.is_file() else {}
@@ -97,12 +97,12 @@ class OneFile:
         if is_first():
             require_writable(path, "--output_path")
 
-    def has(self, picture: Path) -> bool:
-        _, entry = self._before.get(os.path.abspath(picture), ("", {}))
+    def has(self, image: Path) -> bool:
+        _, entry = self._before.get(os.path.abspath(image), ("", {}))
         return entry.get(self._field) is not None
 
-    def put(self, picture: Path, tags: Sequence[str], size: Size) -> None:
-        full = os.path.abspath(picture)
+    def put(self, image: Path, tags: Sequence[str], size: Size) -> None:
+        full = os.path.abspath(image)
         if not is_unicode(full):
             raise UserError(NOT_UNICODE)
         _, before = self._before.get(full, ("", {}))
@@ -125,8 +125,8 @@ class OneFile:
 
     def _write(self, new: dict[str, dict[str, Any]]) -> None:
         entries = {key: new.get(full, entry) for full, (key, entry) in self._before.items()}
-        for picture in self._pictures:
-            full = os.path.abspath(picture)
+        for image in self._images:
+            full = os.path.abspath(image)
             if full in new and full not in self._before:
                 entries[full] = new[full]
         write_metadata(self._path, entries)

@@ -133,7 +133,7 @@ def parse_replacements(text: str) -> dict[str, str]:
 
 
 def make_vocabulary(labels: Sequence[Label], rules: TagRules, *, ranked: bool) -> Vocabulary:
-    """Works out once what is the same for every picture.
+    """Works out once what is the same for every image.
 
     Args:
         labels: in the order of the model's outputs.
@@ -175,11 +175,11 @@ def expanded(name: str) -> list[str]:
     return [found[1], found[2]] if found else [name]
 
 
-# ---- pictures
+# ---- images
 
 
 def choose_tags(probabilities: NDArray[np.float32], words: Vocabulary, rules: TagRules) -> list[str]:
-    """The tags of one picture as they are written, none of them twice.
+    """The tags of one image as they are written, none of them twice.
 
     Characters come last, wherever the labels have them. Where they go first they do so one by one, so that of several
     the last one leads, as tag files of the field have it. A ranked vocabulary keeps its order in both.

@@ -1,4 +1,4 @@
-"""A tagger: its labels, how it wants to see a picture, and ONNX Runtime that runs it."""
+"""A tagger: its labels, how it wants to see an image, and ONNX Runtime that runs it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _WHITE = 255
 _LONGEST = 8192  # pixels of a side, of what is made square as it is: a long strip would need all memory
-_SPARE = 4  # times the tagger's picture is how large a decoded one is at least, to be placed exactly enough
+_SPARE = 4  # times the tagger's image is how large a decoded one is at least, to be placed exactly enough
 _SIDES = {"table": 448, "mapping": 448, "list": 512}  # in pixels, where the model takes any
 _BY_NUMBER = {"0": "general", "1": "artist", "3": "copyright", "4": "character", "5": "meta", "9": "rating"}
 _SHOWN = 5  # categories that are not known, in a warning
@@ -41,9 +41,9 @@ class Tagger:
 
     files: TaggerFiles
     labels: tuple[Label, ...]  # in the order of the outputs
-    size: Size  # of the pictures that it sees, in pixels
+    size: Size  # of the images that it sees, in pixels
     planes: bool  # takes (N, 3, H, W), instead of (N, H, W, 3)
-    batch: int | None  # pictures that it takes at a time; None: any number
+    batch: int | None  # images that it takes at a time; None: any number
     dtype: type[np.floating[Any]]
     session: Any  # onnxruntime.InferenceSession
 
@@ -66,7 +66,7 @@ def open_tagger(files: TaggerFiles) -> Tagger:
     planes = len(shape) == 4 and shape[1] == 3 and shape[3] != 3
     channels = shape[1 if planes else 3] if len(shape) == 4 else 0
     if taken.type not in _TYPES or (isinstance(channels, int) and channels != 3):
-        raise UserError(f"{files.path}: no tagger; it takes {taken.type} of shape {shape} and not pictures")
+        raise UserError(f"{files.path}: no tagger; it takes {taken.type} of shape {shape} and not images")
     outputs = given.shape[-1]
     if isinstance(outputs, int) and outputs != len(labels):
         raise UserError(
@@ -150,14 +150,14 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-# ---- pictures
+# ---- images
 
 
 def read_pixels(path: Path, tagger: Tagger) -> tuple[NDArray[np.floating[Any]], Size]:
-    """A picture as the tagger sees it, and its own size in pixels.
+    """An image as the tagger sees it, and its own size in pixels.
 
     Large JPEG files are decoded at a fraction of their size, see `read_reduced`. What the tagger sees differs from the
-    whole picture by less than one level of 255 on average.
+    whole image by less than one level of 255 on average.
 
     Returns: (H, W, 3) or (3, H, W) in the tagger's float type.
     Raises: OSError or ValueError: it cannot be read.
@@ -170,10 +170,10 @@ def to_input(image: NDArray[np.uint8], tagger: Tagger, whole: Size | None = None
     """RGB (H, W, 3) to what the model takes.
 
     "table": BGR from 0 to 255; "mapping": BGR from -1 to 1; both padded to a square with white. "list": RGB from 0 to
-    1, with the colours of the picture's edges around it.
+    1, with the colours of the image's edges around it.
 
     Args:
-        whole: the picture's own size, where it was decoded smaller.
+        whole: the image's own size, where it was decoded smaller.
     """
     whole = whole or Size(image.shape[1], image.shape[0])
     if tagger.files.kind == "list":
@@ -205,7 +205,7 @@ def _squared(image: NDArray[np.uint8], whole: Size) -> NDArray[np.uint8]:
     if side > _LONGEST:
         return _squared(resize(image, _fitted(Size(width, height), Size(_LONGEST, _LONGEST))), whole)
     square = np.full((side, side, 3), _WHITE, np.uint8)
-    # Where the whole picture would be: one that was decoded smaller may have a broken row more.
+    # Where the whole image would be: one that was decoded smaller may have a broken row more.
     scale = side / max(whole)
     top = min(side - height, floor((max(whole) - whole.height) // 2 * scale + 0.5))
     left = min(side - width, floor((max(whole) - whole.width) // 2 * scale + 0.5))
@@ -214,7 +214,7 @@ def _squared(image: NDArray[np.uint8], whole: Size) -> NDArray[np.uint8]:
 
 
 def _edged(image: NDArray[np.uint8], size: Size, whole: Size) -> NDArray[np.uint8]:
-    """All of the picture in a frame of `size`; its outermost pixels fill what is left."""
+    """All of the image in a frame of `size`; its outermost pixels fill what is left."""
     inner = _fitted(whole, size)
     fitted = resize(image, inner, "area")
     top, left = (size.height - inner.height) // 2, (size.width - inner.width) // 2
@@ -222,10 +222,10 @@ def _edged(image: NDArray[np.uint8], size: Size, whole: Size) -> NDArray[np.uint
     return np.pad(fitted, ((top, below), (left, right), (0, 0)), mode="edge")
 
 
-def _fitted(picture: Size, frame: Size, times: int = 1) -> Size:
-    """The size at which all of a picture just fits into a frame, or into one so many times as large."""
-    scale = times * min(frame.width / picture.width, frame.height / picture.height)
-    return Size(max(1, floor(picture.width * scale + 0.5)), max(1, floor(picture.height * scale + 0.5)))
+def _fitted(image: Size, frame: Size, times: int = 1) -> Size:
+    """The size at which all of an image just fits into a frame, or into one so many times as large."""
+    scale = times * min(frame.width / image.width, frame.height / image.height)
+    return Size(max(1, floor(image.width * scale + 0.5)), max(1, floor(image.height * scale + 0.5)))
 
 
 def probabilities(pixels: Sequence[NDArray[np.floating[Any]]], tagger: Tagger) -> NDArray[np.float32]:
@@ -234,7 +234,7 @@ def probabilities(pixels: Sequence[NDArray[np.floating[Any]]], tagger: Tagger) -
     Args:
         pixels: as `read_pixels` gives them, any number from 1.
 
-    Returns: (pictures, labels), from 0 to 1.
+    Returns: (images, labels), from 0 to 1.
     Raises: UserError: the model cannot be run, e.g. for lack of memory.
     """
     count = tagger.batch or len(pixels)

@@ -1,4 +1,4 @@
-"""Tags for the pictures of a folder: finetune/tag_images_by_wd14_tagger.py."""
+"""Tags for the images of a folder: finetune/tag_images_by_wd14_tagger.py."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from library.errors import UserError
 from library.options.base import Options
 from library.options.preparation import WorkOptions
 from library.options.tagging import TaggingOptions
-from library.preparation.outcome import Outcome, counted, show
-from library.preparation.pictures import (
+from library.preparation.images import (
     by_the_first,
-    find_pictures,
+    find_images,
     gathered,
     in_batches,
     is_first,
     my_share,
     read_ahead,
 )
+from library.preparation.outcome import Outcome, counted, show
 from library.preparation.tag_places import TagPlace, tag_place
 from library.preparation.tag_rules import (
     TagRules,
@@ -44,14 +44,14 @@ if TYPE_CHECKING:
 
 GROUPS = (TaggingOptions, WorkOptions)
 
-_BEHIND = 32  # pictures whose tags may still wait to be written
+_BEHIND = 32  # images whose tags may still wait to be written
 
 
 @dataclass
 class _Found:
-    """What is told at the end, of this process's pictures."""
+    """What is told at the end, of this process's images."""
 
-    pictures_by_tag: Counter[str] = field(default_factory=Counter)
+    images_by_tag: Counter[str] = field(default_factory=Counter)
     without_tags: int = 0
 
 
@@ -64,17 +64,17 @@ class _Put(NamedTuple):
     done: Future[None]
 
 
-def tag_pictures(opts: Options) -> Outcome:
-    """Writes the tags of every picture in this process's share.
+def tag_images(opts: Options) -> Outcome:
+    """Writes the tags of every image in this process's share.
 
-    Raises: UserError: there are no pictures, the tagger cannot be had or run, or the file for all cannot be written.
+    Raises: UserError: there are no images, the tagger cannot be had or run, or the file for all cannot be written.
     """
     opencv()
     options: TaggingOptions = opts.tagging
     rules = rules_of(options)
-    pictures = find_pictures(Path(options.train_data_dir), recursive=options.recursive)
-    place = tag_place(options, pictures)
-    share = my_share(pictures)
+    images = find_images(Path(options.train_data_dir), recursive=options.recursive)
+    place = tag_place(options, images)
+    share = my_share(images)
     todo = [path for path in share if not (options.skip_existing and place.has(path))]
     outcome, found = Outcome(skipped=len(share) - len(todo)), _Found()
     if not any(gathered(len(todo))):  # together, as the processes load together
@@ -114,7 +114,7 @@ def _tell_before(options: TaggingOptions, tagger: Tagger, words: Vocabulary) -> 
 
 
 def _tag(
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     tagger: Tagger,
     words: Vocabulary,
     rules: TagRules,
@@ -129,17 +129,17 @@ def _tag(
         return read_pixels(path, tagger)
 
     size = max(options.batch_size, tagger.batch or 1)
-    reading = read_ahead(pictures, read, outcome, workers=options.max_data_loader_n_workers, desc="tags", batch=size)
+    reading = read_ahead(images, read, outcome, workers=options.max_data_loader_n_workers, desc="tags", batch=size)
     behind: deque[_Put] = deque()
-    with ThreadPoolExecutor(1) as writer:  # the next pictures need not wait for the disk
+    with ThreadPoolExecutor(1) as writer:  # the next images need not wait for the disk
         for batch in in_batches(reading, size):
             rows = probabilities([pixels for _, (pixels, _) in batch], tagger)
-            for (path, (_, size_of_picture)), row in zip(batch, rows, strict=True):
+            for (path, (_, size_of_image)), row in zip(batch, rows, strict=True):
                 if not np.isfinite(row).all():
                     outcome.fail(path, "the tagger's answer holds no numbers (NaN)")
                     continue
                 tags = choose_tags(row, words, rules)
-                behind.append(_Put(path, tags, row, writer.submit(place.put, path, tags, size_of_picture)))
+                behind.append(_Put(path, tags, row, writer.submit(place.put, path, tags, size_of_image)))
             while len(behind) > _BEHIND:
                 _settle(behind.popleft(), words, rules, options, outcome, found)
         while behind:
@@ -149,14 +149,14 @@ def _tag(
 def _settle(
     put: _Put, words: Vocabulary, rules: TagRules, options: TaggingOptions, outcome: Outcome, found: _Found
 ) -> None:
-    """Counts a picture whose tags have been put where they belong, once they are there."""
+    """Counts an image whose tags have been put where they belong, once they are there."""
     try:
         put.done.result()
     except UserError as error:
         outcome.fail(put.path, str(error))
         return
     outcome.done += 1
-    found.pictures_by_tag.update(put.tags)
+    found.images_by_tag.update(put.tags)
     found.without_tags += not put.tags
     if options.debug:
         show(f"{put.path}: {rules.separator.join(put.tags)}")
@@ -170,6 +170,6 @@ def _tell_after(found: Sequence[_Found], options: TaggingOptions) -> None:
     if without := sum(one.without_tags for one in found):
         LOGGER.warning("%s without a tag, as nothing reaches the thresholds", counted(without))
     if options.frequency_tags:
-        counts: Counter[str] = sum((one.pictures_by_tag for one in found), Counter())
+        counts: Counter[str] = sum((one.images_by_tag for one in found), Counter())
         for tag, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
             show(f"{tag}: {count}")

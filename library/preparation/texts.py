@@ -42,9 +42,9 @@ def read_lines(path: Path) -> str:
 
 
 def require_text_ending(extension: str) -> None:
-    """Raises: UserError: texts with this ending would take the place of pictures."""
+    """Raises: UserError: texts with this ending would take the place of images."""
     if is_image(f"a{extension}"):
-        raise UserError(f"--caption_extension: files ending in {extension} are pictures; give another, such as .txt")
+        raise UserError(f"--caption_extension: files ending in {extension} are images; give another, such as .txt")
 
 
 def write_text(path: Path, text: str) -> None:

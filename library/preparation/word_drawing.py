@@ -1,4 +1,4 @@
-"""Draws the words of captions, each picture from a stream of its own."""
+"""Draws the words of captions, each image from a stream of its own."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class DrawnWords:
     """A logits processor after which the best score is a word drawn from the nucleus.
 
     transformers would draw for the whole batch from torch's global generator, so that a caption depended on the
-    pictures before and beside it. Here Gumbel noise from a picture's own stream is added to the scores, and greedy
+    images before and beside it. Here Gumbel noise from an image's own stream is added to the scores, and greedy
     search takes the best: the same distribution, address by address.
 
     Args:
         top_p: in (0, 1]; words are drawn from the likeliest ones that together have at least this probability.
         seed: of the run.
-        names: what tells a picture from the others, in the order of the batch.
+        names: what tells an image from the others, in the order of the batch.
     """
 
     def __init__(self, top_p: float, seed: int, names: Sequence[str]):

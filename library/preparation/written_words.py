@@ -1,4 +1,4 @@
-"""Takes out of captions what a model believes to be written in a picture; it is mostly wrong about that."""
+"""Takes out of captions what a model believes to be written in an image; it is mostly wrong about that."""
 
 from __future__ import annotations
 

@@ -386,7 +386,7 @@ def _usable(run: Run, facts: RunFacts, folder: Path) -> str:
 
 def _sample(run: Run, facts: RunFacts, *, epoch_end: bool) -> None:
     with run.as_used():
-        pictures = run.preview.render(
+        images = run.preview.render(
             run.models,
             facts.step,
             facts.epoch if epoch_end else None,
@@ -394,9 +394,9 @@ def _sample(run: Run, facts: RunFacts, *, epoch_end: bool) -> None:
             device=run.accelerator.device,
             write=run.writes,
         )
-    for index, picture in enumerate(pictures):
-        LOGGER.info("sampled %s", picture.path)
-        run.tracker.image(facts.step, f"sample/{index:02d}", picture.image, picture.prompt.prompt)
+    for index, image in enumerate(images):
+        LOGGER.info("sampled %s", image.path)
+        run.tracker.image(facts.step, f"sample/{index:02d}", image.image, image.prompt.prompt)
 
 
 class _Report:

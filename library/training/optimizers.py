@@ -33,7 +33,7 @@ _LOW_FACTOR = 0.1
 def make_optimizer(groups: list[dict[str, Any]], options: OptimizerOptions) -> torch.optim.Optimizer:
     """The optimizer over `groups` ({"params", "lr", "name"}), ready to train; `groups` stay as they are.
 
-    Rates may be negative where the optimizer's rule allows it: training then leads away from the pictures.
+    Rates may be negative where the optimizer's rule allows it: training then leads away from the images.
 
     Raises: UserError: the class is not there, refuses its arguments, or cannot run on this device.
     """
@@ -118,7 +118,7 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Within the block the weights are the average of a schedule-free optimizer, afterwards exactly what they were.
 
     Its own way back rounds: a run would depend on how often it saved, and processes would drift apart where only the
-    first one samples. The copies lie in main memory. Nothing happens with other optimizers.
+    first one samples. The copies lie in CPU memory. Nothing happens with other optimizers.
     """
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has the method for all
     if not callable(getattr(inner, "eval", None)):

@@ -37,10 +37,10 @@ def loading(opts: Options, device: torch.device) -> AbstractContextManager:
     if not opts.memory.lowram:
         return nullcontext()
     if device.type == "cpu":
-        LOGGER.warning("--lowram: no effect on a CPU; the model is in main memory anyway")
+        LOGGER.warning("--lowram: no effect on a CPU; the model is in CPU memory anyway")
         return nullcontext()
     if swaps(opts, device):
-        LOGGER.warning("--lowram: no effect with --blocks_to_swap, whose blocks stay in main memory")
+        LOGGER.warning("--lowram: no effect with --blocks_to_swap, whose blocks stay in CPU memory")
         return nullcontext()
     return device
 
@@ -110,14 +110,14 @@ def swapped_blocks(family: Family, models: Models, opts: Options, device: torch.
 
 
 def swap_blocks(family: Family, models: Models, opts: Options, device: torch.device) -> BlockSwap | None:
-    """Spreads the denoiser over `device` and main memory; None: it is on `device` as a whole.
+    """Spreads the denoiser over `device` and CPU memory; None: it is on `device` as a whole.
 
     Compile before it, and let the optimizer know it. Raises: UserError: more blocks than can be swapped.
     """
     count = swapped_blocks(family, models, opts, device)
     if not count:
         if getattr(opts, "swap", None) is not None and opts.swap.count:
-            LOGGER.warning("--blocks_to_swap: no effect on a CPU; the model is in main memory anyway")
+            LOGGER.warning("--blocks_to_swap: no effect on a CPU; the model is in CPU memory anyway")
         return None
     from library.memory.block_swap import BlockSwap
 
@@ -170,7 +170,7 @@ def _keep(part: nn.Module, form: str, device: torch.device) -> int:
 
 def _offloads(opts: Options, device: torch.device) -> bool:
     if opts.memory.cpu_offload_checkpointing and device.type == "cpu":
-        LOGGER.warning("--cpu_offload_checkpointing: no effect on a CPU; activations are in main memory anyway")
+        LOGGER.warning("--cpu_offload_checkpointing: no effect on a CPU; activations are in CPU memory anyway")
         return False
     return opts.memory.cpu_offload_checkpointing
 
@@ -199,7 +199,7 @@ def release_text_encoders(models: Models, *, keep: Iterable[str]) -> None:
 
 
 def release(part: nn.Module | None, opts: Options) -> None:
-    """After its outputs are cached, a part is needed for sample pictures only; --highvram keeps it on the device."""
+    """After its outputs are cached, a part is needed for sample images only; --highvram keeps it on the device."""
     if part is not None and not opts.memory.highvram:
         part.to("cpu")
         _give_back()

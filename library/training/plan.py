@@ -1,4 +1,4 @@
-"""The arithmetic of a run: how pictures become batches, batches optimizer steps, and steps epochs. No torch here."""
+"""The arithmetic of a run: how images become batches, batches optimizer steps, and steps epochs. No torch here."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def choose_start(plan: RunPlan, opts: TrainingOptions, saved_step: int | None, *
 def describe(plan: RunPlan, images: int, reg_images: int) -> list[str]:
     """The lines shown before the first step. `images` and `reg_images` count repeats."""
     lines = [
-        f"pictures x repeats per epoch: {images}" + (f" + {reg_images} regularisation" if reg_images else ""),
+        f"images x repeats per epoch: {images}" + (f" + {reg_images} regularisation" if reg_images else ""),
         f"batches per epoch: {plan.batches_per_epoch}; processes: {plan.processes}; "
         f"gradient accumulation: {plan.accumulation}",
         f"optimizer steps per epoch: ceil(ceil({plan.batches_per_epoch} / {plan.processes}) / {plan.accumulation}) "

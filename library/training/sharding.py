@@ -79,7 +79,7 @@ class Shards:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Within the block, the first process's modules hold their whole weights in main memory, to be saved."""
+        """Within the block, the first process's modules hold their whole weights in CPU memory, to be saved."""
         self.settle()
         found: dict[int, nn.Parameter] = {}  # several modules may share one
         put: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -102,7 +102,7 @@ class Shards:
 
 
 def whole(value: Any, *, keep: bool = True) -> Any:
-    """Nested containers with every spread tensor gathered, in main memory.
+    """Nested containers with every spread tensor gathered, in CPU memory.
 
     Args: keep: without it tensors become None where they are not needed; all processes must take part all the same.
     """

@@ -1,4 +1,4 @@
-"""Where the numbers and pictures of a run go: TensorBoard and Weights & Biases.
+"""Where the numbers and images of a run go: TensorBoard and Weights & Biases.
 
 Each has a thread of its own. One that fails is left out from then on, one that is slow loses values: training goes on.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from library.options.base import Options
 
-_MOST_WAITING = 1000  # values and pictures that a slow tracker may be behind
+_MOST_WAITING = 1000  # values and images that a slow tracker may be behind
 _PATIENCE = 60.0  # seconds that the end of a run waits for a tracker
 
 

@@ -1,4 +1,4 @@
-"""The loss on pictures that are not trained on, with the same noise and timesteps each time."""
+"""The loss on images that are not trained on, with the same noise and timesteps each time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Validation:
         given = [f"--{name}" for name in _ABOUT_VALIDATION if name in opts.explicit and getattr(opts.validation, name)]
         if given and data is None:
             LOGGER.warning(
-                "%s: no effect, no pictures are kept for validation; --validation_split keeps some", ", ".join(given)
+                "%s: no effect, no images are kept for validation; --validation_split keeps some", ", ".join(given)
             )
 
     def due(self, step: int, epoch: int | None = None) -> bool:
@@ -50,14 +50,14 @@ class Validation:
 
     @torch.no_grad()
     def losses(self, parts: StepParts, accelerator: Accelerator) -> dict[str, float]:
-        """The mean loss per picture, of all and by range of timesteps, by the names they are logged under.
+        """The mean loss per image, of all and by range of timesteps, by the names they are logged under.
 
         Every process computes its share; all get the same result, however many they are.
         """
         rank, world = accelerator.process_index, accelerator.num_processes
         loader = self._data.loader(1, rank=rank, world=world)
         count = self._data.batches_per_epoch if self._most is None else min(self._data.batches_per_epoch, self._most)
-        sums = torch.zeros(2, _RANGES, device=accelerator.device)  # losses, pictures; by range
+        sums = torch.zeros(2, _RANGES, device=accelerator.device)  # losses, images; by range
         for turn, batch in enumerate(islice(loader, math.ceil(count / world))):
             number = turn * world + rank  # among those of all processes
             rng = seeds.generator(accelerator.device, self._seed, "validation", number)
@@ -68,12 +68,12 @@ class Validation:
             place = (timesteps.float() * _RANGES / _TIMESTEPS).long().clamp(0, _RANGES - 1)
             sums[0].index_add_(0, place, losses.float())
             sums[1].index_add_(0, place, torch.ones_like(losses, dtype=torch.float32))
-        loss, pictures = accelerator.reduce(sums, "sum").cpu()
-        found = {"loss/validation": float(loss.sum() / pictures.sum())}
+        loss, images = accelerator.reduce(sums, "sum").cpu()
+        found = {"loss/validation": float(loss.sum() / images.sum())}
         for number in range(_RANGES):
-            if pictures[number]:
+            if images[number]:
                 low, high = number * _TIMESTEPS // _RANGES, (number + 1) * _TIMESTEPS // _RANGES - 1
-                found[f"loss/validation t {low:03d}-{high:03d}"] = float(loss[number] / pictures[number])
+                found[f"loss/validation t {low:03d}-{high:03d}"] = float(loss[number] / images[number])
         return found
 
 

@@ -39,7 +39,7 @@ def write_vocabulary(folder: Path) -> Path:
 
 
 def tiny_blip(seed: int = 1) -> BlipForConditionalGeneration:
-    """BLIP of width 64 for pictures of 32 px, with the numbers of the original: norms, one head per 64."""
+    """BLIP of width 64 for images of 32 px, with the numbers of the original: norms, one head per 64."""
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 1}
     text = {
         **shape,
@@ -112,7 +112,7 @@ def write_original_blip(model: BlipForConditionalGeneration, path: Path) -> Path
 
 
 def write_git_folder(folder: Path, seed: int = 0) -> Path:
-    """GIT of width 64 for pictures of 32 px, in transformers' layout."""
+    """GIT of width 64 for images of 32 px, in transformers' layout."""
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 1}
     config = GitConfig(
         vision_config={**shape, "image_size": 32, "patch_size": 8},
@@ -128,13 +128,13 @@ def write_git_folder(folder: Path, seed: int = 0) -> Path:
     _wordy(model.output.bias)
     model.save_pretrained(folder)
     tokenizer = BertTokenizer.from_pretrained(write_vocabulary(folder))
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    GitProcessor(pictures, tokenizer).save_pretrained(folder)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    GitProcessor(images, tokenizer).save_pretrained(folder)
     return folder
 
 
 def write_qwen_folder(folder: Path, seed: int = 0) -> Path:
-    """Qwen2-VL of width 32, in the hub's layout: asked through a chat, with as many tokens as a picture's size asks."""
+    """Qwen2-VL of width 32, in the hub's layout: asked through a chat, with as many tokens as an image's size asks."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     marks = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -208,7 +208,7 @@ def _wordy(bias: Tensor) -> None:
 
 
 def _alive(model: nn.Module) -> nn.Module:
-    """With weights so large that pictures make a difference, and nothing all zero, so that mixed-up names show."""
+    """With weights so large that images make a difference, and nothing all zero, so that mixed-up names show."""
     for parameter in model.parameters():
         parameter.data += (0.15 if parameter.ndim > 1 else 0.1) * torch.randn_like(parameter)
     return model.requires_grad_(False).eval()

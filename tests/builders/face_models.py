@@ -1,4 +1,4 @@
-"""ONNX face detectors that really look at pictures, small enough to write by hand.
+"""ONNX face detectors that really look at images, small enough to write by hand.
 
 They find orange: each cell of a grid is a face, as sure as it has more red than blue. White, grey and black are none.
 """

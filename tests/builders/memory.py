@@ -1,4 +1,4 @@
-"""How much main memory a piece of work takes, as Linux tells it."""
+"""How much CPU memory a piece of work takes, as Linux tells it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ needs_linux = pytest.mark.skipif(
 
 
 def most_memory(work: Callable[[], object]) -> int:
-    """Bytes of main memory that `work` takes at its height, beyond what is in use before."""
+    """Bytes of CPU memory that `work` takes at its height, beyond what is in use before."""
 
     def kilobytes(name: str) -> int:
         status = Path("/proc/self/status").read_text(encoding="ascii")

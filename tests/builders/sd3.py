@@ -17,7 +17,7 @@ from library.families.shared.vae import vae_map
 from tests.builders.t5 import t5_weights, tiny_t5
 
 WIDTH, DEPTH = 64, 3
-TABLE = 12  # positions on a side: pictures up to 192 pixels
+TABLE = 12  # positions on a side: images up to 192 pixels
 CLIP_L, CLIP_G, T5 = 64, 64, 160  # widths of states; CLIP's rows are filled up with zeros to T5's
 PROJECTED_G = 96
 POOLED = CLIP_L + PROJECTED_G

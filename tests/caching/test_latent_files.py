@@ -18,17 +18,17 @@ from library.types import Size
 
 PLAIN = CacheLayout("_sd.npz", 4, keys_by_size=False)
 SIZED = CacheLayout("_flux.npz", 16, keys_by_size=True)
-IDENTITY = Identity("picture digest", "vae fingerprint", None)
+IDENTITY = Identity("image digest", "vae fingerprint", None)
 LARGE, SMALL = Size(64, 48), Size(32, 24)
 
 
 @pytest.fixture
 def wanted(tmp_path) -> Wanted:
-    """A picture of 130x97, for the bucket 64x48. Its content is never looked at here."""
-    picture = tmp_path / "a b.v2.png"
-    picture.write_bytes(b"picture")
+    """An image of 130x97, for the bucket 64x48. Its content is never looked at here."""
+    image = tmp_path / "a b.v2.png"
+    image.write_bytes(b"image")
     return Wanted(
-        picture=picture,
+        image=image,
         present=True,
         shared_stem=False,
         size=Size(130, 97),
@@ -93,7 +93,7 @@ def named(wanted: Wanted, layout: CacheLayout = PLAIN) -> Path:
 
 
 def oldest(wanted: Wanted) -> Path:
-    return wanted.picture.with_name(f"{wanted.picture.stem}.npz")
+    return wanted.image.with_name(f"{wanted.image.stem}.npz")
 
 
 # ---- the format
@@ -127,7 +127,7 @@ def test_numpy_finds_the_arrays_of_the_format(wanted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("picture", "bucket", "expected"),
+    ("image", "bucket", "expected"),
     [
         ((512, 512), (512, 512), (0, 0, 512, 512)),
         ((1920, 1080), (640, 384), (0, 12, 640, 372)),
@@ -136,15 +136,15 @@ def test_numpy_finds_the_arrays_of_the_format(wanted, tmp_path):
         ((640, 480), (640, 448), (21, 0, 618.333, 448)),
     ],
 )
-def test_recorded_crops(wanted, picture, bucket, expected):
-    """Worked values: what an earlier trainer wrote for these pictures and buckets."""
-    crop = crop_ltrb(Size(*bucket), Size(*picture))
-    entry = save(replace(wanted, size=Size(*picture), bucket=Size(*bucket), crop_ltrb=crop))
+def test_recorded_crops(wanted, image, bucket, expected):
+    """Worked values: what an earlier trainer wrote for these images and buckets."""
+    crop = crop_ltrb(Size(*bucket), Size(*image))
+    entry = save(replace(wanted, size=Size(*image), bucket=Size(*bucket), crop_ltrb=crop))
     assert np.load(entry.file)["crop_ltrb"].tolist() == pytest.approx(expected, abs=5e-4)
 
 
 @pytest.mark.parametrize(
-    ("picture", "shared", "layout", "expected"),
+    ("image", "shared", "layout", "expected"),
     [
         ("a.png", False, PLAIN, ["a.npz", "a_0130x0097_sd.npz"]),
         ("a.b.jpg", False, PLAIN, ["a.b.npz", "a.b_0130x0097_sd.npz"]),
@@ -153,8 +153,8 @@ def test_recorded_crops(wanted, picture, bucket, expected):
         ("a.JPG", True, SIZED, ["a.JPG_0130x0097_flux.npz"]),
     ],
 )
-def test_file_names(wanted, tmp_path, picture, shared, layout, expected):
-    wanted = replace(wanted, picture=tmp_path / picture, shared_stem=shared)
+def test_file_names(wanted, tmp_path, image, shared, layout, expected):
+    wanted = replace(wanted, image=tmp_path / image, shared_stem=shared)
     assert latent_files.files_of(wanted, layout) == [tmp_path / name for name in expected]
 
 
@@ -196,11 +196,11 @@ def test_a_second_size_does_not_overwrite_an_earlier_trainers(wanted):
     assert find(in_bucket(wanted, SMALL)) == Entry(named(wanted), "_3x4", (4, 3, 4))
 
 
-@pytest.mark.parametrize("stale", ["old", "nan", "other channels", "other picture"])
+@pytest.mark.parametrize("stale", ["old", "nan", "other channels", "other image"])
 def test_what_is_of_no_use_is_overwritten(wanted, stale):
     latents = np.ones((3 if stale == "other channels" else 4, 6, 8), np.float32)
     latents[0, 0, 0] = np.nan if stale == "nan" else 1
-    size = np.array([1, 1]) if stale == "other picture" else np.array(wanted.size)
+    size = np.array([1, 1]) if stale == "other image" else np.array(wanted.size)
     theirs(named(wanted), wanted, latents=latents, original_size=size)
     if stale == "old":
         os.utime(named(wanted), (1, 1))
@@ -216,7 +216,7 @@ def test_entries_of_another_origin_go_when_a_new_one_comes(wanted):
     assert set(store.names(named(wanted))) == {"latents", "original_size", "crop_ltrb", "provenance"}
     assert "made by another VAE" not in str(find(in_bucket(wanted, SMALL), identity=other))
     assert save(wanted, identity=other).suffix == "_6x8"
-    changed = replace(other, picture="new digest")
+    changed = replace(other, image="new digest")
     assert save(wanted, identity=changed).suffix == ""
     assert np.load(named(wanted))["latents"].shape == (4, 6, 8)
     assert not any(name.endswith(("_3x4", "_6x8")) for name in store.names(named(wanted)))
@@ -287,10 +287,10 @@ def test_an_unmarked_entry_that_lacks_something_is_replaced_as_a_whole(wanted):
 @pytest.mark.parametrize(
     ("change", "identity", "reason"),
     [
-        ({}, {"picture": "new digest"}, "the picture has changed since"),
+        ({}, {"picture": "new digest"}, "the image has changed since"),
         ({}, {"vae": "another"}, "made by another VAE"),
-        ({"resized": Size(66, 48)}, {}, "the picture was resized to 65x48, not to 66x48"),
-        ({"resized": None}, {}, "the picture was resized to 65x48, not to nothing"),
+        ({"resized": Size(66, 48)}, {}, "the image was resized to 65x48, not to 66x48"),
+        ({"resized": None}, {}, "the image was resized to 65x48, not to nothing"),
         ({"interpolation": "lanczos"}, {}, "resized with interpolation None, not lanczos"),
         ({"flip": True}, {}, "it has no latents_flipped"),
         ({"alpha": True}, {}, "it has no alpha_mask"),
@@ -352,17 +352,17 @@ def not_finite(value):
             "latents_flipped has the shape 4x6x7, not 4x6x8",
         ),
         ({"alpha_mask": np.ones((6, 8), np.float32)}, {"alpha": True}, "alpha_mask has the shape 6x8, not 48x64"),
-        ({"original_size": np.array([131, 97])}, {}, "made from a picture of 131x97"),
-        ({"original_size": np.array([97, 130])}, {}, "made from the picture before it was turned"),
-        ({"original_size": np.array(130)}, {}, "made from a picture of nothing"),
-        ({"original_size": np.array([[130], [97]])}, {}, "made from a picture of nothing"),
+        ({"original_size": np.array([131, 97])}, {}, "made from an image of 131x97"),
+        ({"original_size": np.array([97, 130])}, {}, "made from the image before it was turned"),
+        ({"original_size": np.array(130)}, {}, "made from an image of nothing"),
+        ({"original_size": np.array([[130], [97]])}, {}, "made from an image of nothing"),
         ({"crop_ltrb": np.array([2.5, 0.0, 64, 48])}, {}, "made with another crop"),
         ({"crop_ltrb": np.array([0.0, np.nan, 64, 48])}, {}, "made with another crop"),
         ({"crop_ltrb": np.array([0, 0, 64])}, {}, "made with another crop"),
         (
             {},
             {"shared_stem": True},
-            "it does not say which of the pictures of this name it was made from",
+            "it does not say which of the images of this name it was made from",
         ),
     ],
 )
@@ -377,13 +377,13 @@ def test_entries_without_a_note_are_judged_by_what_they_tell(wanted, arrays, cha
         assert np.array_equal(loaded.plain, np.ones((4, 6, 8)))
 
 
-def test_an_unmarked_entry_must_not_be_older_than_its_picture(wanted):
+def test_an_unmarked_entry_must_not_be_older_than_its_image(wanted):
     theirs(named(wanted), wanted)
     now = named(wanted).stat().st_mtime_ns
-    os.utime(wanted.picture, ns=(now, now))
+    os.utime(wanted.image, ns=(now, now))
     assert isinstance(find(wanted), Entry)
-    os.utime(wanted.picture, ns=(now + 10**9, now + 10**9))
-    assert find(wanted) == f"{named(wanted)}: older than the picture"
+    os.utime(wanted.image, ns=(now + 10**9, now + 10**9))
+    assert find(wanted) == f"{named(wanted)}: older than the image"
 
 
 # ---- files of the oldest layout
@@ -399,7 +399,7 @@ def test_the_oldest_file_is_used_first(wanted, by):
     os.utime(oldest(wanted), (1, 1))
     assert find(wanted).file == named(wanted)
     named(wanted).unlink()
-    assert find(wanted) == f"{oldest(wanted)}: older than the picture"
+    assert find(wanted) == f"{oldest(wanted)}: older than the image"
     save(wanted)  # never into a file that may be somebody else's
     assert store.names(oldest(wanted)) == [by]
     assert find(wanted).file == named(wanted)
@@ -417,7 +417,7 @@ def test_the_oldest_file_is_not_for_shared_stems_or_sized_names(wanted):
 @pytest.mark.parametrize("check", [True, False])
 def test_mirrored_latents_in_a_file_of_their_own(wanted, by, check):
     flipped = replace(wanted, flip=True)
-    flip_file = wanted.picture.with_name("a b.v2_flip.npz")
+    flip_file = wanted.image.with_name("a b.v2_flip.npz")
     np.savez(oldest(wanted), np.full((4, 6, 8), 5, np.float32))
     assert find(flipped, check=check) == f"{oldest(wanted)}: it has no latents_flipped"
     np.savez(flip_file, **{by: np.full((4, 6, 8), 6, np.float16)})
@@ -433,7 +433,7 @@ def test_mirrored_latents_in_a_file_of_their_own(wanted, by, check):
 
 def test_a_flip_file_that_cannot_be_used(wanted):
     flipped = replace(wanted, flip=True)
-    flip_file = wanted.picture.with_name("a b.v2_flip.npz")
+    flip_file = wanted.image.with_name("a b.v2_flip.npz")
     np.savez(oldest(wanted), np.ones((4, 6, 8), np.float32))
     np.savez(flip_file, np.ones((4, 8, 6), np.float32))
     assert find(flipped).endswith("arr_0 has the shape 4x8x6, not 4x6x8 (a b.v2_flip.npz)")
@@ -445,30 +445,30 @@ def test_a_flip_file_that_cannot_be_used(wanted):
     assert find(flipped).endswith("the file is empty (a b.v2_flip.npz)")
     np.savez(flip_file, np.ones((4, 6, 8), np.float32))
     os.utime(flip_file, (1, 1))
-    assert find(flipped).endswith("older than the picture (a b.v2_flip.npz)")
+    assert find(flipped).endswith("older than the image (a b.v2_flip.npz)")
 
 
-# ---- pictures of one stem, and latents without a picture
+# ---- images of one stem, and latents without an image
 
 
 @pytest.mark.rows("R13")
-def test_pictures_that_differ_in_the_extension_have_files_of_their_own(wanted, tmp_path):
-    png, jpg = (replace(wanted, picture=tmp_path / name, shared_stem=True) for name in ("a.png", "a.jpg"))
+def test_images_that_differ_in_the_extension_have_files_of_their_own(wanted, tmp_path):
+    png, jpg = (replace(wanted, image=tmp_path / name, shared_stem=True) for name in ("a.png", "a.jpg"))
     save(png, number=1.0)
     save(jpg, number=2.0)
     assert (read(png)[0, 0, 0], read(jpg)[0, 0, 0]) == (1.0, 2.0)
-    alone = replace(wanted, picture=tmp_path / "a.png")
+    alone = replace(wanted, image=tmp_path / "a.png")
     assert named(alone) not in (named(png), named(jpg))
 
 
-def test_latents_without_a_picture(wanted):
-    absent = replace(wanted, picture=wanted.picture.with_name("gone.png"), present=False)
+def test_latents_without_an_image(wanted):
+    absent = replace(wanted, image=wanted.image.with_name("gone.png"), present=False)
     assert find(absent) is None
     theirs(named(absent), absent)
     os.utime(named(absent), (1, 1))
     assert find(absent) == Entry(named(absent), "", (4, 6, 8))
     save(wanted := replace(absent, present=True))
-    nobody = replace(IDENTITY, picture=None)
+    nobody = replace(IDENTITY, image=None)
     assert find(absent, identity=nobody) == find(wanted)
     assert "made by another VAE" in find(absent, identity=replace(nobody, vae="another"))
 
@@ -523,7 +523,7 @@ def test_unchecked_files_need_the_right_names_only(wanted):
     for change in ({}, {"resized": None, "interpolation": "box"}, {"shared_stem": False}):
         found = latent_files.find(replace(wanted, **change), PLAIN, forbidden, forbidden, stamp, check=False)
         assert found == entry
-    assert "made by another VAE" in find(wanted, identity=replace(identity, picture=IDENTITY.picture))
+    assert "made by another VAE" in find(wanted, identity=replace(identity, image=IDENTITY.image))
     assert find(replace(wanted, flip=True), check=False) == f"{entry.file}: it has no latents_flipped"
     small = in_bucket(wanted, SMALL)
     with pytest.raises(UserError, match="latents has the shape 4x6x8, not 4x3x4"):

@@ -1,4 +1,4 @@
-"""Latents in memory and on disk: the right picture, bucket, mirror image and mask for every record."""
+"""Latents in memory and on disk: the right image, bucket, mirror image and mask for every record."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Counted:
         return encode(pixels)
 
     @property
-    def pictures(self):
+    def images(self):
         return sum(shape[0] for shape in self.shapes)
 
 
@@ -88,8 +88,8 @@ def load(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Pictures of two shapes; smooth, and each of its own."""
-    path = tmp_path / "pictures"
+    """Images of two shapes; smooth, and each of its own."""
+    path = tmp_path / "images"
     path.mkdir()
     for number, (width, height) in enumerate([(128, 128), (150, 140), (130, 128), (384, 128), (390, 130)]):
         y, x = np.mgrid[0:height, 0:width]
@@ -112,7 +112,7 @@ def on_disk(data, watched=encode, vae="vae 1", **more):
 
 
 def age(*paths):
-    """Makes files older than the index is careful about, and caches younger than pictures."""
+    """Makes files older than the index is careful about, and caches younger than images."""
     for number, path in enumerate(paths):
         os.utime(path, (1_600_000_000 + number, 1_600_000_000 + number))
 
@@ -144,8 +144,8 @@ def test_cached_batches_equal_encoded_ones(folder, load, kind):
     chosen = encoder(watched, progress=lambda **kwargs: bars.append(Bar(**kwargs)) or bars[-1])
     cache_in_memory(cached, chosen) if kind == "memory" else cache_on_disk(cached, chosen, LAYOUT, "vae")
     same_batches(plain, cached)
-    # 5 pictures and their mirror images at 128, 5 at 64; batches are full but for each size's last.
-    assert watched.pictures == 15
+    # 5 images and their mirror images at 128, 5 at 64; batches are full but for each size's last.
+    assert watched.images == 15
     assert (bars[0].total, bars[0].done, bars[0].unit) == (10, 10, "img")
     assert sorted(shape[0] for shape in watched.shapes if shape[2:] == (128, 128)) == [3, 3]
     assert {shape[2:] for shape in watched.shapes} == {(128, 128), (64, 192), (64, 64)}
@@ -198,12 +198,12 @@ def test_masks_are_cached_along(folder, load, tmp_path, kind):
 def test_a_folder_used_twice_is_encoded_once(folder, load):
     data, watched = load(table(folder), table(folder, num_repeats=3)), Counted()
     cache_in_memory(data, encoder(watched))
-    assert watched.pictures == 5
+    assert watched.images == 5
     assert len(data.records) == 10
 
 
 def test_latents_do_not_depend_on_the_batch(folder, load):
-    """Each picture has its own stream for the draw from the posterior, whoever else is encoded with it."""
+    """Each image has its own stream for the draw from the posterior, whoever else is encoded with it."""
 
     def draw(pixels, rngs):
         noise = [torch.randn(1, generator=rng) for rng in rngs]
@@ -234,7 +234,7 @@ def test_workers_read_latents_from_disk(folder, load):
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
-def test_nan_names_the_picture(folder, load, kind):
+def test_nan_names_the_image(folder, load, kind):
     data = load(table(folder))
 
     def broken(pixels, rngs):
@@ -246,16 +246,16 @@ def test_nan_names_the_picture(folder, load, kind):
         cache_in_memory(data, encoder(broken)) if kind == "memory" else on_disk(data, broken)
 
 
-def test_a_damaged_picture_is_named_and_no_thread_is_left(folder, load):
+def test_a_damaged_image_is_named_and_no_thread_is_left(folder, load):
     data = load(table(folder))
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:300])
     before = threading.active_count()
-    with pytest.raises(UserError, match=r"1\.png: the picture cannot be read"):
+    with pytest.raises(UserError, match=r"1\.png: the image cannot be read"):
         cache_in_memory(data, encoder())
     assert threading.active_count() == before
 
 
-def test_the_default_progress_bar_counts_pictures(folder, load, capsys):
+def test_the_default_progress_bar_counts_images(folder, load, capsys):
     cache_in_memory(load(table(folder)), encoder())
     assert "caching latents" in capsys.readouterr().err
 
@@ -275,7 +275,7 @@ def test_the_next_start_encodes_nothing(folder, load):
     ]
     again, watched = load(table(folder, flip_aug=True)), Counted()
     on_disk(again, watched)
-    assert watched.pictures == 0
+    assert watched.images == 0
     same_batches(load(table(folder, flip_aug=True)), again)
     assert files_are_there(again, LAYOUT)
 
@@ -288,7 +288,7 @@ def test_only_what_changed_is_made_again_and_named(folder, load, caplog, monkeyp
     npz_of_2.write_bytes(npz_of_2.read_bytes()[:-40])
     data, watched = load(table(folder)), Counted()
     on_disk(data, watched)
-    assert watched.pictures == 2
+    assert watched.images == 2
     assert "0_0128x0128_test.npz" in caplog.text
     assert "2_0130x0128_test.npz" in caplog.text
     same_batches(load(table(folder)), data)
@@ -298,10 +298,10 @@ def test_another_vae_makes_all_of_them_again(folder, load):
     on_disk(load(table(folder)), vae="vae 1")
     watched = Counted()
     on_disk(load(table(folder)), watched, vae="vae 2")
-    assert watched.pictures == 5
+    assert watched.images == 5
     watched = Counted()
     on_disk(load(table(folder)), watched, vae="vae 2")
-    assert watched.pictures == 0
+    assert watched.images == 0
 
 
 def test_flips_are_added_when_they_are_wanted(folder, load):
@@ -325,18 +325,18 @@ def test_what_a_stopped_run_has_done_is_there_for_the_next(folder, load):
     assert len(npz(folder)) == 2
     watched = Counted()
     cache_on_disk(load(table(folder)), encoder(watched, 1), LAYOUT, "vae")
-    assert watched.pictures == 3
+    assert watched.images == 3
 
 
 def test_skipping_the_check_trusts_what_is_there(folder, load):
     on_disk(load(table(folder)), vae="vae 1")
     watched = Counted()
     on_disk(load(table(folder)), watched, vae="vae 2", check=False)
-    assert watched.pictures == 0
+    assert watched.images == 0
 
 
 def test_one_stem_and_two_extensions_have_two_files(tmp_path, load):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     Image.new("RGB", (128, 128), "red").save(folder / "a.png")
     Image.new("RGB", (128, 128), "blue").save(folder / "a.jpg", quality=95)
@@ -355,33 +355,33 @@ def test_two_resolutions_share_a_file(folder, load):
     assert len(npz(folder)) == 5
     watched = Counted()
     on_disk(load(*tables), watched)
-    assert watched.pictures == 0
+    assert watched.images == 0
 
 
-def test_latents_without_pictures(folder, load, tmp_path):
+def test_latents_without_images(folder, load, tmp_path):
     on_disk(load(table(folder, flip_aug=True)))
     for path in list(folder.glob("*.png")):
         path.unlink()
     meta = tmp_path / "meta.json"
-    meta.write_text(json.dumps({str(number): {"caption": f"picture {number}"} for number in range(5)}))
+    meta.write_text(json.dumps({str(number): {"caption": f"image {number}"} for number in range(5)}))
     tables = table(folder, metadata_file=str(meta), flip_aug=True)
     del tables["subsets"][0]["class_tokens"]
     data, watched = load(tables), Counted()
     on_disk(data, watched, vae="another")  # there is nothing to make them again from
-    assert watched.pictures == 0
-    assert {caption for batch in data.loader(1) for caption in batch.captions} == {f"picture {n}" for n in range(5)}
+    assert watched.images == 0
+    assert {caption for batch in data.loader(1) for caption in batch.captions} == {f"image {n}" for n in range(5)}
 
 
-def test_a_lost_picture_with_broken_latents_is_an_error(folder, load, tmp_path):
+def test_a_lost_image_with_broken_latents_is_an_error(folder, load, tmp_path):
     on_disk(load(table(folder)))
     for path in list(folder.glob("*.png")):
         path.unlink()
     (folder / "0_0128x0128_test.npz").write_bytes(b"x")
     meta = tmp_path / "meta.json"
-    meta.write_text(json.dumps({str(number): {"caption": f"picture {number}"} for number in range(5)}))
+    meta.write_text(json.dumps({str(number): {"caption": f"image {number}"} for number in range(5)}))
     tables = table(folder, metadata_file=str(meta))
     del tables["subsets"][0]["class_tokens"]
-    with pytest.raises(UserError, match=r"0_0128x0128_test\.npz.*there is no picture"):
+    with pytest.raises(UserError, match=r"0_0128x0128_test\.npz.*there is no image"):
         on_disk(load(tables))
 
 

@@ -1,4 +1,4 @@
-"""Text encoder outputs in memory and on disk: the right rows for every picture, and no file used that is not theirs."""
+"""Text encoder outputs in memory and on disk: the right rows for every image, and no file used that is not theirs."""
 
 from __future__ import annotations
 
@@ -100,10 +100,10 @@ def items(tmp_path):
 
 
 @pytest.fixture
-def picture(tmp_path):
-    """A picture's item with a caption file, both of long ago."""
+def image(tmp_path):
+    """An image's item with a caption file, both of long ago."""
     path, words = tmp_path / "p.png", tmp_path / "p.txt"
-    path.write_bytes(b"picture")
+    path.write_bytes(b"image")
     words.write_text("an owl")
     for file in (path, words):
         os.utime(file, (1000, 1000))
@@ -223,16 +223,16 @@ def test_files_are_as_the_format_has_them(items, tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "stored"), [(torch.bfloat16, "float32"), (torch.float16, "float16"), (torch.float32, "float32")]
 )
-def test_numbers_on_disk_are_exact(picture, dtype, stored):
+def test_numbers_on_disk_are_exact(image, dtype, stored):
     encoder = Encoder(dtype)
-    kept, _ = on_disk([picture], encoder)
-    array = load(cache_file(picture, LAYOUT))["states"]
+    kept, _ = on_disk([image], encoder)
+    array = load(cache_file(image, LAYOUT))["states"]
     assert array.dtype == stored
     np.testing.assert_array_equal(array.astype(np.float32), encoder.row("an owl")["states"].float().numpy())
     assert torch.equal(kept.get(0)["states"].to(dtype), encoder.row("an owl")["states"])
 
 
-def test_pictures_that_share_a_stem_have_a_file_each(tmp_path):
+def test_images_that_share_a_stem_have_a_file_each(tmp_path):
     items = [Item(tmp_path / "a.png", "x", shared_stem=True), Item(tmp_path / "a.jpg", "y", shared_stem=True)]
     kept, _ = on_disk(items, Encoder())
     assert {path.name for path in tmp_path.iterdir()} == {"a.png_te.npz", "a.jpg_te.npz"}
@@ -259,13 +259,13 @@ def test_remembered_summaries_spare_reading(items, tmp_path, monkeypatch):
     assert again.calls == []
 
 
-def test_one_picture_in_two_datasets_has_one_file(picture, monkeypatch, tmp_path):
+def test_one_image_in_two_datasets_has_one_file(image, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     relative = Item(Path("p.png"), "an owl")
     written, write = [], store.write
     monkeypatch.setattr(store, "write", lambda path, arrays: written.append(path) or write(path, arrays))
     encoder = Encoder()
-    kept, _ = on_disk([picture, relative, picture], encoder)
+    kept, _ = on_disk([image, relative, image], encoder)
     assert (encoder.seen, len(written)) == (["an owl"], 1)
     assert all(same(kept.get(number), encoder.row("an owl")) for number in range(3))
 
@@ -337,9 +337,9 @@ def test_a_spoiled_file_is_named_and_made_anew(items, spoil, reason):
         ),
     ],
 )
-def test_a_file_made_otherwise_is_named_and_made_anew(picture, caption, name, layout, reason):
-    on_disk([picture], Encoder())
-    encoder, item = Encoder(), Item(picture.picture, caption)
+def test_a_file_made_otherwise_is_named_and_made_anew(image, caption, name, layout, reason):
+    on_disk([image], Encoder())
+    encoder, item = Encoder(), Item(image.image, caption)
     kept, reasons = on_disk([item], encoder, layout, name)
     assert len(reasons) == 1
     assert reasons[0].startswith(f"{cache_file(item, layout)}: {reason}")
@@ -387,11 +387,11 @@ def test_without_checks_files_are_trusted(items):
 
 
 @pytest.fixture
-def foreign(picture):
-    """Writes such a file, newer than caption and picture, for what `picture` is not; gives its path."""
+def foreign(image):
+    """Writes such a file, newer than caption and image, for what `image` is not; gives its path."""
 
     def write(age=2000, **changes):
-        path = cache_file(picture, LAYOUT)
+        path = cache_file(image, LAYOUT)
         rows = {name: value.numpy() for name, value in Encoder().row("written elsewhere").items()}
         arrays = {**rows, "apply_mask": np.array(True), **changes}
         np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
@@ -401,12 +401,12 @@ def foreign(picture):
     return write
 
 
-def test_a_foreign_file_is_used(picture, foreign):
+def test_a_foreign_file_is_used(image, foreign):
     before, encoder = foreign().read_bytes(), Encoder()
-    kept, reasons = on_disk([picture], encoder)
+    kept, reasons = on_disk([image], encoder)
     assert (encoder.calls, reasons) == ([], [])
     assert same(kept.get(0), encoder.row("written elsewhere"))
-    assert cache_file(picture, LAYOUT).read_bytes() == before
+    assert cache_file(image, LAYOUT).read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -423,9 +423,9 @@ def test_a_foreign_file_is_used(picture, foreign):
         ({"pooled": np.array([1, np.inf, 0, 0], np.float16)}, {}, "NaN or infinite values in pooled"),
     ],
 )
-def test_a_foreign_file_that_does_not_fit_is_named_and_made_anew(picture, foreign, changes, item, reason):
+def test_a_foreign_file_that_does_not_fit_is_named_and_made_anew(image, foreign, changes, item, reason):
     path, encoder = foreign(**changes), Encoder()
-    item = Item(**{**vars(picture), **item})
+    item = Item(**{**vars(image), **item})
     kept, reasons = on_disk([item], encoder)
     assert len(reasons) == 1
     assert reasons[0].startswith(f"{path}: ")
@@ -491,27 +491,27 @@ def test_captions_that_break_the_encoder_are_named(items, tmp_path, number):
         with pytest.raises(UserError) as caught:
             cache()
         assert len(caught.value.problems) == 1
-        assert caught.value.problems[0].startswith(f"{items[4].picture}: the text encoder gives NaN")
+        assert caught.value.problems[0].startswith(f"{items[4].image}: the text encoder gives NaN")
     assert not cache_file(items[4], LAYOUT).exists()
     assert cache_file(items[0], LAYOUT).exists()
 
 
-def test_what_one_picture_lacks_is_told_and_the_others_are_written(items, tmp_path):
+def test_what_one_image_lacks_is_told_and_the_others_are_written(items, tmp_path):
     encoder, told = Encoder(), {}
     with torch.no_grad():
         encoder.table.weight[ord("z")] = float("nan")
     long = Item(tmp_path / ("n" * 300) / "a.png", "an owl")
     cache_text_on_disk(
-        [*items, long], LAYOUT, encoder, {}, 2, failed=lambda picture, why: told.update({picture: why}), progress=Bar
+        [*items, long], LAYOUT, encoder, {}, 2, failed=lambda image, why: told.update({image: why}), progress=Bar
     )
-    assert list(told) == [long.picture, items[4].picture] or list(told) == [items[4].picture, long.picture]
-    assert "the text encoder gives NaN or infinite values for its caption" in told[items[4].picture]
-    assert "too long" in told[long.picture]
+    assert list(told) == [long.image, items[4].image] or list(told) == [items[4].image, long.image]
+    assert "the text encoder gives NaN or infinite values for its caption" in told[items[4].image]
+    assert "too long" in told[long.image]
     assert [cache_file(item, LAYOUT).exists() for item in items] == [True] * 4 + [False]
     assert Bar.last.done == Bar.last.total == 6
     with pytest.raises(UserError, match="too long") as caught:
         cache_text_on_disk([long], LAYOUT, encoder, {}, 2, progress=Bar)
-    assert caught.value.hint.startswith("shorten the picture's name")
+    assert caught.value.hint.startswith("shorten the image's name")
 
 
 def test_names_that_are_too_long_are_shortened_and_stay_apart(tmp_path):
@@ -549,10 +549,10 @@ def test_an_encoder_that_does_not_fit_the_layout_is_refused(items):
         cache_text_in_memory(items, lambda captions: TextCond({"x": torch.zeros(1, 3)}), 2, Bar)
 
 
-def test_a_file_that_cannot_be_written_is_named(picture):
-    cache_file(picture, LAYOUT).mkdir()
+def test_a_file_that_cannot_be_written_is_named(image):
+    cache_file(image, LAYOUT).mkdir()
     with pytest.raises(UserError, match=r"p_te\.npz: the cache file cannot be written"):
-        on_disk([picture], Encoder())
+        on_disk([image], Encoder())
 
 
 @pytest.mark.parametrize(
@@ -564,12 +564,12 @@ def test_a_file_that_cannot_be_written_is_named(picture):
         (lambda path: rewrite(path, pooled=np.full(4, np.nan)), "NaN"),
     ],
 )
-def test_a_file_that_breaks_during_the_run_is_named(picture, spoil, reason):
-    kept, _ = on_disk([picture], Encoder())
-    spoil(cache_file(picture, LAYOUT))
+def test_a_file_that_breaks_during_the_run_is_named(image, spoil, reason):
+    kept, _ = on_disk([image], Encoder())
+    spoil(cache_file(image, LAYOUT))
     with pytest.raises(UserError, match=reason) as caught:
         kept.get(0)
-    assert str(cache_file(picture, LAYOUT)) in str(caught.value)
+    assert str(cache_file(image, LAYOUT)) in str(caught.value)
 
 
 # ---- batches
@@ -653,9 +653,9 @@ class Letters:
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 def test_every_batch_has_the_outputs_of_its_captions(tmp_path, kind):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
-    for number, caption in enumerate(["one", "two", "three", "three", "fifth picture", "six"]):
+    for number, caption in enumerate(["one", "two", "three", "three", "fifth image", "six"]):
         Image.new("RGB", (64, 64), (number, 0, 0)).save(folder / f"{number}.png")
         (folder / f"{number}.caption").write_text(caption)
     subset = {"image_dir": str(folder), "caption_prefix": "a photo,", "num_repeats": 2}
@@ -676,4 +676,4 @@ def test_every_batch_has_the_outputs_of_its_captions(tmp_path, kind):
         for batch in part.loader(1):
             assert torch.equal(batch.text.tensors["out"], Letters()(batch.captions).tensors["out"])
             seen += batch.captions
-    assert sorted(set(seen)) == sorted(f"a photo, {c}" for c in ("one", "two", "three", "fifth picture", "six"))
+    assert sorted(set(seen)) == sorted(f"a photo, {c}" for c in ("one", "two", "three", "fifth image", "six"))

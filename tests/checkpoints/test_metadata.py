@@ -239,9 +239,9 @@ def test_modelspec_from_options():
 
 
 def test_thumbnail_becomes_a_data_url(tmp_path):
-    picture = tmp_path / "t.PNG"
-    picture.write_bytes(b"\x89PNG bytes")
-    url = build(metadata__metadata_thumbnail=str(picture))["modelspec.thumbnail"]
+    image = tmp_path / "t.PNG"
+    image.write_bytes(b"\x89PNG bytes")
+    url = build(metadata__metadata_thumbnail=str(image))["modelspec.thumbnail"]
     kind, _, content = url.partition(",")
     assert (kind, base64.b64decode(content)) == ("data:image/png;base64", b"\x89PNG bytes")
     assert md.data_url(url) == url

@@ -1,4 +1,4 @@
-"""Options and pictures for the data tests."""
+"""Options and images for the data tests."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def make_opts():
 
 @pytest.fixture
 def draw():
-    """Writes a picture of random pixels, different for every name, and its caption where one is given."""
+    """Writes an image of random pixels, different for every name, and its caption where one is given."""
 
     def write(path: Path, size=(64, 64), caption: str | None = None, extension: str = ".caption") -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)

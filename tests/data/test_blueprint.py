@@ -16,8 +16,8 @@ from library.options import validation
 
 
 @pytest.fixture
-def pictures(tmp_path, draw):
-    return draw(tmp_path / "pictures" / "a.png").parent
+def images(tmp_path, draw):
+    return draw(tmp_path / "images" / "a.png").parent
 
 
 @pytest.fixture
@@ -92,8 +92,8 @@ image_dir = "{dir}"
 
 
 @pytest.mark.rows("R223", "R224", "R240", "R241", "R242", "R243", "R244", "R245")
-def test_every_level_of_the_fallback(pictures, write_config, make_opts, traits):
-    file = write_config("\ufeff" + CONFIG.replace("{dir}", str(pictures)))
+def test_every_level_of_the_fallback(images, write_config, make_opts, traits):
+    file = write_config("\ufeff" + CONFIG.replace("{dir}", str(images)))
     opts = make_opts(
         dataset_config=file, train_batch_size=7, dataset_repeats=4, caption_prefix="p", shuffle_caption=True
     )
@@ -121,15 +121,15 @@ def test_flags_say_the_same_as_a_config(tmp_path, draw, write_config, make_opts,
     assert build_specs(flags, traits)[0].batch_size == 5
 
 
-def test_json_says_the_same(pictures, write_config, make_opts, traits):
-    subset = {"image_dir": str(pictures), "face_crop_aug_range": [1, 2.5], "token_warmup_step": 0.5}
+def test_json_says_the_same(images, write_config, make_opts, traits):
+    subset = {"image_dir": str(images), "face_crop_aug_range": [1, 2.5], "token_warmup_step": 0.5}
     file = write_config({"datasets": [{"resolution": 512, "subsets": [subset]}]})
     (spec,) = build_specs(make_opts(dataset_config=file), traits)
     assert spec.subsets[0].face_crop_aug_range == (1, 2.5)
     assert spec.subsets[0].captions.token_warmup_step == 0.5
 
 
-def test_all_problems_at_once_each_with_its_place(pictures, write_config, make_opts, traits):
+def test_all_problems_at_once_each_with_its_place(images, write_config, make_opts, traits):
     file = write_config(
         f"""
 [general]
@@ -140,7 +140,7 @@ batch_size = "2"
 resolution = 512
 image_dir = "x"
 [[datasets.subsets]]
-image_dir = '{pictures}'
+image_dir = '{images}'
 num_repeats = true
 [[datasets.subsets]]
 class_tokens = "x"
@@ -177,8 +177,8 @@ class_tokens = "x"
         ("custom_attributes = 3", "custom_attributes must be a table"),
     ],
 )
-def test_values_of_a_subset(pictures, write_config, make_opts, traits, line, message):
-    file = write_config(f"[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = '{pictures}'\n{line}\n")
+def test_values_of_a_subset(images, write_config, make_opts, traits, line, message):
+    file = write_config(f"[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = '{images}'\n{line}\n")
     found = problems(make_opts(dataset_config=file), traits)
     assert len(found) == 1
     assert found[0].startswith(f"{file}, [[datasets]] 1, [[datasets.subsets]] 1: ")
@@ -199,20 +199,20 @@ def test_values_of_a_subset(pictures, write_config, make_opts, traits, line, mes
         ("", "no resolution; give --resolution"),
     ],
 )
-def test_values_of_a_dataset(pictures, write_config, make_opts, traits, line, message):
+def test_values_of_a_dataset(images, write_config, make_opts, traits, line, message):
     line = line if "resolution" in line or not line else line + "\nresolution = 512"
-    file = write_config(f"[[datasets]]\n{line}\n[[datasets.subsets]]\nimage_dir = '{pictures}'\n")
+    file = write_config(f"[[datasets]]\n{line}\n[[datasets.subsets]]\nimage_dir = '{images}'\n")
     found = problems(make_opts(dataset_config=file), traits)
     assert len(found) == 1
     assert message in found[0]
 
 
 @pytest.mark.rows("R255")
-def test_every_key_arrives(pictures, write_config, make_opts, traits):
+def test_every_key_arrives(images, write_config, make_opts, traits):
     file = write_config(
         "[general]\ncache_info = true\nvalidation_split = 0.25\nvalidation_seed = 3\n"
         "[[datasets]]\nresolution = 512\nnetwork_multiplier = 0.5\n"
-        f"[[datasets.subsets]]\nimage_dir = '{pictures}'\nalpha_mask = true\ncustom_attributes = {{ a = 1 }}\n"
+        f"[[datasets.subsets]]\nimage_dir = '{images}'\nalpha_mask = true\ncustom_attributes = {{ a = 1 }}\n"
     )
     (spec,) = build_specs(make_opts(dataset_config=file, validation_split=0.9), traits)
     assert (spec.validation_split, spec.validation_seed, spec.network_multiplier) == (0.25, 3, 0.5)
@@ -221,10 +221,10 @@ def test_every_key_arrives(pictures, write_config, make_opts, traits):
 
 
 def test_a_validation_split_that_is_no_share_is_ignored_with_a_warning(
-    pictures, write_config, make_opts, traits, warnings
+    images, write_config, make_opts, traits, warnings
 ):
     file = write_config(
-        f"[[datasets]]\nresolution = 512\nvalidation_split = 1.5\n[[datasets.subsets]]\nimage_dir = '{pictures}'\n"
+        f"[[datasets]]\nresolution = 512\nvalidation_split = 1.5\n[[datasets.subsets]]\nimage_dir = '{images}'\n"
     )
     (spec,) = build_specs(make_opts(dataset_config=file), traits)
     assert spec.validation_split == 0
@@ -239,19 +239,19 @@ def test_a_validation_split_that_is_no_share_is_ignored_with_a_warning(
         ("conditioning_data_dir = 'm'\nis_reg = true", "is_reg has no meaning with conditioning_data_dir"),
     ],
 )
-def test_keys_of_another_style(pictures, write_config, make_opts, traits, lines, key):
-    file = write_config(f"[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = '{pictures}'\n{lines}\n")
+def test_keys_of_another_style(images, write_config, make_opts, traits, lines, key):
+    file = write_config(f"[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = '{images}'\n{lines}\n")
     assert any(key in line for line in problems(make_opts(dataset_config=file), traits))
 
 
 @pytest.mark.rows("R221")
 def test_a_metadata_file_by_flag(tmp_path, draw, make_opts, traits):
-    draw(tmp_path / "pictures" / "a.png")
+    draw(tmp_path / "images" / "a.png")
     (tmp_path / "meta.json").write_text("{}")
-    options = {"in_json": str(tmp_path / "meta.json"), "train_data_dir": str(tmp_path / "pictures"), "resolution": "64"}
+    options = {"in_json": str(tmp_path / "meta.json"), "train_data_dir": str(tmp_path / "images"), "resolution": "64"}
     (spec,) = build_specs(make_opts(**options, dataset_repeats=3), traits)
     (subset,) = spec.subsets
-    assert (subset.metadata_file, subset.image_dir) == (tmp_path / "meta.json", tmp_path / "pictures")
+    assert (subset.metadata_file, subset.image_dir) == (tmp_path / "meta.json", tmp_path / "images")
     assert subset.num_repeats == 3
     assert "--in_json: there is no file" in problems(make_opts(**{**options, "in_json": "none.json"}), traits)[0]
 
@@ -277,11 +277,11 @@ def test_masks_and_masked_loss_need_each_other(tmp_path, draw, make_opts, traits
     assert line.startswith("--masked_loss: there are no masks")
     assert build_specs(make_opts(**folder, masked_loss=True, alpha_mask=True), traits)
     (line,) = problems(make_opts(**folder, conditioning_data_dir=str(tmp_path)), traits)
-    assert "its pictures are masks for --masked_loss" in line
+    assert "its images are masks for --masked_loss" in line
 
 
-def test_mixed_styles(pictures, write_config, make_opts, traits):
-    file = write_config({"datasets": [{"subsets": [{"image_dir": str(pictures)}, {"metadata_file": "m.json"}]}]})
+def test_mixed_styles(images, write_config, make_opts, traits):
+    file = write_config({"datasets": [{"subsets": [{"image_dir": str(images)}, {"metadata_file": "m.json"}]}]})
     assert any("two datasets" in line for line in problems(make_opts(dataset_config=file, resolution="512"), traits))
 
 
@@ -343,7 +343,7 @@ def test_wrong_flags_and_wrong_folders_together(tmp_path, make_opts, traits):
 
 
 @pytest.mark.parametrize("flag", ["color_aug", "random_crop", "face_crop_aug_range"])
-def test_cached_latents_need_fixed_pictures(tmp_path, draw, make_opts, traits, flag):
+def test_cached_latents_need_fixed_images(tmp_path, draw, make_opts, traits, flag):
     draw(tmp_path / "1_a" / "a.png")
     value = "1.0,2.0" if flag == "face_crop_aug_range" else True
     (line,) = problems(
@@ -353,13 +353,13 @@ def test_cached_latents_need_fixed_pictures(tmp_path, draw, make_opts, traits, f
     assert "--cache_latents" in line
 
 
-def test_cached_latents_and_a_subset_that_varies(pictures, write_config, make_opts, traits):
+def test_cached_latents_and_a_subset_that_varies(images, write_config, make_opts, traits):
     file = write_config(
-        f"[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = '{pictures}'\n"
-        f"[[datasets.subsets]]\nimage_dir = '{pictures}'\nrandom_crop = true\n"
+        f"[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = '{images}'\n"
+        f"[[datasets.subsets]]\nimage_dir = '{images}'\nrandom_crop = true\n"
     )
     (line,) = problems(make_opts(dataset_config=file, cache_latents=True), traits)
-    assert line.startswith(f"{file}, [[datasets]] 1, [[datasets.subsets]] 2: random_crop changes the picture")
+    assert line.startswith(f"{file}, [[datasets]] 1, [[datasets.subsets]] 2: random_crop changes the image")
     assert len(build_specs(make_opts(dataset_config=file), traits)) == 1
 
 
@@ -405,9 +405,9 @@ def test_an_empty_part_is_left_out_and_named(tmp_path, draw, make_opts, traits, 
         assert f"no images in {tmp_path / folder}; left out" in warnings.text
 
 
-def test_subsets_and_datasets_that_are_switched_off(tmp_path, pictures, make_opts, traits, write_config, warnings):
+def test_subsets_and_datasets_that_are_switched_off(tmp_path, images, make_opts, traits, write_config, warnings):
     (tmp_path / "empty").mkdir()
-    subset = {"image_dir": str(pictures)}
+    subset = {"image_dir": str(images)}
     config = {
         "datasets": [
             {
@@ -423,50 +423,48 @@ def test_subsets_and_datasets_that_are_switched_off(tmp_path, pictures, make_opt
     assert warnings.text.count("num_repeats = 0; left out") == 2
     config["datasets"] = config["datasets"][1:]
     assert problems(make_opts(dataset_config=write_config(config)), traits) == (
-        f"{tmp_path / 'data.json'}, [[datasets]] 1, [[datasets.subsets]] 1: {pictures}: num_repeats = 0",
+        f"{tmp_path / 'data.json'}, [[datasets]] 1, [[datasets.subsets]] 1: {images}: num_repeats = 0",
     )
 
 
-def test_values_of_other_types_that_mean_the_same(pictures, make_opts, traits, write_config):
+def test_values_of_other_types_that_mean_the_same(images, make_opts, traits, write_config):
     lines = "resolution = 64.0\nbatch_size = 2.0\nenable_bucket = 1\nmin_bucket_reso = 64\nvalidation_seed = ''"
-    config = (
-        f"[[datasets]]\n{lines}\n[[datasets.subsets]]\nimage_dir = '{pictures}'\nflip_aug = 1\nshuffle_caption = 0\n"
-    )
+    config = f"[[datasets]]\n{lines}\n[[datasets.subsets]]\nimage_dir = '{images}'\nflip_aug = 1\nshuffle_caption = 0\n"
     (spec,) = build_specs(make_opts(dataset_config=write_config(config)), traits)
     assert (spec.resolution, spec.batch_size, spec.enable_bucket, spec.validation_seed) == ((64, 64), 2, True, None)
     assert (spec.subsets[0].flip_aug, spec.subsets[0].captions.shuffle_caption) == (True, False)
 
 
-def test_an_empty_text_hides_that_of_the_table_above_but_is_no_path(pictures, make_opts, traits, write_config):
+def test_an_empty_text_hides_that_of_the_table_above_but_is_no_path(images, make_opts, traits, write_config):
     config = "[general]\ncaption_prefix = 'sks, '\n[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{}\n"
-    own = f"image_dir = '{pictures}'\ncaption_prefix = ''\nmetadata_file = ''\n"
+    own = f"image_dir = '{images}'\ncaption_prefix = ''\nmetadata_file = ''\n"
     (spec,) = build_specs(make_opts(dataset_config=write_config(config.format(own))), traits)
     assert (spec.subsets[0].captions.caption_prefix, spec.subsets[0].metadata_file) == ("", None)
     (line,) = problems(make_opts(dataset_config=write_config(config.format("image_dir = ''"))), traits)
     assert line.endswith("[[datasets.subsets]] 1: image_dir is missing")
 
 
-def test_bucket_limits_are_judged_with_buckets_only(tmp_path, pictures, make_opts, traits, write_config):
+def test_bucket_limits_are_judged_with_buckets_only(tmp_path, images, make_opts, traits, write_config):
     odd = {"bucket_reso_steps": 0, "min_bucket_reso": 9000, "max_bucket_reso": -1}
-    pictures = pictures.rename(tmp_path / "1_x")
+    images = images.rename(tmp_path / "1_x")
     (spec,) = build_specs(make_opts(train_data_dir=str(tmp_path), resolution="64", **odd), traits)
     assert spec.bucket_reso_steps == 64
-    dataset = {"resolution": 64, **odd, "subsets": [{"image_dir": str(pictures)}]}
+    dataset = {"resolution": 64, **odd, "subsets": [{"image_dir": str(images)}]}
     build_specs(make_opts(dataset_config=write_config({"datasets": [dataset]})), traits)
     found = problems(make_opts(dataset_config=write_config({"datasets": [{**dataset, "enable_bucket": True}]})), traits)
     assert any("bucket_reso_steps must be at least 1, got 0" in line for line in found)
 
 
-def test_sides_are_rounded_to_what_latents_can_be(tmp_path, pictures, make_opts, traits, warnings):
-    pictures.rename(tmp_path / "1_x")
+def test_sides_are_rounded_to_what_latents_can_be(tmp_path, images, make_opts, traits, warnings):
+    images.rename(tmp_path / "1_x")
     (spec,) = build_specs(make_opts(train_data_dir=str(tmp_path), resolution="512,650"), traits)
     assert spec.resolution == (512, 648)
     assert "512x648 is used" in warnings.text
     assert build_specs(make_opts(train_data_dir=str(tmp_path), resolution="512,648"), traits)[0].resolution[1] == 648
 
 
-def test_options_of_newer_versions_are_not_overlooked(pictures, make_opts, traits, write_config):
-    subset = {"image_dir": str(pictures)}
+def test_options_of_newer_versions_are_not_overlooked(images, make_opts, traits, write_config):
+    subset = {"image_dir": str(images)}
     config = {"general": {"skip_image_resolution": ""}, "datasets": [{"resolution": 64, "subsets": [subset]}]}
     build_specs(make_opts(dataset_config=write_config(config)), traits)
     config["general"] = {"skip_image_resolution": 512}

@@ -86,7 +86,7 @@ def test_worked_examples(image, resolution, limits, step, bucket, resized, offse
     assert buckets.crop_ltrb(fit.bucket, image) == pytest.approx(ltrb, abs=5e-4)
 
 
-def test_any_picture_covers_its_bucket():
+def test_any_image_covers_its_bucket():
     rng = Random(5)
     sizes = buckets.bucket_sizes(square(512), 256, 1024, 64)
     for _ in range(2000):

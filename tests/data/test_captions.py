@@ -226,11 +226,11 @@ def test_order_of_steps():
     assert result == {"pre, one, x,y, z, end, suf", "pre, one, z, x,y, end, suf"}
 
 
-def test_caption_file_of_a_picture():
-    picture = "a_b.c_1_2_3_4.png"
-    assert caption_name(picture, ".txt", ["a_b.c_1_2_3_4.txt", "a_b.c.txt"]) == "a_b.c_1_2_3_4.txt"
-    assert caption_name(picture, ".txt", ["a_b.c.txt"]) == "a_b.c.txt"
-    assert caption_name(picture, ".caption", ["a_b.c.txt"]) is None
+def test_caption_file_of_an_image():
+    image = "a_b.c_1_2_3_4.png"
+    assert caption_name(image, ".txt", ["a_b.c_1_2_3_4.txt", "a_b.c.txt"]) == "a_b.c_1_2_3_4.txt"
+    assert caption_name(image, ".txt", ["a_b.c.txt"]) == "a_b.c.txt"
+    assert caption_name(image, ".caption", ["a_b.c.txt"]) is None
     assert caption_name("b_1_2_3.png", ".txt", ["b.txt", ".txt", "b_1_2_3.png.txt"]) is None
 
 

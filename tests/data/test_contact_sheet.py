@@ -72,18 +72,18 @@ def all_cells(data, epochs=3):
 
 
 def as_pixels(cell):
-    return images.to_pixels(cell.picture)
+    return images.to_pixels(cell.image)
 
 
 def pixels_of(sheet):
     return np.asarray(Image.open(sheet).convert("RGB"))
 
 
-def places_of(picture, sheet):
+def places_of(image, sheet):
     """(top, left) of every place where the sheet has exactly these pixels."""
-    height, width = picture.shape[:2]
-    corners = np.argwhere((sheet[: -height + 1, : -width + 1] == picture[0, 0]).all(axis=-1))
-    return [(y, x) for y, x in corners.tolist() if np.array_equal(sheet[y : y + height, x : x + width], picture)]
+    height, width = image.shape[:2]
+    corners = np.argwhere((sheet[: -height + 1, : -width + 1] == image[0, 0]).all(axis=-1))
+    return [(y, x) for y, x in corners.tolist() if np.array_equal(sheet[y : y + height, x : x + width], image)]
 
 
 # ---- what the model sees
@@ -124,7 +124,7 @@ def test_mirrored_is_said_where_it_was_drawn(tmp_path, draw, load, texts):
     cells = all_cells(data)
     for cell in cells:
         whole = images.read_image(cell.record.path)
-        assert np.array_equal(cell.picture, whole[:, ::-1] if cell.mirrored else whole)
+        assert np.array_equal(cell.image, whole[:, ::-1] if cell.mirrored else whole)
     assert {cell.mirrored for cell in cells} == {True, False}
     write_sheets(data, tmp_path / "out")
     assert texts.count("mirrored") == sum(cell.mirrored for cell in cells)
@@ -138,7 +138,7 @@ def test_of_repeats_the_first_is_shown(tmp_path, draw, load, texts):
     assert len(write_sheets(data, tmp_path / "out")) == 1
     assert texts.count("a.png") == texts.count("b.png") == 1
     assert texts.count("64x64, 5 repeats") == 2
-    assert "2 pictures, 10 with repeats; batch size 1" in texts
+    assert "2 images, 10 with repeats; batch size 1" in texts
     batches = [batch for batch in data.loader(1) if batch.keys[0].endswith("a.png")]
     assert any(torch.equal(as_pixels(all_cells(data)[0]), batch.pixels[0]) for batch in batches)
 
@@ -147,7 +147,7 @@ def test_of_repeats_the_first_is_shown(tmp_path, draw, load, texts):
 
 
 @pytest.mark.rows("R220")
-def test_every_picture_is_on_one_sheet_of_its_bucket(tmp_path, draw, load):
+def test_every_image_is_on_one_sheet_of_its_bucket(tmp_path, draw, load):
     for number in range(31):
         draw(tmp_path / "1_x" / f"{number:02}.png", (128, 128))
     draw(tmp_path / "1_x" / "wide.png", (256, 64))
@@ -172,7 +172,7 @@ def test_every_picture_is_on_one_sheet_of_its_bucket(tmp_path, draw, load):
     assert on == dict(zip(pages, (1, 28, 3, 1), strict=True))
 
 
-def test_pictures_stand_in_rows_and_columns(tmp_path, draw, load):
+def test_images_stand_in_rows_and_columns(tmp_path, draw, load):
     paths = [draw(tmp_path / "1_x" / f"{number}.png") for number in range(9)]
     (sheet,) = write_sheets(load(tmp_path), tmp_path / "out")
     page = pixels_of(sheet)
@@ -186,7 +186,7 @@ def test_pictures_stand_in_rows_and_columns(tmp_path, draw, load):
     assert lefts[7:] == lefts[:2]
 
 
-def test_larger_pictures_are_reduced(tmp_path, load):
+def test_larger_images_are_reduced(tmp_path, load):
     place = tmp_path / "1_x" / "a.png"
     place.parent.mkdir()
     Image.new("RGB", (512, 768), (10, 200, 30)).save(place)
@@ -200,7 +200,7 @@ def test_larger_pictures_are_reduced(tmp_path, load):
 @pytest.mark.rows("R220")
 @pytest.mark.parametrize("side", [64, 192])
 def test_masks_are_seen(tmp_path, draw, load, write_config, side):
-    """White is left as it is, black turns red; beside the picture, which stays whole."""
+    """White is left as it is, black turns red; beside the image, which stays whole."""
     draw(tmp_path / "p" / "a.png", (side, side))
     mask = np.zeros((side, side), np.uint8)
     mask[:, side // 2 :] = 255
@@ -213,8 +213,8 @@ def test_masks_are_seen(tmp_path, draw, load, write_config, side):
     assert np.array_equal(cell.mask, mask / 255)
     (sheet,) = write_sheets(data, tmp_path / "out")
     page = pixels_of(sheet)
-    ((top, left),) = places_of(cell.picture, page)
-    counts = places_of(np.ascontiguousarray(cell.picture[:, side // 2 :]), page)
+    ((top, left),) = places_of(cell.image, page)
+    counts = places_of(np.ascontiguousarray(cell.image[:, side // 2 :]), page)
     assert len(counts) == 2
     assert (top, left + side // 2) in counts
     (second,) = set(counts) - {(top, left + side // 2)}
@@ -222,7 +222,7 @@ def test_masks_are_seen(tmp_path, draw, load, write_config, side):
     assert second[1] >= left + side + side // 2
     out = page[top : top + side, second[1] - side // 2 : second[1]].astype(int)
     assert (out[..., 0] > out[..., 1:].max(axis=-1) + 30).all()
-    assert np.corrcoef(out[..., 1].ravel(), cell.picture[:, : side // 2, 1].ravel())[0, 1] > 0.99
+    assert np.corrcoef(out[..., 1].ravel(), cell.image[:, : side // 2, 1].ravel())[0, 1] > 0.99
 
 
 def test_transparency_is_a_mask_where_it_is_used(tmp_path, load, texts):
@@ -239,12 +239,12 @@ def test_transparency_is_a_mask_where_it_is_used(tmp_path, load, texts):
 
 
 @pytest.mark.rows("R220")
-def test_words_under_a_picture(tmp_path, draw, load, texts):
+def test_words_under_an_image(tmp_path, draw, load, texts):
     draw(tmp_path / "train" / "2_x" / "a.png", (256, 256), caption="one caption")
     draw(tmp_path / "reg" / "1_thing" / "r.png", (128, 128))
     write_sheets(load(tmp_path / "train", reg_data_dir=str(tmp_path / "reg"), **BUCKETS), tmp_path / "out")
     assert texts[0] == "Dataset 1, bucket 128x128"
-    assert texts[1] == "1 picture, 2 with repeats; 1 regularisation picture, 2 with repeats; batch size 1"
+    assert texts[1] == "1 image, 2 with repeats; 1 regularisation image, 2 with repeats; batch size 1"
     assert texts[3:] == [
         *("a.png", "in 2_x", "256x256 to 128x128, 2 repeats", "one caption"),
         *("r.png", "in 1_thing", "128x128, 2 repeats", "regularisation", "thing"),
@@ -266,7 +266,7 @@ def test_two_datasets(tmp_path, draw, load, write_config):
     assert names == ["dataset1_bucket0064x0064_page1.png", "dataset2_bucket0128x0128_page1.png"]
 
 
-def test_pictures_held_out_have_sheets_of_their_own(tmp_path, draw, load, write_config, texts):
+def test_images_held_out_have_sheets_of_their_own(tmp_path, draw, load, write_config, texts):
     for number in range(6):
         draw(tmp_path / "p" / f"{number}.png", caption="a, b, c, d")
     subset = {"image_dir": str(tmp_path / "p"), "shuffle_caption": True, "flip_aug": True}
@@ -297,21 +297,21 @@ def test_a_part_is_chosen_evenly(tmp_path, draw, load, texts):
     write_sheets(data, tmp_path / "out", most=9)
     names = [text for text in texts if text.endswith(".png")]
     assert names == ["m00.png", "m05.png", "m10.png", "m15.png", "one.png", "s0.png", "s1.png", "s2.png", "s3.png"]
-    assert "A part only: 9 of the 25 pictures of this bucket." in texts
+    assert "A part only: 9 of the 25 images of this bucket." in texts
     texts.clear()
     write_sheets(data, tmp_path / "out", most=25)
     assert len([text for text in texts if text.endswith(".png")]) == 25
     assert not any("part only" in text for text in texts)
 
 
-def test_a_picture_that_cannot_be_read_says_why(tmp_path, draw, load, texts):
+def test_an_image_that_cannot_be_read_says_why(tmp_path, draw, load, texts):
     broken, whole = draw(tmp_path / "1_x" / "a.png", caption="words"), draw(tmp_path / "1_x" / "b.png")
     data = load(tmp_path)
     broken.write_bytes(broken.read_bytes()[:500])
     first, second = all_cells(data)
-    assert (first.picture, first.problem) == (
+    assert (first.image, first.problem) == (
         None,
-        "the picture cannot be read (the file is truncated); replace or remove it",
+        "the image cannot be read (the file is truncated); replace or remove it",
     )
     assert first.captions == ("words",) * 3
     assert second.problem == ""
@@ -325,7 +325,7 @@ def test_a_record_with_latents_only_has_a_place(tmp_path, draw, load, texts):
     data = load(tmp_path)
     data.records[0] = replace(data.records[0], path=tmp_path / "1_x" / "elsewhere", present=False)
     assert len(write_sheets(data, tmp_path / "out")) == 1
-    assert texts[-4:] == ["elsewhere", "64x64", "no picture here, only its latents", "words"]
+    assert texts[-4:] == ["elsewhere", "64x64", "no image here, only its latents", "words"]
 
 
 def test_sheets_of_an_earlier_call_go_and_nothing_else(tmp_path, draw, load):

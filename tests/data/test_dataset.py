@@ -63,7 +63,7 @@ def test_repeats_order_and_captions(tmp_path, draw, load):
 
 
 @pytest.mark.rows("R208", "R209", "R252")
-def test_too_few_regularisation_pictures_repeat_in_turn(tmp_path, draw, load):
+def test_too_few_regularisation_images_repeat_in_turn(tmp_path, draw, load):
     for name in ("a.png", "b.png", "c.png"):
         draw(tmp_path / "train" / "3_x" / name)
     draw(tmp_path / "reg" / "1_one" / "r1.png")
@@ -84,8 +84,8 @@ def test_an_identifier_and_a_class_are_the_prompt(tmp_path, draw, load):
 
 @pytest.mark.rows("R59", "R199")
 @pytest.mark.parametrize("extension", [None, ".caption", ".txt", ".my_words"])
-def test_captions_lie_beside_pictures(tmp_path, draw, load, extension):
-    """Every kind of file is there; the one in force decides. Another picture's words are not taken."""
+def test_captions_lie_beside_images(tmp_path, draw, load, extension):
+    """Every kind of file is there; the one in force decides. Another image's words are not taken."""
     for ending in (".caption", ".txt", ".my_words"):
         draw(tmp_path / "1_x" / "a.png", caption=f"a cat, says {ending}", extension=ending)
     draw(tmp_path / "1_x" / "b.png")
@@ -109,7 +109,7 @@ def test_captions_are_shuffled_on_request_only(tmp_path, draw, load):
 
 
 @pytest.mark.rows("R215")
-def test_regularisation_pictures_are_items_among_others(tmp_path, draw, load):
+def test_regularisation_images_are_items_among_others(tmp_path, draw, load):
     for name in ("a.png", "b.png"):
         draw(tmp_path / "train" / "2_x" / name)
         draw(tmp_path / "reg" / "2_y" / name)
@@ -120,13 +120,13 @@ def test_regularisation_pictures_are_items_among_others(tmp_path, draw, load):
 
 
 @pytest.mark.rows("R209")
-def test_surplus_regularisation_pictures_stay_unused(tmp_path, draw, load):
+def test_surplus_regularisation_images_stay_unused(tmp_path, draw, load):
     draw(tmp_path / "train" / "3_x" / "a.png")
     for name in ("r1.png", "r2.png", "r3.png"):
         draw(tmp_path / "reg" / "2_y" / name)
     data = load(tmp_path / "train", reg_data_dir=str(tmp_path / "reg"))
     assert names(data) == [("a.png", 3), ("r1.png", 2), ("r2.png", 2)]
-    assert any("1 picture for regularisation not used" in line for line in data.report())
+    assert any("1 image for regularisation not used" in line for line in data.report())
 
 
 @pytest.mark.rows("R207", "R213")
@@ -164,7 +164,7 @@ def test_batches_hold_one_bucket_and_everything_once(tmp_path, draw, load):
 
 
 @pytest.mark.rows("R56")
-def test_pictures_of_any_size_in_any_folder(tmp_path, draw, make_opts, write_config, traits):
+def test_images_of_any_size_in_any_folder(tmp_path, draw, make_opts, write_config, traits):
     folder = tmp_path / "Fotos (2023)" / "ünï 猫"
     sizes = [(1, 1), (31, 9), (64, 64), (1920, 1080), (1000, 30), (37, 900)]
     for width, height in sizes:
@@ -384,7 +384,7 @@ def test_flipped_crop_counts_from_the_other_side(tmp_path, draw, load):
 def test_without_buckets_sizes_must_match(tmp_path, draw, load):
     draw(tmp_path / "1_x" / "a.png", (64, 64))
     draw(tmp_path / "1_x" / "b.png", (64, 128))
-    with pytest.raises(UserError, match=r"1 of 2 pictures do not have the size 64x64 \(the first is b.png, 64x128\)"):
+    with pytest.raises(UserError, match=r"1 of 2 images do not have the size 64x64 \(the first is b.png, 64x128\)"):
         load(tmp_path)
     draw(tmp_path / "1_x" / "c.png", (63, 200))
     with pytest.raises(UserError, match=r"1 of 3 .* c.png"):
@@ -464,7 +464,7 @@ def test_one_folder_at_two_resolutions(tmp_path, draw, make_opts, write_config, 
     ]
 
 
-def test_unreadable_pictures_are_named_and_left_out(tmp_path, draw, load):
+def test_unreadable_images_are_named_and_left_out(tmp_path, draw, load):
     draw(tmp_path / "1_x" / "good.png")
     (tmp_path / "1_x" / "empty.png").write_bytes(b"")
     (tmp_path / "1_x" / "text.jpg").write_text("hello")
@@ -481,20 +481,20 @@ def test_nothing_left(tmp_path, draw, load):
     draw(tmp_path / "a" / "1_x" / "tiny.png", (10, 10))
     with pytest.raises(UserError) as caught:
         load(tmp_path / "a", bucket_no_upscale=True, **BUCKETS)
-    assert "no usable training picture" in caught.value.problems[0]
+    assert "no usable training image" in caught.value.problems[0]
     assert "10x10 is too small or too narrow" in caught.value.problems[1]
 
 
-def test_a_picture_that_breaks_later_is_named(tmp_path, draw, load):
+def test_an_image_that_breaks_later_is_named(tmp_path, draw, load):
     path = draw(tmp_path / "1_x" / "a.png")
     data = load(tmp_path)
     path.write_bytes(path.read_bytes()[:500])
     for workers in (0, 1):
-        with pytest.raises(UserError, match=r"a\.png: the picture cannot be read") as caught:
+        with pytest.raises(UserError, match=r"a\.png: the image cannot be read") as caught:
             list(data.loader(1, workers=workers))
         assert "Traceback" not in str(caught.value)
     draw(path, (64, 128))
-    with pytest.raises(UserError, match=r"a\.png: the picture has changed"):
+    with pytest.raises(UserError, match=r"a\.png: the image has changed"):
         list(data.loader(1))
 
 
@@ -518,7 +518,7 @@ def test_txt_files_beside_caption_files_are_not_passed_over_in_silence(tmp_path,
         draw(tmp_path / "1_x" / f"{name}.png", caption=f"from {extension}", extension=extension)
     (tmp_path / "1_x" / "a.txt").write_text("tags of a", encoding="utf-8")  # both kinds: nothing is amiss
     assert [record.caption for record in load(tmp_path).records] == ["from .caption", "x", "x"]
-    assert "2 of the pictures without .caption file have a .txt file, which is not read" in warnings.text
+    assert "2 of the images without .caption file have a .txt file, which is not read" in warnings.text
 
 
 def test_report_tells_what_is_missing(tmp_path, draw, load, warnings):
@@ -529,11 +529,11 @@ def test_report_tells_what_is_missing(tmp_path, draw, load, warnings):
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "1_" / "c.png", exif=exif)
     draw(tmp_path / "2_y" / "d.png")
     lines = load(tmp_path).report()
-    assert "1 picture turned upright as their EXIF orientation says" in lines
-    assert "2 pictures with neither a caption nor class tokens: they train on no text" in lines
-    assert "1 picture with an empty caption: they train on no text" in lines
-    assert "1 picture without a caption: their class tokens are the caption" in lines
-    assert "2 pictures have neither" in warnings.text
+    assert "1 image turned upright as their EXIF orientation says" in lines
+    assert "2 images with neither a caption nor class tokens: they train on no text" in lines
+    assert "1 image with an empty caption: they train on no text" in lines
+    assert "1 image without a caption: their class tokens are the caption" in lines
+    assert "2 images have neither" in warnings.text
 
 
 def test_what_workers_hold_is_small_and_picklable(tmp_path, draw, load):

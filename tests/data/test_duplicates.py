@@ -1,4 +1,4 @@
-"""Copies of pictures are found, different pictures and pictures without structure are not."""
+"""Copies of images are found, different images and images without structure are not."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_each_copy_is_found_with_its_original_only(tmp_path, originals, kind):
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 @pytest.mark.parametrize("orientation", [3, 6])
-def test_the_upright_picture_counts(tmp_path, suffix, orientation):
+def test_the_upright_image_counts(tmp_path, suffix, orientation):
     upright, exif = photo(0), Image.Exif()
     stored = upright.transpose({3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[orientation])
     exif[0x0112] = orientation
@@ -83,7 +83,7 @@ def test_bits_are_fields_brighter_than_their_left_neighbour(tmp_path):
 
 
 def test_what_transparency_hides_is_not_looked_at(tmp_path):
-    """A cut-out on white and its transparent original with other colours behind it are the same picture."""
+    """A cut-out on white and its transparent original with other colours behind it are the same image."""
     top, hidden = np.asarray(photo(1)), np.asarray(photo(2))
     alpha = np.asarray(photo(3).convert("L"))[..., None] > 128
     shown = Image.fromarray(np.where(alpha, top, 255).astype(np.uint8))
@@ -122,7 +122,7 @@ STRUCTURELESS = {
 
 
 @pytest.mark.parametrize("options", [("png", {}), ("jpg", {"quality": 60})], ids=lambda options: options[0])
-def test_pictures_without_structure_have_no_look(tmp_path, options):
+def test_images_without_structure_have_no_look(tmp_path, options):
     suffix, how = options
     found = looks_of(list(STRUCTURELESS.values()), tmp_path, suffix, **how)
     assert dict(zip(STRUCTURELESS, found, strict=True)) == dict.fromkeys(STRUCTURELESS)
@@ -146,7 +146,7 @@ def test_equal_digests_are_grouped():
 
 
 def near_by_all_pairs(looks, distance):
-    """The definition: pictures within the distance are together, and so is everything that this connects."""
+    """The definition: images within the distance are together, and so is everything that this connects."""
     group_of = {index: {index} for index, value in enumerate(looks) if value is not None}
     for one in group_of:
         for other in group_of:

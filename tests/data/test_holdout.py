@@ -33,8 +33,8 @@ def paths(data):
 @pytest.fixture
 def folder(tmp_path, draw):
     for number in range(10):
-        draw(tmp_path / "pictures" / f"{number}.png")
-    return tmp_path / "pictures"
+        draw(tmp_path / "images" / f"{number}.png")
+    return tmp_path / "images"
 
 
 @pytest.mark.parametrize(("split", "held"), [(0.01, 1), (0.1, 1), (0.14, 1), (0.15, 2), (0.25, 3), (0.5, 5), (0.9, 9)])
@@ -43,7 +43,7 @@ def test_counts_are_rounded_and_nothing_is_on_both_sides(folder, load, split, he
     assert (len(data.records), len(data.held_out.records)) == (10 - held, held)
     assert not paths(data) & paths(data.held_out)
     assert data.metadata()["ss_num_validation_images"] == held
-    assert f"held out for validation: {held} pictures" in data.report()
+    assert f"held out for validation: {held} images" in data.report()
 
 
 def test_no_split_holds_nothing_out(folder, load):
@@ -59,7 +59,7 @@ def test_the_choice_follows_the_seed_and_the_names(folder, load, tmp_path, draw)
     assert paths(load(config, seed=2).held_out) != first
     own = {"datasets": [table(folder, validation_split=0.4, validation_seed=7)]}
     assert paths(load(own).held_out) == paths(load(own, seed=2).held_out)
-    moved = tmp_path / "elsewhere" / "pictures"
+    moved = tmp_path / "elsewhere" / "images"
     shutil.copytree(folder, moved)
     again = paths(load({"datasets": [table(moved, validation_split=0.4)]}).held_out)
     assert {path.name for path in again} == {path.name for path in first}
@@ -85,7 +85,7 @@ def test_copies_are_on_the_same_side(folder, load):
     assert len(data.held_out.records) == 6
 
 
-def test_regularisation_pictures_are_not_held_out_and_balance_what_is_trained(folder, load, tmp_path, draw):
+def test_regularisation_images_are_not_held_out_and_balance_what_is_trained(folder, load, tmp_path, draw):
     for number in range(10):
         draw(tmp_path / "reg" / f"r{number}.png")
     one = table(folder, validation_split=0.4)

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def gradient(width=40, height=24):
-    """A smooth picture that looks different in every orientation; smooth, so that JPEG changes little."""
+    """A smooth image that looks different in every orientation; smooth, so that JPEG changes little."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([x * 255 / (width - 1), y * 255 / (height - 1), (x + y) * 2], axis=-1).astype(np.uint8)
 
@@ -44,7 +44,7 @@ def test_formats(tmp_path, name):
     assert images.probe(tmp_path / name) == (Size(40, 24), False, 1)
 
 
-# How a viewer must turn the stored pixels, from the EXIF standard: row 0 and column 0 of the stored picture are ...
+# How a viewer must turn the stored pixels, from the EXIF standard: row 0 and column 0 of the stored image are ...
 UPRIGHT = {
     1: lambda a: a,  # top, left
     2: lambda a: a[:, ::-1],  # top, right
@@ -152,14 +152,14 @@ def test_truncated_files_are_found_from_the_outside(tmp_path, suffix):
         images.probe(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 20])
-def test_no_picture_at_all(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 20])
+def test_no_image_at_all(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises((OSError, ValueError)):
         images.probe(tmp_path / "a.png")
 
 
-def test_data_behind_the_picture_does_no_harm(tmp_path):
+def test_data_behind_the_image_does_no_harm(tmp_path):
     path = tmp_path / "a.jpg"
     Image.fromarray(gradient()).save(path)
     path.write_bytes(path.read_bytes() + b"\0" * 5000)  # as some phones do
@@ -215,7 +215,7 @@ def test_apply_cut():
 
 
 @pytest.mark.parametrize("resized", [Size(20, 12), Size(80, 48), Size(20, 48)])
-def test_masks_are_cut_as_pictures_are_and_make_no_new_values(resized):
+def test_masks_are_cut_as_images_are_and_make_no_new_values(resized):
     mask = np.zeros((24, 40), np.uint8)
     mask[6:18, 10:30] = 200
     cut = images.Cut(resized, resized.width // 4, resized.height // 4, Size(resized.width // 2, resized.height // 2))
@@ -226,7 +226,7 @@ def test_masks_are_cut_as_pictures_are_and_make_no_new_values(resized):
     whole = images.apply_cut_to_mask(noise, images.Cut(resized, 0, 0, resized))
     assert whole.min() >= 50
     assert whole.max() <= 200
-    doubled = images.resize(mask, Size(80, 48), "nearest")  # of another size: it lies over the same picture
+    doubled = images.resize(mask, Size(80, 48), "nearest")  # of another size: it lies over the same image
     assert close(images.apply_cut_to_mask(doubled, cut), inside, 110)
     assert np.array_equal(images.apply_cut_to_mask(doubled, cut)[1:-1, 1:-1], inside[1:-1, 1:-1])
 
@@ -262,7 +262,7 @@ def test_face_crop_stays_inside_and_never_enlarges():
         assert 0 <= cut.top <= cut.resized.height - 256
 
 
-def test_face_crop_leaves_a_picture_of_the_right_size_alone():
+def test_face_crop_leaves_an_image_of_the_right_size_alone():
     face = images.FaceBox(10, 10, 5, 5)
     cut = images.face_cut(Size(320, 256), face, Size(320, 256), (1.0, 4.0), Random(0))
     assert cut == (Size(320, 256), 0, 0, Size(320, 256))
@@ -307,7 +307,7 @@ def test_alpha_beside_the_colours_as_stored(tmp_path, suffix):
     assert np.array_equal(opacity, np.rot90(alpha, -1))
 
 
-def test_alpha_of_pictures_that_keep_it_elsewhere(tmp_path):
+def test_alpha_of_images_that_keep_it_elsewhere(tmp_path):
     Image.fromarray(gradient()).save(tmp_path / "none.jpg", quality=100)
     rgb, opacity = images.read_image_and_alpha(tmp_path / "none.jpg")
     assert np.array_equal(rgb, images.read_image(tmp_path / "none.jpg"))
@@ -460,7 +460,7 @@ def test_srgb_profiles_change_nothing(tmp_path):
     "wrong",
     [b"no profile at all", rgb_profile(DISPLAY_P3)[:200], rgb_profile(DISPLAY_P3).replace(b"rTRC", b"xxxx"),
      cmyk_profile(inks), grey_profile(1.5), profile(b"Luv ", {})],
-    ids=["junk", "cut off", "no curve", "of other channels", "of grey", "of a space that no picture has"],
+    ids=["junk", "cut off", "no curve", "of other channels", "of grey", "of a space that no image has"],
 )  # fmt: skip
 def test_a_profile_that_cannot_be_used_is_left_out(tmp_path, wrong, caplog, monkeypatch):
     monkeypatch.setattr(images.LOGGER, "propagate", True)
@@ -537,16 +537,16 @@ GREY = gradient()[..., 0]
 HALF_WHITE = np.where(np.arange(24)[:, None, None] < 12, np.uint8(255), all_of(0, 0, 255))
 DEEP = np.linspace(0, 65535, 24 * 40).reshape(24, 40).astype(np.uint16)
 PLAIN = [40, 24, False, 1]
-EMPTY, CUT_OFF, NO_PICTURE = "the file is empty", "the file is truncated", "no picture that can be read"
+EMPTY, CUT_OFF, NO_IMAGE = "the file is empty", "the file is truncated", "no image that can be read"
 DAMAGED = "the file is damaged: broken data stream when reading image file"
 TOO_LARGE = "it has more than 178 million pixels, too many to read"
 
 # name: (file name, content, what `describe` says, what `read_image` gives or says, how far colours may be off)
 CONDITIONS = {
     "empty": ("a.png", b"", EMPTY, EMPTY, 0),
-    "text": ("a.png", b"These are words and no picture. " * 9, NO_PICTURE, NO_PICTURE, 0),
+    "text": ("a.png", b"These are words and no image. " * 9, NO_IMAGE, NO_IMAGE, 0),
     "drawing by a program": ("a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
-                             NO_PICTURE, NO_PICTURE, 0),
+                             NO_IMAGE, NO_IMAGE, 0),
     "png cut off": ("a.png", saved(noise(200, 300), "png")[:-5000], CUT_OFF, CUT_OFF, 0),
     "png cut off in its header": ("a.png", saved(gradient(), "png")[:20], CUT_OFF, CUT_OFF, 0),
     "jpeg cut off": ("a.jpg", saved(noise(200, 300), "jpg")[:-5000], CUT_OFF, CUT_OFF, 0),
@@ -607,7 +607,7 @@ def test_what_is_no_file(tmp_path):
 
 
 def test_pillow_does_not_speak(tmp_path):
-    """Of pictures that are large but fine, and of odd palettes. In a program of its own: pytest sets filters too."""
+    """Of images that are large but fine, and of odd palettes. In a program of its own: pytest sets filters too."""
     (tmp_path / "large.png").write_bytes(png(10000, 10000, chunk(b"IDAT", zlib.compress(b""))))
     (tmp_path / "palette.png").write_bytes(palette_with_transparency())
     program = (
@@ -656,7 +656,7 @@ def test_jpeg_xl(tmp_path):
     ],
 )
 def test_a_jpeg_file_comes_as_small_as_is_enough(tmp_path, orientation, enough, decoded):
-    """Sizes are upright ones, whichever way the file lies; and the whole picture's size is told."""
+    """Sizes are upright ones, whichever way the file lies; and the whole image's size is told."""
     upright = np.kron(gradient(50, 38), np.ones((8, 8, 1), np.uint8))
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -680,7 +680,7 @@ def test_other_files_come_whole(tmp_path):
 
 
 @pytest.mark.parametrize(("width", "height"), [(700, 501), (3, 90001), (300001, 2)])
-def test_large_pictures_lose_nothing_on_the_way_to_numpy(tmp_path, width, height):
+def test_large_images_lose_nothing_on_the_way_to_numpy(tmp_path, width, height):
     pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.bmp")
     assert np.array_equal(images.read_image(tmp_path / "a.bmp"), pixels)

@@ -26,8 +26,8 @@ PLENTY = index.MANY + 100
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    return tmp_path / "pictures"
+    (tmp_path / "images").mkdir()
+    return tmp_path / "images"
 
 
 @pytest.fixture
@@ -295,7 +295,7 @@ def test_put_for_a_file_removed_in_the_run(folder, place):
         lambda text: "[]",
         lambda text: "{}",
         lambda text: text.replace(f'"version":{index.VERSION}', f'"version":{index.VERSION + 1}'),
-        lambda text: text.replace("pictures", "others"),
+        lambda text: text.replace("images", "others"),
         lambda text: json.dumps({**json.loads(text), "files": []}),
         lambda text: json.dumps({**json.loads(text), "files": {"a.txt": [1, 2]}}),
         lambda text: json.dumps({**json.loads(text), "files": {"a.txt": ["1", 2, {}]}}),
@@ -367,7 +367,7 @@ def test_folders_are_known_by_any_of_their_paths(folder, place, monkeypatch):
     learn(place, "text", [file], reader)
     monkeypatch.chdir(folder)
     assert FileIndex(place).learn("text", [Path("a.txt")], reader) == ["a"]
-    assert FileIndex(place).learn("text", [Path("../pictures/a.txt")], reader) == ["a"]
+    assert FileIndex(place).learn("text", [Path("../images/a.txt")], reader) == ["a"]
     assert reader.taken() == ["a.txt"]
 
 

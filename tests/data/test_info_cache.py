@@ -1,4 +1,4 @@
-"""`metadata_cache.json` as earlier trainers left it in picture folders, and as we write it."""
+"""`metadata_cache.json` as earlier trainers left it in image folders, and as we write it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_there_is_none(tmp_path):
         "\\\\server\\share\\v1.5 猫.png",
     ],
 )
-def test_a_picture_is_known_by_its_file_name(put, tmp_path, key, mark):
+def test_an_image_is_known_by_its_file_name(put, tmp_path, key, mark):
     content = {key.format(folder=tmp_path): {"caption": "one\ntwo", "resolution": [640, 480]}}
     folder = put(mark + json.dumps(content, ensure_ascii=False).encode())
     assert read(folder) == {folder / "v1.5 猫.png": Info("one\ntwo", Size(640, 480))}

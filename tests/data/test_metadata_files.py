@@ -1,4 +1,4 @@
-"""Metadata files as taggers, merge scripts and people write them, and the pictures that their keys mean."""
+"""Metadata files as taggers, merge scripts and people write them, and the images that their keys mean."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def test_a_file_of_json_lines(write, mark, name):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no pictures in it; write captions into it with merge_captions_to_metadata.py"),
-        (b" \n", "no pictures in it"),
-        (b"{}", "no pictures in it"),
+        (b"", "no images in it; write captions into it with merge_captions_to_metadata.py"),
+        (b" \n", "no images in it"),
+        (b"{}", "no images in it"),
         ('{"a": {"caption": "猫"}}'.encode("shift_jis"), "not UTF-8 text (byte 19)"),
         (b"\xef\xbb\xbf\xff", "not UTF-8 text (byte 3)"),
         (b'{\n  "a": {"caption" 1}\n}', "line 2, column 19: the colon after a key is missing"),
@@ -136,8 +136,8 @@ def test_every_wrong_line_is_told(write):
     problems = problems_of(path)
     starts = [
         "line 2, column 17: there is more after the end of the value",
-        "line 3: no picture is named",
-        "line 4: no picture is named",
+        "line 3: no image is named",
+        "line 4: no image is named",
         "line 5: must be an object",
         "line 7: tags must be text, got 1",
         "line 7: image_size must be",
@@ -150,7 +150,7 @@ def test_every_wrong_line_is_told(write):
 
 
 def test_an_empty_file_of_json_lines(write):
-    assert "no pictures in it" in problems_of(write("\n\n", "meta.jsonl"))[0]
+    assert "no images in it" in problems_of(write("\n\n", "meta.jsonl"))[0]
 
 
 def test_json_lines_in_a_json_file_get_a_hint(write):
@@ -214,7 +214,7 @@ def test_the_separator_is_used_as_it_is():
     assert join_caption("a cat", "x\ny", "; ", wildcard=True) == "a cat; x; y"
 
 
-# ---- finding pictures
+# ---- finding images
 
 
 @pytest.mark.rows("R197")
@@ -271,13 +271,13 @@ def test_a_key_in_the_folder(tmp_path, key, file, stem):
     folder = touch(tmp_path / "data", *names, "sub/cat.webp", file)
     entries, problems = found([key], folder)
     assert problems == []
-    assert [(entry.key, entry.picture, entry.base) for entry in entries] == [(key, folder / file, folder / stem)]
+    assert [(entry.key, entry.image, entry.base) for entry in entries] == [(key, folder / file, folder / stem)]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a backslash separates here")
 def test_a_backslash_may_be_part_of_a_name(tmp_path):
     folder = touch(tmp_path, "we\\ird.png", "ird.png")
-    assert [entry.picture for entry in found(["we\\ird.png"], folder)[0]] == [folder / "we\\ird.png"]
+    assert [entry.image for entry in found(["we\\ird.png"], folder)[0]] == [folder / "we\\ird.png"]
 
 
 @pytest.mark.parametrize("image_dir", [None, "other"])
@@ -287,16 +287,16 @@ def test_a_path_is_used_as_it_stands(tmp_path, monkeypatch, image_dir, suffix):
     touch(tmp_path, "img/a.png", "other/a.png")
     monkeypatch.chdir(tmp_path)
     folder = image_dir and Path(image_dir)
-    assert [entry.picture for entry in found([f"img/a{suffix}"], folder)[0]] == [Path("img/a.png")]
+    assert [entry.image for entry in found([f"img/a{suffix}"], folder)[0]] == [Path("img/a.png")]
     whole = str(tmp_path / "img" / "a")
-    assert [entry.picture for entry in found([whole + suffix], folder)[0]] == [tmp_path / "img" / "a.png"]
+    assert [entry.image for entry in found([whole + suffix], folder)[0]] == [tmp_path / "img" / "a.png"]
 
 
 def test_names_are_no_paths_where_there_is_a_folder(tmp_path, monkeypatch):
     touch(tmp_path, "a.png", "img/a.png")
     monkeypatch.chdir(tmp_path)
-    assert [entry.picture for entry in found(["a.png"], Path("img"))[0]] == [Path("img/a.png")]
-    assert [entry.picture for entry in found(["a.png"], None)[0]] == [Path("a.png")]
+    assert [entry.image for entry in found(["a.png"], Path("img"))[0]] == [Path("img/a.png")]
+    assert [entry.image for entry in found(["a.png"], None)[0]] == [Path("a.png")]
 
 
 @pytest.mark.parametrize(
@@ -314,20 +314,20 @@ def test_names_are_no_paths_where_there_is_a_folder(tmp_path, monkeypatch):
         ("._cat.png", "."),
     ],
 )
-def test_a_key_without_a_picture(tmp_path, key, where):
-    """Not even a picture of the same name further up is taken: it would train with another one's caption."""
+def test_a_key_without_an_image(tmp_path, key, where):
+    """Not even an image of the same name further up is taken: it would train with another one's caption."""
     folder = touch(tmp_path, "cat.png", "cat.txt", "._cat.png", "only_above.png", "sub/other.png")
-    assert found([key], folder) == ([], [f"meta.json: no picture for '{key}' in {folder / where}"])
+    assert found([key], folder) == ([], [f"meta.json: no image for '{key}' in {folder / where}"])
 
 
 def test_without_a_folder_the_line_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert found(["a"], None)[1] == [
-        "meta.json: no picture for 'a' in .; say where the pictures are with --train_data_dir, or image_dir"
+        "meta.json: no image for 'a' in .; say where the images are with --train_data_dir, or image_dir"
     ]
 
 
-def test_a_stem_with_several_pictures_is_not_guessed(tmp_path):
+def test_a_stem_with_several_images_is_not_guessed(tmp_path):
     folder = touch(tmp_path, "a.png", "a.jpg")
     assert found(["a"], folder) == (
         [],
@@ -355,19 +355,19 @@ def test_latents_of_a_stem_that_itself_ends_in_a_size(tmp_path):
     assert [entry.base for entry in found(["a_512x512"], folder)[0]] == [folder / "a_512x512"]
 
 
-def test_latents_of_another_picture_are_not_taken(tmp_path):
+def test_latents_of_another_image_are_not_taken(tmp_path):
     folder = touch(tmp_path, "a.jpg", "a.npz")
-    assert found(["a.png"], folder) == ([], [f"meta.json: no picture for 'a.png' in {folder}"])
-    assert [entry.picture for entry in found(["a"], folder)[0]] == [folder / "a.jpg"]
+    assert found(["a.png"], folder) == ([], [f"meta.json: no image for 'a.png' in {folder}"])
+    assert [entry.image for entry in found(["a"], folder)[0]] == [folder / "a.jpg"]
 
 
-def test_a_picture_here_goes_before_latents_elsewhere(tmp_path):
+def test_an_image_here_goes_before_latents_elsewhere(tmp_path):
     folder = touch(tmp_path / "new", "a.png")
     old = touch(tmp_path / "old", "a.npz")
-    assert [entry.picture for entry in found([str(old / "a.png")], folder)[0]] == [folder / "a.png"]
+    assert [entry.image for entry in found([str(old / "a.png")], folder)[0]] == [folder / "a.png"]
 
 
-def test_the_first_of_several_keys_for_one_picture_counts(tmp_path):
+def test_the_first_of_several_keys_for_one_image_counts(tmp_path):
     folder = touch(tmp_path / "img", "a.png", "b.npz")
     entries = {
         "a.png": {"caption": "first"},
@@ -392,7 +392,7 @@ def test_the_order_does_not_depend_on_the_file(tmp_path):
     keys = [*names, "only"]
     forward, backward = found(keys, folder)[0], found(reversed(keys), folder)[0]
     assert forward == backward
-    assert [entry.picture and entry.picture.relative_to(folder).as_posix() for entry in forward] == (
+    assert [entry.image and entry.image.relative_to(folder).as_posix() for entry in forward] == (
         ["C.png", "a.png", "a10.png", "a9.png", "b.png", None, "sub/a.png", "sub b/a.png"]
     )
 
@@ -400,7 +400,7 @@ def test_the_order_does_not_depend_on_the_file(tmp_path):
 @pytest.mark.parametrize("key", ["a", "{folder}/a.png"])
 def test_a_folder_that_is_not_there(tmp_path, key):
     folder = tmp_path / "none"
-    with pytest.raises(UserError, match=r"none: the folder of the pictures cannot be read \("):
+    with pytest.raises(UserError, match=r"none: the folder of the images cannot be read \("):
         found([key.format(folder=folder)], folder)
 
 

@@ -46,8 +46,8 @@ def test_a_training_says_so_before_data_and_model(without_opencv, monkeypatch, c
         caching.cache_latents,
         edges.draw_edges,
         faces.cut_faces,
-        resizing.resize_pictures,
-        tagging.tag_pictures,
+        resizing.resize_images,
+        tagging.tag_images,
     ],
 )
 def test_so_do_the_scripts_that_change_images(without_opencv, work):

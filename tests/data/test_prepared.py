@@ -1,4 +1,4 @@
-"""Pictures that are gone, known by the latents beside them."""
+"""Images that are gone, known by the latents beside them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def prepared():
         ("aa_0010x0020_sd.npz", None, None),
     ],
 )
-def test_the_size_of_a_picture_that_is_gone(tmp_path, prepared, name, arrays, expected):
+def test_the_size_of_an_image_that_is_gone(tmp_path, prepared, name, arrays, expected):
     if arrays is None:
         (tmp_path / name).write_bytes(b"damaged")
     else:

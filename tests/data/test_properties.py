@@ -16,7 +16,8 @@ pytest.importorskip("hypothesis")
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from library.data import buckets, images
+from library.data import buckets
+from library.data import images as imaging
 from library.data.captions import CaptionOptions, make_caption
 from library.data.sampler import Address, EpochBatches
 from library.runtime.seeds import derive
@@ -49,7 +50,7 @@ def cases(draw) -> Case:
     return Case(resolution, low, high, step, buckets.bucket_sizes(resolution, low, high, step))
 
 
-def pictures(largest: int = 5000):
+def images(largest: int = 5000):
     return st.builds(Size, st.integers(1, largest), st.integers(1, largest))
 
 
@@ -75,31 +76,31 @@ def test_limits_never_shut_out_what_was_asked_for(low, high, step):
 
 
 @MANY
-@given(cases(), pictures())
-def test_the_bucket_chosen_is_the_best_and_is_covered(case, picture):
-    bucket, resized = buckets.choose(picture, case.sizes)
-    errors = [abs(width / height - picture.width / picture.height) for width, height in case.sizes]
-    assert buckets.aspect_error(bucket, picture) == min(errors)
-    assert bucket == picture or bucket == case.sizes[errors.index(min(errors))]
+@given(cases(), images())
+def test_the_bucket_chosen_is_the_best_and_is_covered(case, image):
+    bucket, resized = buckets.choose(image, case.sizes)
+    errors = [abs(width / height - image.width / image.height) for width, height in case.sizes]
+    assert buckets.aspect_error(bucket, image) == min(errors)
+    assert bucket == image or bucket == case.sizes[errors.index(min(errors))]
     over = resized.width - bucket.width, resized.height - bucket.height
     assert min(over) == 0
-    # The other side keeps the picture's proportions to half a pixel; floats may fall to either side of the half.
-    scale = max(bucket.width / picture.width, bucket.height / picture.height)
-    assert abs(resized.width - picture.width * scale) <= 0.5 + 1e-6
-    assert abs(resized.height - picture.height * scale) <= 0.5 + 1e-6
+    # The other side keeps the image's proportions to half a pixel; floats may fall to either side of the half.
+    scale = max(bucket.width / image.width, bucket.height / image.height)
+    assert abs(resized.width - image.width * scale) <= 0.5 + 1e-6
+    assert abs(resized.height - image.height * scale) <= 0.5 + 1e-6
 
 
-FACES = st.builds(images.FaceBox, *[st.integers(0, 6000)] * 4)
+FACES = st.builds(imaging.FaceBox, *[st.integers(0, 6000)] * 4)
 SPANS = st.tuples(st.floats(0.1, 8), st.floats(0.1, 8)).map(lambda pair: tuple(sorted(pair)))
 
 
 @MANY
-@given(cases(), pictures(), SEEDS, FACES, SPANS, st.booleans())
-def test_cuts_lie_inside_the_picture(case, picture, seed, face, span, anywhere):
-    bucket, resized = buckets.choose(picture, case.sizes)
-    centre = images.centre_cut(resized, bucket)
-    around = images.face_cut(resized, face, bucket, span, Random(seed), anywhere)
-    for cut in (centre, images.random_cut(resized, bucket, Random(seed)), around):
+@given(cases(), images(), SEEDS, FACES, SPANS, st.booleans())
+def test_cuts_lie_inside_the_image(case, image, seed, face, span, anywhere):
+    bucket, resized = buckets.choose(image, case.sizes)
+    centre = imaging.centre_cut(resized, bucket)
+    around = imaging.face_cut(resized, face, bucket, span, Random(seed), anywhere)
+    for cut in (centre, imaging.random_cut(resized, bucket, Random(seed)), around):
         assert cut.to == bucket
         assert 0 <= cut.left <= cut.resized.width - bucket.width
         assert 0 <= cut.top <= cut.resized.height - bucket.height
@@ -108,52 +109,52 @@ def test_cuts_lie_inside_the_picture(case, picture, seed, face, span, anywhere):
 
 
 @MANY
-@given(cases(), pictures())
-def test_no_upscale_only_shrinks(case, picture):
-    fit = buckets.choose_no_upscale(picture, case.resolution, case.step)
+@given(cases(), images())
+def test_no_upscale_only_shrinks(case, image):
+    fit = buckets.choose_no_upscale(image, case.resolution, case.step)
     area = case.resolution.width * case.resolution.height
     if fit is None:
-        longest = max(picture) * min(1, math.sqrt(area / (picture.width * picture.height)))
-        shortest = longest * min(picture) / max(picture)
+        longest = max(image) * min(1, math.sqrt(area / (image.width * image.height)))
+        shortest = longest * min(image) / max(image)
         # One more step, as the other side is fitted to a whole number of steps first.
         assert shortest < 2 * case.step
         return
     bucket, resized = fit
     assert bucket.width % case.step == bucket.height % case.step == 0
-    assert case.step <= bucket.width <= resized.width <= picture.width
-    assert case.step <= bucket.height <= resized.height <= picture.height
-    if picture.width * picture.height <= area:
-        assert resized == picture
+    assert case.step <= bucket.width <= resized.width <= image.width
+    assert case.step <= bucket.height <= resized.height <= image.height
+    if image.width * image.height <= area:
+        assert resized == image
     # A side is rounded to the next pixel before it is rounded down to steps: half a pixel along each side at most.
     assert bucket.width * bucket.height <= area + bucket.width + bucket.height
 
 
 @MANY
-@given(pictures(), st.sampled_from([512, 768, 1024, 1536]), st.sampled_from([32, 64]))
-def test_no_upscale_keeps_the_area_of_usual_resolutions(picture, side, step):
-    assume(max(picture) <= 8 * min(picture))
-    fit = buckets.choose_no_upscale(picture, Size(side, side), step)
+@given(images(), st.sampled_from([512, 768, 1024, 1536]), st.sampled_from([32, 64]))
+def test_no_upscale_keeps_the_area_of_usual_resolutions(image, side, step):
+    assume(max(image) <= 8 * min(image))
+    fit = buckets.choose_no_upscale(image, Size(side, side), step)
     assert fit is None or fit.bucket.width * fit.bucket.height <= side * side
 
 
 @MANY
-@given(cases(), pictures(), st.booleans())
-def test_the_recorded_crop_lies_in_the_bucket(case, picture, upscale):
-    fit = buckets.choose(picture, case.sizes) if upscale else buckets.choose_no_upscale(picture, *case[::3])
+@given(cases(), images(), st.booleans())
+def test_the_recorded_crop_lies_in_the_bucket(case, image, upscale):
+    fit = buckets.choose(image, case.sizes) if upscale else buckets.choose_no_upscale(image, *case[::3])
     assume(fit is not None)
-    left, top, right, bottom = buckets.crop_ltrb(fit.bucket, picture)
+    left, top, right, bottom = buckets.crop_ltrb(fit.bucket, image)
     assert 0 <= left < right <= fit.bucket.width
     assert 0 <= top < bottom <= fit.bucket.height
-    assert (right - left) / (bottom - top) == pytest.approx(picture.width / picture.height)
+    assert (right - left) / (bottom - top) == pytest.approx(image.width / image.height)
 
 
 @MANY
 @given(cases(), st.integers(1, 4))
-def test_a_picture_of_a_buckets_own_shape_fills_it(case, times):
+def test_an_image_of_a_buckets_own_shape_fills_it(case, times):
     for bucket in case.sizes:
-        picture = Size(bucket.width * times, bucket.height * times)
-        assert buckets.choose(picture, case.sizes).bucket == bucket
-        assert buckets.crop_ltrb(bucket, picture) == pytest.approx((0, 0, *bucket))
+        image = Size(bucket.width * times, bucket.height * times)
+        assert buckets.choose(image, case.sizes).bucket == bucket
+        assert buckets.crop_ltrb(bucket, image) == pytest.approx((0, 0, *bucket))
 
 
 # --- captions ---

@@ -1,4 +1,4 @@
-"""What the model is to see of a record: the same cut for the picture, its transparency and its mask."""
+"""What the model is to see of a record: the same cut for the image, its transparency and its mask."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ def places(width, height):
 
 @pytest.fixture
 def scene(tmp_path):
-    """(picture, mask) of 120x80; opacity and mask tell columns and rows too, so that cuts can be compared."""
-    picture, mask = tmp_path / "a.png", tmp_path / "mask.png"
+    """(image, mask) of 120x80; opacity and mask tell columns and rows too, so that cuts can be compared."""
+    image, mask = tmp_path / "a.png", tmp_path / "mask.png"
     colours = places(120, 80)
     opacity = 255 - colours[..., 0]
-    Image.fromarray(np.dstack([colours, opacity])).save(picture)
+    Image.fromarray(np.dstack([colours, opacity])).save(image)
     Image.fromarray(colours).save(mask)
-    return picture, mask
+    return image, mask
 
 
-def test_picture_in_the_middle(scene):
+def test_image_in_the_middle(scene):
     resized = np.asarray(images.resize(images.read_image(scene[0]), Size(96, 64)))
     view = render(record(scene[0], (120, 80), (64, 64), (96, 64)), False, Random(0))
     assert np.array_equal(view.pixels, resized[:, 16:80])
@@ -66,12 +66,12 @@ def test_picture_in_the_middle(scene):
 def test_a_photo_that_is_shrunk_far_may_be_decoded_small(tmp_path, kept_whole, monkeypatch):
     """Within one level of 255 on average; where the options ask for more than an area's mean, it is decoded whole."""
     rng = np.random.default_rng(0)
-    picture = rng.normal(127, 3, size=(1200, 1600, 3))
+    image = rng.normal(127, 3, size=(1200, 1600, 3))
     for columns, strength in ((6, 50), (24, 25), (96, 12)):
         grid = rng.normal(size=(columns * 3 // 4, columns, 3)) * strength
-        picture += cv2.resize(grid, (1600, 1200), interpolation=cv2.INTER_CUBIC)
+        image += cv2.resize(grid, (1600, 1200), interpolation=cv2.INTER_CUBIC)
     path = tmp_path / "photo.jpg"
-    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path, quality=90)
     cut = images.centre_cut(Size(128, 96), Size(96, 96))
     expected = images.apply_cut(images.read_image(path), cut, kept_whole.get("resize_interpolation"))
     view = render(record(path, (1600, 1200), (96, 96), (128, 96), **kept_whole), False, Random(0))
@@ -93,15 +93,15 @@ def test_colours_behind_transparency_show_only_with_alpha_mask(scene):
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("cut", ["centre", "random", "face", "face anywhere"])
 def test_all_parts_have_the_same_cut(scene, tmp_path, cut, flip):
-    picture, mask = scene
+    image, mask = scene
     subset = {"alpha_mask": True, "random_crop": cut in ("random", "face anywhere"), "resize_interpolation": "area"}
     resized = (120, 80)
     if cut.startswith("face"):
         subset["face_crop_aug_range"], resized = (1.5, 3.0), None
-        picture = picture.rename(tmp_path / "a_70_30_12_16.png")
+        image = image.rename(tmp_path / "a_70_30_12_16.png")
     corners = set()
     for seed in range(20):
-        one = record(picture, (120, 80), (48, 40), resized, mask, **subset)
+        one = record(image, (120, 80), (48, 40), resized, mask, **subset)
         view = render(one, flip, Random(seed))
         assert view.pixels.shape == view.extra.shape == (40, 48, 3)
         assert view.alpha.shape == (40, 48)
@@ -113,12 +113,12 @@ def test_all_parts_have_the_same_cut(scene, tmp_path, cut, flip):
     assert (len(corners) == 1) == (cut == "centre")
 
 
-def test_mask_of_another_size_lies_over_the_whole_picture(scene, tmp_path):
-    picture, _ = scene
+def test_mask_of_another_size_lies_over_the_whole_image(scene, tmp_path):
+    image, _ = scene
     mask = np.zeros((20, 30), np.uint8)
     mask[5:15, 10:20] = 255  # the middle third of 120 columns, the middle half of 80 rows
     Image.fromarray(mask).save(tmp_path / "small.png")
-    view = render(record(picture, (120, 80), (80, 80), (120, 80), tmp_path / "small.png"), False, Random(0))
+    view = render(record(image, (120, 80), (80, 80), (120, 80), tmp_path / "small.png"), False, Random(0))
     assert (view.extra[24:56, 24:56] == 255).all()  # 20 columns are cut off on the left
     assert (view.extra[:, :16] == 0).all()
     assert (view.extra[:, 64:] == 0).all()
@@ -138,7 +138,7 @@ def test_random_draws(scene):
         assert np.array_equal(render(both, False, Random(seed)).pixels, expected)
 
 
-def test_colours_vary_in_the_picture_alone(scene):
+def test_colours_vary_in_the_image_alone(scene):
     changed = 0
     for seed in range(30):
         views = [
@@ -153,32 +153,32 @@ def test_colours_vary_in_the_picture_alone(scene):
     assert 3 < changed < 20
 
 
-def test_picture_without_transparency_counts_everywhere(scene):
+def test_image_without_transparency_counts_everywhere(scene):
     view = render(record(scene[1], (120, 80), (64, 64), (96, 64), alpha_mask=True), True, Random(0))
     assert (view.alpha == 255).all()
 
 
-def test_face_in_the_name_is_for_pictures_without_buckets(scene, tmp_path):
+def test_face_in_the_name_is_for_images_without_buckets(scene, tmp_path):
     path = scene[1].rename(tmp_path / "a_100_60_12_16.png")
     bucketed = record(path, (120, 80), (48, 40), (120, 80), face_crop_aug_range=(1.5, 3.0))
     assert render(bucketed, False, Random(0)).pixels[0, 0].tolist() == [36, 20, 77]
 
 
 def test_unreadable_files_are_named(scene, tmp_path):
-    picture, mask = scene
+    image, mask = scene
     whole = mask.read_bytes()
     mask.write_bytes(whole[:-60])
-    with pytest.raises(UserError, match=r"mask\.png: the picture cannot be read \(the file is truncated\)"):
-        render(record(picture, (120, 80), (120, 80), None, mask), False, Random(0))
+    with pytest.raises(UserError, match=r"mask\.png: the image cannot be read \(the file is truncated\)"):
+        render(record(image, (120, 80), (120, 80), None, mask), False, Random(0))
     assert mask.read_bytes() == whole[:-60]
-    with pytest.raises(UserError, match=r"gone\.png: the picture cannot be read \(No such file or directory\)"):
+    with pytest.raises(UserError, match=r"gone\.png: the image cannot be read \(No such file or directory\)"):
         render(record(tmp_path / "gone.png", (120, 80), (120, 80), None), False, Random(0))
 
 
-def test_picture_of_another_size_than_recorded(scene):
+def test_image_of_another_size_than_recorded(scene):
     for alpha_mask in (False, True):
         one = record(scene[0], (80, 120), (64, 64), (64, 96), alpha_mask=alpha_mask)
-        with pytest.raises(UserError, match=r"a\.png: the picture has changed .* from 80x120 to 120x80"):
+        with pytest.raises(UserError, match=r"a\.png: the image has changed .* from 80x120 to 120x80"):
             render(one, False, Random(0))
 
 

@@ -45,20 +45,20 @@ def write_json(path, content):
 
 
 @pytest.fixture
-def pictures(tmp_path, draw):
+def images(tmp_path, draw):
     for name in ("a.png", "b.jpg", "c.v2.webp"):
-        draw(tmp_path / "pictures" / name)
-    return tmp_path / "pictures"
+        draw(tmp_path / "images" / name)
+    return tmp_path / "images"
 
 
 @pytest.mark.rows("R197", "R198", "R221")
 @pytest.mark.parametrize("keys", ["stems", "names", "paths"])
-def test_a_metadata_file(tmp_path, pictures, load, keys):
-    files = sorted(pictures.iterdir())
+def test_a_metadata_file(tmp_path, images, load, keys):
+    files = sorted(images.iterdir())
     key = {"stems": lambda p: p.name.rpartition(".")[0], "names": lambda p: p.name, "paths": str}[keys]
     texts = [{"caption": "a cat", "tags": "red, blue"}, {"caption": "a dog"}, {"tags": "green"}]
     meta = write_json(tmp_path / "m.json", {key(file): text for file, text in zip(files, texts, strict=True)})
-    data = load(in_json=meta, train_data_dir=str(pictures), dataset_repeats=4)
+    data = load(in_json=meta, train_data_dir=str(images), dataset_repeats=4)
     assert [(r.path, r.caption) for r in data.records] == list(
         zip(files, ["a cat,red, blue", "a dog", "green"], strict=True)
     )
@@ -66,9 +66,9 @@ def test_a_metadata_file(tmp_path, pictures, load, keys):
 
 
 @pytest.mark.rows("R196", "R197")
-def test_keep_tokens_keeps_the_caption_before_its_tags(tmp_path, pictures, load):
+def test_keep_tokens_keeps_the_caption_before_its_tags(tmp_path, images, load):
     meta = write_json(tmp_path / "m.json", {"a": {"caption": "a cat", "tags": "red, blue, green, white"}})
-    data = load(in_json=meta, train_data_dir=str(pictures), shuffle_caption=True, keep_tokens=1)
+    data = load(in_json=meta, train_data_dir=str(images), shuffle_caption=True, keep_tokens=1)
     captions = {batch.captions[0] for epoch in range(1, 9) for batch in data.loader(epoch)}
     assert len(captions) > 1
     assert all(caption.startswith("a cat, ") for caption in captions)
@@ -77,44 +77,44 @@ def test_keep_tokens_keeps_the_caption_before_its_tags(tmp_path, pictures, load)
     }
 
 
-def test_entries_without_a_picture_are_left_out_and_named(tmp_path, pictures, load):
+def test_entries_without_an_image_are_left_out_and_named(tmp_path, images, load):
     meta = write_json(tmp_path / "m.json", {"a": {"caption": "x"}, "gone": {"caption": "y"}})
-    data = load(in_json=meta, train_data_dir=str(pictures))
+    data = load(in_json=meta, train_data_dir=str(images))
     assert len(data.records) == 1
-    assert any(line.startswith(f"left out: {meta}: no picture for 'gone'") for line in data.report())
-    with pytest.raises(UserError, match=r"no picture for 'gone'.*\(--strict\)"):
-        load(in_json=meta, train_data_dir=str(pictures), strict=True)
+    assert any(line.startswith(f"left out: {meta}: no image for 'gone'") for line in data.report())
+    with pytest.raises(UserError, match=r"no image for 'gone'.*\(--strict\)"):
+        load(in_json=meta, train_data_dir=str(images), strict=True)
     none = write_json(tmp_path / "n.json", {"gone": {"caption": "y"}})
-    with pytest.raises(UserError, match="no usable training picture"):
-        load(in_json=none, train_data_dir=str(pictures))
+    with pytest.raises(UserError, match="no usable training image"):
+        load(in_json=none, train_data_dir=str(images))
 
 
-def test_entries_with_only_latents_are_known_by_them(tmp_path, pictures, load):
-    np.savez(pictures / "old.npz", latents=np.zeros((4, 8, 8), np.float32), original_size=np.array([64, 64]))
-    (pictures / "new_0064x0064_test.npz").write_bytes(b"looked into later")
+def test_entries_with_only_latents_are_known_by_them(tmp_path, images, load):
+    np.savez(images / "old.npz", latents=np.zeros((4, 8, 8), np.float32), original_size=np.array([64, 64]))
+    (images / "new_0064x0064_test.npz").write_bytes(b"looked into later")
     meta = write_json(tmp_path / "m.json", {name: {"caption": name} for name in ("old", "new", "a")})
-    data = load(in_json=meta, train_data_dir=str(pictures))
+    data = load(in_json=meta, train_data_dir=str(images))
     assert [(r.path.name, r.present, r.size) for r in data.records] == [
         ("a.png", True, (64, 64)),
         ("new", False, (64, 64)),
         ("old", False, (64, 64)),
     ]
-    assert "2 pictures of which only latents are there" in data.report()
-    with pytest.raises(UserError, match="color_aug needs the pictures, and some have latents only"):
-        load(in_json=meta, train_data_dir=str(pictures), color_aug=True)
+    assert "2 images of which only latents are there" in data.report()
+    with pytest.raises(UserError, match="color_aug needs the images, and some have latents only"):
+        load(in_json=meta, train_data_dir=str(images), color_aug=True)
 
 
 @pytest.mark.rows("R110")
-def test_a_file_of_mirrored_latents_turns_mirroring_on(tmp_path, pictures, load):
-    np.savez(pictures / "a_flip.npz", np.zeros((4, 8, 8), np.float32))
+def test_a_file_of_mirrored_latents_turns_mirroring_on(tmp_path, images, load):
+    np.savez(images / "a_flip.npz", np.zeros((4, 8, 8), np.float32))
     meta = write_json(tmp_path / "m.json", {"a": {"caption": "a"}, "b": {"caption": "b"}})
-    data = load(in_json=meta, train_data_dir=str(pictures))
+    data = load(in_json=meta, train_data_dir=str(images))
     assert [record.flip for record in data.records] == [True, False]
 
 
-def test_metadata_of_a_metadata_data_set(tmp_path, pictures, make_opts, traits, write_config):
+def test_metadata_of_a_metadata_data_set(tmp_path, images, make_opts, traits, write_config):
     meta = write_json(tmp_path / "m.json", {"a": {"caption": "a cat, sitting", "tags": "Red, blue"}})
-    subset = {"metadata_file": meta, "image_dir": str(pictures), "num_repeats": 2}
+    subset = {"metadata_file": meta, "image_dir": str(images), "num_repeats": 2}
     opts = make_opts(dataset_config=write_config({"datasets": [{"resolution": 64, "subsets": [subset]}]}))
     values = build_training_data(build_specs(opts, traits), opts, traits, 1).metadata()
     (dataset,) = json.loads(values["ss_datasets"])
@@ -129,9 +129,9 @@ def test_metadata_of_a_metadata_data_set(tmp_path, pictures, make_opts, traits, 
 
 @pytest.fixture
 def masked(tmp_path, draw):
-    """Two pictures, and masks with another level on each side, one in another format and half the size."""
+    """Two images, and masks with another level on each side, one in another format and half the size."""
     for name in ("a.png", "b.png"):
-        draw(tmp_path / "pictures" / name)
+        draw(tmp_path / "images" / name)
     masks = tmp_path / "masks"
     masks.mkdir()
     for name, side in (("a.png", 64), ("b.bmp", 32)):
@@ -140,7 +140,7 @@ def masked(tmp_path, draw):
         levels[:, side // 2 :, 0] = 128
         levels[..., 1] = 77  # green and blue say nothing
         Image.fromarray(levels).save(masks / name)
-    return {"train_data_dir": str(tmp_path / "pictures"), "conditioning_data_dir": str(masks), "masked_loss": True}
+    return {"train_data_dir": str(tmp_path / "images"), "conditioning_data_dir": str(masks), "masked_loss": True}
 
 
 @pytest.mark.rows("R267", "R268", "R270")
@@ -151,7 +151,7 @@ def test_the_red_channel_of_a_mask_weighs_the_loss(masked, load):
         assert torch.allclose(batch.masks[..., 33:], torch.tensor(128 / 255))
 
 
-def test_masks_are_mirrored_with_their_pictures(masked, load):
+def test_masks_are_mirrored_with_their_images(masked, load):
     data = load(**masked, flip_aug=True)
     plain = {batch.keys[0]: batch for batch in load(**masked).loader(1)}
     mirrored = 0
@@ -167,18 +167,18 @@ def test_masks_are_mirrored_with_their_pictures(masked, load):
     assert 0 < mirrored < 8
 
 
-def test_a_picture_without_a_mask_is_an_error_and_a_mask_without_a_picture_a_warning(
+def test_an_image_without_a_mask_is_an_error_and_a_mask_without_an_image_a_warning(
     masked, load, tmp_path, draw, warnings
 ):
     draw(tmp_path / "masks" / "z.png")
     load(**masked)
-    assert "1 pictures belong to no picture of the data set" in warnings.text
-    draw(tmp_path / "pictures" / "c.png")
-    with pytest.raises(UserError, match=r"masks: no mask for 1 pictures of .*pictures: c\.png"):
+    assert "1 images belong to no image of the data set" in warnings.text
+    draw(tmp_path / "images" / "c.png")
+    with pytest.raises(UserError, match=r"masks: no mask for 1 images of .*images: c\.png"):
         load(**masked)
 
 
-def test_a_broken_mask_leaves_its_picture_out(masked, load, tmp_path):
+def test_a_broken_mask_leaves_its_image_out(masked, load, tmp_path):
     (tmp_path / "masks" / "a.png").write_bytes(b"")
     data = load(**masked)
     assert [record.path.name for record in data.records] == ["b.png"]
@@ -236,26 +236,26 @@ def test_sizes_and_captions_are_kept_and_trusted(tmp_path, draw, load):
     assert [r.caption for r in fresh.records] == ["changed", "cat", "cat"]
 
 
-def test_nothing_is_written_beside_pictures_unless_asked(tmp_path, draw, load):
-    picture = draw(tmp_path / "pictures" / "2_cat" / "a.png")
-    before = picture.read_bytes()
-    list(load(train_data_dir=str(tmp_path / "pictures")).loader(1))
-    assert os.listdir(picture.parent) == ["a.png"]
-    assert picture.read_bytes() == before
+def test_nothing_is_written_beside_images_unless_asked(tmp_path, draw, load):
+    image = draw(tmp_path / "images" / "2_cat" / "a.png")
+    before = image.read_bytes()
+    list(load(train_data_dir=str(tmp_path / "images")).loader(1))
+    assert os.listdir(image.parent) == ["a.png"]
+    assert image.read_bytes() == before
 
 
 # ---- what is left out
 
 
-def test_broken_pictures_are_left_out_and_end_a_strict_run(tmp_path, draw, load):
+def test_broken_images_are_left_out_and_end_a_strict_run(tmp_path, draw, load):
     draw(tmp_path / "1_x" / "good.png")
     (tmp_path / "1_x" / "empty.png").write_bytes(b"")
-    (tmp_path / "1_x" / "text.jpg").write_text("no picture")
+    (tmp_path / "1_x" / "text.jpg").write_text("no image")
     data = load(train_data_dir=str(tmp_path))
     assert [record.path.name for record in data.records] == ["good.png"]
     lines = [line for line in data.report() if line.startswith("left out: ")]
     assert len(lines) == 2
-    assert "2 pictures left out" in data.report()
+    assert "2 images left out" in data.report()
     with pytest.raises(UserError) as caught:
         load(train_data_dir=str(tmp_path), strict=True)
     assert len(caught.value.problems) == 2
@@ -269,17 +269,17 @@ def test_forgotten_captions_and_odd_shapes_are_named(tmp_path, draw, load):
     draw(tmp_path / "1_y" / "strip.png", size=(512, 32))
     lines = load(train_data_dir=str(tmp_path), enable_bucket=True, min_bucket_reso=64, max_bucket_reso=64).report()
     assert any(
-        line.startswith("1 picture without a caption where most") and line.endswith("forgotten.png") for line in lines
+        line.startswith("1 image without a caption where most") and line.endswith("forgotten.png") for line in lines
     )
-    assert any(line.startswith("1 picture of an odd shape") and line.endswith("strip.png") for line in lines)
+    assert any(line.startswith("1 image of an odd shape") and line.endswith("strip.png") for line in lines)
 
 
-def test_pictures_of_other_kinds_are_named(tmp_path, draw, load):
+def test_images_of_other_kinds_are_named(tmp_path, draw, load):
     draw(tmp_path / "1_x" / "a.png")
     Image.new("RGB", (64, 64)).save(tmp_path / "1_x" / "b.GIF")
     data = load(train_data_dir=str(tmp_path))
     assert len(data.records) == 1
-    assert any("b.GIF: pictures of this kind are not read" in line for line in data.report())
+    assert any("b.GIF: images of this kind are not read" in line for line in data.report())
 
 
 def damage_pixels(path):
@@ -303,8 +303,8 @@ def test_in_large_sets_damaged_pixels_are_named_when_they_are_met(tmp_path, draw
     damage_pixels(draw(tmp_path / "1_x" / "bad.png"))
     data = load(train_data_dir=str(tmp_path))
     assert len(data.records) == 2
-    assert "pictures were not decoded to see which are damaged or look alike, as they are more than 1" in data.report()
-    with pytest.raises(UserError, match=r"bad\.png: the picture cannot be read"):
+    assert "images were not decoded to see which are damaged or look alike, as they are more than 1" in data.report()
+    with pytest.raises(UserError, match=r"bad\.png: the image cannot be read"):
         list(data.loader(1))
 
 
@@ -328,18 +328,18 @@ def test_the_second_start_looks_into_nothing(tmp_path, draw, load, monkeypatch):
 # ---- what looks the same
 
 
-def test_equal_and_alike_pictures_are_told(tmp_path, load):
+def test_equal_and_alike_images_are_told(tmp_path, load):
     folder = tmp_path / "1_x"
     folder.mkdir()
     waves = np.random.default_rng(5).standard_normal((8, 8, 3))
-    picture = Image.fromarray(((waves - waves.min()) / np.ptp(waves) * 255).astype(np.uint8))
-    picture = picture.resize((64, 64), Image.Resampling.BICUBIC)
-    picture.save(folder / "a.png")
-    picture.save(folder / "again.png")
-    picture.save(folder / "saved.jpg", quality=70)
+    image = Image.fromarray(((waves - waves.min()) / np.ptp(waves) * 255).astype(np.uint8))
+    image = image.resize((64, 64), Image.Resampling.BICUBIC)
+    image.save(folder / "a.png")
+    image.save(folder / "again.png")
+    image.save(folder / "saved.jpg", quality=70)
     Image.fromarray(np.random.default_rng(6).integers(0, 255, (64, 64, 3), np.uint8)).save(folder / "other.png")
     lines = load(train_data_dir=str(tmp_path)).report()
-    assert f"the same picture: {folder / 'a.png'}, {folder / 'again.png'}" in lines
+    assert f"the same image: {folder / 'a.png'}, {folder / 'again.png'}" in lines
     assert f"look almost the same: {folder / 'a.png'}, {folder / 'saved.jpg'}" in lines
     assert not any("other.png" in line for line in lines)
 

@@ -33,13 +33,13 @@ def test_report_counts(folders, make_opts, traits):
     )
     data = build_training_data(build_specs(opts, traits), opts, traits, 1)
     assert data.report()[:7] == [
-        "dataset 1: 128x128, batch size 2: 3 pictures, 5 with repeats; 1 for regularisation, 5 with repeats",
-        f"  {folders}/train/1_dog: 1 pictures x 1",
-        f"  {folders}/train/2_cat: 2 pictures x 2",
-        f"  {folders}/reg/1_dog (regularisation): 1 pictures x 1",
-        "  bucket 128x128: 8 pictures with repeats",
-        "  bucket 192x64: 2 pictures with repeats",
-        # 0 for a, b and r; 130/128 - 1 for c; over four pictures
+        "dataset 1: 128x128, batch size 2: 3 images, 5 with repeats; 1 for regularisation, 5 with repeats",
+        f"  {folders}/train/1_dog: 1 images x 1",
+        f"  {folders}/train/2_cat: 2 images x 2",
+        f"  {folders}/reg/1_dog (regularisation): 1 images x 1",
+        "  bucket 128x128: 8 images with repeats",
+        "  bucket 192x64: 2 images with repeats",
+        # 0 for a, b and r; 130/128 - 1 for c; over four images
         f"  mean aspect ratio error: {(130 / 128 - 1) / 4:.4f}",
     ]
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from library.errors import UserError
 from library.families.flux.adapter import FluxFamily
 from library.families.flux.options import TRAITS, FluxOptions, resolution_shift
-from library.families.flux.prediction import pack, picture_ids, unpack
+from library.families.flux.prediction import image_ids, pack, unpack
 from library.runtime.logs import LOGGER
 from library.types import TextCond
 from tests.builders.flux import SCALING_FACTOR, SHIFT_FACTOR, T5, flux_options, tiny_ae, write_flux, write_parts
@@ -119,7 +119,7 @@ def test_packing_equals_diffusers():
     tokens = FluxPipeline._pack_latents(latents, 2, 16, 6, 8)
     assert pack(latents).equal(tokens)
     assert unpack(tokens, 6, 8).equal(FluxPipeline._unpack_latents(tokens, 48, 64, 8))
-    assert picture_ids(6, 8, "cpu").equal(FluxPipeline._prepare_latent_image_ids(2, 3, 4, "cpu", torch.float32))
+    assert image_ids(6, 8, "cpu").equal(FluxPipeline._prepare_latent_image_ids(2, 3, 4, "cpu", torch.float32))
 
 
 @pytest.mark.parametrize("variant", ["dev", "schnell"])
@@ -149,7 +149,7 @@ def test_prediction_equals_a_step_of_diffusers_pipeline(loaded, variant):
 
 
 @torch.no_grad()
-def test_every_picture_has_its_own_time(loaded):
+def test_every_image_has_its_own_time(loaded):
     models, latents, adapter = loaded["dev"], noise(2, 16, 4, 4), family()
     cond = adapter.encode_text(models, CAPTIONS)
     both = adapter.predict(models, latents, torch.tensor([100.0, 900.0]), cond)
@@ -187,7 +187,7 @@ def test_masked_padding_does_not_matter(loaded):
     assert (
         plain.predict(models, latents, times, other) - plain.predict(models, latents, times, cond)
     ).abs().max() > 0.01
-    # Words and pictures are all seen: what is left out are the padding's tokens, nothing else.
+    # Words and images are all seen: what is left out are the padding's tokens, nothing else.
     short = TextCond({name: t[:1] if name == "l_pooled" else t[:1, :4] for name, t in cond.tensors.items()})
     alone = plain.predict(models, latents[:1], times[:1], short)
     assert_close(same[:1], alone, atol=1e-5, rtol=0)
@@ -241,7 +241,7 @@ def test_blocks_are_in_the_order_in_which_they_run(loaded):
     assert order == [0, 1, 2, 3]
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

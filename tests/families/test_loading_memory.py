@@ -1,4 +1,4 @@
-"""Loading takes about as much main memory as the file has bytes: never a second copy, never in wider numbers."""
+"""Loading takes about as much CPU memory as the file has bytes: never a second copy, never in wider numbers."""
 
 from __future__ import annotations
 

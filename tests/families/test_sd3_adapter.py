@@ -324,7 +324,7 @@ def test_what_is_trained(loaded):
     draw = objective.draw(torch.zeros(2, 16, 4, 4), torch.Generator().manual_seed(0), torch.tensor([250, 750]))
     sigma = torch.tensor([0.25, 0.75])[:, None, None, None]
     assert_close(draw.noisy, sigma * draw.noise)
-    assert_close(draw.target, torch.zeros(2, 16, 4, 4))  # the clean picture
+    assert_close(draw.target, torch.zeros(2, 16, 4, 4))  # the clean image
     # A denoiser that knows the velocity noise - 0 has no loss.
     assert_close(objective.loss(draw.noise, draw, torch.ones(2)), torch.zeros(2), atol=1e-6, rtol=0)
 

@@ -1,4 +1,4 @@
-"""Where pictures lie on the table of positions: diffusers' middle, drawn places, and scaled places."""
+"""Where images lie on the table of positions: diffusers' middle, drawn places, and scaled places."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from library.families.sd3.adapter import Sd3Family
 from library.families.sd3.positions import place_positions
 from tests.builders.sd3 import sd3_options, write_tiny_sd3
 
-SIDE, WIDTH, BASE = 12, 64, 4  # the table's side; the side of a picture that takes steps of 1
+SIDE, WIDTH, BASE = 12, 64, 4  # the table's side; the side of an image that takes steps of 1
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def denoiser():
 
 
 def places(model, rows: int, columns: int) -> tuple[list[float], list[float]]:
-    """Rows and columns of the table that a picture of that many patches gets."""
+    """Rows and columns of the table that an image of that many patches gets."""
     found = model.pos_embed.cropped_pos_embed(2 * rows, 2 * columns).reshape(rows, columns, WIDTH)
     assert torch.equal(found[:, :1, 0].expand(rows, columns), found[..., 0])
     assert torch.equal(found[:1, :, 1].expand(rows, columns), found[..., 1])
@@ -62,7 +62,7 @@ def test_random_crops_lie_anywhere_on_the_table(denoiser):
     assert {columns[0] for _, columns in seen} == set(range(SIDE - 6 + 1))
 
 
-def test_the_rate_is_the_share_of_moved_pictures_and_repeats_with_the_seed(denoiser):
+def test_the_rate_is_the_share_of_moved_images_and_repeats_with_the_seed(denoiser):
     place_positions(denoiser, random_crop_rate=0.25, scaled=False)
 
     def draw() -> list[tuple[list[float], list[float]]]:
@@ -102,7 +102,7 @@ def test_scaled_positions_span_the_same_part_of_the_table(denoiser, rows, column
     assert_close(torch.tensor(found[1]), torch.tensor(expected[1]))
 
 
-def test_scaled_positions_exist_for_pictures_larger_than_the_table(denoiser):
+def test_scaled_positions_exist_for_images_larger_than_the_table(denoiser):
     place_positions(denoiser, random_crop_rate=0.0, scaled=True)
     rows, columns = places(denoiser, 20, 20)
     assert len(rows) == len(columns) == 20

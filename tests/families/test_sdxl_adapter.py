@@ -124,8 +124,8 @@ def test_cached_text_has_the_conditionings_names(models):
 def test_text_files_of_earlier_trainers_are_made_anew(models, tmp_path):
     """Their pooled text went through the projection the wrong way round."""
     family = SdxlFamily(sdxl_options(""))
-    item = Item(picture=tmp_path / "a.png", caption="a cat")
-    item.picture.touch()
+    item = Item(image=tmp_path / "a.png", caption="a cat")
+    item.image.touch()
     wanted = {name: rows[0].numpy() for name, rows in family.encode_text(models, ["a cat"]).tensors.items()}
     file = tmp_path / "a_te_outputs.npz"
     np.savez(file, **wanted | {"pool2": wanted["pool2"][::-1]})
@@ -307,7 +307,7 @@ def test_v_prediction_needs_no_excuse():
     family = SdxlFamily(opts)
     assert family.prediction_type() == "v_prediction"
     draw = family.objective().draw(torch.randn(2, 4, 8, 8), torch.Generator().manual_seed(0), torch.tensor([999, 10]))
-    assert_close(draw.noisy[0], draw.noise[0], atol=1e-6, rtol=0)  # nothing of the picture is left
+    assert_close(draw.noisy[0], draw.noise[0], atol=1e-6, rtol=0)  # nothing of the image is left
 
 
 @pytest.mark.parametrize("flag", ["--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk"])

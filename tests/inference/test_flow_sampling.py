@@ -1,4 +1,4 @@
-"""Pictures of flow models. Reference: velocities known in closed form, and diffusers' own shift and scheduler."""
+"""Images of flow models. Reference: velocities known in closed form, and diffusers' own shift and scheduler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from library.inference.generate import generate, sample_latents
-from library.inference.pictures import png_text
+from library.inference.images import png_text
 from library.inference.prompts import SamplePrompt, parse_prompt
 from library.inference.samplers import make_flow_scheduler
 from library.types import Models, TextCond
@@ -66,7 +66,7 @@ def start(prompt: SamplePrompt, family) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20])
-def test_a_single_picture_is_reached_in_any_number_of_steps(make, steps):
+def test_a_single_image_is_reached_in_any_number_of_steps(make, steps):
     """All paths lead straight to it, so that even one Euler step is exact; a wrong sign, scale or end would miss."""
     latents = sample_latents(make(), MODELS, [replace(PROMPT, steps=steps)], CPU)
     assert latents.shape == (1, 4, 12, 8)
@@ -89,7 +89,7 @@ def test_steps_converge_to_the_exact_flow_of_a_gaussian(make, shift):
 
 
 def test_guidance_by_a_negative_prompt(make):
-    """For single pictures the guided velocity is that of the single picture n + scale * (p - n)."""
+    """For single images the guided velocity is that of the single image n + scale * (p - n)."""
     family = make()
     latents = sample_latents(family, MODELS, [replace(PROMPT, scale=3.0, steps=5)], CPU)
     torch.testing.assert_close(latents, torch.full_like(latents, -1 + 3.0 * 1.5), rtol=0, atol=1e-5)
@@ -99,7 +99,7 @@ def test_guidance_by_a_negative_prompt(make):
     assert {len(times) for times in family.times} == {1}
 
 
-def test_the_batch_does_not_change_a_picture(make):
+def test_the_batch_does_not_change_an_image(make):
     prompts = [replace(PROMPT, prompt=text, seed=seed) for text, seed in (("0.5", 1), ("-2", 2))]
     together = sample_latents(make(0.3), MODELS, prompts, CPU)
     alone = torch.cat([sample_latents(make(0.3), MODELS, [prompt], CPU) for prompt in prompts])
@@ -186,10 +186,10 @@ def test_prompts_with_other_guidance_or_shift_are_made_apart(make):
         replace(PROMPT, steps=1, **changes)
         for changes in ({}, {"seed": 8}, {"guidance": 2.0}, {"guidance": 3.0}, {"guidance": 3.0, "flow_shift": 2.0})
     ]
-    pictures = generate(family, MODELS, prompts, "cpu", batch_size=8)
+    images = generate(family, MODELS, prompts, "cpu", batch_size=8)
     assert [len(times) for times in family.times] == [2, 1, 1, 1]
     assert family.told == [None, 2.0, 3.0, 3.0]
-    assert [picture.getpixel((0, 0)) for picture in pictures] == [(191, 191, 191)] * 5  # 0.5 of [-1, 1]
+    assert [image.getpixel((0, 0)) for image in images] == [(191, 191, 191)] * 5  # 0.5 of [-1, 1]
 
 
 def test_the_zero_terminal_schedule_of_other_models_changes_nothing(make):
@@ -198,7 +198,7 @@ def test_the_zero_terminal_schedule_of_other_models_changes_nothing(make):
     assert torch.equal(one, sample_latents(other, MODELS, [PROMPT], CPU, zero_terminal_snr=True))
 
 
-def test_a_picture_tells_its_guidance_and_shift():
+def test_an_image_tells_its_guidance_and_shift():
     text = png_text(replace(PROMPT, guidance=3.5, flow_shift=2.0))
     assert (text["guidance"], text["flow-shift"], text["sampler"]) == ("3.5", "2.0", "euler")
     assert {"guidance", "flow-shift"}.isdisjoint(png_text(PROMPT))

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 
 from library.families.sd.adapter import SdFamily
 from library.inference.generate import decode, generate, sample_latents, total_steps
-from library.inference.pictures import to_pictures
+from library.inference.images import to_images
 from library.inference.prompts import SamplePrompt
 from tests.builders import sd_options, tiny_sd
 
@@ -130,7 +130,7 @@ def test_texts_of_different_length_are_computed_apart(models, make_family):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpm_2_a"])
-def test_the_batch_does_not_change_a_picture(models, make_family, sampler):
+def test_the_batch_does_not_change_an_image(models, make_family, sampler):
     prompts = [
         replace(PROMPT, prompt=text, seed=seed, sampler=sampler) for text, seed in (("a", 1), ("b", 2), ("c", 3))
     ]
@@ -145,14 +145,14 @@ def test_generate_batches_equal_neighbours_and_keeps_the_order(models, make_fami
     family, tall = make_family(), replace(PROMPT, height=128, prompt="tall")
     prompts = [PROMPT, replace(PROMPT, prompt="b", seed=3), replace(PROMPT, prompt="c"), tall, PROMPT]
     done = []
-    pictures = generate(family, models, prompts, "cpu", batch_size=2, progress=done.append)
+    images = generate(family, models, prompts, "cpu", batch_size=2, progress=done.append)
     assert [call[0] for call in family.calls[::5]] == [4, 2, 2, 2]  # doubled by guidance
     assert family.calls[0][2] == [[64, 96]] * 4
-    assert [picture.size for picture in pictures] == [(64, 96)] * 3 + [(64, 128), (64, 96)]
+    assert [image.size for image in images] == [(64, 96)] * 3 + [(64, 128), (64, 96)]
     assert sum(done) == total_steps(prompts) == 25
     single = generate(make_family(), models, PROMPT, "cpu")[0]
-    assert to_array(pictures[0]).sub(to_array(single)).abs().max() <= 1
-    assert torch.equal(to_array(pictures[4]), to_array(single))
+    assert to_array(images[0]).sub(to_array(single)).abs().max() <= 1
+    assert torch.equal(to_array(images[4]), to_array(single))
 
 
 @pytest.mark.parametrize("sampler", ["pndm", "heun", "dpm_2"])
@@ -162,17 +162,17 @@ def test_progress_counts_steps_where_samplers_look_more_often(models, make_famil
     assert sum(done) == 5
 
 
-def to_array(picture) -> torch.Tensor:
+def to_array(image) -> torch.Tensor:
     import numpy
 
-    return torch.from_numpy(numpy.asarray(picture).astype("int16"))
+    return torch.from_numpy(numpy.asarray(image).astype("int16"))
 
 
-def test_pixels_become_pictures_by_the_definition():
+def test_pixels_become_images_by_the_definition():
     pixels = torch.tensor([-2.0, -1.0, -0.5, 0.0, 1.0, 3.0, float("nan")]).view(1, 1, 1, 7).expand(1, 3, 2, 7)
-    (picture,) = to_pictures(pixels)
-    assert (picture.size, picture.mode) == ((7, 2), "RGB")
-    assert [picture.getpixel((x, 1))[0] for x in range(7)] == [0, 0, 64, 128, 255, 255, 128]
+    (image,) = to_images(pixels)
+    assert (image.size, image.mode) == ((7, 2), "RGB")
+    assert [image.getpixel((x, 1))[0] for x in range(7)] == [0, 0, 64, 128, 255, 255, 128]
 
 
 def test_decoding_in_float32_gives_the_vae_back(models, make_family):

@@ -131,23 +131,23 @@ def test_a_sampler_chosen_for_a_flow_model_is_said_to_have_no_effect(tmp_path, m
     ],
 )
 def test_files_have_the_agreed_names(make, models, tmp_path, changes, step, epoch, starts):
-    pictures = make(**changes).render(models, step, epoch)
+    images = make(**changes).render(models, step, epoch)
     folder = tmp_path / "out" / "sample"
-    names = [picture.path.name for picture in pictures]
+    names = [image.path.name for image in images]
     assert re.fullmatch(re.escape(starts[0]) + r"\d{14}_5\.png", names[0])
     assert re.fullmatch(re.escape(starts[1]) + r"\d{14}\.png", names[1])
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)  # nothing unfinished is left
-    assert all(picture.path.parent == folder for picture in pictures)
+    assert all(image.path.parent == folder for image in images)
 
 
 @pytest.mark.rows("R282")
-def test_files_hold_the_pictures_and_tell_how_they_were_made(make, models, make_family):
-    pictures = make().render(models, 12, None)
-    expected = generate(make_family(), models, [p.prompt for p in pictures], "cpu")
-    for picture, image in zip(pictures, expected, strict=True):
-        with Image.open(picture.path) as stored:
+def test_files_hold_the_images_and_tell_how_they_were_made(make, models, make_family):
+    images = make().render(models, 12, None)
+    expected = generate(make_family(), models, [p.prompt for p in images], "cpu")
+    for made, image in zip(images, expected, strict=True):
+        with Image.open(made.path) as stored:
             assert numpy.array_equal(numpy.asarray(stored), numpy.asarray(image))
-            prompt = picture.prompt
+            prompt = made.prompt
             assert stored.text == {
                 "prompt": prompt.prompt,
                 "negative-prompt": prompt.negative_prompt,
@@ -156,7 +156,7 @@ def test_files_hold_the_pictures_and_tell_how_they_were_made(make, models, make_
                 "steps": str(prompt.steps),
                 "scale": str(prompt.scale),
             }
-    assert pictures[0].prompt.seed == 5
+    assert images[0].prompt.seed == 5
 
 
 def test_a_prompt_without_seed_varies_by_step_and_repeats_with_the_run(make, models):
@@ -243,7 +243,7 @@ def test_modules_come_back_from_another_device():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_helpers_return_to_the_cpu_after_pictures_on_the_gpu(make, models):
+def test_helpers_return_to_the_cpu_after_images_on_the_gpu(make, models):
     models.denoiser.cuda()
     assert make().render(models, 1, None)
     assert next(models.vae.parameters()).device.type == "cpu"

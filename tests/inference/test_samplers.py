@@ -59,7 +59,7 @@ def wavy(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 def best_epsilon(alpha_bar: torch.Tensor):
-    """The ideal noise predictor where every clean latent is 0.5: pictures must come out as 0.5."""
+    """The ideal noise predictor where every clean latent is 0.5: images must come out as 0.5."""
 
     def denoise(x, t):
         low, high = int(t), min(int(t) + 1, 999)
@@ -87,7 +87,7 @@ def test_k_names_are_the_plain_ones(name):
 
 
 @pytest.mark.parametrize("name", [s for s in SAMPLERS if not s.startswith("k_")])
-def test_an_ideal_denoiser_arrives_at_its_picture(name):
+def test_an_ideal_denoiser_arrives_at_its_image(name):
     """Independent of diffusers' configurations: wrong betas, spacing or prediction type would miss."""
     alpha_bar = ddpm.alpha_bars(ddpm.scaled_linear_betas()).float()
     x = run(make_scheduler(name, steps=20, prediction_type="epsilon"), best_epsilon(alpha_bar))
@@ -115,7 +115,7 @@ def test_every_timestep_can_be_a_step(name):
 
 
 def test_a_schedule_that_rounding_breaks_is_refused():
-    with pytest.raises(UserError, match="dpm_2_a cannot make a picture in 2 steps"):
+    with pytest.raises(UserError, match="dpm_2_a cannot make an image in 2 steps"):
         make_scheduler("dpm_2_a", steps=2, prediction_type="v_prediction", zero_terminal_snr=True)
 
 

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import images as pic
 import measure
-import pictures as pic
 import pytest
 import torch
 
@@ -21,7 +21,7 @@ COUNT = 24
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory) -> Path:
-    """Trained by the very command that quickstart.py runs, without its sample pictures."""
+    """Trained by the very command that quickstart.py runs, without its sample images."""
     out = tmp_path_factory.mktemp("concept")
     command = [a for a in quickstart.training() if not a.startswith(("--output_dir", "--sample", "--logging"))]
     command += [f"--output_dir={out}", "--max_data_loader_n_workers=0"]
@@ -52,7 +52,7 @@ def concept_texts() -> list[str]:
 def test_the_concept_is_learned(lora):
     before = sum(reading.concept for reading in shown(None, concept_texts()))
     after = sum(reading.concept for reading in shown(lora, concept_texts()))
-    print(f"pictures that show the concept: {before} of {COUNT} without, {after} of {COUNT} with the LoRA")
+    print(f"images that show the concept: {before} of {COUNT} without, {after} of {COUNT} with the LoRA")
     assert before <= COUNT * 0.1
     assert after >= COUNT * 0.8
 

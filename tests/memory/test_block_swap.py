@@ -1,6 +1,6 @@
-"""Swapped blocks: the same numbers to the bit, in two places of the device, with true weights in main memory.
+"""Swapped blocks: the same numbers to the bit, in two places of the device, with true weights in CPU memory.
 
-The device is played within main memory: places are NaN until somebody waits for their copy, which comes as late as it
+The device is played within CPU memory: places are NaN until somebody waits for their copy, which comes as late as it
 may. A forgotten wait, or memory that is used again too early, is a NaN in the loss or in a gradient.
 """
 
@@ -261,7 +261,7 @@ def test_no_more_than_the_ring_is_on_the_device(kind, monkeypatch):
     swap.attach()
     case.train()
     assert [id(parameter) for parameter in case.model.parameters()] == parameters
-    assert set(together) == {1}, "the others' weights are those in main memory"
+    assert set(together) == {1}, "the others' weights are those in CPU memory"
     assert set(fetched) == {slot.memory for slot in swap._slots}
     assert len(swap._slots) == RING
     assert sum(slot.buffer.nbytes for slot in swap._slots) == RING * max(block.size for block in swap._blocks)
@@ -488,7 +488,7 @@ def test_any_order_of_calls_is_right(order):
 
 @pytest.mark.rows("R364", "R433")
 @pytest.mark.parametrize("kind", KINDS)
-def test_with_activations_kept_in_main_memory_too(kind):
+def test_with_activations_kept_in_cpu_memory_too(kind):
     expected = Case(kind, checkpointing=True).train()
     case = Case(kind)
     case.model.enable_gradient_checkpointing(offloading_checkpoint(CPU, smallest=0))
@@ -599,9 +599,9 @@ def test_some_weights_of_a_block_are_trained():
 
 @pytest.mark.parametrize("name", ["AdamW", "Adam"])
 def test_a_loaded_state_goes_to_the_device(name):
-    """The played device is main memory, so the optimizer's numbers are followed to another one.
+    """The played device is CPU memory, so the optimizer's numbers are followed to another one.
 
-    AdamW is made with torch's fused kernel, which reads the count on the device; Adam counts in main memory.
+    AdamW is made with torch's fused kernel, which reads the count on the device; Adam counts in CPU memory.
     """
     case = Case("flux", with_lora=False)
     _, swap, optimizer = fine_tuned(case, name, swapped=4)

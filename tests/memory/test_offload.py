@@ -1,4 +1,4 @@
-"""Checkpointed activations in main memory: the same numbers, and only what is large goes there."""
+"""Checkpointed activations in CPU memory: the same numbers, and only what is large goes there."""
 
 from __future__ import annotations
 

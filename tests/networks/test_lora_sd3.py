@@ -236,7 +236,7 @@ def test_the_live_network_is_what_its_file_says(models, targets, unet, randomise
 
 
 def test_halves_matter_where_they_are_swapped(models, unet, randomise):
-    """Without the swap the same file gives another picture, so the test above would see it."""
+    """Without the swap the same file gives another image, so the test above would see it."""
     args = {"network_reg_dims": "context_block_adaLN=4,_=0"}
     network = randomise(make([target for target in unet if target.swap_halves], models, args=args))
     key = "lora_unet_joint_blocks_2_context_block_adaLN_modulation_1"

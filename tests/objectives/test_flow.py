@@ -71,7 +71,7 @@ def test_noisy_latents_match_diffusers():
     torch.testing.assert_close(draw.noisy, theirs.scale_noise(LATENTS, times, draw.noise), rtol=0, atol=2e-6)
 
 
-def test_the_velocity_leads_from_noise_to_picture():
+def test_the_velocity_leads_from_noise_to_image():
     """One Euler step over the whole path, as sampling makes it."""
     draw = make().draw(LATENTS, rng(), torch.full((6,), 1000))
     torch.testing.assert_close(draw.noisy - draw.target, LATENTS, rtol=0, atol=2e-6)

@@ -49,7 +49,7 @@ def valid(parse):
 
     def valid(*flags: str) -> Options:
         needed = ("--pretrained_model_name_or_path=m.safetensors", "--output_dir=out", "--network_module=networks")
-        opts = parse(*needed, "--train_data_dir=pictures", "--resolution=512", *flags)
+        opts = parse(*needed, "--train_data_dir=images", "--resolution=512", *flags)
         package = optimizer_path(opts.optimizer).split(".")[0]
         if package in {*EXTRAS, *THIRD_PARTIES} and not _is_installed(package):
             pytest.skip(f"{package} is not installed; requirements-dev.txt brings it")

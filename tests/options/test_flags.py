@@ -107,7 +107,7 @@ def test_help_names_the_models_and_nothing_that_is_not_so(script):
     family, method = SCRIPTS[script]
     said = cli.build_parser(family, method).description
     assert traits_for(family).label in said
-    assert "metadata" not in said  # folders of pictures will do, too, for most
+    assert "metadata" not in said  # folders of images will do, too, for most
 
 
 def test_parsing_and_checking_import_nothing_heavy():

@@ -147,7 +147,7 @@ def test_secrets_on_the_command_line_are_warned_about(valid, traits, tmp_path):
 
 @pytest.mark.rows("R238")
 def test_absolute_paths_on_the_command_line_are_told_with_wandb(valid, tmp_path, monkeypatch):
-    paths = ("--vae=/models/vae.pt", "--network_weights=C:\\lora.safetensors", "--reg_data_dir=pictures")
+    paths = ("--vae=/models/vae.pt", "--network_weights=C:\\lora.safetensors", "--reg_data_dir=images")
     (line,) = absolute_paths(valid("--log_with=wandb", *paths, "--network_args", "file=/x", "conv_dim=2"))
     flags, rest = line.split(": ")
     assert flags == "--network_args, --network_weights, --vae"

@@ -51,7 +51,7 @@ def test_what_works_is_let_be(valid, traits, flags, beginnings):
 
 
 @pytest.mark.rows("R433")
-def test_checkpoints_of_sd3_are_kept_in_main_memory_for_networks_only():
+def test_checkpoints_of_sd3_are_kept_in_cpu_memory_for_networks_only():
     flags = ["--gradient_checkpointing", "--cpu_offload_checkpointing"]
     assert parse_options(groups_for("sd3", "network"), flags).memory.cpu_offload_checkpointing
     with pytest.raises(UserError, match="--cpu_offload_checkpointing"):

@@ -1,4 +1,4 @@
-"""The flags of the scripts that prepare pictures and captions are the ecosystem's: names, defaults, types, choices."""
+"""The flags of the scripts that prepare images and captions are the ecosystem's: names, defaults, types, choices."""
 
 from __future__ import annotations
 

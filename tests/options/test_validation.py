@@ -33,7 +33,7 @@ def test_all_problems_come_at_once_with_their_origin(parse, traits, tmp_path):
     lines = problems(parse(f"--config_file={tmp_path}/run", "--learning_rate=inf", "--train_batch_size=0"), traits)
     assert set(lines) == {
         "--pretrained_model_name_or_path: missing; give a checkpoint file, a Diffusers folder or a hub id",
-        "--train_data_dir: missing; name a folder of pictures with it, or a file with --dataset_config",
+        "--train_data_dir: missing; name a folder of images with it, or a file with --dataset_config",
         "--train_batch_size: must be at least 1, got 0",
         "--network_dim: must be at least 1 and at most 32768, got 0 (from run.toml)",
         "--network_module: missing; networks.lora trains a LoRA",

@@ -1,4 +1,4 @@
-"""Pictures into buckets, latents beside them, and what is noted of both."""
+"""Images into buckets, latents beside them, and what is noted of both."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three pictures, two of them with captions."""
+    """Three images, two of them with captions."""
     place = tmp_path / "train"
     place.mkdir()
     for number, (name, size) in enumerate((("wide.png", (150, 70)), ("square.png", (64, 64)), ("high.jpg", (70, 150)))):
@@ -78,16 +78,16 @@ def run(folder, tmp_path, models):
     return start
 
 
-def drawn(vae, picture, look="plain", seed=0):
-    """Latents by diffusers alone, of a picture that needs no resizing."""
-    pixels = torch.from_numpy(np.array(Image.open(picture))).permute(2, 0, 1)[None].float() / 127.5 - 1
-    rng = seeds.generator("cpu", seed, "latents", picture.name, *pixels.shape[:1:-1], look)
+def drawn(vae, image, look="plain", seed=0):
+    """Latents by diffusers alone, of an image that needs no resizing."""
+    pixels = torch.from_numpy(np.array(Image.open(image))).permute(2, 0, 1)[None].float() / 127.5 - 1
+    rng = seeds.generator("cpu", seed, "latents", image.name, *pixels.shape[:1:-1], look)
     with torch.no_grad():
         return vae.encode(pixels.flip(-1) if look == "flipped" else pixels).latent_dist.sample(rng)[0].numpy()
 
 
 @pytest.mark.rows("C21", "R102", "R103", "R104", "R106")
-def test_buckets_are_noted_and_latents_lie_beside_the_pictures(run, folder, caplog):
+def test_buckets_are_noted_and_latents_lie_beside_the_images(run, folder, caplog):
     with caplog.at_level("INFO", "trainscripts"):
         outcome, written = run()
     assert (outcome.done, outcome.skipped, outcome.failed) == (3, 0, {})
@@ -103,7 +103,7 @@ def test_buckets_are_noted_and_latents_lie_beside_the_pictures(run, folder, capl
     assert arrays["latents"].shape == (4, 8, 16)
     assert arrays["original_size"].tolist() == [150, 70]
     np.testing.assert_allclose(arrays["crop_ltrb"], [0, 2, 128, 2 + 128 * 70 / 150])
-    assert "bucket 128x64: 1 picture\n" in caplog.text
+    assert "bucket 128x64: 1 image\n" in caplog.text
     error = (abs(2 - 150 / 70) + abs(0.5 - 70 / 150)) / 3
     assert f"mean aspect error: {error:.4f}" in caplog.text
 
@@ -111,7 +111,7 @@ def test_buckets_are_noted_and_latents_lie_beside_the_pictures(run, folder, capl
 def test_no_vae_is_loaded_for_a_folder_that_cannot_be_written_to(run, folder, monkeypatch):
     run()
     closed = Mock(side_effect=lambda place: "Read-only file system" if place == folder else None)
-    monkeypatch.setattr("library.preparation.pictures._closed", closed)
+    monkeypatch.setattr("library.preparation.images._closed", closed)
     outcome, _ = run("--skip_existing")
     assert outcome.skipped == 3
     monkeypatch.setattr("library.preparation.buckets._load_vae", pytest.fail)
@@ -186,8 +186,8 @@ def test_a_model_without_its_vae(run, tmp_path):
 def test_only_what_does_not_fit_is_made_again_with_skip_existing(run, folder):
     first, written = run()
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
-    picture = folder / "square.png"
-    picture.write_bytes((folder / "wide.png").read_bytes())
+    image = folder / "square.png"
+    image.write_bytes((folder / "wide.png").read_bytes())
     again, changed = run("--skip_existing", read="out.json")
     assert (first.done, again.done, again.skipped) == (3, 1, 2)
     after = {path: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
@@ -202,7 +202,7 @@ def test_only_what_does_not_fit_is_made_again_with_skip_existing(run, folder):
     assert (everything.done, everything.skipped) == (3, 0)
 
 
-def test_bad_pictures_are_left_out_of_everything_but_the_summary(run, folder, tmp_path, caplog):
+def test_bad_images_are_left_out_of_everything_but_the_summary(run, folder, tmp_path, caplog):
     damaged = (folder / "wide.png").read_bytes()
     (folder / "wide.png").write_bytes(damaged[: len(damaged) // 2])
     (folder / "empty.png").write_bytes(b"")
@@ -219,7 +219,7 @@ def test_bad_pictures_are_left_out_of_everything_but_the_summary(run, folder, tm
     assert not (folder / "wide.npz").exists()
 
 
-def test_pictures_that_the_vae_fails_on_do_not_take_their_batch_along(run, folder, models, monkeypatch):
+def test_images_that_the_vae_fails_on_do_not_take_their_batch_along(run, folder, models, monkeypatch):
     from library.families.sd.adapter import SdFamily
 
     encode = SdFamily.encode_images
@@ -248,7 +248,7 @@ def test_several_folders_one_after_the_other_in_one_file(run, folder, tmp_path, 
     second.mkdir(parents=True)
     shutil.copy(folder / "wide.png", second / "wide.png")
     _, first = run("--full_path")
-    assert sorted(first) == sorted(["wide", "square", str(folder / "high.jpg")]), "known pictures keep their keys"
+    assert sorted(first) == sorted(["wide", "square", str(folder / "high.jpg")]), "known images keep their keys"
     monkeypatch.chdir(tmp_path)
     _, both = run("--full_path", "--recursive", place="train2", read="out.json")
     assert both == {**first, str(second / "wide.png"): {"train_resolution": [128, 64], "image_size": [150, 70]}}
@@ -272,14 +272,14 @@ def test_equal_stems_are_told_apart_by_their_extensions(run, folder):
     ]  # fmt: skip
 
 
-def test_a_picture_that_is_called_like_mirrored_latents(run, folder):
+def test_an_image_that_is_called_like_mirrored_latents(run, folder):
     shutil.copy(folder / "wide.png", folder / "square_flip.png")
     run("--flip_aug")
     names = sorted(path.name for path in folder.glob("square*.npz"))
     assert names == ["square_0064x0064_sd.npz", "square_flip_0150x0070_sd.npz"]
 
 
-def test_such_a_picture_where_stems_are_equal_too(run, folder):
+def test_such_an_image_where_stems_are_equal_too(run, folder):
     shutil.copy(folder / "square.png", folder / "new.png")
     shutil.copy(folder / "square.png", folder / "new.bmp")
     shutil.copy(folder / "wide.png", folder / "new_flip.png")

@@ -84,7 +84,7 @@ def test_nothing_is_encoded_for_a_folder_that_cannot_be_written_to(folder, tmp_p
     place.mkdir()
     (place / "a.png").write_bytes((folder / "1_thing" / "a.png").read_bytes())
     (place / "a.caption").write_text("a thing", encoding="utf-8")
-    monkeypatch.setattr("library.preparation.pictures._closed", lambda place: "Read-only file system")
+    monkeypatch.setattr("library.preparation.images._closed", lambda place: "Read-only file system")
     monkeypatch.setattr("library.training.placement.place_vae", pytest.fail)
     monkeypatch.setattr("library.families.sdxl.adapter.SdxlFamily.load", pytest.fail)
     sdxl = write_tiny_sdxl(tmp_path / "sdxl.safetensors")

@@ -1,4 +1,4 @@
-"""Captioning: original BLIP weights against transformers, draws that belong to pictures, and what goes wrong."""
+"""Captioning: original BLIP weights against transformers, draws that belong to images, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def qwen(models):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     draw = np.random.default_rng(0)
     sizes = ((40, 60), (90, 30), (64, 64), (3, 50))
     return [(draw.integers(0, 100, (*size, 3)) + draw.integers(0, 156, 3)).astype(np.uint8) for size in sizes]
@@ -90,8 +90,8 @@ def words_of(ids):
     return [text.replace(" ,", ",").replace(" .", ".") for text in texts]
 
 
-def captions_of(captioner, pictures, names=NAMES):
-    return captioner.caption([captioner.prepare(picture) for picture in pictures], names)
+def captions_of(captioner, images, names=NAMES):
+    return captioner.caption([captioner.prepare(image) for image in images], names)
 
 
 # ---- original weights
@@ -112,21 +112,21 @@ def test_original_weights_give_the_logits_of_transformers(models):
 
 @pytest.mark.rows("R12", "R67")
 @pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
-def test_original_file_and_folder_give_the_same_captions(blip, original, pictures, search):
-    found = captions_of(replace(blip, search=search), pictures)
-    assert captions_of(replace(original, search=search), pictures) == found
+def test_original_file_and_folder_give_the_same_captions(blip, original, images, search):
+    found = captions_of(replace(blip, search=search), images)
+    assert captions_of(replace(original, search=search), images) == found
     assert len(set(found)) > 1
 
 
 @pytest.mark.rows("R67")
-def test_beams_are_those_of_transformers_itself(models, blip, pictures):
+def test_beams_are_those_of_transformers_itself(models, blip, images):
     model = BlipForConditionalGeneration.from_pretrained(models / "blip").eval()
-    pixels = torch.stack([blip.prepare(picture) for picture in pictures])
+    pixels = torch.stack([blip.prepare(image) for image in images])
     start = torch.tensor([[2, 5, 6, 7, 3]] * 4)  # "a picture of" between BERT's marks
     ids = model.generate(
         pixel_values=pixels, input_ids=start, num_beams=3, max_length=20, min_length=5, do_sample=False
     )
-    assert captions_of(replace(blip, search=SEARCHES["beams"]), pictures) == words_of(ids[:, 4:])
+    assert captions_of(replace(blip, search=SEARCHES["beams"]), images) == words_of(ids[:, 4:])
 
 
 def test_the_real_architecture_is_read_from_shapes():
@@ -158,10 +158,10 @@ def test_the_real_architecture_is_read_from_shapes():
     assert (text.num_hidden_layers, text.num_attention_heads, text.max_position_embeddings) == (12, 12, 512)
 
 
-def test_pictures_become_384_px_bicubic_with_clips_mean_and_deviation():
-    picture = np.random.default_rng(1).integers(0, 256, (300, 500, 3), np.uint8)
-    found = captioners._pixels(captioners._blip_image_processor(384), picture)
-    resized = np.asarray(Image.fromarray(picture).resize((384, 384), Image.Resampling.BICUBIC), np.float64) / 255
+def test_images_become_384_px_bicubic_with_clips_mean_and_deviation():
+    image = np.random.default_rng(1).integers(0, 256, (300, 500, 3), np.uint8)
+    found = captioners._pixels(captioners._blip_image_processor(384), image)
+    resized = np.asarray(Image.fromarray(image).resize((384, 384), Image.Resampling.BICUBIC), np.float64) / 255
     mean, deviation = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
     expected = ((resized - mean) / deviation).transpose(2, 0, 1)
     torch.testing.assert_close(found.double(), torch.from_numpy(expected), atol=1e-5, rtol=1e-5)
@@ -202,12 +202,12 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
         load_blip(str(tmp_path / "model.pth"), SEARCHES["greedy"], None)
 
 
-def test_pretraining_files_caption_too(blip, tmp_path, pictures):
+def test_pretraining_files_caption_too(blip, tmp_path, images):
     tensors = original_blip(tiny_blip()) | {"text_encoder.x": torch.zeros(2), "temp": torch.zeros(())}
     write_vocabulary(tmp_path)
     torch.save({"model": tensors}, tmp_path / "model.pth")
-    found = captions_of(load_blip(str(tmp_path / "model.pth"), SEARCHES["greedy"], None), pictures)
-    assert found == captions_of(blip, pictures)
+    found = captions_of(load_blip(str(tmp_path / "model.pth"), SEARCHES["greedy"], None), images)
+    assert found == captions_of(blip, images)
 
 
 def test_a_vocabulary_of_another_model_is_refused(tmp_path):
@@ -233,13 +233,13 @@ def test_a_missing_vocabulary_says_what_to_put_where(tmp_path, monkeypatch):
 
 
 @pytest.mark.rows("R65", "R66")
-def test_captions_belong_to_seed_and_picture(blip, pictures):
+def test_captions_belong_to_seed_and_image(blip, images):
     def captions(seed, order, size):
         captioner = replace(blip, search=Search(20, 5, top_p=0.9, seed=seed))
         found = {}
         for start in range(0, len(order), size):
             part = order[start : start + size]
-            texts = captions_of(captioner, [pictures[i] for i in part], [NAMES[i] for i in part])
+            texts = captions_of(captioner, [images[i] for i in part], [NAMES[i] for i in part])
             found |= dict(zip(part, texts, strict=True))
         return found
 
@@ -277,19 +277,19 @@ def test_a_forced_word_is_drawn():
 
 
 @pytest.mark.rows("R64")
-def test_lengths_count_the_prompt(blip, pictures):
+def test_lengths_count_the_prompt(blip, images):
     def words(**lengths):
         captioner = replace(blip, search=Search(**lengths))
         return [
-            len(caption.replace(",", " ,").replace(".", " .").split()) for caption in captions_of(captioner, pictures)
+            len(caption.replace(",", " ,").replace(".", " .").split()) for caption in captions_of(captioner, images)
         ]
 
     assert max(words(max_length=9)) == 9 - 4  # the start and "a picture of" come first
     assert min(words(max_length=20, top_p=0.9)) < 14 - 4 <= min(words(max_length=20, min_length=14, top_p=0.9))
 
 
-def test_another_prompt_is_gone_on_from(blip, pictures):
-    found = [captions_of(replace(blip, prompt=prompt), pictures) for prompt in (blip.prompt, "two red")]
+def test_another_prompt_is_gone_on_from(blip, images):
+    found = [captions_of(replace(blip, prompt=prompt), images) for prompt in (blip.prompt, "two red")]
     assert blip.prompt.split() == ["a", "picture", "of"]
     assert found[0] != found[1]
 
@@ -303,38 +303,38 @@ def test_a_length_beyond_the_models_is_refused(models):
 
 
 @pytest.mark.rows("R12")
-def test_git_captions_as_transformers_does(models, git, pictures):
+def test_git_captions_as_transformers_does(models, git, images):
     model = GitForCausalLM.from_pretrained(models / "git").eval()
-    pixels = torch.stack([git.prepare(picture) for picture in pictures])
+    pixels = torch.stack([git.prepare(image) for image in images])
     expected = words_of(model.generate(pixel_values=pixels, max_length=20))
-    assert captions_of(git, pictures) == expected
+    assert captions_of(git, images) == expected
     assert len(set(expected)) > 1
 
 
-def test_git_pictures_are_cut_to_the_middle(git):
-    picture = np.zeros((32, 64, 3), np.uint8)
-    picture[:, 16:48] = 255
-    pixels = git.prepare(picture)
+def test_git_images_are_cut_to_the_middle(git):
+    image = np.zeros((32, 64, 3), np.uint8)
+    image[:, 16:48] = 255
+    pixels = git.prepare(image)
     assert pixels.shape == (3, 32, 32)
     assert (pixels > 0).all()
 
 
 @pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
-def test_a_chat_model_captions_pictures_of_different_sizes_together(qwen, pictures, search):
+def test_a_chat_model_captions_images_of_different_sizes_together(qwen, images, search):
     captioner = replace(qwen, search=search)
-    three = pictures[:3]
+    three = images[:3]
     together = captions_of(captioner, three, NAMES[:3])
     assert together == [captions_of(captioner, [one], [name])[0] for one, name in zip(three, NAMES, strict=False)]
     assert len(set(together)) > 1
     assert not any(caption.startswith("user") for caption in together)
 
 
-def test_the_prompt_reaches_a_chat_model(qwen, pictures):
+def test_the_prompt_reaches_a_chat_model(qwen, images):
     def asked(prompt):
-        inputs = replace(qwen, prompt=prompt)._inputs([Image.fromarray(pictures[0])])
+        inputs = replace(qwen, prompt=prompt)._inputs([Image.fromarray(images[0])])
         return qwen.processor.batch_decode(inputs["input_ids"])[0]
 
-    assert "Describe this picture in one" in asked(None)
+    assert "Describe this image in one" in asked(None)
     assert "two red" in asked("two red")
 
 
@@ -375,9 +375,9 @@ def options(folder, *arguments):
     return parse_options(GROUPS, [str(folder), *arguments])
 
 
-def test_a_picture_that_the_model_refuses_does_not_stop_its_batch(models, pictures, tmp_path):
-    for name, picture in zip(("a.png", "c.png"), pictures, strict=False):
-        Image.fromarray(picture).save(tmp_path / name)
+def test_an_image_that_the_model_refuses_does_not_stop_its_batch(models, images, tmp_path):
+    for name, image in zip(("a.png", "c.png"), images, strict=False):
+        Image.fromarray(image).save(tmp_path / name)
     Image.new("RGB", (3000, 8)).save(tmp_path / "b.png")  # longer than Qwen takes
     found = options(tmp_path, "--batch_size=3", "--max_length=8", "--min_length=2", f"--model={models / 'qwen'}")
     outcome = make_captions(found)
@@ -386,22 +386,22 @@ def test_a_picture_that_the_model_refuses_does_not_stop_its_batch(models, pictur
     assert sorted(path.name for path in tmp_path.glob("*.caption")) == ["a.caption", "c.caption"]
 
 
-def test_a_caption_that_cannot_be_written_is_named(models, pictures, tmp_path):
+def test_a_caption_that_cannot_be_written_is_named(models, images, tmp_path):
     for name in ("a.png", "b.png"):
-        Image.fromarray(pictures[0]).save(tmp_path / name)
+        Image.fromarray(images[0]).save(tmp_path / name)
     (tmp_path / "a.caption").mkdir()
     outcome = make_captions(options(tmp_path, "--max_length=8", f"--caption_weights={models / 'blip'}"))
     assert outcome.done == 1
     assert "cannot be written" in outcome.failed[tmp_path / "a.png"]
 
 
-def test_pictures_that_share_a_caption_file_are_told(tmp_path, caplog):
+def test_images_that_share_a_caption_file_are_told(tmp_path, caplog):
     LOGGER.propagate = True
     for name in ("a.png", "a.jpg", "b.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
         (tmp_path / name).with_suffix(".caption").touch()
     caption_folder(options(tmp_path, "--skip_existing").caption, lambda: None)
-    assert caplog.messages == [f"pictures of the same name share a caption file: {tmp_path / 'a'}"]
+    assert caplog.messages == [f"images of the same name share a caption file: {tmp_path / 'a'}"]
 
 
 def test_nothing_to_do_loads_no_model(tmp_path):
@@ -484,12 +484,12 @@ def server(monkeypatch, tmp_path):
 
 
 @pytest.mark.rows("R61")
-def test_weights_behind_an_address_are_fetched_once(server, models, blip, pictures, tmp_path):
+def test_weights_behind_an_address_are_fetched_once(server, models, blip, images, tmp_path):
     server.files["/x/model.pth"] = (models / "original" / "model.pth").read_bytes()
     write_vocabulary(tmp_path / "cache" / "weights")
     address = f"{server.address}/x/model.pth"
-    captions = [captions_of(load_blip(address, SEARCHES["greedy"], None), pictures) for _ in range(2)]
-    expected = captions_of(blip, pictures)
+    captions = [captions_of(load_blip(address, SEARCHES["greedy"], None), images) for _ in range(2)]
+    expected = captions_of(blip, images)
     assert captions == [expected, expected]
     assert server.asked == ["/x/model.pth"]
 

@@ -140,5 +140,5 @@ def test_every_entry_is_cleaned_in_its_order(tmp_path):
 
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "in.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(UserError, match="there are no pictures in it"):
+    with pytest.raises(UserError, match="there are no images in it"):
         clean(parse_options(GROUPS, [str(tmp_path / "in.json"), str(tmp_path / "out.json")]))

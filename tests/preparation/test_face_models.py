@@ -42,19 +42,19 @@ def test_kinds_of_yolo(tmp_path, kind):
     path = tmp_path / "model.onnx"
     KINDS[kind](path)
     side = 16 if kind.startswith("v5") else 64
-    picture = drawing(Size(640, 448), (4 * side, side, side), (0, 0, side))
-    faces = FaceModel(path).find(picture, 0.9)
+    image = drawing(Size(640, 448), (4 * side, side, side), (0, 0, side))
+    faces = FaceModel(path).find(image, 0.9)
     assert sorted(boxes(faces)) == [(0, 0, side, side), (4 * side, side, 5 * side, 2 * side)]
     assert all(abs(face.score - 1) < 1e-3 for face in faces)
 
 
 @pytest.mark.parametrize("scale", [0.5, 2, 5])
 @pytest.mark.parametrize("size", [640, "any"])
-def test_boxes_are_in_pixels_of_the_picture(tmp_path, size, scale):
+def test_boxes_are_in_pixels_of_the_image(tmp_path, size, scale):
     build.write_yolo8(tmp_path / "model.onnx", size=size, eyes=(-0.25, -0.125, 0.25, 0.125))
     side = int(64 * scale)
-    picture = drawing(Size(10 * side, 6 * side), (3 * side, 2 * side, side))
-    (face,) = FaceModel(tmp_path / "model.onnx").find(picture, 0.9)
+    image = drawing(Size(10 * side, 6 * side), (3 * side, 2 * side, side))
+    (face,) = FaceModel(tmp_path / "model.onnx").find(image, 0.9)
     assert np.allclose(face[:4], np.array([3, 2, 4, 3]) * side)
     assert face.eyes is not None
     assert np.allclose(face.eyes, np.array([[3.25, 2.375], [3.75, 2.625]]) * side)
@@ -63,10 +63,10 @@ def test_boxes_are_in_pixels_of_the_picture(tmp_path, size, scale):
 def test_how_sure_and_how_large(tmp_path):
     build.write_yolo8(tmp_path / "model.onnx")
     model = FaceModel(tmp_path / "model.onnx")
-    picture = drawing(Size(640, 640), (0, 0, 64))
-    picture[128:192, 128:192] = (255, 128, 51)  # 0.8 of orange
-    assert [round(face.score, 2) for face in model.find(picture, 0.75)] == [1, 0.8]
-    assert len(model.find(picture, 0.85)) == 1
+    image = drawing(Size(640, 640), (0, 0, 64))
+    image[128:192, 128:192] = (255, 128, 51)  # 0.8 of orange
+    assert [round(face.score, 2) for face in model.find(image, 0.75)] == [1, 0.8]
+    assert len(model.find(image, 0.85)) == 1
     assert model.find(drawing(Size(640, 640)), 0.05) == []
 
 

@@ -12,7 +12,7 @@ from library.data.images import FaceBox, face_box
 from library.errors import UserError
 from library.options import validation
 from library.options.parsing import parse_options
-from library.preparation import picture_files
+from library.preparation import image_files
 from library.preparation.face_models import Face
 from library.preparation.faces import GROUPS, Framing, box_of, cut_faces, frame, result_name, tilt, turning
 from library.types import Size
@@ -30,7 +30,7 @@ WHOLE = Framing()
         ((90, 150, 120, 260), (95, 175, 10, 50)),
     ],
 )
-def test_box_inside_the_picture(face, box):
+def test_box_inside_the_image(face, box):
     assert box_of(Face(*face, score=1), Size(100, 200)) == box
 
 
@@ -39,7 +39,7 @@ def test_box_inside_the_picture(face, box):
     ("size", "face", "framing", "resized", "corner", "to", "placed"),
     [
         ((800, 600), (200, 300, 80, 100), WHOLE, (800, 600), (0, 0), (800, 600), (200, 300, 80, 100)),
-        # cut from the picture as it is, the face in the middle, or near it at an edge
+        # cut from the image as it is, the face in the middle, or near it at an edge
         (
             *((800, 600), (400, 300, 80, 100), Framing(pixels=Size(256, 128))),
             *((800, 600), (272, 236), (256, 128), (128, 64, 80, 100)),
@@ -52,7 +52,7 @@ def test_box_inside_the_picture(face, box):
             *((800, 600), (799, 5, 80, 100), Framing(pixels=Size(256, 128))),
             *((800, 600), (544, 0), (256, 128), (255, 5, 80, 100)),
         ),
-        # a picture smaller than the cut is enlarged
+        # an image smaller than the cut is enlarged
         (
             *((400, 300), (200, 150, 80, 100), Framing(pixels=Size(600, 600))),
             *((800, 600), (100, 0), (600, 600), (300, 300, 160, 200)),
@@ -66,7 +66,7 @@ def test_box_inside_the_picture(face, box):
             *((600, 800), (100, 400, 80, 100), Framing(pixels=Size(300, 300), fit=True)),
             *((300, 400), (0, 50), (300, 300), (50, 150, 40, 50)),
         ),
-        # rounding must not make the picture smaller than the cut: 333 * 512 / 999 = 170.67, 999 -> 512
+        # rounding must not make the image smaller than the cut: 333 * 512 / 999 = 170.67, 999 -> 512
         (
             *((333, 999), (100, 500, 80, 100), Framing(pixels=Size(171, 512), fit=True)),
             *((171, 513), (0, 1), (171, 512), (51, 256, 41, 51)),
@@ -80,12 +80,12 @@ def test_box_inside_the_picture(face, box):
             *((800, 600), (400, 300, 80, 100), Framing(face_side=200, pixels=Size(512, 512))),
             *((1600, 1200), (544, 344), (512, 512), (256, 256, 160, 200)),
         ),
-        # unless the picture would then be smaller than the cut
+        # unless the image would then be smaller than the cut
         (
             *((800, 600), (400, 300, 80, 100), Framing(face_side=10, pixels=Size(300, 300))),
             *((400, 300), (50, 0), (300, 300), (150, 150, 40, 50)),
         ),
-        # --crop_ratio: never resized, and no larger than the picture
+        # --crop_ratio: never resized, and no larger than the image
         (
             *((800, 600), (400, 300, 80, 100), Framing(times=(3, 4.5))),
             *((800, 600), (250, 75), (300, 450), (150, 225, 80, 100)),
@@ -133,7 +133,7 @@ def test_names_are_read_by_training(tmp_path, stem):
     assert face_box(tmp_path / name) == box
 
 
-# ---- whole pictures, with a model that finds orange squares of 64 pixels
+# ---- whole images, with a model that finds orange squares of 64 pixels
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_kinds_of_files(work):
         assert np.abs(result[40:88, 40:88].astype(int) - build.FACE).max() <= 4
 
 
-def test_pictures_that_would_become_too_large(work, tmp_path):
+def test_images_that_would_become_too_large(work, tmp_path):
     """They are named before anything is enlarged; so are those that OpenCV cannot turn."""
     build.write_yolo8(tmp_path / "eyes.onnx", eyes=(-0.25, 0, 0.25, 0.1))
     draw(work.source / "a.png", (192, 128, 64, 64))
@@ -283,7 +283,7 @@ def test_a_full_disk_ends_the_run(work, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(picture_files, "replacing", full)
+    monkeypatch.setattr(image_files, "replacing", full)
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
         work()
 
@@ -303,7 +303,7 @@ def test_results_need_a_folder_of_their_own(work):
         (["--crop_ratio=3"], "--crop_ratio: must be two numbers such as 3,4, got '3'"),
         (["--crop_ratio=3,nan"], "--crop_ratio: must be above 0"),
         (["--crop_ratio=3,4", "--crop_size=512,512"], "--crop_size and --crop_ratio exclude each other"),
-        (["--crop_ratio=3,4", "--resize_face_size=64"], "--crop_ratio keeps the size of pictures"),
+        (["--crop_ratio=3,4", "--resize_face_size=64"], "--crop_ratio keeps the size of images"),
         (["--resize_fit"], "--resize_fit needs --crop_size"),
         (["--resize_fit", "--crop_size=64,64", "--resize_face_size=64"], "exclude each other"),
         (["--min_size=64", "--max_size=64"], "--min_size must be smaller than --max_size"),

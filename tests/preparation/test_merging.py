@@ -38,7 +38,7 @@ def tags(*line: object):
 @pytest.fixture
 def folder(tmp_path) -> Path:
     write(
-        tmp_path / "pictures",
+        tmp_path / "images",
         {
             "b.png": "",
             "b.caption": "a dog\n",
@@ -47,10 +47,10 @@ def folder(tmp_path) -> Path:
             "a.v2.caption": "\ufeff  ein Mädchen, 女の子 \r\n\r\n a second line\r\n",
             "c.webp": "",
             "c.txt": "1girl",
-            "d.txt": "of no picture",
+            "d.txt": "of no image",
         },
     )
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 @pytest.mark.rows("R92", "R93", "R94", "R95")
@@ -116,7 +116,7 @@ def test_full_paths_serve_several_folders(folder, tmp_path):
 @pytest.mark.parametrize("flags", [["--full_path"], []])
 def test_a_path_in_the_metadata_stays_as_it_is_spelt(folder, tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
-    key = os.path.join("pictures", "..", "pictures", "b.png")
+    key = os.path.join("images", "..", "images", "b.png")
     file = tmp_path / "meta.json"
     file.write_text(json.dumps({key: {"tags": "x"}}), encoding="utf-8")
     captions(folder, file, *flags)
@@ -125,7 +125,7 @@ def test_a_path_in_the_metadata_stays_as_it_is_spelt(folder, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("full_path", [False, True])
-def test_training_finds_every_picture_by_its_key(tmp_path, full_path):
+def test_training_finds_every_image_by_its_key(tmp_path, full_path):
     names = ["a.png", "a.jpg", "b.c.webp", "d.png"]
     write(tmp_path / "p", {**dict.fromkeys(names, ""), "a.caption": "x", "b.c.caption": "y", "d.caption": "z"})
     file = tmp_path / "meta.json"
@@ -139,7 +139,7 @@ def test_training_finds_every_picture_by_its_key(tmp_path, full_path):
         wildcard=False,
     )
     assert problems == []
-    assert {entry.picture.name: entry.caption for entry in entries} == {
+    assert {entry.image.name: entry.caption for entry in entries} == {
         "a.jpg": "x",
         "a.png": "x",
         "b.c.webp": "y",
@@ -148,12 +148,12 @@ def test_training_finds_every_picture_by_its_key(tmp_path, full_path):
 
 
 def test_names(tmp_path):
-    pictures = [tmp_path / name for name in ("a.png", "a.jpg", "b.png", "c.png")]
-    named = keys_of(pictures, {"c.png": {}, "b": {}}, full_path=False)
+    images = [tmp_path / name for name in ("a.png", "a.jpg", "b.png", "c.png")]
+    named = keys_of(images, {"c.png": {}, "b": {}}, full_path=False)
     assert list(named.values()) == ["a.png", "a.jpg", "b", "c.png"]
 
 
-def test_pictures_of_faces_share_a_caption(tmp_path):
+def test_images_of_faces_share_a_caption(tmp_path):
     write(tmp_path / "p", {"a_10_20_30_40.png": "", "a.caption": "shared"})
     captions(tmp_path / "p", tmp_path / "meta.json")
     assert load(tmp_path / "meta.json") == {"a_10_20_30_40": {"caption": "shared"}}
@@ -175,7 +175,7 @@ def test_missing_and_empty_files_are_counted(folder, tmp_path, caplog):
         outcome = captions(folder, tmp_path / "meta.json")
     assert (outcome.done, outcome.skipped) == (3, 4)
     assert load(tmp_path / "meta.json")["0"] == {"caption": ""}
-    assert "4 of 7 pictures without a .caption file, left out: 1.png, 2.png, 3.png and 1 more" in caplog.messages
+    assert "4 of 7 images without a .caption file, left out: 1.png, 2.png, 3.png and 1 more" in caplog.messages
     assert "empty: 1 .caption file" in caplog.messages
 
 
@@ -210,7 +210,7 @@ def test_a_name_that_is_no_text_is_refused(tmp_path):
 
 
 def test_no_text_file_at_all_names_the_ending_that_is_there(folder, tmp_path):
-    with pytest.raises(UserError, match=r"none of 3 pictures .* has a \.cap file .*--caption_extension=\.caption,"):
+    with pytest.raises(UserError, match=r"none of 3 images .* has a \.cap file .*--caption_extension=\.caption,"):
         captions(folder, tmp_path / "meta.json", "--caption_extension=.cap")
     write(tmp_path / "bare", {"a.png": ""})
     with pytest.raises(UserError) as error:
@@ -249,4 +249,4 @@ def test_a_full_disk_is_one_line_and_the_earlier_file_is_whole(folder, tmp_path,
         tags(folder, file)
     assert error.value.problems == (f"{file}: cannot be written ({os.strerror(errno.ENOSPC)})",)
     assert file.read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "pictures"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "images"]

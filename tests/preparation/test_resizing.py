@@ -1,4 +1,4 @@
-"""Pictures in smaller sizes: which size, which cut, which names, and what is copied along."""
+"""Images in smaller sizes: which size, which cut, which names, and what is copied along."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import pytest
 from PIL import Image
 
 from library.errors import UserError
+from library.options.image_tools import parse_sizes
 from library.options.parsing import parse_options
-from library.options.picture_tools import parse_sizes
-from library.preparation import picture_files
+from library.preparation import image_files
 from library.preparation.outcome import Outcome
-from library.preparation.resizing import GROUPS, companions, fit, resize_pictures, result_name, without_namesakes
+from library.preparation.resizing import GROUPS, companions, fit, resize_images, result_name, without_namesakes
 from library.types import Size
 
 
-def picture(width, height):
+def image(width, height):
     """Brighter to the right and greener downwards, without fine detail."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([x * 255 / width, y * 255 / height, np.full_like(x, 90)], axis=-1).astype(np.uint8)
 
 
 def resize(source, target, *arguments):
-    return resize_pictures(parse_options(GROUPS, [str(source), str(target), *arguments]))
+    return resize_images(parse_options(GROUPS, [str(source), str(target), *arguments]))
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_sizes(size, most, divisible_by, resized, left, top, to):
     assert fit(Size(*size), Size(*most), divisible_by) == (resized, left, top, to)
 
 
-def test_nothing_is_left_of_a_narrow_picture():
+def test_nothing_is_left_of_a_narrow_image():
     with pytest.raises(ValueError, match=r"50x300 pixels are too few for --divisible_by=64"):
         fit(Size(50, 300), Size(512, 512), 64)
 
@@ -81,10 +81,10 @@ def test_names():
     assert companions("a.png", beside) == ["a.caption", "a.txt", "a"]
 
 
-def test_every_picture_in_every_size(folders):
+def test_every_image_in_every_size(folders):
     source, target = folders
-    Image.fromarray(picture(200, 100)).save(source / "wide.png")
-    Image.fromarray(picture(60, 60)).save(source / "small.jpg", quality=100)
+    Image.fromarray(image(200, 100)).save(source / "wide.png")
+    Image.fromarray(image(60, 60)).save(source / "small.jpg", quality=100)
     outcome = resize(source, target, "--max_resolution=100x100,64x32")
     assert (outcome.done, outcome.skipped, outcome.failed) == (2, 0, {})
     sizes = {path.name: Image.open(path).size for path in target.iterdir()}
@@ -95,16 +95,16 @@ def test_every_picture_in_every_size(folders):
         "small+64x32.jpg": (45, 45),
     }
     result = np.asarray(Image.open(target / "wide+64x32.jpg")).astype(int)
-    assert np.abs(result - picture(64, 32)).max() <= 6
+    assert np.abs(result - image(64, 32)).max() <= 6
 
 
 @pytest.mark.parametrize("interpolation", ["area", "cubic", "lanczos4", "nearest", "linear", "box"])
 def test_ways_of_resizing(folders, interpolation):
     source, target = folders
-    Image.fromarray(picture(128, 128)).save(source / "a.png")
+    Image.fromarray(image(128, 128)).save(source / "a.png")
     resize(source, target, "--max_resolution=32x32", f"--interpolation={interpolation}", "--save_as_png")
     result = np.asarray(Image.open(target / "a+32x32.png")).astype(int)
-    assert np.abs(result - picture(32, 32)).max() <= 8
+    assert np.abs(result - image(32, 32)).max() <= 8
 
 
 def test_lanczos_has_no_jagged_edges(folders):
@@ -120,17 +120,17 @@ def test_lanczos_has_no_jagged_edges(folders):
 
 def test_the_cut_is_around_the_middle(folders):
     source, target = folders
-    Image.fromarray(picture(100, 80)).save(source / "a.png")
+    Image.fromarray(image(100, 80)).save(source / "a.png")
     resize(source, target, "--divisible_by=64", "--save_as_png", "--max_resolution=512x512")
-    assert np.array_equal(np.asarray(Image.open(target / "a+512x512.png")), picture(100, 80)[8:72, 18:82])
+    assert np.array_equal(np.asarray(Image.open(target / "a+512x512.png")), image(100, 80)[8:72, 18:82])
 
 
-def test_turned_and_transparent_pictures(folders):
+def test_turned_and_transparent_images(folders):
     source, target = folders
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side
-    Image.fromarray(picture(80, 40)).save(source / "turned.jpg", exif=exif, quality=100)
-    see_through = np.dstack([picture(40, 40), np.zeros((40, 40), np.uint8)])
+    Image.fromarray(image(80, 40)).save(source / "turned.jpg", exif=exif, quality=100)
+    see_through = np.dstack([image(40, 40), np.zeros((40, 40), np.uint8)])
     see_through[:20, :, 3] = 255
     Image.fromarray(see_through).save(source / "clear.png")
 
@@ -139,7 +139,7 @@ def test_turned_and_transparent_pictures(folders):
     assert turned.size == (40, 80)
     assert not turned.getexif()  # a viewer must not turn it once more
     flat = np.asarray(Image.open(target / "clear+512x512.jpg")).astype(int)
-    assert np.abs(flat[:16] - picture(40, 40)[:16]).max() <= 6
+    assert np.abs(flat[:16] - image(40, 40)[:16]).max() <= 6
     assert flat[24:].min() > 250
 
     resize(source, target, "--max_resolution=20x20", "--save_as_png")
@@ -149,9 +149,9 @@ def test_turned_and_transparent_pictures(folders):
     assert Image.open(target / "turned+20x20.png").mode == "RGB"
 
 
-def test_files_that_belong_to_a_picture_go_along(folders):
+def test_files_that_belong_to_an_image_go_along(folders):
     source, target = folders
-    Image.fromarray(picture(64, 64)).save(source / "猫 1.png")
+    Image.fromarray(image(64, 64)).save(source / "猫 1.png")
     for name, content in {"猫 1.txt": "tags", "猫 1.caption": "a cat", "猫 1.npz": "old", "2.txt": "other"}.items():
         (source / name).write_text(content, encoding="utf-8")
     resize(source, target, "--max_resolution=32x32,16x16", "--copy_associated_files")
@@ -169,13 +169,13 @@ def test_files_that_belong_to_a_picture_go_along(folders):
     ]
 
 
-def test_bad_pictures_are_named_and_the_rest_is_done(folders, caplog, console):
+def test_bad_images_are_named_and_the_rest_is_done(folders, caplog, console):
     source, target = folders
-    Image.fromarray(picture(64, 64)).save(source / "good.png")
+    Image.fromarray(image(64, 64)).save(source / "good.png")
     (source / "empty.jpg").write_bytes(b"")
     (source / "cut.png").write_bytes((source / "good.png").read_bytes()[:100])
-    (source / "text.webp").write_text("no picture")
-    Image.fromarray(picture(300, 20)).save(source / "narrow.bmp")
+    (source / "text.webp").write_text("no image")
+    Image.fromarray(image(300, 20)).save(source / "narrow.bmp")
     with caplog.at_level(logging.WARNING):
         outcome = resize(source, target, "--max_resolution=64x64", "--divisible_by=32")
     assert outcome.done == 1
@@ -184,22 +184,22 @@ def test_bad_pictures_are_named_and_the_rest_is_done(folders, caplog, console):
     assert reasons == {
         "empty.jpg": "the file is empty",
         "cut.png": "the file is truncated",
-        "text.webp": "no picture that can be read",
+        "text.webp": "no image that can be read",
         "narrow.bmp": "247x16 pixels are too few for --divisible_by=32",
     }
 
 
 def test_namesakes_do_not_replace_each_other(tmp_path):
     outcome = Outcome()
-    pictures = [tmp_path / name for name in ("a.jpg", "a.png", "b.png")]
-    assert without_namesakes(pictures, outcome) == [pictures[0], pictures[2]]
-    assert "a.jpg" in outcome.failed[pictures[1]]
+    images = [tmp_path / name for name in ("a.jpg", "a.png", "b.png")]
+    assert without_namesakes(images, outcome) == [images[0], images[2]]
+    assert "a.jpg" in outcome.failed[images[1]]
 
 
 def test_a_second_run_goes_on_where_the_first_one_ended(folders):
     source, target = folders
     for name in ("a", "b"):
-        Image.fromarray(picture(64, 64)).save(source / f"{name}.png")
+        Image.fromarray(image(64, 64)).save(source / f"{name}.png")
     resize(source, target, "--max_resolution=32x32,16x16")
     kept, emptied, gone = (target / name for name in ("a+32x32.jpg", "b+32x32.jpg", "b+16x16.jpg"))
     kept.write_bytes(b"mine")
@@ -216,7 +216,7 @@ def test_a_second_run_goes_on_where_the_first_one_ended(folders):
 
 def test_results_need_a_folder_of_their_own(folders):
     source, _ = folders
-    Image.fromarray(picture(64, 64)).save(source / "a.png")
+    Image.fromarray(image(64, 64)).save(source / "a.png")
     with pytest.raises(UserError, match="a folder of their own"):
         resize(source, source)
 
@@ -224,12 +224,12 @@ def test_results_need_a_folder_of_their_own(folders):
 def test_a_full_disk_ends_the_run(folders, monkeypatch):
     source, target = folders
     for name in "abc":
-        Image.fromarray(picture(64, 64)).save(source / f"{name}.png")
+        Image.fromarray(image(64, 64)).save(source / f"{name}.png")
 
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(picture_files, "replacing", full)
+    monkeypatch.setattr(image_files, "replacing", full)
     with pytest.raises(UserError, match=r"a\+512x512\.jpg: cannot be written \(No space left on device\)"):
         resize(source, target, "--max_resolution=512x512")
     assert not list(target.iterdir())

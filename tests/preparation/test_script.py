@@ -52,7 +52,7 @@ def test_the_work_gets_its_options_and_the_summary_is_told(capsys):
     assert capsys.readouterr().err.endswith("2 done, 1 skipped\n")
 
 
-def test_a_script_without_pictures_says_nothing(capsys):
+def test_a_script_without_images_says_nothing(capsys):
     assert run(lambda opts: None, "here") == 0
     assert capsys.readouterr().err == ""
 
@@ -144,7 +144,7 @@ import sys
 from pathlib import Path
 from library.options.preparation import WorkOptions
 from library.preparation.outcome import Outcome
-from library.preparation.pictures import gathered, is_first, my_share, processes
+from library.preparation.images import gathered, is_first, my_share, processes
 from library.preparation.script import run_script
 
 def work(opts):
@@ -192,7 +192,7 @@ def test_processes_tell_one_summary_of_all():
 TROUBLE_OF_TWO = """
 from library.errors import UserError
 from library.options.preparation import WorkOptions
-from library.preparation.pictures import by_the_first, gathered, is_first
+from library.preparation.images import by_the_first, gathered, is_first
 from library.preparation.script import run_script
 
 def find():

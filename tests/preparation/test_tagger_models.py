@@ -52,7 +52,7 @@ def write_files(folder: Path, kind: str, shape=("N", SIDE, SIDE, 3), scale: floa
 
 
 def blocks(height: int, width: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """A small picture, and the same twice as large: shrinking that one by area gives the small one exactly."""
+    """A small image, and the same twice as large: shrinking that one by area gives the small one exactly."""
     small = np.random.default_rng(seed).integers(0, 256, size=(height, width, 3)).astype(np.uint8)
     return small, small.repeat(2, axis=0).repeat(2, axis=1)
 
@@ -276,7 +276,7 @@ def test_enlarging_is_lanczos(tmp_path):
 
 @pytest.mark.parametrize(("height", "width"), [(SIDE, SIDE), (SIDE // 2, SIDE), (SIDE, SIDE // 4)])
 def test_pixels_of_a_list(tmp_path, height, width):
-    """Red first, from 0 to 1, all of the picture in the frame, its edges drawn out."""
+    """Red first, from 0 to 1, all of the image in the frame, its edges drawn out."""
     small, large = blocks(height, width)
     top, left = (SIDE - height) // 2, (SIDE - width) // 2
     rows = np.clip(np.arange(SIDE) - top, 0, height - 1)
@@ -312,7 +312,7 @@ def test_a_model_of_any_size(tmp_path, kind, side, shape):
 @pytest.mark.parametrize("kind", ["table", "mapping", "list"])
 @pytest.mark.parametrize("batch", ["N", 1, 2, 4])
 def test_probabilities(tmp_path, kind, batch):
-    """Of three pictures: at once, one by one, and in batches that have to be filled up."""
+    """Of three images: at once, one by one, and in batches that have to be filled up."""
     scale = 0.002 if kind == "table" else 0.1
     tagger = open_tagger(write_files(tmp_path, kind, (batch, SIDE, SIDE, 3), scale))
     assert tagger.batch == (None if batch == "N" else batch)
@@ -327,10 +327,10 @@ def test_probabilities(tmp_path, kind, batch):
 
 def test_opencv_and_we_mean_the_same_by_area(tmp_path):
     """Sizes that do not divide: padded, then shrunk by area."""
-    picture = np.random.default_rng(3).integers(0, 256, size=(29, 21, 3)).astype(np.uint8)
-    square = cv2.copyMakeBorder(picture, 0, 0, 4, 4, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+    image = np.random.default_rng(3).integers(0, 256, size=(29, 21, 3)).astype(np.uint8)
+    square = cv2.copyMakeBorder(image, 0, 0, 4, 4, cv2.BORDER_CONSTANT, value=(255, 255, 255))
     expected = cv2.resize(square, (SIDE, SIDE), interpolation=cv2.INTER_AREA)[..., ::-1]
-    given = to_input(picture, open_tagger(write_files(tmp_path, "table")))
+    given = to_input(image, open_tagger(write_files(tmp_path, "table")))
     assert np.array_equal(given, expected.astype(np.float32))
 
 
@@ -340,11 +340,11 @@ def test_opencv_and_we_mean_the_same_by_area(tmp_path):
 def write_photo(path: Path, width: int, height: int, **how: object) -> None:
     """Shapes of all sizes and grain, as a camera has them; quality 90."""
     rng = np.random.default_rng(7)
-    picture = rng.normal(127, 3, size=(height, width, 3)).astype(np.float32)
+    image = rng.normal(127, 3, size=(height, width, 3)).astype(np.float32)
     for columns, strength in ((6, 50), (24, 25), (96, 12)):
         grid = rng.normal(size=(max(2, columns * height // width), columns, 3)) * strength
-        picture += cv2.resize(grid.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
-    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=90, **how)
+        image += cv2.resize(grid.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path, quality=90, **how)
 
 
 @pytest.mark.parametrize("kind", ["table", "mapping", "list"])

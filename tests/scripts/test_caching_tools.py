@@ -20,7 +20,7 @@ FOUND = "used as they are, 0 made again, 0 new"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three pictures with captions, two of which are equal, and a damaged picture."""
+    """Three images with captions, two of which are equal, and a damaged image."""
     place = tmp_path_factory.mktemp("data") / "1_thing"
     place.mkdir()
     for number, caption in enumerate(("a red house", "a blue house", "a red house")):

@@ -23,7 +23,7 @@ MODEL = "examples/tiny_model/tiny-sd.safetensors"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A copy of five pictures, so that files may be written beside them."""
+    """A copy of five images, so that files may be written beside them."""
     folder = tmp_path_factory.mktemp("data") / "train" / "2_sks flower"
     folder.mkdir(parents=True)
     for path in sorted(Path("examples/concept/10_sks flower").glob("*.png"))[:5]:
@@ -64,16 +64,16 @@ def test_latents_on_disk_are_those_of_the_vae_itself(first, place):
     for file in files:
         with np.load(file) as arrays:
             stem, size, _ = file.stem.rsplit("_", 2)
-            picture = file.with_name(f"{stem}.png")
-            width, height = Image.open(picture).size
+            image = file.with_name(f"{stem}.png")
+            width, height = Image.open(image).size
             assert size == f"{width:04d}x{height:04d}"
             assert arrays["original_size"].tolist() == [width, height]
             assert arrays["crop_ltrb"].tolist() == [0, 0, 64, 64]
-            pixels = images.to_pixels(images.resize(images.read_image(picture), Size(64, 64)))[None]
+            pixels = images.to_pixels(images.resize(images.read_image(image), Size(64, 64)))[None]
             for name, seen, look in (("latents", pixels, "plain"), ("latents_flipped", pixels.flip(-1), "flipped")):
                 with torch.no_grad():
                     posterior = models.vae.encode(seen).latent_dist
-                rng = seeds.generator("cpu", 1, "latents", picture.name, 64, 64, look)
+                rng = seeds.generator("cpu", 1, "latents", image.name, 64, 64, look)
                 expected = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=rng)
                 assert arrays[name].dtype == np.float32
                 assert np.allclose(arrays[name], expected[0].numpy(), atol=1e-5)
@@ -99,7 +99,7 @@ def test_training_from_metadata_and_latents_alone(first, train, place, tmp_path)
     printed, weights = train(
         train_data_dir=folder, in_json=tmp_path / "meta_lat.json", cache_latents=None, shuffle_caption=True
     )
-    assert "5 pictures of which only latents are there" in printed
+    assert "5 images of which only latents are there" in printed
     assert "5 used as they are" in printed
     assert any(value.any() for name, value in load_file(weights).items() if "lora_up" in name)
 
@@ -129,7 +129,7 @@ def test_what_is_black_in_a_mask_teaches_nothing(train, place, tmp_path):
     options = {"conditioning_data_dir": tmp_path / "masks", "masked_loss": True, "validation_split": 0.2}
     printed, weights = train(train_data_dir=place, validate_every_n_steps=1, **options)
     assert printed.count("validation loss 0.00000") == 3
-    assert "held out for validation: 1 pictures" in printed
+    assert "held out for validation: 1 images" in printed
     assert not any(value.any() for name, value in load_file(weights).items() if "lora_up" in name)
     with safe_open(weights, "pt") as file:
         assert file.metadata()["ss_num_validation_images"] == "1"
@@ -169,7 +169,7 @@ def test_a_data_set_of_ones_own(run_script, train_arguments, place, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_strict_run_ends_at_a_broken_picture(run_script, train_arguments, place, tmp_path):
+def test_a_strict_run_ends_at_a_broken_image(run_script, train_arguments, place, tmp_path):
     shutil.copytree(place, tmp_path / "train")
     broken = tmp_path / "train" / "2_sks flower" / "flower_00.png"
     broken.write_bytes(broken.read_bytes()[:200])

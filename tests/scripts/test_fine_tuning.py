@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library import cli
-from library.data import images
+from library.data import images as imaging
 from library.types import Size
 
 MODEL = "examples/tiny_model/tiny-sd.safetensors"
@@ -34,9 +34,9 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Two pictures in a training folder, one in a regularisation folder."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    """Two images in a training folder, one in a regularisation folder."""
+    folder = tmp_path_factory.mktemp("images")
     for name, files in (("train/1_sks flower", ("00", "01")), ("reg/2_flower", ("02",))):
         (folder / name).mkdir(parents=True)
         for file in files:
@@ -46,13 +46,13 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory, pictures):
-    """A metadata file, and the latents that it goes with, without pictures."""
+def prepared(tmp_path_factory, images):
+    """A metadata file, and the latents that it goes with, without images."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "train_data").mkdir()
     family, models = cli.load_family("sd", [f"--pretrained_model_name_or_path={MODEL}"])
     metadata = {}
-    for path in sorted(pictures.glob("train/*/*.png")):
+    for path in sorted(images.glob("train/*/*.png")):
         latents = family.encode_images(models, pixels_of(path)[None])[0].numpy()
         np.savez(folder / "train_data" / f"{path.stem}.npz", latents=latents, **SIZES)
         metadata[path.stem] = {"caption": "a flower", "tags": "sks, pink", "train_resolution": [64, 64]}
@@ -64,7 +64,7 @@ SIZES = {"original_size": [64, 64], "crop_ltrb": [0, 0, 64, 64]}
 
 
 def pixels_of(path: Path) -> torch.Tensor:
-    return images.to_pixels(images.resize(images.read_image(path), Size(64, 64)))
+    return imaging.to_pixels(imaging.resize(imaging.read_image(path), Size(64, 64)))
 
 
 def ran(run_script, command: str, launcher=LAUNCH):
@@ -99,7 +99,7 @@ def test_fine_tuning_from_a_metadata_file_and_its_latents(run_script, tmp_path, 
         "--shuffle_caption --train_batch_size=1 --learning_rate=1e-3 --max_train_steps=10 --use_8bit_adam --xformers "
         "--gradient_checkpointing --mixed_precision=bf16 --save_every_n_epochs=4",
     )
-    assert "2 pictures of which only latents are there" in printed
+    assert "2 images of which only latents are there" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-000004.ckpt", "last.ckpt"]
     assert changed_parts(base, tmp_path / "last.ckpt") == {"model"}, "the text encoder only on request"
     counts = [torch.load(tmp_path / name, weights_only=True) for name in ("epoch-000004.ckpt", "last.ckpt")]
@@ -107,10 +107,10 @@ def test_fine_tuning_from_a_metadata_file_and_its_latents(run_script, tmp_path, 
 
 
 @pytest.mark.rows("C35", "R188", "R226")
-def test_fine_tuning_from_a_dataset_config(run_script, tmp_path, prepared, pictures):
+def test_fine_tuning_from_a_dataset_config(run_script, tmp_path, prepared, images):
     (tmp_path / "data.toml").write_text(
         "[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\n"
-        f"image_dir = '{(pictures / 'train' / '1_sks flower').as_posix()}'\n"
+        f"image_dir = '{(images / 'train' / '1_sks flower').as_posix()}'\n"
         f"metadata_file = '{(prepared / 'meta_lat.json').as_posix()}'\n"
     )
     precision = "fp16" if torch.cuda.is_available() else "no"
@@ -133,24 +133,24 @@ def test_fine_tuning_from_a_dataset_config(run_script, tmp_path, prepared, pictu
 
 @pytest.mark.rows("C30", "C31", "R14")
 @pytest.mark.parametrize(("batch_size", "further"), [(1, " --gradient_checkpointing"), (4, "")])
-def test_dreambooth_with_regularisation_pictures(run_script, tmp_path, base, pictures, batch_size, further):
+def test_dreambooth_with_regularisation_images(run_script, tmp_path, base, images, batch_size, further):
     printed = ran(
         run_script,
         f"--num_cpu_threads_per_process 1 train_db.py --pretrained_model_name_or_path={base} "
-        f"--train_data_dir={pictures}/train --reg_data_dir={pictures}/reg --output_dir={tmp_path} "
+        f"--train_data_dir={images}/train --reg_data_dir={images}/reg --output_dir={tmp_path} "
         f"--prior_loss_weight=1.0 --resolution=64 --train_batch_size={batch_size} --learning_rate=1e-3 "
         f"--max_train_steps=3 --use_8bit_adam --xformers --mixed_precision=bf16 --cache_latents{further}",
     )
-    assert "2 pictures, 2 with repeats; 1 for regularisation, 2 with repeats" in printed
+    assert "2 images, 2 with repeats; 1 for regularisation, 2 with repeats" in printed
     assert changed_parts(base, tmp_path / "last.ckpt") == {"model", "cond_stage_model"}
 
 
 @pytest.mark.rows("C32", "R14", "R217")
-def test_dreambooth_with_buckets_augmentation_and_state(run_script, tmp_path, pictures):
+def test_dreambooth_with_buckets_augmentation_and_state(run_script, tmp_path, images):
     ran(
         run_script,
         f"--num_cpu_threads_per_process 8 train_db.py --pretrained_model_name_or_path={MODEL} "
-        f"--train_data_dir={pictures}/train --reg_data_dir={pictures}/reg --output_dir={tmp_path}/out "
+        f"--train_data_dir={images}/train --reg_data_dir={images}/reg --output_dir={tmp_path}/out "
         "--resolution=128,64 --train_batch_size=20 --learning_rate=1e-3 --max_train_steps=2 --use_8bit_adam "
         f"--xformers --mixed_precision=bf16 --save_every_n_epochs=1 --save_state --save_precision=bf16 "
         f"--logging_dir={tmp_path}/logs --enable_bucket --min_bucket_reso=64 --max_bucket_reso=192 --color_aug "
@@ -170,8 +170,8 @@ def test_dreambooth_with_buckets_augmentation_and_state(run_script, tmp_path, pi
 
 
 @pytest.mark.rows("R5", "R14", "R117", "R118")
-def test_training_pictures_are_learned_and_diffusers_reads_the_result(run_script, tmp_path):
-    """The loss on the training pictures, at the same noise, before and after; with the model that diffusers opens."""
+def test_training_images_are_learned_and_diffusers_reads_the_result(run_script, tmp_path):
+    """The loss on the training images, at the same noise, before and after; with the model that diffusers opens."""
     from diffusers import StableDiffusionPipeline
 
     ran(
@@ -203,7 +203,7 @@ TEXT = "a large sks flower on a black background"
 
 @torch.no_grad()
 def denoising_loss(family, models) -> float:
-    """Mean squared error of the predicted noise over all training pictures and eight noise levels."""
+    """Mean squared error of the predicted noise over all training images and eight noise levels."""
     rng = torch.Generator().manual_seed(7)
     paths = sorted(CONCEPT.glob("*.png"))
     pixels = torch.stack([pixels_of(path) for path in paths])

@@ -99,17 +99,17 @@ def model(tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> SimpleNamespace:
-    """Two captioned pictures, with latents and text outputs beside them once they were cached."""
+    """Two captioned images, with latents and text outputs beside them once they were cached."""
     folder = tmp_path_factory.mktemp("data")
-    pictures = folder / "1_a red house"
-    pictures.mkdir()
+    images = folder / "1_a red house"
+    images.mkdir()
     for name, caption in (("flower_00", "a red house"), ("flower_01", "a blue tree of a cat")):
         with Image.open(CONCEPT / f"{name}.png") as image:
-            image.resize((128, 128)).save(pictures / f"{name}.png")
-        (pictures / f"{name}.txt").write_text(caption, encoding="utf-8")
+            image.resize((128, 128)).save(images / f"{name}.png")
+        (images / f"{name}.txt").write_text(caption, encoding="utf-8")
     config = folder / "data.toml"
-    config.write_text(MULTI_RESOLUTION.format(*SIDES, folder=pictures.as_posix()), encoding="utf-8")
-    return SimpleNamespace(folder=folder, pictures=pictures, config=config)
+    config.write_text(MULTI_RESOLUTION.format(*SIDES, folder=images.as_posix()), encoding="utf-8")
+    return SimpleNamespace(folder=folder, images=images, config=config)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_a_lora_with_cached_latents_and_texts_on_a_base_in_8_bits(printed_lora):
 
 @pytest.mark.rows("R379")
 def test_one_file_holds_the_latents_of_all_resolutions(printed_lora, data):
-    (path, _) = sorted(data.pictures.glob("*_flux.npz"))
+    (path, _) = sorted(data.images.glob("*_flux.npz"))
     assert path.name == "flower_00_0128x0128_flux.npz"
     with np.load(path) as file:
         shapes = {key: file[key].shape for key in file if re.match(r"latents(_flipped)?_\d", key)}
@@ -215,7 +215,7 @@ def test_one_file_holds_the_latents_of_all_resolutions(printed_lora, data):
         for side in SIDES
         for turned in ("", "_flipped")
     }
-    with np.load(data.pictures / "flower_00_flux_te.npz") as file:
+    with np.load(data.images / "flower_00_flux_te.npz") as file:
         texts = {name: file[name].shape for name in ("l_pooled", "t5_out", "txt_ids", "t5_attn_mask")}
         assert not file["apply_t5_attn_mask"]
     assert texts == {"l_pooled": (64,), "t5_out": (512, 48), "txt_ids": (512, 3), "t5_attn_mask": (512,)}
@@ -362,7 +362,7 @@ def test_t5_trained_from_a_cache_is_refused_in_one_line_at_the_start(model, data
 
 def test_nothing_is_encoded_before_too_many_blocks_are_refused(model, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(placement, "swaps", lambda opts, device: True)  # as on a GPU
-    shutil.copytree(data.pictures, tmp_path / "data" / "1_x", ignore=shutil.ignore_patterns("*.npz"))
+    shutil.copytree(data.images, tmp_path / "data" / "1_x", ignore=shutil.ignore_patterns("*.npz"))
     arguments = {"blocks_to_swap": 99, "cache_text_encoder_outputs_to_disk": True, "cache_latents_to_disk": True}
     arguments |= {"train_data_dir": tmp_path / "data"}
     *_, said = refused(capsys, short("flux_train_network.py", model, data, tmp_path, **arguments))
@@ -482,10 +482,10 @@ def test_clip_l_and_t5_learn_at_their_own_rates(everything):
 
 
 @pytest.mark.rows("R283")
-def test_pictures_are_sampled_with_the_guidance_that_the_prompt_asks_for(everything):
-    pictures = [np.asarray(Image.open(path)) for path in sorted((everything.out / "sample").glob("*.png"))]
-    assert [picture.shape for picture in pictures] == [(96, 64, 3)] * 3 + [(64, 64, 3)]
-    low, high, again, _ = pictures
+def test_images_are_sampled_with_the_guidance_that_the_prompt_asks_for(everything):
+    images = [np.asarray(Image.open(path)) for path in sorted((everything.out / "sample").glob("*.png"))]
+    assert [image.shape for image in images] == [(96, 64, 3)] * 3 + [(64, 64, 3)]
+    low, high, again, _ = images
     assert np.array_equal(low, again)
     assert not np.array_equal(low, high)
 

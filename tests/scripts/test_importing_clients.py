@@ -95,7 +95,7 @@ def test_a_form_of_all_options_and_an_upload(tmp_path):
     folder = tmp_path / "outputs" / "style" / "sample"
     folder.mkdir(parents=True)
     (folder.parent / "style.safetensors").write_bytes(b"weights")
-    (folder / "style_000010_00_1.png").write_bytes(b"picture")
+    (folder / "style_000010_00_1.png").write_bytes(b"image")
     with running_hub() as hub:
         env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         env |= {"NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}

@@ -29,8 +29,8 @@ def models(tmp_path_factory):
     return folder
 
 
-def picture_folder(place: Path) -> Path:
-    """Four good pictures, one of them in a sub-folder, and a broken one among them."""
+def image_folder(place: Path) -> Path:
+    """Four good images, one of them in a sub-folder, and a broken one among them."""
     draw = np.random.default_rng(0)
     (place / "sub").mkdir(parents=True)
     for number, name in enumerate(GOOD):
@@ -47,7 +47,7 @@ def captions_in(place: Path, extension: str = ".caption") -> dict[str, str]:
 @pytest.fixture(scope="module")
 def captioned(run_script, models, tmp_path_factory):
     """A folder after `python finetune/make_captions.py --batch_size 3 ... <folder>`, and what was said."""
-    place = picture_folder(tmp_path_factory.mktemp("captioned") / "train_data")
+    place = image_folder(tmp_path_factory.mktemp("captioned") / "train_data")
     found = run_script(
         "finetune/make_captions.py",
         "--batch_size",
@@ -64,7 +64,7 @@ def captioned(run_script, models, tmp_path_factory):
 
 
 @pytest.mark.rows("C1", "C2", "C3", "R12", "R60", "R62", "R63", "R65")
-def test_every_good_picture_gets_a_line_beside_it(captioned):
+def test_every_good_image_gets_a_line_beside_it(captioned):
     place, found = captioned
     assert found.returncode == 0, found.stderr
     captions = captions_in(place)
@@ -74,7 +74,7 @@ def test_every_good_picture_gets_a_line_beside_it(captioned):
     assert not list(place.rglob("*.tmp"))
 
 
-def test_the_broken_picture_is_named_and_counted(captioned):
+def test_the_broken_image_is_named_and_counted(captioned):
     _, found = captioned
     assert "4 done, 1 failed" in found.stderr
     assert "broken.png: the file is truncated" in found.stderr
@@ -88,9 +88,9 @@ def test_debug_prints_the_captions(captioned):
 
 @pytest.mark.rows("R60", "R62", "R65", "R66")
 def test_the_original_weights_from_inside_the_folder_give_the_same_again(captioned, models, tmp_path):
-    """Same seed, another batch size, pictures missing in between, another place: each picture's caption stays."""
+    """Same seed, another batch size, images missing in between, another place: each image's caption stays."""
     before = captions_in(captioned[0])
-    place = picture_folder(tmp_path / "elsewhere")
+    place = image_folder(tmp_path / "elsewhere")
     (place / "one.txt").write_text("kept\n", encoding="utf-8")
     found = subprocess.run(
         [
@@ -120,7 +120,7 @@ def test_the_original_weights_from_inside_the_folder_give_the_same_again(caption
 
 @pytest.mark.rows("R12")
 def test_git(run_script, models, tmp_path):
-    place = picture_folder(tmp_path / "train_data")
+    place = image_folder(tmp_path / "train_data")
     shutil.rmtree(place / "sub")
     found = run_script(
         "finetune/make_captions_by_git.py",

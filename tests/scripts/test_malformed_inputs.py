@@ -19,21 +19,21 @@ from PIL import Image
 
 from tests.builders import face_models
 from tests.builders.captioners import tiny_blip, write_blip_folder, write_git_folder
-from tests.builders.odd_pictures import (
+from tests.builders.odd_images import (
     FACELESS,
     LONG,
     NOT_UNICODE,
     REFUSED,
     USED,
     drawing,
-    write_odd_pictures,
+    write_odd_images,
 )
 from tests.builders.onnx_file import write_tagger
 from tests.builders.sdxl import write_tiny_sdxl
 from tests.scripts.starting import ROOT
 
 MODEL = "examples/tiny_model/tiny-sd.safetensors"
-MOST_MEMORY = 400  # MB of a script without torch; the huge picture alone would take three times as much
+MOST_MEMORY = 400  # MB of a script without torch; the huge image alone would take three times as much
 TAGS = "t0, t1, t2"
 BUCKETS = ("--max_resolution=64,64", "--min_bucket_reso=64", "--max_bucket_reso=128")
 
@@ -84,19 +84,19 @@ def shown(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-# ---- the scripts, each on the folder of odd pictures
+# ---- the scripts, each on the folder of odd images
 
 
 @dataclass(frozen=True)
 class Script:
-    """How a script is run on a folder of pictures, and where its results are."""
+    """How a script is run on a folder of images, and where its results are."""
 
     path: str
-    words: Callable[[Path, Path, Path], list[object]]  # of the pictures, for the results, of the models
-    results: str  # their names, with {} for the picture's without its ending; "" where they are in one file
-    beside: bool = True  # results lie beside the pictures, and not in the folder for results
+    words: Callable[[Path, Path, Path], list[object]]  # of the images, for the results, of the models
+    results: str  # their names, with {} for the image's without its ending; "" where they are in one file
+    beside: bool = True  # results lie beside the images, and not in the folder for results
     torch: bool = False
-    refused: dict[str, str] = field(default_factory=dict)  # pictures that only this script refuses, and why
+    refused: dict[str, str] = field(default_factory=dict)  # images that only this script refuses, and why
     nothing_to_do: tuple[str, ...] = ()
     goes_on: str = "--skip_existing"
 
@@ -215,13 +215,13 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def odd_pictures(tmp_path_factory):
-    return write_odd_pictures(tmp_path_factory.mktemp("odd") / "pictures")
+def odd_images(tmp_path_factory):
+    return write_odd_images(tmp_path_factory.mktemp("odd") / "images")
 
 
 @pytest.fixture
-def data(odd_pictures, tmp_path):
-    return shutil.copytree(odd_pictures, tmp_path / "data")
+def data(odd_images, tmp_path):
+    return shutil.copytree(odd_images, tmp_path / "data")
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ def state(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_odd_pictures(run_script, odd_pictures, models, data, out, name):
+def test_odd_images(run_script, odd_images, models, data, out, name):
     """What can be used is used; what cannot is named with the reason, and counted. A second run finds it all done."""
     script = SCRIPTS[name]
     refused = {stem + USED[stem]: why for stem, why in script.refused.items()} | REFUSED
@@ -262,17 +262,17 @@ def test_odd_pictures(run_script, odd_pictures, models, data, out, name):
     done = starts()
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
-    for picture, why in refused.items():
-        told = [line for line in done.stderr.splitlines() if f"{shown(picture)}: " in line and "failed: " not in line]
-        assert len(told) == 1, (picture, done.stderr[-3000:])
+    for image, why in refused.items():
+        told = [line for line in done.stderr.splitlines() if f"{shown(image)}: " in line and "failed: " not in line]
+        assert len(told) == 1, (image, done.stderr[-3000:])
         assert why in told[0]
-        assert f"failed: {shown(str(data / picture))}: " in done.stderr
+        assert f"failed: {shown(str(data / image))}: " in done.stderr
     skipped = f", {len(script.nothing_to_do)} skipped" if script.nothing_to_do else ""
     assert f"{len(used)} done{skipped}, {len(refused)} failed" in done.stderr
     assert re.search(r"100%.*\[\d\d:\d\d<\d\d:\d\d, .*/s", done.stderr), "rate and remaining time"
 
     folder = data if script.beside else out
-    new = {path for path in folder.iterdir() if not (odd_pictures / path.name).exists() or not script.beside}
+    new = {path for path in folder.iterdir() if not (odd_images / path.name).exists() or not script.beside}
     if script.results:
         expected = {stem: list(folder.glob(script.results.format(stem))) for stem in used}
         if LONG in used and not expected[LONG]:  # the name of a cache file is shortened
@@ -301,7 +301,7 @@ def test_nothing_can_be_used(run_script, models, tmp_path, out, name):
     folder, script = tmp_path / "data", SCRIPTS[name]
     folder.mkdir()
     (folder / "zero.png").write_bytes(b"")
-    (folder / "words.webp").write_text("no picture")
+    (folder / "words.webp").write_text("no image")
     words = [script.path, *script.words(folder, out, models)]
     done = run_script(*words) if script.torch else run(*words)
     assert done.returncode == 1, done.stderr[-3000:]
@@ -311,7 +311,7 @@ def test_nothing_can_be_used(run_script, models, tmp_path, out, name):
     folder.mkdir()
     empty = run_script(*words) if script.torch else run(*words)
     assert empty.returncode == 2
-    assert f"there are no pictures in {folder}" in empty.stderr
+    assert f"there are no images in {folder}" in empty.stderr
 
 
 # ---- texts
@@ -337,19 +337,19 @@ TEXTS = {
 
 @pytest.fixture
 def texts(tmp_path):
-    """Pictures with a text each, of which the last has none; and a folder that is called like a text."""
+    """Images with a text each, of which the last has none; and a folder that is called like a text."""
     folder = tmp_path / "texts"
     folder.mkdir()
-    picture = write_picture(folder / "as_folder.png").read_bytes()
+    image = write_image(folder / "as_folder.png").read_bytes()
     (folder / "as_folder.txt").mkdir()
     for stem, (content, _) in TEXTS.items():
-        (folder / f"{stem}.png").write_bytes(picture)
+        (folder / f"{stem}.png").write_bytes(image)
         if content is not None:
             (folder / f"{stem}.txt").write_bytes(content)
     return folder
 
 
-def write_picture(path: Path) -> Path:
+def write_image(path: Path) -> Path:
     Image.fromarray(drawing()).save(path)
     return path
 
@@ -359,7 +359,7 @@ UNREADABLE = [stem for stem, (_, text) in TEXTS.items() if text is None]
 
 @pytest.mark.parametrize("script", ["merge_captions_to_metadata.py", "merge_dd_tags_to_metadata.py"])
 def test_texts_into_metadata(texts, tmp_path, script):
-    """Decoded where that is certain; else the file is named, and what the metadata said of its picture stays."""
+    """Decoded where that is certain; else the file is named, and what the metadata said of its image stays."""
     there, field_name = tmp_path / "meta.json", "tags" if "tags" in script else "caption"
     there.write_text(json.dumps({"latin": {field_name: "as before"}}))
     done = run(f"finetune/{script}", texts, there, "--caption_extension=.txt", "--in_json", there)
@@ -400,18 +400,18 @@ def test_tags_appended_to_texts(texts, models):
 
 
 @pytest.mark.parametrize("name", ["tags", "captions"])
-def test_texts_never_replace_pictures(texts, models, out, name):
+def test_texts_never_replace_images(texts, models, out, name):
     script, before = SCRIPTS[name], state(texts)
     done = run(script.path, *script.words(texts, out, models), "--caption_extension=.PNG")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: --caption_extension: files ending in .PNG are pictures")
+    assert done.stderr.splitlines()[-1].startswith("error: --caption_extension: files ending in .PNG are images")
     assert state(texts) == before
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "there are no pictures in it"),
+        (b"", "there are no images in it"),
         (b'{"a": {"caption": "b"}', "line 1, column"),
         (b"[]", "must hold one object"),
         ('{"a": {"caption": "é"}}'.encode("utf-16"), "not UTF-8 text"),
@@ -453,12 +453,12 @@ def test_models_without_metadata_that_could_be_shown(tmp_path, content):
 
 @pytest.fixture
 def places(models, tmp_path) -> Iterator[tuple[Path, Path]]:
-    """A folder of two pictures with texts, and one with earlier results; nothing new can be made in either."""
+    """A folder of two images with texts, and one with earlier results; nothing new can be made in either."""
     data, out = tmp_path / "data", tmp_path / "out"
     for folder in (data, out):
         folder.mkdir()
     for stem in "ab":
-        write_picture(data / f"{stem}.png")
+        write_image(data / f"{stem}.png")
         (data / f"{stem}.caption").write_text("text")
     (out / "meta.json").write_text('{"a": {"caption": "long  ago"}}')
     for folder in (data, out):
@@ -520,7 +520,7 @@ def test_a_full_disk(places, models, name):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """Forty times the same picture, large enough to be caught in the middle of them."""
+    """Forty times the same image, large enough to be caught in the middle of them."""
     folder = tmp_path_factory.mktemp("many")
     pixels = np.random.default_rng(0).integers(0, 256, (450, 600, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(folder / "00.png", compress_level=1)
@@ -559,4 +559,4 @@ def test_killed_and_run_again(start_script, run_script, models, many, tmp_path, 
             with np.load(path, allow_pickle=False) as arrays:
                 assert all(np.isfinite(arrays[key]).all() for key in arrays if arrays[key].dtype.kind == "f")
     else:
-        assert len({path.read_bytes() for path in results}) == 1, "of equal pictures"
+        assert len({path.read_bytes() for path in results}) == 1, "of equal images"

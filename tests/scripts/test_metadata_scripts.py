@@ -92,7 +92,7 @@ def test_what_fails_is_one_line_and_a_status(run, two_folders):
     assert missing.stderr == (
         "error: 2 problems\n"
         "  --in_json: there is no file 'none.json'\n"
-        "  --recursive: needs --full_path, as pictures in several folders may have the same name\n"
+        "  --recursive: needs --full_path, as images in several folders may have the same name\n"
     )
     (two_folders / "train_data1" / "a.caption").write_bytes(b"caf\xe9")
     (two_folders / "file").touch()
@@ -104,5 +104,5 @@ def test_what_fails_is_one_line_and_a_status(run, two_folders):
     assert list(load(two_folders / "out.json")) == ["b"]
     unwritable = run("merge_captions_to_metadata.py", "train_data2", os.path.join("file", "out.json"))
     assert unwritable.returncode == 2
-    (line,) = unwritable.stderr.splitlines()  # before any picture is looked at
+    (line,) = unwritable.stderr.splitlines()  # before any image is looked at
     assert line.startswith(f"error: out_json: {os.path.join('file', 'out.json')} cannot be written")

@@ -1,4 +1,4 @@
-"""The whole way of the guides on the bundled pictures: from a folder to a model trained on what was made of it."""
+"""The whole way of the guides on the bundled images: from a folder to a model trained on what was made of it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def texts(folder: Path, ending: str) -> dict[str, str]:
 
 
 def tags_of(caption: str) -> set[str]:
-    """What the bundled tagger must find in a bundled picture, by the caption that it comes with."""
+    """What the bundled tagger must find in a bundled image, by the caption that it comes with."""
     words = set(caption.split())
     found = {"flower", "pink_flower"}
     found |= {"light_background"} if words & {"white", "beige"} else set()
@@ -70,7 +70,7 @@ def load(file: Path) -> dict[str, dict]:
 
 
 @pytest.mark.rows("C2", "C9", "C11", "C15", "C19", "C21", "R12", "R13", "R56", "R59", "R60", "R90", "R104")
-def test_from_pictures_to_a_model(run_script, tmp_path):
+def test_from_images_to_a_model(run_script, tmp_path):
     data = tmp_path / "train_data"
     shutil.copytree(BUNDLED, data, ignore=shutil.ignore_patterns("*.caption"))
     stems = sorted(path.stem for path in data.iterdir())
@@ -114,12 +114,12 @@ def test_from_pictures_to_a_model(run_script, tmp_path):
     sizes = ("--max_resolution", "64,64", "--min_bucket_reso", "64", "--mixed_precision", "no")
     line = (data, file["clean"], file["lat"], MODEL, "--batch_size", "4", *sizes)
     prepared = said(run_script("finetune/prepare_buckets_latents.py", *line))
-    assert "bucket 64x64: 16 pictures" in prepared
+    assert "bucket 64x64: 16 images" in prepared
     assert "16 done" in prepared
     assert sorted(path.stem for path in data.glob("*.npz")) == stems
-    of_picture = {path.stem: list(Image.open(path).size) for path in BUNDLED.glob("*.png")}
+    of_image = {path.stem: list(Image.open(path).size) for path in BUNDLED.glob("*.png")}
     assert load(file["lat"]) == {
-        stem: {**entry, "train_resolution": [64, 64], "image_size": of_picture[stem]} for stem, entry in clean.items()
+        stem: {**entry, "train_resolution": [64, 64], "image_size": of_image[stem]} for stem, entry in clean.items()
     }
 
     for path in data.iterdir():
@@ -133,7 +133,7 @@ def test_from_pictures_to_a_model(run_script, tmp_path):
         *("--save_model_as=safetensors", "--save_precision=float", "--seed=1", "--max_data_loader_n_workers=0"),
     )
     trained = said(run_script(*line))
-    assert "16 pictures of which only latents are there" in trained
+    assert "16 images of which only latents are there" in trained
     assert "latents on disk: 16 used as they are, 0 made again, 0 new" in trained
 
     # Without weight decay, the vectors of those tokens move that were trained on, and of no others.

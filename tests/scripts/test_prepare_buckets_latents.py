@@ -20,14 +20,14 @@ BUCKETS = ("--min_bucket_reso=64", "--max_bucket_reso=128")
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """A folder of three pictures of different shapes, and a damaged one; and their captions in a metadata file."""
+def images(tmp_path):
+    """A folder of three images of different shapes, and a damaged one; and their captions in a metadata file."""
     folder = tmp_path / "train_data"
     folder.mkdir()
     for number, size in enumerate(((64, 64), (150, 70), (75, 140))):
         pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
-    metadata = {str(number): {"caption": f"picture {number}", "tags": "one, two"} for number in range(3)}
+    metadata = {str(number): {"caption": f"image {number}", "tags": "one, two"} for number in range(3)}
     (tmp_path / "meta_clean.json").write_text(json.dumps(metadata))
     return folder
 
@@ -40,20 +40,20 @@ def ran(run_script, *arguments, **how):
 
 
 @pytest.mark.rows("C20", "C21", "R102", "R108")
-def test_training_from_latents_alone_is_training_from_the_pictures(run_script, pictures, tmp_path):
-    """The same weights, to the last bit, so the same losses: whether pictures are there or what was made of them."""
-    (pictures / "damaged.png").write_bytes((pictures / "1.png").read_bytes()[:500])
+def test_training_from_latents_alone_is_training_from_the_images(run_script, images, tmp_path):
+    """The same weights, to the last bit, so the same losses: whether images are there or what was made of them."""
+    (images / "damaged.png").write_bytes((images / "1.png").read_bytes()[:500])
     printed = ran(
         run_script,
-        *(SCRIPT, pictures, tmp_path / "meta_clean.json", tmp_path / "meta_lat.json", MODEL, "--batch_size", "4"),
+        *(SCRIPT, images, tmp_path / "meta_clean.json", tmp_path / "meta_lat.json", MODEL, "--batch_size", "4"),
         *("--max_resolution", "128,64", "--mixed_precision", "no", "--flip_aug", "--seed=3", *BUCKETS),
     )
     assert "damaged.png" in printed
     assert "3 done, 1 failed" in printed
-    (pictures / "damaged.png").unlink()
-    alone, apart = tmp_path / "latents", tmp_path / "pictures"
-    shutil.copytree(pictures, alone, ignore=shutil.ignore_patterns("*.png"))
-    shutil.copytree(pictures, apart, ignore=shutil.ignore_patterns("*.npz"))
+    (images / "damaged.png").unlink()
+    alone, apart = tmp_path / "latents", tmp_path / "images"
+    shutil.copytree(images, alone, ignore=shutil.ignore_patterns("*.png"))
+    shutil.copytree(images, apart, ignore=shutil.ignore_patterns("*.npz"))
     common = (
         *("fine_tune.py", f"--pretrained_model_name_or_path={MODEL}", "--max_train_steps=3", "--learning_rate=1e-3"),
         *("--seed=3", "--max_data_loader_n_workers=0", "--save_model_as=safetensors", "--mixed_precision=no"),
@@ -63,7 +63,7 @@ def test_training_from_latents_alone_is_training_from_the_pictures(run_script, p
         *(*common, f"--in_json={tmp_path}/meta_lat.json", f"--train_data_dir={alone}"),
         f"--output_dir={tmp_path}/lost",
     )
-    assert "3 pictures of which only latents are there" in lost
+    assert "3 images of which only latents are there" in lost
     assert "latents on disk: 3 used as they are, 0 made again, 0 new" in lost
     there = ran(
         run_script,
@@ -77,10 +77,10 @@ def test_training_from_latents_alone_is_training_from_the_pictures(run_script, p
     assert any(not torch.equal(first[name], before[name]) for name in first)
 
 
-def test_training_with_the_pictures_still_there_follows_the_metadata_file(run_script, pictures, tmp_path):
+def test_training_with_the_images_still_there_follows_the_metadata_file(run_script, images, tmp_path):
     """As the guides have it: without a word about sizes. Two processes have shared the work before."""
     out = tmp_path / "meta_lat.json"
-    arguments = (pictures, tmp_path / "meta_clean.json", out, MODEL, "--max_resolution=128,64", *BUCKETS)
+    arguments = (images, tmp_path / "meta_clean.json", out, MODEL, "--max_resolution=128,64", *BUCKETS)
     printed = ran(run_script, SCRIPT, *arguments, processes=2)
     assert "3 done" in printed
     assert "2/2" in printed, "the first of them encodes two"
@@ -90,7 +90,7 @@ def test_training_with_the_pictures_still_there_follows_the_metadata_file(run_sc
     trained = ran(
         run_script,
         *("fine_tune.py", f"--pretrained_model_name_or_path={MODEL}", f"--in_json={out}"),
-        *(f"--train_data_dir={pictures}", f"--output_dir={tmp_path}/out", "--max_train_steps=1", "--seed=1"),
+        *(f"--train_data_dir={images}", f"--output_dir={tmp_path}/out", "--max_train_steps=1", "--seed=1"),
     )
     assert "latents on disk: 3 used as they are, 0 made again, 0 new" in trained
 

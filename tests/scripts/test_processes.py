@@ -47,10 +47,10 @@ def test_whole_models_too(run_script, tmp_path, script):
     """Two trained models, the denoiser and the text encoder, in two processes."""
     data = ("--train_data_dir=examples/concept",)
     if script == "fine_tune.py":
-        pictures = Path("examples/concept/10_sks flower")
-        entries = {path.stem: {"caption": "a sks flower"} for path in pictures.glob("*.png")}
+        images = Path("examples/concept/10_sks flower")
+        entries = {path.stem: {"caption": "a sks flower"} for path in images.glob("*.png")}
         (tmp_path / "meta.json").write_text(json.dumps(entries))
-        data = (f"--train_data_dir={pictures}", f"--in_json={tmp_path / 'meta.json'}", "--train_text_encoder")
+        data = (f"--train_data_dir={images}", f"--in_json={tmp_path / 'meta.json'}", "--train_text_encoder")
     weights = []
     for processes, more in ((1, ("--gradient_accumulation_steps=2",)), (2, ())):
         out = tmp_path / str(processes)

@@ -35,7 +35,7 @@ def files(tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def make_data(tmp_path_factory):
-    """Writes four pictures and a dataset config with batches of two at each resolution; returns the config."""
+    """Writes four images and a dataset config with batches of two at each resolution; returns the config."""
 
     def make(*resolutions: int) -> Path:
         folder = tmp_path_factory.mktemp("data")
@@ -146,7 +146,7 @@ EMBEDDERS = ("context_embedder", "t_embedder", "x_embedder", "y_embedder", "fina
     "C67", "C68", "C69", "C70", "R428", "R436", "R437", "R438", "R441", "R443", "R444", "R450", "R451", "R452"
 )
 def test_every_text_encoder_with_ranks_by_layer_and_positions_of_its_own(ran, files, data, tmp_path):
-    """All that draws by chance is on; a sample picture is made at the end."""
+    """All that draws by chance is on; a sample image is made at the end."""
     (tmp_path / "prompts.txt").write_text("a cat --n blue --w 64 --h 96 --s 2 --d 7\n", encoding="utf-8")
     told = ran(
         f"sd3_train_network.py --pretrained_model_name_or_path={files.medium} --dataset_config={data} "
@@ -173,8 +173,8 @@ def test_every_text_encoder_with_ranks_by_layer_and_positions_of_its_own(ran, fi
     for part, rate in (("lora_unet", 1e-3), ("lora_te1", 1e-4), ("lora_te2", 1e-5), ("lora_te3", 5e-6)):
         moved = max(value.abs().max() for key, value in weights.items() if key.startswith(part) and "lora_up" in key)
         assert rate < moved < 2.1 * rate, (part, moved)
-    (picture,) = (tmp_path / "sample").glob("lora_000002_00_*_7.png")
-    with Image.open(picture) as image:
+    (image,) = (tmp_path / "sample").glob("lora_000002_00_*_7.png")
+    with Image.open(image) as image:
         assert image.size == (64, 96)
 
 
@@ -193,7 +193,7 @@ def with_clips(tmp_path_factory, ran, files, make_data) -> SimpleNamespace:
 
 
 @pytest.mark.rows("R449")
-def test_pictures_of_several_resolutions(with_clips):
+def test_images_of_several_resolutions(with_clips):
     with safe_open(with_clips.file, "pt") as file:
         datasets = json.loads(file.metadata()["ss_datasets"])
     assert [(dataset["resolution"], dataset["num_train_images"]) for dataset in datasets] == [
@@ -269,7 +269,7 @@ def test_without_clip_nothing_is_loaded_in_order_to_encode(ran, files, make_data
     assert "loaded" not in told
 
 
-def test_pictures_beyond_the_table_of_positions_are_refused(ran, files, make_data, tmp_path):
+def test_images_beyond_the_table_of_positions_are_refused(ran, files, make_data, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 208\n", encoding="utf-8")
     told = ran(
         f"sd3_train_network.py --pretrained_model_name_or_path={files.large} --dataset_config={make_data(256)} "
@@ -277,7 +277,7 @@ def test_pictures_beyond_the_table_of_positions_are_refused(ran, files, make_dat
         f"--sample_prompts={tmp_path}/prompts.txt",
         fails="a bucket of 256x256 is too large: this model takes 192 pixels on a side",
     )
-    assert "--sample_prompts: a picture of 64x208 is too large" in told
+    assert "--sample_prompts: an image of 64x208 is too large" in told
     assert "caching" not in told
 
 

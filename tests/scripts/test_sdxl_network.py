@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library import cli
-from library.data import images
+from library.data import images as imaging
 from library.types import Size
 from tests.builders.sdxl import write_tiny_sdxl
 from tests.scripts.weights import furthest, hash_of
@@ -39,7 +39,7 @@ def command(model, train_arguments):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, run_script, command) -> SimpleNamespace:
-    """Cached latents, both text encoders, block-wise ranks, a sample picture."""
+    """Cached latents, both text encoders, block-wise ranks, a sample image."""
     out = tmp_path_factory.mktemp("trained")
     prompts = out / "prompts.txt"
     prompts.write_text("a sks flower --n blue --w 64 --h 128 --s 2 --d 7\n", encoding="utf-8")
@@ -65,11 +65,11 @@ def trained(tmp_path_factory, run_script, command) -> SimpleNamespace:
     return SimpleNamespace(out=out, result=result, weights=load_file(out / "lora.safetensors"), metadata=metadata)
 
 
-def test_files_and_pictures(trained):
+def test_files_and_images(trained):
     names = sorted(path.name for path in trained.out.glob("*.safetensors"))
     assert names == ["lora-step00000002.safetensors", "lora.safetensors"]
-    (picture,) = (trained.out / "sample").iterdir()
-    with Image.open(picture) as image:
+    (image,) = (trained.out / "sample").iterdir()
+    with Image.open(image) as image:
         assert image.size == (64, 128)
 
 
@@ -172,9 +172,9 @@ def still_model(model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """Two square pictures and two wide ones, each with a caption of its own."""
-    folder = tmp_path_factory.mktemp("pictures") / "2_sks flower"
+def images(tmp_path_factory) -> Path:
+    """Two square images and two wide ones, each with a caption of its own."""
+    folder = tmp_path_factory.mktemp("images") / "2_sks flower"
     folder.mkdir()
     for number, path in enumerate(sorted(Path("examples/concept/10_sks flower").glob("*.png"))[:4]):
         with Image.open(path) as image:
@@ -184,13 +184,13 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plan(command, still_model, pictures, trained):
+def plan(command, still_model, images, trained):
     """Goes on with the trained file, from the middle to the output. Steps follow the gradients, however small."""
 
     def build(out: Path, **changes: object) -> list[str]:
         options = {
             "pretrained_model_name_or_path": still_model,
-            "train_data_dir": pictures.parent,
+            "train_data_dir": images.parent,
             "min_bucket_reso": 32,
             "bucket_reso_steps": 32,
             "flip_aug": True,
@@ -228,24 +228,24 @@ def from_files(tmp_path_factory, run_script, plan) -> SimpleNamespace:
     )
 
 
-def test_files_are_those_of_the_formats(from_files, pictures, still_model):
+def test_files_are_those_of_the_formats(from_files, images, still_model):
     names = [f"flower_{n:02}{end}" for n in range(4) for end in ((SQUARE, WIDE)[n > 1], "_te_outputs.npz")]
-    assert sorted(path.name for path in pictures.glob("*.npz")) == names
+    assert sorted(path.name for path in images.glob("*.npz")) == names
     family, models = cli.load_family("sdxl", [f"--pretrained_model_name_or_path={still_model}"])
     for number in range(4):
         size = Size(96, 32) if number > 1 else Size(64, 64)
-        picture = images.read_image(pictures / f"flower_{number:02}.png")
-        pixels = images.to_pixels(images.resize(picture, size))
-        with np.load(pictures / names[2 * number]) as file:
+        image = imaging.read_image(images / f"flower_{number:02}.png")
+        pixels = imaging.to_pixels(imaging.resize(image, size))
+        with np.load(images / names[2 * number]) as file:
             assert set(file) == {"latents", "latents_flipped", "original_size", "crop_ltrb", "provenance"}
             assert file["latents"].dtype == np.float32
             assert file["latents"].shape == (4, size.height // 8, size.width // 8)
-            assert file["original_size"].tolist() == [picture.shape[1], picture.shape[0]]
+            assert file["original_size"].tolist() == [image.shape[1], image.shape[0]]
             for key, view in (("latents", pixels), ("latents_flipped", pixels.flip(-1))):
                 with torch.no_grad():
                     mean = models.vae.encode(view[None]).latent_dist.mean[0]  # as it comes, not scaled
                 assert np.abs(file[key] - mean.numpy()).max() < 1e-4, key
-        with np.load(pictures / names[2 * number + 1]) as file, torch.no_grad():
+        with np.load(images / names[2 * number + 1]) as file, torch.no_grad():
             cond = family.encode_text(models, [f"a sks flower, number {number}"]).tensors
             assert set(file) == {"hidden_state1", "hidden_state2", "pool2", "provenance"}
             for key, width in (("hidden_state1", (77, 64)), ("hidden_state2", (77, 128)), ("pool2", (64,))):
@@ -253,7 +253,7 @@ def test_files_are_those_of_the_formats(from_files, pictures, still_model):
                 assert np.abs(file[key] - cond[key][0].numpy()).max() < 1e-4, key
 
 
-SQUARE, WIDE = "_0064x0064_sdxl.npz", "_0192x0064_sdxl.npz"  # the picture's size, not the bucket's
+SQUARE, WIDE = "_0064x0064_sdxl.npz", "_0192x0064_sdxl.npz"  # the image's size, not the bucket's
 
 
 @pytest.mark.rows("R294")
@@ -281,7 +281,7 @@ def test_two_processes_give_the_same_model_as_one_that_accumulates(from_files, r
     assert furthest(load_file(tmp_path / "lora.safetensors"), from_files.weights) < 1e-6
 
 
-def test_without_files_it_is_the_same_model_and_the_same_picture(from_files, run_script, plan, tmp_path, trained):
+def test_without_files_it_is_the_same_model_and_the_same_image(from_files, run_script, plan, tmp_path, trained):
     """Equal but for rounding: captions are encoded in other groups. The weights have moved 10,000 times as far."""
     result = run_script(*plan(tmp_path, **SAMPLES, sample_prompts=from_files.prompts))
     assert result.returncode == 0, result.stderr[-3000:]

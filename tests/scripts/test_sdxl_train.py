@@ -35,7 +35,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Pictures in a training folder, a mask for each, and a metadata file of the same pictures."""
+    """Images in a training folder, a mask for each, and a metadata file of the same images."""
     root = tmp_path_factory.mktemp("data")
     folder, masks = root / "train" / "1_sks flower", root / "masks"
     folder.mkdir(parents=True)
@@ -55,10 +55,10 @@ def train(run_script, model, data):
     """Runs the script with options, see `as_words`. Gives messages, and weights and metadata of a single file."""
 
     def run(out: Path, *, by_json: bool, **changes: object) -> SimpleNamespace:
-        pictures = data / "train" / "1_sks flower"
+        images = data / "train" / "1_sks flower"
         options: dict[str, object] = {
             "pretrained_model_name_or_path": model,
-            "train_data_dir": pictures if by_json else pictures.parent,
+            "train_data_dir": images if by_json else images.parent,
             "output_dir": out,
             "output_name": "tuned",
             "resolution": 64,
@@ -82,7 +82,7 @@ def train(run_script, model, data):
     return run
 
 
-# ---- folders of pictures, text encoders, rates by block
+# ---- folders of images, text encoders, rates by block
 
 
 @pytest.fixture(scope="module")
@@ -192,9 +192,9 @@ def test_what_is_not_trained_stays_bit_for_bit(by_json, model):
     assert all(torch.equal(value, value.bfloat16().float()) for value in map(by_json.weights.get, trained))
 
 
-def test_a_picture_is_made_though_the_text_encoders_are_gone(by_json):
-    (picture,) = (by_json.file.parent / "sample").iterdir()
-    with Image.open(picture) as image:
+def test_an_image_is_made_though_the_text_encoders_are_gone(by_json):
+    (image,) = (by_json.file.parent / "sample").iterdir()
+    with Image.open(image) as image:
         assert image.size == (64, 64)
         assert len(image.getcolors(4096)) > 1
 

@@ -41,7 +41,7 @@ STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
+def images(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "1_thing"
     folder.mkdir()
     for number, caption in enumerate(("a red house", "a blue house", "a cat", "tree of a cat")):
@@ -51,12 +51,12 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def train(run_script, pictures) -> Callable[..., str]:
+def train(run_script, images) -> Callable[..., str]:
     """A short run in float32; returns what was logged."""
 
     def run(script: str, out: Path, *more: object, **how: object) -> str:
         line = [
-            *(script, f"--train_data_dir={pictures}", "--caption_extension=.txt", "--resolution=64"),
+            *(script, f"--train_data_dir={images}", "--caption_extension=.txt", "--resolution=64"),
             *(f"--output_dir={out}", "--output_name=model", f"--max_train_steps={STEPS}", "--learning_rate=1e-3"),
             *("--max_data_loader_n_workers=0", "--seed=1", "--save_precision=float", "--gradient_checkpointing"),
             *("--cache_latents", "--save_every_n_steps=2", "--save_state", "--ema", "--ddp_timeout=5"),
@@ -103,10 +103,10 @@ def test_two_processes_that_share_a_model_make_what_one_makes(flux_runs):
     assert any(not trained[key].equal(earlier[key]) for key in trained)
 
 
-def test_their_sample_pictures_are_the_same(flux_runs):
-    pictures = [sorted((folder / "sample").glob("*.png")) for folder in (flux_runs.whole, flux_runs.spread)]
-    assert [len(found) for found in pictures] == [2, 2]
-    for one, two in zip(*pictures, strict=True):
+def test_their_sample_images_are_the_same(flux_runs):
+    images = [sorted((folder / "sample").glob("*.png")) for folder in (flux_runs.whole, flux_runs.spread)]
+    assert [len(found) for found in images] == [2, 2]
+    for one, two in zip(*images, strict=True):
         with Image.open(one) as left, Image.open(two) as right:
             off = [abs(a - b) for a, b in zip(left.tobytes(), right.tobytes(), strict=True)]
         assert max(off) <= 1

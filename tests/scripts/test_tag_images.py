@@ -46,8 +46,8 @@ def labels_text() -> str:
     return "\n".join(["tag_id,name,category,count", *rows]) + "\n"
 
 
-def write_picture(path: Path, seed: int, height: int = SIDE, width: int = SIDE) -> np.ndarray:
-    """Saves a picture of blocks of two by two pixels; returns what the tagger must see of it, (8, 8, 3) RGB."""
+def write_image(path: Path, seed: int, height: int = SIDE, width: int = SIDE) -> np.ndarray:
+    """Saves an image of blocks of two by two pixels; returns what the tagger must see of it, (8, 8, 3) RGB."""
     blocks = np.random.default_rng(seed).integers(0, 256, size=(height, width, 3)).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(blocks.repeat(2, axis=0).repeat(2, axis=1)).save(path)
@@ -91,8 +91,8 @@ def state(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*.txt")}
 
 
-def text_of(picture: Path) -> str:
-    return picture.with_suffix(".txt").read_text(encoding="utf-8")
+def text_of(image: Path) -> str:
+    return image.with_suffix(".txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.rows("C8", "C9", "R12", "R74", "R75", "R76", "R79", "R87")
@@ -101,7 +101,7 @@ def test_the_command_of_the_guides(tmp_path):
     here, data = tmp_path / "finetune", tmp_path / "train_data"
     write_model(here / "wd14_tagger_model" / "SmilingWolf_wd-v1-4-convnext-tagger-v2")
     seen = {
-        data / name: write_picture(data / name, seed, *size)
+        data / name: write_image(data / name, seed, *size)
         for seed, (name, size) in enumerate(
             {"a.png": (), "wide.png": (4, 8), "täll 絵.png": (8, 6), "d.v2.bmp": (), "e.png": ()}.items()
         )
@@ -122,7 +122,7 @@ def test_the_command_of_the_guides(tmp_path):
 
     before = state(data)
     again = run(here, "--onnx", "--batch_size", 2, "--append_tags", "--remove_underscore", "--strict", "../train_data")
-    assert again.returncode == 1, told(again)  # --strict: one picture is broken
+    assert again.returncode == 1, told(again)  # --strict: one image is broken
     assert "--onnx" not in told(again)
     assert state(data) == before
 
@@ -143,7 +143,7 @@ def test_the_command_of_the_guides(tmp_path):
 @pytest.mark.rows("R71", "R72", "R73", "R77")
 def test_a_tagger_is_fetched_once_and_again_when_asked(tmp_path):
     """A v3 repository: its ONNX model and labels, and nothing else of what lies there."""
-    seen = write_picture(tmp_path / "data" / "a.png", 11)
+    seen = write_image(tmp_path / "data" / "a.png", 11)
     repo, kept_in = "SmilingWolf/wd-vit-tagger-v3", tmp_path / "wd14_tagger_model"
     folder = kept_in / "SmilingWolf_wd-vit-tagger-v3"
     arguments = ("--onnx", "--repo_id", repo, "data")
@@ -182,11 +182,11 @@ def test_a_tagger_is_fetched_once_and_again_when_asked(tmp_path):
 
 @pytest.mark.rows("R81", "R84", "R85", "R86")
 def test_one_json_file_of_two_processes(tmp_path):
-    """Sub-folders, counts, one broken picture; and each picture once, in the order of the folder."""
+    """Sub-folders, counts, one broken image; and each image once, in the order of the folder."""
     write_model(tmp_path / "tagger", 3, batch=2)
     data = tmp_path / "data"
     names = ["1.png", "2.png", "3.png", "sub/1.png", "sub/4.png"]
-    seen = {name: write_picture(data / name, seed, 8 if seed % 2 else 4) for seed, name in enumerate(names)}
+    seen = {name: write_image(data / name, seed, 8 if seed % 2 else 4) for seed, name in enumerate(names)}
     (data / "zero.jpg").write_bytes(b"")
     options = ("--repo_id=tagger", "--onnx", "--recursive", "--frequency_tags", "--remove_underscore", "data")
     edits = (
@@ -221,7 +221,7 @@ def test_a_json_file_grows(tmp_path):
     """--skip_existing keeps what is there and adds what is new; what others wrote stays."""
     write_model(tmp_path / "tagger")
     data, out = tmp_path / "data", tmp_path / "tags.json"
-    first, second = (write_picture(data / name, seed) for seed, name in enumerate(["a.png", "b.png"]))
+    first, second = (write_image(data / name, seed) for seed, name in enumerate(["a.png", "b.png"]))
     there = {str(data / "a.png"): {"caption": "mine", "tags": "own"}, "elsewhere.png": {"tags": "x"}}
     out.write_text(json.dumps(there), encoding="utf-8")
     common = ("--repo_id=tagger", "--output_path=tags.json", "data")

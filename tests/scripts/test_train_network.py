@@ -68,7 +68,7 @@ def test_files(trained):
 
 
 @pytest.mark.rows("R277", "R278", "R279", "R282")
-def test_sample_pictures(trained):
+def test_sample_images(trained):
     out, _ = trained
     names = sorted(path.name for path in (out / "sample").iterdir())
     shapes = [re.sub(r"\d{14}", "T", name) for name in names]
@@ -163,7 +163,7 @@ def test_conv_dim_reaches_the_3x3_convolutions(trained):
 
 
 def test_workers_change_nothing(tmp_path, run_script, train_arguments):
-    """Pictures, crops, flips, captions and noise are addressed, not consumed."""
+    """Images, crops, flips, captions and noise are addressed, not consumed."""
     hashes = set()
     for workers in (0, 2):
         out = tmp_path / str(workers)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tests.builders import write_tiny_sd2
 
 ROOT = Path(__file__).resolve().parents[2]
-PICTURES = "examples/concept/10_sks flower"
+IMAGES = "examples/concept/10_sks flower"
 BATCH_SIZE, STEPS = 4, 6
 
 WATCHED = """
@@ -55,7 +55,7 @@ def run(tmp_path_factory, run_script, train_arguments) -> SimpleNamespace:
     dataset.write_text(
         "[general]\nflip_aug = true\nenable_bucket = true\nmin_bucket_reso = 64\n"
         f"[[datasets]]\nresolution = 64\nbatch_size = {BATCH_SIZE}\n"
-        f"[[datasets.subsets]]\nimage_dir = '{PICTURES}'\n",
+        f"[[datasets.subsets]]\nimage_dir = '{IMAGES}'\n",
         encoding="utf-8",
     )
     (folder / "settings.toml").write_text('[memory]\nmixed_precision = "bf16"\n', encoding="utf-8")
@@ -110,7 +110,7 @@ def test_the_file_says_which_model_it_is_for(run):
 
 @pytest.mark.rows("R138", "R223", "R224")
 def test_steps_times_the_batch_size_of_the_dataset_config_are_seen(run):
-    """16 pictures of one size make four whole batches; the run goes through them one and a half times."""
+    """16 images of one size make four whole batches; the run goes through them one and a half times."""
     assert run.seen["trained"] == [BATCH_SIZE] * STEPS
     with safe_open(run.out / "last.safetensors", "pt") as file:
         (dataset,) = json.loads(file.metadata()["ss_datasets"])
@@ -118,9 +118,9 @@ def test_steps_times_the_batch_size_of_the_dataset_config_are_seen(run):
 
 
 @pytest.mark.rows("R180", "R181")
-def test_the_vae_runs_once_for_each_picture_and_its_mirror_image(run):
-    pictures = len(list((ROOT / PICTURES).glob("*.png")))
-    assert run.seen["encoded"] == run.seen["encoded_before_training"] == 2 * pictures
+def test_the_vae_runs_once_for_each_image_and_its_mirror_image(run):
+    images = len(list((ROOT / IMAGES).glob("*.png")))
+    assert run.seen["encoded"] == run.seen["encoded_before_training"] == 2 * images
 
 
 @pytest.mark.rows("C99", "R177")

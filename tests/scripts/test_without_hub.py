@@ -31,9 +31,9 @@ def _sd3(folder) -> dict[str, object]:
 
 @pytest.mark.parametrize(("family", "write"), [("flux", _flux), ("sd3", _sd3)])
 def test_trains_without_asking_the_hub(run_script, tmp_path, family, write):
-    pictures = tmp_path / "train" / "1_a photo of a cat"
-    pictures.mkdir(parents=True)
-    Image.new("RGB", (64, 64), (200, 90, 120)).save(pictures / "cat.png")
+    images = tmp_path / "train" / "1_a photo of a cat"
+    images.mkdir(parents=True)
+    Image.new("RGB", (64, 64), (200, 90, 120)).save(images / "cat.png")
     options = {
         **write(tmp_path),
         "train_data_dir": tmp_path / "train",

@@ -1,4 +1,4 @@
-"""Curves and pictures in TensorBoard and, offline, at Weights & Biases; trackers that fail or hang."""
+"""Curves and images in TensorBoard and, offline, at Weights & Biases; trackers that fail or hang."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def offline_run(tmp_path_factory):
     (folder / "trackers.toml").write_text(TRACKER_CONFIG, encoding="utf-8")
     flags = ["--log_with=wandb", "--logging_dir=logs", "--wandb_run_name=my run", "--log_tracker_name=my project"]
     flags += ["--log_config", "--log_tracker_config=trackers.toml", f"--wandb_api_key={KEY}", "--seed=3"]
-    flags += ["--train_data_dir=my pictures", "--vae=/models/vae.safetensors"]
+    flags += ["--train_data_dir=my images", "--vae=/models/vae.safetensors"]
     result = subprocess.run(
         [sys.executable, "-c", OFFLINE_RUN, *flags],
         cwd=folder,
@@ -135,7 +135,7 @@ def offline_run(tmp_path_factory):
     return folder, run, records(file)
 
 
-def test_wandb_gets_numbers_in_any_order_and_pictures(offline_run):
+def test_wandb_gets_numbers_in_any_order_and_images(offline_run):
     _, run, found = offline_run
     rows = []
     for record in found:
@@ -152,8 +152,8 @@ def test_wandb_gets_numbers_in_any_order_and_pictures(offline_run):
         {"step": 10},
     ]
     assert "a red square" in str(rows[3])
-    (picture,) = (run / "files" / "media").rglob("*.png")
-    with Image.open(picture) as image:
+    (image,) = (run / "files" / "media").rglob("*.png")
+    with Image.open(image) as image:
         assert image.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
     (metric,) = [record.metric for record in found if record.HasField("metric") and record.metric.glob_name]
     assert (metric.glob_name, metric.step_metric) == ("*", "step")

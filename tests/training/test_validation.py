@@ -51,11 +51,11 @@ def test_nan_is_never_the_best():
     assert best.since == 1
 
 
-def test_options_without_pictures_to_validate_with_are_told(caplog, monkeypatch):
+def test_options_without_images_to_validate_with_are_told(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("trainscripts"), "propagate", True)
     moments(None, 1, save_best_validation=True, early_stop_patience=3)
     (line,) = caplog.messages
-    assert line.startswith("--save_best_validation, --early_stop_patience: no effect, no pictures are kept")
+    assert line.startswith("--save_best_validation, --early_stop_patience: no effect, no images are kept")
     caplog.clear()
     moments(object(), 1, early_stop_patience=3)
     moments(None, 1)

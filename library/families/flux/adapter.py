@@ -15,7 +15,7 @@ from library.families.flux.loading import (
     load_text_encoders,
 )
 from library.families.flux.options import TRAITS, FluxOptions, resolution_shift
-from library.families.flux.prediction import exact_times, pack, picture_ids, unpack, visible_tokens
+from library.families.flux.prediction import exact_times, image_ids, pack, unpack, visible_tokens
 from library.families.flux.saving import save_model
 from library.families.flux.targets import text_targets, transformer_targets
 from library.families.flux.variants import FLAGS, TOKENIZERS, variant
@@ -127,7 +127,7 @@ class FluxFamily(Family):
                 encoder_hidden_states=text[T5_OUT].to(noisy.dtype),
                 pooled_projections=text[POOLED].to(noisy.dtype),
                 timestep=timesteps / 1000,
-                img_ids=picture_ids(height, width, noisy.device),
+                img_ids=image_ids(height, width, noisy.device),
                 txt_ids=text[TXT_IDS][0].float(),
                 guidance=guidance,
                 joint_attention_kwargs=attention,

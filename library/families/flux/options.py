@@ -16,12 +16,12 @@ from library.options.large_models import LargeModelOptions, SplitModeOptions, Te
 if TYPE_CHECKING:
     from library.options.base import Options
 
-# (tokens of a picture, mu): sampling schedules lie on the line through these two.
+# (tokens of an image, mu): sampling schedules lie on the line through these two.
 FEW_TOKENS, MANY_TOKENS = (256, 0.5), (4096, 1.15)
 
 
 def resolution_shift(height: int, width: int) -> float:
-    """The flow shift e^mu of pictures with latents of this size: large pictures need more noise.
+    """The flow shift e^mu of images with latents of this size: large images need more noise.
 
     Source: the sampling schedule of the model's authors, github.com/black-forest-labs/flux.
     """
@@ -51,7 +51,7 @@ TRAITS = FamilyTraits(
 class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
     ae: str | None = opt(None, "file of the autoencoder", exists="file")
     controlnet_model_name_or_path: str | None = opt(
-        None, "a ControlNet that takes part in training; refused, as its pictures cannot be given here"
+        None, "a ControlNet that takes part in training; refused, as its images cannot be given here"
     )
     t5xxl_max_token_length: int | None = opt(
         None,
@@ -61,7 +61,7 @@ class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
     )
     guidance_scale: float = opt(3.5, "embedded guidance that dev is told while it is trained; 1 for new concepts")
     timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = opt(
-        "sigma", "which times are trained: shift and flux_shift (by picture size) are as in sampling"
+        "sigma", "which times are trained: shift and flux_shift (by image size) are as in sampling"
     )
     sigmoid_scale: float = opt(
         1.0,
@@ -86,7 +86,7 @@ class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
             yield "--model_type: chroma is not supported; leave it out and give a FLUX.1 model"
         if self.controlnet_model_name_or_path is not None:
             yield (
-                "--controlnet_model_name_or_path: not supported, as no option gives the ControlNet its pictures; "
+                "--controlnet_model_name_or_path: not supported, as no option gives the ControlNet its images; "
                 "leave it out"
             )
 

@@ -24,7 +24,7 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return patches.reshape(batch, numbers // 4, height, width)
 
 
-def picture_ids(height: int, width: int, device: Any) -> Tensor:
+def image_ids(height: int, width: int, device: Any) -> Tensor:
     """Where the tokens of latents of this size are: (0, row, column) of each, (h/2 * w/2, 3), float32."""
     import torch
 
@@ -36,17 +36,17 @@ def picture_ids(height: int, width: int, device: Any) -> Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
 
 
-def visible_tokens(text_mask: Tensor, picture_tokens: int) -> Tensor:
-    """The attention mask of text and picture together: text as its mask says, the picture always.
+def visible_tokens(text_mask: Tensor, image_tokens: int) -> Tensor:
+    """The attention mask of text and image together: text as its mask says, the image always.
 
     Args:
         text_mask: (B, L), not 0 for what is seen.
-    Returns: (B, L + picture_tokens) bool, True for what is seen; the text comes first, as in every block. With two
+    Returns: (B, L + image_tokens) bool, True for what is seen; the text comes first, as in every block. With two
         axes it means the same to all of diffusers' attention backends; a boolean mask with four does not to xformers.
     """
     from torch.nn import functional as F
 
-    return F.pad(text_mask != 0, (0, picture_tokens), value=True)
+    return F.pad(text_mask != 0, (0, image_tokens), value=True)
 
 
 @contextmanager

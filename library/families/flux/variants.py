@@ -77,7 +77,7 @@ def channels_problem(channels: int) -> str | None:
     if channels == IN_CHANNELS:
         return None
     return (
-        f"its input has {channels} channels instead of {IN_CHANNELS}: a FLUX.1 for filling in or for control pictures, "
+        f"its input has {channels} channels instead of {IN_CHANNELS}: a FLUX.1 for filling in or for control images, "
         "which cannot be trained here"
     )
 

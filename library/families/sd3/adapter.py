@@ -64,7 +64,7 @@ class Sd3Family(Family):
         return models
 
     def _longest_side(self, denoiser: nn.Module) -> int | None:
-        """Of pictures, as far as the table of positions reaches; scaled positions lie between its entries."""
+        """Of images, as far as the table of positions reaches; scaled positions lie between its entries."""
         table = denoiser.pos_embed
         most = table.pos_embed_max_size * table.patch_size * VAE_STRIDE
         return None if self.opts.family.enable_scaled_pos_embed else most

@@ -62,18 +62,18 @@ class Sd3Options(FlowOptions, group="family", title="Stable Diffusion 3/3.5"):
     )
     pos_emb_random_crop_rate: float = opt(
         0.0,
-        "share of training steps in which a picture lies anywhere on the table of positions, not in its middle; for "
+        "share of training steps in which an image lies anywhere on the table of positions, not in its middle; for "
         "3.5 medium",
         at_least=0,
         at_most=1,
     )
     enable_scaled_pos_embed: bool = opt(
         False,
-        "scale positions so that pictures of every resolution span as much of the table as 1024 pixel ones do; for "
+        "scale positions so that images of every resolution span as much of the table as 1024 pixel ones do; for "
         "3.5 medium",
     )
     training_shift: float = opt(
-        1.0, "moves the times that are drawn: below 1 nearer the picture, above nearer pure noise", above=0
+        1.0, "moves the times that are drawn: below 1 nearer the image, above nearer pure noise", above=0
     )
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""The table of positions, used in other ways than from its middle: drawn places, and places scaled to the picture."""
+"""The table of positions, used in other ways than from its middle: drawn places, and places scaled to the image."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 
 class PlacedPatchEmbed(PatchEmbed):
-    """diffusers' layer, which gives a picture the table's middle, with two more ways to place it.
+    """diffusers' layer, which gives an image the table's middle, with two more ways to place it.
 
     Random crop: while gradients are computed in train mode, a share `random_crop_rate` of the calls take a piece of
     the table that lies anywhere, drawn from torch's global stream, which the loop seeds for every batch.
 
-    Scaled: the steps between neighbours are such that a picture of any size has the area on the table that one of
+    Scaled: the steps between neighbours are such that an image of any size has the area on the table that one of
     `base_size` x `base_size` patches has with steps of 1. Between the table's entries, values are interpolated.
     """
 
@@ -21,7 +21,7 @@ class PlacedPatchEmbed(PatchEmbed):
     scaled: bool = False
 
     def cropped_pos_embed(self, height: int, width: int) -> Tensor:
-        """Positions of a picture with latents of this size, (1, patches, channels)."""
+        """Positions of an image with latents of this size, (1, patches, channels)."""
         draws = self._draws()
         if draws is None and not self.scaled:
             return super().cropped_pos_embed(height, width)
@@ -37,7 +37,7 @@ class PlacedPatchEmbed(PatchEmbed):
         return table.transpose(0, 1).reshape(1, rows * columns, -1)
 
     def _draws(self) -> tuple[float, float] | None:
-        """Where on the table the picture lies, each in [0, 1), or None for the middle."""
+        """Where on the table the image lies, each in [0, 1), or None for the middle."""
         if not (self.random_crop_rate and self.training and torch.is_grad_enabled()):
             return None
         chance, down, right = torch.rand(3, device="cpu").tolist()  # on the CPU, so that nothing waits for the GPU

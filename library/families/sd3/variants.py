@@ -119,7 +119,7 @@ def _missing_parts(opts: Options) -> list[str]:
     cached = getattr(getattr(opts, "text_cache", None), "cache_text_encoder_outputs_to_disk", False)
     path = opts.model.pretrained_model_name_or_path
     problems = [] if "vae" in parts else [f"--vae: missing, and {path} brings no VAE of its own"]
-    if not cached:  # all captions' outputs may lie beside the pictures already
+    if not cached:  # all captions' outputs may lie beside the images already
         problems += missing_encoders(opts)
     asked = {"train_t5xxl": getattr(method, "train_t5xxl", False)}
     if method is not None and not hasattr(method, "network_module"):  # a network has no use for it, and says so
@@ -211,7 +211,7 @@ class MmditShape:
     context: int  # width of the text states
     pooled: int
     table: int  # entries on a side of the table of positions
-    dual: tuple[int, ...]  # blocks with a second attention of the picture with itself
+    dual: tuple[int, ...]  # blocks with a second attention of the image with itself
     qk_norm: bool
 
     def diffusers_config(self) -> dict[str, Any]:

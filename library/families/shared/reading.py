@@ -168,7 +168,7 @@ def from_pretrained(
     options |= {dtype_word: dtype or torch.float32} | ({"subfolder": subfolder} if subfolder else {})
     device = torch.get_default_device()
     if device != torch.device("cpu"):
-        options["device_map"] = {"": device}  # tensor by tensor, never as a whole in main memory
+        options["device_map"] = {"": device}  # tensor by tensor, never as a whole in CPU memory
     error: Exception | None = None
     why: str | None = None
     for local in (True,) if Path(name).is_dir() else (True, False):

@@ -130,7 +130,7 @@ def encode_pixels(
     Args:
         vae: AutoencoderKL; works in the dtype of its weights.
         pixels: (B, 3, H, W) in [-1, 1].
-        generator: source of eps, for the same latents again; its device is where eps is drawn. A list: one per picture.
+        generator: source of eps, for the same latents again; its device is where eps is drawn. A list: one per image.
     Returns: raw latents, (B, C, H/8, W/8), dtype of the VAE.
     Source: Kingma and Welling 2014 (arXiv:1312.6114), eq. 10.
     """

@@ -17,9 +17,8 @@ from library.errors import UserError
 from library.options.captioning import CaptionOptions
 from library.options.tagging import TaggingOptions
 from library.preparation.captioning import caption_folder
-from library.preparation.outcome import Outcome
-from library.preparation.pictures import (
-    find_pictures,
+from library.preparation.images import (
+    find_images,
     gathered,
     in_batches,
     is_first,
@@ -27,6 +26,7 @@ from library.preparation.pictures import (
     read_ahead,
     require_room_beside,
 )
+from library.preparation.outcome import Outcome
 from library.preparation.tag_places import tag_place
 from library.runtime.logs import LOGGER
 
@@ -41,10 +41,10 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def found(folder: Path, *, recursive: bool) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in find_pictures(folder, recursive=recursive)]
+    return [path.relative_to(folder).as_posix() for path in find_images(folder, recursive=recursive)]
 
 
-def test_pictures_are_found_sorted_and_nothing_else(tmp_path):
+def test_images_are_found_sorted_and_nothing_else(tmp_path):
     touch(
         tmp_path, "b.PNG", "a.jpg", "a.txt", "._c.png", "sub/d.webp", "sub/deep/e.bmp", ".hidden/f.png", "sub.png/g.png"
     )
@@ -60,22 +60,22 @@ def test_links_to_folders_are_followed_and_circles_end(tmp_path):
     assert found(tmp_path / "in", recursive=True) == ["a.png", "link/b.png"]
 
 
-def test_what_is_no_folder_or_has_no_pictures_is_refused(tmp_path):
+def test_what_is_no_folder_or_has_no_images_is_refused(tmp_path):
     touch(tmp_path, "a.txt", "sub/b.txt")
     for folder, message in ((tmp_path / "none", "there is no folder"), (tmp_path / "a.txt", "there is no folder")):
         with pytest.raises(UserError, match=message):
-            find_pictures(folder, recursive=True)
-    with pytest.raises(UserError, match=r"there are no pictures in .* itself"):
-        find_pictures(tmp_path, recursive=False)
-    with pytest.raises(UserError, match=r"there are no pictures in .* or below it"):
-        find_pictures(tmp_path, recursive=True)
+            find_images(folder, recursive=True)
+    with pytest.raises(UserError, match=r"there are no images in .* itself"):
+        find_images(tmp_path, recursive=False)
+    with pytest.raises(UserError, match=r"there are no images in .* or below it"):
+        find_images(tmp_path, recursive=True)
 
 
-def test_pictures_of_other_kinds_are_told_of(tmp_path, caplog):
+def test_images_of_other_kinds_are_told_of(tmp_path, caplog):
     LOGGER.propagate = True
     touch(tmp_path, "a.png", "b.tiff", "c.GIF", "d.gif")
     with caplog.at_level(logging.WARNING, LOGGER.name):
-        find_pictures(tmp_path, recursive=False)
+        find_images(tmp_path, recursive=False)
     (message,) = caplog.messages
     assert ".gif, .tiff" in message
 
@@ -84,8 +84,8 @@ PATHS = [Path(f"{number:02}.png") for number in range(40)]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3, None])
-def test_reading_keeps_the_order_and_goes_on_behind_a_bad_picture(workers):
-    bad = {PATHS[0]: UserError("no picture"), PATHS[7]: OSError(5, "disk gone"), PATHS[39]: ValueError("cut off")}
+def test_reading_keeps_the_order_and_goes_on_behind_a_bad_image(workers):
+    bad = {PATHS[0]: UserError("no image"), PATHS[7]: OSError(5, "disk gone"), PATHS[39]: ValueError("cut off")}
     bad[PATHS[20]] = MemoryError()
 
     def read(path: Path) -> str:
@@ -97,11 +97,11 @@ def test_reading_keeps_the_order_and_goes_on_behind_a_bad_picture(workers):
     outcome = Outcome()
     taken = list(read_ahead(PATHS, read, outcome, workers=workers, desc="reading"))
     assert taken == [(path, path.stem) for path in PATHS if path not in bad]
-    reasons = {PATHS[0]: "no picture", PATHS[7]: "disk gone", PATHS[39]: "cut off"}
+    reasons = {PATHS[0]: "no image", PATHS[7]: "disk gone", PATHS[39]: "cut off"}
     assert outcome.failed == {**reasons, PATHS[20]: "there is not enough memory for it"}
 
 
-def test_a_fault_of_the_program_is_not_taken_for_a_bad_picture():
+def test_a_fault_of_the_program_is_not_taken_for_a_bad_image():
     def read(path: Path) -> None:
         raise RuntimeError("a bug")
 
@@ -188,7 +188,7 @@ def test_processes_without_a_gpu_know_each_other(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("""
 from accelerate import Accelerator
-from library.preparation.pictures import gathered, processes
+from library.preparation.images import gathered, processes
 from pathlib import Path
 rank = processes().rank
 values = gathered(f"of {rank}")
@@ -204,15 +204,15 @@ processes().leave()
     assert [(tmp_path / f"said {rank}").read_text() for rank in range(2)] == ["['of 0', 'of 1'] 2"] * 2
 
 
-def test_looking_for_pictures_imports_nothing_heavy(tmp_path):
+def test_looking_for_images_imports_nothing_heavy(tmp_path):
     touch(tmp_path, "a.png")
     code = """
 import sys
 from library.preparation.outcome import Outcome
-from library.preparation.pictures import find_pictures, gathered, read_ahead
+from library.preparation.images import find_images, gathered, read_ahead
 from library.preparation.script import run_script
 from pathlib import Path
-paths = find_pictures(Path(sys.argv[1]), recursive=True)
+paths = find_images(Path(sys.argv[1]), recursive=True)
 assert len(list(read_ahead(paths, len_of, Outcome(), workers=1, desc="x"))) == 1
 gathered(1)
 print(*{"torch", "transformers", "accelerate"} & set(sys.modules))
@@ -238,15 +238,15 @@ def closed(monkeypatch):
 
 
 def test_folders_that_cannot_be_written_to_are_told_in_one_line(tmp_path, closed):
-    pictures = [tmp_path / place / "a.png" for place in "abc"]
-    for picture in pictures:
-        picture.parent.mkdir()
-    require_room_beside(pictures, "tag files")
-    assert [list(picture.parent.iterdir()) for picture in pictures] == [[]] * 3
+    images = [tmp_path / place / "a.png" for place in "abc"]
+    for image in images:
+        image.parent.mkdir()
+    require_room_beside(images, "tag files")
+    assert [list(image.parent.iterdir()) for image in images] == [[]] * 3
     closed |= {tmp_path / "b", tmp_path / "c"}
-    require_room_beside(pictures[:1], "tag files")
+    require_room_beside(images[:1], "tag files")
     with pytest.raises(UserError) as refused:
-        require_room_beside(pictures, "tag files")
+        require_room_beside(images, "tag files")
     assert refused.value.problems == (
         f"{tmp_path / 'b'}: tag files cannot be written in this folder (Permission denied), nor in 1 more; make it "
         "writable, or work on a copy",

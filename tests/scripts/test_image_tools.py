@@ -1,4 +1,4 @@
-"""The picture tools as a user starts them: from the repository, and from inside tools/."""
+"""The image tools as a user starts them: from the repository, and from inside tools/."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def in_tools(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Two pictures with a caption each, and a file that is none."""
-    folder = tmp_path / "my pictures"
+def images(tmp_path):
+    """Two images with a caption each, and a file that is none."""
+    folder = tmp_path / "my images"
     folder.mkdir()
     for name in ("a.png", "b.jpg"):
         pixels = np.full((320, 640, 3), 200, np.uint8)
@@ -49,8 +49,8 @@ def pictures(tmp_path):
     return folder
 
 
-def test_resizing(pictures, tmp_path):
-    line = ["tools/resize_images_to_resolution.py", str(pictures), str(tmp_path / "out"), "--copy_associated_files"]
+def test_resizing(images, tmp_path):
+    line = ["tools/resize_images_to_resolution.py", str(images), str(tmp_path / "out"), "--copy_associated_files"]
     line += ["--max_resolution", "256x256,128x128", "--divisible_by", "8"]
     done = run(*line)
     assert done.returncode == 0, done.stderr
@@ -63,12 +63,12 @@ def test_resizing(pictures, tmp_path):
     assert run(*line, "--strict", "--skip_existing").returncode == 1
 
 
-def test_faces(pictures, tmp_path):
+def test_faces(images, tmp_path):
     build.write_yolo8(tmp_path / "model.onnx")
     line = [
         "detect_face_rotate.py",
         "--src_dir",
-        str(pictures),
+        str(images),
         "--dst_dir",
         str(tmp_path / "out"),
         "--crop_size=128,128",
@@ -83,14 +83,14 @@ def test_faces(pictures, tmp_path):
     assert "onnxruntime" not in done.stderr  # that there is no GPU is no news
 
 
-def test_edges(pictures, tmp_path):
-    done = run("tools/canny.py", "--input", str(pictures / "a.png"), "--output", str(tmp_path / "edges.png"))
+def test_edges(images, tmp_path):
+    done = run("tools/canny.py", "--input", str(images / "a.png"), "--output", str(tmp_path / "edges.png"))
     assert done.returncode == 0, done.stderr
     edges = np.asarray(Image.open(tmp_path / "edges.png"))
     rows, columns = np.nonzero(edges)
     assert (rows.min(), columns.min()) == pytest.approx((128, 192), abs=1)
     assert (rows.max(), columns.max()) == pytest.approx((191, 255), abs=1)
-    assert run("tools/canny.py", "--input", str(pictures / "c.png"), "--output=x.png").returncode == 1
+    assert run("tools/canny.py", "--input", str(images / "c.png"), "--output=x.png").returncode == 1
 
 
 def test_metadata(tmp_path):

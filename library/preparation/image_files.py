@@ -1,4 +1,4 @@
-"""Writes pictures, each whole or not at all."""
+"""Writes images, each whole or not at all."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _KINDS: dict[str, dict[str, Any]] = {
 
 
 class WriteError(Exception):
-    """A file cannot be written. This is about the disk and not about one picture, so the run ends."""
+    """A file cannot be written. This is about the disk and not about one image, so the run ends."""
 
 
 def writable_suffix(suffix: str) -> str:
-    """The ending of a picture's results: its own, or ".png" where files of its kind are only read."""
+    """The ending of an image's results: its own, or ".png" where files of its kind are only read."""
     return suffix if suffix.lower() in _KINDS else ".png"
 
 
 def encoded(pixels: NDArray[np.uint8], suffix: str) -> bytes:
-    """The bytes of a picture file.
+    """The bytes of an image file.
 
     Args:
         pixels: (H, W) grey, (H, W, 3) RGB or, not for JPEG, (H, W, 4) RGB and opacity.
@@ -55,14 +55,14 @@ def encoded(pixels: NDArray[np.uint8], suffix: str) -> bytes:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Raises: WriteError. ValueError: the name is too long, which is about this picture."""
+    """Raises: WriteError. ValueError: the name is too long, which is about this image."""
     discard_once(path.parent, path.suffix)
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(content)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise ValueError(f"the result's name is too long: {path.name}; shorten the picture's") from None
+            raise ValueError(f"the result's name is too long: {path.name}; shorten the image's") from None
         raise WriteError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 

@@ -1,10 +1,10 @@
-"""Draws the pictures the tiny model is trained on, and reads colour and shape back from any picture.
+"""Draws the images the tiny model is trained on, and reads colour and shape back from any image.
 
-Everything here is plain geometry: a scene is a record of attributes, `draw` turns it into a picture, `caption` into
+Everything here is plain geometry: a scene is a record of attributes, `draw` turns it into an image, `caption` into
 words, and `read` goes the other way without any learned part, so that it can judge what a model generated.
 
-    python examples/tiny_model/pictures.py --preview scenes.png       # a sheet of random scenes
-    python examples/tiny_model/pictures.py --concept examples/concept # the new concept that quickstart.py teaches
+    python examples/tiny_model/images.py --preview scenes.png       # a sheet of random scenes
+    python examples/tiny_model/images.py --concept examples/concept # the new concept that quickstart.py teaches
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BACKGROUNDS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "moon")
 TEXTURES = ("plain", "striped", "dotted", "checkered")
-SIZES = {"small": 0.38, "medium": 0.55, "large": 0.74}  # of the picture's side
+SIZES = {"small": 0.38, "medium": 0.55, "large": 0.74}  # of the image's side
 POSITIONS = {
     "center": (0.5, 0.5),
     "left": (0.0, 0.5),
@@ -60,7 +60,7 @@ CONCEPT_TOKEN, CONCEPT_CLASS = "sks", "flower"
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture in words. `shape` may also be the concept's class, "flower", which has colours of its own."""
+    """One image in words. `shape` may also be the concept's class, "flower", which has colours of its own."""
 
     shape: str
     color: str
@@ -186,7 +186,7 @@ def _texture_mask(texture: str, side: int, unit: float) -> np.ndarray:
 
 
 def draw(scene: Scene, rng: Random, width: int = SIZE, height: int = SIZE) -> Image.Image:
-    """The picture of `scene`, RGB of `width` x `height` pixels; `rng` jitters size, place and tone a little."""
+    """The image of `scene`, RGB of `width` x `height` pixels; `rng` jitters size, place and tone a little."""
     w, h = width * SUPERSAMPLE, height * SUPERSAMPLE
 
     def tone(color: tuple[int, int, int], spread: int) -> tuple[int, ...]:
@@ -308,7 +308,7 @@ def _has_concept_colors(pixels: np.ndarray, mask: np.ndarray) -> bool:
 
 
 def write_concept(folder: Path, count: int = 16, seed: int = 7) -> None:
-    """Writes the concept's pictures and captions, in several sizes and shapes as a user's folder would have them."""
+    """Writes the concept's images and captions, in several sizes and shapes as a user's folder would have them."""
     rng = Random(seed)
     target = folder / f"10_{CONCEPT_TOKEN} {CONCEPT_CLASS}"
     target.mkdir(parents=True, exist_ok=True)
@@ -328,7 +328,7 @@ def write_concept(folder: Path, count: int = 16, seed: int = 7) -> None:
 
 
 def write_regularisation(folder: Path, count: int = 48, seed: int = 8) -> None:
-    """Writes pictures of what the model knows already: training on them too keeps a LoRA from changing it."""
+    """Writes images of what the model knows already: training on them too keeps a LoRA from changing it."""
     rng = Random(seed)
     target = folder / "1_figure"
     target.mkdir(parents=True, exist_ok=True)
@@ -351,8 +351,8 @@ def sheet(images: list[Image.Image], columns: int, scale: int = 2) -> Image.Imag
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preview", type=Path, help="write a sheet of random scenes to this file")
-    parser.add_argument("--concept", type=Path, help="write the concept's pictures and captions to this folder")
-    parser.add_argument("--regularisation", type=Path, help="write regularisation pictures to this folder")
+    parser.add_argument("--concept", type=Path, help="write the concept's images and captions to this folder")
+    parser.add_argument("--regularisation", type=Path, help="write regularisation images to this folder")
     args = parser.parse_args()
     if args.regularisation:
         write_regularisation(args.regularisation)

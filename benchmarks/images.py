@@ -1,4 +1,4 @@
-"""Pictures for the measurements: smooth random fields, every one different, and old enough to be kept in an index."""
+"""Images for the measurements: smooth random fields, every one different, and old enough to be kept in an index."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WORDS = ["red", "green", "blue", "house", "tree", "river", "hill", "cloud", "ca
 _AGE = 3600  # seconds; facts about files younger than the clock of a file system can tell are not kept
 
 
-def write_pictures(
+def write_images(
     folder: Path, count: int, size_of: Callable[[int], Size], kinds: Sequence[str] = ("png", "jpg")
 ) -> None:
     """Fills a folder, or leaves it as it is where it has been filled like this before. Half have captions."""
@@ -32,11 +32,11 @@ def write_pictures(
     for number in range(count):
         size = size_of(number)
         grid = fields.integers(0, 256, (max(2, size[1] // 16), max(2, size[0] // 16), 3), np.uint8)
-        picture = Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC)
+        image = Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC)
         path = folder / f"{number:07d}.{kinds[number % len(kinds)]}"
         if path.suffix == ".png":
-            picture = picture.quantize(16, method=Image.Quantize.FASTOCTREE)
-        picture.save(path, quality=85, compress_level=1)
+            image = image.quantize(16, method=Image.Quantize.FASTOCTREE)
+        image.save(path, quality=85, compress_level=1)
         os.utime(path, (old, old))
         if words.random() < 0.5:
             caption = path.with_suffix(".txt")

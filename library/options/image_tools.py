@@ -1,4 +1,4 @@
-"""The small tools for pictures: resizing, cutting around faces, edges; and what a model file says about itself."""
+"""The small tools for images: resizing, cutting around faces, edges; and what a model file says about itself."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ResizingOptions(OptionGroup, group="resizing", title="Resizing"):
-    src_img_folder: str | None = opt(None, "folder of the pictures", positional=True)
-    dst_img_folder: str | None = opt(None, "folder for the resized pictures; made if missing", positional=True)
+    src_img_folder: str | None = opt(None, "folder of the images", positional=True)
+    dst_img_folder: str | None = opt(None, "folder for the resized images; made if missing", positional=True)
     max_resolution: str = opt(
         "512x512,384x384,256x256,128x128",
-        "sizes in pixels; every picture is written once per size, with at most as many pixels, in its own proportions",
+        "sizes in pixels; every image is written once per size, with at most as many pixels, in its own proportions",
         comma_list=True,
     )
     divisible_by: int = opt(1, "cut both sides to a multiple of this many pixels, around the middle", at_least=1)
     interpolation: Literal["area", "cubic", "lanczos4", "nearest", "linear", "box"] | None = opt(
-        None, "how pictures are resized; by default area. lanczos4 is Pillow's Lanczos, which makes no jagged edges"
+        None, "how images are resized; by default area. lanczos4 is Pillow's Lanczos, which makes no jagged edges"
     )
     save_as_png: bool = opt(False, "write PNG, which loses nothing and keeps transparency, in place of JPEG")
     copy_associated_files: bool = opt(
         False,
-        "copy the files that belong to a picture by name (captions, tags), under the new name; caches (.npz) stay "
+        "copy the files that belong to an image by name (captions, tags), under the new name; caches (.npz) stay "
         "behind, as they are of the old size",
     )
-    skip_existing: bool = opt(False, "leave out pictures whose results are there already")
+    skip_existing: bool = opt(False, "leave out images whose results are there already")
     max_data_loader_n_workers: int | None = opt(
-        None, "pictures worked on at a time; by default one per processor core", at_least=0
+        None, "images worked on at a time; by default one per processor core", at_least=0
     )
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
@@ -51,11 +51,11 @@ class ResizingOptions(OptionGroup, group="resizing", title="Resizing"):
 
 @dataclass(frozen=True, kw_only=True)
 class FaceOptions(OptionGroup, group="faces", title="Faces"):
-    src_dir: str | None = opt(None, "folder of the pictures")
+    src_dir: str | None = opt(None, "folder of the images")
     dst_dir: str | None = opt(None, "folder for the results, named <name>_<cx>_<cy>_<w>_<h>; made if missing")
     model: str | None = opt(
         None,
-        "ONNX file of a face detector: YuNet, or a YOLO (v5 and later) trained on faces of the kind in the pictures, "
+        "ONNX file of a face detector: YuNet, or a YOLO (v5 and later) trained on faces of the kind in the images, "
         "such as anime faces",
         exists="file",
     )
@@ -64,12 +64,12 @@ class FaceOptions(OptionGroup, group="faces", title="Faces"):
     )
     rotate: bool = opt(
         False,
-        "turn each picture about the face until the eyes are level; the corners are filled with the colours of the "
+        "turn each image about the face until the eyes are level; the corners are filled with the colours of the "
         "edge. For models that find eyes, as YuNet does",
     )
-    resize_fit: bool = opt(False, "with --crop_size: resize the picture so that the cut takes all of its shorter side")
+    resize_fit: bool = opt(False, "with --crop_size: resize the image so that the cut takes all of its shorter side")
     resize_face_size: int | None = opt(
-        None, "resize the picture so that the face's longer side has this many pixels", at_least=1
+        None, "resize the image so that the face's longer side has this many pixels", at_least=1
     )
     crop_size: str | None = opt(None, "cut width,height pixels around the face, e.g. 512,512", comma_list=True)
     crop_ratio: str | None = opt(
@@ -77,11 +77,11 @@ class FaceOptions(OptionGroup, group="faces", title="Faces"):
     )
     min_size: int | None = opt(None, "leave out faces whose longer side has fewer pixels", at_least=0)
     max_size: int | None = opt(None, "leave out faces whose longer side has as many pixels or more", at_least=1)
-    multiple_faces: bool = opt(False, "one result for each face of a picture, in place of the largest one only")
+    multiple_faces: bool = opt(False, "one result for each face of an image, in place of the largest one only")
     debug: bool = opt(False, "draw the face's box, and the eyes where they are known, into the results")
-    skip_existing: bool = opt(False, "leave out pictures that have a result already")
+    skip_existing: bool = opt(False, "leave out images that have a result already")
     max_data_loader_n_workers: int | None = opt(
-        None, "pictures read ahead at a time; by default one per processor core", at_least=0
+        None, "images read ahead at a time; by default one per processor core", at_least=0
     )
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterator[str]:
@@ -99,7 +99,7 @@ class FaceOptions(OptionGroup, group="faces", title="Faces"):
         if self.crop_size is not None and self.crop_ratio is not None:
             yield "--crop_size and --crop_ratio exclude each other"
         if self.crop_ratio is not None and self.resize_face_size is not None:
-            yield "--crop_ratio keeps the size of pictures: leave out --resize_face_size, or use --crop_size"
+            yield "--crop_ratio keeps the size of images: leave out --resize_face_size, or use --crop_size"
         if self.resize_fit and self.crop_size is None:
             yield "--resize_fit needs --crop_size"
         if self.resize_fit and self.resize_face_size is not None:
@@ -134,9 +134,9 @@ class FaceOptions(OptionGroup, group="faces", title="Faces"):
 
 @dataclass(frozen=True, kw_only=True)
 class CannyOptions(OptionGroup, group="canny", title="Edges"):
-    input: str | None = opt(None, "picture, or folder of pictures")
+    input: str | None = opt(None, "image, or folder of images")
     output: str | None = opt(
-        None, "file for the edges, white on black; a folder, for a folder of pictures: PNG files of the same names"
+        None, "file for the edges, white on black; a folder, for a folder of images: PNG files of the same names"
     )
     thres1: int = opt(32, "edges weaker than this are left out", at_least=0)
     thres2: int = opt(224, "edges stronger than this are drawn, and weaker ones that touch them", at_least=0)

@@ -1,4 +1,4 @@
-"""Edges of pictures, the metadata of files, and how results are written."""
+"""Edges of images, the metadata of files, and how results are written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from library.errors import UserError
 from library.options import validation
 from library.options.parsing import parse_options
-from library.preparation import edges, picture_files, resizing, shown_metadata
+from library.preparation import edges, image_files, resizing, shown_metadata
 
 
 def draw_edges(source, target, *arguments):
@@ -53,7 +53,7 @@ def test_edges_of_a_folder(tmp_path):
     assert outcome.done == 2
     assert {path.name for path in outcome.failed} == {"b.webp", "c.png"}
     assert sorted(path.name for path in target.iterdir()) == ["a.png", "b.png"]
-    with pytest.raises(UserError, match="would replace the pictures"):
+    with pytest.raises(UserError, match="would replace the images"):
         draw_edges(source, source)
 
 
@@ -63,8 +63,8 @@ def test_edges_of_a_folder(tmp_path):
         ("missing.png", "out.png", "no such file or folder"),
         ("a.png", "out.txt", "must end in"),
         ("a.png", "out", "must end in"),
-        ("a.png", "a.png", "the edges would replace the picture"),
-        ("a.png", ".", "the edges would replace the picture"),
+        ("a.png", "a.png", "the edges would replace the image"),
+        ("a.png", ".", "the edges would replace the image"),
     ],
 )
 def test_mistakes_with_files(tmp_path, source, target, problem):
@@ -73,7 +73,7 @@ def test_mistakes_with_files(tmp_path, source, target, problem):
         draw_edges(tmp_path / source, tmp_path / target)
 
 
-def test_a_picture_into_a_folder(tmp_path):
+def test_an_image_into_a_folder(tmp_path):
     Image.fromarray(steps()).save(tmp_path / "a.jpg", quality=100)
     (tmp_path / "out").mkdir()
     draw_edges(tmp_path / "a.jpg", tmp_path / "out")
@@ -149,25 +149,25 @@ def test_what_is_written_is_close_to_what_was_drawn(tmp_path, suffix):
     y, x = np.mgrid[0:48, 0:64]
     pixels = np.stack([x * 4, y * 5, (x + y) * 2], axis=-1).astype(np.uint8)
     path = tmp_path / f"a{suffix}"
-    picture_files.write_file(path, picture_files.encoded(pixels, suffix))
+    image_files.write_file(path, image_files.encoded(pixels, suffix))
     difference = np.abs(np.asarray(Image.open(path).convert("RGB")).astype(int) - pixels)
     assert difference.max() <= (3 if suffix.lower() in (".jpg", ".jpeg") else 0)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
 def test_kinds_that_are_only_read_become_png():
-    assert [picture_files.writable_suffix(suffix) for suffix in (".avif", ".jxl", ".JPG", ".webp")] == [
+    assert [image_files.writable_suffix(suffix) for suffix in (".avif", ".jxl", ".JPG", ".webp")] == [
         *(".png", ".png", ".JPG", ".webp")
     ]
 
 
 def test_sides_that_a_kind_of_file_cannot_have():
     with pytest.raises(ValueError, match=r"70000x1 pixels cannot be written as \.jpg"):
-        picture_files.encoded(np.zeros((1, 70000, 3), np.uint8), ".jpg")
+        image_files.encoded(np.zeros((1, 70000, 3), np.uint8), ".jpg")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="folders there cannot be made read-only this way")
 def test_a_place_where_no_folder_can_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="the folder cannot be made"):
-        picture_files.make_folder(tmp_path / "file" / "out")
+        image_files.make_folder(tmp_path / "file" / "out")

@@ -1,4 +1,4 @@
-"""Decoded pixels to PIL pictures, and PNG files that tell how they were made."""
+"""Decoded pixels to PIL images, and PNG files that tell how they were made."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from library.inference.prompts import SamplePrompt
 
 
-def to_pictures(pixels: Tensor) -> list[Image]:
-    """Pixels (B, 3, H, W), about [-1, 1] and clamped to it, to B RGB pictures. What is not a number becomes grey."""
+def to_images(pixels: Tensor) -> list[Image]:
+    """Pixels (B, 3, H, W), about [-1, 1] and clamped to it, to B RGB images. What is not a number becomes grey."""
     from PIL import Image
 
     values = pixels.detach().float().nan_to_num(nan=0.0).clamp(-1, 1)
     values = ((values + 1) * 127.5).round().permute(0, 2, 3, 1).cpu().byte().numpy()
-    return [Image.fromarray(picture) for picture in values]
+    return [Image.fromarray(image) for image in values]
 
 
 def png_text(prompt: SamplePrompt) -> dict[str, str]:

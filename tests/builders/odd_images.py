@@ -1,4 +1,4 @@
-"""Picture files of every kind that folders of users hold: unusual ones that can be used, and ones that cannot."""
+"""Image files of every kind that folders of users hold: unusual ones that can be used, and ones that cannot."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ REFUSED = {
     "zero.png": "the file is empty",
     "cut_off.jpg": "the file is truncated",
     "cut_short.png": "the file is truncated",
-    "words.webp": "no picture that can be read",
+    "words.webp": "no image that can be read",
     "huge.png": "it has more than 178 million pixels, too many to read",
-    "other.jxl.png": "no picture that can be read",
+    "other.jxl.png": "no image that can be read",
 }
 FACELESS = ("grey16", "dot", "strip")
 
 
-def write_odd_pictures(folder: Path) -> Path:
+def write_odd_images(folder: Path) -> Path:
     """One file of each kind, of 160x80 pixels if nothing else is said, with an orange square that is a face."""
     folder.mkdir(parents=True)
 
     def save(stem: str, pixels: NDArray[np.uint8] | Image.Image, **how: object) -> None:
-        picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-        picture.save(folder / f"{stem}{USED[stem]}", **how)
+        image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+        image.save(folder / f"{stem}{USED[stem]}", **how)
 
     first = drawing()
     frames = [Image.fromarray(drawing(shade)) for shade in (90, 40)]
@@ -71,7 +71,7 @@ def write_odd_pictures(folder: Path) -> Path:
     whole = (folder / "lossy.jpg").read_bytes()
     (folder / "cut_off.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "cut_short.png").write_bytes(png(first)[:150])
-    (folder / "words.webp").write_text("no picture")
+    (folder / "words.webp").write_text("no image")
     (folder / "huge.png").write_bytes(flat_png(20000, 20000))
     (folder / "other.jxl.png").write_bytes(b"\xff\x0a\xfa\x1f")
     return folder

@@ -1,4 +1,4 @@
-"""Pictures of a folder, read ahead by threads and shared out over processes."""
+"""Images of a folder, read ahead by threads and shared out over processes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _SHOWN = 3  # names in a message about several files
 _WORKERS = 8  # at most, where nobody says how many; decoding scales no further
 
 
-def find_pictures(folder: Path, *, recursive: bool) -> list[Path]:
-    """The pictures of a folder, sorted; with `recursive` also those of its sub-folders.
+def find_images(folder: Path, *, recursive: bool) -> list[Path]:
+    """The images of a folder, sorted; with `recursive` also those of its sub-folders.
 
     Hidden sub-folders are left out, as they hold copies and previews. Links to folders are followed, once each.
 
-    Raises: UserError: the folder or one below it cannot be read, or there are no pictures.
+    Raises: UserError: the folder or one below it cannot be read, or there are no images.
     """
     found: list[Path] = []
     others: set[str] = set()
@@ -38,20 +38,20 @@ def find_pictures(folder: Path, *, recursive: bool) -> list[Path]:
     if others:
         LOGGER.warning("%s: files of the kinds %s are not read here; left out", folder, ", ".join(sorted(others)))
     if not found:
-        raise UserError(f"there are no pictures in {folder}{' or below it' if recursive else ' itself'}")
+        raise UserError(f"there are no images in {folder}{' or below it' if recursive else ' itself'}")
     return sorted(found, key=lambda path: path.parts)
 
 
-def warn_of_shared_names(pictures: Sequence[Path], kind: str) -> None:
-    """Tells of pictures that differ in nothing but the ending, where one file each is written beside them.
+def warn_of_shared_names(images: Sequence[Path], kind: str) -> None:
+    """Tells of images that differ in nothing but the ending, where one file each is written beside them.
 
     Args:
         kind: what is written, e.g. "tag file".
     """
-    shared = [stem for stem, count in Counter(path.with_suffix("") for path in pictures).items() if count > 1]
+    shared = [stem for stem, count in Counter(path.with_suffix("") for path in images).items() if count > 1]
     if shared:
         more = f" and {len(shared) - _SHOWN} more" if len(shared) > _SHOWN else ""
-        LOGGER.warning("pictures of the same name share a %s: %s%s", kind, ", ".join(map(str, shared[:_SHOWN])), more)
+        LOGGER.warning("images of the same name share a %s: %s%s", kind, ", ".join(map(str, shared[:_SHOWN])), more)
 
 
 def require_room_beside(paths: Iterable[Path], kind: str) -> None:
@@ -106,19 +106,19 @@ def read_ahead(
     desc: str,
     batch: int = 1,
 ) -> Iterator[tuple[Path, T]]:
-    """Pictures in the order of `paths`, as `read` makes them; threads are a little ahead of who takes them.
+    """Images in the order of `paths`, as `read` makes them; threads are a little ahead of who takes them.
 
-    A picture that `read` refuses is named and counted in `outcome`, and the next one follows. A bar shows how many are
+    An image that `read` refuses is named and counted in `outcome`, and the next one follows. A bar shows how many are
     done, the rate, and the remaining time.
 
     Args:
-        read: raises UserError, OSError or ValueError where a picture cannot be used. Called in several threads.
+        read: raises UserError, OSError or ValueError where an image cannot be used. Called in several threads.
         workers: threads; 0 reads when asked, and None takes as many as there are processors, up to 8.
         desc: what is being done, for the bar.
-        batch: pictures that are taken in one go; the next ones are read while these are worked on.
+        batch: images that are taken in one go; the next ones are read while these are worked on.
     """
     count = min(_WORKERS, os.cpu_count() or 1) if workers is None else workers
-    with progress(len(paths), desc, unit=" pictures", disable=not is_first()) as bar:
+    with progress(len(paths), desc, unit=" images", disable=not is_first()) as bar:
         for path, result in _results(paths, read, count, batch):
             try:
                 value = result()
