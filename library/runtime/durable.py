@@ -74,7 +74,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     earlier one is called ``<name>.previous`` for that moment; `recover` gives it its name back.
     """
     path = Path(path)
-    with _work_folder(path) as fresh:
+    with work_folder(path) as fresh:
         yield fresh
         _flush_tree(fresh)
         _put_in_place(fresh, path)
@@ -87,7 +87,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Whoever looks at `path` meanwhile finds no folder, or a whole one. Raises: OSError: `path` cannot be made.
     """
     path = Path(path)
-    with _work_folder(path) as fresh:
+    with work_folder(path) as fresh:
         yield fresh
         _flush_tree(fresh)
         try:
@@ -244,7 +244,7 @@ def _new_temporary(path: Path, *, folder: bool) -> tuple[Path, int | None]:
 
 
 @contextmanager
-def _work_folder(path: Path) -> Iterator[Path]:
+def work_folder(path: Path) -> Iterator[Path]:
     """A new folder in a locked temporary folder beside `path`, all of which is gone afterwards."""
     make_folder(path.parent)
     work, lock = _new_temporary(path, folder=True)

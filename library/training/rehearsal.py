@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.options.saving import output_place, sample_place
-from library.runtime.durable import LONGEST_NAME, fitting
+from library.runtime.durable import LONGEST_NAME, fitting, work_folder
 from library.training.saving import SavePlan, check_space, make_save_plan
 from library.training.state_notes import MODEL, OPTIMIZER, PROGRESS, SCHEDULE
 
@@ -78,18 +78,18 @@ def _of_names(opts: Options, plan: SavePlan) -> Iterator[str]:
 
 
 def _try(path: Path, *, folder: bool) -> Iterator[str]:
-    """Makes a file or folder of this name, with those above it, and takes all of it away again."""
+    """Makes a file or folder of this name, with those above it, and takes all of it away again.
+
+    It is made within a temporary folder: a kill at this moment leaves nothing that looks like a result.
+    """
     made: list[Path] = []
     try:
         _make_missing(path.parent, made)
         if os.path.lexists(path):
             return
-        if folder:
-            path.mkdir()
-            made.append(path)
-        else:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            path.unlink()
+        with work_folder(path) as place:
+            probe = place / path.name
+            probe.mkdir() if folder else probe.touch(exist_ok=False)
     except OSError as error:
         yield f"--output_name: {_shown(path)} cannot be made ({error.strerror or error}); choose another name"
     finally:

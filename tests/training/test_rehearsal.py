@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 
@@ -138,3 +141,21 @@ def test_no_room_for_one_copy(tmp_path, problems, monkeypatch):
     (line,) = problems("m", f"--pretrained_model_name_or_path={model}", method="dreambooth")
     assert "takes about 300 MiB, and only 200 MiB are free" in line
     assert problems("m", f"--pretrained_model_name_or_path={model}", "--save_precision=fp16", method="dreambooth") == []
+
+
+def test_a_kill_while_names_are_tried_leaves_nothing_that_looks_like_a_result(tmp_path, problems):
+    made = []
+
+    def watch(event, arguments):
+        if watch.on and (event == "os.mkdir" or (event == "open" and arguments[2] & os.O_CREAT)):
+            made.append(Path(os.fsdecode(arguments[0])))
+
+    watch.on = True
+    sys.addaudithook(watch)  # for good: hooks cannot be taken away
+    (tmp_path / "out").mkdir()
+    assert problems("m", "--save_state", "--save_every_n_epochs=1") == []
+    watch.on = False
+    assert {path.name for path in made} >= {"m.safetensors", "m-state", "m-000001.safetensors"}
+    directly = [path.name for path in made if path.parent == tmp_path / "out"]
+    assert directly
+    assert all(name.startswith(".") and name.endswith(".tmp") for name in directly)
