@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.runtime.durable import new_folder
 from library.runtime.logs import LOGGER
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 CLIP_VOCABULARY = Path(__file__).parent / "clip_vocabulary"
 CLIP_LENGTH = 77  # positions, with BOS and EOS
@@ -30,6 +33,17 @@ def keep_tokenizer(folder: Path, save: Callable[[Path], None]) -> None:
             save(fresh)
     except OSError as error:
         LOGGER.warning("--tokenizer_cache_dir: %s cannot be written (%s)", folder, error.strerror or error)
+
+
+def check_token_ids(input_ids: Tensor, text_encoder: nn.Module) -> None:
+    """Raises: UserError: token ids (any shape, on the CPU) for which the encoder's embedding has no row."""
+    rows = text_encoder.get_input_embeddings().num_embeddings
+    largest = int(input_ids.max())
+    if largest >= rows:
+        raise UserError(
+            f"{type(text_encoder).__name__}: the token embedding has {rows} rows and the tokenizer gives id {largest}; "
+            "use the tokenizer that belongs to this text encoder (--tokenizer_cache_dir), or a complete file"
+        )
 
 
 def save_clip_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -49,3 +49,10 @@ def test_clip_skip_beyond_the_layers():
     ids = tokenize(models.tokenizers["te"], ["a"])
     with pytest.raises(UserError, match="--clip_skip 4: the text encoder has 3 layers"):
         encode_clip(models.text_encoders["te"], ids, 4)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_encoder_has():
+    encoder = tiny_sd().text_encoders["te"]
+    rows = encoder.config.vocab_size
+    with pytest.raises(UserError, match=f"the token embedding has {rows} rows and the tokenizer gives id {rows}; use"):
+        encode_clip(encoder, torch.full((1, 1, 77), rows))

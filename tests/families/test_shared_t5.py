@@ -177,3 +177,11 @@ def test_another_models_tokenizer_is_refused(tmp_path):
     bundled_clip_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="not the tokenizer of T5"):
         read_t5_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_encoder_has():
+    model = tiny_t5()
+    rows = model.config.vocab_size
+    encode_t5(model, torch.tensor([[rows - 1]]))
+    with pytest.raises(UserError, match=f"the token embedding has {rows} rows and the tokenizer gives id {rows}; use"):
+        encode_t5(model, torch.tensor([[0, rows]]))

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.families.shared.building import build
+from library.text.tokenizers import check_token_ids
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 HEAD_WIDTH = 64  # of every published CLIP text encoder
@@ -96,7 +96,7 @@ def encode_clip(text_encoder: nn.Module, input_ids: Tensor, clip_skip: int | Non
     Returns: (B, n * (length - 2) + 2, width).
     Raises: UserError: clip_skip is larger than the number of layers.
     """
-    return _in_chunks(input_ids, text_encoder.device, lambda flat: _states(text_encoder, flat, clip_skip))
+    return _in_chunks(input_ids, text_encoder, lambda flat: _states(text_encoder, flat, clip_skip))
 
 
 def encode_penultimate(text_encoder: nn.Module, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ def encode_penultimate(text_encoder: nn.Module, input_ids: Tensor) -> tuple[Tens
         last.append(found.last_hidden_state)
         return found.hidden_states[-2]  # the embeddings, then every layer
 
-    joined = _in_chunks(input_ids, text_encoder.device, states)
+    joined = _in_chunks(input_ids, text_encoder, states)
     return joined, last[0].unflatten(0, input_ids.shape[:2])[:, 0]
 
 
@@ -134,11 +134,12 @@ def project_first_eos(text_encoder: nn.Module, input_ids: Tensor, states: Tensor
     return text_encoder.text_projection(states[torch.arange(len(states), device=states.device), place])
 
 
-def _in_chunks(input_ids: Tensor, device: torch.device, states_of: Callable[[Tensor], Tensor]) -> Tensor:
+def _in_chunks(input_ids: Tensor, text_encoder: nn.Module, states_of: Callable[[Tensor], Tensor]) -> Tensor:
     import torch
 
+    check_token_ids(input_ids, text_encoder)
     batch, chunks, length = input_ids.shape
-    flat = input_ids.reshape(batch * chunks, length).to(device, non_blocking=True)
+    flat = input_ids.reshape(batch * chunks, length).to(text_encoder.device, non_blocking=True)
     states = states_of(flat).reshape(batch, chunks, length, -1)
     inner = states[:, :, 1:-1].flatten(1, 2)
     return torch.cat([states[:, 0, :1], inner, states[:, -1, -1:]], dim=1)

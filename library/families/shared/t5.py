@@ -11,6 +11,7 @@ from library.errors import UserError
 from library.families.shared.building import build
 from library.families.shared.reading import from_pretrained
 from library.families.shared.targets import lora_key
+from library.text.tokenizers import check_token_ids
 from library.types import LoraTarget
 
 if TYPE_CHECKING:
@@ -138,7 +139,9 @@ def encode_t5(text_encoder: nn.Module, input_ids: Tensor, mask: Tensor | None = 
     Args:
         text_encoder: T5EncoderModel.
         mask: (B, L), 1 for tokens and 0 for padding, which is then hidden from attention; None: all is seen.
+    Raises: UserError: ids beyond the encoder's embedding.
     """
+    check_token_ids(input_ids, text_encoder)
     device = text_encoder.device
     if mask is not None:
         mask = mask.to(device, non_blocking=True)
