@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BLIP_PROMPT = "a picture of "  # what BLIP's captions were trained to go on from
-ASKING = "Describe this image in one sentence."
+ASKING = "Describe this picture in one sentence."
 BERT = "google-bert/bert-base-uncased"  # whose vocabulary the original BLIP files are for
 _SPARE = 2  # how many times as large as the model's image a decoded one is at least; it is shrunk well from there
 _BLIP_PENALTY = 1.1  # on repeated words where words are drawn, as the original has it

@@ -35,11 +35,11 @@ CAPTION_RULES = (
     ("person", "girl"),
     ("a cartoon figure", "a figure"),
     ("a cartoon image", "an image"),
-    ("a cartoon image", "an image"),
+    ("a cartoon picture", "a picture"),
     ("a cartoon drawing", "a drawing"),
     ("an anime figure", "a figure"),
     ("an anime image", "an image"),
-    ("an anime image", "an image"),
+    ("an anime picture", "a picture"),
     ("an anime drawing", "a drawing"),
     ("girl girl", "girl"),
 )

@@ -334,7 +334,7 @@ def test_the_prompt_reaches_a_chat_model(qwen, images):
         inputs = replace(qwen, prompt=prompt)._inputs([Image.fromarray(images[0])])
         return qwen.processor.batch_decode(inputs["input_ids"])[0]
 
-    assert "Describe this image in one" in asked(None)
+    assert "Describe this picture in one" in asked(None)
     assert "two red" in asked("two red")
 
 

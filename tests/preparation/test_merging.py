@@ -249,4 +249,4 @@ def test_a_full_disk_is_one_line_and_the_earlier_file_is_whole(folder, tmp_path,
         tags(folder, file)
     assert error.value.problems == (f"{file}: cannot be written ({os.strerror(errno.ENOSPC)})",)
     assert file.read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "images"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "meta.json"]
