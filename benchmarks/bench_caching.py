@@ -28,13 +28,13 @@ from torch import Tensor
 
 from library import cli
 from library.caching import latents
-from library.caching.latent_files import CacheLayout
 from library.data import images
 from library.data.blueprint import build_specs
 from library.data.dataset import TrainingData, build_training_data
 from library.families.sd.options import TRAITS
 from library.options import parsing, scripts
 from library.runtime import logs
+from library.types import CacheLayout
 
 MODEL = ROOT / "examples" / "tiny_model" / "tiny-sd.safetensors"
 LAYOUT = CacheLayout(TRAITS.cache_suffix, TRAITS.latent_channels, TRAITS.cache_keys_by_size)

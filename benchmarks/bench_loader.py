@@ -24,12 +24,12 @@ from images import write_images
 from torch import Tensor
 
 from library.caching import latents
-from library.caching.latent_files import CacheLayout
 from library.data.blueprint import build_specs
 from library.data.dataset import TrainingData, build_training_data
 from library.families.sd.options import TRAITS
 from library.options import parsing, scripts
 from library.runtime import logs
+from library.types import CacheLayout
 
 WORKERS = (0, 2, 4)
 ROUNDS = 3

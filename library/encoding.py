@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from library.caching.latent_files import CacheLayout
-    from library.families.base import Family, FamilyTraits
+    from library.families.base import Family
     from library.methods.base import Method
     from library.options.base import Options
-    from library.types import TextCond
+    from library.types import CacheLayout, FamilyTraits, TextCond
 
 
 def latent_cache(opts: Options, family: Family, models: Any, data: Any) -> Any:
@@ -44,7 +43,7 @@ def latent_cache(opts: Options, family: Family, models: Any, data: Any) -> Any:
 
 def latent_layout(traits: FamilyTraits) -> CacheLayout:
     """How a family's files of latents look."""
-    from library.caching.latent_files import CacheLayout
+    from library.types import CacheLayout
 
     return CacheLayout(traits.cache_suffix, traits.latent_channels, traits.cache_keys_by_size)
 

@@ -20,7 +20,7 @@ from library import version
 from library.caching import store
 from library.errors import UserError
 from library.runtime.durable import fitting
-from library.types import Size
+from library.types import CacheLayout, Size
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,16 +33,6 @@ _OLDEST = "arr_0"  # what the first trainers called the latents; mirrored ones h
 _FLOATS = ("float16", "float32", "float64")
 _CROP_TOLERANCE = 1.0  # pixels; trainers have rounded differently
 _OF_AN_ENTRY = re.compile(rf"({_LATENTS}|{_FLIPPED}|{_ALPHA}|{_MASK}|{_SIZE}|{_CROP}|{_NOTE})((?:_\d+x\d+)?)")
-
-
-@dataclass(frozen=True)
-class CacheLayout:
-    """A family's habits."""
-
-    suffix: str  # of file names, e.g. "_sd.npz"
-    channels: int  # of the latents
-    keys_by_size: bool  # array names always end in the size of the latents
-    as_prepared: bool = False  # new files are named as preparing by metadata file has always named them
 
 
 @dataclass(frozen=True)

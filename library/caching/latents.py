@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from library.caching import latent_files, store
-from library.caching.latent_files import CacheLayout, Entry, Identity, Latents, Wanted
+from library.caching.latent_files import Entry, Identity, Latents, Wanted
 from library.caching.stems import shared_stems
 from library.data import buckets, images
 from library.data.rendering import View, loss_mask, render
@@ -29,13 +29,14 @@ from library.runtime import logs, seeds
 from library.runtime.durable import discard_abandoned, flush_file_systems
 from library.runtime.logs import LOGGER
 from library.runtime.processes import Processes
+from library.types import CacheLayout
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from library.data.dataset import TrainingData
     from library.data.index import FileIndex
-    from library.data.records import Record
+    from library.data.types import Record
     from library.types import Size
 
 Work = TypeVar("Work")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from library.data.records import Record
+    from library.data.types import Record
 
 
 def shared_stems(records: Iterable[Record]) -> frozenset[Path]:

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,13 +23,13 @@ from library.errors import NameTooLongError, UserError
 from library.runtime import logs
 from library.runtime.durable import discard_abandoned, fitting, flush_file_systems
 from library.runtime.processes import Processes
-from library.types import TextCond
+from library.types import TextCond, TextLayout
 from library.version import NAME, VERSION
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from library.data.records import Record
+    from library.data.types import Record
 
 Encode = Callable[[list[str]], TextCond]
 Arrays = dict[str, "NDArray[Any]"]
@@ -38,18 +38,6 @@ _DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "
 _ALONE = Processes()
 _NAN = "the text encoder gives NaN or infinite values for its caption"
 _SHOWN = 5  # problems of one kind that are told one by one
-
-
-@dataclass(frozen=True)
-class TextLayout:
-    """How a family's files look. Arrays are named as the tensors of its TextCond, one row each, without batch axis."""
-
-    suffix: str  # of file names, e.g. "_te_outputs.npz"
-    keys: tuple[str, ...]
-    flags: Mapping[str, bool] = field(default_factory=dict)  # 0-dim bool arrays that say how the rows were made
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of keys whose rows all have one shape
-    settings: Mapping[str, Any] = field(default_factory=dict)  # what, beside the weights, decides what encoders give
-    distrust: str | None = None  # why files of earlier trainers are of no use; None: they may be
 
 
 @dataclass(frozen=True)
@@ -419,8 +407,8 @@ def _note_fault(note: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | Non
 
 def _foreign_fault(file: Path, item: Item, layout: TextLayout) -> str | None:
     """Files of earlier trainers do not tell their caption, so that only time can say whether it has changed."""
-    if layout.distrust:
-        return layout.distrust
+    if layout.reject_foreign:
+        return layout.reject_foreign
     if item.changed:
         return "it does not tell its caption, and what earlier trainers put there is the caption file as it is"
     source = item.caption_file or item.image

@@ -11,9 +11,9 @@ from library.errors import UserError
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
     from library.options.base import Options
     from library.runtime.processes import Processes
+    from library.types import FamilyTraits
 
 
 def read_data(specs: list[Any], opts: Options, traits: FamilyTraits, processes: Processes) -> Any:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from library.data.records import Record
+    from library.data.types import Record
 
 Read = TypeVar("Read")
 

@@ -18,7 +18,7 @@ from library.preparation.outcome import Outcome
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
+    from library.types import FamilyTraits
 
 
 def _families() -> type[OptionGroup]:
@@ -121,7 +121,7 @@ def cache_latents(opts: Options) -> Outcome:
     accelerator = parts.make_accelerator(opts)
     models, adapter = parts.load_vae(family, opts), registry.make_family(family, opts)
     data = read_data(specs, opts, adapter.traits, Processes(accelerator.process_index, accelerator.num_processes))
-    outcome = Outcome(failed=dict(data.findings.dropped))
+    outcome = Outcome(failed=dict(data.scan.dropped))
     records, layout = data.all_records, encoding.latent_layout(adapter.traits)
     require_room_beside(latents.without_files(records, data.index, layout), "latents")
     fingerprint = weights_fingerprint(models.vae)
@@ -185,7 +185,7 @@ def cache_texts(opts: Options) -> Outcome:
     with placement.loading(opts, accelerator.device):
         models = adapter.load(texts_only=True)
     processes.wait()  # nobody writes while others still look
-    outcome = Outcome(failed=dict(data.findings.dropped))
+    outcome = Outcome(failed=dict(data.scan.dropped))
     fill = encoding.text_cache(opts, adapter, _NothingTrained(), models, data, outcome.fail)
     placement.place_text_encoders(models, opts, accelerator.device, grad_text=False)
     fill(accelerator)

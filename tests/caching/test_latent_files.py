@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from library.caching import latent_files, store
-from library.caching.latent_files import CacheLayout, Entry, Identity, Latents, Wanted
+from library.caching.latent_files import Entry, Identity, Latents, Wanted
 from library.data.buckets import crop_ltrb
 from library.errors import UserError
-from library.types import Size
+from library.types import CacheLayout, Size
 
 PLAIN = CacheLayout("_sd.npz", 4, keys_by_size=False)
 SIZED = CacheLayout("_flux.npz", 16, keys_by_size=True)
@@ -268,7 +268,7 @@ def test_another_look_of_one_run_has_a_file_of_its_own(wanted):
     assert (read(wanted)[0, 0, 0], read(other)[0, 0, 0]) == (1.0, 2.0)
 
 
-@pytest.mark.parametrize("stale", [{"vae": "another"}, {"picture": "another"}])
+@pytest.mark.parametrize("stale", [{"vae": "another"}, {"image": "another"}])
 def test_mirrored_latents_of_another_origin_do_not_stay(wanted, stale):
     save(replace(wanted, flip=True, alpha=True))
     save(wanted, identity=replace(IDENTITY, **stale))
@@ -287,7 +287,7 @@ def test_an_unmarked_entry_that_lacks_something_is_replaced_as_a_whole(wanted):
 @pytest.mark.parametrize(
     ("change", "identity", "reason"),
     [
-        ({}, {"picture": "new digest"}, "the image has changed since"),
+        ({}, {"image": "new digest"}, "the image has changed since"),
         ({}, {"vae": "another"}, "made by another VAE"),
         ({"resized": Size(66, 48)}, {}, "the image was resized to 65x48, not to 66x48"),
         ({"resized": None}, {}, "the image was resized to 65x48, not to nothing"),

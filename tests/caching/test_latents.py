@@ -13,16 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from library.caching.latent_files import CacheLayout
 from library.caching.latents import Encoder, cache_in_memory, cache_on_disk, files_are_there
 from library.data.blueprint import build_specs
 from library.data.dataset import build_training_data
 from library.errors import UserError
-from library.families.base import FamilyTraits
 from library.options.base import Given, build_options
 from library.options.data import DataOptions
 from library.options.loss import LossOptions
 from library.options.training import TrainingOptions
+from library.types import CacheLayout, FamilyTraits
 
 TRAITS = FamilyTraits("Test family", ("te",), 3, 8, 64, "ddpm", "_test.npz", 512, 1, 1.0)
 

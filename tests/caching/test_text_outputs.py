@@ -20,7 +20,6 @@ from torch import nn
 from library.caching import store
 from library.caching.text_outputs import (
     Item,
-    TextLayout,
     cache_file,
     cache_text_in_memory,
     cache_text_on_disk,
@@ -31,13 +30,12 @@ from library.caching.text_outputs import (
 from library.data.blueprint import build_specs
 from library.data.dataset import build_training_data
 from library.errors import UserError
-from library.families.base import FamilyTraits
 from library.options.base import Given, build_options
 from library.options.data import DataOptions
 from library.options.loss import LossOptions
 from library.options.training import TrainingOptions
 from library.runtime.processes import Processes
-from library.types import TextCond
+from library.types import FamilyTraits, TextCond, TextLayout
 from library.version import NAME, VERSION
 
 TRAITS = FamilyTraits("Test family", ("te",), 3, 8, 64, "ddpm", "_test.npz", 512, 1, 1.0)
