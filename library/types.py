@@ -184,6 +184,7 @@ class CacheLayout:
     channels: int  # of the latents
     keys_by_size: bool  # array names always end in the size of the latents
     as_prepared: bool = False  # new files are named as preparing by metadata file has always named them
+    stride: int = 8  # pixels per position of the latents
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,10 @@ def _encode(
     kept = 0
     for names, group in groups:
         if group:
-            kept += latents.make_files(group, index, encoder, names, fingerprint, outcome.fail, again=again)
+            result = latents.cache_on_disk(
+                group, index, encoder, names, fingerprint, again=again, on_error=outcome.fail
+            )
+            kept += result.kept
     return kept
 
 
