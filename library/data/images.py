@@ -197,11 +197,6 @@ def read_values(path: Path) -> NDArray[np.uint8]:
     return _to_array(_as_rgb(colours))
 
 
-def read_mask(path: Path) -> NDArray[np.uint8]:
-    """The red channel of `read_values`, uint8 (H, W); the grey level of a grey image."""
-    return read_values(path)[..., 0]
-
-
 def use_image(path: Path, use: Callable[[Image.Image, BinaryIO, int], T]) -> T:
     """What `use` makes of an image whose header has been read, and of its file: the bytes, and how many they are.
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from library.checkpoints.hashes import tensor_hash
+from tests.builders.hashes import tensor_hash
 from tests.builders.sd3 import DEPTH, write_encoder_file, write_tiny_sd3
 from tests.builders.t5 import write_t5_tokenizer
 from tests.scripts.weights import furthest
