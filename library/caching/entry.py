@@ -27,6 +27,7 @@ LATENTS, FLIPPED, ALPHA, MASK = "latents", "latents_flipped", "alpha_mask", "los
 _FLOATS = ("float16", "float32", "float64")
 
 Shape = tuple[int, ...]
+Arrays = dict[str, "NDArray[Any]"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Entry:
         read: dict[StoredArray, NDArray[Any]] = {}
         for file in dict.fromkeys(one.file for one in wanted):
             here = [one for one in wanted if one.file == file]
-            arrays = _read_or_name_it(file, [one.name for one in here], {one.name: one.shape for one in here})
+            arrays = read_arrays(file, [one.name for one in here], "latents", {one.name: one.shape for one in here})
             read |= {one: arrays[one.name] for one in here}
         return {name: _float32(one, read[one]) for name, one in zip(names, wanted, strict=True)}
 
@@ -158,23 +159,26 @@ def image_of(record: Record) -> Path:
     return record.path if record.present else record.path.with_name(f"{record.path.name}.png")
 
 
-def _read_or_name_it(file: Path, names: Sequence[str], shapes: Mapping[str, Shape]) -> dict[str, NDArray[Any]]:
+def read_arrays(file: Path, names: Sequence[str], what: str, shapes: Mapping[str, Shape] | None = None) -> Arrays:
+    """See `store.read`. Raises: UserError: the file is gone or damaged; `what` is in it, e.g. "latents"."""
     try:
         return store.read(file, names, shapes)
     except store.CacheDamaged as error:
-        raise _unusable(file, str(error)) from None
+        raise unusable(file, what, str(error)) from None
     except OSError as error:
-        raise _unusable(file, error.strerror or type(error).__name__) from None
+        raise unusable(file, what, error.strerror or type(error).__name__) from None
+
+
+def unusable(file: Path, what: str, reason: str) -> UserError:
+    why = f"the cached {what} cannot be used ({reason})"
+    return UserError(f"{file}: {why}; delete the file, or leave out --skip_cache_check, to have them made again")
 
 
 def _float32(stored: StoredArray, array: NDArray[Any]) -> NDArray[np.float32]:
     if array.shape != stored.shape:
-        raise _unusable(stored.file, f"{stored.name} has the shape {times(array.shape)}, not {times(stored.shape)}")
+        raise unusable(
+            stored.file, "latents", f"{stored.name} has the shape {times(array.shape)}, not {times(stored.shape)}"
+        )
     if str(array.dtype) not in _FLOATS:
-        raise _unusable(stored.file, f"{stored.name} is of type {array.dtype}")
+        raise unusable(stored.file, "latents", f"{stored.name} is of type {array.dtype}")
     return array.astype(np.float32, copy=False)
-
-
-def _unusable(file: Path, reason: str) -> UserError:
-    why = f"the cached latents cannot be used ({reason})"
-    return UserError(f"{file}: {why}; delete the file, or leave out --skip_cache_check, to have them made again")

@@ -57,12 +57,12 @@ def text_reason(file: Path, layout: TextLayout, source: Path, *, changed: bool) 
     if layout.reject_foreign:
         return layout.reject_foreign
     if changed:
-        return "it does not tell its caption, and what earlier trainers put there is the caption file as it is"
+        return "it does not record its caption, and what earlier trainers put there is the caption file as it is"
     try:
         older = file.stat().st_mtime_ns < source.stat().st_mtime_ns
     except OSError as error:
-        return f"it does not tell its caption, and cannot be compared with {source.name} ({error.strerror or error})"
-    return f"it does not tell its caption, and is older than {source.name}" if older else None
+        return f"it does not record its caption, and cannot be compared with {source.name} ({error.strerror or error})"
+    return f"it does not record its caption, and is older than {source.name}" if older else None
 
 
 def _values(contents: Mapping[str, Any], name: str, default: Sequence[float]) -> list[float]:

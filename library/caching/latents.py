@@ -190,8 +190,8 @@ def _open_cache(
         files = [file for one in requests for file in files_of(one, layout) if index.stamp(file) is not None]
         contents = index.learn("latents", files, store.summary)
         makers = {
-            file: {note.get("vae") for note in (told.get("provenance") or {}).values()}
-            for file, told in zip(files, contents, strict=True)
+            file: {note.get("vae") for note in (summary.get("provenance") or {}).values()}
+            for file, summary in zip(files, contents, strict=True)
         }
         made_by = {one: set().union(*(makers.get(file, ()) for file in files_of(one, layout))) for one in requests}
         noted = [one for one in requests if made_by[one]]

@@ -25,7 +25,7 @@ from library.caching.encode_missing import (
     report_missing,
     write_files,
 )
-from library.caching.entry import image_of, shared_stems
+from library.caching.entry import Arrays, image_of, read_arrays, shared_stems, unusable
 from library.data.captions import make_caption
 from library.errors import UserError
 from library.runtime.durable import fitting
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from library.data.types import Record
 
 Encode = Callable[[list[str]], TextCond]  # captions to their conditioning, a row for each
-Arrays = dict[str, "NDArray[Any]"]
 
 _DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")  # that torch has too
 
@@ -77,18 +76,11 @@ class DiskStore:
     def get(self, number: int) -> dict[str, Tensor]:
         """See `TextStore`."""
         file = self.files[number]
-        try:
-            arrays = store.read(file, self.keys)
-            why = _not_finite(arrays)  # also in files that were not checked
-        except FileNotFoundError:
-            why = "it is gone"
-        except OSError as error:
-            why = error.strerror or str(error)
-        except store.CacheDamaged as error:
-            why = str(error)
-        if why:
-            raise UserError(f"{file}: cached text encoder outputs cannot be used ({why}); delete it and start again")
-        return {name: torch.from_numpy(arrays[name]) for name in self.keys}
+        arrays = read_arrays(file, self.keys, "text encoder outputs")
+        broken = [name for name, array in arrays.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]
+        if broken:  # in a file that was not checked
+            raise unusable(file, "text encoder outputs", f"NaN or infinite values in {' and '.join(broken)}")
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def requests_of(records: Sequence[Record]) -> list[TextRequest]:
@@ -343,8 +335,3 @@ def _invalid_reason(file: Path, request: TextRequest, layout: TextLayout, made_b
     if not isinstance(encoders, dict) or not made_by.items() <= encoders.items():
         return "made by another text encoder, or with other settings of it"
     return None
-
-
-def _not_finite(arrays: Mapping[str, NDArray[Any]]) -> str | None:
-    broken = [name for name, array in arrays.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]
-    return f"NaN or infinite values in {' and '.join(broken)}" if broken else None

@@ -153,7 +153,7 @@ def _cell(data: TrainingData, record: Record, moments: Sequence[ItemKey]) -> Cel
 
 
 def _choose(parts: Sequence[TrainingData], most: int) -> list[list[int]]:
-    """Numbers of records, for each part: as many of every subset, as far as it has them, spread over all of it."""
+    """Numbers of records, for each part: as many of every subset, as far as it has them, from all over it."""
     groups: dict[tuple[int, int, int], list[int]] = {}
     for at, part in enumerate(parts):
         for number, record in enumerate(part.records):

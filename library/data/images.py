@@ -64,7 +64,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Probe(NamedTuple):
-    """What the header of an image file tells."""
+    """What the header of an image file says."""
 
     size: Size  # upright, as training sees it
     turned: bool  # EXIF says that the stored pixels are to be turned or mirrored
@@ -468,7 +468,7 @@ def random_cut(resized: Size, to: Size, rng: Random) -> Cut:
 
 
 def face_box(path: Path) -> FaceBox | None:
-    """The face that a file name ``<name>_<cx>_<cy>_<w>_<h>`` tells of."""
+    """The face in a file name ``<name>_<cx>_<cy>_<w>_<h>``."""
     fields = path.stem.split("_")
     if len(fields) < 5 or not all(field.isdecimal() for field in fields[-4:]):
         return None

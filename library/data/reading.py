@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def read_data(specs: list[Any], opts: Options, traits: FamilyTraits, processes: Processes) -> Any:
-    """The data of a run, whose seed is known by now; what was found is told in the log.
+    """The data of a run, whose seed is known by now; what was found goes to the log.
 
     Raises: UserError: it cannot be used.
     """

@@ -23,7 +23,7 @@ _MOST_PIXELS = 10**8  # of an image that is enlarged for its bucket
 
 
 class _Look(NamedTuple):
-    """What looking at an image's header told; `reason` why it cannot be used."""
+    """What an image's header says; `reason` why it cannot be used."""
 
     size: Size | None
     turned: bool = False
@@ -32,7 +32,7 @@ class _Look(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """A record, and what was seen on the way that only the report tells."""
+    """A record, and what only the report needs of it."""
 
     record: Record
     turned: bool  # by EXIF orientation

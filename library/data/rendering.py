@@ -93,7 +93,7 @@ def _cut(record: Record, rng: Random) -> Cut:
 
 
 def recorded_crop(record: Record, flip: bool) -> tuple[int, int]:
-    """(top, left) that SDXL is told; a mirrored image counts from its other side. See `buckets.crop_ltrb`."""
+    """(top, left) that SDXL is conditioned on; a mirrored image counts from its other side. See `buckets.crop_ltrb`."""
     frame = record.size if record.resized is not None else record.bucket
     left, top, right, _ = buckets.crop_ltrb(record.bucket, frame)
     return int(top), int(record.bucket.width - right if flip else left)

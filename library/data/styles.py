@@ -20,7 +20,7 @@ from library.types import Size
 
 
 class ImageEntry(NamedTuple):
-    """An image as its folder or metadata file tells of it, before anybody has looked into it."""
+    """An image as its folder or metadata file names it, before its file is opened."""
 
     path: Path  # where there are latents only: the image's place without extension
     caption: str | None  # None: nothing says; the class tokens stand in

@@ -578,7 +578,7 @@ def test_a_file_that_cannot_be_written_is_named(image):
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (Path.unlink, "gone"),
+        (Path.unlink, "No such file"),
         (lambda path: path.write_bytes(b"PK"), "cannot be used"),
         (lambda path: rewrite(path, pooled=None), "cannot be used"),
         (lambda path: rewrite(path, pooled=np.full(4, np.nan)), "NaN"),
