@@ -112,7 +112,7 @@ def _train(family_name: str, method_name: str, argv: Sequence[str], options: Opt
     _rehearse(opts, accelerator, shards)
     opts = opts.replaced(seed=joining.agreed_seed(opts, accelerator))
 
-    from library.data.reading import read_data
+    from library.data.load import read_data
     from library.runtime.processes import Processes
     from library.training import lr_schedules
 

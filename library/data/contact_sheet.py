@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from library.data import images
-from library.data.lettering import TEXT, length, shorten, step, without_face, wrap, write
+from library.data.text_drawing import TEXT, length, shorten, step, without_face, wrap, write
 from library.data.types import ItemKey
 from library.errors import UserError
 from library.runtime.durable import replacing

@@ -8,11 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from library.data import buckets, images, info_cache, likeness
+from library.data import buckets, images, info_cache, near_duplicates
 from library.data.buckets import Fit
 from library.data.holdout import hold_out
 from library.data.index import FileIndex
-from library.data.styles import ImageEntry, ScanLog, find_images
+from library.data.sources import ImageEntry, ScanLog, find_images
 from library.data.types import DatasetSpec, Record, ScanReport, SubsetSpec
 from library.errors import UserError
 from library.runtime.logs import LOGGER
@@ -102,8 +102,8 @@ def _check_masks(records: Sequence[Record], index: FileIndex, scan: ScanReport) 
 def _check_looks(records: Sequence[Record], index: FileIndex, scan: ScanReport) -> None:
     """Notes which images are the same or look it, and drops those whose header is whole and whose pixels are not."""
     sizes = {record.path: record.size for record in records if record.present}
-    scan.copies = likeness.copies(sizes, index)
-    looks = likeness.look_at(list(sizes), scan.copies, index)
+    scan.copies = near_duplicates.copies(sizes, index)
+    looks = near_duplicates.look_at(list(sizes), scan.copies, index)
     scan.alike = None if looks is None else looks.alike
     scan.dropped += looks.damaged.items() if looks is not None else ()
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from library.data import likeness
+from library.data import near_duplicates
 from library.data.buckets import aspect_error
 from library.types import Size
 
@@ -81,9 +81,8 @@ def _likeness_lines(scan: ScanReport) -> list[str]:
     if len(groups) > _NAMED:
         lines.append(f"and {len(groups) - _NAMED} more groups of equal files")
     if scan.alike is None:
-        lines.append(
-            f"images were not decoded to see which are damaged or look alike, as they are more than {likeness.MOST}"
-        )
+        most = near_duplicates.MOST
+        lines.append(f"images were not decoded to see which are damaged or look alike, as they are more than {most}")
         return lines
     lines += [f"look almost the same: {_joined(group)}" for group in scan.alike[:_NAMED]]
     if len(scan.alike) > _NAMED:

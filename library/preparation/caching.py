@@ -102,8 +102,8 @@ def cache_latents(opts: Options) -> Outcome:
     from library import encoding
     from library.caching import latents
     from library.checkpoints.hashes import weights_fingerprint
+    from library.data.load import read_data
     from library.data.opencv import opencv
-    from library.data.reading import read_data
     from library.runtime.processes import Processes
     from library.training import placement
 
@@ -163,7 +163,7 @@ def cache_texts(opts: Options) -> Outcome:
     """
     from library import encoding
     from library.caching import text
-    from library.data.reading import read_data
+    from library.data.load import read_data
     from library.runtime.processes import Processes
     from library.training import placement
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from library.data import info_cache, metadata_files
+from library.data.cached_names import Prepared
 from library.data.captions import DEFAULT_EXTENSION, caption_name, extension_in_use, read_caption
 from library.data.folders import is_image, is_other_image
 from library.data.index import FileIndex
-from library.data.prepared import Prepared
 from library.data.types import SubsetSpec
 from library.errors import UserError
 from library.types import Size
