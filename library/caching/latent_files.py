@@ -116,7 +116,8 @@ class LatentCache:
             note["mask"] = before["mask"] if request.mask is None else note["mask"]
         origin = {foreign.SIZE: np.array(request.size, np.int64), foreign.CROP: np.array(request.crop_ltrb)}
         useless = {suffix, sized} | {other for other in notes if not _same_origin(notes[other], fingerprint)}
-        kept = {name: array for name, array in old.items() if _suffix_of(name) not in useless}
+        ours = {name: _OF_AN_ENTRY.fullmatch(name) for name in old}
+        kept = {name: old[name] for name, match in ours.items() if match is None or match[2] not in useless}
         new = given | origin | {_NOTE: store.pack_note(note)}
         store.write(file, kept | {name + suffix: array for name, array in new.items()})
         if self.layout.as_prepared and file == _oldest_file(request.image):
@@ -236,12 +237,6 @@ def _save_flip_file(request: CacheRequest, arrays: Mapping[str, NDArray[Any]] | 
 
 def _size_suffix(shape: Shape) -> str:
     return f"_{shape[1]}x{shape[2]}"
-
-
-def _suffix_of(name: str) -> str | None:
-    """The suffix of the entry that an array belongs to; None: it belongs to none."""
-    match = _OF_AN_ENTRY.fullmatch(name)
-    return match[2] if match else None
 
 
 def _existing(file: Path) -> tuple[Mapping[str, Any], dict[str, NDArray[Any]]]:

@@ -33,8 +33,6 @@ from library.types import TextCond, TextLayout
 from library.version import NAME, VERSION
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from library.data.types import Record
 
 Encode = Callable[[list[str]], TextCond]  # captions to their conditioning, a row for each
@@ -259,10 +257,11 @@ def _encode_to_files(
         if set(cond.tensors) != set(layout.keys):
             raise ValueError(f"the encoder gives {sorted(cond.tensors)}, the files hold {sorted(layout.keys)}")
         broken = _not_finite_rows(cond, captions)
+        cond = cond.map(lambda one: one.float() if one.dtype == torch.bfloat16 else one)  # numpy has no bfloat16
         return [
             _nan_error(todo[caption][0])
             if caption in broken
-            else {name: _array(cond.tensors[name][row]) for name in layout.keys}
+            else {name: cond.tensors[name][row].numpy() for name in layout.keys}
             for row, caption in enumerate(captions)
         ]
 
@@ -290,10 +289,6 @@ def _encode_to_files(
     )
     too_long = None if on_error is None else lambda one, error: on_error(one.image, error.problems[0])
     write_files(writes(), files, 2 * encoder.batch_size, too_long)
-
-
-def _array(row: Tensor) -> NDArray[Any]:
-    return (row.float() if row.dtype == torch.bfloat16 else row).numpy()  # numpy has no bfloat16
 
 
 def _note(caption: str, made_by: Mapping[str, str]) -> dict[str, Any]:

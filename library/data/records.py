@@ -22,7 +22,7 @@ _MOST_ITEMS = 20_000_000  # of an epoch, whose order is a list in memory
 _MOST_PIXELS = 10**8  # of an image that is enlarged for its bucket
 
 
-class _Look(NamedTuple):
+class _Header(NamedTuple):
     """What an image's header says; `reason` why it cannot be used."""
 
     size: Size | None
@@ -60,8 +60,8 @@ def read_records(
     for number, spec in enumerate(specs):
         for subset in spec.subsets:
             images = find_images(subset, index, log)
-            looks = _look_at(images, index)
-            found = _usable(images, looks, subset, number, spec, scan, log.problems)
+            headers = _read_headers(images, index)
+            found = _usable(images, headers, subset, number, spec, scan, log.problems)
             if main and subset.cache_info and not log.problems:
                 _keep_info(subset, [one.record for one in found])
             seen += found
@@ -92,10 +92,10 @@ def _check_masks(records: Sequence[Record], index: FileIndex, scan: ScanReport) 
     masked = {record.conditioning: record for record in records if record.conditioning is not None}
     seen = index.learn("image", list(masked), images.describe)
     for (mask, record), described in zip(masked.items(), seen, strict=True):
-        look = _as_look(described)
-        if look.size is None:
-            scan.dropped.append((record.path, f"its mask {mask} cannot be used: {look.reason}"))
-        elif abs(buckets.aspect_error(look.size, record.size)) > 0.02 * record.size.width / record.size.height:
+        header = _as_header(described)
+        if header.size is None:
+            scan.dropped.append((record.path, f"its mask {mask} cannot be used: {header.reason}"))
+        elif abs(buckets.aspect_error(header.size, record.size)) > 0.02 * record.size.width / record.size.height:
             scan.other_shapes.append(mask)
 
 
@@ -108,17 +108,17 @@ def _check_looks(records: Sequence[Record], index: FileIndex, scan: ScanReport) 
     scan.dropped += looks.damaged.items() if looks is not None else ()
 
 
-def _look_at(found: Sequence[ImageEntry], index: FileIndex) -> list[_Look]:
+def _read_headers(found: Sequence[ImageEntry], index: FileIndex) -> list[_Header]:
     to_see = [one.path for one in found if one.present and one.size is None]
     seen = iter(index.learn("image", to_see, images.describe))
-    return [_Look(one.size) if one.size is not None or not one.present else _as_look(next(seen)) for one in found]
+    return [_Header(one.size) if one.size is not None or not one.present else _as_header(next(seen)) for one in found]
 
 
-def _as_look(described: list | str) -> _Look:
+def _as_header(described: list | str) -> _Header:
     if isinstance(described, str):
-        return _Look(None, reason=described)
+        return _Header(None, reason=described)
     width, height, turned, frames = described
-    return _Look(Size(width, height), turned, frames)
+    return _Header(Size(width, height), turned, frames)
 
 
 def _keep_info(subset: SubsetSpec, found: Iterable[Record]) -> None:
@@ -128,7 +128,7 @@ def _keep_info(subset: SubsetSpec, found: Iterable[Record]) -> None:
 
 def _usable(
     images: Sequence[ImageEntry],
-    looks: Sequence[_Look],
+    headers: Sequence[_Header],
     subset: SubsetSpec,
     number: int,
     spec: DatasetSpec,
@@ -137,15 +137,15 @@ def _usable(
 ) -> list[_Seen]:
     seen, wrong_size, fitted = [], [], []
     bucket_of = bucket_chooser(spec)
-    for one, look in zip(images, looks, strict=True):
-        if look.size is None:
-            scan.dropped.append((one.path, look.reason or "neither an image nor its size is known"))
+    for one, header in zip(images, headers, strict=True):
+        if header.size is None:
+            scan.dropped.append((one.path, header.reason or "neither an image nor its size is known"))
             continue
-        frame = _prepared_frame(one, look.size, spec) or _frame(one.path, look.size, subset, spec, bucket_of)
+        frame = _prepared_frame(one, header.size, spec) or _frame(one.path, header.size, subset, spec, bucket_of)
         if frame is None and not spec.enable_bucket and not spec.fits_any_size:
-            wrong_size.append((one.path, look.size))
+            wrong_size.append((one.path, header.size))
         elif frame is None:
-            size = f"{look.size.width}x{look.size.height}"
+            size = f"{header.size.width}x{header.size.height}"
             scan.dropped.append((one.path, f"{size} is too small or too narrow for a bucket"))
         else:
             if not spec.enable_bucket and one.bucket is None and frame[1] is not None:
@@ -153,7 +153,7 @@ def _usable(
             record = Record(
                 path=one.path,
                 caption=one.caption if one.caption is not None else subset.class_tokens or "",
-                size=look.size,
+                size=header.size,
                 bucket=frame[0],
                 resized=frame[1],
                 subset=subset,
@@ -164,14 +164,14 @@ def _usable(
                 conditioning=one.conditioning,
                 tags=one.tags,
             )
-            seen.append(_Seen(record, look.turned, look.frames > 1, one.caption is not None))
+            seen.append(_Seen(record, header.turned, header.frames > 1, one.caption is not None))
     varied = [name for name in ("color_aug", "random_crop", "face_crop_aug_range") if getattr(subset, name)]
     if varied and any(not one.record.present for one in seen):
         why = "needs the images, and some have latents only"
         problems.append(f"{subset.place}: {varied[0]} {why}; remove {varied[0]}")
     if fitted:
         scan.warnings.append(
-            f"{subset.place}: {len(fitted)} of {len(looks)} images do not have the size "
+            f"{subset.place}: {len(fitted)} of {len(headers)} images do not have the size "
             f"{spec.resolution.width}x{spec.resolution.height} (the first is {fitted[0].name}); they are resized and "
             "cut at the centre; enable_bucket would keep their shapes"
         )
@@ -179,7 +179,7 @@ def _usable(
         path, size = wrong_size[0]
         wanted = f"{spec.resolution.width}x{spec.resolution.height}"
         problems.append(
-            f"{subset.place}: {len(wrong_size)} of {len(looks)} images do not have the size {wanted} "
+            f"{subset.place}: {len(wrong_size)} of {len(headers)} images do not have the size {wanted} "
             f"(the first is {path.name}, {size.width}x{size.height}); set enable_bucket, or resize them"
         )
     return seen
