@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 Encode = Callable[[list[str]], TextCond]  # captions to their conditioning, a row for each
 
+_ABSENT = "it is not there"
 _DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")  # that torch has too
 
 
@@ -161,21 +162,19 @@ def cache_on_disk(
     wanted = {name: value for name, value in made_by.items() if name not in skip_encoders}
     processes = encoder.processes
     share = processes.share_of(list(_by_caption(requests, layout).items()))
-    reasons: list[str] = []
+    invalid: list[str] = []
     todo: dict[str, list[TextRequest]] = {}
     for caption, members in share:
         for one in members:
             file = cache_file(one, layout)
-            there = os.path.isfile(file)  # Path.is_file raises over names that are too long
-            reason = _invalid_reason(file, one, layout, wanted) if there and check else None
+            reason = _reason_to_make(file, one, layout, wanted, check)
             if reason:
-                reasons.append(f"{file}: {reason}")
-            if reason or not there:
                 todo.setdefault(caption, []).append(one)
+                invalid += [] if reason == _ABSENT else [f"{file}: {reason}"]
     made = sum(map(len, todo.values()))
     kept = sum(len(members) for _, members in share) - made
     where = "" if processes.world == 1 else f", of process {processes.rank + 1}"
-    report_missing(f"text encoder outputs on disk{where}", kept, reasons, made - len(reasons))
+    report_missing(f"text encoder outputs on disk{where}", kept, invalid, made - len(invalid))
     if todo:
         _encode_to_files(todo, layout, encoder, made_by, on_error)
     processes.wait()
@@ -187,15 +186,9 @@ def invalid_files(requests: Sequence[TextRequest], layout: TextLayout, *, check:
 
     Args: as those of `cache_on_disk`.
     """
-    found: dict[Path, str] = {}
-    for one in requests:
-        file = cache_file(one, layout)
-        reason = "it is not there"
-        if os.path.isfile(file):
-            reason = _invalid_reason(file, one, layout, {}) if check else None
-        if reason:
-            found[file] = reason
-    return found
+    files = {cache_file(one, layout): one for one in requests}
+    reasons = {file: _reason_to_make(file, one, layout, {}, check) for file, one in files.items()}
+    return {file: reason for file, reason in reasons.items() if reason}
 
 
 def _by_caption(requests: Sequence[TextRequest], layout: TextLayout) -> dict[str, list[TextRequest]]:
@@ -298,6 +291,15 @@ def _note(caption: str, made_by: Mapping[str, str]) -> dict[str, Any]:
         "caption": hashlib.sha256(caption.encode()).hexdigest()[:32],
         "encoder": dict(made_by),
     }
+
+
+def _reason_to_make(
+    file: Path, request: TextRequest, layout: TextLayout, made_by: Mapping[str, str], check: bool
+) -> str | None:
+    """None: the file is there and fits."""
+    if not os.path.isfile(file):  # Path.is_file raises over names that are too long
+        return _ABSENT
+    return _invalid_reason(file, request, layout, made_by) if check else None
 
 
 def _invalid_reason(file: Path, request: TextRequest, layout: TextLayout, made_by: Mapping[str, str]) -> str | None:
