@@ -28,13 +28,14 @@ from torch import Tensor
 
 from library import cli
 from library.caching import latents
-from library.caching.latent_files import CacheLayout
+from library.caching.encode_missing import Encoder
 from library.data import images
 from library.data.blueprint import build_specs
 from library.data.dataset import TrainingData, build_training_data
 from library.families.sd.options import TRAITS
 from library.options import parsing, scripts
 from library.runtime import logs
+from library.types import CacheLayout
 
 MODEL = ROOT / "examples" / "tiny_model" / "tiny-sd.safetensors"
 LAYOUT = CacheLayout(TRAITS.cache_suffix, TRAITS.latent_channels, TRAITS.cache_keys_by_size)
@@ -79,12 +80,13 @@ def loop_on_disk(data: TrainingData, encode: Encode) -> None:
 
 
 def ours_in_memory(data: TrainingData, encode: Encode) -> None:
-    latents.cache_in_memory(data, latents.Encoder(encode, data.opts.data.vae_batch_size, 1, progress=QUIET))
+    encoder = Encoder(encode, data.opts.data.vae_batch_size, 1, progress=QUIET)
+    latents.cache_in_memory(data.records, encoder, LAYOUT)
 
 
 def ours_on_disk(data: TrainingData, encode: Encode) -> None:
-    encoder = latents.Encoder(encode, data.opts.data.vae_batch_size, 1, progress=QUIET)
-    latents.cache_on_disk(data, encoder, LAYOUT, "bench")
+    encoder = Encoder(encode, data.opts.data.vae_batch_size, 1, progress=QUIET)
+    latents.cache_on_disk(data.records, data.index, encoder, LAYOUT, "bench")
 
 
 def remove_caches(folder: Path) -> None:

@@ -24,12 +24,13 @@ from images import write_images
 from torch import Tensor
 
 from library.caching import latents
-from library.caching.latent_files import CacheLayout
+from library.caching.encode_missing import Encoder
 from library.data.blueprint import build_specs
 from library.data.dataset import TrainingData, build_training_data
 from library.families.sd.options import TRAITS
 from library.options import parsing, scripts
 from library.runtime import logs
+from library.types import CacheLayout
 
 WORKERS = (0, 2, 4)
 ROUNDS = 3
@@ -50,8 +51,10 @@ def pooled(pixels: Tensor, _: object) -> Tensor:
 
 
 def cache(data: TrainingData) -> TrainingData:
-    encoder = latents.Encoder(pooled, 4, 1, progress=partial(logs.progress, disable=True))
-    latents.cache_on_disk(data, encoder, CacheLayout("_bench.npz", 4, False), "no VAE")
+    encoder = Encoder(pooled, 4, 1, progress=partial(logs.progress, disable=True))
+    layout = CacheLayout("_bench.npz", 4, False)
+    result = latents.cache_on_disk(data.records, data.index, encoder, layout, "no VAE")
+    data.set_latents(result.entries, in_memory=False)
     return data
 
 

@@ -23,13 +23,13 @@ from library.training import joining
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from library.data.blueprint import DatasetSpec
-    from library.families.base import Family, FamilyTraits
+    from library.data.types import DatasetSpec
+    from library.families.base import Family
     from library.options.base import Options
     from library.options.sharding import Sharding
     from library.training.plan import RunPlan
     from library.training.sharding import Shards
-    from library.types import Models
+    from library.types import FamilyTraits, Models
 
 TITLES = {
     "network": "Trains a LoRA-type network on {model}.",
@@ -112,7 +112,7 @@ def _train(family_name: str, method_name: str, argv: Sequence[str], options: Opt
     _rehearse(opts, accelerator, shards)
     opts = opts.replaced(seed=joining.agreed_seed(opts, accelerator))
 
-    from library.data.reading import read_data
+    from library.data.load import read_data
     from library.runtime.processes import Processes
     from library.training import lr_schedules
 

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.runtime import logs
-from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from library.caching.latent_files import CacheLayout
-    from library.families.base import Family, FamilyTraits
+    from library.caching.encode_missing import Encoder, OnError
+    from library.data.dataset import TrainingData
+    from library.families.base import Family
     from library.methods.base import Method
     from library.options.base import Options
-    from library.types import TextCond
+    from library.types import CacheLayout, FamilyTraits, Models, TextCond, TextLayout
 
 
-def latent_cache(opts: Options, family: Family, models: Any, data: Any) -> Any:
+def latent_cache(opts: Options, family: Family, models: Models, data: TrainingData) -> Callable[[Encoder], None] | None:
     """What caches the latents once it is given an encoder; None: images are encoded whenever they come up.
 
     Metadata data sets whose latents all lie beside the images use them without being asked to: preparing them is
@@ -31,28 +30,36 @@ def latent_cache(opts: Options, family: Family, models: Any, data: Any) -> Any:
     from library.caching import latents
     from library.checkpoints.hashes import weights_fingerprint
 
-    options, layout = opts.data, latent_layout(family.traits)
-    on_disk = options.cache_latents_to_disk or any(not record.present for record in data.all_records)
+    options, layout, records = opts.data, latent_layout(family.traits), data.all_records
+    on_disk = options.cache_latents_to_disk or any(not record.present for record in records)
     if not on_disk and not options.cache_latents and data.is_prepared():
-        on_disk = latents.files_are_there(data, layout)
-    if on_disk:
-        vae = weights_fingerprint(models.vae)
-        check = not options.skip_cache_check
-        return partial(latents.cache_on_disk, data, layout=layout, vae=vae, check=check)
-    return partial(latents.cache_in_memory, data) if options.cache_latents else None
+        on_disk = next(latents.without_files(records, data.index, layout), None) is None
+    if not on_disk and not options.cache_latents:
+        return None
+    vae = weights_fingerprint(models.vae) if on_disk else ""  # before the weights are placed and cast
+
+    def fill(encoder: Encoder) -> None:
+        if on_disk:
+            check = not options.skip_cache_check
+            entries = latents.cache_on_disk(records, data.index, encoder, layout, vae, check=check).entries
+        else:
+            entries = latents.cache_in_memory(records, encoder, layout)
+        data.set_latents(entries, in_memory=not on_disk)
+
+    return fill
 
 
 def latent_layout(traits: FamilyTraits) -> CacheLayout:
     """How a family's files of latents look."""
-    from library.caching.latent_files import CacheLayout
+    from library.types import CacheLayout
 
     return CacheLayout(traits.cache_suffix, traits.latent_channels, traits.cache_keys_by_size)
 
 
-def latent_encoder(opts: Options, family: Family, models: Any, accelerator: Accelerator) -> Any:
+def latent_encoder(opts: Options, family: Family, models: Models, accelerator: Accelerator) -> Encoder:
     import torch
 
-    from library.caching.latents import Encoder
+    from library.caching.encode_missing import Encoder
     from library.runtime.processes import Processes
 
     @torch.no_grad()
@@ -64,7 +71,7 @@ def latent_encoder(opts: Options, family: Family, models: Any, accelerator: Acce
     return Encoder(encode, opts.data.vae_batch_size, opts.training.seed, processes, bar)
 
 
-def require_texts(opts: Options, family: Family, missing: Sequence[str], data: Any, *, samples: bool) -> None:
+def require_texts(opts: Options, family: Family, missing: Sequence[str], data: TrainingData, *, samples: bool) -> None:
     """Finds out whether a run can do without text encoders.
 
     Args:
@@ -76,11 +83,11 @@ def require_texts(opts: Options, family: Family, missing: Sequence[str], data: A
         return
     if samples:
         raise UserError(*missing, hint="--sample_prompts have to be encoded even where captions need not be")
-    from library.caching import text_outputs
+    from library.caching import text
 
-    items, layout = text_outputs.items_of(data.all_records), family.text_layout()
+    requests, layout = text.requests_of(data.all_records), family.text_layout()
     assert layout is not None, "a family that does without encoders has such files"
-    lacking = text_outputs.unusable_files(items, layout, check=not opts.data.skip_cache_check)
+    lacking = text.invalid_files(requests, layout, check=not opts.data.skip_cache_check)
     for file, why in lacking.items():
         more = f" and {len(lacking) - 1} more files" if len(lacking) > 1 else ""
         raise UserError(*(f"{line}: {file} would have to be made ({why}){more}" for line in missing))
@@ -90,14 +97,14 @@ def text_cache(
     opts: Options,
     family: Family,
     method: Method,
-    models: Any,
-    data: Any,
-    failed: Callable[[Path, str], None] | None = None,
-) -> Any:
+    models: Models,
+    data: TrainingData,
+    on_error: OnError | None = None,
+) -> Callable[[Accelerator], None] | None:
     """What caches the text encoders' outputs once they are in place; None: captions are encoded as they come up.
 
     Args:
-        failed: see `text_outputs.cache_text_on_disk`.
+        on_error: see `text.cache_on_disk`.
     Raises: UserError: no text encoder's outputs stay as they are.
     """
     options = getattr(opts, "text_cache", None)
@@ -115,54 +122,45 @@ def text_cache(
     assert layout is not None, "a family with these options has such files"
     # The weights as read are at hand, those that encode may be smaller. Outputs of fp8 are shared with exact ones.
     form = placement.text_encoder_form(opts)
-    made_by = f" in {form}" if form not in (None, "fp8") else ""
-    encoder = {part: weights_fingerprint(module) + made_by for part, module in sorted(models.text_encoders.items())}
+    rounded = f" in {form}" if form not in (None, "fp8") else ""
+    made_by = {part: weights_fingerprint(module) + rounded for part, module in sorted(models.text_encoders.items())}
     added = method.added()
     if added is not None and opts.method.network_weights and not opts.method.network_train_unet_only:
-        encoder["network"] = weights_fingerprint(added)  # one that has learned something acts on the encoders
-    encoder |= {name: str(value) for name, value in sorted(layout.settings.items())}
-    return partial(_cache_text, opts, family, method, models, data, layout, encoder, failed)
+        made_by["network"] = weights_fingerprint(added)  # one that has learned something acts on the encoders
+    made_by |= {name: str(value) for name, value in sorted(layout.settings.items())}
+    return partial(_cache_text, opts, family, method, models, data, layout, made_by, on_error)
 
 
 def _cache_text(
     opts: Options,
     family: Family,
     method: Method,
-    models: Any,
-    data: Any,
-    layout: Any,
-    encoder: dict[str, str],
-    failed: Callable[[Path, str], None] | None,
+    models: Models,
+    data: TrainingData,
+    layout: TextLayout,
+    made_by: dict[str, str],
+    on_error: OnError | None,
     accelerator: Accelerator,
 ) -> None:
-    from library.caching import text_outputs
+    from library.caching import text
+    from library.caching.encode_missing import Encoder
     from library.runtime.processes import Processes
 
     def encode(captions: list[str]) -> TextCond:
         with accelerator.autocast():
             return family.encode_text(models, captions)
 
-    items = text_outputs.items_of(data.all_records)
-    batch_size = opts.text_cache.text_encoder_batch_size or opts.data.train_batch_size
-    bar = partial(logs.progress, disable=not accelerator.is_main_process)
-    processes = Processes(accelerator.process_index, accelerator.num_processes)
-    if not opts.text_cache.cache_text_encoder_outputs_to_disk:
-        data.set_text(text_outputs.cache_text_in_memory(items, encode, batch_size, bar, processes))
-        return
-    _, reasons = text_outputs.cache_text_on_disk(
-        items,
-        layout,
+    requests = text.requests_of(data.all_records)
+    encoder = Encoder(
         encode,
-        encoder,
-        batch_size,
-        unread=method.working_text_encoders(),
-        rank=processes.rank,
-        world=processes.world,
-        check=not opts.data.skip_cache_check,
-        failed=failed,
-        progress=bar,
+        opts.text_cache.text_encoder_batch_size or opts.data.train_batch_size,
+        processes=Processes(accelerator.process_index, accelerator.num_processes),
+        progress=partial(logs.progress, disable=not accelerator.is_main_process),
     )
-    for reason in reasons:
-        LOGGER.warning("%s", reason)
-    processes.wait()
-    data.set_text(text_outputs.disk_store(items, layout))
+    if not opts.text_cache.cache_text_encoder_outputs_to_disk:
+        data.set_text(text.cache_in_memory(requests, encoder))
+        return
+    check, skip = not opts.data.skip_cache_check, method.working_text_encoders()
+    data.set_text(
+        text.cache_on_disk(requests, layout, encoder, made_by, skip_encoders=skip, check=check, on_error=on_error)
+    )

@@ -10,9 +10,10 @@ from library.options import scripts
 from library.options.base import Option, options_of
 
 if TYPE_CHECKING:
-    from library.families.base import Family, FamilyTraits
+    from library.families.base import Family
     from library.methods.base import Method
     from library.options.base import Options
+    from library.types import FamilyTraits
 
 # name, which is that of a package in library.families -> its adapter class in `adapter`; `options` holds TRAITS and
 # `variants` `check_paths(opts)`, `check_text_paths(opts)` where texts need less, and `missing_encoders(opts)` where

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from library.errors import UserError
 
@@ -153,3 +153,50 @@ class BlockLayout:
     @property
     def total(self) -> int:
         return self.down + self.mid + self.up + 2 * self.edge
+
+
+@dataclass(frozen=True)
+class FamilyTraits:
+    """Numbers and words that code outside the family may need. Never ask for `label` to decide anything."""
+
+    label: str  # for messages, e.g. "Stable Diffusion 1.x/2.x"
+    text_encoders: tuple[str, ...]  # LoRA prefixes: SD ("te",), SDXL ("te1", "te2"), FLUX ("te1", "te3")
+    latent_channels: int
+    pixel_multiple: int  # sampled images' sides are floored to this
+    bucket_step: int  # bucket sizes must be multiples of this
+    objective: Literal["ddpm", "flow"]
+    cache_suffix: str  # of latent cache files, e.g. "_sd.npz"
+    default_resolution: int  # pixels; side of sample images when nothing is said
+    sample_steps: int
+    sample_scale: float
+    cache_keys_by_size: bool = False  # arrays in latent cache files are named by the size of the latents
+    block_layout: BlockLayout | None = None  # how block-wise lists of networks are divided; None: there are no such
+    blocks_per_swap: float = 1.0  # that --blocks_to_swap counts as one
+    # Flow models: (height, width) of the latents -> s; sampling takes sigma' = s sigma / (1 + (s - 1) sigma).
+    flow_shift: Callable[[int, int], float] | None = None
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """How a family's files of cached latents are named, and what is in them."""
+
+    suffix: str  # of file names, e.g. "_sd.npz"
+    channels: int  # of the latents
+    keys_by_size: bool  # array names always end in the size of the latents
+    as_prepared: bool = False  # new files are named as preparing by metadata file has always named them
+    stride: int = 8  # pixels per position of the latents
+
+
+@dataclass(frozen=True)
+class TextLayout:
+    """How a family's files of cached text-encoder outputs look.
+
+    Arrays are named as the tensors of its TextCond, one row each, without batch axis.
+    """
+
+    suffix: str  # of file names, e.g. "_te_outputs.npz"
+    keys: tuple[str, ...]
+    flags: Mapping[str, bool] = field(default_factory=dict)  # 0-dim bool arrays that say how the rows were made
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of keys whose rows all have one shape
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what, beside the weights, decides what encoders give
+    reject_foreign: str | None = None  # why files of earlier trainers are of no use; None: they may be

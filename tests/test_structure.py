@@ -107,9 +107,12 @@ def runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
         yield from runtime_nodes(child)
 
 
-def imports(tree: ast.Module) -> Iterator[Import]:
-    """What a module imports when it runs, by `import`, by `from ... import` or by a literal `import_module(...)`."""
-    for node in runtime_nodes(tree):
+def imports(tree: ast.Module, *, for_types: bool = False) -> Iterator[Import]:
+    """What a module imports when it runs, by `import`, by `from ... import` or by a literal `import_module(...)`.
+
+    `for_types`: also what it imports under `if TYPE_CHECKING:`.
+    """
+    for node in ast.walk(tree) if for_types else runtime_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (Import(node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -203,8 +206,17 @@ def package_graph() -> dict[str, set[str]]:
     return graph
 
 
+def module_graph() -> dict[str, set[str]]:
+    """Which of our modules each imports, for types too."""
+    files = {module_of(file): file for file in code_files("library", "networks")}
+    return {
+        name: {one.module for one in imports(tree_of(file), for_types=True)} & files.keys() - {name}
+        for name, file in files.items()
+    }
+
+
 def cycles(graph: dict[str, set[str]]) -> list[str]:
-    """The packages that can reach themselves."""
+    """The packages or modules that can reach themselves."""
 
     def reachable(start: str) -> set[str]:
         found, todo = set(), [start]
@@ -235,6 +247,10 @@ def test_imports_point_down():
 
 def test_packages_do_not_import_each_other_in_a_circle():
     assert cycles(package_graph()) == []
+
+
+def test_no_circle_of_modules_not_even_of_types():
+    assert cycles(module_graph()) == []
 
 
 def test_only_families_know_their_names():

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import library.families
-from library.data.lettering import length, write
+from library.data.text_drawing import length, write
 from library.objectives.flow import FlowObjective, FlowSettings, loss_weight, shifted
 from library.options import scripts
 from library.options.loss import LossOptions, NoiseOptions

@@ -35,7 +35,7 @@ LARGEST_ARRAY = 1 << 28  # bytes of one array; latents of an image of 100 millio
 _LARGEST_FILE = 1 << 30  # bytes of all arrays of a file
 _WIDEST = 8  # bytes of a number, at most
 _LONGEST_HEADER = 1 << 12  # bytes before the numbers, at most
-_FEW = 8  # arrays of at most so many numbers are told by `summary` in full
+_FEW = 8  # `summary` gives arrays of at most so many elements in full
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)  # every member's time, so that equal arrays make equal files
 _UNIX = 3  # the system that members are said to be from, on every system
 _END = struct.Struct("<4s6xH10x")  # the record at the end of a zip file: its mark, and how many members there are
@@ -83,20 +83,14 @@ def names(path: Path) -> list[str]:
         return list(_members(archive))
 
 
-def write(path: Path, arrays: Mapping[str, NDArray[Any]], *, keep_others: bool = False) -> None:
+def write(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Writes an uncompressed .npz file beside `path` and renames it. Equal arrays make equal bytes.
 
     It does not wait for the disk: whoever writes many calls `flush_file_systems` once at the end. What a power cut
     before that leaves empty is found damaged when it is read, and made again.
 
-    Args:
-        keep_others: arrays of other names in an existing file stay; if that is damaged, they are lost. Only one process
-            may write to a file at a time.
-
     Raises: OSError: disk full, no permission; an existing file is as it was. ValueError: an array of Python objects.
     """
-    if keep_others:
-        arrays = {**_what_is_left(path), **arrays}
     content = io.BytesIO()
     with ZipFile(content, "w") as archive:
         for name in sorted(arrays):
@@ -194,7 +188,7 @@ def _members(archive: ZipFile) -> dict[str, ZipInfo]:
     for name in archive.NameToInfo:
         if not name.endswith(_EXTENSION):
             raise CacheDamaged(f"{name} in it is no array")
-    # The directory tells what members become when they are unpacked. A few bytes can become gigabytes.
+    # The directory says how large members are once unpacked. A few bytes can become gigabytes.
     sizes = [member.file_size for member in archive.NameToInfo.values()]
     if max(sizes) > LARGEST_ARRAY or sum(sizes) > _LARGEST_FILE:
         raise CacheDamaged(f"its arrays take {sum(sizes):,} bytes, more than any cache does")
@@ -237,10 +231,3 @@ def _header(content: bytes) -> _Header:
     if version not in readers:
         raise ValueError("unknown version of the format")
     return _Header(*readers[version](stream), stream.tell())
-
-
-def _what_is_left(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        return read(path)
-    except (CacheDamaged, FileNotFoundError):
-        return {}

@@ -47,13 +47,6 @@ def weights_fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def tensor_hash(path: str | Path) -> str:
-    """sha256, 64 hex digits, of a .safetensors file behind its header: `sshs_model_hash`. Raises: OSError."""
-    with open_regular(path) as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        return _sha256(file)
-
-
 def file_hash(path: str | Path) -> str:
     """sha256, 64 hex digits, of a whole file: `ss_new_*_hash`. "NOFILE" or "IsADirectory" where there is none."""
     return _no_file(path) or _hash_from(path, 0, None)
@@ -72,15 +65,11 @@ def _no_file(path: str | Path) -> str | None:
 
 
 def _hash_from(path: str | Path, start: int, size: int | None) -> str:
+    digest = hashlib.sha256()
     with open_regular(path) as file:
         file.seek(start)
-        return _sha256(file, size)
-
-
-def _sha256(file: IO[bytes], size: int | None = None) -> str:
-    digest = hashlib.sha256()
-    for piece in _pieces(file, size):
-        digest.update(piece)
+        for piece in _pieces(file, size):
+            digest.update(piece)
     return digest.hexdigest()
 
 

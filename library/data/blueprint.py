@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,60 +14,15 @@ from library.data.captions import CaptionOptions, changing
 from library.data.config_file import read_config
 from library.data.config_schema import DATASET, KEYS, OF_BUCKETS, SUBSET, Key, check_value
 from library.data.folders import has_images, repeat_folders
+from library.data.types import DatasetSpec, SubsetSpec
 from library.errors import UserError
 from library.options import base, validation
 from library.runtime.logs import LOGGER
 from library.types import Size
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
     from library.options.base import Options
-
-
-@dataclass(frozen=True)
-class SubsetSpec:
-    """One folder or metadata file of images, and what is done with them."""
-
-    image_dir: Path | None  # None: the metadata file names full paths
-    metadata_file: Path | None
-    conditioning_data_dir: Path | None  # an image of the same name for every image
-    class_tokens: str | None  # the caption of images without a caption file
-    is_reg: bool
-    num_repeats: int
-    caption_extension: str  # with the dot
-    cache_info: bool  # sizes and captions come from metadata_cache.json once that is there
-    captions: CaptionOptions
-    flip_aug: bool
-    color_aug: bool
-    random_crop: bool
-    face_crop_aug_range: tuple[float, float] | None  # frame side / face side, (closest, widest)
-    resize_interpolation: str | None  # None: area when shrinking, lanczos when enlarging
-    alpha_mask: bool  # transparency weighs the loss
-    custom_attributes: Mapping[str, Any] | None  # for code of the user's own
-
-    @property
-    def place(self) -> Path:
-        """The folder or file that messages name."""
-        return self.image_dir or self.metadata_file or Path()
-
-
-@dataclass(frozen=True)
-class DatasetSpec:
-    """Subsets that share a resolution and a batch size."""
-
-    subsets: tuple[SubsetSpec, ...]
-    batch_size: int  # per process
-    resolution: Size
-    enable_bucket: bool
-    min_bucket_reso: int  # pixels, a multiple of bucket_reso_steps
-    max_bucket_reso: int
-    bucket_reso_steps: int
-    bucket_no_upscale: bool
-    network_multiplier: float  # strength of the network while these images train
-    validation_split: float  # share of the images that is held out, 0 to 1
-    validation_seed: int | None
-    resize_interpolation: str | None
-    fits_any_size: bool  # without buckets: images of another size are resized and cut, as their latents are cached
+    from library.types import FamilyTraits
 
 
 def build_specs(opts: Options, traits: FamilyTraits) -> list[DatasetSpec]:

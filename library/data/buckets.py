@@ -82,7 +82,7 @@ def _round(value: float) -> int:
 
 
 def crop_ltrb(bucket: Size, image: Size) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) as caches record it and SDXL is told: where the whole image would lie in the bucket.
+    """(left, top, right, bottom) as in caches and SDXL's conditioning: where the whole image would lie in the bucket.
 
     It is the letter-box position, not the offset that the crop really had; files in circulation hold this value.
     """

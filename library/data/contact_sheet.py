@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from library.data import images
-from library.data.lettering import TEXT, length, shorten, step, without_face, wrap, write
-from library.data.sampler import Address
+from library.data.text_drawing import TEXT, length, shorten, step, without_face, wrap, write
+from library.data.types import ItemKey
 from library.errors import UserError
 from library.runtime.durable import replacing
 from library.runtime.logs import LOGGER, progress
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from library.data.dataset import TrainingData
-    from library.data.records import Record
+    from library.data.types import Record
 
 _NAME = re.compile(r"(validation_)?dataset\d+_bucket\d{4,}x\d{4,}_page\d+\.png")  # of a sheet
 _MANY = 50  # images from which there is a progress bar
@@ -126,17 +126,17 @@ def cells_of(data: TrainingData, numbers: Sequence[int], epochs: int) -> Iterato
     for item, number in enumerate(data.items.items):
         first_items.setdefault(number, item)
     wanted = {first_items[number] for number in numbers}
-    moments: dict[int, list[Address]] = {item: [] for item in wanted}
+    moments: dict[int, list[ItemKey]] = {item: [] for item in wanted}
     for epoch in range(1, epochs + 1):
         for batch in data.loader(epoch, workers=0).batches:
-            for address in batch:
-                if address.index in wanted:
-                    moments[address.index].append(address)
+            for item in batch:
+                if item.index in wanted:
+                    moments[item.index].append(item)
     for number in numbers:
         yield _cell(data, data.records[number], moments[first_items[number]])
 
 
-def _cell(data: TrainingData, record: Record, moments: Sequence[Address]) -> Cell:
+def _cell(data: TrainingData, record: Record, moments: Sequence[ItemKey]) -> Cell:
     captions = tuple(data.items.caption_at(moment) for moment in moments)
     if not record.present:
         return Cell(record, None, None, captions, False, "no image here, only its latents")
@@ -153,7 +153,7 @@ def _cell(data: TrainingData, record: Record, moments: Sequence[Address]) -> Cel
 
 
 def _choose(parts: Sequence[TrainingData], most: int) -> list[list[int]]:
-    """Numbers of records, for each part: as many of every subset, as far as it has them, spread over all of it."""
+    """Numbers of records, for each part: as many of every subset, as far as it has them, from all over it."""
     groups: dict[tuple[int, int, int], list[int]] = {}
     for at, part in enumerate(parts):
         for number, record in enumerate(part.records):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,54 +13,19 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from library.data import buckets, images, summary
-from library.data.blueprint import DatasetSpec
 from library.data.captions import make_caption
 from library.data.index import FileIndex, collector_paused
-from library.data.records import Findings, Record, read_records
+from library.data.records import read_records
 from library.data.rendering import loss_mask, recorded_crop, render
-from library.data.sampler import Address, BatchLoader, make_loader
+from library.data.sampler import BatchLoader, make_loader
+from library.data.types import DatasetSpec, ItemKey, LatentEntry, Record, Sample, ScanReport, TextStore
 from library.runtime.places import cache_folder
 from library.runtime.seeds import derive
 from library.types import Batch, Size, TextCond
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
     from library.options.base import Options
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One item of a batch. Either `pixels` or `latents` is there."""
-
-    caption: str
-    pixels: Tensor | None  # (3, H, W) in [-1, 1]
-    latents: Tensor | None  # (C, H/8, W/8)
-    mask: Tensor | None  # (1, H, W) or (1, H/8, W/8) in [0, 1]; None: all of the image counts
-    loss_weight: float
-    original_size: Size
-    crop_top_left: tuple[int, int]
-    target_size: Size
-    key: str
-    network_multiplier: float
-    attributes: Mapping[str, Any] | None
-    text: Mapping[str, Tensor] | None = None  # cached text-encoder outputs, without batch axis
-
-
-class LatentEntry(Protocol):
-    """The latents of one record, in memory or in a file. Picklable."""
-
-    def load(self, flip: bool) -> tuple[Tensor, Tensor | None]:
-        """(latents (C, H/8, W/8), mask as `Sample.mask`), of the mirrored image with `flip`, on the CPU.
-
-        Raises: UserError: its file is gone or damaged.
-        """
-
-
-class TextStore(Protocol):
-    """Text-encoder outputs by record, in memory or in files. Picklable."""
-
-    def get(self, number: int) -> Mapping[str, Tensor]:
-        """One record's tensors on the CPU, without batch axis. Raises: UserError: its file is gone or damaged."""
+    from library.types import FamilyTraits
 
 
 class ItemDataset(Dataset[Sample]):
@@ -88,11 +52,11 @@ class ItemDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, address: Address) -> Sample:
+    def __getitem__(self, key: ItemKey) -> Sample:
         """Raises: UserError: the image or its latents cannot be read."""
-        number = self.items[address.index]
+        number = self.items[key.index]
         record = self.records[number]
-        flip, look = self._look(record, address)
+        flip, look = self._look(record, key)
         pixels = latents = None
         if self.latents is None:
             view = render(record, flip, look)
@@ -100,7 +64,7 @@ class ItemDataset(Dataset[Sample]):
         else:
             latents, mask = self.latents[number].load(flip)
         return Sample(
-            caption=self.caption_at(address),
+            caption=self.caption_at(key),
             pixels=pixels,
             latents=latents,
             mask=mask,
@@ -114,20 +78,20 @@ class ItemDataset(Dataset[Sample]):
             text=None if self.text is None else self.text.get(self.first_text + number),
         )
 
-    def caption_at(self, address: Address) -> str:
+    def caption_at(self, key: ItemKey) -> str:
         """The caption as it is drawn there."""
-        record = self.records[self.items[address.index]]
+        record = self.records[self.items[key.index]]
         options = record.subset.captions.with_run_length(self.total_steps)
-        words = Random(derive(self.seed, "caption", address.epoch, address.index))
-        return make_caption(record.caption, options, words, address.epoch, address.step)
+        words = Random(derive(self.seed, "caption", key.epoch, key.index))
+        return make_caption(record.caption, options, words, key.epoch, key.step)
 
-    def is_mirrored_at(self, address: Address) -> bool:
+    def is_mirrored_at(self, key: ItemKey) -> bool:
         """Whether the image is mirrored there."""
-        return self._look(self.records[self.items[address.index]], address)[0]
+        return self._look(self.records[self.items[key.index]], key)[0]
 
-    def _look(self, record: Record, address: Address) -> tuple[bool, Random]:
+    def _look(self, record: Record, key: ItemKey) -> tuple[bool, Random]:
         """Whether it is mirrored, and what decides over the rest."""
-        rng = Random(derive(self.seed, "picture", address.epoch, address.index))
+        rng = Random(derive(self.seed, "picture", key.epoch, key.index))
         return record.flip and rng.random() < 0.5, rng
 
 
@@ -173,12 +137,12 @@ class TrainingData:
         self,
         specs: Sequence[DatasetSpec],
         records: Sequence[Record],
-        findings: Findings,
+        scan: ScanReport,
         index: FileIndex,
         opts: Options,
         seed: int,
     ):
-        self.specs, self.records, self.findings, self.index = specs, records, findings, index
+        self.specs, self.records, self.scan, self.index = specs, records, scan, index
         self.opts, self.seed = opts, seed
         self.held_out: TrainingData | None = None  # what validation looks at
         multipliers = [spec.network_multiplier for spec in specs]
@@ -297,10 +261,10 @@ def build_training_data(
     place = opts.data.data_index_dir
     index = FileIndex(Path(place).expanduser() if place else cache_folder() / "index")
     with collector_paused(), index.many_questions():
-        records, held_out, findings = read_records(specs, index, seed, strict=opts.data.strict, main=main)
+        records, held_out, scan = read_records(specs, index, seed, strict=opts.data.strict, main=main)
         if main:
             index.save()
-        data = TrainingData(specs, records, findings, index, opts, seed)
+        data = TrainingData(specs, records, scan, index, opts, seed)
         if held_out:
-            data.held_out = TrainingData(specs, held_out, findings, index, opts, seed)
+            data.held_out = TrainingData(specs, held_out, scan, index, opts, seed)
     return data

@@ -70,16 +70,6 @@ def has_images(folder: Path) -> bool:
         return any(is_image(entry.name) for entry in entries)
 
 
-def list_folder(folder: Path) -> tuple[list[Path], frozenset[str]]:
-    """The images of a folder sorted by name, so that the order is the same on every file system; and all file names.
-
-    Sub-folders are not entered.
-    """
-    with os.scandir(folder) as entries:
-        names = frozenset(entry.name for entry in entries if not entry.is_dir())
-    return [folder / name for name in sorted(names) if is_image(name)], names
-
-
 def repeat_folders(parent: Path) -> tuple[list[RepeatFolder], list[Path]]:
     """Sub-folders that say how often they repeat, sorted by name; and what lies beside them and is not used."""
     found, ignored = [], []

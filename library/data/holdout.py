@@ -12,8 +12,7 @@ from library.data.captions import CaptionOptions
 from library.runtime.seeds import derive
 
 if TYPE_CHECKING:
-    from library.data.blueprint import DatasetSpec
-    from library.data.records import Record
+    from library.data.types import DatasetSpec, Record
 
 
 def hold_out(

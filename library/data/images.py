@@ -64,7 +64,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Probe(NamedTuple):
-    """What the header of an image file tells."""
+    """What the header of an image file says."""
 
     size: Size  # upright, as training sees it
     turned: bool  # EXIF says that the stored pixels are to be turned or mirrored
@@ -195,11 +195,6 @@ def read_values(path: Path) -> NDArray[np.uint8]:
     """
     colours, _ = _split(_upright(path)[0])
     return _to_array(_as_rgb(colours))
-
-
-def read_mask(path: Path) -> NDArray[np.uint8]:
-    """The red channel of `read_values`, uint8 (H, W); the grey level of a grey image."""
-    return read_values(path)[..., 0]
 
 
 def use_image(path: Path, use: Callable[[Image.Image, BinaryIO, int], T]) -> T:
@@ -473,7 +468,7 @@ def random_cut(resized: Size, to: Size, rng: Random) -> Cut:
 
 
 def face_box(path: Path) -> FaceBox | None:
-    """The face that a file name ``<name>_<cx>_<cy>_<w>_<h>`` tells of."""
+    """The face in a file name ``<name>_<cx>_<cy>_<w>_<h>``."""
     fields = path.stem.split("_")
     if len(fields) < 5 or not all(field.isdecimal() for field in fields[-4:]):
         return None

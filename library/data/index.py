@@ -179,7 +179,7 @@ class _Folder:
                 try:
                     found = entry.stat()
                 except OSError:
-                    listed[name] = (0, 0)  # whoever opens it learns why, and can tell the user
+                    listed[name] = (0, 0)  # whoever opens it learns why
                     continue
                 if not stat.S_ISDIR(found.st_mode):
                     seen = self._seen.get(name) or self._see(name, found, now)
@@ -196,7 +196,7 @@ class _Folder:
         if before is not None and (now is None or before[:2] != now[:2]):
             self._forget(name)
             if now is not None:
-                # The caller has written it, or another program has since the caller read it: nobody can tell.
+                # The caller has written it, or another program has since the caller read it.
                 self._loose.add(name)
 
     def facts(self, name: str) -> dict[str, Any]:
@@ -289,13 +289,13 @@ def _read(file: Path, folder: str) -> dict[str, Entry]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
-        LOGGER.info(f"{file}: the file index is built anew ({error})")
+        LOGGER.info(f"{file}: the file index is rebuilt ({error})")
         return {}
     if isinstance(content, dict) and content.get("version") == VERSION and content.get("folder") == folder:
         files = content.get("files")
         if isinstance(files, dict) and all(map(_is_entry, files.values())):
             return files
-    LOGGER.info(f"{file}: the file index is built anew (it is of another version or folder)")
+    LOGGER.info(f"{file}: the file index is rebuilt (it is of another version or folder)")
     return {}
 
 

@@ -42,7 +42,7 @@ def read(folder: Path) -> dict[Path, Info] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({reason(error)}); delete it, and it is made anew") from None
+        raise UserError(f"{file}: cannot be read ({reason(error)}); delete it, and it is made again") from None
     except JsonError:
         raise _damaged(file, "no JSON text in UTF-8") from None
     if not isinstance(content, dict):
@@ -80,4 +80,4 @@ def _info(value: Any, key: str, file: Path) -> Info:
 
 
 def _damaged(file: Path, reason: str) -> UserError:
-    return UserError(f"{file}: damaged ({reason}); delete it, and it is made anew")
+    return UserError(f"{file}: damaged ({reason}); delete it, and it is made again")

@@ -19,7 +19,7 @@ from library.runtime.documents import JsonError, json_decoder, load_json, read_t
 from library.types import Size
 
 _LARGEST = 4 << 30  # bytes; millions of images
-_SHOWN = 10  # problems of one file that are told one by one
+_SHOWN = 10  # problems of one file that are named one by one
 _KEY_NAMES = ("image_path", "file_name")  # of a JSON Lines entry; the first one there counts
 _CACHE = re.compile(r"(.+)_\d+x\d+_.+\.npz", re.DOTALL)  # <stem>_<width>x<height>_<what it is for>.npz
 
@@ -137,7 +137,7 @@ def _check_entry(entry: Any, path: Path, place: str) -> Iterator[str]:
         if value is not None and not isinstance(value, str):
             yield f"{path}: {place}: {name} must be text, got {reprlib.repr(value)}"
         elif value and not _is_whole_text(value):
-            yield f"{path}: {place}: {name} holds half of a character (a lone surrogate); write it anew"
+            yield f"{path}: {place}: {name} holds half of a character (a lone surrogate); write it again"
     for name in ("image_size", "train_resolution"):
         value = entry.get(name)
         if value is not None and as_size(value) is None:
@@ -186,7 +186,7 @@ def resolve(
     separator: str,
     wildcard: bool,
 ) -> tuple[list[Entry], list[str]]:
-    """Finds the image of every key, or its latents; and tells, one line each, what was not found.
+    """Finds the image of every key, or its latents; and names, one line each, what was not found.
 
     A key is a file name or a stem in `image_dir`, or a path. A path is looked for as it stands (relative ones from the
     working directory); then below `image_dir`, by the longest of its ends whose folder is there. So a file that was

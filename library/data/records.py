@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from library.data import buckets, images, info_cache, likeness
-from library.data.blueprint import DatasetSpec, SubsetSpec
+from library.data import buckets, images, info_cache, near_duplicates
 from library.data.buckets import Fit
 from library.data.holdout import hold_out
 from library.data.index import FileIndex
-from library.data.styles import Found, Notes, find_images
+from library.data.sources import ImageEntry, ScanLog, find_images
+from library.data.types import DatasetSpec, Record, ScanReport, SubsetSpec
 from library.errors import UserError
 from library.runtime.logs import LOGGER
 from library.types import Size
@@ -22,46 +22,8 @@ _MOST_ITEMS = 20_000_000  # of an epoch, whose order is a list in memory
 _MOST_PIXELS = 10**8  # of an image that is enlarged for its bucket
 
 
-@dataclass(frozen=True)
-class Record:
-    """One image of one subset. The same file in another dataset is another record."""
-
-    path: Path  # where there are latents only: the image's place without extension
-    caption: str  # as the file says; see captions.make_caption
-    size: Size  # of the image on disk, upright
-    bucket: Size  # what the model sees
-    resized: Size | None  # covers the bucket; None: no buckets, cut out as it is
-    subset: SubsetSpec
-    dataset: int  # index of its DatasetSpec
-    repeats: int
-    present: bool = True  # whether there is an image, and not only its latents
-    flip: bool = False  # mirrored half of the time
-    conditioning: Path | None = None  # an image that belongs to it: its mask
-    tags: str | None = None  # of a metadata file, apart from the caption that has them joined
-
-
-@dataclass
-class Findings:
-    """What the user should know about the files."""
-
-    dropped: list[tuple[Path, str]] = field(default_factory=list)  # and why
-    turned: int = 0  # by EXIF orientation
-    moving: int = 0  # more than one frame: the first is used
-    uncaptioned: int = 0  # nothing says a caption: class tokens, or nothing
-    forgotten: list[Path] = field(default_factory=list)  # of these, those in folders where most have a caption
-    without_words: int = 0  # of these, no class tokens either
-    empty_captions: int = 0
-    latents_only: int = 0
-    surplus_reg: int = 0  # regularisation images that are not used
-    copies: dict[Path, Path] = field(default_factory=dict)  # files with the same bytes -> the first of them
-    alike: list[list[Path]] | None = field(default_factory=list)  # images that look the same; None: not looked for
-    cut: list[Path] = field(default_factory=list)  # images that lose more than half of their area to the bucket
-    other_shapes: list[Path] = field(default_factory=list)  # masks of another aspect ratio than their image's
-    warnings: list[str] = field(default_factory=list)
-
-
-class _Look(NamedTuple):
-    """What looking at an image's header told; `reason` why it cannot be used."""
+class _Header(NamedTuple):
+    """What an image's header says; `reason` why it cannot be used."""
 
     size: Size | None
     turned: bool = False
@@ -70,7 +32,7 @@ class _Look(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """A record, and what was seen on the way that only the report tells."""
+    """A record, and what only the report needs of it."""
 
     record: Record
     turned: bool  # by EXIF orientation
@@ -80,7 +42,7 @@ class _Seen(NamedTuple):
 
 def read_records(
     specs: Sequence[DatasetSpec], index: FileIndex, seed: int, *, strict: bool = False, main: bool = True
-) -> tuple[list[Record], list[Record], Findings]:
+) -> tuple[list[Record], list[Record], ScanReport]:
     """Every usable image: (to train on, held out for validation, what was found on the way).
 
     The order is stable: by dataset, subset, path.
@@ -93,70 +55,70 @@ def read_records(
 
     Raises: UserError: nothing is left, captions cannot be read, or images of the wrong size without buckets.
     """
-    findings, seen = Findings(), []
-    notes = Notes(findings.warnings, findings.dropped, [], findings.forgotten)
+    scan, seen = ScanReport(), []
+    log = ScanLog(scan.warnings, scan.dropped, [], scan.forgotten)
     for number, spec in enumerate(specs):
         for subset in spec.subsets:
-            images = find_images(subset, index, notes)
-            looks = _look_at(images, index)
-            found = _usable(images, looks, subset, number, spec, findings, notes.problems)
-            if main and subset.cache_info and not notes.problems:
+            images = find_images(subset, index, log)
+            headers = _read_headers(images, index)
+            found = _usable(images, headers, subset, number, spec, scan, log.problems)
+            if main and subset.cache_info and not log.problems:
                 _keep_info(subset, [one.record for one in found])
             seen += found
     records = [one.record for one in seen]
-    _check_masks(records, index, findings)
-    _check_looks(records, index, findings)
+    _check_masks(records, index, scan)
+    _check_looks(records, index, scan)
     if strict:
-        notes.problems += [f"{path}: {reason} (--strict)" for path, reason in findings.dropped]
-    if notes.problems:
-        raise UserError(*dict.fromkeys(notes.problems))
-    dropped = {path for path, _ in findings.dropped}
+        log.problems += [f"{path}: {reason} (--strict)" for path, reason in scan.dropped]
+    if log.problems:
+        raise UserError(*dict.fromkeys(log.problems))
+    dropped = {path for path, _ in scan.dropped}
     seen = [one for one in seen if one.record.path not in dropped]
-    _count(seen, findings)
-    findings.forgotten[:] = [path for path in findings.forgotten if path not in dropped]
+    _count(seen, scan)
+    scan.forgotten[:] = [path for path in scan.forgotten if path not in dropped]
     records = [one.record for one in seen]
-    train, held_out = hold_out(records, specs, seed, findings.copies)
+    train, held_out = hold_out(records, specs, seed, scan.copies)
     balanced = [
         record
         for number in range(len(specs))
-        for record in balance_regularisation([r for r in train if r.dataset == number], findings)
+        for record in balance_regularisation([r for r in train if r.dataset == number], scan)
     ]
-    _check_what_is_left(balanced, specs, findings)
-    return balanced, held_out, findings
+    _check_what_is_left(balanced, specs, scan)
+    return balanced, held_out, scan
 
 
-def _check_masks(records: Sequence[Record], index: FileIndex, findings: Findings) -> None:
+def _check_masks(records: Sequence[Record], index: FileIndex, scan: ScanReport) -> None:
     """Drops the images whose masks cannot be used, and notes masks of another shape than their image's."""
     masked = {record.conditioning: record for record in records if record.conditioning is not None}
     seen = index.learn("image", list(masked), images.describe)
     for (mask, record), described in zip(masked.items(), seen, strict=True):
-        look = _as_look(described)
-        if look.size is None:
-            findings.dropped.append((record.path, f"its mask {mask} cannot be used: {look.reason}"))
-        elif abs(buckets.aspect_error(look.size, record.size)) > 0.02 * record.size.width / record.size.height:
-            findings.other_shapes.append(mask)
+        header = _as_header(described)
+        if header.size is None:
+            scan.dropped.append((record.path, f"its mask {mask} cannot be used: {header.reason}"))
+        elif abs(buckets.aspect_error(header.size, record.size)) > 0.02 * record.size.width / record.size.height:
+            scan.other_shapes.append(mask)
 
 
-def _check_looks(records: Sequence[Record], index: FileIndex, findings: Findings) -> None:
+def _check_looks(records: Sequence[Record], index: FileIndex, scan: ScanReport) -> None:
     """Notes which images are the same or look it, and drops those whose header is whole and whose pixels are not."""
     sizes = {record.path: record.size for record in records if record.present}
-    findings.copies = likeness.copies(sizes, index)
-    looks = likeness.look_at(list(sizes), findings.copies, index)
-    findings.alike = None if looks is None else looks.alike
-    findings.dropped += looks.damaged.items() if looks is not None else ()
+    scan.copies = near_duplicates.copies(sizes, index)
+    looks = near_duplicates.look_at(list(sizes), scan.copies, index)
+    scan.alike = None if looks is None else looks.alike
+    scan.dropped += looks.damaged.items() if looks is not None else ()
 
 
-def _look_at(found: Sequence[Found], index: FileIndex) -> list[_Look]:
+def _read_headers(found: Sequence[ImageEntry], index: FileIndex) -> list[_Header]:
     to_see = [one.path for one in found if one.present and one.size is None]
     seen = iter(index.learn("image", to_see, images.describe))
-    return [_Look(one.size) if one.size is not None or not one.present else _as_look(next(seen)) for one in found]
+    return [_Header(one.size) if one.size is not None or not one.present else _as_header(next(seen)) for one in found]
 
 
-def _as_look(described: list | str) -> _Look:
+def _as_header(described: list | str) -> _Header:
     if isinstance(described, str):
-        return _Look(None, reason=described)
+        return _Header(None, reason=described)
     width, height, turned, frames = described
-    return _Look(Size(width, height), turned, frames)
+    return _Header(Size(width, height), turned, frames)
 
 
 def _keep_info(subset: SubsetSpec, found: Iterable[Record]) -> None:
@@ -165,33 +127,33 @@ def _keep_info(subset: SubsetSpec, found: Iterable[Record]) -> None:
 
 
 def _usable(
-    images: Sequence[Found],
-    looks: Sequence[_Look],
+    images: Sequence[ImageEntry],
+    headers: Sequence[_Header],
     subset: SubsetSpec,
     number: int,
     spec: DatasetSpec,
-    findings: Findings,
+    scan: ScanReport,
     problems: list[str],
 ) -> list[_Seen]:
     seen, wrong_size, fitted = [], [], []
     bucket_of = bucket_chooser(spec)
-    for one, look in zip(images, looks, strict=True):
-        if look.size is None:
-            findings.dropped.append((one.path, look.reason or "neither an image nor its size is known"))
+    for one, header in zip(images, headers, strict=True):
+        if header.size is None:
+            scan.dropped.append((one.path, header.reason or "neither an image nor its size is known"))
             continue
-        frame = _prepared_frame(one, look.size, spec) or _frame(one.path, look.size, subset, spec, bucket_of)
+        frame = _prepared_frame(one, header.size, spec) or _frame(one.path, header.size, subset, spec, bucket_of)
         if frame is None and not spec.enable_bucket and not spec.fits_any_size:
-            wrong_size.append((one.path, look.size))
+            wrong_size.append((one.path, header.size))
         elif frame is None:
-            size = f"{look.size.width}x{look.size.height}"
-            findings.dropped.append((one.path, f"{size} is too small or too narrow for a bucket"))
+            size = f"{header.size.width}x{header.size.height}"
+            scan.dropped.append((one.path, f"{size} is too small or too narrow for a bucket"))
         else:
             if not spec.enable_bucket and one.bucket is None and frame[1] is not None:
                 fitted.append(one.path)
             record = Record(
                 path=one.path,
                 caption=one.caption if one.caption is not None else subset.class_tokens or "",
-                size=look.size,
+                size=header.size,
                 bucket=frame[0],
                 resized=frame[1],
                 subset=subset,
@@ -202,14 +164,14 @@ def _usable(
                 conditioning=one.conditioning,
                 tags=one.tags,
             )
-            seen.append(_Seen(record, look.turned, look.frames > 1, one.caption is not None))
+            seen.append(_Seen(record, header.turned, header.frames > 1, one.caption is not None))
     varied = [name for name in ("color_aug", "random_crop", "face_crop_aug_range") if getattr(subset, name)]
     if varied and any(not one.record.present for one in seen):
         why = "needs the images, and some have latents only"
         problems.append(f"{subset.place}: {varied[0]} {why}; remove {varied[0]}")
     if fitted:
-        findings.warnings.append(
-            f"{subset.place}: {len(fitted)} of {len(looks)} images do not have the size "
+        scan.warnings.append(
+            f"{subset.place}: {len(fitted)} of {len(headers)} images do not have the size "
             f"{spec.resolution.width}x{spec.resolution.height} (the first is {fitted[0].name}); they are resized and "
             "cut at the centre; enable_bucket would keep their shapes"
         )
@@ -217,24 +179,24 @@ def _usable(
         path, size = wrong_size[0]
         wanted = f"{spec.resolution.width}x{spec.resolution.height}"
         problems.append(
-            f"{subset.place}: {len(wrong_size)} of {len(looks)} images do not have the size {wanted} "
+            f"{subset.place}: {len(wrong_size)} of {len(headers)} images do not have the size {wanted} "
             f"(the first is {path.name}, {size.width}x{size.height}); set enable_bucket, or resize them"
         )
     return seen
 
 
-def _count(seen: Iterable[_Seen], findings: Findings) -> None:
-    """What the user is told about the images that are used; those that were left out count nowhere else."""
+def _count(seen: Iterable[_Seen], scan: ScanReport) -> None:
+    """Counts what the report says about the images that are used; those that were left out count nowhere else."""
     for record, turned, moving, captioned in seen:
         bucket, resized = record.bucket, record.resized
         if resized is not None and 2 * bucket.width * bucket.height < resized.width * resized.height:
-            findings.cut.append(record.path)
-        findings.turned += turned
-        findings.moving += moving
-        findings.latents_only += not record.present
-        findings.uncaptioned += not captioned
-        findings.without_words += not captioned and record.subset.class_tokens is None
-        findings.empty_captions += captioned and record.caption == ""
+            scan.cut.append(record.path)
+        scan.turned += turned
+        scan.moving += moving
+        scan.latents_only += not record.present
+        scan.uncaptioned += not captioned
+        scan.without_words += not captioned and record.subset.class_tokens is None
+        scan.empty_captions += captioned and record.caption == ""
 
 
 def bucket_chooser(spec: DatasetSpec) -> Callable[[Size], Fit | None]:
@@ -252,7 +214,7 @@ def _if_not_endless(fit: Fit | None) -> Fit | None:
     return fit if fit is not None and fit.resized.width * fit.resized.height <= _MOST_PIXELS else None
 
 
-def _prepared_frame(one: Found, size: Size, spec: DatasetSpec) -> tuple[Size, Size] | None:
+def _prepared_frame(one: ImageEntry, size: Size, spec: DatasetSpec) -> tuple[Size, Size] | None:
     """(bucket, resized) as a metadata file says, where there are latents only or the dataset asks for no buckets."""
     if one.bucket is None:
         return None
@@ -276,7 +238,7 @@ def _frame(
     return (spec.resolution, None) if covers and may_be_cut else None
 
 
-def balance_regularisation(records: Sequence[Record], findings: Findings) -> list[Record]:
+def balance_regularisation(records: Sequence[Record], scan: ScanReport) -> list[Record]:
     """Evens out one dataset: regularisation images come until their repeats reach the training images'.
 
     If there are too few, their repeats grow by one, from the first on, until they reach it; surplus ones are left out.
@@ -291,29 +253,29 @@ def balance_regularisation(records: Sequence[Record], findings: Findings) -> lis
             break
         used.append(record)
         count += record.repeats
-    findings.surplus_reg += len(regular) - len(used)
+    scan.surplus_reg += len(regular) - len(used)
     more, rest = divmod(max(0, wanted - count), max(1, len(used)))
     return train + [
         replace(record, repeats=record.repeats + more + (position < rest)) for position, record in enumerate(used)
     ]
 
 
-def _check_what_is_left(records: Sequence[Record], specs: Sequence[DatasetSpec], findings: Findings) -> None:
+def _check_what_is_left(records: Sequence[Record], specs: Sequence[DatasetSpec], scan: ScanReport) -> None:
     empty = set(range(len(specs))) - {record.dataset for record in records if not record.subset.is_reg}
     if empty and len(empty) < len(specs):
         for number in sorted(empty):
             folders = ", ".join(str(subset.place) for subset in specs[number].subsets)
-            findings.warnings.append(f"{folders}: no usable training image; the dataset is left out")
+            scan.warnings.append(f"{folders}: no usable training image; the dataset is left out")
     elif empty:
         places = [str(s.place) for number in sorted(empty) for s in specs[number].subsets if not s.is_reg]
         folders = ", ".join(places) or "the data set, which names no folder"
-        reasons = [f"{path}: {why}" for path, why in findings.dropped[:10]]
+        reasons = [f"{path}: {why}" for path, why in scan.dropped[:10]]
         raise UserError(f"no usable training image in {folders}", *reasons)
-    if findings.without_words:
-        findings.warnings.append(
-            f"{findings.without_words} images have neither a caption file nor class tokens: they train on no text"
+    if scan.without_words:
+        scan.warnings.append(
+            f"{scan.without_words} images have neither a caption file nor class tokens: they train on no text"
         )
-    for line in findings.warnings:
+    for line in scan.warnings:
         LOGGER.warning(line)
     items = sum(record.repeats for record in records)
     if items > _MOST_ITEMS:

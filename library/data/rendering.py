@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from library.data.records import Record
+    from library.data.types import Record
 
 Read = TypeVar("Read")
 
@@ -93,7 +93,7 @@ def _cut(record: Record, rng: Random) -> Cut:
 
 
 def recorded_crop(record: Record, flip: bool) -> tuple[int, int]:
-    """(top, left) that SDXL is told; a mirrored image counts from its other side. See `buckets.crop_ltrb`."""
+    """(top, left) that SDXL is conditioned on; a mirrored image counts from its other side. See `buckets.crop_ltrb`."""
     frame = record.size if record.resized is not None else record.bucket
     left, top, right, _ = buckets.crop_ltrb(record.bucket, frame)
     return int(top), int(record.bucket.width - right if flip else left)

@@ -1,35 +1,42 @@
-"""Which items come when. Workers are told (epoch, step, index), so that persistent ones need no other news."""
+"""Which items come when: the batches of an epoch by (epoch, step, index), and loaders over them."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from library.data.types import ItemKey
 from library.errors import UserError
 from library.runtime.signals import leave_interrupts_to_the_parent
 
 if TYPE_CHECKING:
-    from library.data.dataset import Sample, TrainingData
+    from library.data.types import Sample
     from library.types import Batch
 
 
-class Address(NamedTuple):
-    """Where an item stands in the run."""
+class EpochPlan(Protocol):
+    """What a loader has to know of the data of a run."""
 
-    epoch: int  # counted from 1
-    step: int  # optimizer steps finished before it
-    index: int
+    items: Any  # a data set of samples, by ItemKey
+    seed: int
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Over all processes."""
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        """The item indices of every batch of an epoch (counted from 1), all processes together."""
 
 
-class EpochBatches(Sampler[list[Address]]):
+class EpochBatches(Sampler[list[ItemKey]]):
     """The batches of one process in the epoch that `start` chose."""
 
-    def __init__(self, data: TrainingData, rank: int, world: int, accumulation: int):
+    def __init__(self, data: EpochPlan, rank: int, world: int, accumulation: int):
         self.data, self.rank, self.world, self.accumulation = data, rank, world, accumulation
         self.per_process = math.ceil(data.batches_per_epoch / world)
         self.steps_per_epoch = math.ceil(self.per_process / accumulation)
@@ -41,12 +48,12 @@ class EpochBatches(Sampler[list[Address]]):
     def __len__(self) -> int:
         return max(0, self.per_process - self.first_batch)
 
-    def __iter__(self) -> Iterator[list[Address]]:
+    def __iter__(self) -> Iterator[list[ItemKey]]:
         plan = self.data.plan(self.epoch)
         for batch in range(self.first_batch, self.per_process):
             step = (self.epoch - 1) * self.steps_per_epoch + batch // self.accumulation
             items = plan[(batch * self.world + self.rank) % len(plan)]
-            yield [Address(self.epoch, step, index) for index in items]
+            yield [ItemKey(self.epoch, step, index) for index in items]
 
 
 class BatchLoader(DataLoader):
@@ -70,15 +77,15 @@ class _Guarded:
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitems__(self, addresses: list[Address]) -> Batch | UserError:
+    def __getitems__(self, keys: list[ItemKey]) -> Batch | UserError:
         try:
-            return self.collate([self.items[address] for address in addresses])
+            return self.collate([self.items[key] for key in keys])
         except UserError as error:
             return error
 
 
 def make_loader(
-    data: TrainingData,
+    data: EpochPlan,
     collate: Callable[[list[Sample]], Batch],
     rank: int,
     world: int,

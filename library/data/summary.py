@@ -6,47 +6,59 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from library.data import likeness
+from library.data import near_duplicates
 from library.data.buckets import aspect_error
 from library.types import Size
 
 if TYPE_CHECKING:
-    from library.data.blueprint import DatasetSpec, SubsetSpec
-    from library.data.dataset import TrainingData
-    from library.data.records import Findings, Record
+    from library.data.types import DatasetSpec, Record, ScanReport, SubsetSpec
+    from library.options.base import Options
+
+
+class DataSummary(Protocol):
+    """What the report and the metadata are made from."""
+
+    specs: Sequence[DatasetSpec]
+    records: Sequence[Record]
+    scan: ScanReport
+    opts: Options
+    held_out: DataSummary | None
+    num_train_images: int
+    num_reg_images: int
+    batches_per_epoch: int
 
 
 _NAMED = 10  # files of one kind that are named one by one
 
 
-def report(data: TrainingData) -> list[str]:
+def report(data: DataSummary) -> list[str]:
     """The lines that the user sees before training. Every image that is left out is named."""
-    findings = data.findings
+    scan = data.scan
     lines = []
     for number, spec in enumerate(data.specs):
         lines += _dataset_lines(spec, [record for record in data.records if record.dataset == number], number)
     if data.held_out is not None:
         lines.append(f"held out for validation: {len(data.held_out.records)} images")
     notes = (
-        (findings.turned, "turned upright as their EXIF orientation says"),
-        (findings.moving, "with several frames: the first one is used"),
-        (findings.latents_only, "of which only latents are there"),
-        (findings.uncaptioned - findings.without_words, "without a caption: their class tokens are the caption"),
-        (findings.without_words, "with neither a caption nor class tokens: they train on no text"),
-        (findings.empty_captions, "with an empty caption: they train on no text"),
-        (findings.surplus_reg, "for regularisation not used: there are more than training images times repeats"),
-        (len(findings.dropped), "left out"),
+        (scan.turned, "turned upright as their EXIF orientation says"),
+        (scan.moving, "with several frames: the first one is used"),
+        (scan.latents_only, "of which only latents are there"),
+        (scan.uncaptioned - scan.without_words, "without a caption: their class tokens are the caption"),
+        (scan.without_words, "with neither a caption nor class tokens: they train on no text"),
+        (scan.empty_captions, "with an empty caption: they train on no text"),
+        (scan.surplus_reg, "for regularisation not used: there are more than training images times repeats"),
+        (len(scan.dropped), "left out"),
     )
     lines += [f"{_images(count)} {text}" for count, text in notes if count]
-    lines += [f"left out: {path}: {reason}" for path, reason in findings.dropped]
-    lines += _likeness_lines(findings)
-    forgotten = list(dict.fromkeys(findings.forgotten))
+    lines += [f"left out: {path}: {reason}" for path, reason in scan.dropped]
+    lines += _likeness_lines(scan)
+    forgotten = list(dict.fromkeys(scan.forgotten))
     lines += _named(forgotten, f"{_images(len(forgotten))} without a caption where most of the folder have one")
-    cut = list(dict.fromkeys(findings.cut))
+    cut = list(dict.fromkeys(scan.cut))
     lines += _named(cut, f"{_images(len(cut))} of an odd shape, of which more than half is cut off")
-    shapes = findings.other_shapes
+    shapes = scan.other_shapes
     lines += _named(shapes, f"{len(shapes)} masks of another shape than their images, stretched to fit")
     return lines
 
@@ -61,21 +73,20 @@ def _named(paths: Sequence[Path], text: str) -> list[str]:
     return [f"{text}: {shown}{', ...' if len(paths) > _NAMED else ''}"] if paths else []
 
 
-def _likeness_lines(findings: Findings) -> list[str]:
+def _likeness_lines(scan: ScanReport) -> list[str]:
     groups: dict[Path, list[Path]] = {}
-    for path, first in findings.copies.items():
+    for path, first in scan.copies.items():
         groups.setdefault(first, []).append(path)
     lines = [f"the same image: {_joined(group)}" for group in list(groups.values())[:_NAMED]]
     if len(groups) > _NAMED:
         lines.append(f"and {len(groups) - _NAMED} more groups of equal files")
-    if findings.alike is None:
-        lines.append(
-            f"images were not decoded to see which are damaged or look alike, as they are more than {likeness.MOST}"
-        )
+    if scan.alike is None:
+        most = near_duplicates.MOST
+        lines.append(f"images were not decoded to see which are damaged or look alike, as they are more than {most}")
         return lines
-    lines += [f"look almost the same: {_joined(group)}" for group in findings.alike[:_NAMED]]
-    if len(findings.alike) > _NAMED:
-        lines.append(f"and {len(findings.alike) - _NAMED} more groups of images that look alike")
+    lines += [f"look almost the same: {_joined(group)}" for group in scan.alike[:_NAMED]]
+    if len(scan.alike) > _NAMED:
+        lines.append(f"and {len(scan.alike) - _NAMED} more groups of images that look alike")
     return lines
 
 
@@ -105,8 +116,8 @@ def _dataset_lines(spec: DatasetSpec, records: Sequence[Record], number: int) ->
     return lines
 
 
-def metadata(data: TrainingData, processes: int) -> dict[str, Any]:
-    """ss_* values about the data; see `TrainingData.metadata`."""
+def metadata(data: DataSummary, processes: int) -> dict[str, Any]:
+    """ss_* values about the data; numbers, or JSON text where the format has structures."""
     options = data.opts.data
     values: dict[str, Any] = {
         "ss_num_train_images": data.num_train_images,
@@ -122,7 +133,7 @@ def metadata(data: TrainingData, processes: int) -> dict[str, Any]:
     return values | (_of_config(data) if options.dataset_config else _of_folders(data, processes))
 
 
-def _of_config(data: TrainingData) -> dict[str, Any]:
+def _of_config(data: DataSummary) -> dict[str, Any]:
     datasets = [
         _describe(spec, [record for record in data.records if record.dataset == number])
         for number, spec in enumerate(data.specs)
@@ -140,7 +151,7 @@ def _of_config(data: TrainingData) -> dict[str, Any]:
     }
 
 
-def _of_folders(data: TrainingData, processes: int) -> dict[str, Any]:
+def _of_folders(data: DataSummary, processes: int) -> dict[str, Any]:
     spec, options = data.specs[0], data.opts.data
     train = [(spec, subset) for subset in spec.subsets if not subset.is_reg]
     regular = [(spec, subset) for subset in spec.subsets if subset.is_reg]

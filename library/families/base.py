@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from library.types import FamilyTraits
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from library.caching.text_outputs import TextLayout
     from library.objectives.objective import Objective
     from library.options.base import Options
-    from library.types import Batch, BlockLayout, LoraTarget, Models, TextCond
-
-
-@dataclass(frozen=True)
-class FamilyTraits:
-    """Numbers and words that code outside the family may need. Never ask for `label` to decide anything."""
-
-    label: str  # for messages, e.g. "Stable Diffusion 1.x/2.x"
-    text_encoders: tuple[str, ...]  # LoRA prefixes: SD ("te",), SDXL ("te1", "te2"), FLUX ("te1", "te3")
-    latent_channels: int
-    pixel_multiple: int  # sampled images' sides are floored to this
-    bucket_step: int  # bucket sizes must be multiples of this
-    objective: Literal["ddpm", "flow"]
-    cache_suffix: str  # of latent cache files, e.g. "_sd.npz"
-    default_resolution: int  # pixels; side of sample images when nothing is said
-    sample_steps: int
-    sample_scale: float
-    cache_keys_by_size: bool = False  # arrays in latent cache files are named by the size of the latents
-    block_layout: BlockLayout | None = None  # how block-wise lists of networks are divided; None: there are no such
-    blocks_per_swap: float = 1.0  # that --blocks_to_swap counts as one
-    # Flow models: (height, width) of the latents -> s; sampling takes sigma' = s sigma / (1 + (s - 1) sigma).
-    flow_shift: Callable[[int, int], float] | None = None
+    from library.types import Batch, LoraTarget, Models, TextCond, TextLayout
 
 
 class Family(ABC):

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from library.families.base import Family, FamilyTraits
+    from library.families.base import Family
+    from library.types import FamilyTraits
 
 LATENT_STRIDE = 8  # pixels per latent position, each way; the same in every family
 Progress = Callable[[int], object]

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import nn
 
-    from library.families.base import Family, FamilyTraits
+    from library.families.base import Family
     from library.options.base import Options
-    from library.types import Models, TextCond
+    from library.types import FamilyTraits, Models, TextCond
 
 
 class PreviewImage(NamedTuple):

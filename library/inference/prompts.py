@@ -14,7 +14,7 @@ from library.runtime.documents import parse_json, parse_toml, read_text
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
+    from library.types import FamilyTraits
 
 SAMPLERS = (
     "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",

@@ -9,8 +9,8 @@ from library.errors import UserError
 from library.options.finetune import AnyData, FinetuneOptions
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
     from library.options.base import Options
+    from library.types import FamilyTraits
 
 
 def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str]:

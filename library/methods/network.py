@@ -20,9 +20,9 @@ from library.runtime.logs import LOGGER
 from networks.file_names import require_places
 
 if TYPE_CHECKING:
-    from library.families.base import Family, FamilyTraits
+    from library.families.base import Family
     from library.options.base import Options
-    from library.types import Batch, LoraTarget, Models
+    from library.types import Batch, FamilyTraits, LoraTarget, Models
     from networks.base import TrainableNetwork
 
 

@@ -13,8 +13,8 @@ from library.options.network import find_module
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
     from library.options.base import Options
+    from library.types import FamilyTraits
 
 DEFAULT_DIM = 4  # the rank where none is given
 

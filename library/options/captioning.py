@@ -10,7 +10,7 @@ from library.options.base import OptionGroup, Options, opt
 from library.options.preparation import ending_advice, ending_problems
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
+    from library.types import FamilyTraits
 
 BLIP_WEIGHTS = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/model_large_caption.pth"
 GIT_MODEL = "microsoft/git-large-textcaps"

@@ -21,7 +21,7 @@ from library.options.saving import MetadataOptions, SavingOptions
 from library.options.training import TrainingOptions
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
+    from library.types import FamilyTraits
 
 
 @dataclass(frozen=True, kw_only=True)

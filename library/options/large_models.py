@@ -11,7 +11,7 @@ from library.options.models import ModelOptions
 from library.options.optimizer import is_schedule_free, keeps_state_of_all, optimizer_name
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
+    from library.types import FamilyTraits
 
 _SPLIT_MODE_BLOCKS = 18
 

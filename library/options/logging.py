@@ -18,7 +18,7 @@ from library.runtime.documents import read_toml
 from library.runtime.packages import remedy
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
+    from library.types import FamilyTraits
 
 # What a table of --log_tracker_config may set; for wandb it is what the installed wandb.init takes.
 TENSORBOARD_KEYS = ("comment", "filename_suffix", "flush_secs", "max_queue", "purge_step")

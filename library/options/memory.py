@@ -14,7 +14,7 @@ from library.options.optimizer import is_schedule_free, optimizer_name
 from library.runtime.packages import remedy
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
+    from library.types import FamilyTraits
 
 
 @dataclass(frozen=True, kw_only=True)

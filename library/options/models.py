@@ -12,7 +12,7 @@ from library.options.base import OptionGroup, Options, opt
 from library.runtime.places import unwritable
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
+    from library.types import FamilyTraits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from library.options.optimizer import not_pairs, repeated
 from library.runtime.packages import remedy
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
+    from library.types import FamilyTraits
 
 LARGEST_RANK = 1 << 15  # no layer of these models is wider
 _OURS = ("networks.dylora", "networks.lora_fa", "networks.oft", "networks.control_net_lllite")

@@ -16,7 +16,7 @@ from library.options.nearest import did_you_mean
 from library.runtime.packages import remedy
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
+    from library.types import FamilyTraits
 
 # short name, taken in any case of letters -> class
 OPTIMIZERS = {

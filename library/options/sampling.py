@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from library.options.base import OptionGroup, Options, opt
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
+    from library.types import FamilyTraits
 
 
 _OCCASIONS = ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")

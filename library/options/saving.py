@@ -13,7 +13,7 @@ from library.options.base import OptionGroup, Options, opt
 from library.runtime.places import unwritable
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
+    from library.types import FamilyTraits
 
 _SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
 _REPO_KINDS = ("model", "dataset")

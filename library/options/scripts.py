@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from library.families.base import FamilyTraits
 from library.options.base import OptionGroup
 from library.options.config_file import ConfigOptions
 from library.options.data import DataOptions
@@ -19,6 +18,7 @@ from library.options.optimizer import OptimizerOptions
 from library.options.sampling import SamplingOptions, ValidationOptions
 from library.options.saving import MetadataOptions, SavingOptions
 from library.options.training import TrainingOptions
+from library.types import FamilyTraits
 
 # The method's own group, and what it has in place of shared groups.
 METHODS: dict[str, tuple[type[OptionGroup], ...]] = {

@@ -11,7 +11,7 @@ from library.options.base import OptionGroup, Options, opt
 from library.options.preparation import ending_advice, ending_problems
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
+    from library.types import FamilyTraits
 
 DEFAULT_TAGGER = "SmilingWolf/wd-v1-4-convnext-tagger-v2"
 JSON_ENDINGS = (".json", ".jsonl")

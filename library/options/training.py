@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from library.options.base import OptionGroup, Options, opt
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
+    from library.types import FamilyTraits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from library.options.unknown_keys import is_off, written_unasked
 from library.runtime.files import path_problem
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
+    from library.types import FamilyTraits
 
 
 def problems(options: Options, traits: FamilyTraits) -> list[str]:

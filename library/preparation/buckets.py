@@ -27,11 +27,9 @@ from library.preparation.outcome import Outcome, counted
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
-    from library.caching.latent_files import CacheLayout
-    from library.data.blueprint import DatasetSpec
     from library.data.index import FileIndex
-    from library.data.records import Record
-    from library.types import Models
+    from library.data.types import DatasetSpec, Record
+    from library.types import CacheLayout, Models
 
 Metadata = dict[str, dict[str, Any]]
 
@@ -181,7 +179,8 @@ def _address(path: Path) -> tuple[str, str]:
 
 def _records(paths: Sequence[Path], spec: DatasetSpec, index: FileIndex, outcome: Outcome) -> Iterator[Record]:
     from library.data import images
-    from library.data.records import Record, bucket_chooser
+    from library.data.records import bucket_chooser
+    from library.data.types import Record
     from library.types import Size
 
     choose, subset = bucket_chooser(spec), spec.subsets[0]
@@ -232,7 +231,10 @@ def _encode(
     kept = 0
     for names, group in groups:
         if group:
-            kept += latents.make_files(group, index, encoder, names, fingerprint, outcome.fail, again=again)
+            result = latents.cache_on_disk(
+                group, index, encoder, names, fingerprint, again=again, on_error=outcome.fail
+            )
+            kept += result.kept
     return kept
 
 

@@ -18,7 +18,7 @@ from library.preparation.outcome import Outcome
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
+    from library.types import FamilyTraits
 
 
 def _families() -> type[OptionGroup]:
@@ -102,8 +102,8 @@ def cache_latents(opts: Options) -> Outcome:
     from library import encoding
     from library.caching import latents
     from library.checkpoints.hashes import weights_fingerprint
+    from library.data.load import read_data
     from library.data.opencv import opencv
-    from library.data.reading import read_data
     from library.runtime.processes import Processes
     from library.training import placement
 
@@ -121,24 +121,25 @@ def cache_latents(opts: Options) -> Outcome:
     accelerator = parts.make_accelerator(opts)
     models, adapter = parts.load_vae(family, opts), registry.make_family(family, opts)
     data = read_data(specs, opts, adapter.traits, Processes(accelerator.process_index, accelerator.num_processes))
-    outcome = Outcome(failed=dict(data.findings.dropped))
+    outcome = Outcome(failed=dict(data.scan.dropped))
     records, layout = data.all_records, encoding.latent_layout(adapter.traits)
     require_room_beside(latents.without_files(records, data.index, layout), "latents")
     fingerprint = weights_fingerprint(models.vae)
     placement.place_vae(models, opts, accelerator.device)
-    kept = latents.make_files(
+    result = latents.cache_on_disk(
         records,
         data.index,
         encoding.latent_encoder(opts, adapter, models, accelerator),
         layout,
         fingerprint,
-        outcome.fail,
         check=not opts.data.skip_cache_check,
+        on_error=outcome.fail,
     )
     failed = {path for one in gathered(set(outcome.failed)) for path in one}
     if is_first():
         data.index.save()
-        outcome.skipped, outcome.done = kept, sum(record.path not in failed for record in records) - kept
+        outcome.skipped = result.kept
+        outcome.done = sum(record.path not in failed for record in records) - result.kept
     return outcome
 
 
@@ -161,8 +162,8 @@ def cache_texts(opts: Options) -> Outcome:
     Raises: UserError: options, data set or model cannot be used, or a file cannot be written.
     """
     from library import encoding
-    from library.caching import text_outputs
-    from library.data.reading import read_data
+    from library.caching import text
+    from library.data.load import read_data
     from library.runtime.processes import Processes
     from library.training import placement
 
@@ -178,14 +179,13 @@ def cache_texts(opts: Options) -> Outcome:
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     data = read_data(specs, opts, adapter.traits, processes)
     encoding.require_texts(opts, adapter, registry.missing_encoders(family, opts), data, samples=False)
-    items = text_outputs.items_of(data.all_records)
-    files = {text_outputs.cache_file(one, layout): one.image for one in items}
+    files = {text.cache_file(one, layout): one.image for one in text.requests_of(data.all_records)}
     before = {file: _stamp(file) for file in files}
     require_room_beside((file for file, stamp in before.items() if stamp is None), "text encoder outputs")
     with placement.loading(opts, accelerator.device):
         models = adapter.load(texts_only=True)
     processes.wait()  # nobody writes while others still look
-    outcome = Outcome(failed=dict(data.findings.dropped))
+    outcome = Outcome(failed=dict(data.scan.dropped))
     fill = encoding.text_cache(opts, adapter, _NothingTrained(), models, data, outcome.fail)
     placement.place_text_encoders(models, opts, accelerator.device, grad_text=False)
     fill(accelerator)

@@ -17,7 +17,7 @@ from library.runtime import logs
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
+    from library.types import FamilyTraits
 
 
 def run_script(

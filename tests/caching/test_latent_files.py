@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from dataclasses import replace
@@ -11,23 +12,24 @@ import numpy as np
 import pytest
 
 from library.caching import latent_files, store
-from library.caching.latent_files import CacheLayout, Entry, Identity, Latents, Wanted
+from library.caching.entry import CacheRequest, Entry, Fingerprint, StoredArray
+from library.caching.latent_files import LatentCache
 from library.data.buckets import crop_ltrb
 from library.errors import UserError
-from library.types import Size
+from library.types import CacheLayout, Size
 
 PLAIN = CacheLayout("_sd.npz", 4, keys_by_size=False)
 SIZED = CacheLayout("_flux.npz", 16, keys_by_size=True)
-IDENTITY = Identity("image digest", "vae fingerprint", None)
+FINGERPRINT = Fingerprint("image digest", "vae fingerprint", None)
 LARGE, SMALL = Size(64, 48), Size(32, 24)
 
 
 @pytest.fixture
-def wanted(tmp_path) -> Wanted:
+def wanted(tmp_path) -> CacheRequest:
     """An image of 130x97, for the bucket 64x48. Its content is never looked at here."""
     image = tmp_path / "a b.v2.png"
     image.write_bytes(b"image")
-    return Wanted(
+    return CacheRequest(
         image=image,
         present=True,
         shared_stem=False,
@@ -42,40 +44,54 @@ def wanted(tmp_path) -> Wanted:
     )
 
 
-def in_bucket(wanted: Wanted, bucket: Size) -> Wanted:
+def in_bucket(wanted: CacheRequest, bucket: Size) -> CacheRequest:
     return replace(wanted, bucket=bucket, crop_ltrb=crop_ltrb(bucket, wanted.size))
 
 
-def make(wanted: Wanted, layout: CacheLayout = PLAIN, number: float = 0.0) -> Latents:
-    """Latents that tell by their numbers which they are."""
-    width, height = wanted.bucket
-    shape = (layout.channels, height // 8, width // 8)
-    plain = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) + np.float32(number)
-    return Latents(
-        plain,
-        -plain if wanted.flip else None,
-        np.linspace(0, 1, height * width, dtype=np.float32).reshape(height, width) if wanted.alpha else None,
-        np.full(shape[1:], 0.5, np.float32) if wanted.mask is not None else None,
-    )
+def make(wanted: CacheRequest, layout: CacheLayout = PLAIN, number: float = 0.0) -> dict[str, np.ndarray]:
+    """Arrays that tell by their numbers which they are."""
+    made = {}
+    for name, shape in wanted.shapes(layout).items():
+        count = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) + np.float32(number)
+        made[name] = {"latents_flipped": -count, "alpha_mask": count / count.max()}.get(name, count)
+    if "loss_mask" in made:
+        made["loss_mask"] = np.full_like(made["loss_mask"], 0.5)
+    return made
 
 
-def stamp(file: Path) -> tuple[int, int] | None:
-    return (file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else None
+def cache(layout=PLAIN, fingerprint=FINGERPRINT, check=True) -> LatentCache:
+    return LatentCache(layout, lambda _: fingerprint, check=check)
 
 
-def find(wanted, layout=PLAIN, identity=IDENTITY, check=True):
-    return latent_files.find(wanted, layout, lambda: identity, store.summary, stamp, check=check)
+def find(wanted, layout=PLAIN, fingerprint=FINGERPRINT, check=True):
+    return cache(layout, fingerprint, check).find(wanted)
 
 
-def save(wanted, layout=PLAIN, identity=IDENTITY, number=0.0) -> Entry:
-    return latent_files.save(wanted, layout, make(wanted, layout, number), identity)
+def save(wanted, layout=PLAIN, fingerprint=FINGERPRINT, number=0.0) -> Entry:
+    return cache(layout).save(wanted, make(wanted, layout, number), fingerprint)
 
 
-def read(wanted, layout=PLAIN, identity=IDENTITY) -> np.ndarray:
-    return latent_files.load(find(wanted, layout, identity)).plain
+def read(wanted, layout=PLAIN, fingerprint=FINGERPRINT) -> np.ndarray:
+    return latents_in(find(wanted, layout, fingerprint))
 
 
-def theirs(file: Path, wanted: Wanted, suffix: str = "", channels: int = 4, **changes) -> dict[str, np.ndarray]:
+def latents_in(entry: Entry) -> np.ndarray:
+    return entry.read("latents")["latents"]
+
+
+def file_of(entry: Entry) -> Path:
+    return entry.arrays["latents"].file
+
+
+def suffix_of(entry: Entry) -> str:
+    return entry.arrays["latents"].name.removeprefix("latents")
+
+
+def entry_in(file: Path, suffix: str, shape: tuple[int, int, int], **others: StoredArray) -> Entry:
+    return Entry({"latents": StoredArray(file, f"latents{suffix}", shape), **others})
+
+
+def theirs(file: Path, wanted: CacheRequest, suffix: str = "", channels: int = 4, **changes) -> dict[str, np.ndarray]:
     """Writes what other trainers write; `changes` replaces arrays, None leaves one out."""
     width, height = wanted.bucket
     arrays = {
@@ -88,11 +104,11 @@ def theirs(file: Path, wanted: Wanted, suffix: str = "", channels: int = 4, **ch
     return arrays
 
 
-def named(wanted: Wanted, layout: CacheLayout = PLAIN) -> Path:
+def named(wanted: CacheRequest, layout: CacheLayout = PLAIN) -> Path:
     return latent_files.files_of(wanted, layout)[-1]
 
 
-def oldest(wanted: Wanted) -> Path:
+def oldest(wanted: CacheRequest) -> Path:
     return wanted.image.with_name(f"{wanted.image.stem}.npz")
 
 
@@ -104,8 +120,11 @@ def test_numpy_finds_the_arrays_of_the_format(wanted, tmp_path):
     wanted = replace(wanted, flip=True, alpha=True)
     latents = make(wanted)
     entry = save(wanted)
-    assert entry == Entry(tmp_path / "a b.v2_0130x0097_sd.npz", "", (4, 6, 8))
-    with np.load(entry.file, allow_pickle=False) as archive:
+    file = tmp_path / "a b.v2_0130x0097_sd.npz"
+    others = {"latents_flipped": (4, 6, 8), "alpha_mask": (48, 64)}
+    stored = {name: StoredArray(file, name, shape) for name, shape in others.items()}
+    assert entry == entry_in(file, "", (4, 6, 8), **stored)
+    with np.load(file_of(entry), allow_pickle=False) as archive:
         arrays = dict(archive)
     assert arrays.keys() == {"latents", "latents_flipped", "alpha_mask", "original_size", "crop_ltrb", "provenance"}
     assert [(arrays[name].dtype, arrays[name].shape) for name in ("latents", "latents_flipped", "alpha_mask")] == [
@@ -113,17 +132,18 @@ def test_numpy_finds_the_arrays_of_the_format(wanted, tmp_path):
         (np.float32, (4, 6, 8)),
         (np.float32, (48, 64)),
     ]
-    assert np.array_equal(arrays["latents"], latents.plain)
-    assert np.array_equal(arrays["latents_flipped"], latents.flipped)
+    assert np.array_equal(arrays["latents"], latents["latents"])
+    assert np.array_equal(arrays["latents_flipped"], latents["latents_flipped"])
     assert arrays["original_size"].tolist() == [130, 97]
     assert arrays["crop_ltrb"].tolist() == list(wanted.crop_ltrb)
+    note = json.loads(arrays["provenance"].tobytes())
+    assert note.keys() == {"picture", "vae", "alpha", "mask", "resized", "interpolation", "made_by"}
+    assert (note["picture"], note["vae"], note["alpha"]) == ("image digest", "vae fingerprint", True)
     assert find(wanted) == entry
     assert pickle.loads(pickle.dumps(entry)) == entry
-    again = latent_files.load(entry, flip=True, alpha=True)
-    assert np.array_equal(again.plain, latents.plain)
-    assert np.array_equal(again.flipped, latents.flipped)
-    assert np.array_equal(again.alpha, latents.alpha)
-    assert again.mask is None
+    again = entry.read("alpha_mask", "latents_flipped")
+    assert list(again) == ["alpha_mask", "latents_flipped"]
+    assert all(np.array_equal(again[name], latents[name]) for name in again)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +160,7 @@ def test_recorded_crops(wanted, image, bucket, expected):
     """Worked values: what an earlier trainer wrote for these images and buckets."""
     crop = crop_ltrb(Size(*bucket), Size(*image))
     entry = save(replace(wanted, size=Size(*image), bucket=Size(*bucket), crop_ltrb=crop))
-    assert np.load(entry.file)["crop_ltrb"].tolist() == pytest.approx(expected, abs=5e-4)
+    assert np.load(file_of(entry))["crop_ltrb"].tolist() == pytest.approx(expected, abs=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -171,16 +191,16 @@ def test_two_sizes_live_in_one_file(wanted, first):
     """The first has no size in its names, so that earlier trainers still read it."""
     sizes = {bucket: in_bucket(wanted, bucket) for bucket in (first, LARGE, SMALL)}
     entries = {bucket: save(one, number=bucket.width) for bucket, one in sizes.items()}
-    assert len({entry.file for entry in entries.values()}) == 1
+    assert len({file_of(entry) for entry in entries.values()}) == 1
     names = set(store.names(named(wanted)))
     second = SMALL if first == LARGE else LARGE
     assert {"latents", f"latents_{second.height // 8}x{second.width // 8}"} <= names
-    assert entries[first].suffix == ""
+    assert suffix_of(entries[first]) == ""
     for check in (True, False):
         for bucket, one in sizes.items():
             found = find(one, check=check)
             assert found == entries[bucket]
-            assert np.array_equal(latent_files.load(found).plain, make(one, number=bucket.width).plain)
+            assert np.array_equal(latents_in(found), make(one, number=bucket.width)["latents"])
     for bucket, one in sizes.items():  # made again, each stays where it is
         assert save(one, number=7.0) == entries[bucket]
         assert read(one)[0, 0, 0] == 7.0
@@ -189,11 +209,11 @@ def test_two_sizes_live_in_one_file(wanted, first):
 
 def test_a_second_size_does_not_overwrite_an_earlier_trainers(wanted):
     kept = theirs(named(wanted), wanted, latents_flipped=np.ones((4, 6, 8), np.float32))
-    assert save(in_bucket(wanted, SMALL)).suffix == "_3x4"
+    assert suffix_of(save(in_bucket(wanted, SMALL))) == "_3x4"
     arrays = dict(np.load(named(wanted)))
     assert all(np.array_equal(arrays[name], array) for name, array in kept.items())
-    assert find(wanted) == Entry(named(wanted), "", (4, 6, 8))
-    assert find(in_bucket(wanted, SMALL)) == Entry(named(wanted), "_3x4", (4, 3, 4))
+    assert find(wanted) == entry_in(named(wanted), "", (4, 6, 8))
+    assert find(in_bucket(wanted, SMALL)) == entry_in(named(wanted), "_3x4", (4, 3, 4))
 
 
 @pytest.mark.parametrize("stale", ["old", "nan", "other channels", "other image"])
@@ -204,58 +224,59 @@ def test_what_is_of_no_use_is_overwritten(wanted, stale):
     theirs(named(wanted), wanted, latents=latents, original_size=size)
     if stale == "old":
         os.utime(named(wanted), (1, 1))
-    assert save(in_bucket(wanted, SMALL)).suffix == ""
+    assert suffix_of(save(in_bucket(wanted, SMALL))) == ""
     assert np.load(named(wanted))["latents"].shape == (4, 3, 4)
 
 
 def test_entries_of_another_origin_go_when_a_new_one_comes(wanted):
-    other = replace(IDENTITY, vae="another VAE")
+    other = replace(FINGERPRINT, vae="another VAE")
     save(wanted)
-    assert save(in_bucket(wanted, SMALL)).suffix == "_3x4"
-    assert save(in_bucket(wanted, SMALL), identity=other).suffix == ""
+    assert suffix_of(save(in_bucket(wanted, SMALL))) == "_3x4"
+    assert suffix_of(save(in_bucket(wanted, SMALL), fingerprint=other)) == ""
     assert set(store.names(named(wanted))) == {"latents", "original_size", "crop_ltrb", "provenance"}
-    assert "made by another VAE" not in str(find(in_bucket(wanted, SMALL), identity=other))
-    assert save(wanted, identity=other).suffix == "_6x8"
+    assert "made by another VAE" not in str(find(in_bucket(wanted, SMALL), fingerprint=other))
+    assert suffix_of(save(wanted, fingerprint=other)) == "_6x8"
     changed = replace(other, image="new digest")
-    assert save(wanted, identity=changed).suffix == ""
+    assert suffix_of(save(wanted, fingerprint=changed)) == ""
     assert np.load(named(wanted))["latents"].shape == (4, 6, 8)
     assert not any(name.endswith(("_3x4", "_6x8")) for name in store.names(named(wanted)))
 
 
 def test_files_with_sizes_in_all_names_are_added_to(wanted):
     kept = theirs(named(wanted, SIZED), in_bucket(wanted, SMALL), "_3x4", 16)
-    assert find(in_bucket(wanted, SMALL), SIZED).suffix == "_3x4"
+    assert suffix_of(find(in_bucket(wanted, SMALL), SIZED)) == "_3x4"
     assert "it has no latents_6x8" in find(wanted, SIZED)
-    assert save(wanted, SIZED) == Entry(named(wanted, SIZED), "_6x8", (16, 6, 8))
+    assert save(wanted, SIZED) == entry_in(named(wanted, SIZED), "_6x8", (16, 6, 8))
     arrays = dict(np.load(named(wanted, SIZED)))
     ours = {f"{name}_6x8" for name in ("latents", "original_size", "crop_ltrb", "provenance")}
     assert arrays.keys() == kept.keys() | ours
     assert all(np.array_equal(arrays[name], array) for name, array in kept.items())
-    assert np.array_equal(read(wanted, SIZED), make(wanted, SIZED).plain)
+    assert np.array_equal(read(wanted, SIZED), make(wanted, SIZED)["latents"])
     assert read(in_bucket(wanted, SMALL), SIZED).max() == 1
 
 
 @pytest.mark.rows("R253")
 def test_datasets_with_different_needs_share_an_entry(wanted, tmp_path):
-    mask, masked = tmp_path / "mask.png", replace(IDENTITY, mask="mask digest")
+    mask, masked = tmp_path / "mask.png", replace(FINGERPRINT, mask="mask digest")
     flipped, weighed = replace(wanted, flip=True), replace(wanted, mask=mask)
     save(flipped)
-    assert "it has no loss_mask" in find(weighed, identity=masked)
-    save(weighed, identity=masked)
+    assert "it has no loss_mask" in find(weighed, fingerprint=masked)
+    save(weighed, fingerprint=masked)
     save(wanted, number=3.0)
-    for one, identity in ((wanted, IDENTITY), (flipped, IDENTITY), (weighed, masked)):
-        assert isinstance(find(one, identity=identity), Entry)
-    loaded = latent_files.load(find(weighed, identity=masked), flip=True, mask=True)
-    assert loaded.plain[0, 0, 0] == 3.0
-    assert np.array_equal(loaded.flipped, make(flipped).flipped)
-    assert np.array_equal(loaded.mask, make(weighed).mask)
-    assert "made with another mask" in find(weighed, identity=replace(masked, mask="new digest"))
+    for one, fingerprint in ((wanted, FINGERPRINT), (flipped, FINGERPRINT), (weighed, masked)):
+        assert isinstance(find(one, fingerprint=fingerprint), Entry)
+    both = replace(weighed, flip=True)
+    loaded = find(both, fingerprint=masked).read("latents", "latents_flipped", "loss_mask")
+    assert loaded["latents"][0, 0, 0] == 3.0
+    assert np.array_equal(loaded["latents_flipped"], make(flipped)["latents_flipped"])
+    assert np.array_equal(loaded["loss_mask"], make(weighed)["loss_mask"])
+    assert "made with another mask" in find(weighed, fingerprint=replace(masked, mask="new digest"))
 
 
 def test_transparency_decides_over_colours_and_so_over_latents(wanted):
     seen = replace(wanted, alpha=True)
     save(seen)
-    assert np.array_equal(latent_files.load(find(seen), alpha=True).alpha, make(seen).alpha)
+    assert np.array_equal(find(seen).read("alpha_mask")["alpha_mask"], make(seen)["alpha_mask"])
     assert "made with alpha_mask" in find(wanted)
     save(wanted)
     assert "it has no alpha_mask" in find(seen)
@@ -271,7 +292,7 @@ def test_another_look_of_one_run_has_a_file_of_its_own(wanted):
 @pytest.mark.parametrize("stale", [{"vae": "another"}, {"image": "another"}])
 def test_mirrored_latents_of_another_origin_do_not_stay(wanted, stale):
     save(replace(wanted, flip=True, alpha=True))
-    save(wanted, identity=replace(IDENTITY, **stale))
+    save(wanted, fingerprint=replace(FINGERPRINT, **stale))
     assert not {"latents_flipped", "alpha_mask"} & set(store.names(named(wanted)))
 
 
@@ -285,7 +306,7 @@ def test_an_unmarked_entry_that_lacks_something_is_replaced_as_a_whole(wanted):
 
 
 @pytest.mark.parametrize(
-    ("change", "identity", "reason"),
+    ("change", "fingerprint", "reason"),
     [
         ({}, {"image": "new digest"}, "the image has changed since"),
         ({}, {"vae": "another"}, "made by another VAE"),
@@ -299,17 +320,17 @@ def test_an_unmarked_entry_that_lacks_something_is_replaced_as_a_whole(wanted):
         ({"bucket": Size(48, 64)}, {}, "latents has the shape 4x6x8, not 4x8x6"),
     ],
 )
-def test_our_entries_are_used_only_for_what_they_are(wanted, change, identity, reason):
+def test_our_entries_are_used_only_for_what_they_are(wanted, change, fingerprint, reason):
     save(wanted)
-    found = find(replace(wanted, **change), identity=replace(IDENTITY, **identity))
+    found = find(replace(wanted, **change), fingerprint=replace(FINGERPRINT, **fingerprint))
     assert found == f"{named(wanted)}: {reason}"
-    save(replace(wanted, **change), identity=replace(IDENTITY, **identity))
-    assert isinstance(find(replace(wanted, **change), identity=replace(IDENTITY, **identity)), Entry)
+    save(replace(wanted, **change), fingerprint=replace(FINGERPRINT, **fingerprint))
+    assert isinstance(find(replace(wanted, **change), fingerprint=replace(FINGERPRINT, **fingerprint)), Entry)
 
 
 def test_our_entries_do_not_depend_on_times(wanted):
     entry = save(wanted)
-    os.utime(entry.file, (1, 1))
+    os.utime(file_of(entry), (1, 1))
     assert find(wanted) == entry
 
 
@@ -369,12 +390,13 @@ def not_finite(value):
 def test_entries_without_a_note_are_judged_by_what_they_tell(wanted, arrays, change, reason):
     wanted = replace(wanted, **change)
     theirs(named(wanted), wanted, **arrays)
-    found = find(wanted, identity=None)
-    assert found == (Entry(named(wanted), "", (4, 6, 8)) if reason is None else f"{named(wanted)}: {reason}")
+    found = find(wanted, fingerprint=None)
+    stored = {name: StoredArray(named(wanted), name, shape) for name, shape in wanted.shapes(PLAIN).items()}
+    assert found == (Entry(stored) if reason is None else f"{named(wanted)}: {reason}")
     if reason is None:
-        loaded = latent_files.load(found, flip=wanted.flip, alpha=wanted.alpha)
-        assert loaded.plain.dtype == np.float32
-        assert np.array_equal(loaded.plain, np.ones((4, 6, 8)))
+        loaded = found.read(*stored)["latents"]
+        assert loaded.dtype == np.float32
+        assert np.array_equal(loaded, np.ones((4, 6, 8)))
 
 
 def test_an_unmarked_entry_must_not_be_older_than_its_image(wanted):
@@ -393,17 +415,17 @@ def test_an_unmarked_entry_must_not_be_older_than_its_image(wanted):
 def test_the_oldest_file_is_used_first(wanted, by):
     save(wanted)
     np.savez(oldest(wanted), **{by: np.full((4, 6, 8), 5, np.float16)})
-    found = find(wanted, identity=None)
-    assert found.file == oldest(wanted)
-    assert latent_files.load(found).plain.tolist() == np.full((4, 6, 8), 5.0).tolist()
+    found = find(wanted, fingerprint=None)
+    assert file_of(found) == oldest(wanted)
+    assert latents_in(found).tolist() == np.full((4, 6, 8), 5.0).tolist()
     os.utime(oldest(wanted), (1, 1))
-    assert find(wanted).file == named(wanted)
+    assert file_of(find(wanted)) == named(wanted)
     named(wanted).unlink()
     assert find(wanted) == f"{oldest(wanted)}: older than the image"
     save(wanted)  # never into a file that may be somebody else's
     assert store.names(oldest(wanted)) == [by]
-    assert find(wanted).file == named(wanted)
-    assert find(wanted, check=False).file == named(wanted)
+    assert file_of(find(wanted)) == named(wanted)
+    assert file_of(find(wanted, check=False)) == named(wanted)
 
 
 def test_the_oldest_file_is_not_for_shared_stems_or_sized_names(wanted):
@@ -422,13 +444,15 @@ def test_mirrored_latents_in_a_file_of_their_own(wanted, by, check):
     assert find(flipped, check=check) == f"{oldest(wanted)}: it has no latents_flipped"
     np.savez(flip_file, **{by: np.full((4, 6, 8), 6, np.float16)})
     found = find(flipped, check=check)
-    assert found == Entry(oldest(wanted), "", (4, 6, 8), True, flip_file)
-    loaded = latent_files.load(found, flip=True)
-    assert (loaded.plain.max(), loaded.flipped.min()) == (5, 6)
-    only = latent_files.load(found, plain=False, flip=True)
-    assert only.plain is None
-    assert only.flipped.dtype == np.float32
-    assert find(wanted, check=check).flip_file is None
+    shape = (4, 6, 8)
+    stored = {"latents": (oldest(wanted), "arr_0"), "latents_flipped": (flip_file, by)}
+    assert found == Entry({name: StoredArray(*place, shape) for name, place in stored.items()})
+    loaded = found.read("latents", "latents_flipped")
+    assert (loaded["latents"].max(), loaded["latents_flipped"].min()) == (5, 6)
+    only = found.read("latents_flipped")
+    assert list(only) == ["latents_flipped"]
+    assert only["latents_flipped"].dtype == np.float32
+    assert list(find(wanted, check=check).arrays) == ["latents"]
 
 
 def test_a_flip_file_that_cannot_be_used(wanted):
@@ -438,7 +462,7 @@ def test_a_flip_file_that_cannot_be_used(wanted):
     np.savez(flip_file, np.ones((4, 8, 6), np.float32))
     assert find(flipped).endswith("arr_0 has the shape 4x8x6, not 4x6x8 (a b.v2_flip.npz)")
     with pytest.raises(UserError, match=r"_flip\.npz: .* shape 4x8x6"):
-        latent_files.load(find(flipped, check=False), flip=True)
+        find(flipped, check=False).read("latents_flipped")
     np.savez(flip_file, other=np.ones(3))
     assert find(flipped).endswith("it has no latents (a b.v2_flip.npz)")
     flip_file.write_bytes(b"")
@@ -466,11 +490,11 @@ def test_latents_without_an_image(wanted):
     assert find(absent) is None
     theirs(named(absent), absent)
     os.utime(named(absent), (1, 1))
-    assert find(absent) == Entry(named(absent), "", (4, 6, 8))
+    assert find(absent) == entry_in(named(absent), "", (4, 6, 8))
     save(wanted := replace(absent, present=True))
-    nobody = replace(IDENTITY, image=None)
-    assert find(absent, identity=nobody) == find(wanted)
-    assert "made by another VAE" in find(absent, identity=replace(nobody, vae="another"))
+    nobody = replace(FINGERPRINT, image=None)
+    assert find(absent, fingerprint=nobody) == find(wanted)
+    assert "made by another VAE" in find(absent, fingerprint=replace(nobody, vae="another"))
 
 
 # ---- damage, and unchecked use
@@ -480,65 +504,66 @@ def test_latents_without_an_image(wanted):
 @pytest.mark.parametrize("damage", [b"", b"not a zip", "half", "flipped byte"])
 def test_a_broken_file_is_named(wanted, damage):
     entry = save(wanted)
-    content = entry.file.read_bytes()
-    at = content.index(make(wanted).plain.tobytes()) + 50
+    content = file_of(entry).read_bytes()
+    at = content.index(make(wanted)["latents"].tobytes()) + 50
     if damage == "half":
         damage = content[: len(content) // 2]
     elif damage == "flipped byte":
         damage = content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
-    entry.file.write_bytes(damage)
+    file_of(entry).write_bytes(damage)
     reason = find(wanted)
-    assert reason.startswith(f"{entry.file}: ")
+    assert reason.startswith(f"{file_of(entry)}: ")
     with pytest.raises(UserError) as caught:
-        latent_files.load(entry)
-    assert caught.value.problems[0].startswith(f"{entry.file}: the cached latents cannot be used (")
-    assert reason.removeprefix(f"{entry.file}: ") in caught.value.problems[0]
+        latents_in(entry)
+    assert caught.value.problems[0].startswith(f"{file_of(entry)}: the cached latents cannot be used (")
+    assert reason.removeprefix(f"{file_of(entry)}: ") in caught.value.problems[0]
     save(wanted)
-    assert entry.file.read_bytes() == content
+    assert file_of(entry).read_bytes() == content
 
 
 @pytest.mark.rows("R256")
 def test_a_file_that_changed_after_it_was_found_is_named(wanted):
     entry = save(replace(wanted, flip=True))
-    theirs(entry.file, wanted, latents=np.ones((4, 6, 9), np.float32))
+    theirs(file_of(entry), wanted, latents=np.ones((4, 6, 9), np.float32))
     with pytest.raises(UserError, match=r"_sd\.npz: .*latents has the shape 4x6x9, not 4x6x8"):
-        latent_files.load(entry)
+        latents_in(entry)
     with pytest.raises(UserError, match=r"_sd\.npz: .*it has no array latents_flipped"):
-        latent_files.load(entry, flip=True)
-    theirs(entry.file, wanted, latents=np.ones((4, 6, 8), np.int64))
+        entry.read("latents_flipped")
+    theirs(file_of(entry), wanted, latents=np.ones((4, 6, 8), np.int64))
     with pytest.raises(UserError, match=r"_sd\.npz: .*latents is of type int64"):
-        latent_files.load(entry)
-    entry.file.unlink()
+        latents_in(entry)
+    file_of(entry).unlink()
     with pytest.raises(UserError, match=r"_sd\.npz: .*No such file"):
-        latent_files.load(entry)
+        latents_in(entry)
 
 
 def test_unchecked_files_need_the_right_names_only(wanted):
     entry = save(wanted)
-    identity = Identity("other", "other", "other")
+    fingerprint = Fingerprint("other", "other", "other")
 
     def forbidden(*_):
         raise AssertionError("nothing is to be looked into")
 
     for change in ({}, {"resized": None, "interpolation": "box"}, {"shared_stem": False}):
-        found = latent_files.find(replace(wanted, **change), PLAIN, forbidden, forbidden, stamp, check=False)
+        unchecked = LatentCache(PLAIN, forbidden, forbidden, check=False)
+        found = unchecked.find(replace(wanted, **change))
         assert found == entry
-    assert "made by another VAE" in find(wanted, identity=replace(identity, image=IDENTITY.image))
-    assert find(replace(wanted, flip=True), check=False) == f"{entry.file}: it has no latents_flipped"
+    assert "made by another VAE" in find(wanted, fingerprint=replace(fingerprint, image=FINGERPRINT.image))
+    assert find(replace(wanted, flip=True), check=False) == f"{file_of(entry)}: it has no latents_flipped"
     small = in_bucket(wanted, SMALL)
     with pytest.raises(UserError, match="latents has the shape 4x6x8, not 4x3x4"):
-        latent_files.load(find(small, check=False))
-    entry.file.write_bytes(b"damaged")
-    assert find(wanted, check=False) == f"{entry.file}: it is no .npz file"
+        latents_in(find(small, check=False))
+    file_of(entry).write_bytes(b"damaged")
+    assert find(wanted, check=False) == f"{file_of(entry)}: it is no .npz file"
 
 
-def test_latents_of_another_shape_than_wanted_are_not_written(wanted):
+def test_latents_of_another_shape_than_request_are_not_written(wanted):
     save(wanted)
     before = named(wanted).read_bytes()
     with pytest.raises(ValueError, match="latents must have the shape"):
-        latent_files.save(wanted, PLAIN, make(in_bucket(wanted, SMALL)), IDENTITY)
+        cache().save(wanted, make(in_bucket(wanted, SMALL)), FINGERPRINT)
     with pytest.raises(ValueError, match="latents_flipped must have the shape"):
-        latent_files.save(replace(wanted, flip=True), PLAIN, make(wanted), IDENTITY)
+        cache().save(replace(wanted, flip=True), make(wanted), FINGERPRINT)
     assert named(wanted).read_bytes() == before
 
 

@@ -13,16 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
-from library.caching.latent_files import CacheLayout
-from library.caching.latents import Encoder, cache_in_memory, cache_on_disk, files_are_there
+from library.caching import latents
+from library.caching.encode_missing import Encoder
 from library.data.blueprint import build_specs
 from library.data.dataset import build_training_data
 from library.errors import UserError
-from library.families.base import FamilyTraits
 from library.options.base import Given, build_options
 from library.options.data import DataOptions
 from library.options.loss import LossOptions
 from library.options.training import TrainingOptions
+from library.types import CacheLayout, FamilyTraits
 
 TRAITS = FamilyTraits("Test family", ("te",), 3, 8, 64, "ddpm", "_test.npz", 512, 1, 1.0)
 
@@ -106,9 +106,16 @@ def encoder(watched=encode, batch_size=3, **more):
     return Encoder(watched, batch_size, seed=1, **more)
 
 
-def on_disk(data, watched=encode, vae="vae 1", **more):
-    cache_on_disk(data, encoder(watched), LAYOUT, vae, **more)
+def in_memory(data, chosen=None):
+    data.set_latents(latents.cache_in_memory(data.all_records, chosen or encoder(), LAYOUT), in_memory=True)
+
+
+def on_disk(data, watched=encode, vae="vae 1", chosen=None, **more):
+    """Returns: how many records had latents that fit."""
+    result = latents.cache_on_disk(data.all_records, data.index, chosen or encoder(watched), LAYOUT, vae, **more)
+    data.set_latents(result.entries, in_memory=False)
     data.index.save()
+    return result.kept
 
 
 def age(*paths):
@@ -124,15 +131,15 @@ def npz(folder):
 def same_batches(left, right, epochs=(1, 2)):
     """Whether two data sets give the same batches, one of them without pixels."""
     for epoch in epochs:
-        for pixels, latents in zip(left.loader(epoch), right.loader(epoch), strict=True):
-            assert latents.pixels is None
-            assert torch.allclose(encode(pixels.pixels), latents.latents, atol=1e-6)  # float32 sums in another batch
-            assert pixels.captions == latents.captions
-            assert torch.equal(pixels.crop_top_lefts, latents.crop_top_lefts)
-            assert (pixels.masks is None) == (latents.masks is None)
-            if pixels.masks is not None:
-                small = torch.nn.functional.adaptive_avg_pool2d(pixels.masks, latents.latents.shape[-2:])
-                large = torch.nn.functional.adaptive_avg_pool2d(latents.masks, latents.latents.shape[-2:])
+        for plain, cached in zip(left.loader(epoch), right.loader(epoch), strict=True):
+            assert cached.pixels is None
+            assert torch.allclose(encode(plain.pixels), cached.latents, atol=1e-6)  # float32 sums in another batch
+            assert plain.captions == cached.captions
+            assert torch.equal(plain.crop_top_lefts, cached.crop_top_lefts)
+            assert (plain.masks is None) == (cached.masks is None)
+            if plain.masks is not None:
+                small = torch.nn.functional.adaptive_avg_pool2d(plain.masks, cached.latents.shape[-2:])
+                large = torch.nn.functional.adaptive_avg_pool2d(cached.masks, cached.latents.shape[-2:])
                 assert torch.allclose(small, large, atol=1e-6)
 
 
@@ -142,7 +149,7 @@ def test_cached_batches_equal_encoded_ones(folder, load, kind):
     tables = [table(folder, 128, flip_aug=True, num_repeats=2), table(folder, 64)]
     plain, cached, watched, bars = load(*tables), load(*tables), Counted(), []
     chosen = encoder(watched, progress=lambda **kwargs: bars.append(Bar(**kwargs)) or bars[-1])
-    cache_in_memory(cached, chosen) if kind == "memory" else cache_on_disk(cached, chosen, LAYOUT, "vae")
+    in_memory(cached, chosen) if kind == "memory" else on_disk(cached, chosen=chosen)
     same_batches(plain, cached)
     # 5 images and their mirror images at 128, 5 at 64; batches are full but for each size's last.
     assert watched.images == 15
@@ -167,13 +174,13 @@ def test_each_subset_keeps_its_own_flips_and_masks(folder, load, tmp_path, kind)
         hidden,
     ]
     plain, data = load(tables), load(tables)
-    cache_in_memory(data, encoder()) if kind == "memory" else on_disk(data)
+    in_memory(data) if kind == "memory" else on_disk(data)
     same_batches(plain, data)
-    for record, latents in zip(data.records, data.items.latents, strict=True):
-        upright, mask = latents.load(False)
+    for record, entry in zip(data.records, data.items.latents, strict=True):
+        upright, mask = entry.load(False)
         assert (mask is not None) == (record.path.parent == other and record.subset.class_tokens == "x")
         if record.flip:  # encoded from mirrored pixels; the stand-in's latents mirror exactly
-            mirrored, mirrored_mask = latents.load(True)
+            mirrored, mirrored_mask = entry.load(True)
             assert torch.allclose(mirrored, upright.flip(-1), atol=1e-6)
             assert mask is None or torch.equal(mirrored_mask, mask.flip(-1))
 
@@ -190,14 +197,14 @@ def test_masks_are_cached_along(folder, load, tmp_path, kind):
     tables = table(folder, flip_aug=True, conditioning_data_dir=str(masks))
     del tables["subsets"][0]["class_tokens"]
     plain, data = load(tables), load(tables)
-    cache_in_memory(data, encoder()) if kind == "memory" else on_disk(data)
+    in_memory(data) if kind == "memory" else on_disk(data)
     same_batches(plain, data)
     assert all(batch.masks is not None for batch in data.loader(1))
 
 
 def test_a_folder_used_twice_is_encoded_once(folder, load):
     data, watched = load(table(folder), table(folder, num_repeats=3)), Counted()
-    cache_in_memory(data, encoder(watched))
+    in_memory(data, encoder(watched))
     assert watched.images == 5
     assert len(data.records) == 10
 
@@ -210,18 +217,18 @@ def test_latents_do_not_depend_on_the_batch(folder, load):
         return encode(pixels) + torch.stack(noise)[:, :, None, None]
 
     one, many = load(table(folder, flip_aug=True)), load(table(folder, flip_aug=True), table(folder, 64))
-    cache_in_memory(one, encoder(draw, 1))
-    cache_in_memory(many, encoder(draw, 4))
+    in_memory(one, encoder(draw, 1))
+    in_memory(many, encoder(draw, 4))
     for left, right in zip(one.items.latents, many.items.latents[:5], strict=True):
-        assert torch.equal(left.plain, right.plain)
-        assert torch.equal(left.flipped, right.flipped)
-        assert not torch.allclose(left.plain, left.flipped.flip(-1), atol=1e-3)
+        assert torch.equal(left.arrays["latents"], right.arrays["latents"])
+        assert torch.equal(left.arrays["latents_flipped"], right.arrays["latents_flipped"])
+        assert not torch.allclose(left.arrays["latents"], left.arrays["latents_flipped"].flip(-1), atol=1e-3)
 
 
 def test_no_workers_are_started_for_latents_in_memory(folder, load):
     data = load(table(folder), workers=2)
     assert data.loader(1).num_workers > 0
-    cache_in_memory(data, encoder())
+    in_memory(data)
     assert data.loader(1).num_workers == 0
 
 
@@ -243,7 +250,7 @@ def test_nan_names_the_image(folder, load, kind):
         return latents
 
     with pytest.raises(UserError, match=r"[0-4]\.png: the VAE gives NaN"):
-        cache_in_memory(data, encoder(broken)) if kind == "memory" else on_disk(data, broken)
+        in_memory(data, encoder(broken)) if kind == "memory" else on_disk(data, broken)
 
 
 def test_a_damaged_image_is_named_and_no_thread_is_left(folder, load):
@@ -251,12 +258,12 @@ def test_a_damaged_image_is_named_and_no_thread_is_left(folder, load):
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:300])
     before = threading.active_count()
     with pytest.raises(UserError, match=r"1\.png: the image cannot be read"):
-        cache_in_memory(data, encoder())
+        in_memory(data)
     assert threading.active_count() == before
 
 
 def test_the_default_progress_bar_counts_images(folder, load, capsys):
-    cache_in_memory(load(table(folder)), encoder())
+    in_memory(load(table(folder)))
     assert "caching latents" in capsys.readouterr().err
 
 
@@ -277,7 +284,7 @@ def test_the_next_start_encodes_nothing(folder, load):
     on_disk(again, watched)
     assert watched.images == 0
     same_batches(load(table(folder, flip_aug=True)), again)
-    assert files_are_there(again, LAYOUT)
+    assert list(latents.without_files(again.all_records, again.index, LAYOUT)) == []
 
 
 def test_only_what_changed_is_made_again_and_named(folder, load, caplog, monkeypatch):
@@ -321,10 +328,10 @@ def test_what_a_stopped_run_has_done_is_there_for_the_next(folder, load):
         return encode(pixels)
 
     with pytest.raises(KeyboardInterrupt):
-        cache_on_disk(load(table(folder)), encoder(stop, 1), LAYOUT, "vae")
+        on_disk(load(table(folder)), chosen=encoder(stop, 1))
     assert len(npz(folder)) == 2
     watched = Counted()
-    cache_on_disk(load(table(folder)), encoder(watched, 1), LAYOUT, "vae")
+    on_disk(load(table(folder)), chosen=encoder(watched, 1))
     assert watched.images == 3
 
 
@@ -404,5 +411,5 @@ def test_a_folder_that_cannot_be_written_is_named(folder, load, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store, "write", full)
-    with pytest.raises(UserError, match=r"_test\.npz: the latents cannot be written \(No space left on device\)"):
+    with pytest.raises(UserError, match=r"_test\.npz: the cache file cannot be written \(No space left on device\)"):
         on_disk(load(table(folder)))

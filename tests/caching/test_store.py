@@ -80,22 +80,8 @@ def test_only_what_is_asked_is_read(file):
 def test_equal_arrays_make_equal_files(file, tmp_path):
     other = tmp_path / "b.npz"
     names = list(ARRAYS)
-    store.write(other, {name: ARRAYS[name] for name in names[:2]})
-    store.write(other, {name: ARRAYS[name] for name in reversed(names[2:])}, keep_others=True)
+    store.write(other, {name: ARRAYS[name] for name in reversed(names)})
     assert other.read_bytes() == file.read_bytes()
-
-
-def test_other_arrays_stay_only_if_asked(file):
-    store.write(file, {"flag": np.array(False), "new": np.ones(2)}, keep_others=True)
-    read = store.read(file)
-    assert not read["flag"]
-    untouched = {name: array for name, array in ARRAYS.items() if name != "flag"}
-    assert same({name: read[name] for name in untouched}, untouched)
-    store.write(file, {"new": np.ones(2)})
-    assert store.names(file) == ["new"]
-    file.write_bytes(b"broken")
-    store.write(file, {"newer": np.ones(2)}, keep_others=True)
-    assert store.names(file) == ["newer"]
 
 
 @pytest.mark.parametrize("flip", [0x01, 0x80, 0xFF])
@@ -199,20 +185,19 @@ def test_a_missing_file_is_not_a_damaged_one(tmp_path):
         with pytest.raises(FileNotFoundError):
             read(tmp_path / "none.npz")
     assert store.summary(tmp_path / "none.npz")["damaged"]
-    store.write(tmp_path / "new folder" / "a.npz", ARRAYS, keep_others=True)
+    store.write(tmp_path / "new folder" / "a.npz", ARRAYS)
     assert same(store.read(tmp_path / "new folder" / "a.npz"), ARRAYS)
 
 
 @pytest.mark.usefixtures("no_leftovers")
-@pytest.mark.parametrize("keep_others", [False, True])
-def test_a_full_disk_leaves_the_old_file(file, keep_others):
+def test_a_full_disk_leaves_the_old_file(file):
     """The system itself refuses to write more than so many bytes, as a full disk does."""
     resource = pytest.importorskip("resource", reason="limits of file sizes are Unix's")
     before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
         with pytest.raises(OSError, match=r"[Ll]arge") as caught:
-            store.write(file, {"more": np.ones(1000)}, keep_others=keep_others)
+            store.write(file, {"more": np.ones(1000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.errno == errno.EFBIG
@@ -322,7 +307,7 @@ def test_an_array_that_is_larger_than_wanted_is_not_unpacked(tmp_path):
 def test_what_is_no_regular_file_is_damaged_and_can_be_replaced(tmp_path):
     os.mkfifo(tmp_path / "a.npz")
     assert store.summary(tmp_path / "a.npz") == {"damaged": "a named pipe, not a regular file"}
-    store.write(tmp_path / "a.npz", ARRAYS, keep_others=True)
+    store.write(tmp_path / "a.npz", ARRAYS)
     assert same(store.read(tmp_path / "a.npz"), ARRAYS)
 
 

@@ -35,7 +35,7 @@ def test_network_hashes_are_those_of_the_file_on_disk(tmp_path, dtype, write):
     raw = path.read_bytes()
     behind_header = raw[8 + int.from_bytes(raw[:8], "little") :]
     assert len(behind_header) == (700 * 500 + 4 * 500 + 1) * dtype.itemsize
-    assert found["sshs_model_hash"] == hashlib.sha256(behind_header).hexdigest() == hashes.tensor_hash(path)
+    assert found["sshs_model_hash"] == hashlib.sha256(behind_header).hexdigest()
 
     write(tensors(dtype), path, metadata={"ss_steps": "10", "ss_comment": "ü"})
     raw = path.read_bytes()

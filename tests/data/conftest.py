@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.families.base import FamilyTraits
 from library.options.base import Given, build_options, options_of
 from library.options.data import DataOptions
 from library.options.loss import LossOptions
 from library.options.sampling import ValidationOptions
 from library.options.training import TrainingOptions
+from library.types import FamilyTraits
 
 TRAITS = FamilyTraits(
     label="Test family",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from library.data import contact_sheet, images, lettering
+from library.data import contact_sheet, images, text_drawing
 from library.data.blueprint import build_specs
 from library.data.contact_sheet import cells_of, show, write_sheets
 from library.data.dataset import build_training_data
@@ -55,11 +55,11 @@ def faces(monkeypatch):
     """Chooses the faces that are looked for."""
 
     def forget():
-        for function in (lettering._face_of, lettering._first_face, lettering._typeface):
+        for function in (text_drawing._face_of, text_drawing._first_face, text_drawing._typeface):
             function.cache_clear()
 
     def choose(*names):
-        monkeypatch.setattr(lettering, "_FACES", names)
+        monkeypatch.setattr(text_drawing, "_FACES", names)
         forget()
 
     yield choose
@@ -355,13 +355,13 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path, draw, load):
     ["a short one", "1girl, solo, looking at viewer, " * 20, "no_space_" * 40, "猫が好きです。" * 20, "é ж λ ع " * 30],
 )
 def test_lines_fit_and_keep_the_words(text):
-    lines = lettering.wrap(text, 216, 6)
+    lines = text_drawing.wrap(text, 216, 6)
     assert len(lines) <= 6
-    assert all(lettering.length(line, lettering.TEXT) <= 216 for line in lines)
+    assert all(text_drawing.length(line, text_drawing.TEXT) <= 216 for line in lines)
     told = "".join("".join(lines).split())
     whole = "".join(text.split())
     assert told == whole or (told.endswith("…") and whole.startswith(told[:-1]) and len(told) > 60)
-    assert lettering.wrap(text, 10**6, 6) == [" ".join(text.split())]
+    assert text_drawing.wrap(text, 10**6, 6) == [" ".join(text.split())]
 
 
 def test_long_file_names_keep_both_ends(tmp_path, draw, load, texts):
@@ -389,12 +389,12 @@ def test_characters_that_no_font_has_are_told(tmp_path, draw, load, faces, caplo
 
 
 def test_characters_come_from_the_first_face_that_has_them(faces):
-    system = [face for face in lettering._FACES if lettering._typeface(face, 12) is not None]
-    able = [face for face in system if lettering._face_of("ж") == face]
+    system = [face for face in text_drawing._FACES if text_drawing._typeface(face, 12) is not None]
+    able = [face for face in system if text_drawing._face_of("ж") == face]
     if not able:
         pytest.skip("no font with Cyrillic letters is installed")
     faces("", able[0])  # Pillow's own, which has none, before it
-    assert lettering._runs("a жж b") == [("", "a "), (able[0], "жж "), ("", "b")]
+    assert text_drawing._runs("a жж b") == [("", "a "), (able[0], "жж "), ("", "b")]
 
 
 # ---- showing

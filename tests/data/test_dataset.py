@@ -1,4 +1,4 @@
-"""From folders to batches: order, repeats, regularisation, sizes, randomness by address, workers."""
+"""From folders to batches: order, repeats, regularisation, sizes, randomness by item, workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from library.data import images
 from library.data.blueprint import build_specs
 from library.data.dataset import ItemDataset, build_training_data
 from library.data.rendering import render
-from library.data.sampler import Address
+from library.data.types import ItemKey
 from library.errors import UserError
 
 
@@ -303,9 +303,9 @@ def test_persistent_workers_learn_of_the_epoch(varied):
 
 def test_items_vary_between_epochs_and_repeats(varied):
     items = varied().items
-    one = items[Address(1, 0, 0)]
-    assert torch.equal(one.pixels, items[Address(1, 0, 0)].pixels)
-    others = [items[Address(epoch, 0, index)] for epoch in (1, 2, 3, 4) for index in (0, 1)]
+    one = items[ItemKey(1, 0, 0)]
+    assert torch.equal(one.pixels, items[ItemKey(1, 0, 0)].pixels)
+    others = [items[ItemKey(epoch, 0, index)] for epoch in (1, 2, 3, 4) for index in (0, 1)]
     assert len({sample.caption for sample in others}) > 4
     assert len({sample.pixels.sum().item() for sample in others}) > 4
 
@@ -540,7 +540,7 @@ def test_what_workers_hold_is_small_and_picklable(tmp_path, draw, load):
     draw(tmp_path / "1_x" / "a.png")
     items = pickle.loads(pickle.dumps(load(tmp_path).items))
     assert isinstance(items, ItemDataset)
-    assert items[Address(1, 0, 0)].caption == "x"
+    assert items[ItemKey(1, 0, 0)].caption == "x"
 
 
 def test_order_does_not_depend_on_the_file_system(tmp_path, draw, load, monkeypatch):

@@ -328,12 +328,11 @@ def test_alpha_of_images_that_keep_it_elsewhere(tmp_path):
 
 def test_mask_is_the_red_channel_whatever_is_transparent(tmp_path):
     Image.fromarray(rgba_gradient(7)).save(tmp_path / "a.png")
-    assert np.array_equal(images.read_mask(tmp_path / "a.png"), gradient()[..., 0])
     assert np.array_equal(images.read_values(tmp_path / "a.png"), gradient())
     exif = Image.Exif()
     exif[0x0112] = 3
     Image.fromarray(gradient()[..., 1]).save(tmp_path / "grey.png", exif=exif, icc_profile=grey_profile(1.2))
-    assert np.array_equal(images.read_mask(tmp_path / "grey.png"), gradient()[::-1, ::-1, 1])
+    assert np.array_equal(images.read_values(tmp_path / "grey.png")[..., 0], gradient()[::-1, ::-1, 1])
     assert not np.array_equal(images.read_image(tmp_path / "grey.png")[..., 0], gradient()[::-1, ::-1, 1])
 
 
@@ -588,7 +587,7 @@ def test_files_of_every_condition(tmp_path, condition):
     path = tmp_path / name
     path.write_bytes(content)
     assert images.describe(path) == described
-    for read in (images.read_image, images.read_image_and_alpha, images.read_values, images.read_mask):
+    for read in (images.read_image, images.read_image_and_alpha, images.read_values):
         if isinstance(seen, str):
             with pytest.raises(ValueError, match=f"^{re.escape(seen)}$"):
                 read(path)
@@ -612,7 +611,7 @@ def test_pillow_does_not_speak(tmp_path):
     (tmp_path / "palette.png").write_bytes(palette_with_transparency())
     program = (
         "import sys; from pathlib import Path; from library.data import images; folder = Path(sys.argv[1]);"
-        "print(images.describe(folder / 'large.png'), images.read_mask(folder / 'palette.png').shape)"
+        "print(images.describe(folder / 'large.png'), images.read_values(folder / 'palette.png').shape[:2])"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)

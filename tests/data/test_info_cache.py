@@ -79,7 +79,7 @@ def test_a_damaged_one_is_named(put, content, reason):
     folder = put(content)
     with pytest.raises(UserError) as caught:
         read(folder)
-    assert caught.value.problems == (f"{folder / FILE_NAME}: damaged ({reason}); delete it, and it is made anew",)
+    assert caught.value.problems == (f"{folder / FILE_NAME}: damaged ({reason}); delete it, and it is made again",)
 
 
 def test_one_that_cannot_be_read(tmp_path):

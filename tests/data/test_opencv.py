@@ -30,7 +30,7 @@ def test_the_command_puts_the_same_version_in_place(without_opencv):
 
 
 def test_a_training_says_so_before_data_and_model(without_opencv, monkeypatch, capsys):
-    monkeypatch.setattr("library.data.reading.read_data", lambda *_: pytest.fail("read the data"))
+    monkeypatch.setattr("library.data.load.read_data", lambda *_: pytest.fail("read the data"))
     line = ["--pretrained_model_name_or_path=examples/tiny_model/tiny-sd.safetensors", "--network_module=networks.lora"]
     line += ["--train_data_dir=examples/concept", "--output_dir=out", "--resolution=64", "--max_train_steps=1"]
     with pytest.raises(SystemExit) as ended:

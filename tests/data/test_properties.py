@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from library.data import buckets
 from library.data import images as imaging
 from library.data.captions import CaptionOptions, make_caption
-from library.data.sampler import Address, EpochBatches
+from library.data.sampler import EpochBatches
+from library.data.types import ItemKey
 from library.runtime.seeds import derive
 from library.types import Size
 
@@ -403,8 +404,8 @@ def order(data: Data, epoch: int, *, first_batch: int = 0, rank: int = 0, world:
     return found
 
 
-def indices(batches: list[list[Address]]) -> list[list[int]]:
-    return [[address.index for address in batch] for batch in batches]
+def indices(batches: list[list[ItemKey]]) -> list[list[int]]:
+    return [[item.index for item in batch] for batch in batches]
 
 
 @MANY
@@ -471,9 +472,9 @@ def test_accumulation_changes_the_step_numbers_only(groups, seed, epoch, world, 
     plain = order(data, epoch, world=world)
     several = order(data, epoch, world=world, accumulation=accumulation)
     assert indices(several) == indices(plain)
-    assert {address.epoch for batch in several for address in batch} == {epoch}
+    assert {item.epoch for batch in several for item in batch} == {epoch}
     per_epoch = math.ceil(len(plain) / accumulation)
-    steps = [{address.step for address in batch} for batch in several]
+    steps = [{item.step for item in batch} for batch in several]
     assert steps == [{(epoch - 1) * per_epoch + at // accumulation} for at in range(len(plain))]
     following = order(data, epoch + 1, world=world, accumulation=accumulation)
     assert following[0][0].step == max(steps[-1]) + 1

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from library.caching.text_outputs import Item, cache_text_on_disk
+from library.caching.encode_missing import Encoder
+from library.caching.text import TextRequest, cache_on_disk
 from library.families.sdxl.adapter import SdxlFamily
 from library.families.sdxl.options import TRAITS
 from library.families.sdxl.targets import block_index, unet_targets
@@ -121,19 +122,22 @@ def test_cached_text_has_the_conditionings_names(models):
     assert set(layout.keys) == set(family.encode_text(models, ["a"]).tensors)
 
 
-def test_text_files_of_earlier_trainers_are_made_anew(models, tmp_path):
+def test_text_files_of_earlier_trainers_are_made_again(models, tmp_path, caplog, monkeypatch):
     """Their pooled text went through the projection the wrong way round."""
     family = SdxlFamily(sdxl_options(""))
-    item = Item(image=tmp_path / "a.png", caption="a cat")
+    item = TextRequest(image=tmp_path / "a.png", caption="a cat")
     item.image.touch()
     wanted = {name: rows[0].numpy() for name, rows in family.encode_text(models, ["a cat"]).tensors.items()}
     file = tmp_path / "a_te_outputs.npz"
     np.savez(file, **wanted | {"pool2": wanted["pool2"][::-1]})
-    encode = partial(family.encode_text, models)
-    kept, (reason,) = cache_text_on_disk([item], family.text_layout(), encode, {}, 1)
-    assert "made by another trainer" in reason
+    monkeypatch.setattr(logging.getLogger("trainscripts"), "propagate", True)
+    encoder = Encoder(partial(family.encode_text, models), 1)
+    kept = cache_on_disk([item], family.text_layout(), encoder, {})
+    assert "made by another trainer" in caplog.text
     assert_close(kept.get(0)["pool2"].numpy(), wanted["pool2"], atol=1e-6, rtol=0)
-    assert cache_text_on_disk([item], family.text_layout(), encode, {}, 1)[1] == []
+    caplog.clear()
+    cache_on_disk([item], family.text_layout(), encoder, {})
+    assert "made again" not in caplog.text
 
 
 # ---- targets and blocks

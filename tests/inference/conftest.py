@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from library.families.base import Family, FamilyTraits
-from library.types import Models, TextCond
+from library.families.base import Family
+from library.types import FamilyTraits, Models, TextCond
 
 WIDTH, POSITIONS, VOCABULARY = 16, 24, 128
 TRAITS = FamilyTraits(

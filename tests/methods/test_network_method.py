@@ -240,7 +240,7 @@ def test_every_saved_tensor_has_the_asked_dtype(tmp_path, dtype):
 
 
 def test_saved_metadata_has_hashes_of_the_cast_tensors(tmp_path):
-    from library.checkpoints.hashes import tensor_hash
+    from tests.builders.hashes import tensor_hash
 
     method = attached()
     method.save(tmp_path / "a.safetensors", torch.float16, {"ss_steps": "1"})

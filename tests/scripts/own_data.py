@@ -11,4 +11,4 @@ from library.data.dataset import TrainingData, build_training_data
 def build(*args: Any, **kwargs: Any) -> TrainingData:
     data = build_training_data(*args, **kwargs)
     records = [replace(record, caption=f"mine: {record.caption}") for record in data.records]
-    return TrainingData(data.specs, records, data.findings, data.index, data.opts, data.seed)
+    return TrainingData(data.specs, records, data.scan, data.index, data.opts, data.seed)

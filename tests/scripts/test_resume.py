@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from library.checkpoints.hashes import tensor_hash
+from tests.builders.hashes import tensor_hash
 from tests.scripts.conftest import OFFLINE, ONE_THREAD
 from tests.scripts.starting import ROOT
 from tests.scripts.weights import hash_of

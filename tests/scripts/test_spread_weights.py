@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from library.checkpoints.hashes import tensor_hash
 from tests.builders.flux import write_flux, write_parts
+from tests.builders.hashes import tensor_hash
 from tests.builders.sd3 import write_encoder_file, write_tiny_sd3
 from tests.builders.t5 import write_t5_tokenizer
 from tests.scripts.weights import furthest

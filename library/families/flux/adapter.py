@@ -31,9 +31,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from library.caching.text_outputs import TextLayout
     from library.objectives.objective import Objective
-    from library.types import Batch
+    from library.types import Batch, TextLayout
 
 ORIGINAL_CODE = "https://github.com/black-forest-labs/flux"
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
@@ -169,7 +168,7 @@ class FluxFamily(Family):
 
     def text_layout(self) -> TextLayout:
         """See `Family.text_layout`. Only after `load` is it known how long captions are that no option limits."""
-        from library.caching.text_outputs import TextLayout
+        from library.types import TextLayout
 
         length = self.opts.family.t5xxl_max_token_length or self._usual_length
         return TextLayout(

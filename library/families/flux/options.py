@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from library.families.base import FamilyTraits
 from library.families.shared.option_groups import FlowOptions
 from library.options.base import opt
 from library.options.finetune import DENOISER_ONLY_GROUPS
 from library.options.large_models import LargeModelOptions, SplitModeOptions, TextCacheOptions
+from library.types import FamilyTraits
 
 if TYPE_CHECKING:
     from library.options.base import Options

@@ -32,9 +32,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from library.caching.text_outputs import TextLayout
     from library.objectives.objective import Objective
-    from library.types import Batch
+    from library.types import Batch, TextLayout
 
 VAE_STRIDE = 8  # pixels for each latent
 ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
@@ -199,7 +198,7 @@ class Sd3Family(Family):
         ]
 
     def text_layout(self) -> TextLayout:
-        from library.caching.text_outputs import TextLayout
+        from library.types import TextLayout
 
         options = self.opts.family
         return TextLayout(

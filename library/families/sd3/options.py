@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.families.base import FamilyTraits
 from library.families.shared.option_groups import FlowOptions
 from library.options.base import opt
 from library.options.finetune import THREE_ENCODER_GROUPS
 from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
+from library.types import FamilyTraits
 
 if TYPE_CHECKING:
     from library.options.base import Options

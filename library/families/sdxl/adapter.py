@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from library.caching.text_outputs import TextLayout
 from library.families.base import Family
 from library.families.sdxl.loading import SCALING_FACTOR, load_model, load_text_encoders
 from library.families.sdxl.options import TRAITS
@@ -19,7 +18,7 @@ from library.families.shared.vae import decode_latents, encode_pixels
 from library.objectives.objective import DdpmObjective
 from library.text.chunking import tokenize
 from library.text.emphasis import tokenize_weighted
-from library.types import LoraTarget, Models, TextCond
+from library.types import LoraTarget, Models, TextCond, TextLayout
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +122,7 @@ class SdxlFamily(Family):
         names = ("max_token_length", "weighted_captions")
         settings = {name: getattr(self.opts.family, name) for name in names}
         keys = (*STATES.values(), POOLED)
-        return TextLayout("_te_outputs.npz", keys, settings=settings, distrust=FOREIGN_POOLED)
+        return TextLayout("_te_outputs.npz", keys, settings=settings, reject_foreign=FOREIGN_POOLED)
 
     def model_metadata(self, models: Models) -> dict[str, Any]:
         return {

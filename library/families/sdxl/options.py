@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from library.families.base import FamilyTraits
 from library.families.shared.option_groups import CommonOptions
 from library.options.finetune import TWO_ENCODER_GROUPS
 from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
-from library.types import BlockLayout
+from library.types import BlockLayout, FamilyTraits
 
 if TYPE_CHECKING:
     from library.options.base import Options

@@ -55,7 +55,7 @@ def _end_checksum(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Looks:
-    """What decoding every image told."""
+    """What decoding every image showed."""
 
     damaged: dict[Path, str]  # and how; their headers are whole
     alike: list[list[Path]]  # groups of images that are not the same and look it: saved again, resized

@@ -1,4 +1,4 @@
-"""What the names of latent files tell where a metadata file's images were prepared and may be gone."""
+"""What the names of latent files say where a metadata file's images were prepared and may be gone."""
 
 from __future__ import annotations
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
-    from library.families.base import FamilyTraits
+    from library.data.dataset import TrainingData
+    from library.data.types import DatasetSpec
     from library.options.base import Options
     from library.runtime.processes import Processes
+    from library.types import FamilyTraits
 
 
-def read_data(specs: list[Any], opts: Options, traits: FamilyTraits, processes: Processes) -> Any:
-    """The data of a run, whose seed is known by now; what was found is told in the log.
+def read_data(specs: list[DatasetSpec], opts: Options, traits: FamilyTraits, processes: Processes) -> TrainingData:
+    """The data of a run, whose seed is known by now; what was found goes to the log.
 
     Raises: UserError: it cannot be used.
     """
@@ -32,7 +35,7 @@ def read_data(specs: list[Any], opts: Options, traits: FamilyTraits, processes: 
     return data
 
 
-def _data_builder(name: str | None) -> Any:
+def _data_builder(name: str | None) -> Callable[..., TrainingData]:
     """`build_training_data`, or what --dataset_class names in its place.
 
     Raises: UserError: there is no such thing.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from library.data.cached_names import Prepared
 from library.data.index import FileIndex
-from library.data.prepared import Prepared
 
 
 @pytest.fixture

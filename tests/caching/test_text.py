@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -17,31 +18,24 @@ import torch
 from PIL import Image
 from torch import nn
 
-from library.caching import store
-from library.caching.text_outputs import (
-    Item,
-    TextLayout,
-    cache_file,
-    cache_text_in_memory,
-    cache_text_on_disk,
-    disk_store,
-    items_of,
-    unusable_files,
-)
+from library.caching import store, text
+from library.caching.encode_missing import Encoder as Work
+from library.caching.text import TextRequest, cache_file, invalid_files, requests_of
 from library.data.blueprint import build_specs
 from library.data.dataset import build_training_data
 from library.errors import UserError
-from library.families.base import FamilyTraits
 from library.options.base import Given, build_options
 from library.options.data import DataOptions
 from library.options.loss import LossOptions
 from library.options.training import TrainingOptions
+from library.runtime.logs import LOGGER
 from library.runtime.processes import Processes
-from library.types import TextCond
+from library.types import FamilyTraits, TextCond, TextLayout
 from library.version import NAME, VERSION
 
 TRAITS = FamilyTraits("Test family", ("te",), 3, 8, 64, "ddpm", "_test.npz", 512, 1, 1.0)
 LENGTH = 12
+ALONE = Processes()
 LAYOUT = TextLayout("_te.npz", ("states", "pooled", "mask"), {"apply_mask": True}, {"states": (LENGTH, 4)})
 CAPTIONS = ["a red fox", "an owl", "a red fox", "", "zebra crossing"]  # four different ones
 
@@ -96,7 +90,7 @@ class Bar:
 
 @pytest.fixture
 def items(tmp_path):
-    return [Item(tmp_path / f"{number}.png", caption) for number, caption in enumerate(CAPTIONS)]
+    return [TextRequest(tmp_path / f"{number}.png", caption) for number, caption in enumerate(CAPTIONS)]
 
 
 @pytest.fixture
@@ -107,12 +101,43 @@ def image(tmp_path):
     words.write_text("an owl")
     for file in (path, words):
         os.utime(file, (1000, 1000))
-    return Item(path, "an owl", caption_file=words)
+    return TextRequest(path, "an owl", caption_file=words)
 
 
-def on_disk(items, encoder, layout=LAYOUT, name="encoder one", **more):
-    encoders = name if isinstance(name, dict) else {"te": name}
-    return cache_text_on_disk(items, layout, encoder, encoders, 2, progress=Bar, **more)
+def in_memory(items, encode, size=2, processes=ALONE):
+    return text.cache_in_memory(items, Work(encode, size, processes=processes, progress=Bar))
+
+
+class Reasons(logging.Handler):
+    """Files that are made again, and why."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        if record.levelno == logging.WARNING:
+            self.lines.append(record.getMessage().removeprefix("made again: "))
+
+
+def on_disk(items, encode, layout=LAYOUT, name="encoder one", size=2, processes=ALONE, **more):
+    """The store, and a line for each file that was made again."""
+    reasons = Reasons()
+    LOGGER.addHandler(reasons)
+    try:
+        work = Work(encode, size, processes=processes, progress=Bar)
+        made_by = name if isinstance(name, dict) else {"te": name}
+        return text.cache_on_disk(items, layout, work, made_by, **more), reasons.lines
+    finally:
+        LOGGER.removeHandler(reasons)
+
+
+@dataclass(frozen=True)
+class Impatient(Processes):
+    """One of several processes that does not wait for the others."""
+
+    def wait(self):
+        pass
 
 
 def load(path):
@@ -129,8 +154,8 @@ def same(left, right):
 
 def test_memory_holds_what_the_encoder_gives():
     encoder = Encoder()
-    items = [Item(Path("x.png"), caption) for caption in CAPTIONS]
-    kept = cache_text_in_memory(items, encoder, 3, Bar)
+    items = [TextRequest(Path("x.png"), caption) for caption in CAPTIONS]
+    kept = in_memory(items, encoder, 3)
     assert encoder.calls == [["a red fox", "an owl", ""], ["zebra crossing"]]  # equal captions once
     assert (Bar.last.total, Bar.last.done, Bar.last.unit) == (4, 4, "caption")
     for number, caption in enumerate(CAPTIONS):
@@ -154,13 +179,13 @@ class Thread(Processes):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_memory_is_filled_by_all_processes_together(world):
-    items = [Item(Path("x.png"), caption) for caption in [*CAPTIONS, "a fifth", "a sixth", "a seventh"]]
+    items = [TextRequest(Path("x.png"), caption) for caption in [*CAPTIONS, "a fifth", "a sixth", "a seventh"]]
     alone = Encoder()
-    wanted = cache_text_in_memory(items, alone, 2, Bar)
+    wanted = in_memory(items, alone, 2)
     table, gate, encoders = [None] * world, Barrier(world), [Encoder() for _ in range(world)]
     with ThreadPoolExecutor(world) as pool:
         threads = [Thread(rank, world, table, gate) for rank in range(world)]
-        jobs = [pool.submit(cache_text_in_memory, items, e, 2, Bar, t) for e, t in zip(encoders, threads, strict=True)]
+        jobs = [pool.submit(in_memory, items, e, 2, t) for e, t in zip(encoders, threads, strict=True)]
         stores = [job.result(timeout=60) for job in jobs]
     # The very batches of one process, each encoded once.
     assert sorted(call for encoder in encoders for call in encoder.calls) == sorted(alone.calls)
@@ -173,15 +198,15 @@ def test_memory_is_filled_by_all_processes_together(world):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_memory_keeps_the_dtype(dtype):
     encoder = Encoder(dtype)
-    row = cache_text_in_memory([Item(Path("x.png"), "an owl")], encoder, 1, Bar).get(0)
+    row = in_memory([TextRequest(Path("x.png"), "an owl")], encoder, 1).get(0)
     assert (row["states"].dtype, row["mask"].dtype) == (dtype, torch.bool)
     assert same(row, encoder.row("an owl"))
 
 
 def test_memory_pickles_each_batch_once():
     encoder = Encoder()
-    items = [Item(Path("x.png"), f"number {number}") for number in range(256)]
-    kept = cache_text_in_memory(items, encoder, 128, Bar)
+    items = [TextRequest(Path("x.png"), f"number {number}") for number in range(256)]
+    kept = in_memory(items, encoder, 128)
     data = pickle.dumps(kept)
     assert len(data) < 2 * 256 * (LENGTH * 4 * 4 + 4 * 4 + LENGTH)
     assert same(pickle.loads(data).get(200), encoder.row("number 200"))
@@ -189,7 +214,7 @@ def test_memory_pickles_each_batch_once():
 
 def test_no_items_need_no_encoder(tmp_path):
     encoder = Encoder()
-    cache_text_in_memory([], encoder, 2, Bar)
+    in_memory([], encoder, 2)
     made, reasons = on_disk([], encoder)
     assert (encoder.calls, made.files, reasons) == ([], (), [])
 
@@ -233,35 +258,31 @@ def test_numbers_on_disk_are_exact(image, dtype, stored):
 
 
 def test_images_that_share_a_stem_have_a_file_each(tmp_path):
-    items = [Item(tmp_path / "a.png", "x", shared_stem=True), Item(tmp_path / "a.jpg", "y", shared_stem=True)]
+    items = [
+        TextRequest(tmp_path / "a.png", "x", shared_stem=True),
+        TextRequest(tmp_path / "a.jpg", "y", shared_stem=True),
+    ]
     kept, _ = on_disk(items, Encoder())
     assert {path.name for path in tmp_path.iterdir()} == {"a.png_te.npz", "a.jpg_te.npz"}
     assert same(kept.get(1), Encoder().row("y"))
 
 
-def test_valid_files_are_not_made_again(items, tmp_path):
+def test_valid_files_are_not_made_again(items, tmp_path, monkeypatch):
     on_disk(items, Encoder())
     written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     again, asked = Encoder(), []
-    kept, reasons = on_disk(items, again, summaries=lambda path: asked.append(path.name) or store.summary(path))
+    summary = store.summary
+    monkeypatch.setattr(store, "summary", lambda path: asked.append(path.name) or summary(path))
+    kept, reasons = on_disk(items, again)
     assert (again.calls, reasons) == ([], [])
     assert sorted(asked) == [f"{number}_te.npz" for number in range(5)]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
     assert same(kept.get(4), again.row("zebra crossing"))
 
 
-def test_remembered_summaries_spare_reading(items, tmp_path, monkeypatch):
-    on_disk(items, Encoder())
-    remembered = {path: json.loads(json.dumps(store.summary(path))) for path in tmp_path.iterdir()}
-    monkeypatch.setattr(store, "read", None)
-    again = Encoder()
-    assert on_disk(items, again, summaries=remembered.__getitem__)[1] == []
-    assert again.calls == []
-
-
 def test_one_image_in_two_datasets_has_one_file(image, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    relative = Item(Path("p.png"), "an owl")
+    relative = TextRequest(Path("p.png"), "an owl")
     written, write = [], store.write
     monkeypatch.setattr(store, "write", lambda path, arrays: written.append(path) or write(path, arrays))
     encoder = Encoder()
@@ -271,10 +292,10 @@ def test_one_image_in_two_datasets_has_one_file(image, monkeypatch, tmp_path):
 
 
 def test_one_file_cannot_hold_two_captions(tmp_path):
-    items = [Item(tmp_path / f"{n}.png", words) for words in ("one", "two") for n in range(7)]
+    items = [TextRequest(tmp_path / f"{n}.png", words) for words in ("one", "two") for n in range(22)]
     with pytest.raises(UserError) as caught:
         on_disk(items, Encoder())
-    assert len(caught.value.problems) == 6
+    assert len(caught.value.problems) == 21
     assert caught.value.problems[0] == f"{tmp_path / '0_te.npz'}: cannot hold both 'one' and 'two'"
     assert caught.value.problems[-1] == "and 2 more files"
     assert list(tmp_path.iterdir()) == []
@@ -310,7 +331,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize(("spoil", "reason"), SPOILED.values(), ids=SPOILED.keys())
-def test_a_spoiled_file_is_named_and_made_anew(items, spoil, reason):
+def test_a_spoiled_file_is_named_and_made_again(items, spoil, reason):
     on_disk(items, Encoder())
     file = cache_file(items[1], LAYOUT)
     spoil(file)
@@ -337,9 +358,9 @@ def test_a_spoiled_file_is_named_and_made_anew(items, spoil, reason):
         ),
     ],
 )
-def test_a_file_made_otherwise_is_named_and_made_anew(image, caption, name, layout, reason):
+def test_a_file_made_otherwise_is_named_and_made_again(image, caption, name, layout, reason):
     on_disk([image], Encoder())
-    encoder, item = Encoder(), Item(image.image, caption)
+    encoder, item = Encoder(), TextRequest(image.image, caption)
     kept, reasons = on_disk([item], encoder, layout, name)
     assert len(reasons) == 1
     assert reasons[0].startswith(f"{cache_file(item, layout)}: {reason}")
@@ -356,7 +377,7 @@ def test_files_are_read_without_the_encoders_that_made_them(items):
         (both, {}, 0),
         ({"two": "b"}, {}, 0),
         ({}, {}, 0),
-        ({"one": "new", "two": "b"}, {"unread": ["one"]}, 0),
+        ({"one": "new", "two": "b"}, {"skip_encoders": ["one"]}, 0),
         ({"one": "new", "two": "b"}, {}, len(items)),
         ({**both, "three": "c"}, {}, len(items)),
     ):
@@ -367,10 +388,10 @@ def test_files_are_read_without_the_encoders_that_made_them(items):
 def test_files_that_would_have_to_be_made_are_named(items):
     on_disk(items[:3], Encoder())
     cache_file(items[1], LAYOUT).write_bytes(b"broken")
-    found = unusable_files(items, LAYOUT)
+    found = invalid_files(items, LAYOUT)
     assert list(found) == [cache_file(items[number], LAYOUT) for number in (1, 3, 4)]
     assert [reason.split(" (")[0] for reason in found.values()] == ["damaged", "it is not there", "it is not there"]
-    assert len(unusable_files(items, LAYOUT, check=False)) == 2
+    assert len(invalid_files(items, LAYOUT, check=False)) == 2
 
 
 def test_without_checks_files_are_trusted(items):
@@ -423,9 +444,9 @@ def test_a_foreign_file_is_used(image, foreign):
         ({"pooled": np.array([1, np.inf, 0, 0], np.float16)}, {}, "NaN or infinite values in pooled"),
     ],
 )
-def test_a_foreign_file_that_does_not_fit_is_named_and_made_anew(image, foreign, changes, item, reason):
+def test_a_foreign_file_that_does_not_fit_is_named_and_made_again(image, foreign, changes, item, reason):
     path, encoder = foreign(**changes), Encoder()
-    item = Item(**{**vars(image), **item})
+    item = TextRequest(**{**vars(image), **item})
     kept, reasons = on_disk([item], encoder)
     assert len(reasons) == 1
     assert reasons[0].startswith(f"{path}: ")
@@ -439,7 +460,7 @@ def test_a_foreign_file_that_does_not_fit_is_named_and_made_anew(image, foreign,
 
 
 def test_an_interrupted_run_is_resumed(tmp_path):
-    items = [Item(tmp_path / f"{number}.png", f"number {number}") for number in range(9)]
+    items = [TextRequest(tmp_path / f"{number}.png", f"number {number}") for number in range(9)]
 
     class Breaks(Encoder):
         def forward(self, captions):
@@ -462,20 +483,21 @@ def test_processes_share_the_work(items, tmp_path, monkeypatch, world):
     monkeypatch.setattr(store, "write", lambda path, arrays: written.append(path.name) or write(path, arrays))
     encoders = [Encoder() for _ in range(world)]
     for rank in reversed(range(world)):  # each finds what the others have done already
-        assert on_disk(items, encoders[rank], rank=rank, world=world) == (None, [])
+        kept, reasons = on_disk(items, encoders[rank], processes=Impatient(rank, world))
+        assert reasons == []
     assert all(encoder.calls for encoder in encoders)
     assert sorted(caption for encoder in encoders for caption in encoder.seen) == sorted(set(CAPTIONS))
     assert sorted(written) == [f"{number}_te.npz" for number in range(5)]
-    kept = disk_store(items, LAYOUT)
     assert all(same(kept.get(number), Encoder().row(caption)) for number, caption in enumerate(CAPTIONS))
 
 
-def test_each_process_checks_its_share(items):
+def test_each_process_checks_its_share(items, monkeypatch):
     on_disk(items, Encoder())
-    asked = [[], []]
+    asked, summary = [[], []], store.summary
     for rank in range(2):
-        look = lambda path, rank=rank: asked[rank].append(path.name) or store.summary(path)  # noqa: E731
-        on_disk(items, Encoder(), rank=rank, world=2, summaries=look)
+        look = lambda path, rank=rank: asked[rank].append(path.name) or summary(path)  # noqa: E731
+        monkeypatch.setattr(store, "summary", look)
+        on_disk(items, Encoder(), processes=Impatient(rank, 2))
     assert asked == [["0_te.npz", "2_te.npz", "3_te.npz"], ["1_te.npz", "4_te.npz"]]
 
 
@@ -487,7 +509,7 @@ def test_captions_that_break_the_encoder_are_named(items, tmp_path, number):
     encoder = Encoder()
     with torch.no_grad():
         encoder.table.weight[ord("z")] = number
-    for cache in (lambda: cache_text_in_memory(items, encoder, 2, Bar), lambda: on_disk(items, encoder)):
+    for cache in (lambda: in_memory(items, encoder, 2), lambda: on_disk(items, encoder)):
         with pytest.raises(UserError) as caught:
             cache()
         assert len(caught.value.problems) == 1
@@ -500,23 +522,21 @@ def test_what_one_image_lacks_is_told_and_the_others_are_written(items, tmp_path
     encoder, told = Encoder(), {}
     with torch.no_grad():
         encoder.table.weight[ord("z")] = float("nan")
-    long = Item(tmp_path / ("n" * 300) / "a.png", "an owl")
-    cache_text_on_disk(
-        [*items, long], LAYOUT, encoder, {}, 2, failed=lambda image, why: told.update({image: why}), progress=Bar
-    )
+    long = TextRequest(tmp_path / ("n" * 300) / "a.png", "an owl")
+    on_disk([*items, long], encoder, name={}, on_error=lambda image, why: told.update({image: why}))
     assert list(told) == [long.image, items[4].image] or list(told) == [items[4].image, long.image]
     assert "the text encoder gives NaN or infinite values for its caption" in told[items[4].image]
     assert "too long" in told[long.image]
     assert [cache_file(item, LAYOUT).exists() for item in items] == [True] * 4 + [False]
     assert Bar.last.done == Bar.last.total == 6
     with pytest.raises(UserError, match="too long") as caught:
-        cache_text_on_disk([long], LAYOUT, encoder, {}, 2, progress=Bar)
+        on_disk([long], encoder)
     assert caught.value.hint.startswith("shorten the image's name")
 
 
 def test_names_that_are_too_long_are_shortened_and_stay_apart(tmp_path):
     names = [f"{'猫' * 82}{end}.png" for end in "ab"]
-    items = [Item(tmp_path / name, "an owl") for name in names]
+    items = [TextRequest(tmp_path / name, "an owl") for name in names]
     data_store, _ = on_disk(items, Encoder())
     assert len({cache_file(item, LAYOUT) for item in items}) == 2
     for number, item in enumerate(items):
@@ -546,7 +566,7 @@ def test_an_encoder_that_does_not_fit_the_layout_is_refused(items):
     with pytest.raises(ValueError, match="the files hold"):
         on_disk(items, Encoder(), TextLayout("_te.npz", ("states",)))
     with pytest.raises(ValueError, match="rows for 2 captions"):
-        cache_text_in_memory(items, lambda captions: TextCond({"x": torch.zeros(1, 3)}), 2, Bar)
+        in_memory(items, lambda captions: TextCond({"x": torch.zeros(1, 3)}), 2)
 
 
 def test_a_file_that_cannot_be_written_is_named(image):
@@ -558,7 +578,7 @@ def test_a_file_that_cannot_be_written_is_named(image):
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (Path.unlink, "gone"),
+        (Path.unlink, "No such file"),
         (lambda path: path.write_bytes(b"PK"), "cannot be used"),
         (lambda path: rewrite(path, pooled=None), "cannot be used"),
         (lambda path: rewrite(path, pooled=np.full(4, np.nan)), "NaN"),
@@ -577,7 +597,7 @@ def test_a_file_that_breaks_during_the_run_is_named(image, spoil, reason):
 
 def test_rows_make_a_batch():
     encoder = Encoder()
-    kept = cache_text_in_memory([Item(Path("x.png"), caption) for caption in CAPTIONS], encoder, 3, Bar)
+    kept = in_memory([TextRequest(Path("x.png"), caption) for caption in CAPTIONS], encoder, 3)
     cond = TextCond.stack([kept.get(4), kept.get(0)])
     with torch.no_grad():
         assert same(cond.tensors, encoder(["zebra crossing", "a red fox"]).tensors)
@@ -592,9 +612,9 @@ def trimmed(captions):
 
 def test_rows_may_differ_in_length_but_not_within_a_batch(tmp_path):
     layout = TextLayout("_t.npz", ("out",))
-    items = [Item(tmp_path / f"{number}.png", words) for number, words in enumerate(["ab", "abcd", "xy"])]
-    in_files, _ = cache_text_on_disk(items, layout, trimmed, {"te": "e"}, 1, progress=Bar)
-    for kept in (in_files, cache_text_in_memory(items, trimmed, 1, Bar)):
+    items = [TextRequest(tmp_path / f"{number}.png", words) for number, words in enumerate(["ab", "abcd", "xy"])]
+    in_files, _ = on_disk(items, trimmed, layout, size=1)
+    for kept in (in_files, in_memory(items, trimmed, 1)):
         assert [tuple(kept.get(number)["out"].shape) for number in range(3)] == [(2, 1), (4, 1), (2, 1)]
         assert TextCond.stack([kept.get(0), kept.get(2)]).tensors["out"].shape == (2, 2, 1)
         with pytest.raises(UserError, match="out has 2x1 and 4x1"):
@@ -629,11 +649,11 @@ def test_outputs_of_a_real_text_encoder(items):
         return TextCond({"hidden_state1": out.hidden_states[-2], "pool1": out.text_embeds})
 
     layout = TextLayout("_real_te.npz", ("hidden_state1", "pool1"), shapes={"hidden_state1": (LENGTH + 2, 16)})
-    in_files, _ = cache_text_on_disk(items, layout, encode, {"te": "tiny"}, 2, progress=Bar)
-    in_memory = cache_text_in_memory(items, encode, 2, Bar)
+    in_files, _ = on_disk(items, encode, layout)
+    kept_in_memory = in_memory(items, encode)
     with torch.no_grad():
         wanted = encode(CAPTIONS)
-    for kept in (in_files, in_memory):
+    for kept in (in_files, kept_in_memory):
         cond = TextCond.stack([kept.get(number) for number in range(len(items))])
         assert not any(tensor.requires_grad for tensor in cond.tensors.values())
         for name, value in wanted.tensors.items():  # float32 sums in another batch
@@ -666,11 +686,11 @@ def test_every_batch_has_the_outputs_of_its_captions(tmp_path, kind):
     groups = (DataOptions, LossOptions, TrainingOptions)
     opts = build_options(groups, {name: Given(value, "command line") for name, value in given.items()})
     data = build_training_data(build_specs(opts, TRAITS), opts, TRAITS, 1)
-    items = items_of(data.all_records)
+    items = requests_of(data.all_records)
     if kind == "memory":
-        data.set_text(cache_text_in_memory(items, Letters(), 2))
+        data.set_text(in_memory(items, Letters()))
     else:
-        data.set_text(cache_text_on_disk(items, TextLayout("_te.npz", ("out",)), Letters(), {"te": "letters"}, 2)[0])
+        data.set_text(on_disk(items, Letters(), TextLayout("_te.npz", ("out",)))[0])
     seen = []
     for part in (data, data.held_out):
         for batch in part.loader(1):

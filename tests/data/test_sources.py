@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from library.data import likeness
+from library.data import near_duplicates
 from library.data.blueprint import build_specs
 from library.data.dataset import build_training_data
 from library.data.index import FileIndex
@@ -298,7 +298,7 @@ def test_pixels_that_cannot_be_decoded_are_found_at_start(tmp_path, draw, load):
 
 
 def test_in_large_sets_damaged_pixels_are_named_when_they_are_met(tmp_path, draw, load, monkeypatch):
-    monkeypatch.setattr(likeness, "MOST", 1)
+    monkeypatch.setattr(near_duplicates, "MOST", 1)
     draw(tmp_path / "1_x" / "good.png")
     damage_pixels(draw(tmp_path / "1_x" / "bad.png"))
     data = load(train_data_dir=str(tmp_path))
@@ -355,7 +355,7 @@ def test_copies_are_found_among_files_of_one_length(tmp_path, length):
     for name, start, end in (("a", 1, 1), ("b", 1, 2), ("c", 1, 1), ("d", 2, 1), ("e", 1, 2), ("f", 3, 3)):
         write(name, start, end)
     sizes = {tmp_path / name: Size(8, 8) for name in "abcdef"} | {tmp_path / "none": Size(8, 8)}
-    found = likeness.copies(sizes, FileIndex(None))
+    found = near_duplicates.copies(sizes, FileIndex(None))
     expected = {"a": "a", "c": "a", "b": "b", "e": "b"}
     assert {path.name: first.name for path, first in found.items()} == expected
 
