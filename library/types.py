@@ -58,7 +58,7 @@ class Batch:
     """B items of one bucket, ready for a training step."""
 
     captions: list[str]
-    latents: Tensor | None  # (B, C, H/8, W/8) as caches hold them (see Family.encode_images), or None: encode `pixels`
+    latents: Tensor | None  # (B, C, H/s, W/s) as caches hold them, see `Latents.encode`; None: encode `pixels`
     pixels: Tensor | None  # (B, 3, H, W) in [-1, 1], or None when latents are cached
     loss_weights: Tensor  # (B,); prior_loss_weight for regularisation images, else 1
     masks: Tensor | None  # (B, 1, H, W) in [0, 1] at the image's or the latents' size, or None: everything counts
@@ -104,7 +104,7 @@ class NoiseDraw:
 class Models:
     """The parts of a loaded model. `source` is the family's own note of what it must remember in order to save.
 
-    Its `save_as` is the `save_as` of `Family.save` that gives the kind of file or folder that was read.
+    Its `save_as` is the `save_as` of `Writer.save` that gives the kind of file or folder that was read.
     """
 
     denoiser: nn.Module
@@ -160,7 +160,7 @@ class FamilyTraits:
     """Numbers and words that code outside the family may need. Never ask for `label` to decide anything."""
 
     label: str  # for messages, e.g. "Stable Diffusion 1.x/2.x"
-    text_encoders: tuple[str, ...]  # LoRA prefixes: SD ("te",), SDXL ("te1", "te2"), FLUX ("te1", "te3")
+    text_encoders: tuple[str, ...]  # names of the parts, and LoRA prefixes: ("te",), ("te1", "te2"), ("te1", "te3")
     latent_channels: int
     pixel_multiple: int  # sampled images' sides are floored to this
     bucket_step: int  # bucket sizes must be multiples of this
@@ -169,6 +169,7 @@ class FamilyTraits:
     default_resolution: int  # pixels; side of sample images when nothing is said
     sample_steps: int
     sample_scale: float
+    latent_stride: int = 8  # pixels per latent position, each way
     cache_keys_by_size: bool = False  # arrays in latent cache files are named by the size of the latents
     block_layout: BlockLayout | None = None  # how block-wise lists of networks are divided; None: there are no such
     blocks_per_swap: float = 1.0  # that --blocks_to_swap counts as one

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from library.families.base import Family
     from library.types import FamilyTraits
 
-LATENT_STRIDE = 8  # pixels per latent position, each way; the same in every family
 Progress = Callable[[int], object]
 
 
@@ -95,7 +94,7 @@ def sample_latents(
     scheduler = _scheduler(family, first, zero_terminal_snr, device)
     generators = [torch.Generator("cpu").manual_seed(with_seed(prompt).seed) for prompt in prompts]
     step_extras = {"generator": generators} if _takes_generator(scheduler) else {}
-    latents = initial_noise(prompts, family.traits.latent_channels, generators).to(device)
+    latents = initial_noise(prompts, family.traits, generators).to(device)
     # The scheduler for flow has neither: it starts from plain noise, and the denoiser takes latents as they are.
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
     as_input = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
@@ -115,7 +114,7 @@ def sample_latents(
 def decode(family: Family, models: Models, latents: Tensor, dtype: torch.dtype, *, widen: bool = False) -> Tensor:
     """Pixels (B, 3, H, W), float32, about [-1, 1]. `widen` computes with the VAE's weights in float32."""
     with in_float32(models.vae) if widen else nullcontext(), _precision(latents.device, dtype):
-        return family.decode_latents(models, latents).float()
+        return family.latents.decode(models, latents).float()
 
 
 def flow_shift(traits: FamilyTraits, prompt: SamplePrompt) -> float:
@@ -124,12 +123,15 @@ def flow_shift(traits: FamilyTraits, prompt: SamplePrompt) -> float:
         return prompt.flow_shift
     if traits.flow_shift is None:
         return 1.0
-    return traits.flow_shift(prompt.height // LATENT_STRIDE, prompt.width // LATENT_STRIDE)
+    return traits.flow_shift(prompt.height // traits.latent_stride, prompt.width // traits.latent_stride)
 
 
-def initial_noise(prompts: Sequence[SamplePrompt], channels: int, generators: Sequence[torch.Generator]) -> Tensor:
+def initial_noise(
+    prompts: Sequence[SamplePrompt], traits: FamilyTraits, generators: Sequence[torch.Generator]
+) -> Tensor:
     """Standard normal latents, float32 on the CPU, each image's from its own generator."""
-    shapes = [(channels, prompt.height // LATENT_STRIDE, prompt.width // LATENT_STRIDE) for prompt in prompts]
+    channels, stride = traits.latent_channels, traits.latent_stride
+    shapes = [(channels, prompt.height // stride, prompt.width // stride) for prompt in prompts]
     return torch.stack([torch.randn(s, generator=g) for s, g in zip(shapes, generators, strict=True)])
 
 
@@ -146,7 +148,7 @@ def encode_texts(
     texts = dict.fromkeys(text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt))
     with _precision(device, dtype):
         return {
-            text: family.encode_text(models, [text], emphasis=True).map(lambda tensor: tensor.cpu()) for text in texts
+            text: family.text.encode(models, [text], emphasis=True).map(lambda tensor: tensor.cpu()) for text in texts
         }
 
 
@@ -154,9 +156,9 @@ def _conditioning(
     family: Family, models: Models, texts: list[str], device: torch.device, known: Mapping[str, TextCond] | None
 ) -> TextCond:
     if known is None:
-        return family.encode_text(models, texts, emphasis=True)
+        return family.text.encode(models, texts, emphasis=True)
     found = TextCond.cat([known[text] for text in texts]).map(lambda tensor: tensor.to(device))
-    return family.encode_text(models, texts, emphasis=True, known=found) if models.text_encoders else found
+    return family.text.encode(models, texts, emphasis=True, known=found) if models.text_encoders else found
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ class _Guidance:
 
     def _predict(self, noisy: Tensor, timestep: Tensor, cond: TextCond, sizes: Batch) -> Tensor:
         timesteps = timestep.to(noisy.device).expand(len(noisy))
-        return self.family.predict(self.models, noisy, timesteps, cond, sizes).float()
+        return self.family.denoiser.predict(self.models, noisy, timesteps, cond, sizes).float()
 
 
 def _same_lengths(one: TextCond, other: TextCond) -> bool:
@@ -254,7 +256,7 @@ def _step_ends(evaluations: int, steps: int) -> list[int]:
 
 
 def _scheduler(family: Family, prompt: SamplePrompt, zero_terminal_snr: bool, device: torch.device) -> Any:
-    prediction_type = family.prediction_type()
+    prediction_type = family.denoiser.prediction_type()
     if prediction_type == "flow":
         return make_flow_scheduler(steps=prompt.steps, shift=flow_shift(family.traits, prompt), device=device)
     return make_scheduler(

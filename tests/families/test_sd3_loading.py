@@ -218,9 +218,9 @@ def test_denoiser_and_t5_in_8_bits_keep_their_numbers_with_fp8_base(tmp_path):
 def test_files_that_are_not_mapped(whole, encoder_files, tmp_path, monkeypatch):
     write_t5_tokenizer(tmp_path / "google_t5-v1_1-xxl")
     options = {"cache": str(tmp_path), **flags(encoder_files)}
-    mapped = Sd3Family(sd3_options(whole, **options)).load()
+    mapped = Sd3Family(sd3_options(whole, **options)).loader.load()
     monkeypatch.setattr("safetensors.safe_open", lambda *_, **__: pytest.fail("mapped the file"))
-    read = Sd3Family(sd3_options(whole, **options, mapless=True)).load()
+    read = Sd3Family(sd3_options(whole, **options, mapless=True)).loader.load()
     assert_same_state(read.denoiser.state_dict(), mapped.denoiser.state_dict())
     assert_same_state(read.vae.state_dict(), mapped.vae.state_dict())
     for part, encoder in read.text_encoders.items():
@@ -237,7 +237,7 @@ def test_parts_that_do_not_fit_together_are_refused(bare, encoder_files, tmp_pat
     tensors = clip_tensors(tiny_clip("te2"))
     tensors["text_projection.weight"] = tensors["text_projection.weight"][:80].clone()
     save_file(tensors, tmp_path / "g.safetensors")
-    with pytest.raises(UserError, match="pooled vectors of 144 numbers together, the model asks for 160"):
+    with pytest.raises(UserError, match="pooled vectors of width 144 together, the model asks for 160"):
         load_model(str(bare), {"te1": str(encoder_files["te1"]), "te2": str(tmp_path / "g.safetensors")})
     save_file(t5_weights(tiny_t5(32)), tmp_path / "t5.safetensors")
     with pytest.raises(UserError, match="T5 gives states of width 32, the model asks for 160"):
@@ -273,9 +273,9 @@ def test_a_missing_clip_is_named_at_once_unless_outputs_are_cached(bare, encoder
     assert problem.startswith("--clip_g: missing, and the model brings no CLIP-G")
     opts.text_cache = type("Group", (), {"cache_text_encoder_outputs_to_disk": True})
     assert check_paths(opts) == []
-    models = Sd3Family(opts).load()
+    models = Sd3Family(opts).loader.load()
     with pytest.raises(UserError, match="--clip_g: missing"):
-        Sd3Family(opts).encode_text(models, ["a house"])
+        Sd3Family(opts).text.encode(models, ["a house"])
 
 
 def test_a_missing_vae_is_named_at_once(tmp_path):
@@ -331,10 +331,10 @@ def test_options_and_checks_import_nothing_heavy(bare):
     code = f"""
 import sys
 from library.options.parsing import parse_options
-from library.options.scripts import groups_for, traits_for
+from library.registry import FAMILIES, groups_for
 from library.options.validation import problems
 opts = parse_options(groups_for("sd3", "network"), ["--pretrained_model_name_or_path", {str(bare)!r}])
-problems(opts, traits_for("sd3"))
+problems(opts, FAMILIES["sd3"].traits)
 from library.families.sd3.variants import check_paths
 assert len(check_paths(opts)) == 2, check_paths(opts)
 print(*{{"torch", "numpy", "diffusers", "transformers"}} & set(sys.modules))

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from library import registry
-from library.families.sdxl.adapter import SdxlFamily
-from library.options import parsing, scripts
+from library.families.sdxl.adapter import SdxlText
+from library.options import parsing
 from library.options.base import options_of
 from library.preparation.caching import GROUPS, cache_latents, cache_texts, traits_of
 from library.preparation.script import run_script
@@ -30,10 +30,10 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("family", registry.FAMILIES)
 def test_the_options_of_every_family_are_taken(family):
     known = {option.dest for group in GROUPS for option in options_of(group)}
-    assert {option.dest for option in options_of(scripts._family_module(family).OPTIONS)} <= known
+    assert {option.dest for option in options_of(registry.FAMILIES[family].options)} <= known
     first = next(iter(registry.FAMILIES))
     opts = parsing.parse_options(GROUPS, [] if family == first else [f"--{family}"])
-    assert traits_of(opts) is scripts.traits_for(family)
+    assert traits_of(opts) is registry.FAMILIES[family].traits
 
 
 @pytest.mark.rows("R257")
@@ -74,7 +74,7 @@ def test_what_is_of_another_family_or_of_training_does_no_harm(folder, tmp_path,
     )
     run_script(cache_latents, GROUPS, line, description="", traits=traits_of)
     printed = capsys.readouterr().err
-    assert "--guidance_scale: no effect on Stable Diffusion 1.x/2.x" in printed
+    assert "--guidance_scale: has no effect on Stable Diffusion 1.x/2.x" in printed
     assert "1 done" in printed
     assert (place / "a_0064x0064_sd.npz").is_file()
 
@@ -86,7 +86,7 @@ def test_nothing_is_encoded_for_a_folder_that_cannot_be_written_to(folder, tmp_p
     (place / "a.caption").write_text("a thing", encoding="utf-8")
     monkeypatch.setattr("library.preparation.images._closed", lambda place: "Read-only file system")
     monkeypatch.setattr("library.training.placement.place_vae", pytest.fail)
-    monkeypatch.setattr("library.families.sdxl.adapter.SdxlFamily.load", pytest.fail)
+    monkeypatch.setattr("library.families.sdxl.adapter.SdxlLoader.load", pytest.fail)
     sdxl = write_tiny_sdxl(tmp_path / "sdxl.safetensors")
     for work, model, kind in ((cache_latents, SD, "latents"), (cache_texts, sdxl, "text encoder outputs")):
         line = (f"--train_data_dir={tmp_path}", f"--pretrained_model_name_or_path={model}", "--resolution=64")
@@ -103,7 +103,7 @@ def test_a_caption_that_breaks_the_encoder_is_named_and_the_others_are_cached(fo
     for name in "abc":
         (place / f"{name}.png").write_bytes((folder / "1_thing" / "a.png").read_bytes())
         (place / f"{name}.caption").write_text(f"thing {name}", encoding="utf-8")
-    encode = SdxlFamily.encode_text
+    encode = SdxlText.encode
 
     def broken(self, models, captions):
         rows = torch.tensor([caption == "thing b" for caption in captions])
@@ -116,7 +116,7 @@ def test_a_caption_that_breaks_the_encoder_is_named_and_the_others_are_cached(fo
         *(f"--train_data_dir={tmp_path}", "--sdxl", "--resolution=64", "--text_encoder_batch_size=2"),
         f"--pretrained_model_name_or_path={write_tiny_sdxl(tmp_path / 'sdxl.safetensors')}",
     )
-    monkeypatch.setattr(SdxlFamily, "encode_text", broken)
+    monkeypatch.setattr(SdxlText, "encode", broken)
     run_script(cache_texts, GROUPS, line, description="", traits=traits_of)
     printed = capsys.readouterr().err
     assert "2 done, 1 failed" in printed

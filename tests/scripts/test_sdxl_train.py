@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from library import cli
+from library import cli, registry
 from library.families.sdxl.options import SCRIPTS, TRAITS
-from library.options import parsing, scripts, validation
+from library.options import parsing, validation
 from tests.builders.sdxl import write_tiny_sdxl
 from tests.scripts.starting import as_words
 from tests.scripts.weights import furthest
@@ -283,7 +283,7 @@ def test_the_options_of_the_guides_recipes_go_together():
     commands = re.findall(r"^python (\w+)\.py (.+)$", guide, flags=re.M)
     assert [name for name, _ in commands] == list(SCRIPTS)
     for name, options in commands:
-        opts = parsing.parse_options(scripts.groups_for("sdxl", SCRIPTS[name]), shlex.split(options))
+        opts = parsing.parse_options(registry.groups_for("sdxl", SCRIPTS[name]), shlex.split(options))
         found = [line for line in validation.problems(opts, TRAITS) if "there is no f" not in line]  # stand-in names
         assert found == []
         assert list(validation.warnings(opts, TRAITS)) == []

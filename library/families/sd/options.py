@@ -1,4 +1,4 @@
-"""What only Stable Diffusion 1.x and 2.x are asked, and their numbers. No torch here: --help needs this module."""
+"""The options and traits of Stable Diffusion 1.x and 2.x. No torch here: --help needs this module."""
 
 from __future__ import annotations
 
@@ -31,11 +31,3 @@ class SdOptions(CommonOptions, group="family", title="Stable Diffusion 1.x/2.x")
         yield from super().advise(opts, traits)
         if self.v2 and self.clip_skip is not None:
             yield "--clip_skip: 2.x models use the layer before the last by themselves; leave it out for them"
-
-
-OPTIONS = SdOptions
-SCRIPTS = {  # entry script -> method
-    "train_network": "network",
-    "train_db": "dreambooth",
-    "fine_tune": "finetune",
-}

@@ -1,4 +1,4 @@
-"""What only SDXL is asked, and its numbers. No torch here: --help needs this module."""
+"""The options and traits of SDXL. No torch here: --help needs this module."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from library.families.shared.option_groups import CommonOptions
-from library.options.finetune import TWO_ENCODER_GROUPS
-from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
 from library.types import BlockLayout, FamilyTraits
 
 if TYPE_CHECKING:
@@ -40,11 +38,6 @@ class SdxlOptions(CommonOptions, group="family", title="SDXL"):
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from super().advise(opts, traits)
         if self.v2:
-            yield f"--v2: no effect on {traits.label}"
+            yield f"--v2: has no effect on {traits.label}"
         if self.clip_skip is not None:
-            yield f"--clip_skip: no effect on {traits.label}, which always reads the layer before the last"
-
-
-OPTIONS = SdxlOptions
-SCRIPTS = {"sdxl_train_network": "network", "sdxl_train": "finetune"}  # entry script -> method
-GROUPS = {"network": (LargeModelOptions, TextCacheOptions, BlockSwapOptions), "finetune": TWO_ENCODER_GROUPS}
+            yield f"--clip_skip: has no effect on {traits.label}, which always reads the layer before the last"
