@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from library import registry
 from library.data.text_drawing import length, write
-from library.objectives.flow import FlowObjective, FlowSettings, loss_weight, shifted
+from library.objectives.flow import FlowObjective, FlowSettings, loss_weighting, shift_sigma
 from library.options.loss import LossOptions, NoiseOptions
 
 FILE = ROOT / "docs" / "images" / "timesteps.png"
@@ -55,7 +55,7 @@ def drawn(name: str, sampling: Any, **settings: Any) -> Curve:
     timesteps = objective.draw(torch.zeros(DRAWS, 1, 1, 1), generator).timesteps.float()
     edges, whole = torch.linspace(0, 1000, BINS + 1), -0.01  # whole timesteps count to the bin that they begin
     if sampling == "sigma":  # a list of 1000 shifted levels: as many of them in each bin, or there would be false waves
-        edges, whole = 1000 * shifted(edges / 1000, chosen.shift), 0.01
+        edges, whole = 1000 * shift_sigma(edges / 1000, chosen.shift), 0.01
     counts = torch.bincount(torch.bucketize(timesteps, edges[1:-1] + whole), minlength=BINS)
     heights = counts / DRAWS * 1000 / edges.diff()
     return Curve(name, list(zip(((edges[1:] + edges[:-1]) / 2).tolist(), heights.tolist(), strict=True)))
@@ -63,7 +63,7 @@ def drawn(name: str, sampling: Any, **settings: Any) -> Curve:
 
 def weighed(name: str, scheme: Any) -> Curve:
     times = [1000 * place / 400 for place in range(1, 401)]
-    weights = loss_weight(scheme, torch.tensor(times) / 1000).tolist()
+    weights = loss_weighting(scheme, torch.tensor(times) / 1000).tolist()
     return Curve(name, list(zip(times, weights, strict=True)))
 
 

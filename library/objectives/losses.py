@@ -34,7 +34,7 @@ def pointwise(prediction: Tensor, target: Tensor, loss_type: LossType, huber_c: 
 
 
 def huber_switch_point(
-    schedule: HuberSchedule, timesteps: Tensor, alpha_bar: Tensor, *, huber_c: float, scale: float, horizon: int
+    schedule: HuberSchedule, timesteps: Tensor, alpha_bar: Tensor | None, *, huber_c: float, scale: float, horizon: int
 ) -> Tensor:
     """The switch point c of each item, (B,), float32.
 
@@ -42,13 +42,13 @@ def huber_switch_point(
     snr: ((1 - huber_c) / (1 + σ)² + huber_c) · scale with σ = √((1 - alpha_bar) / alpha_bar).
 
     Args:
-        timesteps, alpha_bar: of each item, (B,).
+        timesteps, alpha_bar: of each item, (B,). Only snr needs alpha_bar.
         huber_c: the smallest switch point, above 0.
         horizon: number of timesteps of the diffusion.
     Source: Khrapov et al. 2024, scheduled pseudo-Huber loss (arXiv:2403.16728).
     """
     if schedule == "constant":
-        return torch.full_like(alpha_bar, huber_c * scale)
+        return torch.full_like(timesteps, huber_c * scale, dtype=torch.float32)
     if schedule == "exponential":
         return torch.exp(timesteps.float() * (math.log(huber_c) / horizon)) * scale
     # 1 / (1 + σ)² without σ, which is infinite where no signal is left

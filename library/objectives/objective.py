@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from library.errors import UserError
 from library.objectives import ddpm, losses, weighting
 from library.objectives import masks as loss_masks
 from library.objectives import noise as noises
@@ -16,9 +15,18 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from library.options.loss import LossOptions, NoiseOptions
+
 
 class Objective(ABC):
-    """All randomness comes from the generator, which must be on the latents' device. Nothing waits for the device."""
+    """All randomness comes from the generator, which must be on the latents' device. Nothing waits for the device.
+
+    The options have been validated: what cannot be followed, alone or in combination, is refused by their groups.
+    """
+
+    def __init__(self, noise: NoiseOptions, loss: LossOptions):
+        self.noise_opts, self.loss_opts = noise, loss
+        self.span = times.timestep_range(noise.min_timestep, noise.max_timestep)
 
     @abstractmethod
     def draw(self, latents: Tensor, generator: torch.Generator, timesteps: Tensor | None = None) -> NoiseDraw:
@@ -28,7 +36,6 @@ class Objective(ABC):
         and target are float32.
         """
 
-    @abstractmethod
     def loss(self, prediction: Tensor, draw: NoiseDraw, loss_weights: Tensor, masks: Tensor | None = None) -> Tensor:
         """Weighted loss of every item, (B,), float32; the step's loss is its mean.
 
@@ -37,29 +44,53 @@ class Objective(ABC):
             loss_weights: factor of each item, (B,).
             masks: (B, 1, H, W) in [0, 1] at any resolution, or None.
         """
+        opts, switch_point = self.loss_opts, None
+        if opts.loss_type in losses.HUBER_TYPES:
+            switch_point = losses.huber_switch_point(
+                opts.huber_schedule,
+                draw.timesteps,
+                self.signal(draw),
+                huber_c=opts.huber_c,
+                scale=opts.huber_scale,
+                horizon=ddpm.NUM_TIMESTEPS,
+            )
+        loss = losses.pointwise(self.to_target_space(prediction, draw), draw.target, opts.loss_type, switch_point)
+        if masks is not None:
+            loss = loss_masks.mask_loss(loss, masks)
+        return loss.flatten(1).mean(1) * loss_weights * self.weights(draw)
+
+    def signal(self, draw: NoiseDraw) -> Tensor | None:
+        """The signal's share of the variance (alpha_bar) of each item, (B,); None without a variance schedule."""
+        return None
+
+    def to_target_space(self, prediction: Tensor, draw: NoiseDraw) -> Tensor:
+        """What is compared with the target, (B, C, h, w)."""
+        return prediction
 
     @abstractmethod
+    def weights(self, draw: NoiseDraw) -> Tensor | float:
+        """The factor that the options put on the loss of each item by its time, (B,), or 1."""
+
     def validation_timesteps(self) -> list[int]:
         """The fixed timesteps at which validation measures the loss."""
+        return times.validation_timesteps(self.span)
+
+    def perturb(self, noise: Tensor, generator: torch.Generator) -> Tensor:
+        """The noise to build noisy latents from, where --ip_noise_gamma makes it another than the one in the target."""
+        opts = self.noise_opts
+        if not opts.ip_noise_gamma:
+            return noise
+        return noises.perturbed_noise(
+            noise, generator, gamma=opts.ip_noise_gamma, random_strength=opts.ip_noise_gamma_random_strength
+        )
 
 
 class DdpmObjective(Objective):
-    """Noise (epsilon) or v prediction on Stable Diffusion's schedule.
+    """Noise (epsilon) or v prediction on Stable Diffusion's schedule."""
 
-    Args:
-        prediction_type: "epsilon" or "v_prediction".
-        noise: the option group `noise`.
-        loss: the option group `loss`.
-    Raises: UserError: options that contradict each other or the prediction type.
-    """
-
-    def __init__(self, prediction_type: str, noise: Any, loss: Any):
-        problems = _problems(prediction_type, noise, loss)
-        if problems:
-            raise UserError(*problems)
+    def __init__(self, prediction_type: weighting.Prediction, noise: NoiseOptions, loss: LossOptions):
+        super().__init__(noise, loss)
         self.prediction_type = prediction_type
-        self.noise_opts, self.loss_opts = noise, loss
-        self.span = times.timestep_range(noise.min_timestep, noise.max_timestep)
         plain = ddpm.alpha_bars(ddpm.scaled_linear_betas())
         # The weights' ratio is taken before the zero-terminal fix, so that it stays above 0.
         self._snr = ddpm.signal_to_noise(plain).float()
@@ -68,39 +99,35 @@ class DdpmObjective(Objective):
     def draw(self, latents: Tensor, generator: torch.Generator, timesteps: Tensor | None = None) -> NoiseDraw:
         self._follow(latents)
         clean = latents.float()
-        target_noise, input_noise = self._noise(clean, generator)
+        noise = self._noise(clean, generator)
+        input_noise = self.perturb(noise, generator)
         if timesteps is None:
             timesteps = times.uniform(len(latents), self.span, generator)
         alpha_bar = self._alpha_bar[timesteps]
         noisy = ddpm.add_noise(clean, input_noise, alpha_bar).to(latents.dtype)
-        if self.prediction_type == "v_prediction":
-            target = ddpm.velocity(clean, target_noise, alpha_bar)
-        else:
-            target = target_noise
-        return NoiseDraw(noisy=noisy, timesteps=timesteps, target=target, noise=target_noise)
+        target = ddpm.velocity(clean, noise, alpha_bar) if self.prediction_type == "v_prediction" else noise
+        return NoiseDraw(noisy=noisy, timesteps=timesteps, target=target, noise=noise)
 
-    def loss(self, prediction: Tensor, draw: NoiseDraw, loss_weights: Tensor, masks: Tensor | None = None) -> Tensor:
-        self._follow(prediction)
-        opts, switch_point = self.loss_opts, None
-        if opts.loss_type in losses.HUBER_TYPES:
-            switch_point = losses.huber_switch_point(
-                opts.huber_schedule,
-                draw.timesteps,
-                self._alpha_bar[draw.timesteps],
-                huber_c=opts.huber_c,
-                scale=opts.huber_scale,
-                horizon=ddpm.NUM_TIMESTEPS,
-            )
-        loss = losses.pointwise(prediction, draw.target, opts.loss_type, switch_point)
-        if masks is not None:
-            loss = loss_masks.mask_loss(loss, masks)
-        return loss.flatten(1).mean(1) * loss_weights * self._weights(draw.timesteps)
+    def signal(self, draw: NoiseDraw) -> Tensor:
+        self._follow(draw.noisy)
+        return self._alpha_bar[draw.timesteps]
 
-    def validation_timesteps(self) -> list[int]:
-        return times.validation_timesteps(self.span)
+    def weights(self, draw: NoiseDraw) -> Tensor | float:
+        self._follow(draw.noisy)
+        opts, snr = self.loss_opts, self._snr[draw.timesteps]
+        weights: Tensor | float = 1.0
+        if opts.min_snr_gamma:
+            weights = weights * weighting.min_snr(snr, opts.min_snr_gamma, self.prediction_type)
+        if opts.scale_v_pred_loss_like_noise_pred:
+            weights = weights * weighting.v_like_epsilon(snr)
+        if opts.v_pred_like_loss:
+            weights = weights * weighting.epsilon_like_v(snr, opts.v_pred_like_loss)
+        if opts.debiased_estimation_loss:
+            weights = weights * weighting.debiased(snr, self.prediction_type)
+        return weights
 
-    def _noise(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The noise to predict, and the noise to build noisy latents from."""
+    def _noise(self, latents: Tensor, generator: torch.Generator) -> Tensor:
+        """The noise to predict, float32, in the shape of `latents` (B, C, h, w)."""
         opts = self.noise_opts
         noise = noises.standard_normal(latents, generator)
         if opts.noise_offset or opts.adaptive_noise_scale:
@@ -116,63 +143,9 @@ class DdpmObjective(Objective):
             noise = noises.multires_noise(
                 noise, generator, iterations=opts.multires_noise_iterations, discount=opts.multires_noise_discount
             )
-        if not opts.ip_noise_gamma:
-            return noise, noise
-        perturbed = noises.perturbed_noise(
-            noise, generator, gamma=opts.ip_noise_gamma, random_strength=opts.ip_noise_gamma_random_strength
-        )
-        return noise, perturbed
-
-    def _weights(self, timesteps: Tensor) -> Tensor | float:
-        opts, snr = self.loss_opts, self._snr[timesteps]
-        weights: Tensor | float = 1.0
-        if opts.min_snr_gamma:
-            weights = weights * weighting.min_snr(snr, opts.min_snr_gamma, self.prediction_type)
-        if opts.scale_v_pred_loss_like_noise_pred:
-            weights = weights * weighting.v_like_epsilon(snr)
-        if opts.v_pred_like_loss:
-            weights = weights * weighting.epsilon_like_v(snr, opts.v_pred_like_loss)
-        if opts.debiased_estimation_loss:
-            weights = weights * weighting.debiased(snr, self.prediction_type)
-        return weights
+        return noise
 
     def _follow(self, tensor: Tensor) -> None:
         """Keeps the tables where the latents are; they move once."""
         if self._alpha_bar.device != tensor.device:
             self._alpha_bar, self._snr = self._alpha_bar.to(tensor.device), self._snr.to(tensor.device)
-
-
-def _problems(prediction_type: str, noise: Any, loss: Any) -> list[str]:
-    """One line for each option that cannot be followed."""
-    v_prediction = prediction_type == "v_prediction"
-    checks = [
-        (
-            noise.adaptive_noise_scale is not None and noise.noise_offset is None,
-            "--adaptive_noise_scale changes the noise offset: give --noise_offset too",
-        ),
-        (
-            noise.multires_noise_iterations is not None and noise.multires_noise_iterations < 0,
-            f"--multires_noise_iterations: must be 0 or more, got {noise.multires_noise_iterations}",
-        ),
-        (
-            loss.loss_type in losses.HUBER_TYPES and loss.huber_c <= 0,
-            f"--huber_c: must be above 0, got {loss.huber_c}",
-        ),
-        (
-            loss.loss_type in losses.HUBER_TYPES and loss.huber_scale <= 0,
-            f"--huber_scale: must be above 0, got {loss.huber_scale}",
-        ),
-        (
-            loss.min_snr_gamma is not None and loss.min_snr_gamma < 0,
-            f"--min_snr_gamma: must be 0 (off) or more, got {loss.min_snr_gamma}",
-        ),
-        (
-            loss.scale_v_pred_loss_like_noise_pred and not v_prediction,
-            "--scale_v_pred_loss_like_noise_pred needs a model that predicts v (--v_parameterization)",
-        ),
-        (
-            bool(loss.v_pred_like_loss) and v_prediction,
-            "--v_pred_like_loss is for models that predict noise; leave it out with --v_parameterization",
-        ),
-    ]
-    return [line for wrong, line in checks if wrong]

@@ -1,4 +1,4 @@
-"""Which moments of the diffusion a training step looks at."""
+"""Timesteps of training and validation: their range, and uniform sampling."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from library.errors import UserError
 from library.objectives.ddpm import NUM_TIMESTEPS
 
 
@@ -19,19 +18,8 @@ class TimestepRange(NamedTuple):
 
 
 def timestep_range(minimum: int | None, maximum: int | None) -> TimestepRange:
-    """The range meant by --min_timestep and --max_timestep; two equal values mean that one timestep.
-
-    Raises: UserError: a value outside 0..1000, or the minimum above the maximum.
-    """
-    low = 0 if minimum is None else minimum
-    high = NUM_TIMESTEPS if maximum is None else maximum
-    if not 0 <= low < NUM_TIMESTEPS:
-        raise UserError(f"--min_timestep: must be from 0 to {NUM_TIMESTEPS - 1}, got {low}")
-    if not 0 <= high <= NUM_TIMESTEPS:
-        raise UserError(f"--max_timestep: must be from 0 to {NUM_TIMESTEPS}, got {high}")
-    if low > high:
-        raise UserError(f"--min_timestep {low} is above --max_timestep {high}: no timestep is left to train on")
-    return TimestepRange(low, max(high, low + 1))
+    """The range of --min_timestep and --max_timestep; None is the end of the whole range, 0 or 1000."""
+    return TimestepRange(0 if minimum is None else minimum, NUM_TIMESTEPS if maximum is None else maximum)
 
 
 def uniform(count: int, span: TimestepRange, generator: torch.Generator) -> Tensor:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
+from dataclasses import fields
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from library.errors import UserError
 from library.objectives import flow
 from library.objectives.flow import FlowObjective, FlowSettings
+from library.options.loss import LossOptions, NoiseOptions
+from library.types import NoiseDraw
 from tests.builders.host_reads import HostReads
-from tests.objectives.test_objective import LOSS, NOISE
+from tests.builders.options import options_with
 
 SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "discrete")
 SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
-FLOW_LOSS = {**LOSS, "huber_schedule": "exponential"}
 
 
 def shift_by_size(height: int, width: int) -> float:
@@ -29,11 +29,9 @@ def shift_by_size(height: int, width: int) -> float:
 
 
 def make(sampling: str = "uniform", **changes) -> FlowObjective:
-    noise = {**NOISE, **{k: v for k, v in changes.items() if k in NOISE}}
-    loss = {**FLOW_LOSS, **{k: v for k, v in changes.items() if k in LOSS}}
-    settings = {k: v for k, v in changes.items() if k not in NOISE and k not in LOSS}
-    settings = FlowSettings(sampling, **{"shift_of": shift_by_size, **settings})
-    return FlowObjective(settings, SimpleNamespace(**noise), SimpleNamespace(**loss))
+    settings = {name: changes.pop(name) for name in [f.name for f in fields(FlowSettings)] if name in changes}
+    opts = options_with(NoiseOptions, LossOptions, **{"huber_schedule": "exponential", **changes})
+    return FlowObjective(FlowSettings(sampling, **{"shift_of": shift_by_size, **settings}), opts.noise, opts.loss)
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -267,6 +265,11 @@ def test_the_range_of_timesteps(sampling):
 
 def test_extremes_stay_on_the_list():
     """A logit of +-100 is 0 or 1 in float32; the ends belong to the list and to the range."""
+    levels = torch.linspace(0, 1, MANY)
+    for shift in (1e-3, 1 / 3, math.exp(1.15), 1e3):
+        moved = flow.shift_sigma(levels, shift)
+        assert (moved[0], moved[-1]) == (0, 1)
+        assert moved.max() == 1
     for mean, sigma_end, discrete_end in ((100.0, 0.001, 999), (-100.0, 1.0, 0)):
         settings = {"weighting_scheme": "logit_normal", "logit_mean": mean, "logit_std": 0.0}
         assert sigmas(make("sigma", **settings)).unique().tolist() == pytest.approx([sigma_end])
@@ -274,8 +277,9 @@ def test_extremes_stay_on_the_list():
     for sampling, scheme in itertools.product(SAMPLINGS, SCHEMES):
         settings = {"weighting_scheme": scheme, "logit_std": 50.0, "mode_scale": 40.0, "sigmoid_scale": 50.0}
         for shift in (1e-3, 1 / 3, math.exp(1.15), 1e3):
-            drawn = sigmas(make(sampling, shift=shift, shift_of=lambda h, w, s=shift: s, **settings))
-            assert 0 <= drawn.min() <= drawn.max() <= 1
+            objective = make(sampling, shift=shift, shift_of=lambda h, w, s=shift: s, **settings)
+            drawn = objective.draw(torch.zeros(5000, 1, 1, 1), rng(5)).timesteps
+            assert 0 <= drawn.min() <= drawn.max() <= 1000
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -283,7 +287,7 @@ def test_extremes_stay_on_the_list():
 
 def reference_loss(draw, masks, *, prediction="raw", weighting_scheme="uniform", **opts) -> torch.Tensor:
     """The weighted loss from its definition, item by item in float64."""
-    opts = {**FLOW_LOSS, **opts}
+    opts = options_with(LossOptions, **{"huber_schedule": "exponential", **opts}).flat()
     out = []
     for i, t in enumerate(draw.timesteps.double().tolist()):
         sigma, raw, noisy = t / 1000, PREDICTION[i].double(), draw.noisy[i].double()
@@ -344,11 +348,11 @@ def test_the_right_velocity_has_no_loss_where_target_and_prediction_agree():
 
 def test_weights_by_scheme_have_known_values():
     sigma = torch.tensor([0.0, 0.0005, 0.001, 0.25, 0.5, 1.0])
-    assert flow.loss_weight("sigma_sqrt", sigma).tolist() == pytest.approx([1e6, 1e6, 1e6, 16, 4, 1])
+    assert flow.loss_weighting("sigma_sqrt", sigma).tolist() == pytest.approx([1e6, 1e6, 1e6, 16, 4, 1])
     expected = [2 / math.pi / share for share in (1, 0.9990005, 0.998002, 0.625, 0.5, 1)]
-    assert flow.loss_weight("cosmap", sigma).tolist() == pytest.approx(expected)
+    assert flow.loss_weighting("cosmap", sigma).tolist() == pytest.approx(expected)
     for scheme in ("logit_normal", "mode", "none", "uniform"):
-        assert flow.loss_weight(scheme, sigma).tolist() == [1] * 6
+        assert flow.loss_weighting(scheme, sigma).tolist() == [1] * 6
 
 
 def test_timestep_0_has_a_finite_loss_with_a_weight_by_sigma():
@@ -363,43 +367,23 @@ def test_timestep_0_has_a_finite_loss_with_a_weight_by_sigma():
 
 
 def test_every_accepted_combination_is_finite():
-    latents, prediction = LATENTS[:, :2, :4, :4], PREDICTION[:, :2, :4, :4]
-    kinds = [{"loss_type": "l2", "huber_schedule": "snr"}, {"loss_type": "l1", "huber_schedule": "snr"}, *HUBER]
-    accepted = 0
-    for sampling, scheme, read, target, loss, gamma in itertools.product(
-        SAMPLINGS, SCHEMES, ("raw", "additive", "sigma_scaled"), ("velocity", "clean"), kinds, (None, 0.1)
-    ):
-        objective = make(
-            sampling, weighting_scheme=scheme, prediction=read, target=target, shift=3.0, ip_noise_gamma=gamma, **loss
-        )
-        draws = [objective.draw(latents, rng(accepted))]
-        if sampling == "discrete":
-            draws.append(objective.draw(latents, rng(accepted), torch.tensor([0, 1, 2, 500, 998, 999])))
-        for draw in draws:
-            leaf = prediction.clone().requires_grad_()
-            value = objective.loss(leaf, draw, WEIGHTS)
-            value.mean().backward()
+    """A loss sees the draws of every sampling with its scheme and target at once, as one large batch."""
+    latents = LATENTS[:, :2, :4, :4]
+    kinds = [{"loss_type": "l2"}, {"loss_type": "l1"}, *HUBER]
+    ends = torch.tensor([0, 1, 2, 500, 998, 999])
+    for scheme, target in itertools.product(SCHEMES, ("velocity", "clean")):
+        draws = []
+        for sampling, gamma in itertools.product(SAMPLINGS, (None, 0.1)):
+            objective = make(sampling, weighting_scheme=scheme, target=target, shift=3.0, ip_noise_gamma=gamma)
+            draws += [objective.draw(latents, rng(len(draws)), times) for times in (None, ends)]
+        draw = NoiseDraw(**{name: torch.cat([getattr(d, name) for d in draws]) for name in vars(draws[0])})
+        prediction = torch.randn(draw.noisy.shape, generator=rng(7)).requires_grad_()
+        for read, loss in itertools.product(("raw", "additive", "sigma_scaled"), kinds):
+            objective = make(weighting_scheme=scheme, prediction=read, target=target, **loss)
+            value = objective.loss(prediction, draw, torch.ones(len(draw.noisy)))
+            (gradient,) = torch.autograd.grad(value.mean(), prediction)
             assert value.isfinite().all()
-            assert leaf.grad.isfinite().all()
-        accepted += 1
-    assert accepted == 6 * 6 * 3 * 2 * 6 * 2
-
-
-@pytest.mark.rows("R262")
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"loss_type": "huber", "huber_schedule": "snr"}, "--huber_schedule=exponential or constant"),
-        ({"loss_type": "smooth_l1", "huber_schedule": "snr"}, "--huber_schedule=exponential or constant"),
-        ({"loss_type": "huber", "huber_c": 0.0}, "--huber_c"),
-        ({"loss_type": "smooth_l1", "huber_scale": -1.0}, "--huber_scale"),
-        ({"shift": 0.0}, "flow shift"),
-        ({"min_timestep": 10, "max_timestep": 5}, "--min_timestep"),
-    ],
-)
-def test_contradictions_are_refused(changes, message):
-    with pytest.raises(UserError, match=message):
-        make(**changes)
+            assert gradient.isfinite().all()
 
 
 # --- waiting ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from library.options.optimizer import (
     UNUSABLE_OPTIMIZERS,
     UNUSABLE_SCHEDULES,
 )
+from library.options.parsing import parse_options
+from library.options.scripts import groups_for, traits_for
 from library.options.validation import problems, warnings
 
 
@@ -68,6 +70,14 @@ REFUSED = [
     ("--noise_offset=.1 --multires_noise_iterations=6", "--noise_offset: cannot be used with"),
     ("--adaptive_noise_scale=.1", "--adaptive_noise_scale: needs --noise_offset"),
     ("--min_timestep=500 --max_timestep=500", "--min_timestep: must be below --max_timestep, got 500 and 500"),
+    ("--min_timestep=10 --max_timestep=5", "--min_timestep: must be below --max_timestep, got 10 and 5"),
+    ("--min_timestep=-1", "--min_timestep: must be at least 0 and at most 999, got -1"),
+    ("--min_timestep=1000", "--min_timestep: must be at least 0 and at most 999, got 1000"),
+    ("--max_timestep=1001", "--max_timestep: must be at least 1 and at most 1000, got 1001"),
+    ("--multires_noise_iterations=-1", "--multires_noise_iterations: must be at least 1, got -1"),
+    ("--loss_type=huber --huber_c=0", "--huber_c: must be above 0, got 0.0"),
+    ("--loss_type=smooth_l1 --huber_scale=-1", "--huber_scale: must be above 0, got -1.0"),
+    ("--min_snr_gamma=-1", "--min_snr_gamma: must be at least 0, got -1.0"),
     ("--optimizer_args decay", "--optimizer_args: 'decay' is not name=value"),
     ("--optimizer_args decay=much", "--optimizer_args: the value in 'decay=much' must be"),
     ("--network_args conv_dim", "--network_args: 'conv_dim' is not name=value"),
@@ -123,6 +133,22 @@ REFUSED = [
 @pytest.mark.parametrize(("flags", "beginning"), REFUSED, ids=[flags for flags, _ in REFUSED])
 def test_what_cannot_work_is_refused(valid, traits, files, flags, beginning):
     lines = problems(valid(*flags.split()), traits)
+    assert any(line.startswith(beginning) for line in lines), lines
+
+
+@pytest.mark.rows("R262", "R263")
+@pytest.mark.parametrize(
+    ("family", "flags", "beginning"),
+    [
+        ("flux", "--loss_type=huber", "--huber_schedule: snr does not exist for FLUX.1"),
+        ("sd3", "--loss_type=smooth_l1", "--huber_schedule: snr does not exist for Stable Diffusion 3/3.5"),
+        ("flux", "--discrete_flow_shift=0", "--discrete_flow_shift: must be above 0, got 0.0"),
+        ("sd3", "--training_shift=-1", "--training_shift: must be above 0, got -1.0"),
+    ],
+)
+def test_what_rectified_flow_cannot_follow_is_refused(family, flags, beginning):
+    opts = parse_options(groups_for(family, "network"), flags.split())
+    lines = problems(opts, traits_for(family))
     assert any(line.startswith(beginning) for line in lines), lines
 
 
