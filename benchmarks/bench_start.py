@@ -1,7 +1,8 @@
-"""What a run does before training: cold and warm start on many small images, and a metadata file of a million keys.
+"""What a run does before training: its imports, cold and warm start on many images, a metadata file of a million keys.
 
     python benchmarks/bench_start.py
     python benchmarks/bench_start.py --images 10000 --keys 0 --folder /tmp/images
+    python benchmarks/bench_start.py --images 0 --keys 0 --against ../other-checkout
 
 Every start is a process of its own. "Cold" means that nothing is known of the files; the operating system has them in
 memory, as after a download. "Warm" is the second start, which finds in the index what the first has seen.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -22,6 +24,38 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # Nothing heavy up here: the index starts worker processes, and these import this module.
+
+_ROUNDS = 5  # starts of the script; the least CPU time is the one that other work disturbed least
+
+# Runs a script until its model is loaded; prints the CPU seconds that it took to the points on the way.
+_TO_THE_MODEL = """
+import json, logging, os, resource, runpy, sys
+
+def mark(name):
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    marks.setdefault(name, used.ru_utime + used.ru_stime)
+
+def on_event(event, arguments):
+    if event != "import":
+        return
+    if arguments[0] == "torch":
+        mark("options checked")
+    elif arguments[0].startswith("library.families.") and arguments[0].endswith(".loading"):
+        mark("loading the model")
+
+def on_message(record):
+    if str(record.msg).startswith("loaded "):
+        mark("model loaded")
+        print(json.dumps(marks), flush=True)
+        os._exit(0)
+    return True
+
+marks = {}
+sys.addaudithook(on_event)
+logging.getLogger("trainscripts").addFilter(on_message)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 _WHOSE = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 
@@ -117,6 +151,29 @@ def show_starts(folder: Path, images: int) -> None:
             )
 
 
+def show_script(checkouts: list[Path]) -> None:
+    """The start of train_network.py with the bundled model, of each checkout in turn."""
+    sys.path.insert(0, str(ROOT))
+    from quickstart import MODEL
+
+    line = ["train_network.py", f"--pretrained_model_name_or_path={MODEL}", "--train_data_dir=examples/concept"]
+    line += ["--resolution=64", "--min_bucket_reso=64", "--enable_bucket", "--network_module=networks.lora"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for work use CPU time too
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    seen: dict[Path, list[dict[str, float]]] = {checkout: [] for checkout in checkouts}
+    with tempfile.TemporaryDirectory() as output:
+        command = [sys.executable, "-c", _TO_THE_MODEL, *line, f"--output_dir={output}", "--console_log_level=INFO"]
+        for _ in range(_ROUNDS + 1):
+            for checkout, rounds in seen.items():
+                done = subprocess.run(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, check=False)
+                if done.returncode:
+                    raise SystemExit(done.returncode)
+                rounds.append(json.loads(done.stdout.splitlines()[-1]))
+    for checkout, rounds in seen.items():
+        points = ", ".join(f"{name} {min(one[name] for one in rounds[1:]):.2f} s" for name in rounds[0])
+        print(f"CPU time of {checkout}/train_network.py from the shell: {points}")
+
+
 def show_metadata(keys: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_metadata(Path(folder), keys)
@@ -132,6 +189,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--keys", type=int, default=1_000_000, help="of the metadata file")
     parser.add_argument("--folder", type=Path, help="keep the images here, for the next time")
+    parser.add_argument("--against", type=Path, help="another checkout, whose script is timed in turn with ours")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -139,6 +197,7 @@ def main() -> None:
         seen = {"start": start, "metadata": metadata}[what](*map(Path, places))
         print(json.dumps(seen))
         return
+    show_script([ROOT, *([args.against.resolve()] if args.against else [])])
     with tempfile.TemporaryDirectory() as temporary:
         if args.images:
             show_starts(args.folder or Path(temporary), args.images)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from library import registry
 from library.errors import UserError
 from library.options.sharding import sharding_of
-from library.runtime import logs
+from library.runtime import libraries, logs
 from library.runtime.logs import LOGGER
 from library.training import joining
 
@@ -51,11 +51,12 @@ def run(family: str, method: str, argv: Sequence[str] | None = None, *, options:
     """Runs one script and exits: 0 done, 2 the user has something to mend, 130 interrupted.
 
     Args:
+        argv: without the script's name; None: this process's own.
         options: in place of a command line.
     """
     logs.quiet_third_parties()
     with ending_as_a_script():
-        _train(family, method, sys.argv[1:] if argv is None else argv, options)
+        _train(family, method, argv, options)
 
 
 @contextmanager
@@ -97,7 +98,7 @@ def _description(family: str, method: str) -> str:
     return TITLES[method].format(model=registry.FAMILIES[family].traits.label)
 
 
-def _train(family_name: str, method_name: str, argv: Sequence[str], options: Options | None = None) -> None:
+def _train(family_name: str, method_name: str, argv: Sequence[str] | None, options: Options | None) -> None:
     opts, specs, traits = _check(family_name, method_name, argv, options)
     if opts.saving.resume_from_huggingface:
         from library.training.hub import fetch_state
@@ -107,6 +108,8 @@ def _train(family_name: str, method_name: str, argv: Sequence[str], options: Opt
         from library.training.state_notes import verify
 
         verify(Path(opts.saving.resume))
+    if argv is None and options is None:  # the process is the script's own
+        libraries.import_libraries(_optional_packages(opts))
     sharding = sharding_of(opts)
     accelerator = joining.join_for_training(opts, sharding)
     shards = _make_shards(opts, sharding, accelerator)
@@ -146,7 +149,7 @@ def _train(family_name: str, method_name: str, argv: Sequence[str], options: Opt
 
 
 def _check(
-    family_name: str, method_name: str, argv: Sequence[str], opts: Options | None
+    family_name: str, method_name: str, argv: Sequence[str] | None, opts: Options | None
 ) -> tuple[Options, list[Any], FamilyTraits]:
     """The options, with everything that can be wrong and is cheap to know told at once, before torch is imported."""
     from library.options import parsing
@@ -229,6 +232,12 @@ def _make_shards(opts: Options, sharding: Sharding | None, accelerator: Accelera
     from library.training.sharding import Shards
 
     return Shards(sharding, accelerator.device, accelerator.num_processes, first=accelerator.is_main_process)
+
+
+def _optional_packages(opts: Options) -> set[str]:
+    """What diffusers cannot do without: its attention processors of xformers, and the integrals of its sampler lms."""
+    wanted = {"xformers": opts.memory.xformers, "scipy": opts.sampling.sample_prompts}
+    return {name for name, use in wanted.items() if use}
 
 
 def _rehearse(opts: Options, accelerator: Accelerator, shards: Shards | None) -> None:

@@ -5,8 +5,8 @@ Each line of standard input asks for runs of one command, in JSON:
     {"argv": ["train_network.py", ...], "output": file, "errors": file, "environments": [{...}, ...]}
 
 One process is started for each environment. The first answer is a line with the number of the first process. When all
-have ended, another one has the exit status of the first that failed, or 0. Of our own code only the log is imported
-beforehand, so that every run still shows what its script imports.
+have ended, another one has the exit status of the first that failed, or 0. Of our own code only what imports
+libraries is there beforehand, so that every run still shows what its script imports of ours.
 """
 
 from __future__ import annotations
@@ -39,21 +39,14 @@ def main() -> None:
 
 
 def import_libraries() -> None:
-    from library.runtime import logs
+    from library.runtime import libraries, logs
 
     logs.quiet_third_parties()
-    import accelerate  # noqa: F401
+    libraries.import_libraries(set())
     import cv2  # noqa: F401
     import safetensors.torch  # noqa: F401
     import toml  # noqa: F401
-    import torch.optim  # noqa: F401
-    import transformers.optimization  # noqa: F401
-    from diffusers import (  # noqa: F401
-        AutoencoderKL,
-        FluxTransformer2DModel,
-        SD3Transformer2DModel,
-        UNet2DConditionModel,
-    )
+    from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
     from PIL import Image
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel  # noqa: F401
 
