@@ -169,7 +169,7 @@ def prepare(row: Row, arguments: tuple[str, ...], batch_size: int, device: torch
     model = row.model
     argv = ["--mixed_precision=bf16", f"--seed={SEED}", *row.arguments, *arguments]
     opts = parsing.parse_options(registry.groups_for(model.family, row.method), argv)
-    family, method = registry.FAMILIES[model.family].adapter(opts), registry.make_method(row.method, opts)
+    family, method = registry.FAMILIES[model.family].adapter(opts), registry.METHODS[row.method].method(opts)
     config = {**model.config, **(model.tiny if tiny else {})}
     models = build_models(model, config, device)
     batch = make_batch(model, config, family.traits.latent_channels, batch_size, tiny).to(device)

@@ -179,9 +179,9 @@ def _encode(
 
 def _stepped_together(opts: Options, family: Family, models: Models, optimizer: Any) -> Any:
     """The weights by the parts that are stepped inside the backward pass; None: they are not, or each by itself."""
-    fused = getattr(opts, "fused", None)
+    fused = opts.fused
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    if fused is None or not fused.in_use:
+    if not fused.in_use:
         return None
     if fused.blockwise_fused_optimizers:
         return parts_by_block(weights, family.denoiser.blocks(models))

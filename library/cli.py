@@ -31,13 +31,6 @@ if TYPE_CHECKING:
     from library.training.sharding import Shards
     from library.types import FamilyTraits, Models
 
-TITLES = {
-    "network": "Trains a LoRA-type network on {model}.",
-    "finetune": "Trains a whole model: {model}.",
-    "dreambooth": "Trains a whole model, {model}, on folders of images of a concept (DreamBooth).",
-}
-TRACKERS = {"network": "network_train", "finetune": "finetuning", "dreambooth": "dreambooth"}  # where logs go
-
 
 def build_parser(family: str, method: str) -> argparse.ArgumentParser:
     """The argument parser of a script, as GUIs and documentation tools want it."""
@@ -95,7 +88,7 @@ def _script_name() -> str:
 
 def _description(family: str, method: str) -> str:
 
-    return TITLES[method].format(model=registry.FAMILIES[family].traits.label)
+    return registry.METHODS[method].title.format(model=registry.FAMILIES[family].traits.label)
 
 
 def _train(family_name: str, method_name: str, argv: Sequence[str] | None, options: Options | None) -> None:
@@ -135,13 +128,13 @@ def _train(family_name: str, method_name: str, argv: Sequence[str] | None, optio
     prepared = assemble(
         opts,
         registry.FAMILIES[family_name].adapter(opts),
-        registry.make_method(method_name, opts),
+        registry.METHODS[method_name].method(opts),
         data,
         run_plan,
         accelerator,
         shards,
         missing_encoders=registry.FAMILIES[family_name].missing_encoders(opts),
-        tracker=TRACKERS[method_name],
+        tracker=registry.METHODS[method_name].tracker,
     )
     with prepared.tracker, prepared.hub:
         train(prepared)
@@ -185,7 +178,7 @@ def checked(opts: Options, family_name: str, method_name: str, traits: FamilyTra
     if not problems:  # the options make sense: now the files that they name
         if writes:
             leftovers.clear(opts.saving)
-        problems += registry.method_problems(method_name, opts, traits)
+        problems += registry.METHODS[method_name].check(opts, traits)
         problems += registry.FAMILIES[family_name].check_paths(opts)
         for look in (lambda: specs.extend(build_specs(opts, traits)), lambda: joining.seed_of_state(opts), opencv):
             try:

@@ -107,8 +107,8 @@ def text_cache(
         on_error: see `text.cache_on_disk`.
     Raises: UserError: no text encoder's outputs stay as they are.
     """
-    options = getattr(opts, "text_cache", None)
-    if options is None or not options.in_use:
+    options = opts.text_cache
+    if not options.in_use:
         return None
     from library.checkpoints.hashes import weights_fingerprint
     from library.training import placement

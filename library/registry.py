@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING
-
 from library.families.registry import FAMILIES
-from library.options import scripts
+from library.methods.registry import METHODS
 from library.options.base import Option, OptionGroup, options_of
-
-if TYPE_CHECKING:
-    from library.methods.base import Method
-    from library.options.base import Options
-    from library.types import FamilyTraits
-
-# name -> (module, its class); `<module>_args` holds `check_options(opts, traits)`, without torch
-METHODS = {
-    "network": ("library.methods.network", "NetworkMethod"),
-    "finetune": ("library.methods.finetune", "FinetuneMethod"),
-    "dreambooth": ("library.methods.finetune", "FinetuneMethod"),
-}
+from library.options.config_file import ConfigOptions
+from library.options.data import DataOptions
+from library.options.logging import LoggingOptions
+from library.options.loss import LossOptions, NoiseOptions
+from library.options.memory import DistributedOptions, MemoryOptions
+from library.options.models import ModelOptions
+from library.options.optimizer import OptimizerOptions
+from library.options.sampling import SamplingOptions, ValidationOptions
+from library.options.saving import MetadataOptions, SavingOptions
+from library.options.training import TrainingOptions
 
 
 def groups_for(family: str, method: str) -> list[type[OptionGroup]]:
-    """The option groups of the script that trains a family by a method, in help order."""
-    return scripts.groups_for(FAMILIES[family], method)
+    """The option groups of the script that trains a family by a method, in help order.
+
+    Groups of the family count before the method's, and both before shared groups of the same name.
+    """
+    spec = FAMILIES[family]
+    own = {group.group: group for group in METHODS[method].groups}
+    own |= {group.group: group for group in spec.groups.get(method, ())}
+    shared = [
+        ConfigOptions,
+        ModelOptions,
+        spec.options,
+        DataOptions,
+        own["method"],
+        TrainingOptions,
+        OptimizerOptions,
+        NoiseOptions,
+        LossOptions,
+        MemoryOptions,
+        DistributedOptions,
+        SavingOptions,
+        MetadataOptions,
+        SamplingOptions,
+        ValidationOptions,
+        LoggingOptions,
+    ]
+    groups = [own.pop(group.group, group) for group in shared]
+    place = next(n for n, group in enumerate(groups, 1) if group.group == spec.options.group)
+    return [*groups[:place], *own.values(), *groups[place:]]
 
 
 def options_elsewhere() -> dict[str, dict[str, Option]]:
@@ -35,13 +56,3 @@ def options_elsewhere() -> dict[str, dict[str, Option]]:
             for option in (option for group in groups_for(family, method) for option in options_of(group)):
                 found.setdefault(option.dest, {})[f"{script}.py"] = option
     return found
-
-
-def make_method(method: str, opts: Options) -> Method:
-    module, name = METHODS[method]
-    return getattr(importlib.import_module(module), name)(opts)
-
-
-def method_problems(method: str, opts: Options, traits: FamilyTraits) -> list[str]:
-    """What is wrong with a method's options and the files that they name; torch is not needed."""
-    return importlib.import_module(f"{METHODS[method][0]}_args").check_options(opts, traits)

@@ -250,7 +250,7 @@ def _check_augmentation(subset: SubsetSpec, buckets: bool, opts: Options, place:
                     f"{place}: {name} changes the image every time, so its latents cannot be cached; "
                     f"remove {'--cache_latents' if opts.data.cache_latents else '--cache_latents_to_disk'} or {name}"
                 )
-    if getattr(opts, "text_cache", None) and opts.text_cache.in_use:
+    if opts.text_cache.in_use:
         yield from changing(subset.captions, place)
     if buckets and subset.face_crop_aug_range:
         LOGGER.warning(f"{place}: face_crop_aug_range has no effect on images in buckets (enable_bucket)")

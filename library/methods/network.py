@@ -15,7 +15,7 @@ from library.checkpoints.metadata import finalise
 from library.checkpoints.writing import write_safetensors, write_torch
 from library.errors import UserError
 from library.methods.base import Method
-from library.methods.network_args import DEFAULT_DIM, block_layout, require_network_module, split_args
+from library.methods.network_spec import DEFAULT_DIM, block_layout, require_network_module, split_args
 from library.runtime.logs import LOGGER
 from networks.file_names import require_places
 

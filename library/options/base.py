@@ -117,10 +117,20 @@ class OptionGroup:
 
     group: ClassVar[str]  # attribute of `Options`
     title: ClassVar[str]  # heading in help and docs
+    always: ClassVar[dict[str, type[OptionGroup]]] = {}  # groups that all `Options` have, offered by the script or not
     without: ClassVar[frozenset[str]] = frozenset()  # inherited fields that are no options here: always the default
 
-    def __init_subclass__(cls, *, group: str | None = None, title: str | None = None, without: Iterable[str] = ()):
+    def __init_subclass__(
+        cls,
+        *,
+        group: str | None = None,
+        title: str | None = None,
+        without: Iterable[str] = (),
+        always: bool = False,
+    ):
         cls.group, cls.title = group or cls.group, title or cls.title
+        if always:
+            OptionGroup.always[cls.group] = cls
         cls.without = cls.without.union(without)
         unknown = [name for name in cls.without if not hasattr(cls, name)]
         assert not unknown, f"{cls.__name__}: there is no option {unknown[0]} to leave out"
@@ -173,7 +183,11 @@ class Given(NamedTuple):
 
 
 class Options:
-    """All options of a run: one attribute per group (`opts.loss.huber_c`), and what is known about who set them."""
+    """All options of a run: one attribute per group (`opts.loss.huber_c`), and what is known about who set them.
+
+    A group declared with ``always=True`` is there with its defaults even where the script does not offer it, so that
+    code asks `opts.swap.count` without asking for the script; `groups` holds only what the script offers.
+    """
 
     def __init__(
         self, groups: Iterable[OptionGroup], given: Mapping[str, Given] | None = None, remarks: Iterable[str] = ()
@@ -181,6 +195,8 @@ class Options:
         self.groups = tuple(groups)
         self.given = dict(given or {})
         self.remarks = tuple(remarks)  # one line for each thing that was ignored while reading them
+        for name, neutral in OptionGroup.always.items():
+            setattr(self, name, neutral())
         for group in self.groups:
             setattr(self, group.group, group)
 

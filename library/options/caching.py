@@ -16,6 +16,7 @@ from library.options.large_models import BlockSwapOptions, LargeModelOptions, Te
 from library.options.logging import LoggingOptions
 from library.options.loss import LossOptions, NoiseOptions
 from library.options.memory import DistributedOptions, MemoryOptions
+from library.options.method import MethodOptions
 from library.options.sampling import SamplingOptions
 from library.options.saving import MetadataOptions, SavingOptions
 from library.options.training import TrainingOptions
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachingOptions(OptionGroup, group="method", title="Caching"):
+class CachingOptions(MethodOptions, title="Caching"):
     skip_existing: bool = opt(False, "no longer needed: files that fit are always kept, and others made again")
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:

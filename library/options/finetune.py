@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from library.options.base import OptionGroup, Options, opt
+from library.options.base import Options, opt
 from library.options.data import DataOptions
 from library.options.large_models import (
     BlockSwapOptions,
@@ -17,6 +17,7 @@ from library.options.large_models import (
 )
 from library.options.loss import LossOptions
 from library.options.memory import MemoryOptions
+from library.options.method import MethodOptions
 from library.options.saving import MetadataOptions, SavingOptions
 from library.options.training import TrainingOptions
 
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WholeModelOptions(OptionGroup, group="method", title="Training"):
+class WholeModelOptions(MethodOptions, title="Training"):
     """What every script for whole models says to the method."""
+
+    trains_model: ClassVar[bool] = True
 
     usual_rate: ClassVar[str] = ""
     needs_common_rate: ClassVar[bool] = True

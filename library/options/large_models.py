@@ -24,7 +24,7 @@ class LargeModelOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextCacheOptions(OptionGroup, group="text_cache", title="Text encoder outputs"):
+class TextCacheOptions(OptionGroup, group="text_cache", title="Text encoder outputs", always=True):
     cache_text_encoder_outputs: bool = opt(
         False, "encode every caption once, before training, and free the text encoders; captions must not change"
     )
@@ -45,7 +45,7 @@ class TextCacheOptions(OptionGroup, group="text_cache", title="Text encoder outp
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockSwapOptions(OptionGroup, group="swap", title="Block swap"):
+class BlockSwapOptions(OptionGroup, group="swap", title="Block swap", always=True):
     blocks_to_swap: int | None = opt(
         None, "keep this many of the denoiser's blocks in CPU memory and bring each to the GPU in its turn", at_least=0
     )
@@ -63,7 +63,7 @@ class BlockSwapOptions(OptionGroup, group="swap", title="Block swap"):
             yield f"{flag}: cannot be used with --cpu_offload_checkpointing; choose one of them"
         if opts.memory.compiles and opts.memory.dynamo_backend == "cudagraphs":
             yield f"{flag}: cannot be used with --dynamo_backend cudagraphs, whose weights must not move"
-        if hasattr(opts.method, "text_encoder_stop"):  # the mark of methods that train the model itself
+        if opts.method.trains_model:
             if not opts.optimizer.fused_backward_pass:
                 yield f"{flag}: needs --fused_backward_pass here, so that a block is stepped while it is on the GPU"
             if is_schedule_free(opts.optimizer):
@@ -96,7 +96,7 @@ class OldBlockSwapOptions(BlockSwapOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FusedOptions(OptionGroup, group="fused", title="Steps inside the backward pass"):
+class FusedOptions(OptionGroup, group="fused", title="Steps inside the backward pass", always=True):
     fused_optimizer_groups: int | None = opt(
         None,
         "step the weights in this many groups inside the backward pass: less memory with more of them; 4 to 10",

@@ -71,7 +71,7 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
         if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
             yield "--cpu_offload_checkpointing: needs --gradient_checkpointing"
         for flag, given in (("--fp8_base", self.fp8_base), ("--fp8_base_unet", self.fp8_base_unet)):
-            if given and hasattr(opts.method, "text_encoder_stop"):  # the mark of methods that train the model itself
+            if given and opts.method.trains_model:
                 yield f"{flag}: only weights that are not trained can be kept in 8 bits; this script trains them all"
             if given and self.quantize_base not in (None, "fp8"):
                 yield f"--quantize_base: {self.quantize_base} cannot be used with {flag}, which asks for fp8; drop one"

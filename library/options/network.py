@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from library.options.base import OptionGroup, Options, opt
+from library.options.base import Options, opt
+from library.options.method import MethodOptions
 from library.options.optimizer import not_pairs, repeated
 from library.runtime.packages import remedy
 
@@ -21,7 +22,7 @@ _OURS = ("networks.dylora", "networks.lora_fa", "networks.oft", "networks.contro
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkOptions(OptionGroup, group="method", title="Network"):
+class NetworkOptions(MethodOptions, title="Network"):
     usual_rate: ClassVar[str] = "it is made for whole models, a LoRA usually wants 1e-4"
 
     network_module: str | None = opt(

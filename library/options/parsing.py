@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any, NoReturn
 
 from library.errors import UserError
+from library.options import large_models, method  # noqa: F401 - they declare groups that all options have
 from library.options.base import COMMAND_LINE, Given, Option, OptionGroup, Options, build_options, options_of
 from library.options.config_file import FileOptions, read_config, write_config
 from library.options.unknown_keys import Elsewhere, is_off, judge_flag

@@ -64,17 +64,16 @@ def problems(opts: Options, environ: Mapping[str, str] = os.environ) -> Iterator
     if sharding is None:
         return
     by, memory = sharding.asked_by, opts.memory
-    if not hasattr(opts.method, "text_encoder_stop"):  # the mark of methods that train the model itself
+    if not opts.method.trains_model:
         yield f"{by} spreads a whole model that is trained; here leave it out and use accelerate launch --multi_gpu"
         return
     if memory.mixed_precision == "fp16" or memory.full_fp16:
         yield f"{by} cannot be used with fp16, which overflows apart in every process; use --mixed_precision bf16"
-    swap, fused = getattr(opts, "swap", None), getattr(opts, "fused", None)
     others = {
-        "--blocks_to_swap": swap is not None and swap.count > 0,
+        "--blocks_to_swap": opts.swap.count > 0,
         "--stochastic_rounding": memory.stochastic_rounding,
         "--fused_backward_pass": opts.optimizer.fused_backward_pass,
-        "--fused_optimizer_groups or --blockwise_fused_optimizers": fused is not None and fused.in_use,
+        "--fused_optimizer_groups or --blockwise_fused_optimizers": opts.fused.in_use,
         "--torch_compile": memory.compiles,
         "--lowram": memory.lowram,  # each device would get the whole model first
         "--fp16_master_weights_and_gradients": opts.distributed.fp16_master_weights_and_gradients,

@@ -58,7 +58,7 @@ def join_for_training(opts: Options, sharding: Sharding | None) -> Accelerator:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=minutes or 10))
     made = join_processes(chosen, minutes)
-    fused = opts.optimizer.fused_backward_pass or (getattr(opts, "fused", None) is not None and opts.fused.in_use)
+    fused = opts.optimizer.fused_backward_pass or opts.fused.in_use
     if fused and made.num_processes > 1:
         raise UserError("steps inside the backward pass cannot be used with several processes; leave them out")
     if opts.memory.full_fp16:

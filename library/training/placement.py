@@ -92,8 +92,7 @@ def place_denoiser(models: Models, opts: Options, device: torch.device, *, sprea
 
 def swaps(opts: Options, device: torch.device) -> bool:
     """Whether blocks are swapped; on a CPU there is nothing to be gained."""
-    asked = getattr(opts, "swap", None) is not None and opts.swap.count > 0
-    return asked and device.type != "cpu"
+    return opts.swap.count > 0 and device.type != "cpu"
 
 
 def swapped_blocks(family: Family, models: Models, opts: Options, device: torch.device) -> int:
@@ -116,7 +115,7 @@ def swap_blocks(family: Family, models: Models, opts: Options, device: torch.dev
     """
     count = swapped_blocks(family, models, opts, device)
     if not count:
-        if getattr(opts, "swap", None) is not None and opts.swap.count:
+        if opts.swap.count:
             LOGGER.warning("--blocks_to_swap: no effect on a CPU; the model is in CPU memory anyway")
         return None
     from library.memory.block_swap import BlockSwap

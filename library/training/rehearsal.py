@@ -45,7 +45,7 @@ def _suffixes(opts: Options) -> list[str]:
     chosen = opts.saving.save_model_as
     if chosen:
         return ["" if chosen.startswith("diffusers") else f".{chosen}"]
-    if not hasattr(opts.saving, "use_safetensors"):
+    if not opts.method.trains_model:
         return [".safetensors"]
     source = opts.model.pretrained_model_name_or_path or ""
     if os.path.isfile(source):
@@ -139,7 +139,7 @@ def _of_another_kind(plan: SavePlan) -> Iterator[str]:
 
 def _smallest_copy(opts: Options) -> int:
     """Bytes that one copy takes at least: the file that the model comes from, or those of the folder."""
-    if not hasattr(opts.saving, "use_safetensors"):
+    if not opts.method.trains_model:
         return _SMALLEST_NETWORK
     source = Path(opts.model.pretrained_model_name_or_path or "")
     if source.is_file():

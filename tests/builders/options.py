@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from library.options.base import COMMAND_LINE, Given, OptionGroup, Options, build_options, options_of
-from library.options.scripts import groups_for
+from library.registry import groups_for
 
 
 def options_for(family: str, method: str, **values: Any) -> Options:

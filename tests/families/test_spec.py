@@ -8,9 +8,10 @@ from dataclasses import MISSING, fields
 
 import pytest
 
+from library.entry_points import EntryPoint
 from library.families.base import Denoiser, Family, Latents, Loader, Targets, TextEncoding, Writer
 from library.families.registry import FAMILIES
-from library.families.spec import EntryPoint, FamilySpec
+from library.families.spec import FamilySpec
 from library.options.parsing import parse_options
 from library.registry import groups_for
 

@@ -17,7 +17,7 @@ from library.families.sd.adapter import SdFamily
 from library.families.sd3.adapter import Sd3Family
 from library.families.sdxl.adapter import SdxlFamily
 from library.methods.finetune import FinetuneMethod, unmoved
-from library.methods.finetune_args import check_options
+from library.methods.finetune_spec import check_options
 from library.options.parsing import parse_options
 from library.options.validation import problems, warnings
 from library.registry import FAMILIES, groups_for

@@ -14,7 +14,7 @@ from torch import nn
 
 from library.errors import UserError
 from library.methods.network import NetworkMethod
-from library.methods.network_args import check_options
+from library.methods.network_spec import check_options
 from library.options.base import Given, build_options
 from library.options.memory import MemoryOptions
 from library.options.network import NetworkOptions

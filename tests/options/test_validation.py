@@ -14,8 +14,8 @@ from library.options.optimizer import (
     UNUSABLE_SCHEDULES,
 )
 from library.options.parsing import parse_options
-from library.options.scripts import groups_for, traits_for
 from library.options.validation import problems, warnings
+from library.registry import FAMILIES, groups_for
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_what_cannot_work_is_refused(valid, traits, files, flags, beginning):
 )
 def test_what_rectified_flow_cannot_follow_is_refused(family, flags, beginning):
     opts = parse_options(groups_for(family, "network"), flags.split())
-    lines = problems(opts, traits_for(family))
+    lines = problems(opts, FAMILIES[family].traits)
     assert any(line.startswith(beginning) for line in lines), lines
 
 

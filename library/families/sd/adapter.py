@@ -63,12 +63,8 @@ class SdText(TextEncoding):
             ids, weights = tokenize_weighted(tokenizer, captions, family.max_token_length)
             states = encode_clip(text_encoder, ids, family.clip_skip)
             return TextCond({CONTEXT: states * weights[:, :, None].to(states)})
-        ids = tokenize(tokenizer, captions, family.max_token_length, pad=not self._no_token_padding())
+        ids = tokenize(tokenizer, captions, family.max_token_length, pad=not self.opts.method.no_token_padding)
         return TextCond({CONTEXT: encode_clip(text_encoder, ids, family.clip_skip)})
-
-    def _no_token_padding(self) -> bool:
-        """Only train_db.py has the option, so other methods' options have no such field."""
-        return getattr(getattr(self.opts, "method", None), "no_token_padding", False)
 
 
 class SdDenoiser(UnetDenoiser):

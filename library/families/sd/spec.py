@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from library.entry_points import EntryPoint
 from library.families.sd.options import TRAITS, SdOptions
-from library.families.spec import EntryPoint, FamilySpec, ModelKind
+from library.families.spec import FamilySpec, ModelKind
 
 SD1 = ModelKind("a Stable Diffusion 1.x model", keys=r"^cond_stage_model\.transformer\.")
 SD2 = ModelKind("a Stable Diffusion 2.x model", keys=r"^cond_stage_model\.model\.")

@@ -80,5 +80,5 @@ class Sd3Options(FlowOptions, group="family", title="Stable Diffusion 3/3.5"):
             if getattr(self, name) is not None:
                 yield f"--{name}: has no effect; {instead}"
         for name in ("save_clip", "save_t5xxl"):
-            if getattr(self, name) and hasattr(opts.method, "network_module"):
+            if getattr(self, name) and not opts.method.trains_model:
                 yield f"--{name}: has no effect here; {_SAVED_APART}"

@@ -116,14 +116,13 @@ def _missing_parts(opts: Options) -> list[str]:
     parts = _parts_of(opts)
     if parts is None:
         return []
-    method = getattr(opts, "method", None)
-    cached = getattr(getattr(opts, "text_cache", None), "cache_text_encoder_outputs_to_disk", False)
+    cached = opts.text_cache.cache_text_encoder_outputs_to_disk
     path = opts.model.pretrained_model_name_or_path
     problems = [] if "vae" in parts else [f"--vae: missing, and {path} brings no VAE of its own"]
     if not cached:  # all captions' outputs may lie beside the images already
         problems += missing_encoders(opts)
-    asked = {"train_t5xxl": getattr(method, "train_t5xxl", False)}
-    if method is not None and not hasattr(method, "network_module"):  # a network has no use for it, and says so
+    asked = {"train_t5xxl": opts.method.train_t5xxl}
+    if opts.method.trains_model:  # a network has no use for it, and says so
         asked["save_t5xxl"] = opts.family.save_t5xxl
     if "te3" not in parts:
         problems += [

@@ -29,7 +29,7 @@ TRAITS = FamilyTraits(
 class SdxlOptions(CommonOptions, group="family", title="SDXL"):
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from super().check(opts, traits)
-        if opts.text_cache.in_use and not getattr(opts.method, "network_train_unet_only", True):
+        if opts.text_cache.in_use and not opts.method.network_train_unet_only:
             yield (
                 "--cache_text_encoder_outputs: text encoders whose outputs are cached cannot be trained; "
                 "add --network_train_unet_only"

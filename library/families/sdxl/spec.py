@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from library.entry_points import EntryPoint
 from library.families.sdxl.options import TRAITS, SdxlOptions
-from library.families.spec import EntryPoint, FamilySpec, ModelKind
+from library.families.spec import FamilySpec, ModelKind
 from library.options.finetune import TWO_ENCODER_GROUPS
 from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
 

@@ -1,4 +1,4 @@
-"""What can be said about a network's options before torch is imported."""
+"""Training of a network beside the model, as a method: its spec, and what is checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.reading import require_weights
+from library.entry_points import EntryPoint
 from library.errors import UserError
-from library.options.network import find_module
+from library.methods.spec import MethodSpec
+from library.options.network import NetworkOptions, find_module
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
@@ -78,3 +80,13 @@ def split_args(entries: list[str] | None) -> dict[str, str]:
             raise UserError(f"--network_args: {entry!r} is not name=value, e.g. conv_dim=4")
         args[name] = value.strip()
     return args
+
+
+NETWORK = MethodSpec(
+    name="network",
+    title="Trains a LoRA-type network on {model}.",
+    tracker="network_train",
+    groups=(NetworkOptions,),
+    method=EntryPoint("library.methods.network:NetworkMethod"),
+    check=check_options,
+)

@@ -1,12 +1,14 @@
-"""What can be said about fine-tuning's options before torch is imported."""
+"""Training of whole models, as methods: their specs, and what is checked before torch is imported."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from library.data.config_file import read_config
+from library.entry_points import EntryPoint
 from library.errors import UserError
-from library.options.finetune import AnyData, FinetuneOptions
+from library.methods.spec import MethodSpec
+from library.options.finetune import DREAMBOOTH_GROUPS, FINETUNE_GROUPS, AnyData, FinetuneOptions
 
 if TYPE_CHECKING:
     from library.options.base import Options
@@ -34,3 +36,21 @@ def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str
         for place, subset in enumerate(dataset["subsets"], 1)
         if ("metadata_file" in subset) != wanted
     ]
+
+
+FINETUNE = MethodSpec(
+    name="finetune",
+    title="Trains a whole model: {model}.",
+    tracker="finetuning",
+    groups=FINETUNE_GROUPS,
+    method=EntryPoint("library.methods.finetune:FinetuneMethod"),
+    check=check_options,
+)
+DREAMBOOTH = MethodSpec(
+    name="dreambooth",
+    title="Trains a whole model, {model}, on folders of images of a concept (DreamBooth).",
+    tracker="dreambooth",
+    groups=DREAMBOOTH_GROUPS,
+    method=FINETUNE.method,
+    check=check_options,
+)

@@ -1,0 +1,8 @@
+"""The training methods. A new one is a module with its `MethodSpec`, and one line here. No torch."""
+
+from __future__ import annotations
+
+from library.methods.finetune_spec import DREAMBOOTH, FINETUNE
+from library.methods.network_spec import NETWORK
+
+METHODS = {spec.name: spec for spec in (NETWORK, FINETUNE, DREAMBOOTH)}

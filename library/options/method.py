@@ -1,0 +1,19 @@
+"""What every method's option group says, whatever it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from library.options.base import OptionGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions(OptionGroup, group="method", title="Method", always=True):
+    """The neutral method: nothing is trained."""
+
+    trains_model: ClassVar[bool] = False  # whether the model's own weights are trained, and not only what is added
+    # What only some methods offer. Without annotations: fields keep the order of the class that declares them.
+    no_token_padding = False
+    network_train_unet_only = True
+    train_t5xxl = False

@@ -1,0 +1,37 @@
+"""Every method says all that scripts need of it, and a part that is missing is found when its spec is made."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from library.methods.base import Method
+from library.methods.spec import MethodSpec
+from library.options.loss import LossOptions
+from library.registry import FAMILIES, METHODS
+
+
+@pytest.mark.parametrize("spec", METHODS.values(), ids=METHODS)
+def test_the_method_is_one(spec):
+    assert issubclass(spec.method.load(), Method)
+
+
+def test_scripts_name_methods_that_exist():
+    assert {method for family in FAMILIES.values() for method in family.scripts.values()} == METHODS.keys()
+
+
+def parts(**changes):
+    spec = METHODS["network"]
+    return {field.name: getattr(spec, field.name) for field in fields(spec)} | changes
+
+
+def test_no_part_may_be_missing():
+    for name in parts():
+        with pytest.raises(TypeError, match=name):
+            MethodSpec(**{key: value for key, value in parts().items() if key != name})
+
+
+def test_a_method_needs_a_group_of_its_own():
+    with pytest.raises(TypeError, match="none of its groups is its own"):
+        MethodSpec(**parts(groups=(LossOptions,)))
