@@ -16,6 +16,7 @@ from library.data.config_schema import DATASET, KEYS, OF_BUCKETS, SUBSET, Key, c
 from library.data.folders import has_images, repeat_folders
 from library.errors import UserError
 from library.options import base, validation
+from library.options.data import MOST_REPEATS
 from library.runtime.logs import LOGGER
 from library.types import Size
 
@@ -340,7 +341,13 @@ def _repeating(parent: str, flag: str, problems: list[str]) -> list[dict[str, An
         problems.append(
             f"--{flag}: {folder} has no sub-folder named <repeats>_<class tokens>, e.g. 10_sks dog{way_out}"
         )
-    return [{"image_dir": str(one.path), "num_repeats": one.repeats, "class_tokens": one.class_tokens} for one in found]
+    tables = []
+    for path, repeats, class_tokens in found:
+        if repeats > MOST_REPEATS:
+            problems.append(f"--{flag}: {path}: a folder may be repeated {MOST_REPEATS:,} times at most; rename it")
+        repeats = min(repeats, MOST_REPEATS)
+        tables.append({"image_dir": str(path), "num_repeats": repeats, "class_tokens": class_tokens})
+    return tables
 
 
 def _folders_with_masks(pictures: str, masks: str, problems: list[str]) -> list[dict[str, Any]]:
