@@ -16,7 +16,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.runtime.documents import load_json
-from library.runtime.files import read_bytes
+from library.runtime.files import open_regular, read_bytes
 from library.version import NAME, VERSION
 
 MODEL, OPTIMIZER, SCHEDULE, SCALER = "model.safetensors", "optimizer.bin", "scheduler.bin", "scaler.pt"
@@ -148,7 +148,7 @@ def _fault(folder: Path, files: Mapping[str, Any]) -> str | None:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
