@@ -60,6 +60,10 @@ class LoggingOptions(ConsoleOptions, group="logging", title="Messages and logs")
             return ("tensorboard",) if self.logging_dir else ()
         return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)
 
+    def folder_of_run(self, moment: str) -> Path:
+        """Where TensorBoard's logs of a run go that has begun at `moment`, a date and time of 14 digits."""
+        return Path(self.logging_dir or "", f"{self.log_prefix or ''}{moment}")
+
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if "tensorboard" in self.trackers and not self.logging_dir:
             yield f"--log_with: {self.log_with} needs --logging_dir, the folder to write to"
