@@ -6,8 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator
-from pathlib import Path
+from collections.abc import Generator
 
 import pytest
 
@@ -23,7 +22,6 @@ def pytest_sessionfinish() -> None:
     shutil.rmtree(os.environ["TRAINSCRIPTS_CACHE"], ignore_errors=True)
 
 
-_NOBODY = 65534  # a user and a group that own nothing
 LONG = ("learning", "scripts", "memory")  # folders of tests that take long, the longest first
 
 
@@ -49,32 +47,6 @@ def console(monkeypatch: pytest.MonkeyPatch) -> None:
     LOGGER.handlers[:], LOGGER.propagate = [], True
     LOGGER.setLevel(logging.NOTSET)
     monkeypatch.setattr(screen, "_secrets", set())
-
-
-@pytest.fixture
-def unprivileged() -> Iterator[Path]:
-    """A folder of a user with no rights over what is others', who the test runs as; root may read everything."""
-    folder = Path(tempfile.mkdtemp(prefix="trainscripts-tests-"))
-    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
-    try:
-        if is_root:
-            groups = os.getgroups()
-            folder.chmod(0o777)
-            os.setgroups([])
-            os.setresgid(_NOBODY, _NOBODY, 0)
-            os.setresuid(_NOBODY, _NOBODY, 0)  # the saved one leads back
-        try:
-            yield folder
-        finally:
-            if is_root:
-                os.setresuid(0, 0, 0)
-                os.setresgid(0, 0, 0)
-                os.setgroups(groups)
-    finally:
-        for path in [folder, *folder.rglob("*")]:
-            if path.is_dir() and not path.is_symlink():
-                path.chmod(0o700)
-        shutil.rmtree(folder)
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

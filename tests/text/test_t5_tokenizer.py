@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from library.errors import UserError
 from library.text.t5_tokenizer import T5_VOCABULARY, bundled_t5_tokenizer, t5_tokenizer, tokenize_t5
+from tests.builders.rights import without_rights
 from tests.builders.t5 import write_t5_tokenizer
 
 PUBLISHED = [3, 9, 1202, 13, 3, 9, 1712, 1]  # "a photo of a cat"
@@ -90,10 +91,10 @@ def test_order_of_sources(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "spiece.model"])
 @pytest.mark.parametrize("place", ["cache", "model"])
-def test_a_file_that_cannot_be_read_is_one_line(unprivileged, name, place):
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, name, place):
     """In the cache folder and in the model's own, where another source would be silently taken otherwise."""
-    cached = unprivileged / "google_t5-v1_1-xxl"
-    where = (None, "tokenizer_2", str(unprivileged)) if place == "cache" else (str(unprivileged), cached.name, None)
+    cached = tmp_path / "google_t5-v1_1-xxl"
+    where = (None, "tokenizer_2", str(tmp_path)) if place == "cache" else (str(tmp_path), cached.name, None)
     cached.mkdir()
     file = cached / name
     signal.alarm(20)
@@ -112,9 +113,9 @@ def test_a_file_that_cannot_be_read_is_one_line(unprivileged, name, place):
     file.write_bytes(b"{}")
     file.chmod(0)
     with pytest.raises(UserError) as caught:
-        t5_tokenizer(*where)
+        without_rights(lambda: t5_tokenizer(*where))
     assert str(caught.value) == f"{file}: cannot be read (Permission denied)"
     cached.chmod(0)
     with pytest.raises(UserError) as caught:
-        t5_tokenizer(*where)
+        without_rights(lambda: t5_tokenizer(*where))
     assert str(caught.value) == f"{cached}: no permission to look for a T5 tokenizer in it"

@@ -15,6 +15,7 @@ from library.options import validation
 from library.options.parsing import parse_options
 from library.options.scripts import groups_for, traits_for
 from library.training import rehearsal
+from tests.builders.rights import without_rights
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -172,11 +173,13 @@ def test_a_prefix_without_tensorboard_is_not_tried(tmp_path, problems):
     assert problems("m", f"--log_prefix={'p' * 300}") == []
 
 
-def test_logs_in_a_folder_of_another_user(problems, unprivileged):
-    (unprivileged / "logs").mkdir(mode=0o555)
-    folder = unprivileged / "logs" / ("v1_" + "0" * 14)
-    flags = (f"--output_dir={unprivileged / 'out'}", f"--logging_dir={unprivileged / 'logs'}", "--log_prefix=v1_")
-    assert problems("m", *flags) == [f"--log_prefix: {folder} cannot be made (Permission denied); choose another name"]
+def test_logs_in_a_folder_that_takes_none(tmp_path, problems):
+    (tmp_path / "logs").mkdir(mode=0o555)
+    folder = tmp_path / "logs" / ("v1_" + "0" * 14)
+    flags = (f"--logging_dir={tmp_path / 'logs'}", "--log_prefix=v1_")
+    assert without_rights(lambda: problems("m", *flags)) == [
+        f"--log_prefix: {folder} cannot be made (Permission denied); choose another name"
+    ]
 
 
 def test_logs_that_can_be_made_leave_no_trace(tmp_path, problems):
