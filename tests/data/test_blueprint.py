@@ -16,6 +16,7 @@ from library.data.blueprint import build_specs
 from library.errors import UserError
 from library.options import validation
 from library.runtime.logs import setup_logging
+from tests.builders.rights import without_rights
 
 
 @pytest.fixture
@@ -379,6 +380,29 @@ def test_folders_and_images_are_shown_without_control_characters(tmp_path, draw,
     assert all(line.isprintable() for line in lines)
     assert "loose\\x1b[2J\\u202e.png" in lines[0]
     assert "1_empty\\x1b[2J\\nx" in lines[1]
+
+
+@pytest.mark.parametrize("mode", [0, 0o111])
+def test_folders_that_may_not_be_listed_are_told_with_their_option(
+    tmp_path, draw, make_opts, write_config, traits, mode
+):
+    inner = draw(tmp_path / "train" / "2_cat" / "a.png").parent
+    config = {"datasets": [{"resolution": 64, "subsets": [{"image_dir": str(inner)}]}]}
+    flags = make_opts(train_data_dir=str(inner.parent), resolution="64")
+    config = make_opts(dataset_config=write_config(config))
+    inner.chmod(mode)
+    (line,) = without_rights(lambda: problems(flags, traits))
+    assert line == f"--train_data_dir: {inner} cannot be listed (Permission denied)"
+    (line,) = without_rights(lambda: problems(config, traits))
+    assert line.endswith(f"[[datasets.subsets]] 1: {inner} cannot be listed (Permission denied)")
+    inner.parent.chmod(mode)
+    masks = make_opts(train_data_dir=str(inner.parent), resolution="64", conditioning_data_dir=str(tmp_path))
+    for opts in (flags, masks):
+        found = without_rights(lambda opts=opts: problems(opts, traits))
+        assert f"--train_data_dir: {inner.parent} cannot be listed (Permission denied)" in found
+    if mode == 0:  # with 0o111 the sub-folder is found as before
+        found = without_rights(lambda: problems(config, traits))
+        assert any(line.endswith(f"image_dir {inner} cannot be looked at (Permission denied)") for line in found)
 
 
 def test_nothing_said_at_all(make_opts, traits):
