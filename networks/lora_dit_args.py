@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from library.errors import UserError
+from library.options.network import LARGEST_RANK
 from networks.lora_args import LoraArgs, Reader, common_fields, unknown
 from networks.lora_args import without_effect as without_effect_in_lora
 
@@ -145,6 +146,8 @@ def _whole_numbers(reader: Reader, key: str, count: int) -> tuple[int, ...]:
     if len(numbers) != count or min(numbers) < 0:
         reader.refuse(key, f"is not {count} whole numbers from 0 up, separated by commas")
         return ()
+    if max(numbers) > LARGEST_RANK:
+        reader.refuse(key, f"has an entry above {LARGEST_RANK}")
     return numbers
 
 
@@ -169,7 +172,7 @@ def _ranges(reader: Reader, key: str, text: str) -> tuple[range, ...] | None:
         return ()
     ranges = []
     for entry in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", entry)
+        found = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", entry)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if first > last:
             reader.refuse(key, f"{entry.strip()!r} is no block; give all, none, or numbers and ranges such as 0,1,4-7")

@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported, so
 
 os.environ["TRAINSCRIPTS_CACHE"] = tempfile.mkdtemp(prefix="trainscripts-tests-")  # the user's own is not touched
 
+from library import screen
 from library.runtime.logs import LOGGER
 
 
@@ -38,10 +39,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def console() -> None:
-    """A script that runs inside a test, or a fixture, points the log at its own place; no test is to inherit that."""
+def console(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that runs inside a test, or a fixture, points the log at its own place; no test is to inherit that.
+
+    Nor what it was told to keep from the screen.
+    """
     LOGGER.handlers[:], LOGGER.propagate = [], True
     LOGGER.setLevel(logging.NOTSET)
+    monkeypatch.setattr(screen, "_secrets", set())
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

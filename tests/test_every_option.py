@@ -1,10 +1,12 @@
 """Every option of every script with the ends of its range, nothing, far too much, and paths to what is no file.
 
-Whatever a value is, a script takes it or says in lines of its own what is wrong; no other exception reaches the user.
+Whatever a value is, and whether it comes from the command line or from a configuration file, a script takes it or says
+in lines of its own what is wrong; no other exception reaches the user.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from library import cli, registry
 from library.errors import UserError
@@ -23,7 +26,6 @@ from library.runtime import logs
 from tools.option_tables import preparation_groups, preparation_scripts
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "examples" / "tiny_model" / "tiny-sd.safetensors"
 TRAINING = [
     (script, family, method)
     for family in registry.FAMILIES
@@ -31,6 +33,17 @@ TRAINING = [
 ]
 PREPARATION = {f"{script.parent.name}/{script.stem}": script for script in preparation_scripts()}
 EXITS = ("output_config",)  # writes a file and ends the script
+CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
+IN_A_MODEL = (  # what a Stable Diffusion 1.x file is recognised by; few names, as thousands of cases read them
+    "model.diffusion_model.input_blocks.0.0.weight",
+    "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+    "first_stage_model.decoder.conv_in.weight",
+)
+# Values of a configuration file that no word of a command line is, and what parsers and forms make of numbers.
+TYPES = (
+    '""', r'"a\u001b[2Jb\nc"', r'"a\u0000b"', "0", "-1", "9" * 400, "0.5", "nan", "true", "false", "[]", "[1, 2.5]",
+    '["", 0, true, [1], {a = 1}]', "1979-05-27", "07:32:00", "{a = 1, train_inpainting = true}", "[{a = 1}]",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +60,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
     (folder / "loop").symlink_to("loop")
     (folder / "empty").write_bytes(b"")
     (folder / "text").write_text("nothing [ of } use")
+    save_file({name: np.zeros((4, 4, 3, 3), np.float16) for name in IN_A_MODEL}, folder / "model.safetensors")
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -87,12 +101,21 @@ def table(options: Iterable[Option], places: dict[str, Path]) -> Iterator[list[s
         yield from (words_for(option, value) for value in cases)
 
 
+def lines_of(option: Option) -> Iterator[str]:
+    """An option in a configuration file: values of every type, and numbers around the ends of its range."""
+    ends = numbers(option) if option.kind in ("int", "float", "int_or_float") else ()
+    for value in dict.fromkeys(
+        [*TYPES, *(text for text in ends if 0 < len(text) < 40), *(json.dumps(choice) for choice in option.choices)]
+    ):
+        yield f"{option.dest} = {value}"
+
+
 def require_plain(problems: list[str] | tuple[str, ...], words: list[str]) -> None:
     """Problems are lines that a screen may show, and none repeats thousands of letters."""
     shown = UserError(*problems).render()
     assert problems, words
     assert len(shown) < 4000 + 1000 * len(problems), words
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", shown), words
+    assert not CONTROLS.search(shown.replace("\n", "")), words
 
 
 def run_all(cases: Iterator[list[str]], check: Callable[[list[str]], Any]) -> tuple[int, int]:
@@ -113,9 +136,9 @@ def run_all(cases: Iterator[list[str]], check: Callable[[list[str]], Any]) -> tu
 
 def base_words(places: dict[str, Path], method: str) -> list[str]:
     words = [
-        f"--pretrained_model_name_or_path={MODEL}", f"--output_dir={places['empty folder']}", "--resolution=64",
-        f"--train_data_dir={places['data']}", "--max_train_steps=1", "--learning_rate=1e-3", "--enable_bucket",
-        "--min_bucket_reso=64", "--max_data_loader_n_workers=0", "--seed=1",
+        f"--pretrained_model_name_or_path={places['model.safetensors']}", f"--output_dir={places['empty folder']}",
+        f"--train_data_dir={places['data']}", "--resolution=64", "--max_train_steps=1", "--learning_rate=1e-3",
+        "--enable_bucket", "--min_bucket_reso=64", "--max_data_loader_n_workers=0", "--seed=1",
     ]  # fmt: skip
     return [*words, "--network_module=networks.lora"] if method == "network" else words
 
@@ -137,6 +160,44 @@ def test_no_value_of_a_training_option_ends_in_a_traceback(places, monkeypatch):
 
         counts = run_all(table(fresh, places), check)
         taken, refused = taken + counts[0], refused + counts[1]
+    assert taken > 500
+    assert refused > 500
+
+
+def test_no_value_of_a_configuration_file_ends_in_a_traceback(places, monkeypatch, tmp_path, capsys):
+    """Each file by itself, through what makes lines and an exit status of errors."""
+    monkeypatch.chdir(places["empty folder"])
+    logs.setup_logging("CRITICAL")
+    file = tmp_path / "run.toml"
+    seen: list[Option] = []
+    taken = refused = 0
+    for script, family, method in TRAINING:
+        groups, traits = registry.groups_for(family, method), registry.FAMILIES[family].traits
+        parser = parsing.build_parser(groups, prog=script)
+        fresh = [option for group in groups for option in options_of(group) if option not in seen]
+        seen += fresh
+
+        def check(line, parser=parser, family=family, method=method, traits=traits) -> None:
+            file.unlink(missing_ok=True)  # some file systems take long to shorten one
+            file.write_text(line, encoding="utf-8")
+            given = [word for word in base_words(places, method) if not word.startswith(f"--{line.split()[0]}=")]
+            with cli.ending_as_a_script():
+                options = parsing.parse_options(parser, [*given, f"--config_file={file}"], elsewhere=dict)
+                cli.checked(registry.follow_model(family, options), family, method, traits)
+
+        for line in (line for option in fresh for line in lines_of(option)):
+            status: Any = 0
+            try:
+                check(line)
+            except SystemExit as end:
+                status = end.code
+            except Exception as error:
+                raise AssertionError(f"{line[:200]}: {type(error).__name__}: {error}") from error
+            shown = capsys.readouterr().err
+            taken, refused = taken + (status == 0), refused + (status == 2)
+            assert status in (0, 2), line
+            assert not CONTROLS.search(shown.replace("\n", "")), line
+            assert status == 0 or re.fullmatch(r"error: [^\n]+\n(  [^\n]+\n)*", shown), line
     assert taken > 500
     assert refused > 500
 

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from library import screen
 from library.errors import UserError
 from library.screen import HIDDEN, escaped, hide, shown
 
 HF = "hf_" + "aB3" * 11 + "x"
-
-
-@pytest.fixture(autouse=True)
-def _forget(monkeypatch):
-    monkeypatch.setattr(screen, "_secrets", set())
 
 
 @pytest.mark.parametrize(

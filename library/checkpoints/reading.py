@@ -239,6 +239,8 @@ def read_torch(path: str | Path) -> Any:
             f"{path}: refused, because loading it in the usual way would run code from the file ({error})",
             hint="do not use files from where it came from",
         ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
     except Exception as error:  # a damaged pickle may lead to anything
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as a torch checkpoint ({first_line}); get the file again") from None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from library.errors import UserError
+from library.runtime.files import open_regular
 
 _ORDINARY = ("torch", "numpy", "collections")  # packages that need no mention: every checkpoint names them
 # What no checkpoint needs, and hostile files use. It would become a stand-in like all else; but whoever has such a
@@ -133,15 +134,15 @@ def load_torch(path: Path, **options: Any) -> Any:
         # torch.load would hand it to TorchScript, which runs it.
         raise UserError(f"{path}: this is a TorchScript program, not a file of weights; get the weights by themselves")
     if path.name.endswith(".safetensors"):  # torch goes by the name, and gives it to the other library
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return torch.load(file, map_location="cpu", **options)
     # mmap leaves what is not used on the disk; only the zip form, written since torch 1.6, can do it.
     return torch.load(path, map_location="cpu", mmap=zipped or None, **options)
 
 
 def is_zip(path: Path) -> bool:
-    """As torch decides it."""
-    with open(path, "rb") as file:
+    """As torch decides it. Raises: OSError: no regular file that may be read."""
+    with open_regular(path) as file:
         return file.read(len(_ZIP)) == _ZIP
 
 
@@ -180,11 +181,11 @@ def read_outline(path: Path) -> Any:
     Raises: Exception of any kind: a damaged or hostile file, which reading the weights explains better.
     """
     if not is_zip(path):
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             for _ in range(3):  # a magic number, the version of the protocol, facts about the machine
                 _OutlineUnpickler(file).load()
             return _OutlineUnpickler(file).load()
-    with zipfile.ZipFile(path) as archive:
+    with open_regular(path) as whole, zipfile.ZipFile(whole) as archive:
         name = next(name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
         with archive.open(name) as file:
             return _OutlineUnpickler(file).load()

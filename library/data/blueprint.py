@@ -17,6 +17,8 @@ from library.data.folders import has_images, repeat_folders
 from library.data.types import DatasetSpec, SubsetSpec
 from library.errors import UserError
 from library.options import base, validation
+from library.options.data import MOST_REPEATS
+from library.runtime.files import path_problem, reason
 from library.runtime.logs import LOGGER
 from library.types import Size
 
@@ -53,8 +55,8 @@ def build_specs(opts: Options, traits: FamilyTraits) -> list[DatasetSpec]:
         reader.problems += reader.left_out or ["no images: the data set names no folder"]
     if reader.problems:
         raise UserError(*dict.fromkeys(reader.problems))
-    for reason in reader.left_out:
-        LOGGER.warning(f"{reason}; left out")
+    for why in reader.left_out:
+        LOGGER.warning(f"{why}; left out")
     return specs
 
 
@@ -125,9 +127,13 @@ class _Reader:
             if self.combine:
                 self.problems += _check_augmentation(subset, buckets, self.opts, where)
             self.problems += _check_attributes(subset, where, self.traits)
-            reason = _why_empty(subset)
-            if reason:
-                self.left_out.append(f"{where}: {reason}")
+            try:
+                why = _why_empty(subset)
+            except OSError as error:
+                self.problems.append(f"{where}: {subset.place} cannot be listed ({reason(error)})")
+                continue
+            if why:
+                self.left_out.append(f"{where}: {why}")
             else:
                 subsets.append(subset)
         if only_regularisation:
@@ -213,7 +219,7 @@ def _check_places(subset: SubsetSpec, place: str, *, by_flags: bool) -> Iterable
         if path is not None and not (os.path.isfile(path) if kind == "file" else os.path.isdir(path)):
             yield f"{place}: {name} {path} is no {kind}"
     if folder is not None and not os.path.isdir(folder):
-        yield f"{place}: image_dir {folder} is no folder"
+        yield f"{place}: image_dir {folder} {_no_folder(folder)}"
 
 
 def _check_attributes(subset: SubsetSpec, place: str, traits: FamilyTraits) -> Iterable[str]:
@@ -283,9 +289,13 @@ def _repeating(parent: str, flag: str, problems: list[str]) -> list[dict[str, An
     """The sub-folders named <repeats>_<class tokens> as subset tables."""
     folder = Path(parent).expanduser()
     if not os.path.isdir(folder):
-        problems.append(f"--{flag}: {folder} is no folder")
+        problems.append(f"--{flag}: {folder} {_no_folder(folder)}")
         return []
-    found, ignored = repeat_folders(folder)
+    try:
+        found, ignored = repeat_folders(folder)
+    except OSError as error:
+        problems.append(f"--{flag}: {folder} cannot be listed ({reason(error)})")
+        return []
     if ignored:
         names = ", ".join(path.name for path in ignored[:5]) + (", ..." if len(ignored) > 5 else "")
         LOGGER.warning(f"--{flag}: {len(ignored)} not used, as they are no <repeats>_<class tokens> folder: {names}")
@@ -295,13 +305,28 @@ def _repeating(parent: str, flag: str, problems: list[str]) -> list[dict[str, An
         problems.append(
             f"--{flag}: {folder} has no sub-folder named <repeats>_<class tokens>, e.g. 10_sks dog{way_out}"
         )
-    return [{"image_dir": str(one.path), "num_repeats": one.repeats, "class_tokens": one.class_tokens} for one in found]
+    tables = []
+    for path, repeats, class_tokens in found:
+        if repeats > MOST_REPEATS:
+            problems.append(f"--{flag}: {path}: a folder may be repeated {MOST_REPEATS:,} times at most; rename it")
+        repeats = min(repeats, MOST_REPEATS)
+        tables.append({"image_dir": str(path), "num_repeats": repeats, "class_tokens": class_tokens})
+    return tables
+
+
+def _no_folder(path: Path) -> str:
+    why = path_problem(path, "folder") or ""
+    return why.removeprefix("it ") if why.startswith("it cannot") else "is no folder"
 
 
 def _folders_with_masks(images: str, masks: str, problems: list[str]) -> list[dict[str, Any]]:
     """One folder of images, or <repeats>_<class tokens> folders; masks lie in `masks` or its sub-folders so named."""
     folder = Path(images).expanduser()
-    if os.path.isdir(folder) and has_images(folder):
+    try:
+        is_plain = os.path.isdir(folder) and has_images(folder)
+    except OSError:
+        is_plain = False  # what is wrong with it is reported below
+    if is_plain:
         return [{"image_dir": images, "conditioning_data_dir": masks}]
     tables = _repeating(images, "train_data_dir", problems)
     for table in tables:

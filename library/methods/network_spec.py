@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.reading import require_weights
 from library.entry_points import EntryPoint
 from library.errors import UserError
 from library.methods.spec import MethodSpec
-from library.options.network import NetworkOptions, find_module
+from library.options.network import LARGEST_RANK, NetworkOptions, find_module
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
@@ -49,9 +50,17 @@ def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str
                     f"--network_args: {name} looks at the gradients after the backward pass, in which "
                     "--fused_backward_pass drops them; leave one of the two out"
                 )
+        elif not options.network_module.startswith("networks."):
+            problems += _endless_rank(args.get("conv_dim", ""))
     except UserError as error:
         problems += error.problems
     return problems
+
+
+def _endless_rank(text: str) -> Iterator[str]:
+    """A rank of convolutions that no memory holds; all else a module of other people judges by itself."""
+    if re.fullmatch(r"\d+", text) and (len(text) > 9 or int(text) > LARGEST_RANK):
+        yield f"--network_args: conv_dim={text}: must be at most {LARGEST_RANK}"
 
 
 def block_layout(function: Callable[..., Any], traits: FamilyTraits | None) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class Details:
     off: Any = None  # a value that means the same as leaving the option out
     only_with: tuple[str, ...] = ()  # options, or option=value, of which one must be in use for it to have an effect
     synonyms: Mapping[Any, Any] | None = None  # other values in circulation -> the value that they mean
+    instead: Mapping[Any, str] | None = None  # values that are none of the choices -> where what they mean is to be had
     verbatim: bool = False  # white space alone is a value, as of a separator
     comma_list: bool = False  # text on the command line; a config file may also hold a number or an array
     exists: Literal["file", "folder"] | None = None  # what a value must be the path of

@@ -14,6 +14,7 @@ from library.options.unknown_keys import Elsewhere, is_off, judge
 from library.options.values import from_toml, is_blank
 from library.runtime.documents import format_toml, read_toml
 from library.runtime.durable import replacing
+from library.screen import hide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,11 @@ def read_config(name: str, groups: Iterable[type[OptionGroup]], elsewhere: Elsew
     wrong: dict[str, tuple[Any, str]] = {}
     remarks: list[str] = []
     problems: list[str] = []
-    for key, value in _keys(_load(path)):
+    tables = _load(path)
+    for key, value in tables.items():
+        if isinstance(value, dict) and key in known and known[key].details.secret:
+            hide(value)  # a table in place of a text reads as a section, whose keys messages name
+    for key, value in _keys(tables):
         if key in _NOT_IN_FILES:
             if not is_off(value):
                 remarks.append(f"key {key!r} in {path.name}: ignored; it belongs on the command line")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from library.errors import UserError
 from library.options.base import COMMAND_LINE, OptionGroup, Options, opt, options_of
 from library.options.nearest import did_you_mean
 from library.runtime.documents import read_toml
+from library.runtime.files import path_problem
 from library.runtime.packages import remedy
 
 if TYPE_CHECKING:
@@ -60,12 +60,16 @@ class LoggingOptions(ConsoleOptions, group="logging", title="Messages and logs")
             return ("tensorboard",) if self.logging_dir else ()
         return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)
 
+    def folder_of_run(self, moment: str) -> Path:
+        """Where TensorBoard's logs of a run go that has begun at `moment`, a date and time of 14 digits."""
+        return Path(self.logging_dir or "", f"{self.log_prefix or ''}{moment}")
+
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if "tensorboard" in self.trackers and not self.logging_dir:
             yield f"--log_with: {self.log_with} needs --logging_dir, the folder to write to"
         if "wandb" in self.trackers and not _wandb_is_installed():
             yield f"--log_with: {self.log_with} needs the package wandb, which is not installed; {remedy('wandb')}"
-        elif self.log_tracker_config and os.path.isfile(self.log_tracker_config):
+        elif self.log_tracker_config and path_problem(self.log_tracker_config, "file") is None:
             try:
                 read_tracker_config(self.log_tracker_config, self.trackers)
             except UserError as error:

@@ -23,7 +23,11 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
     xformers: bool = opt(False, "attention by the xformers package; torch's own where that does not work")
     sdpa: bool = opt(False, "attention by torch's scaled_dot_product_attention, which is also the default")
     gradient_checkpointing: bool = opt(False, "compute activations again in the backward pass: less memory, slower")
-    mixed_precision: Literal["no", "fp16", "bf16"] = opt("no", "number format of the computation; no means float32")
+    mixed_precision: Literal["no", "fp16", "bf16"] = opt(
+        "no",
+        "dtype of the computation; no means float32",
+        instead={"fp8": "--fp8_base keeps the weights that are not trained in 8 bits, with bf16 here"},
+    )
     lowram: bool = opt(False, "load the model straight to the GPU, for machines with little CPU memory")
     highvram: bool = opt(False, "keep what fits on the GPU and do not empty its cache: faster")
     torch_compile: bool = opt(False, "compile the denoiser's blocks: slow first steps, then faster ones")

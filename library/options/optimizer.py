@@ -215,7 +215,8 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
             yield f"--lr_scheduler: adafactor:rate needs a number as its rate, got {self.lr_scheduler!r}"
 
     def _unknown_schedule(self) -> str:
-        return f"--lr_scheduler: must be one of {', '.join(SCHEDULES)}; got {self.lr_scheduler!r}"
+        near = did_you_mean(schedule_name(self), SCHEDULES)
+        return f"--lr_scheduler: must be one of {', '.join(SCHEDULES)}; got {self.lr_scheduler!r}{near}"
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         name = schedule_name(self)

@@ -103,7 +103,9 @@ def _item(option: Option, value: Any) -> Any:
 def _chosen(option: Option, value: Any) -> Any:
     value = (option.details.synonyms or {}).get(value, value)
     if option.choices and value not in option.choices:
-        raise ValueError(f"must be one of {', '.join(map(str, option.choices))}; got {value!r}")
+        instead = (option.details.instead or {}).get(value)
+        way_out = f"; {instead}" if instead else ""
+        raise ValueError(f"must be one of {', '.join(map(str, option.choices))}; got {value!r}{way_out}")
     return value
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
+from library.runtime.files import read_bytes, reason
 from library.text.tokenizers import keep_tokenizer
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ T5_VOCABULARY = Path(__file__).parent / "t5_vocabulary" / "tokenizer.json.gz"
 VOCABULARIES = ("tokenizer.json", "spiece.model")  # one of them is a whole tokenizer
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 LENGTH = 512  # tokens; T5's own length
+_LARGEST = 256 << 20  # bytes; T5's own takes 2.4 million
 
 
 def t5_tokenizer(model: str | None = None, subfolder: str = "tokenizer_2", cache_dir: str | None = None) -> Any:
@@ -34,7 +37,7 @@ def t5_tokenizer(model: str | None = None, subfolder: str = "tokenizer_2", cache
     Raises: UserError: a tokenizer that exists but cannot be read.
     """
     cached = Path(cache_dir) / T5_TOKENIZER.replace("/", "_") if cache_dir else None
-    if cached is not None and cached.is_dir():
+    if cached is not None and os.path.isdir(cached):
         if not _vocabulary(cached):
             names = " or ".join(VOCABULARIES)
             raise UserError(f"{cached}: no T5 tokenizer in it; put {names} of {T5_TOKENIZER} there, or remove it")
@@ -64,10 +67,14 @@ def read_t5_tokenizer(folder: Path) -> Any:
     if path is None:
         raise UserError(f"{folder}: no {' or '.join(VOCABULARIES)} in it")
     try:
-        backend = Tokenizer.from_file(str(path)) if path.suffix == ".json" else _from_sentencepiece(path.read_bytes())
+        content = read_bytes(path, _LARGEST)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+    try:
+        backend = Tokenizer.from_buffer(content) if path.suffix == ".json" else _from_sentencepiece(content)
     except Exception as error:  # the tokenizers library raises bare Exception for files that it cannot parse
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: cannot be read as a T5 tokenizer ({reason})") from None
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: cannot be read as a T5 tokenizer ({why})") from None
     missing = [token for token in (PAD, EOS, UNKNOWN) if backend.token_to_id(token) is None]
     if missing:
         raise UserError(f"{path}: not the tokenizer of T5, as it has no {' and no '.join(missing)}")
@@ -86,7 +93,13 @@ def tokenize_t5(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[T
 
 
 def _vocabulary(folder: Path) -> Path | None:
-    return next((folder / name for name in VOCABULARIES if (folder / name).is_file()), None)
+    """What has the name of a vocabulary, be it a file that can be read or not.
+
+    Raises: UserError: nobody may look into the folder.
+    """
+    if os.path.isdir(folder) and not os.access(folder, os.X_OK):
+        raise UserError(f"{folder}: no permission to look for a T5 tokenizer in it")
+    return next((folder / name for name in VOCABULARIES if os.path.exists(folder / name)), None)
 
 
 def _finished(backend: Any) -> Any:

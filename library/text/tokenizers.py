@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.runtime.durable import new_folder
+from library.runtime.files import path_problem
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CLIP_VOCABULARY = Path(__file__).parent / "clip_vocabulary"
+_CLIP_FILES = (
+    *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
 CLIP_LENGTH = 77  # positions, with BOS and EOS
 
 
@@ -56,11 +62,15 @@ def save_clip_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def read_clip_tokenizer(folder: Path) -> Any:
     """The tokenizer in `folder`. Raises: UserError: it cannot be read."""
+    for name in _CLIP_FILES:
+        problem = path_problem(folder / name, "file") if os.path.lexists(folder / name) else None
+        if problem:  # transformers would wait for a pipe without end
+            raise UserError(f"{folder / name}: {problem}")
     try:
         return local_clip_tokenizer(folder)
     except Exception as error:  # the tokenizers library raises bare Exception for files that it cannot parse
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: cannot be read as a CLIP tokenizer ({reason})") from None
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: cannot be read as a CLIP tokenizer ({why})") from None
 
 
 def local_clip_tokenizer(name: str | Path, **options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ def problems(opts: Options) -> list[str]:
     if opts.sampling.sample_prompts:
         folder, start = sample_place(opts.saving)
         found += _try(folder / fitting(start, "e000000_00_00000000000000_0000000000.png"), folder=False)
+    found += _of_logs(opts)
     if not found:
         try:
             check_space(output_place(opts.saving)[0], _smallest_copy(opts), "a copy of what is trained")
@@ -77,7 +79,20 @@ def _of_names(opts: Options, plan: SavePlan) -> Iterator[str]:
     yield from _of_another_kind(plan)
 
 
-def _try(path: Path, *, folder: bool) -> Iterator[str]:
+def _of_logs(opts: Options) -> Iterator[str]:
+    """The folders of TensorBoard's logs, from the outermost on: the first that cannot be made is reported."""
+    options = opts.logging
+    if "tensorboard" not in options.trackers:
+        return
+    run = options.folder_of_run("0" * 14)  # as long as the date and time
+    folders = [("--logging_dir", Path(options.logging_dir)), ("--log_prefix", run)]
+    if options.log_tracker_name:
+        folders.append(("--log_tracker_name", run / options.log_tracker_name))
+    tried = ([*_try(folder, folder=True, option=option)] for option, folder in folders)
+    yield from next(filter(None, tried), [])
+
+
+def _try(path: Path, *, folder: bool, option: str = "--output_name") -> Iterator[str]:
     """Makes a file or folder of this name, with those above it, and takes all of it away again.
 
     It is made within a temporary folder: a kill at this moment leaves nothing that looks like a result.
@@ -90,8 +105,9 @@ def _try(path: Path, *, folder: bool) -> Iterator[str]:
         with work_folder(path) as place:
             probe = place / path.name
             probe.mkdir() if folder else probe.touch(exist_ok=False)
-    except OSError as error:
-        yield f"--output_name: {_shown(path)} cannot be made ({error.strerror or error}); choose another name"
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        why = getattr(error, "strerror", None) or error
+        yield f"{option}: {_shown(path)} cannot be made ({why}); choose another name"
     finally:
         for one in reversed(made):
             one.rmdir()
@@ -100,6 +116,8 @@ def _try(path: Path, *, folder: bool) -> Iterator[str]:
 def _make_missing(folder: Path, made: list[Path]) -> None:
     if folder.is_dir():
         return
+    if os.path.lexists(folder):
+        raise NotADirectoryError(errno.ENOTDIR, f"{folder} is no folder")
     if not os.path.lexists(folder.parent) or not folder.parent.is_dir():
         _make_missing(folder.parent, made)
     folder.mkdir()

@@ -16,7 +16,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.runtime.documents import load_json
-from library.runtime.files import read_bytes
+from library.runtime.files import open_regular, path_problem, read_bytes
 from library.version import NAME, VERSION
 
 MODEL, OPTIMIZER, SCHEDULE, SCALER = "model.safetensors", "optimizer.bin", "scheduler.bin", "scaler.pt"
@@ -45,7 +45,11 @@ def read_progress(folder: Path) -> Progress | None:
     Raises: UserError: the folder holds no state, or one whose saving was cut off, or impossible values.
     """
     if not os.path.isdir(folder):  # a name that is too long is none
-        raise UserError(f"--resume: there is no folder {folder}")
+        why = path_problem(folder, "folder") or ""
+        hidden = why.startswith("it cannot")
+        raise UserError(f"--resume: {folder}: {why}" if hidden else f"--resume: there is no folder {folder}")
+    if not os.access(folder, os.X_OK):
+        raise UserError(f"--resume: {folder}: no permission to look into it")
     missing = [name for name in (MODEL, OPTIMIZER, SCHEDULE) if not (folder / name).is_file()]
     if missing:
         raise UserError(f"--resume: {folder} is no whole state, it has no {missing[0]}; choose an earlier one")
@@ -148,7 +152,7 @@ def _fault(folder: Path, files: Mapping[str, Any]) -> str | None:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

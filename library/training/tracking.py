@@ -129,9 +129,9 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         options = opts.logging
-        run = f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
+        run = options.folder_of_run(time.strftime("%Y%m%d%H%M%S"))
         _quiet_writer_threads()
-        self._writer = SummaryWriter(str(Path(options.logging_dir) / run / name), **settings)
+        self._writer = SummaryWriter(str(run / name), **settings)
         if options.log_config:
             rows = [f"| {name} | {value} |" for name, value in sorted(loggable(opts).items())]
             self._writer.add_text("config", "\n".join(["| option | value |", "|---|---|", *rows]), 0)

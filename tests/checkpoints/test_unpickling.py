@@ -6,6 +6,7 @@ import builtins
 import enum
 import os
 import pickle
+import signal
 import sys
 import types
 from collections import OrderedDict
@@ -15,9 +16,17 @@ import pytest
 import torch
 from torch import nn
 
-from library.checkpoints.reading import open_weights, read_names, read_state_dict
-from library.checkpoints.unpickling import SafeUnpickler, StandIn
+from library.checkpoints.reading import open_weights, read_names, read_state_dict, read_torch
+from library.checkpoints.unpickling import (
+    SafeUnpickler,
+    StandIn,
+    is_zip,
+    load_tolerant,
+    load_torch,
+    read_outline,
+)
 from library.errors import UserError
+from tests.builders.rights import without_rights
 
 LEGACY = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "old"])
 
@@ -147,6 +156,36 @@ def test_torchscript_is_not_run(tmp_path):
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "a.pt"))
     with pytest.raises(UserError, match=r"a\.pt: this is a TorchScript program"):
         read_state_dict(tmp_path / "a.pt")
+
+
+KINDS = {"pipe": "a named pipe", "folder": "a folder", "link": "a device"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reader", [is_zip, read_outline, load_torch, load_tolerant, read_torch])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, reader, kind):
+    """None of the readers waits for a pipe, or reads a device without end, whoever calls it."""
+    path = tmp_path / kind
+    {"pipe": os.mkfifo, "folder": os.mkdir, "link": lambda link: os.symlink("/dev/zero", link)}[kind](path)
+    signal.alarm(20)
+    try:
+        with pytest.raises((UserError, OSError), match=KINDS[kind]) as caught:
+            reader(path)
+    finally:
+        signal.alarm(0)
+    assert str(path) in str(caught.value)
+
+
+@LEGACY
+def test_a_file_that_may_not_be_read_is_one_line(tmp_path, legacy):
+    path = save({"a": torch.ones(1)}, tmp_path / "a.ckpt", legacy)
+    path.chmod(0)
+    for reader in (read_names, read_state_dict, read_torch):
+        with pytest.raises(UserError) as caught:
+            without_rights(lambda reader=reader: reader(path))
+        assert str(caught.value) == f"{path}: no permission to read it"
+    with pytest.raises(PermissionError):
+        without_rights(lambda: read_outline(path))
 
 
 def test_a_pickle_cannot_change_what_rebuilds(tmp_path):

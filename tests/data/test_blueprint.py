@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import subprocess
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from library.cli import ending_as_a_script
 from library.data.blueprint import build_specs
 from library.errors import UserError
 from library.options import validation
+from library.runtime.logs import setup_logging
+from tests.builders.rights import without_rights
 
 
 @pytest.fixture
@@ -317,6 +321,88 @@ def test_missing_and_empty_folders(tmp_path, make_opts, traits):
     assert any(line.startswith("--reg_data_dir") and "<repeats>_<class tokens>" in line for line in found)
     (line,) = problems(make_opts(train_data_dir=str(tmp_path / "train"), resolution="64"), traits)
     assert line.endswith(f"no images in {tmp_path / 'train' / '3_cat'}")
+
+
+def test_a_folder_of_repeats_in_place_of_the_one_above_gets_a_hint(tmp_path, draw, make_opts, traits):
+    layout = "has no sub-folder named <repeats>_<class tokens>, e.g. 10_sks dog"
+    inner = draw(tmp_path / "10_sks dog" / "a.png").parent
+    (line,) = problems(make_opts(train_data_dir=str(inner), resolution="64"), traits)
+    hint = f"it looks like one itself: give the folder above it, {tmp_path}"
+    assert line == f"--train_data_dir: {inner} {layout}; {hint}"
+    plain = draw(tmp_path / "other" / "sks dog" / "a.png").parent  # images, and a name without repeats
+    (tmp_path / "other" / "1_empty").mkdir()
+    for folder in (plain, tmp_path / "other" / "1_empty"):
+        (line,) = problems(make_opts(train_data_dir=str(folder), resolution="64"), traits)
+        assert line == f"--train_data_dir: {folder} {layout}"
+
+
+@pytest.fixture
+def screen(capsys):
+    """The lines that a terminal gets of warnings and of the error, if there is one."""
+
+    def look(action):
+        setup_logging(simple=True)
+        with contextlib.suppress(SystemExit), ending_as_a_script():
+            action()
+        return capsys.readouterr().err.splitlines()
+
+    return look
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image_dir", "none\x1b[2J\nx"),
+        ("metadata_file", "none\x1b[2J\nx"),
+        ("image_dir", "none\x9b2Jx\u2028y"),
+        ("image_dir", "right\u202eto left"),
+        ("caption_extension", ["\x1b[2J\n"]),
+        ("k\x1b[2J\ny", 1),
+    ],
+)
+def test_a_config_is_shown_without_control_characters(
+    tmp_path, draw, write_config, make_opts, traits, screen, key, value
+):
+    good = draw(tmp_path / "good" / "a.png").parent
+    config = {"datasets": [{"resolution": 64, "subsets": [{"image_dir": str(good), key: value}]}]}
+    (line,) = screen(lambda: build_specs(make_opts(dataset_config=write_config(config)), traits))
+    assert line.startswith("error: ")
+    assert line.isprintable()
+    assert "\\" in line
+
+
+def test_folders_and_images_are_shown_without_control_characters(tmp_path, draw, make_opts, traits, screen):
+    draw(tmp_path / "1_good" / "a.png")
+    (tmp_path / "1_empty\x1b[2J\nx").mkdir()
+    draw(tmp_path / "loose\x1b[2J\u202e.png")
+    lines = screen(lambda: build_specs(make_opts(train_data_dir=str(tmp_path), resolution="64"), traits))
+    assert len(lines) == 2
+    assert all(line.isprintable() for line in lines)
+    assert "loose\\x1b[2J\\u202e.png" in lines[0]
+    assert "1_empty\\x1b[2J\\nx" in lines[1]
+
+
+@pytest.mark.parametrize("mode", [0, 0o111])
+def test_folders_that_may_not_be_listed_are_told_with_their_option(
+    tmp_path, draw, make_opts, write_config, traits, mode
+):
+    inner = draw(tmp_path / "train" / "2_cat" / "a.png").parent
+    config = {"datasets": [{"resolution": 64, "subsets": [{"image_dir": str(inner)}]}]}
+    flags = make_opts(train_data_dir=str(inner.parent), resolution="64")
+    config = make_opts(dataset_config=write_config(config))
+    inner.chmod(mode)
+    (line,) = without_rights(lambda: problems(flags, traits))
+    assert line == f"--train_data_dir: {inner} cannot be listed (Permission denied)"
+    (line,) = without_rights(lambda: problems(config, traits))
+    assert line.endswith(f"[[datasets.subsets]] 1: {inner} cannot be listed (Permission denied)")
+    inner.parent.chmod(mode)
+    masks = make_opts(train_data_dir=str(inner.parent), resolution="64", conditioning_data_dir=str(tmp_path))
+    for opts in (flags, masks):
+        found = without_rights(lambda opts=opts: problems(opts, traits))
+        assert f"--train_data_dir: {inner.parent} cannot be listed (Permission denied)" in found
+    if mode == 0:  # with 0o111 the sub-folder is found as before
+        found = without_rights(lambda: problems(config, traits))
+        assert any(line.endswith(f"image_dir {inner} cannot be looked at (Permission denied)") for line in found)
 
 
 def test_nothing_said_at_all(make_opts, traits):

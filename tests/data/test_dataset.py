@@ -536,6 +536,53 @@ def test_report_tells_what_is_missing(tmp_path, draw, load, warnings):
     assert "2 images have neither" in warnings.text
 
 
+def test_the_report_counts_no_image_that_is_left_out(tmp_path, draw, load, warnings):
+    """Each damaged image has the header of a whole one, and something that is counted of whole ones."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number, name in enumerate(("whole", "damaged")):
+        noise = np.random.default_rng(number).integers(0, 256, (64, 64, 3), np.uint8)
+        folder = draw(tmp_path / "2_" / f"{name}.png", caption="").parent
+        Image.fromarray(noise).save(folder / f"{name} turned.jpg", exif=exif, quality=95)
+        draw(folder / f"{name} alone.png")
+    for path in folder.glob("damaged*.*g"):
+        path.write_bytes(path.read_bytes()[:-600])
+    data = load(tmp_path, caption_extension=".caption")
+    assert len(data.records) == 3
+    lines = data.report()
+    assert lines[0] == "dataset 1: 64x64, batch size 1: 3 images, 6 with repeats"
+    assert f"  {folder}: 3 images x 2" in lines
+    for line in (
+        "1 image turned upright as their EXIF orientation says",
+        "1 image with an empty caption: they train on no text",
+        "2 images with neither a caption nor class tokens: they train on no text",
+        "3 images left out",
+    ):
+        assert line in lines
+    assert "2 images have neither" in warnings.text
+    assert (data.num_train_images, data.batches_per_epoch) == (6, 6)
+
+
+def test_an_epoch_has_a_largest_size(tmp_path, draw, load):
+    """Its order is a list; with repeats, few images make a long one."""
+    for number in range(21):
+        draw(tmp_path / "1000000_x" / f"{number}.png", (16, 16))
+    small = {"enable_bucket": True, "min_bucket_reso": 64, "max_bucket_reso": 64}
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, **small)
+    (line,) = caught.value.problems
+    assert line.startswith("an epoch would have 21,000,000 images with their repeats, more than 20,000,000; lower num_")
+
+
+@pytest.mark.parametrize("name", ["1000001_x", "9" * 30 + "_x", "9" * 200 + "_x"])
+def test_a_folder_has_a_largest_number_of_repeats(tmp_path, draw, load, name):
+    draw(tmp_path / name / "a.png")
+    with pytest.raises(UserError) as caught:
+        load(tmp_path)
+    (line,) = caught.value.problems
+    assert line == f"--train_data_dir: {tmp_path / name}: a folder may be repeated 1,000,000 times at most; rename it"
+
+
 def test_what_workers_hold_is_small_and_picklable(tmp_path, draw, load):
     draw(tmp_path / "1_x" / "a.png")
     items = pickle.loads(pickle.dumps(load(tmp_path).items))

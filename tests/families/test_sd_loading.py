@@ -27,6 +27,7 @@ from library.options.parsing import parse_options
 from library.registry import groups_for
 from library.types import Models
 from tests.builders import sd_options, tiny_sd, write_tiny_sd1, write_tiny_sd2
+from tests.builders.rights import without_rights
 
 WRITE = {False: write_tiny_sd1, True: write_tiny_sd2}
 
@@ -389,3 +390,18 @@ def test_missing_model_is_refused(tmp_path, monkeypatch):
     os.makedirs(tmp_path / "empty")
     with pytest.raises(UserError, match=r"unet/config\.json is missing"):
         load_model(str(tmp_path / "empty"), False)
+
+
+def test_a_model_that_may_not_be_looked_at_is_no_missing_one(tmp_path):
+    """Neither a file in a folder that is closed, nor a closed folder of a model, nor one with a closed part."""
+    opts = parse_options(groups_for("sd", "network"), [f"--pretrained_model_name_or_path={tmp_path / 'closed' / 'm'}"])
+    unet = tmp_path / "closed" / "m" / "unet"
+    unet.mkdir(parents=True)
+    (unet / "config.json").write_text("{}")
+    flag = "--pretrained_model_name_or_path: "
+    unet.chmod(0)
+    assert without_rights(lambda: check_paths(opts)) == [f"{flag}{unet / 'config.json'}: Permission denied"]
+    (tmp_path / "closed").chmod(0)
+    assert without_rights(lambda: check_paths(opts)) == [
+        f"{flag}{tmp_path / 'closed' / 'm'}: it cannot be looked at (Permission denied)"
+    ]

@@ -208,6 +208,18 @@ def test_modes_and_files_survive_a_failure(make, models, make_family, monkeypatc
     assert not (tmp_path / "out" / "sample").exists()
 
 
+def test_images_that_no_memory_holds_are_one_warning_and_the_run_goes_on(make, models, said, tmp_path):
+    """The allocator's own error, from inside the model."""
+    models.denoiser.train()
+    models.denoiser.mid_block.register_forward_hook(lambda *_: torch.empty(1 << 50))
+    assert make().render(models, 1, None) == []
+    assert [record.getMessage() for record in said.records] == [
+        "no sample images: the CPU memory does not suffice; choose smaller ones in --sample_prompts"
+    ]
+    assert models.denoiser.training
+    assert not (tmp_path / "out" / "sample").exists()
+
+
 def test_mixed_precision_and_vae_precision_follow_the_options(make, models):
     types = {}
     models.denoiser.conv_in.register_forward_hook(lambda m, a, out: types.update(denoiser=out.dtype))

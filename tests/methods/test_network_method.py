@@ -188,6 +188,12 @@ def test_wrong_options_are_refused_before_a_model_is_read(given, message):
     [
         ({"network_args": ["conv_dim"]}, "'conv_dim' is not name=value"),
         ({"network_module": "networks.lorra"}, "there is no module named 'networks.lorra'"),
+        ({"network_args": ["conv_dim=32769"]}, "conv_dim=32769: must be at least 0, at most 32768"),
+        (
+            {"network_module": "lycoris.kohya", "network_args": ["conv_dim=32769"]},
+            "--network_args: conv_dim=32769: must be at most 32768",
+        ),
+        ({"network_module": "lycoris.kohya", "network_args": ["conv_dim=" + "9" * 5000]}, "must be at most 32768"),
         (
             {
                 "network_module": "networks.lora_flux",
@@ -201,6 +207,11 @@ def test_wrong_options_are_refused_before_a_model_is_read(given, message):
 def test_wrong_options_are_known_without_torch(given, message):
     (problem,) = check_options(options_for(**given))
     assert message in problem
+
+
+@pytest.mark.parametrize("text", ["32768", "0", "-1", "", "a word of its own"])
+def test_other_peoples_modules_judge_their_ranks_themselves(text):
+    assert check_options(options_for(network_module="lycoris.kohya", network_args=[f"conv_dim={text}"])) == []
 
 
 def test_training_changes_the_output_through_the_network_only():

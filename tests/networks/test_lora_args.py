@@ -59,6 +59,16 @@ def test_layout_with_fixed_ends():
         ({"dora_wd": "True"}, "dora_wd=True: networks.lora trains no such network"),
         ({"conv_dim": "4.5"}, "conv_dim=4.5: is not a whole number"),
         ({"conv_dim": "-1"}, "conv_dim=-1: must be at least 0"),
+        ({"conv_dim": "32769"}, "conv_dim=32769: must be at least 0, at most 32768"),
+        ({"conv_dim": "9" * 30}, "must be at least 0, at most 32768"),
+        ({"conv_dim": "9" * 5000}, "is not a whole number"),
+        ({"block_dims": ",".join(["4", "32769"] + ["4"] * 23)}, "has an entry above 32768"),
+        ({"conv_block_dims": ",".join(["9" * 30] * 25)}, "has an entry above 32768"),
+        ({"network_reg_dims": "attn1=32769"}, "must be at most 32768"),
+        ({"conv_alpha": "-1"}, "conv_alpha=-1: must be at least 0"),
+        ({"conv_alpha": "nan"}, "conv_alpha=nan: must be at least 0"),
+        ({"conv_alpha": "9" * 400}, "must be at least 0"),
+        ({"block_alphas": ",".join(["inf"] * 25)}, "has an entry that is no finite number"),
         ({"rank_dropout": "1"}, "rank_dropout=1: must be at least 0, below 1"),
         ({"loraplus_lr_ratio": "-1"}, "loraplus_lr_ratio=-1: must be at least 0"),
         (
@@ -86,6 +96,11 @@ def test_errors_say_what_is_wrong(args, message):
         parse(args)
     assert message in str(caught.value)
     assert len(caught.value.problems) == 1
+
+
+def test_the_largest_ranks_are_taken():
+    parsed = parse({"conv_dim": "32768", "block_dims": ",".join(["32768"] * 25), "network_reg_dims": "a=32768"})
+    assert (parsed.conv_dim, parsed.block_dims, parsed.own_dim("a")) == (32768, (32768,) * 25, 32768)
 
 
 def test_all_problems_at_once():

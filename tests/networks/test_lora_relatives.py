@@ -168,6 +168,9 @@ def test_lora_plus_in_dylora(models, targets):
         ({"args": {"unit": "3"}}, "unit=3: does not divide the rank, 4"),
         ({"args": {"conv_dim": "2"}}, "conv_dim=2: must be --network_dim, 4"),
         ({"args": {"unit": "0"}}, "unit=0: must be at least 1"),
+        ({"args": {"unit": "9" * 30}}, "must be at least 1, at most 32768"),
+        ({"args": {"conv_dim": "-4"}}, "conv_dim=-4: must be at least 0, at most 32768"),
+        ({"args": {"conv_dim": "9" * 30}}, "must be at least 0, at most 32768"),
         ({"dropout": 0.1}, "networks.dylora has none"),
     ],
 )

@@ -171,7 +171,11 @@ def test_blocks_by_number(models, targets, text, expected):
         ({"train_block_indices": "3"}, "train_block_indices=3: there is no block 3; this model has 0-2"),
         ({"train_block_indices": "first"}, "'first' is no block"),
         ({"emb_dims": "1,2,3,4,5"}, "emb_dims=1,2,3,4,5: is not 6 whole numbers from 0 up"),
+        ({"emb_dims": "1,2,3,4,5,32769"}, "emb_dims=1,2,3,4,5,32769: has an entry above 32768"),
+        ({"train_block_indices": "9" * 5000}, "is no block"),
         ({"x_mod_dim": "x"}, "x_mod_dim=x: is not a whole number"),
+        ({"x_mod_dim": "32769"}, "x_mod_dim=32769: must be at least 0, at most 32768"),
+        ({"x_attn_dim": "-1"}, "x_attn_dim=-1: must be at least 0, at most 32768"),
         ({"train_t5xxl": "2"}, "train_t5xxl=2: is neither True nor False"),
     ],
 )

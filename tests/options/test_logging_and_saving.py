@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from library import cli
+from library.errors import UserError
 from library.options.base import options_of
 from library.options.logging import absolute_paths, read_tracker_config
+from library.options.parsing import parse_options
 from library.options.saving import HubFolder, parse_hub_folder
 from library.options.validation import problems, warnings
+from library.runtime.logs import LOGGER, setup_logging
 
 
 @pytest.mark.parametrize(
@@ -143,6 +147,51 @@ def test_secrets_on_the_command_line_are_warned_about(valid, traits, tmp_path):
     file = tmp_path / "keys.toml"
     file.write_text('wandb_api_key = "abc123"\nhuggingface_token = "hf_abc123"\n', encoding="utf-8")
     assert warnings(valid(*flags, f"--config_file={file}"), traits) == []
+
+
+KEY = "of-mine.7f3a09"  # looks like no token and no key: only where it stands makes it a secret
+TOKEN = "hf_" + "aB3" * 11 + "x"
+
+
+@pytest.mark.parametrize("name", ["huggingface_token", "wandb_api_key"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        f'["{KEY}"]', f'[["{KEY}", 1], {{a = "{KEY}"}}]', f'{{a = "{KEY}"}}', f'{{"{KEY}" = 1}}', f'[{{a = "{KEY}"}}]',
+        "20240527073200", "73200.625", "1979-05-27T07:32:00Z", f"hf_{KEY}", f'"{KEY}', f"'{KEY}\\x1b",
+    ],
+)  # fmt: skip
+def test_a_secret_of_another_type_is_not_repeated(groups, tmp_path, capsys, name, value):
+    file = tmp_path / "keys.toml"
+    file.write_text(f"{name} = {value}\nhuggingface_repo_id = 'me/style'\n", encoding="utf-8")
+    setup_logging(simple=True)
+    try:
+        for line in parse_options(groups, [f"--config_file={file}"]).remarks:
+            LOGGER.warning("%s", line)
+    except UserError as error:
+        print(error.render(), error, repr(error.problems))
+    said = "".join(capsys.readouterr())
+    assert said
+    for secret in (KEY, "20240527073200", "73200.625", "1979", "(1979, 5, 27"):
+        assert secret not in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (TOKEN,), ("0123456789abcdef" * 2 + "01234567",), ("local-" + "a1" * 20,), ("--seed=1", TOKEN),
+        (f"--seed={TOKEN}",), (f"--seeed={TOKEN}",), ("--huggingface_tokken", TOKEN), ("--network_args", TOKEN),
+        ("--huggingface_token", "x", TOKEN), ("--loss_type", TOKEN), ("--resolution", TOKEN),
+    ],
+)  # fmt: skip
+def test_a_secret_where_none_belongs_is_not_repeated(words, capsys):
+    """Through the whole beginning of a script, up to its exit status."""
+    with pytest.raises(SystemExit) as end:
+        cli.run("sd", "network", [*words, "--train_data_dir=none", "--network_module=networks.lora"])
+    assert end.value.code == 2
+    said = "".join(capsys.readouterr())
+    assert "error: " in said
+    assert words[-1].rpartition("=")[2] not in said
 
 
 @pytest.mark.rows("R238")

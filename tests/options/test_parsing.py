@@ -125,6 +125,12 @@ def test_unknown_flags_are_all_named_with_the_nearest_known_one(parse):
         ("--network_dim=4.5", "--network_dim: must be a whole number, got '4.5'"),
         ("--learning_rate=fast", "--learning_rate: must be a number, got 'fast'"),
         ("--loss_type=l3", "--loss_type: must be one of l1, l2, huber, smooth_l1; got 'l3'"),
+        (
+            "--mixed_precision=fp8",
+            "--mixed_precision: must be one of no, fp16, bf16; got 'fp8'; --fp8_base keeps the weights that are not "
+            "trained in 8 bits, with bf16 here",
+        ),
+        ("--mixed_precision=fp32", "--mixed_precision: must be one of no, fp16, bf16; got 'fp32'"),
         ("--max_token_length=77", "--max_token_length: must be one of 75, 150, 225; got 77"),
         ("--seed", "--seed: expected one argument"),
     ],
@@ -217,7 +223,8 @@ def test_keep_tokens_in_the_form_with_an_equals_sign(parse):
 def test_everything_wrong_in_a_file_is_told_at_once(parse, tmp_path):
     file = write(
         tmp_path,
-        'learning_rate = "1e-4"\nnetwork_dim = 4.5\nv2 = 2\nseed = true\nloss_type = "l3"\nxformers = "true"\n',
+        'learning_rate = "1e-4"\nnetwork_dim = 4.5\nv2 = 2\nseed = true\nloss_type = "l3"\nxformers = "true"\n'
+        'mixed_precision = "fp8"\n',
     )
     assert refused(parse, "--config_file", file) == [
         "key 'v2' in run.toml: must be true or false, got 2",
@@ -226,6 +233,8 @@ def test_everything_wrong_in_a_file_is_told_at_once(parse, tmp_path):
         "key 'learning_rate' in run.toml: must be a number, got the text '1e-4'; remove the quotes",
         "key 'loss_type' in run.toml: must be one of l1, l2, huber, smooth_l1; got 'l3'",
         "key 'xformers' in run.toml: must be true or false, got the text 'true'; remove the quotes",
+        "key 'mixed_precision' in run.toml: must be one of no, fp16, bf16; got 'fp8'; --fp8_base keeps the weights "
+        "that are not trained in 8 bits, with bf16 here",
     ]
 
 

@@ -332,3 +332,22 @@ def test_a_data_set_file_needs_no_folder_and_no_resolution(parse, traits):
 def test_sample_prompts_that_exist_are_accepted(valid, traits, files):
     (files / "p.txt").write_text("a cat")
     assert problems(valid("--sample_prompts=p.txt", "--sample_every_n_steps=5"), traits) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("cosin", "cosine"), ("Cosine_with_restart", "cosine_with_restarts"), ("polinomial", "polynomial"),
+        ("constant_with_warmpu", "constant_with_warmup"), ("adafaktor:1e-4", "adafactor"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdaFactor"])
+def test_a_misspelled_schedule_gets_the_nearest_name(valid, traits, name, near, optimizer):
+    (line,) = problems(valid(f"--lr_scheduler={name}", f"--optimizer_type={optimizer}"), traits)
+    assert line.startswith("--lr_scheduler: must be one of ")
+    assert line.endswith(f"; got {name!r}; did you mean {near!r}?")
+
+
+def test_a_schedule_like_no_other_gets_no_name(valid, traits):
+    (line,) = problems(valid("--lr_scheduler=zigzag"), traits)
+    assert line.endswith("; got 'zigzag'")

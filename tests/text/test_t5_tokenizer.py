@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
+import signal
 
 import pytest
 from tokenizers import Tokenizer
 
+from library.errors import UserError
 from library.text.t5_tokenizer import T5_VOCABULARY, bundled_t5_tokenizer, t5_tokenizer, tokenize_t5
+from tests.builders.rights import without_rights
 from tests.builders.t5 import write_t5_tokenizer
 
 PUBLISHED = [3, 9, 1202, 13, 3, 9, 1712, 1]  # "a photo of a cat"
@@ -83,3 +87,35 @@ def test_order_of_sources(tmp_path, monkeypatch):
     shutil.rmtree(cache)
     assert ids(str(model), str(cache)) == tiny
     assert ids(None, str(cache)) == tiny
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "spiece.model"])
+@pytest.mark.parametrize("place", ["cache", "model"])
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, name, place):
+    """In the cache folder and in the model's own, where another source would be silently taken otherwise."""
+    cached = tmp_path / "google_t5-v1_1-xxl"
+    where = (None, "tokenizer_2", str(tmp_path)) if place == "cache" else (str(tmp_path), cached.name, None)
+    cached.mkdir()
+    file = cached / name
+    signal.alarm(20)
+    try:
+        os.mkfifo(file)
+        with pytest.raises(UserError) as caught:
+            t5_tokenizer(*where)
+        assert str(caught.value) == f"{file}: cannot be read (a named pipe, not a regular file)"
+        file.unlink()
+        file.symlink_to("/dev/zero")
+        with pytest.raises(UserError, match=r"cannot be read \(a device, not a regular file\)"):
+            t5_tokenizer(*where)
+    finally:
+        signal.alarm(0)
+    file.unlink()
+    file.write_bytes(b"{}")
+    file.chmod(0)
+    with pytest.raises(UserError) as caught:
+        without_rights(lambda: t5_tokenizer(*where))
+    assert str(caught.value) == f"{file}: cannot be read (Permission denied)"
+    cached.chmod(0)
+    with pytest.raises(UserError) as caught:
+        without_rights(lambda: t5_tokenizer(*where))
+    assert str(caught.value) == f"{cached}: no permission to look for a T5 tokenizer in it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -11,6 +12,7 @@ from library.families.sd.tokenizer import sd_tokenizer
 from library.runtime.durable import new_folder
 from library.text.tokenizers import bundled_clip_tokenizer, save_clip_tokenizer
 from tests.builders import write_tiny_sd1
+from tests.builders.rights import without_rights
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +87,25 @@ def test_a_broken_tokenizer_is_named(tmp_path, files):
         (tmp_path / "model" / "tokenizer" / name).write_text(content)
     with pytest.raises(UserError, match="tokenizer: cannot be read"):
         sd_tokenizer(False, str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("place", ["cache", "model"])
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, name, place):
+    folder = tmp_path / ("openai_clip-vit-large-patch14" if place == "cache" else "tokenizer")
+    save_clip_tokenizer(bundled_clip_tokenizer(), folder)
+    given = {"cache_dir": str(tmp_path)} if place == "cache" else {"model": str(tmp_path)}
+    file = folder / name
+    file.chmod(0)
+    with pytest.raises(UserError) as caught:
+        without_rights(lambda: sd_tokenizer(False, **given))
+    assert str(caught.value) == f"{file}: no permission to read it"
+    file.unlink()
+    os.mkfifo(file)
+    signal.alarm(20)
+    try:
+        with pytest.raises(UserError) as caught:
+            sd_tokenizer(False, **given)
+    finally:
+        signal.alarm(0)
+    assert str(caught.value) == f"{file}: a named pipe, not a regular file"

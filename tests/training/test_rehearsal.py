@@ -8,12 +8,17 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from safetensors.numpy import save_file
 
+from library import cli
 from library.options import validation
 from library.options.parsing import parse_options
 from library.registry import FAMILIES, groups_for
 from library.training import rehearsal
+from tests.builders.rights import without_rights
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -27,7 +32,9 @@ def problems(tmp_path):
         needed += [] if name is None else [f"--output_name={name}"]
         needed += ["--network_module=networks.lora"] if method == "network" else []
         opts = parse_options(groups_for("sd", method), [*needed, "--train_data_dir=d", "--resolution=64"])
-        found = [line for line in validation.problems(opts, FAMILIES["sd"].traits) if line.startswith("--output")]
+        found = [
+            line for line in validation.problems(opts, FAMILIES["sd"].traits) if line.startswith(("--output", "--log"))
+        ]
         return found or rehearsal.problems(opts)
 
     return problems
@@ -159,3 +166,65 @@ def test_a_kill_while_names_are_tried_leaves_nothing_that_looks_like_a_result(tm
     directly = [path.name for path in made if path.parent == tmp_path / "out"]
     assert directly
     assert all(name.startswith(".") and name.endswith(".tmp") for name in directly)
+
+
+@pytest.mark.parametrize(
+    ("flags", "option", "name", "why"),
+    [
+        (["--log_prefix=" + "p" * 250], "--log_prefix", "p" * 40, "File name too long"),
+        (["--log_prefix=a\0b"], "--log_prefix", "a\0b" + "0" * 14, "embedded null"),
+        (["--log_prefix=taken/x"], "--log_prefix", "taken/x" + "0" * 14, "logs/taken is no folder"),
+        (["--logging_dir=" + "l" * 300], "--logging_dir", "l" * 40, "File name too long"),
+        (["--logging_dir=logs/taken/x"], "--logging_dir", "logs/taken/x", "logs/taken is no folder"),
+        (["--log_tracker_name=" + "t" * 300], "--log_tracker_name", "t" * 40, "File name too long"),
+    ],
+)
+def test_logs_that_cannot_be_made(tmp_path, problems, monkeypatch, flags, option, name, why):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "taken").write_text("mine")
+    before = everything(tmp_path)
+    (line,) = problems("m", "--logging_dir=logs", *flags)
+    assert line.startswith(f"{option}: ")
+    assert name in line
+    assert why in line
+    assert everything(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+
+
+def test_a_prefix_without_tensorboard_is_not_tried(tmp_path, problems):
+    assert problems("m", f"--log_prefix={'p' * 300}") == []
+
+
+def test_logs_in_a_folder_that_takes_none(tmp_path, problems):
+    (tmp_path / "logs").mkdir(mode=0o555)
+    folder = tmp_path / "logs" / ("v1_" + "0" * 14)
+    flags = (f"--logging_dir={tmp_path / 'logs'}", "--log_prefix=v1_")
+    assert without_rights(lambda: problems("m", *flags)) == [
+        f"--log_prefix: {folder} cannot be made (Permission denied); choose another name"
+    ]
+
+
+def test_logs_that_can_be_made_leave_no_trace(tmp_path, problems):
+    flags = (f"--logging_dir={tmp_path / 'a' / 'logs'}", "--log_prefix=x/" + "p" * 241, "--log_tracker_name=my/style")
+    assert problems("m", *flags) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logs_are_tried_before_a_model_is_read(tmp_path, monkeypatch, capsys):
+    """Through the beginning of a whole script."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "1_x").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "data" / "1_x" / "a.png")
+    names = ("model.diffusion_model.input_blocks.0.0", "cond_stage_model.transformer.x", "first_stage_model.decoder.x")
+    tensors = {f"{name}.weight": np.zeros((4, 4, 3, 3), np.float16) for name in names}
+    save_file(tensors, "names_only.safetensors")  # loading it would fail
+    flags = "--pretrained_model_name_or_path=names_only.safetensors --network_module=networks.lora --output_dir=out"
+    flags += " --train_data_dir=data --resolution=64 --logging_dir=logs"
+    with pytest.raises(SystemExit) as end:
+        cli.run("sd", "network", [*flags.split(), f"--log_prefix={'p' * 250}"])
+    assert end.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: --log_prefix: logs/pppp")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "logs").exists()

@@ -9,6 +9,7 @@ import pytest
 from library.errors import UserError
 from library.training import state_notes
 from library.training.state_notes import MODEL, OPTIMIZER, PROGRESS, SCHEDULE, Progress
+from tests.builders.rights import without_rights
 
 
 @pytest.fixture
@@ -92,3 +93,16 @@ def test_checksums_do_not_lead_out_of_the_folder(folder, tmp_path_factory):
     change(folder, files={str(outside): {"bytes": 1, "sha256": "?"}})
     with pytest.raises(UserError, match="cannot be read"):
         state_notes.verify(folder)
+
+
+def test_a_state_that_may_not_be_looked_at_is_no_missing_one(tmp_path):
+    folder = tmp_path / "closed" / "m-state"
+    folder.mkdir(parents=True)
+    folder.chmod(0)
+    with pytest.raises(UserError) as caught:
+        without_rights(lambda: state_notes.read_progress(folder))
+    assert str(caught.value) == f"--resume: {folder}: no permission to look into it"
+    folder.parent.chmod(0)
+    with pytest.raises(UserError) as caught:
+        without_rights(lambda: state_notes.read_progress(folder))
+    assert str(caught.value) == f"--resume: {folder}: it cannot be looked at (Permission denied)"

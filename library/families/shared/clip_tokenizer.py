@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def find_clip_tokenizer(
     Raises: UserError: a tokenizer that exists but cannot be read.
     """
     cached = Path(cache_dir) / published.replace("/", "_") if cache_dir else None
-    if cached is not None and cached.is_dir():
+    if cached is not None and os.path.isdir(cached):
         return read_clip_tokenizer(cached)
     tokenizer = _own_tokenizer(model, subfolder) if model else None
     if tokenizer is None:
@@ -49,9 +50,9 @@ def find_clip_tokenizer(
 
 
 def _own_tokenizer(model: str, subfolder: str) -> Any | None:
-    if Path(model).is_dir():
+    if os.path.isdir(model):
         folder = Path(model) / subfolder
-        return read_clip_tokenizer(folder) if folder.is_dir() else None
+        return read_clip_tokenizer(folder) if os.path.isdir(folder) else None
     try:
         return local_clip_tokenizer(model, subfolder=subfolder)
     except (OSError, ValueError):

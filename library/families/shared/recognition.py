@@ -13,6 +13,7 @@ from library.errors import UserError
 from library.families.registry import FAMILIES
 from library.families.shared.vae import NO_VAE
 from library.families.spec import ModelKind
+from library.runtime import files
 from library.runtime.documents import parse_json, read_text
 
 VAE_ONLY = ModelKind(
@@ -91,11 +92,16 @@ def path_problem(flag: str, name: str, problem_of: Callable[[Path], str | None])
     if not os.path.exists(name):  # unlike Path.exists, it raises nothing over names that are too long
         if is_hub_id(name):
             return None
+        why = files.path_problem(name, "file")
+        if why != "no such file":
+            return f"{flag}: {name}: {why}"
         return f"{flag}: {name}: no such file or folder (and not a hub id of the form owner/model)"
     try:
         problem = problem_of(path)
     except UserError as error:
         return f"{flag}: {error}"
+    except OSError as error:
+        return f"{flag}: {error.filename or name}: {files.reason(error)}"
     return problem and f"{flag}: {name}: {problem}"
 
 
