@@ -18,6 +18,7 @@ from library.errors import UserError
 from library.options.sharding import sharding_of
 from library.runtime import libraries, logs
 from library.runtime.logs import LOGGER
+from library.runtime.places import require_here
 from library.training import joining
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def run(family: str, method: str, argv: Sequence[str] | None = None, *, options:
 def ending_as_a_script() -> Iterator[None]:
     """What a user's mistake and Ctrl-C become: one line, and the exit status."""
     try:
+        require_here()
         yield
     except UserError as error:
         logs.fail(error)

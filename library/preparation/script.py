@@ -15,6 +15,7 @@ from library.preparation.outcome import Outcome
 from library.registry import options_elsewhere
 from library.runtime import logs
 from library.runtime.logs import LOGGER
+from library.runtime.places import require_here
 
 if TYPE_CHECKING:
     from library.types import FamilyTraits
@@ -40,6 +41,7 @@ def run_script(
     logs.quiet_third_parties()
     status = 0
     try:
+        require_here()
         opts = _options(groups, argv, description, traits)
         outcome = work(opts)
         if outcome is not None:

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from library.errors import UserError
+from library.runtime.files import reason
 from library.version import NAME
 
 
@@ -35,3 +37,11 @@ def unwritable(folder: Path) -> str | None:
     if not os.path.isdir(place):
         return f"{place} is no folder" if os.path.lexists(place) else f"there is no {place}"
     return None if os.access(place, os.W_OK | os.X_OK) else f"no permission to write to {place}"
+
+
+def require_here() -> None:
+    """Raises: UserError: the current folder has been removed, so that no relative path leads anywhere."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(f"the current folder is gone ({reason(error)}); change into one that exists") from None

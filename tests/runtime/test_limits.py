@@ -97,3 +97,23 @@ def test_the_traceback_is_in_the_log_with_debug(capsys):
     with pytest.raises(SystemExit):
         script.run_script(work, (WorkOptions,), ["--console_log_level=DEBUG"], description="")
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "border",
+    [
+        lambda: cli.run("sd", "network", ["--network_module=networks.lora"]),
+        lambda: script.run_script(lambda opts: None, (WorkOptions,), [], description=""),
+    ],
+    ids=["training", "preparation"],
+)
+def test_a_current_folder_that_is_gone_is_one_line(border, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    with pytest.raises(SystemExit) as end:
+        border()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: the current folder is gone (No such file or directory); change into one that exists\n"
+    )
