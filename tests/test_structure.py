@@ -90,15 +90,21 @@ def tree_of(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
 
 
+@cache
 def is_module(name: str) -> bool:
     path = ROOT.joinpath(*name.split("."))
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
+def name_of(node: ast.expr) -> str | None:
+    """`b` of `b` and of `a.b`; None for what is no name."""
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)
+
+
 def runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
     """Every node below `node`, but for the bodies of `if TYPE_CHECKING:`."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        if isinstance(child, ast.If) and name_of(child.test) == "TYPE_CHECKING":
             for other in child.orelse:
                 yield other
                 yield from runtime_nodes(other)
@@ -120,7 +126,7 @@ def imports(tree: ast.Module, *, for_types: bool = False) -> Iterator[Import]:
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
                 yield Import(node.lineno, whole if is_module(whole) else str(node.module))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+        elif isinstance(node, ast.Call) and name_of(node.func) in ("import_module", "__import__"):
             argument = node.args[0]
             if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
                 yield Import(node.lineno, argument.value)

@@ -67,7 +67,8 @@ def pixels_of(path: Path) -> torch.Tensor:
     return imaging.to_pixels(imaging.resize(imaging.read_image(path), Size(64, 64)))
 
 
-def ran(run_script, command: str, launcher=LAUNCH):
+def ran(run_script, command: str, launcher=()):
+    """Of each script, one printed line is started as it stands, by accelerate's launcher; the others without it."""
     done = run_script(*command.split(), launcher=launcher)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
@@ -98,6 +99,7 @@ def test_fine_tuning_from_a_metadata_file_and_its_latents(run_script, tmp_path, 
         f"--in_json {prepared}/meta_lat.json --train_data_dir={prepared}/train_data --output_dir={tmp_path} "
         "--shuffle_caption --train_batch_size=1 --learning_rate=1e-3 --max_train_steps=10 --use_8bit_adam --xformers "
         "--gradient_checkpointing --mixed_precision=bf16 --save_every_n_epochs=4",
+        launcher=LAUNCH,
     )
     assert "2 images of which only latents are there" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-000004.ckpt", "last.ckpt"]
@@ -115,7 +117,7 @@ def test_fine_tuning_from_a_dataset_config(run_script, tmp_path, prepared, image
     )
     precision = "fp16" if torch.cuda.is_available() else "no"
     command = (
-        f"--num_cpu_threads_per_process 1 fine_tune.py --pretrained_model_name_or_path={MODEL} "
+        f"fine_tune.py --pretrained_model_name_or_path={MODEL} "
         f"--output_dir={tmp_path} --output_name=tuned --dataset_config={tmp_path}/data.toml "
         "--save_model_as=safetensors --learning_rate=1e-3 --max_train_steps=2 --use_8bit_adam --xformers "
         f"--gradient_checkpointing --mixed_precision={precision}"
@@ -136,7 +138,7 @@ def test_fine_tuning_from_a_dataset_config(run_script, tmp_path, prepared, image
 def test_dreambooth_with_regularisation_images(run_script, tmp_path, base, images, batch_size, further):
     printed = ran(
         run_script,
-        f"--num_cpu_threads_per_process 1 train_db.py --pretrained_model_name_or_path={base} "
+        f"train_db.py --pretrained_model_name_or_path={base} "
         f"--train_data_dir={images}/train --reg_data_dir={images}/reg --output_dir={tmp_path} "
         f"--prior_loss_weight=1.0 --resolution=64 --train_batch_size={batch_size} --learning_rate=1e-3 "
         f"--max_train_steps=3 --use_8bit_adam --xformers --mixed_precision=bf16 --cache_latents{further}",
@@ -156,6 +158,7 @@ def test_dreambooth_with_buckets_augmentation_and_state(run_script, tmp_path, im
         f"--logging_dir={tmp_path}/logs --enable_bucket --min_bucket_reso=64 --max_bucket_reso=192 --color_aug "
         "--flip_aug --gradient_checkpointing --seed 42 "
         "--stop_text_encoder_training=-1",  # not printed; so that one run shows it
+        launcher=LAUNCH,
     )
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"epoch-000001.safetensors", "epoch-000001-state", "last.safetensors", "last-state"} <= written
@@ -180,7 +183,6 @@ def test_training_images_are_learned_and_diffusers_reads_the_result(run_script, 
         f"--output_dir={tmp_path} --output_name=tuned --save_model_as=diffusers_safetensors "
         "--resolution=64 --enable_bucket --min_bucket_reso=64 --train_batch_size=4 --max_train_steps=20 "
         "--learning_rate=2e-4 --cache_latents --seed=1 --max_data_loader_n_workers=0",
-        launcher=(),
     )
     family, before = cli.load_family("sd", [f"--pretrained_model_name_or_path={MODEL}"])
     _, after = cli.load_family("sd", [f"--pretrained_model_name_or_path={tmp_path / 'tuned'}"])
