@@ -183,7 +183,7 @@ def test_no_value_of_a_configuration_file_ends_in_a_traceback(places, monkeypatc
             given = [word for word in base_words(places, method) if not word.startswith(f"--{line.split()[0]}=")]
             with cli.ending_as_a_script():
                 options = parsing.parse_options(parser, [*given, f"--config_file={file}"], elsewhere=dict)
-                cli.checked(registry.follow_model(family, options), family, method, traits)
+                cli.checked(registry.FAMILIES[family].complete_options(options), family, method, traits)
 
         for line in (line for option in fresh for line in lines_of(option)):
             status: Any = 0
