@@ -26,14 +26,14 @@ import torch
 from images import write_images
 from torch import Tensor
 
-from library import cli
+from library import cli, registry
 from library.caching import latents
 from library.caching.latent_files import CacheLayout
 from library.data import images
 from library.data.blueprint import build_specs
 from library.data.dataset import TrainingData, build_training_data
 from library.families.sd.options import TRAITS
-from library.options import parsing, scripts
+from library.options import parsing
 from library.runtime import logs
 
 MODEL = ROOT / "examples" / "tiny_model" / "tiny-sd.safetensors"
@@ -47,7 +47,7 @@ Encode = Callable[[Tensor, list[torch.Generator]], Tensor]
 def read_data(folder: Path, resolution: int) -> TrainingData:
     arguments = [f"--train_data_dir={folder}", f"--data_index_dir={folder.parent / 'index'}", "--train_batch_size=4"]
     arguments += [f"--resolution={resolution}", "--enable_bucket", "--min_bucket_reso=64"]
-    opts = parsing.parse_options(scripts.groups_for("sd", "network"), arguments)
+    opts = parsing.parse_options(registry.groups_for("sd", "network"), arguments)
     return build_training_data(build_specs(opts, TRAITS), opts, TRAITS, seed=1)
 
 

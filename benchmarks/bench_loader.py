@@ -23,12 +23,13 @@ import torch
 from images import write_images
 from torch import Tensor
 
+from library import registry
 from library.caching import latents
 from library.caching.latent_files import CacheLayout
 from library.data.blueprint import build_specs
 from library.data.dataset import TrainingData, build_training_data
 from library.families.sd.options import TRAITS
-from library.options import parsing, scripts
+from library.options import parsing
 from library.runtime import logs
 
 WORKERS = (0, 2, 4)
@@ -39,7 +40,7 @@ SIZES = ((1024, 768), (768, 1024), (1152, 768))
 def read_data(folder: Path, index: Path) -> TrainingData:
     arguments = [f"--train_data_dir={folder}", f"--data_index_dir={index}", "--resolution=512", "--enable_bucket"]
     arguments += ["--train_batch_size=4", "--persistent_data_loader_workers"]
-    opts = parsing.parse_options(scripts.groups_for("sd", "network"), arguments)
+    opts = parsing.parse_options(registry.groups_for("sd", "network"), arguments)
     return build_training_data(build_specs(opts, TRAITS), opts, TRAITS, seed=1)
 
 

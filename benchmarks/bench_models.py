@@ -54,7 +54,7 @@ from library.families.base import Family
 from library.memory.attention import set_attention
 from library.memory.block_swap import BlockSwap
 from library.memory.compiling import compile_blocks
-from library.options import parsing, scripts
+from library.options import parsing
 from library.options.base import Options
 from library.runtime import logs, seeds
 from library.training import placement
@@ -168,8 +168,8 @@ class Training:
 def prepare(row: Row, arguments: tuple[str, ...], batch_size: int, device: torch.device, tiny: bool) -> Training:
     model = row.model
     argv = ["--mixed_precision=bf16", f"--seed={SEED}", *row.arguments, *arguments]
-    opts = parsing.parse_options(scripts.groups_for(model.family, row.method), argv)
-    family, method = registry.make_family(model.family, opts), registry.make_method(row.method, opts)
+    opts = parsing.parse_options(registry.groups_for(model.family, row.method), argv)
+    family, method = registry.FAMILIES[model.family].adapter(opts), registry.make_method(row.method, opts)
     config = {**model.config, **(model.tiny if tiny else {})}
     models = build_models(model, config, device)
     batch = make_batch(model, config, family.traits.latent_channels, batch_size, tiny).to(device)

@@ -29,13 +29,14 @@ _WHOSE = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 def start(folder: Path, index: Path) -> dict[str, float]:
     """Seconds and memory of one start, in this process."""
     began = time.perf_counter()
+    from library import registry
     from library.data.blueprint import build_specs
     from library.data.dataset import build_training_data
     from library.families.sd.options import TRAITS
-    from library.options import parsing, scripts
+    from library.options import parsing
 
     arguments = [f"--train_data_dir={folder}", f"--data_index_dir={index}", "--resolution=512", "--enable_bucket"]
-    opts = parsing.parse_options(scripts.groups_for("sd", "network"), arguments)
+    opts = parsing.parse_options(registry.groups_for("sd", "network"), arguments)
     imported, cpu = time.perf_counter(), _cpu_seconds()
     data = build_training_data(build_specs(opts, TRAITS), opts, TRAITS, seed=1)
     built, cpu = time.perf_counter(), _cpu_seconds() - cpu

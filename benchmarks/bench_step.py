@@ -25,11 +25,12 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from library import registry
 from library.families.base import Family
 from library.families.sd.adapter import SdFamily
 from library.methods.finetune import FinetuneMethod
 from library.methods.network import NetworkMethod
-from library.options import parsing, scripts
+from library.options import parsing
 from library.runtime import logs, seeds
 from library.training.step import StepParts, training_step
 from library.types import Batch, Models, TextCond
@@ -61,7 +62,7 @@ def load(width: int, full: bool) -> tuple[Family, Models]:
     """The bundled model; with a `width`, its U-Net replaced by a random one with so many channels at the top."""
     logs.quiet_third_parties()
     groups, arguments = ("finetune", ARGUMENTS) if full else ("network", [*ARGUMENTS, *LORA])
-    family = SdFamily(parsing.parse_options(scripts.groups_for("sd", groups), arguments))
+    family = SdFamily(parsing.parse_options(registry.groups_for("sd", groups), arguments))
     models = family.load()
     if width:
         from diffusers import UNet2DConditionModel

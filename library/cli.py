@@ -41,9 +41,9 @@ TRACKERS = {"network": "network_train", "finetune": "finetuning", "dreambooth": 
 
 def build_parser(family: str, method: str) -> argparse.ArgumentParser:
     """The argument parser of a script, as GUIs and documentation tools want it."""
-    from library.options import parsing, scripts
+    from library.options import parsing
 
-    groups = scripts.groups_for(family, method)
+    groups = registry.groups_for(family, method)
     return parsing.build_parser(groups, prog=_script_name(), description=_description(family, method))
 
 
@@ -78,11 +78,13 @@ def load_family(family: str, argv: Sequence[str]) -> tuple[Family, Models]:
 
     `argv` holds the options of a training script that concern the model. Raises: UserError.
     """
-    from library.options import parsing, scripts
+    from library.options import parsing
 
     logs.quiet_third_parties()
-    opts = registry.follow_model(family, parsing.parse_options(scripts.groups_for(family, "network"), argv))
-    adapter = registry.make_family(family, opts)
+    opts = registry.FAMILIES[family].complete_options(
+        parsing.parse_options(registry.groups_for(family, "network"), argv)
+    )
+    adapter = registry.FAMILIES[family].adapter(opts)
     return adapter, adapter.load()
 
 
@@ -91,9 +93,8 @@ def _script_name() -> str:
 
 
 def _description(family: str, method: str) -> str:
-    from library.options import scripts
 
-    return TITLES[method].format(model=scripts.traits_for(family).label)
+    return TITLES[method].format(model=registry.FAMILIES[family].traits.label)
 
 
 def _train(family_name: str, method_name: str, argv: Sequence[str], options: Options | None = None) -> None:
@@ -130,13 +131,13 @@ def _train(family_name: str, method_name: str, argv: Sequence[str], options: Opt
 
     prepared = assemble(
         opts,
-        registry.make_family(family_name, opts),
+        registry.FAMILIES[family_name].adapter(opts),
         registry.make_method(method_name, opts),
         data,
         run_plan,
         accelerator,
         shards,
-        missing_encoders=registry.missing_encoders(family_name, opts),
+        missing_encoders=registry.FAMILIES[family_name].missing_encoders(opts),
         tracker=TRACKERS[method_name],
     )
     with prepared.tracker, prepared.hub:
@@ -148,18 +149,18 @@ def _check(
     family_name: str, method_name: str, argv: Sequence[str], opts: Options | None
 ) -> tuple[Options, list[Any], FamilyTraits]:
     """The options, with everything that can be wrong and is cheap to know told at once, before torch is imported."""
-    from library.options import parsing, scripts
+    from library.options import parsing
 
     if opts is None:
-        groups = scripts.groups_for(family_name, method_name)
+        groups = registry.groups_for(family_name, method_name)
         description = _description(family_name, method_name)
         opts = parsing.parse_options(
             groups, argv, prog=_script_name(), description=description, elsewhere=registry.options_elsewhere
         )
     level = opts.logging.console_log_level if _is_first_process() else "ERROR"  # the others report errors only
     logs.setup_logging(level, opts.logging.console_log_file, opts.logging.console_log_simple)
-    traits = scripts.traits_for(family_name)
-    opts = registry.follow_model(family_name, opts)
+    traits = registry.FAMILIES[family_name].traits
+    opts = registry.FAMILIES[family_name].complete_options(opts)
     return opts, checked(opts, family_name, method_name, traits), traits
 
 
@@ -182,7 +183,7 @@ def checked(opts: Options, family_name: str, method_name: str, traits: FamilyTra
         if writes:
             leftovers.clear(opts.saving)
         problems += registry.method_problems(method_name, opts, traits)
-        problems += registry.path_problems(family_name, opts)
+        problems += registry.FAMILIES[family_name].check_paths(opts)
         for look in (lambda: specs.extend(build_specs(opts, traits)), lambda: joining.seed_of_state(opts), opencv):
             try:
                 look()

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from library import cli, registry
 from library.errors import UserError
-from library.options import parsing, scripts
+from library.options import parsing
 from library.options.base import COMMAND_LINE, Given, Option, Options, build_options, options_of
 from library.options.config_file import read_config
 from library.options.values import from_text, from_toml, is_blank
@@ -73,7 +73,7 @@ def add_missing_options(parser: ArgumentParser, family: str, group: str) -> None
     known = {flag for action in parser._actions for flag in action.option_strings}
     wanted = {
         option.flag
-        for options in scripts.groups_for(family, "network")
+        for options in registry.groups_for(family, "network")
         if options.group == group
         for option in options_of(options)
     }
@@ -83,7 +83,7 @@ def add_missing_options(parser: ArgumentParser, family: str, group: str) -> None
 
 
 def _options(args: Namespace, family: str, method: str) -> Options:
-    groups = scripts.groups_for(family, method)
+    groups = registry.groups_for(family, method)
     given, problems = {}, []
     for option in (option for group in groups for option in options_of(group)):
         value = getattr(args, option.dest, None)

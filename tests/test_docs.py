@@ -15,13 +15,14 @@ import pytest
 from PIL import Image
 
 import library.families
+from library import registry
 from library.data import buckets
 from library.data.blueprint import build_specs
 from library.data.captions import CaptionOptions, make_caption
 from library.data.config_schema import KEYS
 from library.data.dataset import build_training_data
 from library.families.sd.options import TRAITS
-from library.options import parsing, scripts
+from library.options import parsing
 from library.preparation.cleaning import clean_caption, clean_tags
 from library.runtime.documents import parse_toml
 from library.types import Size
@@ -48,7 +49,7 @@ GUIDES = (
     "image_tools.md",
 )
 FAMILIES = sorted(file.parent.name for file in Path(library.families.__path__[0]).glob("*/options.py"))
-GROUPS = scripts.groups_for("sd", "network")
+GROUPS = registry.groups_for("sd", "network")
 
 
 def blocks(guide: str, language: str) -> list[tuple[str, str]]:
@@ -273,9 +274,9 @@ def test_the_printed_report_is_what_such_a_folder_gives(elsewhere):
 def test_flags_and_commands_exist(guide):
     text = (DOCS / guide).read_text("utf-8")
     groups = {
-        script: scripts.groups_for(family, method)
+        script: registry.groups_for(family, method)
         for family in FAMILIES
-        for script, method in scripts.scripts_of(family).items()
+        for script, method in registry.FAMILIES[family].scripts.items()
     }
     groups |= {script.stem: preparation_groups(script) for script in preparation_scripts()}
     # Of accelerate launch, and of tensorboard.

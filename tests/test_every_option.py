@@ -17,7 +17,7 @@ from PIL import Image
 
 from library import cli, registry
 from library.errors import UserError
-from library.options import parsing, scripts, validation
+from library.options import parsing, validation
 from library.options.base import Option, options_of
 from library.runtime import logs
 from tools.option_tables import preparation_groups, preparation_scripts
@@ -25,7 +25,9 @@ from tools.option_tables import preparation_groups, preparation_scripts
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny_model" / "tiny-sd.safetensors"
 TRAINING = [
-    (script, family, method) for family in registry.FAMILIES for script, method in scripts.scripts_of(family).items()
+    (script, family, method)
+    for family in registry.FAMILIES
+    for script, method in registry.FAMILIES[family].scripts.items()
 ]
 PREPARATION = {f"{script.parent.name}/{script.stem}": script for script in preparation_scripts()}
 EXITS = ("output_config",)  # writes a file and ends the script
@@ -124,14 +126,14 @@ def test_no_value_of_a_training_option_ends_in_a_traceback(places, monkeypatch):
     seen: list[Option] = []
     taken = refused = 0
     for script, family, method in TRAINING:
-        groups, traits = scripts.groups_for(family, method), scripts.traits_for(family)
+        groups, traits = registry.groups_for(family, method), registry.FAMILIES[family].traits
         parser = parsing.build_parser(groups, prog=script)
         fresh = [option for group in groups for option in options_of(group) if option not in seen]
         seen += fresh
 
         def check(words, parser=parser, family=family, method=method, traits=traits) -> None:
             options = parsing.parse_options(parser, [*base_words(places, method), *words], elsewhere=dict)
-            cli.checked(registry.follow_model(family, options), family, method, traits)
+            cli.checked(registry.FAMILIES[family].complete_options(options), family, method, traits)
 
         counts = run_all(table(fresh, places), check)
         taken, refused = taken + counts[0], refused + counts[1]
@@ -149,7 +151,7 @@ def test_no_value_of_a_preparation_option_ends_in_a_traceback(script, places, mo
 
     def check(words: list[str]) -> None:
         options = parsing.parse_options(parser, [*["x"] * len(by_place), *required, *words])
-        problems = validation.problems(options, scripts.traits_for("sd"))
+        problems = validation.problems(options, registry.FAMILIES["sd"].traits)
         if problems:
             raise UserError(*problems)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from library.families.registry import FAMILIES
 from library.runtime.packages import EXTRAS, THIRD_PARTIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,9 +45,8 @@ LEVELS = (
 SIBLINGS_APART = 3  # the level whose packages meet only through contracts
 NOT_ENTRY_SCRIPTS = ("quickstart.py", "setup.py")
 
-FAMILY_WORDS = {"sd", "sd1", "sd15", "sd2", "sd3", "sd35", "sdxl", "flux", "flux1"}
-MAY_NAME_FAMILIES = ("library/families/", "library/registry.py", "library/options/scripts.py")
-MAY_NAME_FAMILIES += ("library/flux_train_utils.py",)  # the name that other programs import
+FAMILY_WORD = re.compile(rf"({'|'.join(FAMILIES)})\d*")  # with the versions that are no families of their own: sd15
+MAY_NAME_FAMILIES = ("library/families/", "library/flux_train_utils.py")  # the latter is a name that others import
 ORIGINAL_KEYS = re.compile(
     r"model\.diffusion_model|first_stage_model|cond_stage_model|conditioner\.embedders"
     r"|double_blocks|single_blocks|joint_blocks"
@@ -177,12 +177,12 @@ def identifiers(tree: ast.Module) -> Iterator[tuple[int, str]]:
 def family_faults(tree: ast.Module) -> Iterator[str]:
     """Family names as words of identifiers, or as whole strings, which is what one compares with."""
     for line, name in identifiers(tree):
-        if tokens(name) & FAMILY_WORDS:
+        if any(map(FAMILY_WORD.fullmatch, tokens(name))):
             yield f"{line}: the name {name.strip()}"
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             word = re.sub(r"[^a-z0-9]", "", node.value.lower())
-            if word in FAMILY_WORDS:
+            if FAMILY_WORD.fullmatch(word):
                 yield f"{node.lineno}: the text {node.value!r}"
 
 
@@ -239,7 +239,9 @@ def test_packages_do_not_import_each_other_in_a_circle():
 
 def test_only_families_know_their_names():
     allowed = [
-        relative(file) for file in code_files("networks", "tools", "finetune") if tokens(file.stem) & FAMILY_WORDS
+        relative(file)
+        for file in code_files("networks", "tools", "finetune")
+        if any(map(FAMILY_WORD.fullmatch, tokens(file.stem)))
     ]
     faults = [
         f"{relative(file)}:{fault}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pkgutil
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +13,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import library.families
+from library import registry
 from library.data.config_schema import DATASET, GENERAL, KEYS, NOT_IN_STYLE, SUBSET, Key
-from library.options import scripts
 from library.options.base import Option, OptionGroup, options_of
 
 DOCS = ROOT / "docs" / "options"
@@ -59,12 +57,11 @@ def render(script: str, groups: Sequence[type[OptionGroup]]) -> str:
 def pages() -> Iterator[tuple[Path, str]]:
     """File and content of every page."""
     helps: dict[str, str] = {}
-    for _, family, is_package in pkgutil.iter_modules(library.families.__path__):
-        if is_package and (Path(library.families.__path__[0]) / family / "options.py").is_file():
-            for script, method in scripts.scripts_of(family).items():
-                groups = scripts.groups_for(family, method)
-                helps |= {option.flag: option.details.help for group in groups for option in options_of(group)}
-                yield DOCS / f"{script}.md", render(script, groups)
+    for family, spec in registry.FAMILIES.items():
+        for script, method in spec.scripts.items():
+            groups = registry.groups_for(family, method)
+            helps |= {option.flag: option.details.help for group in groups for option in options_of(group)}
+            yield DOCS / f"{script}.md", render(script, groups)
     for script in preparation_scripts():
         yield DOCS / f"{script.stem}.md", render(script.stem, preparation_groups(script))
     yield DOCS / "dataset_config.md", render_keys(helps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pkgutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +14,9 @@ sys.path.insert(0, str(ROOT))
 import torch
 from PIL import Image, ImageDraw
 
-import library.families
+from library import registry
 from library.data.lettering import length, write
 from library.objectives.flow import FlowObjective, FlowSettings, loss_weight, shifted
-from library.options import scripts
 from library.options.loss import LossOptions, NoiseOptions
 
 FILE = ROOT / "docs" / "images" / "timesteps.png"
@@ -71,11 +69,10 @@ def weighed(name: str, scheme: Any) -> Curve:
 
 def shift_by_size(height: int, width: int) -> float:
     """Of the family whose sampling takes another shift at another size."""
-    for _, family, is_package in pkgutil.iter_modules(library.families.__path__):
-        if is_package and (Path(library.families.__path__[0]) / family / "options.py").is_file():
-            shift = scripts.traits_for(family).flow_shift
-            if shift is not None and shift(64, 64) != shift(128, 128):
-                return shift(height, width)
+    for spec in registry.FAMILIES.values():
+        shift = spec.traits.flow_shift
+        if shift is not None and shift(64, 64) != shift(128, 128):
+            return shift(height, width)
     raise LookupError("no family has a shift that depends on the size")
 
 

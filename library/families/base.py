@@ -23,7 +23,7 @@ class FamilyTraits:
     """Numbers and words that code outside the family may need. Never ask for `label` to decide anything."""
 
     label: str  # for messages, e.g. "Stable Diffusion 1.x/2.x"
-    text_encoders: tuple[str, ...]  # LoRA prefixes: SD ("te",), SDXL ("te1", "te2"), FLUX ("te1", "te3")
+    text_encoders: tuple[str, ...]  # names of the parts, and LoRA prefixes: ("te",), ("te1", "te2"), ("te1", "te3")
     latent_channels: int
     pixel_multiple: int  # sampled images' sides are floored to this
     bucket_step: int  # bucket sizes must be multiples of this
@@ -32,6 +32,7 @@ class FamilyTraits:
     default_resolution: int  # pixels; side of sample images when nothing is said
     sample_steps: int
     sample_scale: float
+    latent_stride: int = 8  # pixels per latent position, each way
     cache_keys_by_size: bool = False  # arrays in latent cache files are named by the size of the latents
     block_layout: BlockLayout | None = None  # how block-wise lists of networks are divided; None: there are no such
     blocks_per_swap: float = 1.0  # that --blocks_to_swap counts as one
@@ -64,7 +65,9 @@ class Family(ABC):
     def encode_images(
         self, models: Models, pixels: Tensor, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] to latents (B, C, H/8, W/8) in the form that caches hold.
+        """Pixels (B, 3, H, W) in [-1, 1] to latents (B, C, H/s, W/s) in the form that caches hold.
+
+        s is `traits.latent_stride`.
 
         Latents are drawn from a distribution; the same `generator` state draws the same ones. A list has one for each
         image, whose latents then do not depend on the rest of the batch.

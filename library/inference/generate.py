@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from library.families.base import Family, FamilyTraits
 
-LATENT_STRIDE = 8  # pixels per latent position, each way; the same in every family
 Progress = Callable[[int], object]
 
 
@@ -94,7 +93,7 @@ def sample_latents(
     scheduler = _scheduler(family, first, zero_terminal_snr, device)
     generators = [torch.Generator("cpu").manual_seed(with_seed(prompt).seed) for prompt in prompts]
     step_extras = {"generator": generators} if _takes_generator(scheduler) else {}
-    latents = initial_noise(prompts, family.traits.latent_channels, generators).to(device)
+    latents = initial_noise(prompts, family.traits, generators).to(device)
     # The scheduler for flow has neither: it starts from plain noise, and the denoiser takes latents as they are.
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
     as_input = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
@@ -123,12 +122,15 @@ def flow_shift(traits: FamilyTraits, prompt: SamplePrompt) -> float:
         return prompt.flow_shift
     if traits.flow_shift is None:
         return 1.0
-    return traits.flow_shift(prompt.height // LATENT_STRIDE, prompt.width // LATENT_STRIDE)
+    return traits.flow_shift(prompt.height // traits.latent_stride, prompt.width // traits.latent_stride)
 
 
-def initial_noise(prompts: Sequence[SamplePrompt], channels: int, generators: Sequence[torch.Generator]) -> Tensor:
+def initial_noise(
+    prompts: Sequence[SamplePrompt], traits: FamilyTraits, generators: Sequence[torch.Generator]
+) -> Tensor:
     """Standard normal latents, float32 on the CPU, each image's from its own generator."""
-    shapes = [(channels, prompt.height // LATENT_STRIDE, prompt.width // LATENT_STRIDE) for prompt in prompts]
+    channels, stride = traits.latent_channels, traits.latent_stride
+    shapes = [(channels, prompt.height // stride, prompt.width // stride) for prompt in prompts]
     return torch.stack([torch.randn(s, generator=g) for s, g in zip(shapes, generators, strict=True)])
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING
 
-from library.families.base import FamilyTraits
-from library.options.base import OptionGroup
 from library.options.config_file import ConfigOptions
 from library.options.data import DataOptions
 from library.options.finetune import DREAMBOOTH_GROUPS, FINETUNE_GROUPS
@@ -20,6 +17,10 @@ from library.options.sampling import SamplingOptions, ValidationOptions
 from library.options.saving import MetadataOptions, SavingOptions
 from library.options.training import TrainingOptions
 
+if TYPE_CHECKING:
+    from library.families.spec import FamilySpec
+    from library.options.base import OptionGroup
+
 # The method's own group, and what it has in place of shared groups.
 METHODS: dict[str, tuple[type[OptionGroup], ...]] = {
     "network": (NetworkOptions,),
@@ -28,19 +29,14 @@ METHODS: dict[str, tuple[type[OptionGroup], ...]] = {
 }
 
 
-def groups_for(family: str, method: str) -> list[type[OptionGroup]]:
-    """The groups of a family and a method, in help order.
-
-    A family is a package in library.families whose `options` module has OPTIONS, TRAITS and SCRIPTS. It may have
-    GROUPS, by method: groups in place of those of the same name, and further ones.
-    """
-    module = _family_module(family)
+def groups_for(family: FamilySpec, method: str) -> list[type[OptionGroup]]:
+    """The groups of a family and a method, in help order; those of `FamilySpec.groups` count before the method's."""
     own = {group.group: group for group in METHODS[method]}
-    own |= {group.group: group for group in getattr(module, "GROUPS", {}).get(method, ())}
+    own |= {group.group: group for group in family.groups.get(method, ())}
     shared = [
         ConfigOptions,
         ModelOptions,
-        module.OPTIONS,
+        family.options,
         DataOptions,
         own["method"],
         TrainingOptions,
@@ -56,18 +52,5 @@ def groups_for(family: str, method: str) -> list[type[OptionGroup]]:
         LoggingOptions,
     ]
     groups = [own.pop(group.group, group) for group in shared]
-    place = next(n for n, group in enumerate(groups, 1) if group.group == module.OPTIONS.group)
+    place = next(n for n, group in enumerate(groups, 1) if group.group == family.options.group)
     return [*groups[:place], *own.values(), *groups[place:]]
-
-
-def traits_for(family: str) -> FamilyTraits:
-    return _family_module(family).TRAITS
-
-
-def scripts_of(family: str) -> dict[str, str]:
-    """Entry script -> method."""
-    return _family_module(family).SCRIPTS
-
-
-def _family_module(family: str) -> ModuleType:
-    return importlib.import_module(f"library.families.{family}.options")

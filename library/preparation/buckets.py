@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from library import registry
 from library.errors import UserError
-from library.options import scripts
+from library.families.registry import FAMILIES
 from library.options.base import COMMAND_LINE, Given, Options, build_options, opt
 from library.options.bucketing import BucketingOptions
 from library.options.data import DataOptions
@@ -31,18 +30,18 @@ if TYPE_CHECKING:
     from library.data.blueprint import DatasetSpec
     from library.data.index import FileIndex
     from library.data.records import Record
+    from library.families.spec import FamilySpec
     from library.types import Models
 
 Metadata = dict[str, dict[str, Any]]
 
-_MULTIPLE = 8  # pixels per position of the latents; train_resolution is a multiple of it
 # What messages about training's options are about here.
 _OUR_NAMES = {"--resolution:": "--max_resolution:", "--in_json:": "in_json:", "--train_data_dir:": "train_data_dir:"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBucketingOptions(BucketingOptions):
-    family: Literal[tuple(registry.FAMILIES)] | None = opt(
+    family: Literal[tuple(FAMILIES)] | None = opt(
         None, "kind of model, where its file does not tell it: a VAE by itself, or a hub id that cannot be asked"
     )
 
@@ -58,6 +57,7 @@ def prepare(opts: Options) -> Outcome:
     from library.data.index import FileIndex
     from library.data.metadata_files import read_metadata
     from library.data.opencv import opencv
+    from library.families.shared.finding import family_of
     from library.runtime.places import cache_folder
 
     opencv()
@@ -65,7 +65,7 @@ def prepare(opts: Options) -> Outcome:
     out = Path(options.out_json)
     if is_first():
         require_writable(out, "out_json")
-    family = options.family or _family_of(options.model_name_or_path)
+    family = FAMILIES[options.family or family_of(options.model_name_or_path)]
     training = _as_training(options, family)
     spec = _spec(training, family)
     metadata = read_metadata(Path(options.in_json))
@@ -82,22 +82,16 @@ def prepare(opts: Options) -> Outcome:
         return outcome
     index.save()
     done = [record for record in records if record.path not in failed]
-    write_metadata(out, _noted(metadata, keys, done))
+    write_metadata(out, _noted(metadata, keys, done, family.traits.latent_stride))
     _tell(done)
     outcome.skipped, outcome.done = kept, len(done) - kept
     return outcome
 
 
-def _family_of(model: str) -> str:
-    from library.families.shared.finding import family_of
-
-    return family_of(model)
-
-
 # ---- as training would see it
 
 
-def _as_training(options: ModelBucketingOptions, family: str) -> Options:
+def _as_training(options: ModelBucketingOptions, family: FamilySpec) -> Options:
     """The options of a training run on these images that encodes them alike."""
     said = {
         "pretrained_model_name_or_path": options.model_name_or_path,
@@ -113,18 +107,18 @@ def _as_training(options: ModelBucketingOptions, family: str) -> Options:
     same = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale", "flip_aug")
     said |= {name: getattr(options, name) for name in (*same, "mixed_precision", "seed")}
     groups = (
-        *(LargeModelOptions, parts.family_options(family), DataOptions, LossOptions, TrainingOptions),
+        *(LargeModelOptions, family.options, DataOptions, LossOptions, TrainingOptions),
         *(MemoryOptions, DistributedOptions),
     )
     return build_options(groups, {name: Given(value, COMMAND_LINE) for name, value in said.items()})
 
 
-def _spec(training: Options, family: str) -> DatasetSpec:
+def _spec(training: Options, family: FamilySpec) -> DatasetSpec:
     """Raises: UserError: sizes that do not go together."""
     from library.data.blueprint import build_specs
 
     try:
-        (spec,) = build_specs(training, scripts.traits_for(family))
+        (spec,) = build_specs(training, family.traits)
     except UserError as error:
         raise UserError(*(_in_our_words(problem) for problem in error.problems), hint=error.hint) from None
     return spec
@@ -202,7 +196,7 @@ def _records(paths: Sequence[Path], spec: DatasetSpec, index: FileIndex, outcome
 
 def _encode(
     records: Sequence[Record],
-    family: str,
+    family: FamilySpec,
     training: Options,
     options: ModelBucketingOptions,
     index: FileIndex,
@@ -214,7 +208,7 @@ def _encode(
     from library.checkpoints.hashes import weights_fingerprint
     from library.training import placement
 
-    adapter = registry.make_family(family, training)
+    adapter = family.adapter(training)
     layout, again = encoding.latent_layout(adapter.traits), not options.skip_existing
     unclear = _with_unclear_flips([record.path for record in records])
     groups = [
@@ -243,11 +237,11 @@ def _without_latents(groups: Sequence[tuple[CacheLayout, Sequence[Record]]], ind
         yield from latents.without_files(records, index, layout)
 
 
-def _load_vae(family: str, training: Options) -> Models:
+def _load_vae(family: FamilySpec, training: Options) -> Models:
     try:
         return parts.load_vae(family, training)
     except UserError as error:
-        ours = f"in place of the model, and --family {family}"
+        ours = f"in place of the model, and --family {family.name}"
         named = (problem.replace("with --ae", ours).replace("with --vae", ours) for problem in error.problems)
         raise UserError(*named) from None
 
@@ -271,14 +265,17 @@ def _with_unclear_flips(images: Sequence[Path]) -> set[Path]:
 # ---- what is written
 
 
-def _noted(metadata: Metadata, keys: Mapping[Path, str], records: Sequence[Record]) -> Metadata:
-    """The metadata with the buckets of `records`; images of `keys` that are not among them lose theirs."""
+def _noted(metadata: Metadata, keys: Mapping[Path, str], records: Sequence[Record], stride: int) -> Metadata:
+    """The metadata with the buckets of `records`; images of `keys` that are not among them lose theirs.
+
+    Args: stride: pixels per latent position; train_resolution is a multiple of it.
+    """
     noted = {key: dict(entry) for key, entry in metadata.items()}
     for key in keys.values():
         noted.get(key, {}).pop("train_resolution", None)
     for record in records:
         entry = noted.setdefault(keys[record.path], {})
-        entry["train_resolution"] = [side - side % _MULTIPLE for side in record.bucket]
+        entry["train_resolution"] = [side - side % stride for side in record.bucket]
         entry["image_size"] = list(record.size)
     return noted
 

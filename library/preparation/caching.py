@@ -7,10 +7,9 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from library import registry
 from library.errors import UserError
+from library.families.registry import FAMILIES
 from library.options import caching as groups
-from library.options import scripts
 from library.options.base import OptionGroup, Options, build_options, opt, options_of
 from library.preparation import encoding as parts
 from library.preparation.images import gathered, is_first, require_room_beside
@@ -19,25 +18,37 @@ from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
+    from library.families.spec import FamilySpec
 
 
 def _families() -> type[OptionGroup]:
-    """Which family, and the options of all of them. Of those of one name the last family's stands in help."""
-    usual, *others = registry.FAMILIES
-    switches = {name: (bool, opt(False, f"the model is {scripts.traits_for(name).label}")) for name in others}
+    """Which family, and the options of all of them: a command line for training may be given as it is.
+
+    Of options of one name the first family's is shown, without a default where families have several.
+    """
+    switches = {name: (bool, opt(False, f"the model is {spec.traits.label}")) for name, spec in _others().items()}
     merged: dict[str, tuple[Any, Any]] = {}
-    for name in (usual, *others):
-        group = parts.family_options(name)
-        merged |= {option.dest: _field_of(group, option.dest) for option in options_of(group)}
-    members = [(name, hint, made) for name, (hint, made) in {**switches, **merged}.items()]
+    for spec in FAMILIES.values():
+        hints = get_type_hints(spec.options)
+        for option in options_of(spec.options):
+            found = spec.options.__dataclass_fields__[option.dest]
+            hint, shown = merged.setdefault(option.dest, (hints[option.dest], found))
+            if shown.default != found.default:
+                # one without a default explains what counts instead
+                explained = found if found.default is None else shown
+                merged[option.dest] = hint | None, field(default=None, metadata=explained.metadata)
+    members = [
+        (name, hint, field(default=made.default, metadata=made.metadata))
+        for name, (hint, made) in {**switches, **merged}.items()
+    ]
     return make_dataclass(
         "FamiliesOptions", members, bases=(_AnyFamily,), frozen=True, kw_only=True, namespace={"__module__": __name__}
     )
 
 
-def _field_of(group: type[OptionGroup], name: str) -> tuple[Any, Any]:
-    found = group.__dataclass_fields__[name]
-    return get_type_hints(group)[name], field(default=found.default, metadata=found.metadata)
+def _others() -> dict[str, FamilySpec]:
+    """All families but the one that is meant where no option names one."""
+    return dict(list(FAMILIES.items())[1:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,42 +56,41 @@ class _AnyFamily(OptionGroup, group="family", title="Model families"):
     """The family's own checks come once it is known which one it is."""
 
 
-FAMILIES = _families()
-GROUPS = (*groups.BEFORE_FAMILIES, FAMILIES, *groups.AFTER_FAMILIES)
+FamiliesOptions = _families()
+GROUPS = (*groups.BEFORE_FAMILIES, FamiliesOptions, *groups.AFTER_FAMILIES)
 
 
-def _family(opts: Options) -> str:
-    usual, *others = registry.FAMILIES
-    chosen = [name for name in others if getattr(opts.family, name)]
+def _family(opts: Options) -> FamilySpec:
+    chosen = [name for name in _others() if getattr(opts.family, name)]
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(f'--{name}' for name in chosen)} cannot both be; choose one kind of model")
-    return chosen[0] if chosen else usual
+    return FAMILIES[chosen[0]] if chosen else next(iter(FAMILIES.values()))
 
 
 def traits_of(opts: Options) -> FamilyTraits:
     """Those of the family that the options choose. Raises: UserError: they choose several."""
-    return scripts.traits_for(_family(opts))
+    return _family(opts).traits
 
 
-def _of_family(opts: Options, family: str, **changed: Any) -> Options:
+def _of_family(opts: Options, family: FamilySpec, **changed: Any) -> Options:
     """The options as a training script of the family would have them; what is of another family does nothing.
 
     Images that cannot be used are left out, whatever --strict says: it decides over the exit status here.
     """
-    own = parts.family_options(family)
-    others = {option.dest for option in options_of(FAMILIES)} - {option.dest for option in options_of(own)}
+    own = family.options
+    others = {option.dest for option in options_of(FamiliesOptions)} - {option.dest for option in options_of(own)}
     given = {name: value for name, value in opts.given.items() if name not in others}
-    for name in (others & opts.given.keys()) - registry.FAMILIES.keys():
-        LOGGER.warning("--%s: no effect on %s", name, scripts.traits_for(family).label)
-    kinds = [own if isinstance(group, FAMILIES) else type(group) for group in opts.groups]
+    for name in (others & opts.given.keys()) - FAMILIES.keys():
+        LOGGER.warning("--%s: no effect on %s", name, family.traits.label)
+    kinds = [own if isinstance(group, FamiliesOptions) else type(group) for group in opts.groups]
     return build_options(kinds, given).replaced(strict=False, seed=opts.training.seed or 0, **changed)
 
 
-def _check(opts: Options, family: str, problems: Sequence[str] = ()) -> list[Any]:
+def _check(opts: Options, family: FamilySpec, problems: Sequence[str] = ()) -> list[Any]:
     """The specs of the data sets. Raises: UserError: with `problems` and all others that can be seen at once."""
     from library.data.blueprint import build_specs
 
-    traits = scripts.traits_for(family)
+    traits = family.traits
     found, specs = [*opts.family.check(opts, traits), *problems], []
     try:
         specs = build_specs(opts, traits)
@@ -119,7 +129,7 @@ def cache_latents(opts: Options) -> Outcome:
     )
     specs = _check(opts, family)
     accelerator = parts.make_accelerator(opts)
-    models, adapter = parts.load_vae(family, opts), registry.make_family(family, opts)
+    models, adapter = parts.load_vae(family, opts), family.adapter(opts)
     data = read_data(specs, opts, adapter.traits, Processes(accelerator.process_index, accelerator.num_processes))
     outcome = Outcome(failed=dict(data.findings.dropped))
     records, layout = data.all_records, encoding.latent_layout(adapter.traits)
@@ -168,16 +178,16 @@ def cache_texts(opts: Options) -> Outcome:
 
     family = _family(opts)
     opts = _of_family(opts, family, cache_latents=False, cache_text_encoder_outputs_to_disk=True)
-    adapter = registry.make_family(family, opts)
+    adapter = family.adapter(opts)
     layout = adapter.text_layout()
     if layout is None:
-        others = ", ".join(f"--{name}" for name in list(registry.FAMILIES)[1:])
+        others = ", ".join(f"--{name}" for name in _others())
         raise UserError(f"{adapter.traits.label} has no files of text encoder outputs; say what the model is: {others}")
-    specs = _check(opts, family, registry.text_path_problems(family, opts))
+    specs = _check(opts, family, family.check_text_paths(opts))
     accelerator = parts.make_accelerator(opts)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     data = read_data(specs, opts, adapter.traits, processes)
-    encoding.require_texts(opts, adapter, registry.missing_encoders(family, opts), data, samples=False)
+    encoding.require_texts(opts, adapter, family.missing_encoders(opts), data, samples=False)
     items = text_outputs.items_of(data.all_records)
     files = {text_outputs.cache_file(one, layout): one.image for one in items}
     before = {file: _stamp(file) for file in files}

@@ -153,7 +153,7 @@ def test_golden_key_set():
 
 def test_key_set_with_the_real_options():
     from library.options.base import Given, build_options
-    from library.options.scripts import groups_for
+    from library.registry import groups_for
 
     given = {"pretrained_model_name_or_path": "x/y", "resolution": "512", "output_name": "kitten"}
     opts = build_options(

@@ -305,8 +305,8 @@ def test_what_files_tell(loaded, variant):
 
 def advice(**values):
     from library.options.base import Given, build_options
-    from library.options.scripts import groups_for
     from library.options.validation import problems, warnings
+    from library.registry import groups_for
 
     opts = build_options(groups_for("flux", "network"), {name: Given(value, "x") for name, value in values.items()})
     return "\n".join(problems(opts, TRAITS)), "\n".join(warnings(opts, TRAITS))

@@ -13,7 +13,7 @@ from library.families.sdxl.loading import load_model
 from library.families.sdxl.saving import save_model
 from library.families.shared.markers import MARKERS
 from library.options.parsing import parse_options
-from library.options.scripts import groups_for
+from library.registry import groups_for
 from library.types import Models
 from tests.builders.sdxl import tiny_sdxl, write_tiny_sdxl
 
@@ -26,7 +26,7 @@ def write(path, *markers):
 
 def followed(model, *arguments, family="sdxl"):
     opts = parse_options(groups_for(family, "network"), [f"--pretrained_model_name_or_path={model}", *arguments])
-    opts = registry.follow_model(family, opts)
+    opts = registry.FAMILIES[family].complete_options(opts)
     return opts.family.v_parameterization, opts.noise.zero_terminal_snr
 
 

@@ -331,10 +331,10 @@ def test_options_and_checks_import_nothing_heavy(bare):
     code = f"""
 import sys
 from library.options.parsing import parse_options
-from library.options.scripts import groups_for, traits_for
+from library.registry import FAMILIES, groups_for
 from library.options.validation import problems
 opts = parse_options(groups_for("sd3", "network"), ["--pretrained_model_name_or_path", {str(bare)!r}])
-problems(opts, traits_for("sd3"))
+problems(opts, FAMILIES["sd3"].traits)
 from library.families.sd3.variants import check_paths
 assert len(check_paths(opts)) == 2, check_paths(opts)
 print(*{{"torch", "numpy", "diffusers", "transformers"}} & set(sys.modules))

@@ -208,6 +208,6 @@ def test_paths_are_checked_at_once(tmp_path):
     ],
 )
 def test_files_of_other_kinds_are_recognised(key, label, tmp_path):
-    assert recognise(["time_embed.0.weight", key]) == label
+    assert str(recognise(["time_embed.0.weight", key])) == label
     save_file({key: torch.zeros(1)}, tmp_path / "other.safetensors")
     assert f"this is {label}" in check_paths(sd_options(tmp_path / "other.safetensors"))[0]

@@ -24,7 +24,7 @@ from library.families.sd.loading import load_model, load_vae
 from library.families.sd.variants import check_paths
 from library.families.shared.clip import final_layer_norm, live_name, public_state
 from library.options.parsing import parse_options
-from library.options.scripts import groups_for
+from library.registry import groups_for
 from library.types import Models
 from tests.builders import sd_options, tiny_sd, write_tiny_sd1, write_tiny_sd2
 

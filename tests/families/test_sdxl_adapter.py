@@ -20,8 +20,8 @@ from library.families.sdxl.options import TRAITS
 from library.families.sdxl.targets import block_index, unet_targets
 from library.families.shared.targets import clip_targets
 from library.options.parsing import parse_options
-from library.options.scripts import groups_for
 from library.options.validation import problems, warnings
+from library.registry import groups_for
 from library.types import Models
 from networks import lora, lora_files
 from tests.builders.sdxl import sdxl_options, tiny_sdxl, write_tiny_sdxl

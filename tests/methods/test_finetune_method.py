@@ -19,8 +19,8 @@ from library.families.sdxl.adapter import SdxlFamily
 from library.methods.finetune import FinetuneMethod, unmoved
 from library.methods.finetune_args import check_options
 from library.options.parsing import parse_options
-from library.options.scripts import groups_for, traits_for
 from library.options.validation import problems, warnings
+from library.registry import FAMILIES, groups_for
 from tests.builders import tiny_sd, write_tiny_sd1
 from tests.builders.sd3 import DEPTH, write_tiny_sd3
 from tests.builders.sdxl import tiny_sdxl
@@ -240,7 +240,7 @@ def complete(method, *flags):
 
 @pytest.mark.rows("R222")
 def test_fine_tuning_takes_metadata_files_only(tmp_path):
-    traits = traits_for("sd")
+    traits = FAMILIES["sd"].traits
     (line,) = problems(complete("finetune", "--train_data_dir=p", "--resolution=64"), traits)
     assert line.startswith("--in_json: missing; name a metadata file")
     (tmp_path / "m.json").write_text("{}")
@@ -271,10 +271,10 @@ def test_each_script_takes_its_kind_of_subsets(tmp_path):
 def test_diffusers_xformers_is_xformers():
     opts = complete("finetune", "--diffusers_xformers", "--dataset_config=d.toml")
     assert opts.memory.xformers is True
-    assert warnings(opts, traits_for("sd")) == ["--diffusers_xformers: deprecated; use --xformers"]
+    assert warnings(opts, FAMILIES["sd"].traits) == ["--diffusers_xformers: deprecated; use --xformers"]
     opts = complete("finetune", "--diffusers_xformers", "--sdpa", "--dataset_config=d.toml")
-    assert problems(opts, traits_for("sd")) == []
-    assert "--sdpa: no effect with --xformers, which is used" in warnings(opts, traits_for("sd"))
+    assert problems(opts, FAMILIES["sd"].traits) == []
+    assert "--sdpa: no effect with --xformers, which is used" in warnings(opts, FAMILIES["sd"].traits)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_diffusers_xformers_is_xformers():
     ],
 )
 def test_what_has_no_effect_is_said(method, flags, beginning):
-    (line,) = warnings(complete(method, "--dataset_config=d.toml", *flags), traits_for("sd"))
+    (line,) = warnings(complete(method, "--dataset_config=d.toml", *flags), FAMILIES["sd"].traits)
     assert line.startswith(beginning)
 
 
@@ -314,9 +314,9 @@ def test_the_guide_prints_commands_that_are_taken_and_options_that_exist(monkeyp
     for words in commands:
         start = next(index for index, word in enumerate(words) if word in SCRIPTS)
         opts = options(SCRIPTS[words[start]], *words[start + 1 :])
-        missing = [line for line in problems(opts, traits_for("sd")) if "demo_meta.json" not in line]
+        missing = [line for line in problems(opts, FAMILIES["sd"].traits) if "demo_meta.json" not in line]
         assert missing == []  # the guide makes that file
-        assert warnings(opts, traits_for("sd")) == []
+        assert warnings(opts, FAMILIES["sd"].traits) == []
     known = {option for method in SCRIPTS.values() for option in options(method).flat()}
     assert set(re.findall(r"--(\w+)", text)) - known == {"num_cpu_threads_per_process"}
 

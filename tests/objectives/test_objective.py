@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from library.errors import UserError
 from library.objectives.objective import DdpmObjective
 from library.options.parsing import parse_options
-from library.options.scripts import groups_for
+from library.registry import groups_for
 from tests.builders.host_reads import HostReads
 
 NOISE = {

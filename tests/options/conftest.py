@@ -10,7 +10,7 @@ import pytest
 from library.options.base import Options
 from library.options.optimizer import optimizer_path
 from library.options.parsing import parse_options
-from library.options.scripts import groups_for, traits_for
+from library.registry import FAMILIES, groups_for
 from library.runtime.packages import EXTRAS, THIRD_PARTIES
 
 
@@ -25,7 +25,7 @@ def _is_installed(package: str) -> bool:
 
 @pytest.fixture
 def traits():
-    return traits_for("sd")
+    return FAMILIES["sd"].traits
 
 
 @pytest.fixture

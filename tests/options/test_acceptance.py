@@ -13,8 +13,8 @@ from library import registry
 from library.errors import UserError
 from library.options.optimizer import default_rate
 from library.options.parsing import build_parser, parse_options
-from library.options.scripts import groups_for, traits_for
 from library.options.validation import problems, warnings
+from library.registry import groups_for
 from tests.builders.gui_files import TABS, written_by_gui
 
 NEEDED = {"pretrained_model_name_or_path": "m.safetensors", "train_data_dir": "train", "output_dir": "out"}
@@ -30,7 +30,7 @@ def read(tmp_path):
         file.write_text(text, encoding="utf-8")
         parser = build_parser(groups_for(family, method))
         argv = ["--config_file", str(file), *flags]
-        return parse_options(parser, argv, elsewhere=registry.options_elsewhere), traits_for(family)
+        return parse_options(parser, argv, elsewhere=registry.options_elsewhere), registry.FAMILIES[family].traits
 
     return parse
 

@@ -12,10 +12,9 @@ import pytest
 from library import cli
 from library.options.base import options_of
 from library.options.parsing import build_parser
-from library.options.scripts import groups_for, scripts_of, traits_for
+from library.registry import FAMILIES, groups_for
 
-FAMILIES = ("sd", "sdxl", "sd3", "flux")
-SCRIPTS = {script: (family, method) for family in FAMILIES for script, method in scripts_of(family).items()}
+SCRIPTS = {script: (family, method) for family in FAMILIES for script, method in FAMILIES[family].scripts.items()}
 LISTS = {script: json.loads((Path(__file__).parent / f"{script}_flags.json").read_text()) for script in SCRIPTS}
 FACTS = {script: {row["dest"]: row for row in rows} for script, rows in LISTS.items()}
 COUNTS = {
@@ -106,7 +105,7 @@ def test_help_shows_every_flag_and_exits_with_0(script, capsys):
 def test_help_names_the_models_and_nothing_that_is_not_so(script):
     family, method = SCRIPTS[script]
     said = cli.build_parser(family, method).description
-    assert traits_for(family).label in said
+    assert FAMILIES[family].traits.label in said
     assert "metadata" not in said  # folders of images will do, too, for most
 
 
@@ -116,13 +115,13 @@ def test_parsing_and_checking_import_nothing_heavy():
 import sys, time
 start = time.process_time()
 from library.options.parsing import build_parser, parse_options
-from library.options.scripts import groups_for, traits_for
+from library.registry import FAMILIES, groups_for
 from library.options.validation import problems, warnings
 for method in ("finetune", "dreambooth", "network"):
     groups = groups_for("sd", method)
     build_parser(groups).format_help()
 opts = parse_options(groups, ["--network_dim=4"])
-problems(opts, traits_for("sd")), warnings(opts, traits_for("sd"))
+problems(opts, FAMILIES["sd"].traits), warnings(opts, FAMILIES["sd"].traits)
 heavy = {"torch", "numpy", "diffusers", "transformers", "PIL", "accelerate", "cv2"} & set(sys.modules)
 print(time.process_time() - start, *heavy)
 """

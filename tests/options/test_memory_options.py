@@ -8,8 +8,8 @@ import pytest
 
 from library.errors import UserError
 from library.options.parsing import parse_options
-from library.options.scripts import groups_for
 from library.options.validation import problems, warnings
+from library.registry import groups_for
 
 BF16 = "--mixed_precision=bf16 --full_bf16"
 REFUSED = [

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from library.data.config_schema import KEYS
 from library.options.base import options_of
-from library.options.scripts import groups_for, scripts_of
-from library.registry import FAMILIES
+from library.registry import FAMILIES, groups_for
 from tools.option_tables import pages, preparation_scripts
 
 
 def test_the_tables_are_current():
     """If this fails: python tools/option_tables.py"""
     found = list(pages())
-    scripts = {script for family in FAMILIES for script in scripts_of(family)}
+    scripts = {script for family in FAMILIES for script in FAMILIES[family].scripts}
     scripts |= {script.stem for script in preparation_scripts()}
     assert {path.stem for path, _ in found} == scripts | {"dataset_config"}
     for path, page in found:
@@ -21,7 +20,7 @@ def test_the_tables_are_current():
 
 def test_every_option_has_a_row_of_four_cells():
     content = {path.stem: page for path, page in pages()}
-    for family, script, method in ((name, *pair) for name in FAMILIES for pair in scripts_of(name).items()):
+    for family, script, method in ((name, *pair) for name in FAMILIES for pair in FAMILIES[name].scripts.items()):
         lines = content[script].splitlines()
         rows = [line for line in lines if line.startswith("| `--")]
         options = [option for group in groups_for(family, method) for option in options_of(group)]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from library.options import scripts
+from library import registry
 from library.options.caching import CachedDistribution
 from library.options.memory import DistributedOptions
 from library.options.parsing import parse_options
@@ -17,7 +17,7 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAG
 
 
 def options(*words: str, method: str = "finetune"):
-    return parse_options(scripts.groups_for("flux", method), list(words))
+    return parse_options(registry.groups_for("flux", method), list(words))
 
 
 @pytest.mark.parametrize(

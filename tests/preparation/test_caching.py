@@ -8,7 +8,7 @@ from PIL import Image
 
 from library import registry
 from library.families.sdxl.adapter import SdxlFamily
-from library.options import parsing, scripts
+from library.options import parsing
 from library.options.base import options_of
 from library.preparation.caching import GROUPS, cache_latents, cache_texts, traits_of
 from library.preparation.script import run_script
@@ -30,10 +30,10 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("family", registry.FAMILIES)
 def test_the_options_of_every_family_are_taken(family):
     known = {option.dest for group in GROUPS for option in options_of(group)}
-    assert {option.dest for option in options_of(scripts._family_module(family).OPTIONS)} <= known
+    assert {option.dest for option in options_of(registry.FAMILIES[family].options)} <= known
     first = next(iter(registry.FAMILIES))
     opts = parsing.parse_options(GROUPS, [] if family == first else [f"--{family}"])
-    assert traits_of(opts) is scripts.traits_for(family)
+    assert traits_of(opts) is registry.FAMILIES[family].traits
 
 
 @pytest.mark.rows("R257")

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from library import cli
+from library import cli, registry
 from library.inference.generate import sample_latents
 from library.inference.prompts import SamplePrompt
 from library.methods.network import NetworkMethod
-from library.options import parsing, scripts
+from library.options import parsing
 
 MODEL = "examples/tiny_model/tiny-sd.safetensors"
 TEXT = "a sks flower on a black background"
@@ -85,5 +85,5 @@ def test_a_saved_lora(pipeline, lora, caplog):
 
 def test_options_of_the_script_reach_the_network(lora):
     """The helper above builds the method from the script's own options."""
-    opts = parsing.parse_options(scripts.groups_for("sd", "network"), [f"--network_weights={lora}"])
+    opts = parsing.parse_options(registry.groups_for("sd", "network"), [f"--network_weights={lora}"])
     assert opts.method.network_weights == str(lora)

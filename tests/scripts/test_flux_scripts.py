@@ -19,8 +19,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from library import cli
-from library.options import parsing, scripts, validation
+from library import cli, registry
+from library.options import parsing, validation
 from library.training import loop, placement
 from networks import lora_flux_args
 from tests.builders.flux import write_flux, write_parts
@@ -265,12 +265,12 @@ FRAGMENTS = {
 
 def checked(script: str, line: str):
     """The options of a command line, and the lines of problems and warnings."""
-    groups = scripts.groups_for("flux", scripts.scripts_of("flux")[script])
+    groups = registry.groups_for("flux", registry.FAMILIES["flux"].scripts[script])
     needed = "--pretrained_model_name_or_path=flux1-dev.safetensors --train_data_dir=. --resolution=512 --output_dir=x"
     if script == "flux_train_network":
         needed += " --network_module=networks.lora_flux"
     opts = parsing.parse_options(groups, shlex.split(f"{needed} {line}"))
-    traits = scripts.traits_for("flux")
+    traits = registry.FAMILIES["flux"].traits
     return opts, validation.problems(opts, traits), validation.warnings(opts, traits)
 
 

@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from library import cli
-from library.families.sdxl.options import SCRIPTS, TRAITS
-from library.options import parsing, scripts, validation
+from library import cli, registry
+from library.families.sdxl.options import TRAITS
+from library.options import parsing, validation
 from tests.builders.sdxl import write_tiny_sdxl
 from tests.scripts.starting import as_words
 from tests.scripts.weights import furthest
@@ -281,9 +281,10 @@ def test_mistakes_are_one_line_before_anything_is_loaded(run_script, model, data
 def test_the_options_of_the_guides_recipes_go_together():
     guide = Path("docs/sdxl.md").read_text(encoding="utf-8").replace("\\\n", " ")
     commands = re.findall(r"^python (\w+)\.py (.+)$", guide, flags=re.M)
-    assert [name for name, _ in commands] == list(SCRIPTS)
+    scripts = registry.FAMILIES["sdxl"].scripts
+    assert [name for name, _ in commands] == list(scripts)
     for name, options in commands:
-        opts = parsing.parse_options(scripts.groups_for("sdxl", SCRIPTS[name]), shlex.split(options))
+        opts = parsing.parse_options(registry.groups_for("sdxl", scripts[name]), shlex.split(options))
         found = [line for line in validation.problems(opts, TRAITS) if "there is no f" not in line]  # stand-in names
         assert found == []
         assert list(validation.warnings(opts, TRAITS)) == []

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from library.errors import UserError
 from library.options.base import options_of
 from library.options.optimizer import OPTIMIZERS, SCHEDULES, OptimizerOptions, literal_args
-from library.options.scripts import groups_for
+from library.registry import groups_for
 from library.training.lr_schedules import make_schedule
 from library.training.optimizers import (
     averaged_weights,

@@ -9,7 +9,7 @@ import pytest
 
 from library.options import validation
 from library.options.parsing import parse_options
-from library.options.scripts import groups_for, traits_for
+from library.registry import FAMILIES, groups_for
 from library.training import rehearsal
 
 Usage = namedtuple("Usage", "total used free")
@@ -24,7 +24,7 @@ def problems(tmp_path):
         needed += [] if name is None else [f"--output_name={name}"]
         needed += ["--network_module=networks.lora"] if method == "network" else []
         opts = parse_options(groups_for("sd", method), [*needed, "--train_data_dir=d", "--resolution=64"])
-        found = [line for line in validation.problems(opts, traits_for("sd")) if line.startswith("--output")]
+        found = [line for line in validation.problems(opts, FAMILIES["sd"].traits) if line.startswith("--output")]
         return found or rehearsal.problems(opts)
 
     return problems

@@ -8,7 +8,7 @@ import torch
 from library import registry
 from library.methods.network import NetworkMethod
 from library.options.parsing import parse_options
-from library.options.scripts import groups_for
+from library.registry import groups_for
 from library.training.ema import Average
 from library.training.scalars import ScalarQueue
 from library.training.step import StepParts, training_step
@@ -57,7 +57,7 @@ def test_a_step_reads_nothing_back(name, cached, tmp_path):
     line = [f"--pretrained_model_name_or_path={model}", *files, *OPTIONS[name], "--seed=1", "--network_dropout=0.1"]
     line += [f"--network_module={MODULES.get(name, 'networks.lora')}", "--learning_rate=1e-3"]
     line += ["--network_train_unet_only", *CACHED_OPTIONS.get(name, ())] if cached else []
-    family = registry.make_family(name, parse_options(groups_for(name, "network"), line))
+    family = registry.FAMILIES[name].adapter(parse_options(groups_for(name, "network"), line))
     models = family.load()
     for part in (models.denoiser, *models.text_encoders.values()):
         part.float()

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from library.options.logging import TENSORBOARD_KEYS
 from library.options.parsing import parse_options
-from library.options.scripts import groups_for
+from library.registry import groups_for
 from library.runtime.logs import LOGGER
 from library.training.tracking import Tracker, loggable, make_tracker
 
@@ -28,7 +28,7 @@ OFFLINE_RUN = """
 import sys
 from PIL import Image
 from library.options.parsing import parse_options
-from library.options.scripts import groups_for
+from library.registry import groups_for
 from library.training.tracking import make_tracker
 
 with make_tracker(parse_options(groups_for("sd", "network"), sys.argv[1:]), "network_train") as tracker:

@@ -13,6 +13,7 @@ from library.checkpoints.reading import open_weights
 from library.checkpoints.scaled import is_scale
 from library.errors import UserError
 from library.families.flux.keymap import AE, flux_map
+from library.families.flux.spec import FLUX
 from library.families.flux.variants import (
     FLAGS,
     FOLDERS,
@@ -44,7 +45,7 @@ from library.families.shared.reading import (
     vae_from_file,
     vae_origin,
 )
-from library.families.shared.recognition import FLUX, recognise
+from library.families.shared.recognition import recognise
 from library.families.shared.t5 import build_t5, t5_from_folder, t5_keys
 
 if TYPE_CHECKING:
@@ -276,8 +277,8 @@ def _encoder_from_folder(folder: Path, part: str) -> nn.Module:
     return from_pretrained(CLIPTextModel, str(folder), FOLDERS[part], dtype)
 
 
-def own_vae(opts: Options) -> nn.Module:
-    """The autoencoder by itself that the options name, as a loaded model would have it.
+def load_vae_alone(opts: Options) -> nn.Module:
+    """The autoencoder that the options name, without its model, as `load_model` would return it.
 
     Raises: UserError: missing, unreadable, or another kind of VAE.
     """

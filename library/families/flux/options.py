@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Literal
 from library.families.base import FamilyTraits
 from library.families.shared.option_groups import FlowOptions
 from library.options.base import opt
-from library.options.finetune import DENOISER_ONLY_GROUPS
-from library.options.large_models import LargeModelOptions, SplitModeOptions, TextCacheOptions
 
 if TYPE_CHECKING:
     from library.options.base import Options
@@ -110,11 +108,3 @@ class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
             yield "timestep_sampling"
         if self.weighting_scheme in ("sigma_sqrt", "cosmap") and self.model_prediction_type != "sigma_scaled":
             yield "model_prediction_type"
-
-
-OPTIONS = FluxOptions
-SCRIPTS = {"flux_train_network": "network", "flux_train": "finetune"}  # entry script -> method
-GROUPS = {
-    "network": (LargeModelOptions, TextCacheOptions, SplitModeOptions),
-    "finetune": DENOISER_ONLY_GROUPS,
-}

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.families.flux.keymap import AE, ENCODERS, PREFIX
+from library.families.flux.spec import FLUX
 from library.families.shared.recognition import (
-    FLUX,
     file_shapes,
     path_problem,
     pipeline_kind,
     read_json,
     recognise,
+    unsupported,
     vae_problem,
 )
 from library.families.shared.t5 import is_t5
@@ -35,26 +36,13 @@ DIFFUSERS_SIGN = "transformer_blocks.0.attn.add_k_proj.bias"
 _NO_MODEL = "--pretrained_model_name_or_path: name a model: a file, a Diffusers folder or a hub id"
 IN_CHANNELS = 64  # 16 of the latents, in patches of 2 x 2
 HEAD_UNIT = 32  # rotary axes take 1/8, 7/16 and 7/16 of a head's width, in pairs
-# Models with FLUX's block names that are others all the same, or weights that cannot be read.
-STRANGERS = (
-    (r"distilled_guidance_layer\.", "this is a Chroma model; a FLUX.1 model is needed here"),
-    (r"double_stream_modulation_img\.", "this is a FLUX.2 model; a FLUX.1 model is needed here"),
-    (
-        r"\.(quant_state\.|absmax$|quant_map$)",
-        "its weights are quantised to 4 bits, which cannot be trained on; use the file in 16 bits or fp8",
-    ),
-)
 
 
 def mismatch(keys: Iterable[str]) -> str | None:
     """Why a file with these keys is not the model that is asked for; None when it is."""
     keys = list(keys)
-    text = "\n".join(keys)
     kind = recognise(keys)
-    for sign, problem in STRANGERS:
-        if kind == FLUX and re.search(sign, text, re.MULTILINE):
-            return problem
-    return None if kind == FLUX else f"this is {kind}; a FLUX.1 model is needed here"
+    return unsupported(keys, kind) if kind == FLUX else f"this is {kind}; a FLUX.1 model is needed here"
 
 
 def folder_problem(path: Path) -> str | None:

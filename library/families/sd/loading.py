@@ -10,6 +10,7 @@ from library.checkpoints.reading import open_weights
 from library.errors import UserError
 from library.families.sd.keymap import text_map
 from library.families.sd.options import TRAITS
+from library.families.sd.spec import SD1, SD2
 from library.families.sd.variants import (
     SD1_HEADS,
     VAE_SOURCES,
@@ -22,7 +23,7 @@ from library.families.shared import reading
 from library.families.shared.building import build
 from library.families.shared.clip import build_clip, clip_config
 from library.families.shared.reading import Reader, from_pretrained, naming
-from library.families.shared.recognition import SD1, SD2, recognise
+from library.families.shared.recognition import recognise
 from library.families.shared.unet import UNET, channels_problem, unet_map, unet_shape
 from library.families.shared.vae import VAE
 
@@ -61,7 +62,7 @@ def load_model(name: str, v2: bool, vae_name: str | None = None) -> Parts:
     Raises: UserError: missing, unreadable, incomplete or of another family.
     """
     load = _load_file if Path(name).is_file() else _load_folder
-    parts = load(name, v2, own_vae=not vae_name)
+    parts = load(name, v2, with_vae=not vae_name)
     if vae_name:
         parts.vae, forms = load_vae(vae_name)
         parts.source = parts.source.with_vae(vae_name, forms)
@@ -73,16 +74,16 @@ def load_vae(name: str) -> tuple[nn.Module, dict[str, Form]]:
     return reading.load_vae(name, kinds=VAE_SOURCES, channels=TRAITS.latent_channels, scaling_factor=SCALING_FACTOR)
 
 
-def own_vae(opts: Options) -> nn.Module:
-    """The VAE by itself that the options name, as a loaded model would have it. Raises: UserError: as `load_vae`."""
+def load_vae_alone(opts: Options) -> nn.Module:
+    """The VAE that the options name, as a whole model would have it. Raises: UserError: as `load_vae`."""
     return load_vae(reading.vae_origin(opts.model.vae, opts.model.pretrained_model_name_or_path))[0]
 
 
 # --- single files -----------------------------------------------------------------------------------------------------
 
 
-def _load_file(name: str, v2: bool, *, own_vae: bool) -> Parts:
-    """`own_vae`: False leaves the file's VAE unread, whatever it is."""
+def _load_file(name: str, v2: bool, *, with_vae: bool) -> Parts:
+    """`with_vae`: False leaves the file's VAE unread, whatever it is."""
     import torch
 
     vae, vae_forms = None, {}
@@ -96,8 +97,8 @@ def _load_file(name: str, v2: bool, *, own_vae: bool) -> Parts:
         level = v2 or has_text_model_level(weights)
         denoiser = _unet_from_file(reader, v2)
         text_encoder = _text_encoder_from_file(reader, v2, level)
-        if own_vae:
-            vae, vae_forms = reading.own_vae_of_file(weights, SCALING_FACTOR)
+        if with_vae:
+            vae, vae_forms = reading.vae_of_model_file(weights, SCALING_FACTOR)
     forms = reader.forms | vae_forms
     source = Source(
         name=name,
@@ -106,7 +107,7 @@ def _load_file(name: str, v2: bool, *, own_vae: bool) -> Parts:
         is_file=True,
         text_model_level=level,
         forms=forms,
-        preserved=tuple(key for key in weights if key not in forms and (own_vae or not key.startswith(VAE))),
+        preserved=tuple(key for key in weights if key not in forms and (with_vae or not key.startswith(VAE))),
         counters=reading.counters(weights),
         file_kind=reading.file_kind(weights),
     )
@@ -133,7 +134,7 @@ def _text_encoder_from_file(reader: Reader, v2: bool, text_model_level: bool) ->
 # --- Diffusers folders and the hub ------------------------------------------------------------------------------------
 
 
-def _load_folder(name: str, v2: bool, *, own_vae: bool) -> Parts:
+def _load_folder(name: str, v2: bool, *, with_vae: bool) -> Parts:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -151,6 +152,6 @@ def _load_folder(name: str, v2: bool, *, own_vae: bool) -> Parts:
         problem = channels_problem(denoiser.config.in_channels)
         if problem:
             raise UserError(problem)
-        vae = reading.own_vae_of_folder(name) if own_vae else None
+        vae = reading.vae_of_model_folder(name) if with_vae else None
     dtypes = reading.folder_dtypes(Path(name), ("unet", "text_encoder", "vae"))
     return Parts(denoiser, text_encoder, vae, Source(name, name, is_file=False, part_dtypes=dtypes, v2=v2))

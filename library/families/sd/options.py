@@ -32,11 +32,3 @@ class SdOptions(CommonOptions, group="family", title="Stable Diffusion 1.x/2.x")
         yield from super().advise(opts, traits)
         if self.v2 and self.clip_skip is not None:
             yield "--clip_skip: 2.x models use the layer before the last by themselves; leave it out for them"
-
-
-OPTIONS = SdOptions
-SCRIPTS = {  # entry script -> method
-    "train_network": "network",
-    "train_db": "dreambooth",
-    "fine_tune": "finetune",
-}

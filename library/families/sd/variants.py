@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.families.sd.keymap import CLIP, OPEN_CLIP
+from library.families.sd.spec import SD1, SD2
+from library.families.sdxl.spec import SDXL
 from library.families.shared.recognition import (
-    SD1,
-    SD2,
-    SDXL,
     file_shapes,
     missing_vae_folder,
     path_problem,
@@ -24,13 +23,14 @@ from library.families.shared.unet import CHANNELS, channels_problem, input_probl
 from library.families.shared.vae import missing_vae
 
 if TYPE_CHECKING:
+    from library.families.spec import ModelKind
     from library.options.base import Options
 
 SD1_HEADS = 8  # shapes cannot tell; the real models' rule. 2.x has heads of 64
 VAE_SOURCES = (SD1, SD2)  # files that a VAE may be taken from
 
 
-def mismatch(kind: str, v2: bool) -> str | None:
+def mismatch(kind: ModelKind, v2: bool) -> str | None:
     """Why a file of this kind is not the model that is asked for; None when it is."""
     if kind == (SD2 if v2 else SD1):
         return None
@@ -75,7 +75,7 @@ def folder_problem(path: Path, v2: bool) -> str | None:
     return mismatch(kind, v2) or channels_problem(channels)
 
 
-def folder_kind(path: Path) -> str:
+def folder_kind(path: Path) -> ModelKind:
     """SD1 or SD2, by the activation function of the folder's text encoder."""
     if (path / "text_encoder_2").is_dir():
         return SDXL

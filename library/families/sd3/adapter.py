@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from library.objectives.objective import Objective
     from library.types import Batch
 
-VAE_STRIDE = 8  # pixels for each latent
 ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
 
 
@@ -66,7 +65,7 @@ class Sd3Family(Family):
     def _longest_side(self, denoiser: nn.Module) -> int | None:
         """Of images, as far as the table of positions reaches; scaled positions lie between its entries."""
         table = denoiser.pos_embed
-        most = table.pos_embed_max_size * table.patch_size * VAE_STRIDE
+        most = table.pos_embed_max_size * table.patch_size * TRAITS.latent_stride
         return None if self.opts.family.enable_scaled_pos_embed else most
 
     def _place_positions(self, denoiser: nn.Module, variant: str) -> None:

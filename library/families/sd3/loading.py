@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.families.sd3.keymap import ENCODERS, MMDIT, mmdit_map
+from library.families.sd3.spec import SD3
 from library.families.sd3.variants import (
     FLAGS,
     FOLDERS,
@@ -40,7 +41,7 @@ from library.families.shared.reading import (
     vae_from_file,
     vae_origin,
 )
-from library.families.shared.recognition import SD3, recognise
+from library.families.shared.recognition import recognise
 from library.families.shared.t5 import build_t5, t5_from_folder, t5_keys
 from library.families.shared.vae import VAE
 
@@ -151,8 +152,8 @@ VAE_FACTS: dict[str, Any] = {
 }
 
 
-def own_vae(opts: Options) -> nn.Module:
-    """The VAE by itself that the options name, as a loaded model would have it.
+def load_vae_alone(opts: Options) -> nn.Module:
+    """The VAE that the options name, without its model, as `load_model` would return it.
 
     Raises: UserError: missing, unreadable, or without such a VAE.
     """

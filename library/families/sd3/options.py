@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 from library.families.base import FamilyTraits
 from library.families.shared.option_groups import FlowOptions
 from library.options.base import opt
-from library.options.finetune import THREE_ENCODER_GROUPS
-from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
 
 if TYPE_CHECKING:
     from library.options.base import Options
@@ -84,8 +82,3 @@ class Sd3Options(FlowOptions, group="family", title="Stable Diffusion 3/3.5"):
         for name in ("save_clip", "save_t5xxl"):
             if getattr(self, name) and hasattr(opts.method, "network_module"):
                 yield f"--{name}: no effect here; {_SAVED_APART}"
-
-
-OPTIONS = Sd3Options
-SCRIPTS = {"sd3_train_network": "network", "sd3_train": "finetune"}  # entry script -> method
-GROUPS = {"network": (LargeModelOptions, TextCacheOptions, BlockSwapOptions), "finetune": THREE_ENCODER_GROUPS}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.families.sd3.keymap import ENCODERS, MMDIT
+from library.families.sd3.spec import SD3
 from library.families.shared.recognition import (
-    SD3,
     file_shapes,
     path_problem,
     pipeline_kind,
@@ -25,6 +25,7 @@ from library.families.shared.t5 import is_t5
 from library.families.shared.vae import missing_vae
 
 if TYPE_CHECKING:
+    from library.families.spec import ModelKind
     from library.options.base import Options
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -39,7 +40,7 @@ CLIP_SIGN = "text_model.encoder.layers.0.mlp.fc1.weight"
 CLIP_L_WIDTH, CLIP_G_WIDTH = 768, 1280  # of the published encoders
 
 
-def mismatch(kind: str) -> str | None:
+def mismatch(kind: ModelKind) -> str | None:
     """Why a file of this kind is not the model that is asked for; None when it is."""
     return None if kind == SD3 else f"this is {kind}; a Stable Diffusion 3 or 3.5 model is needed here"
 

@@ -34,7 +34,6 @@ STATES = {"te1": "hidden_state1", "te2": "hidden_state2"}
 POOLED = "pool2"
 # They did not turn the projection of single files the other way round, so that the pooled text is another.
 FOREIGN_POOLED = f"it was made by another trainer, and those often compute {POOLED} wrongly"
-VAE_STRIDE = 8  # pixels for each latent
 
 
 class SdxlFamily(Family):
@@ -141,7 +140,7 @@ def _time_ids(noisy: Tensor, batch: Batch | None) -> Tensor:
     import torch
 
     if batch is None:
-        height, width = (side * VAE_STRIDE for side in noisy.shape[-2:])
+        height, width = (side * TRAITS.latent_stride for side in noisy.shape[-2:])
         whole = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=noisy.device)
         return whole.repeat(len(noisy), 1)
     sizes = (batch.original_sizes.flip(-1), batch.crop_top_lefts, batch.target_sizes.flip(-1))

@@ -56,9 +56,9 @@ def load_model(name: str, vae_name: str | None = None, *, mapped: bool = True) -
     Raises: UserError: missing, unreadable, incomplete or of another family.
     """
     if Path(name).is_file():
-        parts = _load_file(name, mapped=mapped, own_vae=not vae_name)
+        parts = _load_file(name, mapped=mapped, with_vae=not vae_name)
     else:
-        parts = _load_folder(name, own_vae=not vae_name)
+        parts = _load_folder(name, with_vae=not vae_name)
     if vae_name:
         parts.vae, forms = load_vae(vae_name)
         parts.source = parts.source.with_vae(vae_name, forms)
@@ -82,31 +82,31 @@ def load_vae(name: str) -> tuple[nn.Module, dict[str, Form]]:
     return reading.load_vae(name, kinds=VAE_SOURCES, channels=TRAITS.latent_channels, scaling_factor=SCALING_FACTOR)
 
 
-def own_vae(opts: Options) -> nn.Module:
-    """The VAE by itself that the options name, as a loaded model would have it. Raises: UserError: as `load_vae`."""
+def load_vae_alone(opts: Options) -> nn.Module:
+    """The VAE that the options name, as a whole model would have it. Raises: UserError: as `load_vae`."""
     return load_vae(reading.vae_origin(opts.model.vae, opts.model.pretrained_model_name_or_path))[0]
 
 
 # --- single files -----------------------------------------------------------------------------------------------------
 
 
-def _load_file(name: str, *, mapped: bool, own_vae: bool) -> Parts:
-    """`own_vae`: False leaves the file's VAE unread, whatever it is."""
+def _load_file(name: str, *, mapped: bool, with_vae: bool) -> Parts:
+    """`with_vae`: False leaves the file's VAE unread, whatever it is."""
     vae, vae_forms = None, {}
     with naming(name):
         weights = _open_file(Path(name), mapped)
         reader = Reader(weights, None)
         denoiser = _unet_from_file(reader)
         text_encoders = _text_encoders(reader)
-        if own_vae:
-            vae, vae_forms = reading.own_vae_of_file(weights, SCALING_FACTOR)
+        if with_vae:
+            vae, vae_forms = reading.vae_of_model_file(weights, SCALING_FACTOR)
     forms = reader.forms | vae_forms
     source = Source(
         name=name,
         vae_name=name,
         is_file=True,
         forms=forms,
-        preserved=tuple(key for key in weights if key not in forms and (own_vae or not key.startswith(VAE))),
+        preserved=tuple(key for key in weights if key not in forms and (with_vae or not key.startswith(VAE))),
         counters=reading.counters(weights),
         file_kind=reading.file_kind(weights),
         projection=projection_name(weights),
@@ -154,7 +154,7 @@ def _text_encoder(reader: Reader, prefix: str, keys: KeyMap, *, hidden_act: str,
 # --- Diffusers folders and the hub ------------------------------------------------------------------------------------
 
 
-def _load_folder(name: str, *, own_vae: bool) -> Parts:
+def _load_folder(name: str, *, with_vae: bool) -> Parts:
     from diffusers import UNet2DConditionModel
 
     reading.require_model_name(name)
@@ -167,7 +167,7 @@ def _load_folder(name: str, *, own_vae: bool) -> Parts:
         problem = channels_problem(denoiser.config.in_channels)
         if problem:
             raise UserError(problem)
-        vae = reading.own_vae_of_folder(name) if own_vae else None
+        vae = reading.vae_of_model_folder(name) if with_vae else None
     return Parts(denoiser, text_encoders, vae, Source(name, name, is_file=False, part_dtypes=dtypes))
 
 

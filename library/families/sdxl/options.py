@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 from library.families.base import FamilyTraits
 from library.families.shared.option_groups import CommonOptions
-from library.options.finetune import TWO_ENCODER_GROUPS
-from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
 from library.types import BlockLayout
 
 if TYPE_CHECKING:
@@ -44,8 +42,3 @@ class SdxlOptions(CommonOptions, group="family", title="SDXL"):
             yield f"--v2: no effect on {traits.label}"
         if self.clip_skip is not None:
             yield f"--clip_skip: no effect on {traits.label}, which always reads the layer before the last"
-
-
-OPTIONS = SdxlOptions
-SCRIPTS = {"sdxl_train_network": "network", "sdxl_train": "finetune"}  # entry script -> method
-GROUPS = {"network": (LargeModelOptions, TextCacheOptions, BlockSwapOptions), "finetune": TWO_ENCODER_GROUPS}

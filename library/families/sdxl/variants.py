@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.families.sdxl.keymap import PROJECTION, PROJECTION_LAYER, TE1, TE2
+from library.families.sdxl.spec import SDXL
 from library.families.shared.recognition import (
-    SDXL,
     file_shapes,
     missing_vae_folder,
     path_problem,
@@ -21,6 +21,7 @@ from library.families.shared.unet import CHANNELS, channels_problem, input_probl
 from library.families.shared.vae import missing_vae
 
 if TYPE_CHECKING:
+    from library.families.spec import ModelKind
     from library.options.base import Options
 
 VAE_SOURCES = (SDXL,)  # files that a VAE may be taken from
@@ -85,7 +86,7 @@ def folder_problem(path: Path) -> str | None:
     return channels_problem(read_json(path / "unet" / "config.json").get("in_channels", CHANNELS))
 
 
-def _mismatch(kind: str) -> str:
+def _mismatch(kind: ModelKind | str) -> str:
     return f"this is {kind}; a whole SDXL model is needed here"
 
 

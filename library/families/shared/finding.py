@@ -1,20 +1,19 @@
-"""Which family a model is of, where nobody says. Only names are read: no torch, but for pickles."""
+"""Which family a model is of, where no option says it. Only names are read: no torch, but for pickles."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.families.sd.options import TRAITS
+from library.families.sd.spec import SD1
+from library.families.sdxl.spec import SDXL
 from library.families.shared import hub
 from library.families.shared.reading import naming
 from library.families.shared.recognition import (
-    FLUX,
-    SD1,
-    SD2,
-    SD3,
-    SDXL,
+    FAMILY_OF,
     UNKNOWN,
     VAE_ONLY,
     file_shapes,
@@ -25,12 +24,14 @@ from library.families.shared.recognition import (
     recognise_file,
 )
 
-FAMILY_OF = {SD1: "sd", SD2: "sd", SDXL: "sdxl", SD3: "sd3", FLUX: "flux"}  # what recognition finds -> family
+if TYPE_CHECKING:
+    from library.families.spec import ModelKind
+
 _INDEX = "model_index.json"
 
 
-def kind_of(name: str) -> str:
-    """What a file, folder or hub id is, in the words of `recognition`; UNKNOWN where names do not tell it.
+def kind_of(name: str) -> ModelKind:
+    """The kind of a file, folder or hub id; UNKNOWN where its names fit nothing.
 
     Raises: UserError: it is not there, or broken; or the hub would have to be asked and does not answer.
     """
@@ -73,13 +74,13 @@ def _latent_channels(path: Path) -> int | None:
     return shape[1] if len(shape) > 1 else None
 
 
-def _kind_of_pickle(path: Path) -> str:
+def _kind_of_pickle(path: Path) -> ModelKind:
     from library.checkpoints.reading import open_weights
 
     return recognise(open_weights(path))
 
 
-def _kind_of_folder(path: Path) -> str:
+def _kind_of_folder(path: Path) -> ModelKind:
     kind = pipeline_kind(path)
     if kind is not None:
         return kind
@@ -90,7 +91,7 @@ def _kind_of_folder(path: Path) -> str:
     return VAE_ONLY if is_vae else UNKNOWN
 
 
-def _kind_of_hub_model(name: str) -> str:
+def _kind_of_hub_model(name: str) -> ModelKind:
     """From its index alone. A model without one, such as a VAE by itself, stays unknown."""
     from huggingface_hub import hf_hub_download
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from library.families.spec import ModelKind
+
     Weights = SafetensorsFile | TorchFile
     Form = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor in a file
 
@@ -231,7 +233,7 @@ def vae_origin(given: str | None, model: str | None, flag: str = "--vae") -> str
     return origin
 
 
-def own_vae_of_file(weights: Weights, scaling_factor: float) -> tuple[nn.Module, dict[str, Form]]:
+def vae_of_model_file(weights: Weights, scaling_factor: float) -> tuple[nn.Module, dict[str, Form]]:
     """`vae_from_file` of a whole model's file. Raises: UserError: it brings no VAE, or a broken one."""
     problem = missing_vae(weights)
     if problem:
@@ -239,7 +241,7 @@ def own_vae_of_file(weights: Weights, scaling_factor: float) -> tuple[nn.Module,
     return vae_from_file(weights, scaling_factor)
 
 
-def own_vae_of_folder(name: str) -> nn.Module:
+def vae_of_model_folder(name: str) -> nn.Module:
     """The VAE of a Diffusers model's folder or hub id. Raises: UserError: it brings none, or it cannot be read."""
     from diffusers import AutoencoderKL
 
@@ -252,7 +254,7 @@ def own_vae_of_folder(name: str) -> nn.Module:
 def load_vae(
     name: str,
     *,
-    kinds: tuple[str, ...],
+    kinds: tuple[ModelKind, ...],
     channels: int,
     scaling_factor: float,
     shift_factor: float | None = None,

@@ -1,4 +1,4 @@
-"""What a weight file or a model folder is, told from names alone: no torch, so that it can be asked at once."""
+"""What a weight file or a model folder is, by names alone: no torch, so that mistakes are found at once."""
 
 from __future__ import annotations
 
@@ -10,40 +10,49 @@ from typing import Any
 
 from library.checkpoints.reading import read_names
 from library.errors import UserError
+from library.families.registry import FAMILIES
 from library.families.shared.vae import NO_VAE
+from library.families.spec import ModelKind
 from library.runtime.documents import parse_json, read_text
 
-SD1, SD2, SDXL = "a Stable Diffusion 1.x model", "a Stable Diffusion 2.x model", "an SDXL model"
-SD3, FLUX = "a Stable Diffusion 3 model", "a FLUX model"
-VAE_ONLY, TEXT_ENCODER, T5 = "a VAE", "a text encoder by itself", "a T5 text encoder"
-UNKNOWN = "not a model that is known here"
-
-# The first line whose pattern is found in any key names the file.
-SIGNS = (
-    (r"^lora_|\.lora_(down|up|A|B)\.|\.hada_w1_a$|\.lokr_w1|\.oft_(blocks|diag)$", "a LoRA (or similar network) file"),
-    (r"^emb_params$|^clip_[lg]$|^string_to_param", "a Textual Inversion embedding"),
-    (r"^conditioner\.embedders\.", SDXL),
-    (r"joint_blocks\.\d+\.", SD3),
-    (r"double_blocks\.\d+\.|^transformer_blocks\.\d+\.attn\.add_k_proj", FLUX),
-    (r"^control_model\.|^input_hint_block\.|^controlnet_", "a ControlNet"),
-    (r"^cond_stage_model\.model\.", SD2),
-    (r"^cond_stage_model\.transformer\.", SD1),
-    (r"^model\.diffusion_model\.|^input_blocks\.", "a U-Net without a text encoder"),
-    (r"^(unet\.)?(down_blocks|up_blocks)\.", "a Diffusers U-Net by itself"),
-    (r"^(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|conv_in|down_blocks|mid_block)", VAE_ONLY),
-    (r"^(text_model\.)?encoder\.layers?\.", TEXT_ENCODER),
-    (r"^encoder\.block\.\d+\.", T5),
+VAE_ONLY = ModelKind(
+    "a VAE", keys=r"^(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|conv_in|down_blocks|mid_block)"
 )
-PIPELINES = {"StableDiffusionXL": SDXL, "StableDiffusion3": SD3, "Flux": FLUX}  # by the beginning of the class's name
+UNKNOWN = ModelKind("not a model that is known here", keys=r"(?!)")
+
+# The first kind whose pattern is found in any key names the file.
+_NO_MODELS = (
+    ModelKind(
+        "a LoRA (or similar network) file",
+        keys=r"^lora_|\.lora_(down|up|A|B)\.|\.hada_w1_a$|\.lokr_w1|\.oft_(blocks|diag)$",
+    ),
+    ModelKind("a Textual Inversion embedding", keys=r"^emb_params$|^clip_[lg]$|^string_to_param"),
+    ModelKind("a ControlNet", keys=r"^control_model\.|^input_hint_block\.|^controlnet_"),
+)
+_PARTS = (
+    ModelKind("a U-Net without a text encoder", keys=r"^model\.diffusion_model\.|^input_blocks\."),
+    ModelKind("a Diffusers U-Net by itself", keys=r"^(unet\.)?(down_blocks|up_blocks)\."),
+    VAE_ONLY,
+    ModelKind("a text encoder by itself", keys=r"^(text_model\.)?encoder\.layers?\."),
+    ModelKind("a T5 text encoder", keys=r"^encoder\.block\.\d+\."),
+)
+FAMILY_OF = {kind: spec.name for spec in FAMILIES.values() for kind in spec.kinds}
 
 
-def recognise(keys: Iterable[str]) -> str:
-    """What a weight file is, in words, from its key names."""
+def recognise(keys: Iterable[str]) -> ModelKind:
+    """What a weight file is, from its key names; UNKNOWN where they fit nothing."""
     text = "\n".join(keys)
-    return next((label for sign, label in SIGNS if re.search(sign, text, re.MULTILINE)), UNKNOWN)
+    kinds = (*_NO_MODELS, *FAMILY_OF, *_PARTS)
+    return next((kind for kind in kinds if re.search(kind.keys, text, re.MULTILINE)), UNKNOWN)
 
 
-def recognise_file(path: Path) -> str | None:
+def unsupported(keys: Iterable[str], kind: ModelKind) -> str | None:
+    """Why a file of this kind cannot be used, by names that only other models and formats have; None: it can."""
+    text = "\n".join(keys)
+    return next((problem for sign, problem in kind.unsupported if re.search(sign, text, re.MULTILINE)), None)
+
+
+def recognise_file(path: Path) -> ModelKind | None:
     """`recognise` for a file; None where only loading can tell. Raises: UserError: broken, or no weight file."""
     names = read_names(path)
     return None if names is None else recognise(names)
@@ -55,14 +64,14 @@ def file_shapes(path: Path) -> dict[str, tuple[int, ...]] | None:
     return None if names is None else {key: shape for key, (_, shape) in names.items()}
 
 
-def pipeline_kind(folder: Path) -> str | None:
-    """What the model_index.json of a Diffusers folder says; None where it says nothing that is known here.
+def pipeline_kind(folder: Path) -> ModelKind | None:
+    """The kind that the model_index.json of a Diffusers folder names; None where it names none that is known here.
 
     Raises: UserError: the file is broken.
     """
     index = folder / "model_index.json"
     name = str(read_json(index).get("_class_name")) if index.is_file() else ""
-    return next((kind for start, kind in PIPELINES.items() if name.startswith(start)), None)
+    return next((kind for kind in FAMILY_OF if kind.pipeline and name.startswith(kind.pipeline)), None)
 
 
 def is_hub_id(name: str) -> bool:
@@ -95,7 +104,7 @@ def missing_vae_folder(folder: Path) -> str | None:
     return None if (folder / "vae").is_dir() else NO_VAE
 
 
-def vae_problem(path: Path, kinds: tuple[str, ...]) -> str | None:
+def vae_problem(path: Path, kinds: tuple[ModelKind, ...]) -> str | None:
     """Why a file or folder cannot give a VAE; None when it can.
 
     Args:
@@ -108,11 +117,11 @@ def vae_problem(path: Path, kinds: tuple[str, ...]) -> str | None:
     return None if kind is None else vae_kind_problem(kind, kinds)
 
 
-def vae_kind_problem(kind: str, kinds: tuple[str, ...]) -> str | None:
+def vae_kind_problem(kind: ModelKind, kinds: tuple[ModelKind, ...]) -> str | None:
     """Why a file of this kind cannot give a VAE; see `vae_problem`."""
     if kind in (*kinds, VAE_ONLY):
         return None
-    return f"this is {kind}; a VAE, or {' or '.join(kinds)}, is needed here"
+    return f"this is {kind}; a VAE, or {' or '.join(map(str, kinds))}, is needed here"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 
 CHANNELS = 4  # of latents, and so of a U-Net's input and output
-# Models with further input channels, by their number.
-STRANGERS = {
+UNSUPPORTED_CHANNELS = {  # number of input channels -> what such a model is
     5: "a depth-to-image model",
     7: "an upscaler",
     8: "an instruct-pix2pix model",
@@ -92,7 +91,7 @@ def channels_problem(channels: int) -> str | None:
     """What is wrong with a U-Net that takes so many channels; None for none."""
     if channels == CHANNELS:
         return None
-    what = f"this is {STRANGERS[channels]}: " if channels in STRANGERS else ""
+    what = f"this is {UNSUPPORTED_CHANNELS[channels]}: " if channels in UNSUPPORTED_CHANNELS else ""
     return f"{what}its U-Net takes {channels} channels; only those that take {CHANNELS} can be trained here"
 
 

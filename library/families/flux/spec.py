@@ -1,0 +1,38 @@
+"""FLUX.1, as a family."""
+
+from __future__ import annotations
+
+from library.families.flux.options import TRAITS, FluxOptions
+from library.families.spec import EntryPoint, FamilySpec, ModelKind
+from library.options.finetune import DENOISER_ONLY_GROUPS
+from library.options.large_models import LargeModelOptions, SplitModeOptions, TextCacheOptions
+
+FLUX = ModelKind(
+    "a FLUX model",
+    keys=r"double_blocks\.\d+\.|^transformer_blocks\.\d+\.attn\.add_k_proj",
+    pipeline="Flux",
+    unsupported=(  # other models with FLUX's block names, and weights that cannot be read
+        (r"distilled_guidance_layer\.", "this is a Chroma model; a FLUX.1 model is needed here"),
+        (r"double_stream_modulation_img\.", "this is a FLUX.2 model; a FLUX.1 model is needed here"),
+        (
+            r"\.(quant_state\.|absmax$|quant_map$)",
+            "its weights are quantised to 4 bits, which cannot be trained on; use the file in 16 bits or fp8",
+        ),
+    ),
+)
+
+SPEC = FamilySpec(
+    name="flux",
+    traits=TRAITS,
+    options=FluxOptions,
+    scripts={"flux_train_network": "network", "flux_train": "finetune"},
+    groups={
+        "network": (LargeModelOptions, TextCacheOptions, SplitModeOptions),
+        "finetune": DENOISER_ONLY_GROUPS,
+    },
+    kinds=(FLUX,),
+    adapter=EntryPoint("library.families.flux.adapter:FluxFamily"),
+    check_paths=EntryPoint("library.families.flux.variants:check_paths"),
+    check_text_paths=EntryPoint("library.families.flux.variants:check_text_paths"),
+    load_vae=EntryPoint("library.families.flux.loading:load_vae_alone"),
+)

@@ -1,0 +1,24 @@
+"""SDXL, as a family."""
+
+from __future__ import annotations
+
+from library.families.sdxl.options import TRAITS, SdxlOptions
+from library.families.spec import EntryPoint, FamilySpec, ModelKind
+from library.options.finetune import TWO_ENCODER_GROUPS
+from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
+
+SDXL = ModelKind("an SDXL model", keys=r"^conditioner\.embedders\.", pipeline="StableDiffusionXL")
+
+SPEC = FamilySpec(
+    name="sdxl",
+    traits=TRAITS,
+    options=SdxlOptions,
+    scripts={"sdxl_train_network": "network", "sdxl_train": "finetune"},
+    groups={"network": (LargeModelOptions, TextCacheOptions, BlockSwapOptions), "finetune": TWO_ENCODER_GROUPS},
+    kinds=(SDXL,),
+    adapter=EntryPoint("library.families.sdxl.adapter:SdxlFamily"),
+    check_paths=EntryPoint("library.families.sdxl.variants:check_paths"),
+    check_text_paths=EntryPoint("library.families.sdxl.variants:check_text_paths"),
+    complete_options=EntryPoint("library.families.shared.markers:follow"),
+    load_vae=EntryPoint("library.families.sdxl.loading:load_vae_alone"),
+)

@@ -1,0 +1,93 @@
+"""What the toolkit knows of a model family before anything heavy is imported: one `FamilySpec` per family. No torch."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from library.families.base import Family, FamilyTraits
+    from library.options.base import OptionGroup, Options
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+@dataclass(frozen=True)
+class EntryPoint(Generic[P, R]):
+    """A function or class as "module:name", which is imported when it is first called.
+
+    Raises: TypeError: on construction, where the module's source does not define that name.
+    """
+
+    value: str
+
+    def __post_init__(self) -> None:
+        module, _, name = self.value.partition(":")
+        found = find_spec(module)
+        source = Path(found.origin).read_text(encoding="utf-8") if found and found.origin else ""
+        if not name or not re.search(rf"^(def|class) {name}\b", source, re.MULTILINE):
+            raise TypeError(f"{self.value}: {f'{module} does not define {name}' if found else 'no such module'}")
+
+    def load(self) -> Callable[P, R]:
+        module, _, name = self.value.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.load()(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """A kind of file or Diffusers folder, and how to recognise it by names alone."""
+
+    label: str  # with its article, for messages: "an SDXL model"
+    keys: str  # regular expression that is found in a tensor's name
+    pipeline: str | None = None  # how the class name in model_index.json begins; None: no pipeline is this kind alone
+    unsupported: tuple[tuple[str, str], ...] = ()  # (regular expression for names, why such a file cannot be used)
+
+    def __str__(self) -> str:
+        return self.label
+
+
+def _as_given(opts: Options) -> Options:
+    return opts
+
+
+def _no_messages(opts: Options) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilySpec:
+    """All that a model family offers. Fields without a default are what every family must have.
+
+    Raises: TypeError: on construction, where something is missing.
+    """
+
+    name: str  # of its package in library.families, and in --family
+    traits: FamilyTraits
+    options: type[OptionGroup]  # the family's own group
+    scripts: Mapping[str, str]  # entry script, without .py -> method
+    # By method: groups in place of the method's and the shared ones of the same name, and further ones. Large models
+    # declare here LargeModelOptions, TextCacheOptions and how their blocks are swapped.
+    groups: Mapping[str, tuple[type[OptionGroup], ...]] = field(default_factory=dict)
+    kinds: tuple[ModelKind, ...]  # of the files of its models
+    adapter: EntryPoint[[Options], Family]
+    # Problems with the files that the options name, as far as names, headers and small JSON files show them.
+    check_paths: Callable[[Options], list[str]]
+    check_text_paths: Callable[[Options], list[str]]  # the same where only text encoders are needed
+    missing_encoders: Callable[[Options], list[str]] = _no_messages  # one message for each encoder that is not given
+    complete_options: Callable[[Options], Options] = _as_given  # by what the model's file says about its training
+    load_vae: EntryPoint[[Options], nn.Module]  # the VAE alone, as `Family.load` would return it
+
+    def __post_init__(self) -> None:
+        for name in ("name", "scripts", "kinds"):
+            if not getattr(self, name):
+                raise TypeError(f"family {self.name!r}: {name} must not be empty")
