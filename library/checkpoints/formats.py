@@ -1,4 +1,4 @@
-"""Which format a weight file has, told from its first bytes: names of downloads and of caches tell nothing."""
+"""Which format a weight file has, by its first bytes, as names of downloads and of caches say nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Format = Literal["safetensors", "torch"]
 
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 _TORCH_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip, or a pickle's protocol
-_ENOUGH = 256  # bytes that tell a format
+_ENOUGH = 256  # bytes that identify a format
 
 # What else people give by mistake: first bytes -> what it is, and what to do.
 _OTHERS = (

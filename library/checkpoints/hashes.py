@@ -38,7 +38,7 @@ def network_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
 def weights_fingerprint(module: nn.Module) -> str:
     """32 hex digits that change when any weight of a model does; number formats that hold the same values are equal.
 
-    Caches are marked with it: it tells which VAE or text encoder they came from.
+    Caches are marked with it, as it identifies the VAE or text encoder that they came from.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):

@@ -25,7 +25,7 @@ class TensorEntry:
 
     dtype: str  # the format's own word: "F16", "BF16", "F32", "I64", ...
     shape: tuple[int, ...]
-    start: int  # of its numbers, in bytes behind the header
+    start: int  # of its elements, in bytes behind the header
     end: int
 
 

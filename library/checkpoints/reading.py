@@ -21,7 +21,7 @@ _SHOWN = 4  # classes that a message names
 _MOST_MAPPED = 1 << 26  # bytes of a file that stay mapped after they were copied
 
 Header = dict[str, tuple[str, tuple[int, ...]]]
-# Torch's storage classes, by which torch files tell a dtype, and the words of safetensors headers.
+# Torch's storage classes, by which torch files name a dtype, and the words of safetensors headers.
 _STORAGES = {
     "BoolStorage": "BOOL",
     "ByteStorage": "U8",
@@ -85,7 +85,7 @@ def file_format(path: str | Path) -> Format:
 def read_names(path: str | Path) -> Header | None:
     """Names, dtypes and shapes of the tensors of any weight file, without torch; dtypes as in `read_header`.
 
-    None where only loading can tell: a damaged or unusual torch file.
+    None where only loading shows them: a damaged or unusual torch file.
 
     Raises: UserError: missing, no weight file, or a broken safetensors file.
     """
@@ -163,7 +163,7 @@ class SafetensorsFile(Mapping[str, "Tensor"]):
         return tensor
 
     def _open(self) -> None:
-        """Maps the file anew, which lets go of what was read: beside the tensors it would be a second copy."""
+        """Maps the file again, which frees what was read: beside the tensors it would be a second copy."""
         from safetensors import SafetensorError, safe_open
 
         self._mapped = 0  # bytes read since
@@ -187,7 +187,7 @@ class SafetensorsFile(Mapping[str, "Tensor"]):
 
 
 class TorchFile(Mapping[str, "Tensor"]):
-    """The state dict of a .ckpt/.pt file as a mapping; `extra` has the numbers beside it (epoch, global_step)."""
+    """The state dict of a .ckpt/.pt file as a mapping; `extra` has the values beside it (epoch, global_step)."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)

@@ -72,7 +72,7 @@ class StandIn(metaclass=_Fixed):
 
 
 class TensorOutline(NamedTuple):
-    """What a pickle tells of a tensor besides its numbers."""
+    """What a pickle holds of a tensor besides its elements: dtype and shape."""
 
     dtype: str  # the name of torch's storage class, such as HalfStorage
     shape: tuple[int, ...]
@@ -175,9 +175,9 @@ class _Storage(NamedTuple):
 
 
 def read_outline(path: Path) -> Any:
-    """What `torch.save` wrote, with `TensorOutline`s for tensors: names and shapes, without torch and without numbers.
+    """What `torch.save` wrote, with `TensorOutline`s for tensors: names and shapes, without torch and without elements.
 
-    Raises: Exception of any kind: a damaged or hostile file, of which the real reading tells more.
+    Raises: Exception of any kind: a damaged or hostile file, which reading the weights explains better.
     """
     if not is_zip(path):
         with open(path, "rb") as file:

@@ -56,7 +56,7 @@ def write_torch(path: str | Path, obj: Any) -> None:
 
 
 class _Remembering:
-    """A file for `torch.save`, which tells a full disk by a RuntimeError without a reason.
+    """A file for `torch.save`, which reports a full disk as a RuntimeError without a reason.
 
     The system's error is kept instead, and what comes after it goes nowhere.
     """

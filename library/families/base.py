@@ -97,7 +97,7 @@ class Family(ABC):
     def predict(
         self, models: Models, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch | None = None
     ) -> Tensor:
-        """The denoiser's output, same shape as `noisy`. `batch` carries sizes for families that are told them."""
+        """The denoiser's output, same shape as `noisy`. `batch` carries sizes for families with size conditioning."""
 
     @abstractmethod
     def objective(self) -> Objective:

@@ -81,7 +81,7 @@ def _of_family(opts: Options, family: FamilySpec, **changed: Any) -> Options:
     others = {option.dest for option in options_of(FamiliesOptions)} - {option.dest for option in options_of(own)}
     given = {name: value for name, value in opts.given.items() if name not in others}
     for name in (others & opts.given.keys()) - FAMILIES.keys():
-        LOGGER.warning("--%s: no effect on %s", name, family.traits.label)
+        LOGGER.warning("--%s: has no effect on %s", name, family.traits.label)
     kinds = [own if isinstance(group, FamiliesOptions) else type(group) for group in opts.groups]
     return build_options(kinds, given).replaced(strict=False, seed=opts.training.seed or 0, **changed)
 

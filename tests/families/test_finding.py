@@ -67,9 +67,7 @@ def test_what_does_not_tell_its_family(tmp_path):
     (tmp_path / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL", "latent_channels": 16}')
     save_file({"decoder.conv_in.weight": torch.zeros(1, 16, 3, 3)}, tmp_path / "vae.safetensors")
     for name in ("vae", "vae.safetensors"):
-        with pytest.raises(
-            UserError, match=r"this is a VAE, which may .* several families; say which one with --family"
-        ):
+        with pytest.raises(UserError, match=r"this is a VAE, which may .* several families; choose one with --family"):
             family_of(str(tmp_path / name))
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"other\.safetensors: this is not a model that is known here"):
@@ -109,7 +107,7 @@ def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
         "diffusers.AutoencoderKL.from_pretrained",
         lambda name, *, local_files_only, **options: fetch(name, "", local_files_only=local_files_only),
     )
-    with pytest.raises(UserError, match=r"what kind of model this is \(nobody there\); say it with --family"):
+    with pytest.raises(UserError, match=r"what kind of model this is \(nobody there\); set --family"):
         family_of("owner/model")
     with pytest.raises(UserError, match=r"owner/model/vae: .* the hub did not give it \(nobody there\)"):
         from_pretrained(AutoencoderKL, "owner/model", "vae")
@@ -127,5 +125,5 @@ def test_a_hub_that_answers_and_does_not_tell(monkeypatch, answer):
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", ask)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
-    with pytest.raises(UserError, match="owner/model: the hub does not tell what kind of model this is; say it with"):
+    with pytest.raises(UserError, match="owner/model: the hub does not say what kind of model this is; set --family"):
         family_of("owner/model")

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from library.errors import UserError
 from library.families.flux.adapter import FluxFamily
 from library.families.flux.options import TRAITS, FluxOptions, resolution_shift
-from library.families.flux.prediction import image_ids, pack, unpack
+from library.families.flux.prediction import image_ids, pack_latents, unpack_latents
 from library.runtime.logs import LOGGER
 from library.types import TextCond
 from tests.builders.flux import SCALING_FACTOR, SHIFT_FACTOR, T5, flux_options, tiny_ae, write_flux, write_parts
@@ -117,8 +117,8 @@ def test_cache_files(parts, tmp_path):
 def test_packing_equals_diffusers():
     latents = noise(2, 16, 6, 8)
     tokens = FluxPipeline._pack_latents(latents, 2, 16, 6, 8)
-    assert pack(latents).equal(tokens)
-    assert unpack(tokens, 6, 8).equal(FluxPipeline._unpack_latents(tokens, 48, 64, 8))
+    assert pack_latents(latents).equal(tokens)
+    assert unpack_latents(tokens, 6, 8).equal(FluxPipeline._unpack_latents(tokens, 48, 64, 8))
     assert image_ids(6, 8, "cpu").equal(FluxPipeline._prepare_latent_image_ids(2, 3, 4, "cpu", torch.float32))
 
 
@@ -316,7 +316,7 @@ def test_what_cannot_be_done_is_refused_or_said():
     assert "--model_type: chroma is not supported" in advice(model_type="chroma")[0]
     assert "--controlnet_model_name_or_path: not supported" in advice(controlnet_model_name_or_path="x")[0]
     assert "--split_mode: deprecated; use --blocks_to_swap 18" in advice(split_mode=True)[1]
-    assert "--vae: no effect on FLUX.1; give its autoencoder with --ae" in advice(vae="x")[1]
+    assert "--vae: has no effect on FLUX.1; give its autoencoder with --ae" in advice(vae="x")[1]
     assert "--model_prediction_type: sigma_scaled (the default" in advice()[1]
     assert "--model_prediction_type: additive does not fit" in advice(model_prediction_type="additive")[1]
     assert "--model_prediction_type" not in advice(model_prediction_type="raw")[1]
@@ -353,4 +353,4 @@ def test_options_of_time_that_do_nothing_are_said():
 def test_schnell_is_told_no_guidance(tmp_path, parts, caplog, monkeypatch, variant, scale, warned):
     monkeypatch.setattr(LOGGER, "propagate", True)
     FluxFamily(flux_options(write_flux(tmp_path, variant), **parts, guidance_scale=scale)).load()
-    assert caplog.text.count("--guidance_scale: no effect on schnell") == warned
+    assert caplog.text.count("--guidance_scale: has no effect on schnell") == warned

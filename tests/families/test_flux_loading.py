@@ -325,7 +325,7 @@ def test_other_weights_with_scales_are_named(tmp_path, parts):
 
 def test_encoders_of_another_width(tmp_path, parts):
     tensors = {**flux_tensors(), "txt_in.weight": torch.ones(WIDTH, 40)}
-    with pytest.raises(UserError, match="T5 gives 48 numbers, the model asks for 40"):
+    with pytest.raises(UserError, match="T5 has width 48, the model asks for 40"):
         load(write(tmp_path / "model.safetensors", tensors), parts)
 
 

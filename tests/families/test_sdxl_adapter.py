@@ -296,8 +296,8 @@ def options(*flags: str):
 
 def test_flags_without_effect_are_told():
     told = list(warnings(options("--v2", "--clip_skip=2"), TRAITS))
-    assert [line for line in told if line.startswith("--v2: no effect on SDXL")]
-    assert [line for line in told if line.startswith("--clip_skip: no effect on SDXL")]
+    assert [line for line in told if line.startswith("--v2: has no effect on SDXL")]
+    assert [line for line in told if line.startswith("--clip_skip: has no effect on SDXL")]
 
 
 @pytest.mark.rows("R275")

@@ -37,7 +37,7 @@ def test_formats_are_kept_but_for_those_that_nothing_is_computed_in(path):
         "count": torch.int8,
         "nothing": torch.float32,
     }
-    assert reader.forms["eighth"] == (torch.float8_e4m3fn, (16,))
+    assert reader.tensor_specs["eighth"] == (torch.float8_e4m3fn, (16,))
     assert torch.equal(taken["eighth"], weights["eighth"].bfloat16())
 
 

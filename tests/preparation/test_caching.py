@@ -74,7 +74,7 @@ def test_what_is_of_another_family_or_of_training_does_no_harm(folder, tmp_path,
     )
     run_script(cache_latents, GROUPS, line, description="", traits=traits_of)
     printed = capsys.readouterr().err
-    assert "--guidance_scale: no effect on Stable Diffusion 1.x/2.x" in printed
+    assert "--guidance_scale: has no effect on Stable Diffusion 1.x/2.x" in printed
     assert "1 done" in printed
     assert (place / "a_0064x0064_sd.npz").is_file()
 

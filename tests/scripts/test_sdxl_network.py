@@ -129,7 +129,7 @@ def test_metadata(trained):
 
 
 def test_what_has_no_effect_is_told(trained):
-    assert "--clip_skip: no effect on SDXL" in trained.result.stderr
+    assert "--clip_skip: has no effect on SDXL" in trained.result.stderr
     assert "Traceback" not in trained.result.stderr
 
 

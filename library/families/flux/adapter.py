@@ -15,7 +15,13 @@ from library.families.flux.loading import (
     load_text_encoders,
 )
 from library.families.flux.options import TRAITS, FluxOptions, resolution_shift
-from library.families.flux.prediction import exact_times, image_ids, pack, unpack, visible_tokens
+from library.families.flux.prediction import (
+    attention_mask,
+    image_ids,
+    pack_latents,
+    unpack_latents,
+    unrounded_timesteps,
+)
 from library.families.flux.saving import save_model
 from library.families.flux.targets import text_targets, transformer_targets
 from library.families.flux.variants import FLAGS, TOKENIZERS, variant
@@ -40,8 +46,8 @@ CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 # What the denoiser takes from the text, by the names that cache files have.
 POOLED, T5_OUT, TXT_IDS, T5_MASK = "l_pooled", "t5_out", "txt_ids", "t5_attn_mask"
 T5_LENGTHS = {"dev": 512, "schnell": 256}
-# Options that files of networks tell.
-TOLD = (
+# Options that are written into the metadata of networks as ss_*.
+METADATA_OPTIONS = (
     "model_type", "apply_t5_attn_mask", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "guidance_scale",
     "timestep_sampling", "sigmoid_scale", "model_prediction_type", "discrete_flow_shift",
 )  # fmt: skip
@@ -52,7 +58,7 @@ class FluxFamily(Family):
     _usual_length: int | None = None  # of the variant that was loaded
 
     def load(self, *, texts_only: bool = False) -> Models:
-        """See `Family.load`. For texts alone the denoiser is an `outline`, or without the name of a model None."""
+        """See `Family.load`. For texts alone the denoiser is a `meta_model`, or without the name of a model None."""
         model, options = self.opts.model, self.opts.family
         name, mapped = model.pretrained_model_name_or_path, not model.disable_mmap_load_safetensors
         files = encoder_file_options(options)
@@ -61,7 +67,7 @@ class FluxFamily(Family):
         else:
             parts = load_model(name, files, options.ae, mapped=mapped)
             if parts.source.variant == "schnell" and options.guidance_scale != FluxOptions.guidance_scale:
-                LOGGER.warning("--guidance_scale: no effect on schnell, which is told none")
+                LOGGER.warning("--guidance_scale: has no effect on schnell (no guidance embedding)")
         source, cache = parts.source, model.tokenizer_cache_dir
         folder = None if source is None else source.folder
         tokenizers = {
@@ -111,7 +117,7 @@ class FluxFamily(Family):
         """The velocity, see `Family.predict`. `batch.guidance`, where it is given, replaces --guidance_scale."""
         denoiser, text = models.denoiser, cond.tensors
         height, width = noisy.shape[-2:]
-        tokens = pack(noisy)
+        tokens = pack_latents(noisy)
         guidance = None
         if denoiser.config.guidance_embeds:
             asked = batch.guidance if batch is not None else None
@@ -119,9 +125,9 @@ class FluxFamily(Family):
             guidance = noisy.new_full((len(noisy),), float(scale))
         attention = {}
         if self.opts.family.apply_t5_attn_mask:
-            attention["attention_mask"] = visible_tokens(text[T5_MASK], tokens.shape[1])
+            attention["attention_mask"] = attention_mask(text[T5_MASK], tokens.shape[1])
         timesteps = timesteps.to(noisy.device)
-        with exact_times(denoiser, timesteps, guidance):
+        with unrounded_timesteps(denoiser, timesteps, guidance):
             output = denoiser(
                 hidden_states=tokens,
                 encoder_hidden_states=text[T5_OUT].to(noisy.dtype),
@@ -132,7 +138,7 @@ class FluxFamily(Family):
                 guidance=guidance,
                 joint_attention_kwargs=attention,
             ).sample
-        return unpack(output, height, width)
+        return unpack_latents(output, height, width)
 
     def objective(self) -> Objective:
         from library.objectives.flow import FlowObjective, FlowSettings
@@ -184,7 +190,7 @@ class FluxFamily(Family):
         return {
             "ss_v2": False,
             "ss_base_model_version": "flux1",
-            **{f"ss_{name}": getattr(options, name) for name in TOLD},
+            **{f"ss_{name}": getattr(options, name) for name in METADATA_OPTIONS},
             "modelspec.architecture": f"flux-1-{_variant(models)}",
             "modelspec.implementation": ORIGINAL_CODE,
             "modelspec.resolution": "1024x1024",

@@ -27,20 +27,20 @@ from library.families.flux.variants import (
     mismatch,
     variant,
 )
-from library.families.shared.building import build, outline
+from library.families.shared.building import build, meta_model
 from library.families.shared.clip import build_clip, clip_config, public_name
 from library.families.shared.hub import hub_folder
 from library.families.shared.reading import (
     Reader,
     counters,
+    error_prefix,
     file_kind,
     folder_dtype,
     folder_dtypes,
     from_pretrained,
     load_vae,
-    naming,
+    meta_model_of_folder,
     open_model,
-    outline_of_folder,
     require_model_name,
     vae_from_file,
     vae_origin,
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from library.families.shared.reading import Form, Weights
+    from library.families.shared.reading import TensorSpec, Weights
     from library.options.base import Options
 
 SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
@@ -69,7 +69,9 @@ class Source:
     folder: str | None = None  # of a model that is no single file: where it lies on this machine
     prefix: str = ""  # before the denoiser's names in the file
     diffusers: bool = False  # whether the file has diffusers' own names
-    forms: dict[str, Form] = field(default_factory=dict)  # dtype and shape that each used key of the file had
+    tensor_specs: dict[str, TensorSpec] = field(
+        default_factory=dict
+    )  # dtype and shape that each used key of the file had
     preserved: tuple[str, ...] = ()  # keys of the file that the denoiser does not use
     part_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of a folder, by subfolder
     counters: dict[str, int] = field(default_factory=dict)  # epoch and global_step of a .ckpt
@@ -109,7 +111,7 @@ def load_model(name: str, encoder_files: Mapping[str, str], ae: str | None = Non
 
 
 def load_text_encoders(name: str | None, encoder_files: Mapping[str, str], *, mapped: bool = True) -> Parts:
-    """The text encoders of `load_model` by themselves. The denoiser is an `outline`, and there is no autoencoder.
+    """The text encoders of `load_model` by themselves. The denoiser is a `meta_model`, and there is no autoencoder.
 
     Without `name`, `encoder_files` has all of them, and there is neither denoiser nor source.
 
@@ -125,7 +127,7 @@ def load_text_encoders(name: str | None, encoder_files: Mapping[str, str], *, ma
 
 
 def encoder_file_options(family: Any) -> dict[str, str]:
-    """By names of text encoders, the files that the options give."""
+    """The files of text encoders that the options give, by part."""
     return {part: file for part, option in FLAGS.items() if (file := getattr(family, option))}
 
 
@@ -137,7 +139,7 @@ def _check_widths(denoiser: nn.Module, encoders: Mapping[str, nn.Module]) -> Non
     ):
         if width != wanted:
             raise UserError(
-                f"{TITLES[part]} gives {width} numbers, the model asks for {wanted}; give the {TITLES[part]} that "
+                f"{TITLES[part]} has width {width}, the model asks for {wanted}; give the {TITLES[part]} that "
                 f"belongs to it with --{FLAGS[part]}"
             )
 
@@ -148,7 +150,7 @@ def _check_widths(denoiser: nn.Module, encoders: Mapping[str, nn.Module]) -> Non
 def _load_denoiser(
     name: str, given: Mapping[str, str], *, mapped: bool, weights: bool = True
 ) -> tuple[nn.Module, Source]:
-    """The denoiser, or without `weights` its outline, and where everything comes from."""
+    """The denoiser, or without `weights` its `meta_model`, and where everything comes from."""
     if Path(name).is_file():
         return _load_file(name, given, mapped, weights)
     return _load_folder(name, given, weights)
@@ -157,7 +159,7 @@ def _load_denoiser(
 def _load_file(name: str, given: Mapping[str, str], mapped: bool, with_weights: bool) -> tuple[nn.Module, Source]:
     from diffusers import FluxTransformer2DModel
 
-    with naming(name):
+    with error_prefix(name):
         weights = open_model(Path(name), mapped=mapped)
         problem = mismatch(weights)
         if problem:
@@ -174,15 +176,15 @@ def _load_file(name: str, given: Mapping[str, str], mapped: bool, with_weights: 
             tensors = _converted(reader, flux_map(shape.prefix, diffusers=shape.diffusers), keys)
             denoiser = build(make, tensors, "the transformer")
         else:
-            denoiser = outline(make)
+            denoiser = meta_model(make)
     source = Source(
         name=name,
         variant=variant(shape.guidance),
         origins={part: given.get(part, name) for part in (*FLAGS, "vae")},
         prefix=shape.prefix,
         diffusers=shape.diffusers,
-        forms=reader.forms,
-        preserved=tuple(key for key in weights if key not in reader.forms),
+        tensor_specs=reader.tensor_specs,
+        preserved=tuple(key for key in weights if key not in reader.tensor_specs),
         counters=counters(weights),
         file_kind=file_kind(weights),
     )
@@ -214,7 +216,7 @@ def _load_folder(name: str, given: Mapping[str, str], with_weights: bool) -> tup
     parts = ("transformer", *FOLDERS.values(), "vae", *TOKENIZERS.values(), "scheduler")
     outlines = () if with_weights else ("transformer", "vae")
     folder = Path(name) if Path(name).is_dir() else hub_folder(name, parts, folder_problem, outlines)
-    with naming(name):
+    with error_prefix(name):
         problem = folder_problem(folder)
         if problem:
             raise UserError(problem)
@@ -222,7 +224,7 @@ def _load_folder(name: str, given: Mapping[str, str], with_weights: bool) -> tup
         if with_weights:
             denoiser = from_pretrained(FluxTransformer2DModel, str(folder), "transformer", dtypes.get("transformer"))
         else:
-            denoiser = outline_of_folder(FluxTransformer2DModel, str(folder), "transformer")
+            denoiser = meta_model_of_folder(FluxTransformer2DModel, str(folder), "transformer")
     source = Source(
         name=name,
         variant=variant(denoiser.config.guidance_embeds),
@@ -249,7 +251,7 @@ def _load_encoder(origin: Path, part: str, *, mapped: bool, is_model: bool = Fal
     """`is_model`: the file is the one that the denoiser is in."""
     if origin.is_dir():
         return _encoder_from_folder(origin, part)
-    with naming(origin):
+    with error_prefix(origin):
         weights = open_model(origin, mapped=mapped)
         prefix = encoder_prefix(weights, part, inside=is_model)
         if prefix is None:
@@ -295,7 +297,7 @@ def _load_ae(origin: str, model: str | None) -> nn.Module:
     if Path(origin).is_file():
         weights = open_weights(origin)
         if any(key.startswith(AE) for key in weights):
-            with naming(origin):
+            with error_prefix(origin):
                 return vae_from_file(_Inside(weights, AE), SCALING_FACTOR, SHIFT_FACTOR)[0]
         if origin == model and recognise(weights) == FLUX:
             raise UserError(f"{origin}: holds no autoencoder; give its file with --ae")

@@ -1,4 +1,4 @@
-"""What only FLUX.1 is asked, and its numbers. No torch here: --help needs this module."""
+"""The options and traits of FLUX.1. No torch here: --help needs this module."""
 
 from __future__ import annotations
 
@@ -57,18 +57,18 @@ class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
         at_least=1,
         off=0,
     )
-    guidance_scale: float = opt(3.5, "embedded guidance that dev is told while it is trained; 1 for new concepts")
+    guidance_scale: float = opt(3.5, "guidance value fed to FLUX.1 dev during training; 1 for new concepts")
     timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = opt(
-        "sigma", "which times are trained: shift and flux_shift (by image size) are as in sampling"
+        "sigma", "distribution of the timesteps; shift and flux_shift (by image size) are those of sampling"
     )
     sigmoid_scale: float = opt(
         1.0,
-        "spread of --timestep_sampling sigmoid, shift and flux_shift: lower keeps to the middle",
+        "scale of --timestep_sampling sigmoid, shift and flux_shift: lower keeps to the middle timesteps",
         above=0,
         only_with=("timestep_sampling=sigmoid", "timestep_sampling=shift", "timestep_sampling=flux_shift"),
     )
     model_prediction_type: Literal["raw", "additive", "sigma_scaled"] = opt(
-        "sigma_scaled", "how the model's output is read before it is compared with the velocity; raw is right for FLUX"
+        "sigma_scaled", "how the loss reads the model's output; raw is right for FLUX"
     )
     discrete_flow_shift: float = opt(
         3.0,
@@ -91,7 +91,7 @@ class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from super().advise(opts, traits)
         if opts.model.vae:
-            yield f"--vae: no effect on {traits.label}; give its autoencoder with --ae"
+            yield f"--vae: has no effect on {traits.label}; give its autoencoder with --ae"
         if self.model_prediction_type != "raw":
             kept = " (the default, kept for old commands)" if self.model_prediction_type == "sigma_scaled" else ""
             yield (
@@ -100,7 +100,7 @@ class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
             )
         if "weighting_scheme" in opts.explicit:
             for other in self._idle_weighting():
-                yield f"--weighting_scheme: no effect with --{other} {getattr(self, other)}"
+                yield f"--weighting_scheme: has no effect with --{other} {getattr(self, other)}"
 
     def _idle_weighting(self) -> Iterator[str]:
         """The options that keep the weighting scheme from acting."""

@@ -1,4 +1,4 @@
-"""Latents as the denoiser's tokens and back, where the tokens are, which of them see each other, and exact times."""
+"""Latents as the denoiser's tokens and back, where the tokens are, the attention mask, and unrounded timesteps."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def pack(latents: Tensor) -> Tensor:
+def pack_latents(latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) with even h and w to one token for each 2 x 2 patch, (B, h/2 * w/2, 4C), by rows."""
     batch, channels, height, width = latents.shape
     patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return patches.reshape(batch, (height // 2) * (width // 2), channels * 4)
 
 
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`. Args: height, width: of the latents."""
+def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack_latents`. Args: height, width: of the latents."""
     batch, _, numbers = tokens.shape
     patches = tokens.reshape(batch, height // 2, width // 2, numbers // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return patches.reshape(batch, numbers // 4, height, width)
@@ -36,7 +36,7 @@ def image_ids(height: int, width: int, device: Any) -> Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
 
 
-def visible_tokens(text_mask: Tensor, image_tokens: int) -> Tensor:
+def attention_mask(text_mask: Tensor, image_tokens: int) -> Tensor:
     """The attention mask of text and image together: text as its mask says, the image always.
 
     Args:
@@ -50,21 +50,21 @@ def visible_tokens(text_mask: Tensor, image_tokens: int) -> Tensor:
 
 
 @contextmanager
-def exact_times(denoiser: nn.Module, timesteps: Tensor, guidance: Tensor | None) -> Iterator[None]:
-    """Within it the denoiser is told these times and guidance as they are.
+def unrounded_timesteps(denoiser: nn.Module, timesteps: Tensor, guidance: Tensor | None) -> Iterator[None]:
+    """Within it the denoiser embeds these timesteps and guidance in float32.
 
-    diffusers rounds both to the format of the computation first: in bfloat16 times are then off by up to 0.2%.
+    diffusers rounds both to the dtype of the computation first: in bfloat16 timesteps are then off by up to 0.2%.
 
     Args:
         timesteps: (B,), from 0 to 1000.
-        guidance: (B,), or None for models that are told none.
+        guidance: (B,), or None for models without a guidance embedding.
     """
     times, guidances = timesteps.float(), None if guidance is None else guidance.float() * 1000
 
-    def tell(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def replace_inputs(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (times, args[-1]) if guidances is None else (times, guidances, args[-1])
 
-    handle = denoiser.time_text_embed.register_forward_pre_hook(tell)
+    handle = denoiser.time_text_embed.register_forward_pre_hook(replace_inputs)
     try:
         yield
     finally:

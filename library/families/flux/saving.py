@@ -54,7 +54,7 @@ def save_model(
             deferred_part,
             flux_map(source.prefix, diffusers=source.diffusers),
             models.denoiser.state_dict(),
-            forms=source.forms,
+            tensor_specs=source.tensor_specs,
             folder_dtype=source.part_dtypes.get("transformer"),
             dtype=dtype,
         ),

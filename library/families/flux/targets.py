@@ -53,6 +53,6 @@ def _classes(name: str) -> tuple[tuple[str, str], ...]:
 
 
 def text_targets(text_encoders: Mapping[str, nn.Module]) -> list[LoraTarget]:
-    """Of CLIP-L and T5, as far as they are there."""
+    """The layers of CLIP-L and T5, as far as they are loaded."""
     targets = clip_targets(text_encoders["te1"], "te1") if "te1" in text_encoders else []
     return targets + (t5_targets(text_encoders["te3"]) if "te3" in text_encoders else [])

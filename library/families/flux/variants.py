@@ -1,4 +1,4 @@
-"""Which FLUX.1 a model is, told from names and shapes alone: no torch, so that it can be asked at once."""
+"""Which FLUX.1 a model is, by names and shapes alone: no torch, so that mistakes are found at once."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ FLAGS = {"te1": "clip_l", "te3": "t5xxl"}  # the option that gives an encoder's 
 TITLES = {"te1": "CLIP-L", "te3": "T5"}
 FOLDERS = {"te1": "text_encoder", "te3": "text_encoder_2"}  # of a Diffusers model
 TOKENIZERS = {"te1": "tokenizer", "te3": "tokenizer_2"}
-CLIP_SIGN = "encoder.layers.0.mlp.fc1.weight"
-DIFFUSERS_SIGN = "transformer_blocks.0.attn.add_k_proj.bias"
+CLIP_MARKER_KEY = "encoder.layers.0.mlp.fc1.weight"
+DIFFUSERS_MARKER_KEY = "transformer_blocks.0.attn.add_k_proj.bias"
 _NO_MODEL = "--pretrained_model_name_or_path: name a model: a file, a Diffusers folder or a hub id"
 IN_CHANNELS = 64  # 16 of the latents, in patches of 2 x 2
 HEAD_UNIT = 32  # rotary axes take 1/8, 7/16 and 7/16 of a head's width, in pairs
@@ -61,7 +61,7 @@ def folder_problem(path: Path) -> str | None:
 
 
 def channels_problem(channels: int) -> str | None:
-    """What is wrong with a denoiser that reads so many numbers of each patch; None for none."""
+    """What is wrong with a denoiser with so many input channels per patch; None for nothing."""
     if channels == IN_CHANNELS:
         return None
     return (
@@ -95,7 +95,7 @@ def check_text_paths(opts: Options) -> list[str]:
 
 
 def _text_problems(opts: Options) -> list[str]:
-    """Of the paths of model and text encoders that are named."""
+    """Problems with the paths of model and text encoders that are named."""
     name = opts.model.pretrained_model_name_or_path
     problems = [path_problem("--pretrained_model_name_or_path", name, _model_problem)] if name else []
     for part, option in FLAGS.items():
@@ -157,7 +157,7 @@ def encoder_prefix(keys: Iterable[str], part: str, *, inside: bool = False) -> s
     keys = set(keys)
     for prefix in (ENCODERS[part],) if inside else (ENCODERS[part], ""):
         names = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
-        if is_t5(names) if part == "te3" else names & {CLIP_SIGN, f"text_model.{CLIP_SIGN}"}:
+        if is_t5(names) if part == "te3" else names & {CLIP_MARKER_KEY, f"text_model.{CLIP_MARKER_KEY}"}:
             return prefix
     return None
 
@@ -175,7 +175,7 @@ def encoder_problem(keys: Iterable[str], part: str) -> str | None:
 
 @dataclass(frozen=True)
 class FluxShape:
-    """What the names and shapes of a denoiser in a single file tell about it."""
+    """The architecture of a denoiser in a single file, by its names and shapes."""
 
     prefix: str  # before its names
     diffusers: bool  # whether its names are diffusers' own
@@ -186,7 +186,7 @@ class FluxShape:
     in_channels: int
     context: int  # width of T5's states
     pooled: int  # width of CLIP's vector
-    guidance: bool  # dev is told a guidance, schnell is not
+    guidance: bool  # whether it has a guidance embedding: dev has, schnell has not
 
     def diffusers_config(self) -> dict[str, Any]:
         """FluxTransformer2DModel's arguments. Raises: UserError: heads of a width that rotary axes cannot share."""
@@ -238,7 +238,7 @@ def flux_shape(shapes: Shapes) -> FluxShape:
     """
     prefix = PREFIX if any(key.startswith(PREFIX) for key in shapes) else ""
     inside = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-    diffusers = DIFFUSERS_SIGN in inside
+    diffusers = DIFFUSERS_MARKER_KEY in inside
     names: dict[str, Any] = _DIFFUSERS if diffusers else _ORIGINAL
     try:
         width, in_channels = inside[f"{names['in']}.weight"]
@@ -267,5 +267,5 @@ def _depth(shapes: Shapes, blocks: str) -> int:
 
 
 def variant(guidance: bool) -> str:
-    """`dev` or `schnell`: whether the denoiser is told a guidance."""
+    """`dev` or `schnell`: with or without a guidance embedding."""
     return "dev" if guidance else "schnell"

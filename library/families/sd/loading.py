@@ -22,7 +22,7 @@ from library.families.sd.variants import (
 from library.families.shared import reading
 from library.families.shared.building import build
 from library.families.shared.clip import build_clip, clip_config
-from library.families.shared.reading import Reader, from_pretrained, naming
+from library.families.shared.reading import Reader, error_prefix, from_pretrained
 from library.families.shared.recognition import recognise
 from library.families.shared.unet import UNET, channels_problem, unet_map, unet_shape
 from library.families.shared.vae import VAE
@@ -30,7 +30,7 @@ from library.families.shared.vae import VAE
 if TYPE_CHECKING:
     from torch import nn
 
-    from library.families.shared.reading import Form
+    from library.families.shared.reading import TensorSpec
     from library.options.base import Options
 
 SCALING_FACTOR = 0.18215
@@ -64,12 +64,12 @@ def load_model(name: str, v2: bool, vae_name: str | None = None) -> Parts:
     load = _load_file if Path(name).is_file() else _load_folder
     parts = load(name, v2, with_vae=not vae_name)
     if vae_name:
-        parts.vae, forms = load_vae(vae_name)
-        parts.source = parts.source.with_vae(vae_name, forms)
+        parts.vae, tensor_specs = load_vae(vae_name)
+        parts.source = parts.source.with_vae(vae_name, tensor_specs)
     return parts
 
 
-def load_vae(name: str) -> tuple[nn.Module, dict[str, Form]]:
+def load_vae(name: str) -> tuple[nn.Module, dict[str, TensorSpec]]:
     """The VAE of a file, folder or hub id, see `shared.reading.load_vae`."""
     return reading.load_vae(name, kinds=VAE_SOURCES, channels=TRAITS.latent_channels, scaling_factor=SCALING_FACTOR)
 
@@ -86,9 +86,9 @@ def _load_file(name: str, v2: bool, *, with_vae: bool) -> Parts:
     """`with_vae`: False leaves the file's VAE unread, whatever it is."""
     import torch
 
-    vae, vae_forms = None, {}
+    vae, vae_specs = None, {}
     path = Path(name)
-    with naming(path):
+    with error_prefix(path):
         weights = open_weights(path)
         problem = mismatch(recognise(weights), v2)
         if problem:
@@ -98,16 +98,16 @@ def _load_file(name: str, v2: bool, *, with_vae: bool) -> Parts:
         denoiser = _unet_from_file(reader, v2)
         text_encoder = _text_encoder_from_file(reader, v2, level)
         if with_vae:
-            vae, vae_forms = reading.vae_of_model_file(weights, SCALING_FACTOR)
-    forms = reader.forms | vae_forms
+            vae, vae_specs = reading.vae_of_model_file(weights, SCALING_FACTOR)
+    tensor_specs = reader.tensor_specs | vae_specs
     source = Source(
         name=name,
         vae_name=name,
         v2=v2,
         is_file=True,
         text_model_level=level,
-        forms=forms,
-        preserved=tuple(key for key in weights if key not in forms and (with_vae or not key.startswith(VAE))),
+        tensor_specs=tensor_specs,
+        preserved=tuple(key for key in weights if key not in tensor_specs and (with_vae or not key.startswith(VAE))),
         counters=reading.counters(weights),
         file_kind=reading.file_kind(weights),
     )
@@ -139,7 +139,7 @@ def _load_folder(name: str, v2: bool, *, with_vae: bool) -> Parts:
     from transformers import CLIPTextModel
 
     reading.require_model_name(name)
-    with naming(name):
+    with error_prefix(name):
         if Path(name).is_dir():
             problem = folder_problem(Path(name), v2)
             if problem:

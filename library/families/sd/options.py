@@ -1,4 +1,4 @@
-"""What only Stable Diffusion 1.x and 2.x are asked, and their numbers. No torch here: --help needs this module."""
+"""The options and traits of Stable Diffusion 1.x and 2.x. No torch here: --help needs this module."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def save_model(
         dtype: of every tensor of the model in a single file; None keeps what each had in the source. A Diffusers
             folder has the dtype of the models in memory, whatever this says: so do other trainers.
         metadata: goes into a .safetensors file; a .ckpt has only `ss_epoch` and `ss_steps`, added to its source's.
-        v_prediction: what a new Diffusers folder's scheduler is told to expect. Where it is False, a file loses the
+        v_prediction: prediction type of a new Diffusers folder's scheduler. Where it is False, a file loses the
             markers of a model that predicts v.
     Raises: UserError: an unknown format. OSError: it cannot be written.
     """
@@ -82,7 +82,7 @@ def file_tensors(
     tensors: FileTensors = {}
     for part, keys, state in parts:
         folder_dtype = source.part_dtypes.get(part)
-        tensors |= deferred_part(keys, state, forms=source.forms, folder_dtype=folder_dtype, dtype=dtype)
+        tensors |= deferred_part(keys, state, tensor_specs=source.tensor_specs, folder_dtype=folder_dtype, dtype=dtype)
     if source.v2 and not source.is_file:
         tensors |= unused_layers(tensors, OPEN_CLIP, text_encoder.config.num_hidden_layers)
     return tensors

@@ -1,4 +1,4 @@
-"""Which Stable Diffusion a file is, told from names and shapes alone: no torch, so that it can be asked at once."""
+"""Which Stable Diffusion a file is, by names and shapes alone: no torch, so that mistakes are found at once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from library.families.spec import ModelKind
     from library.options.base import Options
 
-SD1_HEADS = 8  # shapes cannot tell; the real models' rule. 2.x has heads of 64
+SD1_HEADS = 8  # not visible in shapes; the real models' rule. 2.x has heads of 64
 VAE_SOURCES = (SD1, SD2)  # files that a VAE may be taken from
 
 

@@ -43,7 +43,7 @@ class Sd3Family(Family):
     traits = TRAITS
 
     def load(self, *, texts_only: bool = False) -> Models:
-        """See `Family.load`. For texts alone the denoiser is an `outline`, or without the name of a model None."""
+        """See `Family.load`. For texts alone the denoiser is a `meta_model`, or without the name of a model None."""
         model, options = self.opts.model, self.opts.family
         name, mapped = model.pretrained_model_name_or_path, not model.disable_mmap_load_safetensors
         files = encoder_file_options(options)
@@ -63,7 +63,7 @@ class Sd3Family(Family):
         return models
 
     def _longest_side(self, denoiser: nn.Module) -> int | None:
-        """Of images, as far as the table of positions reaches; scaled positions lie between its entries."""
+        """The longest side of images, in pixels, that the position table covers; None with scaled positions."""
         table = denoiser.pos_embed
         most = table.pos_embed_max_size * table.patch_size * TRAITS.latent_stride
         return None if self.opts.family.enable_scaled_pos_embed else most

@@ -24,19 +24,19 @@ from library.families.sd3.variants import (
     mmdit_shape,
     variant,
 )
-from library.families.shared.building import build, outline
+from library.families.shared.building import build, meta_model
 from library.families.shared.clip import build_clip, clip_config
 from library.families.shared.hub import hub_folder
 from library.families.shared.reading import (
     Reader,
     counters,
+    error_prefix,
     file_kind,
     folder_dtypes,
     from_pretrained,
     load_vae,
-    naming,
+    meta_model_of_folder,
     open_model,
-    outline_of_folder,
     require_model_name,
     vae_from_file,
     vae_origin,
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from library.families.shared.reading import Form, Weights
+    from library.families.shared.reading import TensorSpec, Weights
     from library.options.base import Options
 
 SCALING_FACTOR, SHIFT_FACTOR = 1.5305, 0.0609
@@ -70,7 +70,9 @@ class Source:
     encoder_names: dict[str, str] = field(default_factory=dict)  # where each text encoder came from: file or folder
     clip_l: tuple[int, int] | None = None  # widths of CLIP-L's states and pooled vector, where it was loaded
     parts: frozenset[str] = frozenset()  # what else the file held: "vae", and names of text encoders
-    forms: dict[str, Form] = field(default_factory=dict)  # dtype and shape that each used key of the file had
+    tensor_specs: dict[str, TensorSpec] = field(
+        default_factory=dict
+    )  # dtype and shape that each used key of the file had
     preserved: tuple[str, ...] = ()  # keys of the file that the model does not use
     part_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of a folder, by subfolder
     counters: dict[str, int] = field(default_factory=dict)  # epoch and global_step of a .ckpt
@@ -110,13 +112,13 @@ def load_model(
     """
     parts = _load(name, encoder_files, {"vae"} if vae_name else set(), mapped)
     if vae_name:
-        parts.vae, forms = load_vae(vae_name, **VAE_FACTS)
-        parts.source = replace(_with_forms(parts.source, VAE, forms, "vae"), vae_name=vae_name)
+        parts.vae, tensor_specs = load_vae(vae_name, **VAE_FACTS)
+        parts.source = replace(_with_specs(parts.source, VAE, tensor_specs, "vae"), vae_name=vae_name)
     return parts
 
 
 def load_text_encoders(name: str | None, encoder_files: Mapping[str, str], *, mapped: bool = True) -> Parts:
-    """The text encoders of `load_model` by themselves. The denoiser is an `outline`, and there is no VAE.
+    """The text encoders of `load_model` by themselves. The denoiser is a `meta_model`, and there is no VAE.
 
     Without `name`, `encoder_files` has all of them, and there is neither denoiser nor source.
 
@@ -129,12 +131,12 @@ def load_text_encoders(name: str | None, encoder_files: Mapping[str, str], *, ma
 
 
 def _load(name: str, encoder_files: Mapping[str, str], skip: Collection[str], mapped: bool) -> Parts:
-    """`skip`: parts that are not read, of "denoiser", which is an outline then, and "vae"."""
+    """`skip`: parts that are not read, of "denoiser", which is a meta model then, and "vae"."""
     skip = frozenset(encoder_files) | frozenset(skip)
     parts = _load_file(name, skip, mapped=mapped) if Path(name).is_file() else _load_folder(name, skip)
     for part, file in encoder_files.items():
-        parts.text_encoders[part], forms = load_encoder(file, part, mapped=mapped)
-        source = _with_forms(parts.source, ENCODERS[part], forms, FOLDERS[part])
+        parts.text_encoders[part], tensor_specs = load_encoder(file, part, mapped=mapped)
+        source = _with_specs(parts.source, ENCODERS[part], tensor_specs, FOLDERS[part])
         parts.source = replace(source, encoder_names=source.encoder_names | {part: file})
     _check_widths(parts)
     if "te1" in parts.text_encoders:
@@ -160,8 +162,8 @@ def load_vae_alone(opts: Options) -> nn.Module:
     return load_vae(vae_origin(opts.model.vae, opts.model.pretrained_model_name_or_path), **VAE_FACTS)[0]
 
 
-def load_encoder(name: str, part: str, *, mapped: bool = True) -> tuple[nn.Module, dict[str, Form]]:
-    """Loads a text encoder, and the forms of its tensors by a whole model's file names (none for folders).
+def load_encoder(name: str, part: str, *, mapped: bool = True) -> tuple[nn.Module, dict[str, TensorSpec]]:
+    """Loads a text encoder, and the dtypes and shapes of its tensors by a whole model's file names (none for folders).
 
     Args:
         name: the encoder's own file, a whole model's, or a Diffusers folder.
@@ -170,7 +172,7 @@ def load_encoder(name: str, part: str, *, mapped: bool = True) -> tuple[nn.Modul
     """
     if Path(name).is_dir():
         return _encoder_from_folder(Path(name), part, folder_dtypes(Path(name), [FOLDERS[part]])), {}
-    with naming(name):
+    with error_prefix(name):
         weights = open_model(Path(name), mapped=mapped)
         problem = encoder_problem(weights.shapes, part)
         if problem:
@@ -178,14 +180,14 @@ def load_encoder(name: str, part: str, *, mapped: bool = True) -> tuple[nn.Modul
         prefix = encoder_prefix(weights, part) or ""
         reader = Reader(weights, None)
         encoder = _encoder_from_file(reader, part, prefix)
-    return encoder, {ENCODERS[part] + key.removeprefix(prefix): form for key, form in reader.forms.items()}
+    return encoder, {ENCODERS[part] + key.removeprefix(prefix): form for key, form in reader.tensor_specs.items()}
 
 
-def _with_forms(source: Source, prefix: str, forms: Mapping[str, Form], folder: str) -> Source:
-    """The source with a part's forms replaced by those of the file that the part came from."""
-    kept = {key: form for key, form in source.forms.items() if not key.startswith(prefix)}
+def _with_specs(source: Source, prefix: str, tensor_specs: Mapping[str, TensorSpec], folder: str) -> Source:
+    """The source with a part's tensor_specs replaced by those of the file that the part came from."""
+    kept = {key: form for key, form in source.tensor_specs.items() if not key.startswith(prefix)}
     dtypes = {name: dtype for name, dtype in source.part_dtypes.items() if name != folder}
-    return replace(source, forms=kept | dict(forms), part_dtypes=dtypes)
+    return replace(source, tensor_specs=kept | dict(tensor_specs), part_dtypes=dtypes)
 
 
 def _check_widths(parts: Parts) -> None:
@@ -195,7 +197,7 @@ def _check_widths(parts: Parts) -> None:
         pooled = encoders["te1"].config.projection_dim + encoders["te2"].config.projection_dim
         if pooled != config.pooled_projection_dim:
             raise UserError(
-                f"CLIP-L and CLIP-G give pooled vectors of {pooled} numbers together, the model asks for "
+                f"CLIP-L and CLIP-G give pooled vectors of width {pooled} together, the model asks for "
                 f"{config.pooled_projection_dim}; give the text encoders that belong to it"
             )
     if "te3" in encoders and encoders["te3"].config.d_model != config.joint_attention_dim:
@@ -211,8 +213,8 @@ def _check_widths(parts: Parts) -> None:
 def _load_file(name: str, skip: frozenset[str], *, mapped: bool) -> Parts:
     from diffusers import SD3Transformer2DModel
 
-    vae, vae_forms = None, {}
-    with naming(name):
+    vae, vae_specs = None, {}
+    with error_prefix(name):
         weights = open_model(Path(name), mapped=mapped)
         problem = mismatch(recognise(weights))
         if problem:
@@ -222,7 +224,7 @@ def _load_file(name: str, skip: frozenset[str], *, mapped: bool) -> Parts:
         reader = Reader(weights, None)
         make = partial(SD3Transformer2DModel, **shape.diffusers_config())
         if "denoiser" in skip:
-            denoiser = outline(make)
+            denoiser = meta_model(make)
         else:
             tensors = mmdit_map(shape.depth, prefix).to_model(reader.take(_mmdit_keys(weights, prefix)))
             denoiser = build(make, tensors, "the denoiser")
@@ -233,8 +235,8 @@ def _load_file(name: str, skip: frozenset[str], *, mapped: bool) -> Parts:
         if any(key.startswith(VAE) for key in weights):
             inside.add("vae")
             if "vae" not in skip:
-                vae, vae_forms = vae_from_file(weights, SCALING_FACTOR, SHIFT_FACTOR)
-    forms = reader.forms | vae_forms
+                vae, vae_specs = vae_from_file(weights, SCALING_FACTOR, SHIFT_FACTOR)
+    tensor_specs = reader.tensor_specs | vae_specs
     source = Source(
         name=name,
         vae_name=name,
@@ -242,8 +244,8 @@ def _load_file(name: str, skip: frozenset[str], *, mapped: bool) -> Parts:
         prefix=prefix,
         encoder_names=dict.fromkeys(encoders, name),
         parts=frozenset(inside),
-        forms=forms,
-        preserved=tuple(key for key in weights if key not in forms),
+        tensor_specs=tensor_specs,
+        preserved=tuple(key for key in weights if key not in tensor_specs),
         counters=counters(weights),
         file_kind=file_kind(weights),
     )
@@ -293,15 +295,15 @@ def _load_folder(name: str, skip: frozenset[str]) -> Parts:
     outlines = {"denoiser": "transformer", "vae": "vae"}
     unread = [folder for part, folder in outlines.items() if part in skip]
     folder = Path(name) if Path(name).is_dir() else hub_folder(name, HUB_PARTS, folder_problem, unread)
-    with naming(name):
+    with error_prefix(name):
         problem = folder_problem(folder)
         if problem:
             raise UserError(problem)
     there = [part for part, place in FOLDERS.items() if (folder / place / "config.json").is_file()]
     dtypes = folder_dtypes(folder, ("transformer", "vae", *FOLDERS.values()))
-    with naming(name):
+    with error_prefix(name):
         if "denoiser" in skip:
-            denoiser = outline_of_folder(SD3Transformer2DModel, str(folder), "transformer")
+            denoiser = meta_model_of_folder(SD3Transformer2DModel, str(folder), "transformer")
         else:
             denoiser = from_pretrained(SD3Transformer2DModel, str(folder), "transformer", dtypes.get("transformer"))
         encoders = {part: _encoder_from_folder(folder, part, dtypes) for part in there if part not in skip}
@@ -331,5 +333,5 @@ def _encoder_from_folder(folder: Path, part: str, dtypes: Mapping[str, torch.dty
 
 
 def encoder_file_options(family: Any) -> dict[str, str]:
-    """By names of text encoders, the files that the options give."""
+    """The files of text encoders that the options give, by part."""
     return {part: file for part, option in FLAGS.items() if (file := getattr(family, option))}

@@ -1,4 +1,4 @@
-"""What only Stable Diffusion 3 and 3.5 are asked, and their numbers. No torch here: --help needs this module."""
+"""The options and traits of Stable Diffusion 3 and 3.5. No torch here: --help needs this module."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Sd3Options(FlowOptions, group="family", title="Stable Diffusion 3/3.5"):
         False, "write CLIP-L and CLIP-G to files of their own, beside the model, even if they were not trained"
     )
     save_t5xxl: bool = opt(False, "the same of T5")
-    t5xxl_device: str | None = opt(None, "once the device of T5; now it goes where it is needed and leaves again")
-    t5xxl_dtype: str | None = opt(None, "once the number format of T5; now --mixed_precision and --fp8_base say it")
+    t5xxl_device: str | None = opt(None, "deprecated; T5 is moved to the device while it is needed")
+    t5xxl_dtype: str | None = opt(None, "deprecated; the dtype of T5 follows --mixed_precision and --fp8_base")
     t5xxl_max_token_length: int = opt(256, "longest caption for T5 in tokens; all are padded to it", at_least=1, off=0)
     apply_lg_attn_mask: bool = opt(False, "hide the padding of CLIP-L's and CLIP-G's captions from attention")
     clip_l_dropout_rate: float = opt(
@@ -71,14 +71,14 @@ class Sd3Options(FlowOptions, group="family", title="Stable Diffusion 3/3.5"):
         "3.5 medium",
     )
     training_shift: float = opt(
-        1.0, "moves the times that are drawn: below 1 nearer the image, above nearer pure noise", above=0
+        1.0, "shift of the timesteps: below 1 towards the image, above 1 towards pure noise", above=0
     )
 
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from super().advise(opts, traits)
         for name, instead in (("t5xxl_device", "T5 is moved as needed"), ("t5xxl_dtype", "see --mixed_precision")):
             if getattr(self, name) is not None:
-                yield f"--{name}: no effect any more; {instead}"
+                yield f"--{name}: has no effect; {instead}"
         for name in ("save_clip", "save_t5xxl"):
             if getattr(self, name) and hasattr(opts.method, "network_module"):
-                yield f"--{name}: no effect here; {_SAVED_APART}"
+                yield f"--{name}: has no effect here; {_SAVED_APART}"

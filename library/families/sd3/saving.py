@@ -67,7 +67,7 @@ def save_model(
         metadata=metadata,
         tensors=partial(file_tensors, models, dtype),
         fill=partial(_fill_folder, models),
-        copied=[*source.forms, *source.preserved] if source.is_file else (),
+        copied=[*source.tensor_specs, *source.preserved] if source.is_file else (),
     )
     if save_as.startswith("diffusers"):
         return
@@ -82,7 +82,7 @@ def save_model(
 def file_tensors(models: Models, dtype: torch.dtype | None) -> FileTensors:
     """What a single file holds of the models in memory; each tensor is converted when it is written."""
     source: Source = models.source
-    how = {"forms": source.forms, "dtype": dtype}
+    how = {"tensor_specs": source.tensor_specs, "dtype": dtype}
     keys = mmdit_map(models.denoiser.config.num_layers, source.prefix)
     tensors = deferred_part(
         keys, models.denoiser.state_dict(), folder_dtype=source.part_dtypes.get("transformer"), **how
@@ -103,13 +103,17 @@ def _encoder_tensors(
     state = _encoder_state(encoder, part, source)
     keys = KeyMap(Each(prefix, "", Rename("{rest}", "{rest}"))) if prefix else KeyMap(Rename("{rest}", "{rest}"))
     inside = ENCODERS[part]
-    forms = {prefix + key.removeprefix(inside): f for key, f in source.forms.items() if key.startswith(inside)}
-    return deferred_part(keys, state, forms=forms, folder_dtype=source.part_dtypes.get(FOLDERS[part]), dtype=dtype)
+    tensor_specs = {
+        prefix + key.removeprefix(inside): f for key, f in source.tensor_specs.items() if key.startswith(inside)
+    }
+    return deferred_part(
+        keys, state, tensor_specs=tensor_specs, folder_dtype=source.part_dtypes.get(FOLDERS[part]), dtype=dtype
+    )
 
 
 def _encoder_state(encoder: nn.Module, part: str, source: Source) -> dict[str, Tensor]:
     inside = ENCODERS[part]
-    had = {key.removeprefix(inside) for key in source.forms if key.startswith(inside)}
+    had = {key.removeprefix(inside) for key in source.tensor_specs if key.startswith(inside)}
     if part == "te3":
         state = t5_state(encoder)
         if COPY in had:  # files may have the embedding under either name, or under both

@@ -1,4 +1,4 @@
-"""Which Stable Diffusion 3 a model is, told from names and shapes alone: no torch, so that it can be asked at once."""
+"""Which Stable Diffusion 3 a model is, by names and shapes alone: no torch, so that mistakes are found at once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TITLES = {"te1": "CLIP-L", "te2": "CLIP-G", "te3": "T5"}
 FOLDERS = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}  # of a Diffusers model
 TOKENIZERS = {"te1": "tokenizer", "te2": "tokenizer_2", "te3": "tokenizer_3"}
 _NO_MODEL = "--pretrained_model_name_or_path: name a model: a file, a Diffusers folder or a hub id"
-CLIP_SIGN = "text_model.encoder.layers.0.mlp.fc1.weight"
+CLIP_MARKER_KEY = "text_model.encoder.layers.0.mlp.fc1.weight"
 CLIP_L_WIDTH, CLIP_G_WIDTH = 768, 1280  # of the published encoders
 
 
@@ -73,7 +73,7 @@ def check_paths(opts: Options) -> list[str]:
 def check_text_paths(opts: Options) -> list[str]:
     """`check_paths` for texts alone: without a VAE, and without a model where all text encoders are named.
 
-    Text encoders that a model lacks are told by `missing_encoders`: all captions' outputs may be there already.
+    Text encoders that a model lacks are in `missing_encoders`: all captions' outputs may be there already.
     """
     lacking = []
     if not opts.model.pretrained_model_name_or_path:
@@ -85,7 +85,7 @@ def check_text_paths(opts: Options) -> list[str]:
 
 
 def _text_problems(opts: Options) -> list[str]:
-    """Of the paths of model and text encoders that are named."""
+    """Problems with the paths of model and text encoders that are named."""
     name = opts.model.pretrained_model_name_or_path
     problems = [path_problem("--pretrained_model_name_or_path", name, _model_problem)] if name else []
     for part, option in FLAGS.items():
@@ -139,7 +139,7 @@ def missing_encoders(opts: Options) -> list[str]:
 
 
 def _parts_of(opts: Options) -> set[str] | None:
-    """Text encoders, and "vae", that the model and options give; None: only loading tells what the model has."""
+    """Text encoders, and "vae", that the model and options give; None: only loading shows what the model has."""
     name = opts.model.pretrained_model_name_or_path
     path = Path(name or "")
     if not name:
@@ -175,7 +175,7 @@ def encoder_prefix(keys: Iterable[str], part: str, *, inside: bool = False) -> s
     keys = set(keys)
     for prefix in (ENCODERS[part],) if inside else (ENCODERS[part], ""):
         names = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
-        if is_t5(names) if part == "te3" else CLIP_SIGN in names:
+        if is_t5(names) if part == "te3" else CLIP_MARKER_KEY in names:
             return prefix
     return None
 
@@ -187,7 +187,7 @@ def encoder_problem(shapes: Shapes, part: str) -> str | None:
         return f"this is {recognise(shapes)}; {TITLES[part]} in transformers' layout is needed here"
     if part == "te3":
         return None
-    width = shapes[f"{prefix}{CLIP_SIGN}"][1]
+    width = shapes[f"{prefix}{CLIP_MARKER_KEY}"][1]
     other = {("te1", CLIP_G_WIDTH): "te2", ("te2", CLIP_L_WIDTH): "te1"}.get((part, width))
     return other and f"this is {TITLES[other]}; give it with --{FLAGS[other]}"
 
@@ -202,7 +202,7 @@ def mmdit_prefix(keys: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class MmditShape:
-    """What the names and shapes of a denoiser in a single file tell about it."""
+    """The architecture of a denoiser in a single file, by its names and shapes."""
 
     width: int
     depth: int  # blocks

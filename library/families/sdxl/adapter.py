@@ -79,7 +79,7 @@ class SdxlFamily(Family):
     def predict(
         self, models: Models, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch | None = None
     ) -> Tensor:
-        """See `Family.predict`. Without a batch, images are told to be whole and of the latents' size."""
+        """See `Family.predict`. Without a batch, sizes are those of uncropped images."""
         import torch
 
         states = torch.cat([cond.tensors[key] for key in STATES.values()], dim=-1)

@@ -15,7 +15,7 @@ from library.families.sdxl.variants import VAE_SOURCES, file_problem, folder_pro
 from library.families.shared import reading
 from library.families.shared.building import build
 from library.families.shared.clip import build_clip, clip_config
-from library.families.shared.reading import Reader, from_pretrained, naming, open_model
+from library.families.shared.reading import Reader, error_prefix, from_pretrained, open_model
 from library.families.shared.unet import UNET, channels_problem, unet_map, unet_shape
 from library.families.shared.vae import VAE
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from library.families.shared.reading import Form, Weights
+    from library.families.shared.reading import TensorSpec, Weights
     from library.options.base import Options
 
 SCALING_FACTOR = 0.13025
-SAMPLE_SIZE = 128  # side of the latents that pipelines make where they are told nothing
+SAMPLE_SIZE = 128  # side of the latents that pipelines make by default
 PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")  # of a Diffusers folder
 
 
@@ -60,8 +60,8 @@ def load_model(name: str, vae_name: str | None = None, *, mapped: bool = True) -
     else:
         parts = _load_folder(name, with_vae=not vae_name)
     if vae_name:
-        parts.vae, forms = load_vae(vae_name)
-        parts.source = parts.source.with_vae(vae_name, forms)
+        parts.vae, tensor_specs = load_vae(vae_name)
+        parts.source = parts.source.with_vae(vae_name, tensor_specs)
     return parts
 
 
@@ -69,7 +69,7 @@ def load_text_encoders(name: str, *, mapped: bool = True) -> Parts:
     """The text encoders of `load_model` by themselves, and nothing else. Raises: UserError: as `load_model`."""
     if not Path(name).is_file():
         reading.require_model_name(name)
-    with naming(name):
+    with error_prefix(name):
         if Path(name).is_file():
             encoders = _text_encoders(Reader(_open_file(Path(name), mapped), None))
         else:
@@ -77,7 +77,7 @@ def load_text_encoders(name: str, *, mapped: bool = True) -> Parts:
     return Parts(None, encoders, None, None)
 
 
-def load_vae(name: str) -> tuple[nn.Module, dict[str, Form]]:
+def load_vae(name: str) -> tuple[nn.Module, dict[str, TensorSpec]]:
     """The VAE of a file, folder or hub id, see `shared.reading.load_vae`."""
     return reading.load_vae(name, kinds=VAE_SOURCES, channels=TRAITS.latent_channels, scaling_factor=SCALING_FACTOR)
 
@@ -92,21 +92,21 @@ def load_vae_alone(opts: Options) -> nn.Module:
 
 def _load_file(name: str, *, mapped: bool, with_vae: bool) -> Parts:
     """`with_vae`: False leaves the file's VAE unread, whatever it is."""
-    vae, vae_forms = None, {}
-    with naming(name):
+    vae, vae_specs = None, {}
+    with error_prefix(name):
         weights = _open_file(Path(name), mapped)
         reader = Reader(weights, None)
         denoiser = _unet_from_file(reader)
         text_encoders = _text_encoders(reader)
         if with_vae:
-            vae, vae_forms = reading.vae_of_model_file(weights, SCALING_FACTOR)
-    forms = reader.forms | vae_forms
+            vae, vae_specs = reading.vae_of_model_file(weights, SCALING_FACTOR)
+    tensor_specs = reader.tensor_specs | vae_specs
     source = Source(
         name=name,
         vae_name=name,
         is_file=True,
-        forms=forms,
-        preserved=tuple(key for key in weights if key not in forms and (with_vae or not key.startswith(VAE))),
+        tensor_specs=tensor_specs,
+        preserved=tuple(key for key in weights if key not in tensor_specs and (with_vae or not key.startswith(VAE))),
         counters=reading.counters(weights),
         file_kind=reading.file_kind(weights),
         projection=projection_name(weights),
@@ -127,7 +127,7 @@ def _unet_from_file(reader: Reader) -> nn.Module:
 
     shape = unet_shape(reader.weights.shapes)
     if shape.added is None:
-        raise UserError(f"the U-Net lacks the tensor {UNET}label_emb.0.0.weight, with which it is told sizes")
+        raise UserError(f"the U-Net lacks the tensor {UNET}label_emb.0.0.weight of the size conditioning")
     keys = unet_map(shape.layers, shape.attention, added=True)
     tensors = keys.to_model(reader.take([key for key in reader.weights if key.startswith(UNET)]))
     config = shape.diffusers_config(sample_size=SAMPLE_SIZE)
@@ -158,12 +158,12 @@ def _load_folder(name: str, *, with_vae: bool) -> Parts:
     from diffusers import UNet2DConditionModel
 
     reading.require_model_name(name)
-    with naming(name):
+    with error_prefix(name):
         dtypes = _folder_dtypes(name)
         text_encoders = _text_encoders_of_folder(name, dtypes)
         denoiser = from_pretrained(UNet2DConditionModel, name, "unet", dtypes.get("unet"))
         if denoiser.config.addition_embed_type != "text_time":
-            raise UserError("its U-Net is not told sizes, so this is no SDXL model")
+            raise UserError("its U-Net has no size conditioning (add_embedding), so this is no SDXL model")
         problem = channels_problem(denoiser.config.in_channels)
         if problem:
             raise UserError(problem)
@@ -172,7 +172,7 @@ def _load_folder(name: str, *, with_vae: bool) -> Parts:
 
 
 def _folder_dtypes(name: str) -> dict[str, torch.dtype]:
-    """Of each part; none of a hub model, which comes in float32. Raises: UserError: a folder of another family."""
+    """The dtype of each part of a folder; none of a hub model. Raises: UserError: a folder of another family."""
     problem = folder_problem(Path(name)) if Path(name).is_dir() else None
     if problem:
         raise UserError(problem)

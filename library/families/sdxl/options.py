@@ -1,4 +1,4 @@
-"""What only SDXL is asked, and its numbers. No torch here: --help needs this module."""
+"""The options and traits of SDXL. No torch here: --help needs this module."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ class SdxlOptions(CommonOptions, group="family", title="SDXL"):
     def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from super().advise(opts, traits)
         if self.v2:
-            yield f"--v2: no effect on {traits.label}"
+            yield f"--v2: has no effect on {traits.label}"
         if self.clip_skip is not None:
-            yield f"--clip_skip: no effect on {traits.label}, which always reads the layer before the last"
+            yield f"--clip_skip: has no effect on {traits.label}, which always reads the layer before the last"

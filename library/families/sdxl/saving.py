@@ -52,7 +52,7 @@ def save_model(
         dtype: of every tensor of the model in a single file; None keeps what each had in the source. A Diffusers
             folder has the dtype of the models in memory, whatever this says: so do other trainers.
         metadata: goes into a .safetensors file; a .ckpt has only `ss_epoch` and `ss_steps`, added to its source's.
-        v_prediction, zero_terminal_snr: what a single file is marked with, and a new Diffusers folder's scheduler told;
+        v_prediction, zero_terminal_snr: what a single file is marked with, and a new Diffusers folder's scheduler;
             None: the file keeps the markers of its source.
     Raises: UserError: an unknown format. OSError: it cannot be written.
     """
@@ -85,7 +85,7 @@ def file_tensors(models: Models, vae: nn.Module, dtype: torch.dtype | None) -> F
     tensors: FileTensors = {}
     for part, keys, state in parts:
         folder_dtype = source.part_dtypes.get(part)
-        tensors |= deferred_part(keys, state, forms=source.forms, folder_dtype=folder_dtype, dtype=dtype)
+        tensors |= deferred_part(keys, state, tensor_specs=source.tensor_specs, folder_dtype=folder_dtype, dtype=dtype)
     return tensors
 
 

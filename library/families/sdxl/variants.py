@@ -1,4 +1,4 @@
-"""Whether a file or folder is SDXL, told from names alone: no torch, so that it can be asked at once."""
+"""Whether a file or folder is SDXL, by names alone: no torch, so that mistakes are found at once."""
 
 from __future__ import annotations
 

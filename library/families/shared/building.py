@@ -22,7 +22,7 @@ def build(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], what: st
     """
     from library.errors import UserError
 
-    model = outline(make)
+    model = meta_model(make)
     wanted = model.state_dict()
     require_same_keys(tensors, wanted, what)
     for name, tensor in tensors.items():
@@ -36,7 +36,7 @@ def build(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], what: st
     return freeze(model)
 
 
-def outline(make: Callable[[], nn.Module]) -> nn.Module:
+def meta_model(make: Callable[[], nn.Module]) -> nn.Module:
     """A model of which only the configuration and the shapes are there: its weights are on torch's meta device."""
     import torch
 

@@ -11,7 +11,7 @@ from library.families.sd.options import TRAITS
 from library.families.sd.spec import SD1
 from library.families.sdxl.spec import SDXL
 from library.families.shared import hub
-from library.families.shared.reading import naming
+from library.families.shared.reading import error_prefix
 from library.families.shared.recognition import (
     FAMILY_OF,
     UNKNOWN,
@@ -37,7 +37,7 @@ def kind_of(name: str) -> ModelKind:
     """
     path = Path(name)
     if os.path.isfile(name):
-        with naming(path):
+        with error_prefix(path):
             return recognise_file(path) or _kind_of_pickle(path)
     if os.path.isdir(name):
         return _kind_of_folder(path)
@@ -57,16 +57,16 @@ def family_of(name: str) -> str:
     if kind in FAMILY_OF:
         return FAMILY_OF[kind]
     if kind == UNKNOWN and not os.path.exists(name):
-        raise UserError(f"{name}: the hub does not tell what kind of model this is; say it with --family")
+        raise UserError(f"{name}: the hub does not say what kind of model this is; set --family")
     if kind == VAE_ONLY and _latent_channels(Path(name)) == TRAITS.latent_channels:
         return FAMILY_OF[SD1]  # what a VAE by itself has always meant
     if kind == VAE_ONLY:
-        raise UserError(f"{name}: this is {kind}, which may belong to several families; say which one with --family")
+        raise UserError(f"{name}: this is {kind}, which may belong to several families; choose one with --family")
     raise UserError(f"{name}: this is {kind}; give a whole model, or a VAE together with --family")
 
 
 def _latent_channels(path: Path) -> int | None:
-    """Of a VAE's file or folder; None where names do not tell it."""
+    """The channels of the latents of a VAE's file or folder; None where names do not show it."""
     if path.is_dir():
         return read_json(path / "config.json").get("latent_channels", TRAITS.latent_channels)
     shapes = file_shapes(path) or {}
@@ -98,10 +98,10 @@ def _kind_of_hub_model(name: str) -> ModelKind:
     for local in (True, False):
         why = None if local else hub.no_answer(name)
         if why:
-            raise UserError(f"{name}: the hub cannot be asked what kind of model this is ({why}); say it with --family")
+            raise UserError(f"{name}: the hub cannot be asked what kind of model this is ({why}); set --family")
         try:
             index = Path(hf_hub_download(name, _INDEX, local_files_only=local))
-        except Exception:  # whatever the hub's client and the network may raise; loading the model tells it
+        except Exception:  # whatever the hub's client and the network may raise; loading the model reports it
             continue
         is_first = str(read_json(index).get("_class_name")) == "StableDiffusionPipeline"
         return pipeline_kind(index.parent) or (SD1 if is_first else UNKNOWN)

@@ -8,7 +8,7 @@ from pathlib import Path
 from library.errors import UserError
 from library.families.shared.recognition import read_json
 
-_INDEX = "*.safetensors.index.json"  # tells the files of weights that are cut into several
+_INDEX = "*.safetensors.index.json"  # lists the files of sharded weights
 ENDINGS = ("*.json", "*.safetensors", "*.txt", "*.model")  # also of tokenizers; no weights in other formats
 _TIMEOUT = 30.0  # seconds without an answer
 

@@ -25,7 +25,7 @@ EDM_FOUND = "edm"  # any of them
 
 
 def follow(opts: Options) -> Options:
-    """The options as the model's own markers complete them, which the log tells.
+    """The options, completed by the markers of the model; the log says so.
 
     An option that is given stays as it is: then the log warns. Models that cannot be read say nothing here.
     """
@@ -51,10 +51,10 @@ def _stated(path: Path) -> tuple[set[str], str]:
     """The markers of a file or folder, and where it has them. Raises: UserError, OSError: it cannot be read."""
     if path.is_dir():
         config = path / "scheduler" / "scheduler_config.json"
-        told = read_json(config) if config.is_file() else {}
-        if told.get("prediction_type") != "v_prediction":
+        scheduler = read_json(config) if config.is_file() else {}
+        if scheduler.get("prediction_type") != "v_prediction":
             return set(), ""
-        return {V_PRED, ZTSNR} if told.get("rescale_betas_zero_snr") is True else {V_PRED}, "its scheduler says"
+        return {V_PRED, ZTSNR} if scheduler.get("rescale_betas_zero_snr") is True else {V_PRED}, "its scheduler says"
     names = (read_names(path) or {}) if path.is_file() else {}
     found = {marker for marker in MARKERS if marker in names}
     return found | ({EDM_FOUND} if any(key in names for key in EDM) else set()), "its markers say"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class CommonOptions(OptionGroup, group="family", title="Model family"):
     """What every training script takes; a family says which of them mean something to it."""
 
-    v2: bool = opt(False, "the base model is Stable Diffusion 2.x; no effect on other families")
+    v2: bool = opt(False, "the base model is Stable Diffusion 2.x; has no effect on other families")
     v_parameterization: bool = opt(
         False, "the base model predicts v, as the 768 pixel version of 2.x and some SDXL models do"
     )
@@ -61,7 +61,7 @@ class FlowOptions(CommonOptions):
     t5xxl: str | None = opt(None, "file of the text encoder T5-XXL", exists="file")
     apply_t5_attn_mask: bool = opt(False, "hide the padding of T5's captions from attention")
     weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"] = opt(
-        "uniform", "which times are drawn more often (logit_normal, mode) or weigh more (sigma_sqrt, cosmap)"
+        "uniform", "timestep density (logit_normal, mode) or loss weighting (sigma_sqrt, cosmap)"
     )
     logit_mean: float = opt(0.0, "mean of --weighting_scheme logit_normal", only_with=_LOGIT_NORMAL)
     logit_std: float = opt(
@@ -85,7 +85,7 @@ class FlowOptions(CommonOptions):
         for group, names in _DDPM_ONLY.items():
             for name in names:
                 if getattr(getattr(opts, group), name):
-                    yield f"--{name}: no effect on {traits.label}"
+                    yield f"--{name}: has no effect on {traits.label}"
 
 
 def _trains_t5(method: OptionGroup) -> bool:

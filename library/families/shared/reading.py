@@ -20,7 +20,7 @@ from library.checkpoints.reading import (
 from library.checkpoints.scaled import is_scale, multiplied, scale_of
 from library.errors import UserError
 from library.families.shared import hub
-from library.families.shared.building import build, freeze, outline
+from library.families.shared.building import build, freeze, meta_model
 from library.families.shared.recognition import is_hub_id, missing_vae_folder, recognise, vae_kind_problem
 from library.families.shared.vae import NO_VAE, VAE, VAE_PARTS, missing_vae, vae_config, vae_map, vae_shapes
 from library.runtime.files import open_regular
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from library.families.spec import ModelKind
 
     Weights = SafetensorsFile | TorchFile
-    Form = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor in a file
+    TensorSpec = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor in a file
 
 S = TypeVar("S", bound="Source")
 
@@ -44,7 +44,9 @@ class Source:
     name: str  # path or hub id
     vae_name: str  # where the VAE came from
     is_file: bool
-    forms: dict[str, Form] = field(default_factory=dict)  # dtype and shape that each used key of the file had
+    tensor_specs: dict[str, TensorSpec] = field(
+        default_factory=dict
+    )  # dtype and shape that each used key of the file had
     preserved: tuple[str, ...] = ()  # keys of the file that the model does not use
     part_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of a Diffusers folder, by subfolder
     counters: dict[str, int] = field(default_factory=dict)  # epoch and global_step of a .ckpt
@@ -57,15 +59,15 @@ class Source:
             return "diffusers_safetensors" if self.part_dtypes else "diffusers"
         return self.file_kind
 
-    def with_vae(self: S, name: str, forms: Mapping[str, Form]) -> S:
-        """The same with the VAE from another place."""
-        others = {key: form for key, form in self.forms.items() if not key.startswith(VAE)}
+    def with_vae(self: S, name: str, tensor_specs: Mapping[str, TensorSpec]) -> S:
+        """This source with the VAE from another place."""
+        others = {key: form for key, form in self.tensor_specs.items() if not key.startswith(VAE)}
         dtypes = {part: dtype for part, dtype in self.part_dtypes.items() if part != "vae"}
-        return replace(self, vae_name=name, forms=others | dict(forms), part_dtypes=dtypes)
+        return replace(self, vae_name=name, tensor_specs=others | dict(tensor_specs), part_dtypes=dtypes)
 
 
 @contextmanager
-def naming(path: Path | str) -> Iterator[None]:
+def error_prefix(path: Path | str) -> Iterator[None]:
     """Puts the file's name before the messages of mistakes found inside it."""
     try:
         yield
@@ -76,7 +78,7 @@ def naming(path: Path | str) -> Iterator[None]:
 
 
 class Reader:
-    """Takes tensors out of a file, onto torch's default device, and notes their forms.
+    """Takes tensors out of a file, onto torch's default device, and notes their tensor_specs.
 
     Weights that have a scale of their own come multiplied by it; the scales, as part of their form, do not come.
 
@@ -88,7 +90,7 @@ class Reader:
     def __init__(self, weights: Weights, dtype: torch.dtype | None):
         self.weights = weights
         self.dtype = dtype
-        self.forms: dict[str, Form] = {}
+        self.tensor_specs: dict[str, TensorSpec] = {}
 
     def take(self, keys: Iterable[str]) -> dict[str, Tensor]:
         import torch
@@ -96,14 +98,17 @@ class Reader:
         taken = {}
         for key in keys:
             tensor = self.weights[key]
-            self.forms[key] = (tensor.dtype, tuple(tensor.shape))
+            self.tensor_specs[key] = (tensor.dtype, tuple(tensor.shape))
             if is_scale(key):
                 continue
             is_fp8 = tensor.is_floating_point() and tensor.dtype.itemsize == 1
             dtype = self.dtype or (torch.bfloat16 if is_fp8 else tensor.dtype)
             device, scale = torch.get_default_device(), scale_of(key, self.weights)
             if scale is not None:
-                self.forms[key] = (torch.bfloat16, tuple(tensor.shape))  # no 8 bits without scales hold the product
+                self.tensor_specs[key] = (
+                    torch.bfloat16,
+                    tuple(tensor.shape),
+                )  # no 8 bits without scales hold the product
                 tensor = multiplied(key, tensor.to(device), self.weights[scale])
             taken[key] = tensor.to(device, dtype)
         return taken
@@ -192,11 +197,11 @@ def from_pretrained(
     )
 
 
-def outline_of_folder(model_class: Any, folder: str, subfolder: str) -> nn.Module:
-    """`outline` of one of diffusers' models in a Diffusers folder. Raises: UserError: it cannot be read."""
+def meta_model_of_folder(model_class: Any, folder: str, subfolder: str) -> nn.Module:
+    """`meta_model` of one of diffusers' models in a Diffusers folder. Raises: UserError: it cannot be read."""
     try:
         config = model_class.load_config(folder, subfolder=subfolder, local_files_only=True)
-        return outline(lambda: model_class.from_config(config))
+        return meta_model(lambda: model_class.from_config(config))
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder}/{subfolder}: cannot be loaded ({reason})") from None
@@ -233,7 +238,7 @@ def vae_origin(given: str | None, model: str | None, flag: str = "--vae") -> str
     return origin
 
 
-def vae_of_model_file(weights: Weights, scaling_factor: float) -> tuple[nn.Module, dict[str, Form]]:
+def vae_of_model_file(weights: Weights, scaling_factor: float) -> tuple[nn.Module, dict[str, TensorSpec]]:
     """`vae_from_file` of a whole model's file. Raises: UserError: it brings no VAE, or a broken one."""
     problem = missing_vae(weights)
     if problem:
@@ -258,7 +263,7 @@ def load_vae(
     channels: int,
     scaling_factor: float,
     shift_factor: float | None = None,
-) -> tuple[nn.Module, dict[str, Form]]:
+) -> tuple[nn.Module, dict[str, TensorSpec]]:
     """Loads a VAE in float32, and the dtypes and shapes of its tensors by their single-file names (none for folders).
 
     Args:
@@ -266,22 +271,22 @@ def load_vae(
             or a hub id of one of these.
         kinds: what a file may be besides a VAE by itself, see `recognition`.
         channels: of the latents.
-        scaling_factor, shift_factor: for a file, which does not tell them.
+        scaling_factor, shift_factor: for a file, which does not hold them.
     Raises: UserError: missing, unreadable, or without such a VAE.
     """
     path = Path(name)
     if path.is_file():
-        with naming(path):
+        with error_prefix(path):
             weights = open_weights(path)
             problem = vae_kind_problem(recognise(weights), kinds)
             if problem:
                 raise UserError(problem)
-            vae, forms = vae_from_file(weights, scaling_factor, shift_factor)
+            vae, tensor_specs = vae_from_file(weights, scaling_factor, shift_factor)
     else:
-        vae, forms = _vae_from_folder(name), {}
+        vae, tensor_specs = _vae_from_folder(name), {}
     if vae.config.latent_channels != channels:
         raise UserError(f"{name}: this VAE's latents have {vae.config.latent_channels} channels; {channels} are needed")
-    return vae, forms
+    return vae, tensor_specs
 
 
 def _vae_from_folder(name: str) -> nn.Module:
@@ -298,8 +303,8 @@ def _vae_from_folder(name: str) -> nn.Module:
 
 def vae_from_file(
     weights: Weights, scaling_factor: float, shift_factor: float | None = None
-) -> tuple[nn.Module, dict[str, Form]]:
-    """The VAE of an open file, in float32, and the forms of its tensors under the names in a whole model's file.
+) -> tuple[nn.Module, dict[str, TensorSpec]]:
+    """The VAE of an open file, in float32, and the `TensorSpec`s of its tensors by their names in a whole model's file.
 
     Raises: UserError: there is none, or it lacks tensors.
     """
@@ -312,15 +317,15 @@ def vae_from_file(
     if not used:
         raise UserError(NO_VAE)
     tensors = {key.removeprefix(prefix): tensor for key, tensor in reader.take(used).items()}
-    forms = {VAE + key.removeprefix(prefix): form for key, form in reader.forms.items()}
+    tensor_specs = {VAE + key.removeprefix(prefix): form for key, form in reader.tensor_specs.items()}
     if any(key.startswith("encoder.down_blocks.") for key in tensors):
-        dtype = next(iter(forms.values()))[0]
+        dtype = next(iter(tensor_specs.values()))[0]
         tensors = _to_ldm_names(tensors)
-        forms = {VAE + key: (dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+        tensor_specs = {VAE + key: (dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     shapes = vae_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     config = vae_config(shapes, scaling_factor, shift_factor)
     keys = vae_map(len(config["block_out_channels"]), prefix="")
-    return build(lambda: AutoencoderKL(**config), keys.to_model(tensors), "the VAE"), forms
+    return build(lambda: AutoencoderKL(**config), keys.to_model(tensors), "the VAE"), tensor_specs
 
 
 def _to_ldm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

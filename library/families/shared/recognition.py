@@ -49,17 +49,17 @@ def recognise(keys: Iterable[str]) -> ModelKind:
 def unsupported(keys: Iterable[str], kind: ModelKind) -> str | None:
     """Why a file of this kind cannot be used, by names that only other models and formats have; None: it can."""
     text = "\n".join(keys)
-    return next((problem for sign, problem in kind.unsupported if re.search(sign, text, re.MULTILINE)), None)
+    return next((problem for pattern, problem in kind.unsupported if re.search(pattern, text, re.MULTILINE)), None)
 
 
 def recognise_file(path: Path) -> ModelKind | None:
-    """`recognise` for a file; None where only loading can tell. Raises: UserError: broken, or no weight file."""
+    """`recognise` for a file; None where only loading shows it. Raises: UserError: broken, or no weight file."""
     names = read_names(path)
     return None if names is None else recognise(names)
 
 
 def file_shapes(path: Path) -> dict[str, tuple[int, ...]] | None:
-    """The shapes of a file's tensors; None where only loading can tell. Raises: UserError: as `recognise_file`."""
+    """The shapes of a file's tensors; None where only loading shows them. Raises: UserError: as `recognise_file`."""
     names = read_names(path)
     return None if names is None else {key: shape for key, (_, shape) in names.items()}
 

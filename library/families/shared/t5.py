@@ -36,7 +36,7 @@ def is_t5(keys: Iterable[str]) -> bool:
 def t5_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """T5Config's arguments, read from the shapes of a T5 v1.1 encoder.
 
-    The table of relative positions tells the number of heads. There is no dropout, as nothing here draws its own
+    The number of heads is that of the table of relative positions. There is no dropout, as nothing here draws its own
     random numbers.
 
     Raises: UserError: a tensor is missing, or the weights are of another kind of T5.
@@ -128,7 +128,7 @@ def t5_linears(text_encoder: nn.Module) -> list[str]:
 
 
 def t5_targets(text_encoder: nn.Module) -> list[LoraTarget]:
-    """The same as entries of LoRA files, under the name "te3"; networks train them only when asked to."""
+    """T5's linear layers as entries of LoRA files, under the name "te3"; networks train them only on request."""
     return [LoraTarget(lora_key("te3", path), "te3", (path,), optional=True) for path in t5_linears(text_encoder)]
 
 

@@ -27,8 +27,8 @@ UNSUPPORTED_CHANNELS = {  # number of input channels -> what such a model is
 }
 
 UNET = "model.diffusion_model."  # before every name in a single file
-HEAD_WIDTH = 64  # shapes cannot tell; the real models' rule, except for the first ones
-TIME_WIDTH = 256  # of each of the numbers that a U-Net with an added embedding is told
+HEAD_WIDTH = 64  # not visible in shapes; the real models' rule, except for the first ones
+TIME_WIDTH = 256  # of the embedding of each value of the size conditioning
 
 RESNET = (
     Rename("in_layers.0.{p}", "norm1.{p}"),
@@ -116,7 +116,7 @@ def map_of_config(config: Any, prefix: str = UNET) -> KeyMap:
 
 @dataclass(frozen=True)
 class UnetShape:
-    """What the names and shapes of a U-Net in a single file tell about it."""
+    """The architecture of a U-Net in a single file, by its names and shapes."""
 
     widths: tuple[int, ...]  # channels of each level
     layers: int  # resnets of a level on the way down
@@ -133,7 +133,7 @@ class UnetShape:
 
         Args:
             heads: of every attention; None: as many as are 64 wide.
-            sample_size: the side of the latents, which pipelines take where they are told nothing.
+            sample_size: the side of the latents, which pipelines take by default.
         Raises: UserError: a width that does not divide into heads.
         """
         unit = heads or HEAD_WIDTH

@@ -1,4 +1,4 @@
-"""Writing whole models: tensors that are converted when their turn comes, and the parts of Diffusers folders."""
+"""Writing whole models: tensors that are converted when they are written, and the parts of Diffusers folders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from library.families.shared.reading import Form
+    from library.families.shared.reading import TensorSpec
 
     FileTensors = dict[str, Tensor | Deferred]
 
@@ -48,7 +48,7 @@ def write_model(
         dtype: what --save_precision says; a Diffusers folder has the formats of the models in memory all the same.
         metadata: goes into a .safetensors file; a .ckpt has only its `ss_epoch` and `ss_steps`.
         tensors: what the models hold, under a single file's names.
-        fill: puts all parts into a new folder; told whether weights are .safetensors, else .bin.
+        fill: writes all parts into a new folder; its second argument: .safetensors weights, else .bin.
         copied: keys of the source file that a single file has as they are, where `tensors` has them not; `preserved`
             if not given.
     Raises: UserError: an unknown format. OSError: it cannot be written.
@@ -73,7 +73,7 @@ def deferred_part(
     keys: KeyMap,
     state: Mapping[str, Tensor],
     *,
-    forms: Mapping[str, Form],
+    tensor_specs: Mapping[str, TensorSpec],
     folder_dtype: torch.dtype | None,
     dtype: torch.dtype | None,
 ) -> FileTensors:
@@ -82,20 +82,20 @@ def deferred_part(
     Args:
         keys: file names against those of `state`.
         state: the part's tensors under the model's names.
-        forms: dtype and shape that tensors had in the source file, by file name; shapes that differ only in axes of 1
-            are restored.
+        tensor_specs: dtype and shape that tensors had in the source file, by file name; shapes that differ only in
+            axes of 1 are restored.
         folder_dtype: of the part in a source that was a folder.
         dtype: of every tensor; None: as in the source, else as in memory. What training changed in weights of 8 bits
             would be lost in them again: where they no longer hold the values exactly, it is bfloat16.
     Raises: KeyMapError: a tensor has no name in the file.
     """
-    return {entry.file: _deferred(entry, state, forms, folder_dtype, dtype) for entry in keys.entries(state)}
+    return {entry.file: _deferred(entry, state, tensor_specs, folder_dtype, dtype) for entry in keys.entries(state)}
 
 
 def _deferred(
     entry: Entry,
     state: Mapping[str, Tensor],
-    forms: Mapping[str, Form],
+    tensor_specs: Mapping[str, TensorSpec],
     folder_dtype: torch.dtype | None,
     dtype: torch.dtype | None,
 ) -> Deferred:
@@ -103,7 +103,7 @@ def _deferred(
 
     live = [state[name].detach() for name in entry.models]
     shape = tuple(entry.rule.join([tensor.to("meta") for tensor in live]).shape)
-    old_dtype, old_shape = forms.get(entry.file, (folder_dtype or live[0].dtype, shape))
+    old_dtype, old_shape = tensor_specs.get(entry.file, (folder_dtype or live[0].dtype, shape))
     if prod(old_shape) == prod(shape):
         shape = old_shape  # 1x1 convolutions may be stored flat or not; keep the file's way
     kept = dtype or old_dtype
