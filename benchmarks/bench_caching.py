@@ -56,7 +56,7 @@ def vae_of_the_model() -> Encode:
 
     @torch.no_grad()
     def encode(pixels: Tensor, rngs: list[torch.Generator]) -> Tensor:
-        return family.encode_images(models, pixels, generator=rngs)
+        return family.latents.encode(models, pixels, generator=rngs)
 
     return encode
 

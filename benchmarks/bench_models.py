@@ -187,7 +187,7 @@ def prepare(row: Row, arguments: tuple[str, ...], batch_size: int, device: torch
 
     def compile() -> None:
         if opts.memory.torch_compile:
-            blocks = family.blocks(models)
+            blocks = family.denoiser.blocks(models)
             compile_blocks(blocks[:1] if tiny else blocks, opts.memory.dynamo_backend, device)
 
     return Training(make_step(opts, family, method, models, optimizer, batch, device), compile, swap)
@@ -203,7 +203,7 @@ def make_step(
     device: torch.device,
 ) -> Callable[[], Tensor]:
     """What the training loop does for one batch, but for reports."""
-    parts = StepParts(family, models, family.objective(), grad_text=False)
+    parts = StepParts(family, models, family.denoiser.objective(), grad_text=False)
     stepper = Stepper(opts, optimizer, optimizer)
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
     limit = opts.optimizer.max_grad_norm

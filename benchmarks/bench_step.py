@@ -63,7 +63,7 @@ def load(width: int, full: bool) -> tuple[Family, Models]:
     logs.quiet_third_parties()
     groups, arguments = ("finetune", ARGUMENTS) if full else ("network", [*ARGUMENTS, *LORA])
     family = SdFamily(parsing.parse_options(registry.groups_for("sd", groups), arguments))
-    models = family.load()
+    models = family.loader.load()
     if width:
         from diffusers import UNet2DConditionModel
 
@@ -81,7 +81,7 @@ def our_step(batch: Batch, device: torch.device, width: int, full: bool) -> Call
     models.text_encoders.clear()  # their outputs are cached
     models.denoiser.to(device).train()
     method.trainable().to(device).train()
-    parts = StepParts(family, models, family.objective(), grad_text=False)
+    parts = StepParts(family, models, family.denoiser.objective(), grad_text=False)
     optimizer = torch.optim.AdamW(method.parameter_groups(), lr=1e-4, fused=True)
     numbers = iter(range(sys.maxsize))
 

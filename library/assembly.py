@@ -73,7 +73,7 @@ def assemble(
     encoding.require_texts(opts, family, missing_encoders, data, samples=bool(preview.prompts))
     started = time.time()
     with placement.loading(opts, accelerator.device):
-        models = family.load()
+        models = family.loader.load()
     LOGGER.info("loaded %s in %.1f s", opts.model.pretrained_model_name_or_path, time.time() - started)
     _check_sizes(models, data, preview)
     placement.swapped_blocks(family, models, opts, accelerator.device)  # too many are told before anything is encoded
@@ -81,7 +81,7 @@ def assemble(
     placement.place_denoiser(models, opts, accelerator.device, spread=shards is not None)
     attention = set_attention(models.denoiser, opts.memory)
     if opts.memory.compiles:
-        compile_blocks(family.blocks(models), opts.memory.dynamo_backend, accelerator.device)
+        compile_blocks(family.denoiser.blocks(models), opts.memory.dynamo_backend, accelerator.device)
     if shards is not None:
         placement.spread_denoiser(family, models, opts, shards)
     swap = placement.swap_blocks(family, models, opts, accelerator.device)
@@ -109,7 +109,7 @@ def assemble(
         family=family,
         method=method,
         models=models,
-        objective=family.objective(),
+        objective=family.denoiser.objective(),
         data=data,
         plan=run_plan,
         accelerator=accelerator,
@@ -184,7 +184,7 @@ def _stepped_together(opts: Options, family: Family, models: Models, optimizer: 
     if fused is None or not fused.in_use:
         return None
     if fused.blockwise_fused_optimizers:
-        return parts_by_block(weights, family.blocks(models))
+        return parts_by_block(weights, family.denoiser.blocks(models))
     return equal_parts(weights, fused.fused_optimizer_groups)
 
 
@@ -236,7 +236,7 @@ def _metadata_maker(
             "ss_epoch": facts.epoch,
         }
         return metadata.training_metadata(
-            opts, family.model_metadata(models), method.metadata(), data.metadata(run_plan.processes), run_facts
+            opts, family.writer.metadata(models), method.metadata(), data.metadata(run_plan.processes), run_facts
         )
 
     return make

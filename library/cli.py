@@ -85,7 +85,7 @@ def load_family(family: str, argv: Sequence[str]) -> tuple[Family, Models]:
         parsing.parse_options(registry.groups_for(family, "network"), argv)
     )
     adapter = registry.FAMILIES[family].adapter(opts)
-    return adapter, adapter.load()
+    return adapter, adapter.loader.load()
 
 
 def _script_name() -> str:

@@ -57,7 +57,7 @@ def latent_encoder(opts: Options, family: Family, models: Any, accelerator: Acce
 
     @torch.no_grad()
     def encode(pixels: torch.Tensor, rngs: list[torch.Generator]) -> torch.Tensor:
-        return family.encode_images(models, pixels.to(accelerator.device), generator=rngs)
+        return family.latents.encode(models, pixels.to(accelerator.device), generator=rngs)
 
     bar = partial(logs.progress, disable=not accelerator.is_main_process)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
@@ -78,7 +78,7 @@ def require_texts(opts: Options, family: Family, missing: Sequence[str], data: A
         raise UserError(*missing, hint="--sample_prompts have to be encoded even where captions need not be")
     from library.caching import text_outputs
 
-    items, layout = text_outputs.items_of(data.all_records), family.text_layout()
+    items, layout = text_outputs.items_of(data.all_records), family.text.layout()
     assert layout is not None, "a family that does without encoders has such files"
     lacking = text_outputs.unusable_files(items, layout, check=not opts.data.skip_cache_check)
     for file, why in lacking.items():
@@ -111,7 +111,7 @@ def text_cache(
             "--cache_text_encoder_outputs: every text encoder is trained, so nothing can be cached; drop this option, "
             "or train the denoiser alone"
         )
-    layout = family.text_layout()
+    layout = family.text.layout(models)
     assert layout is not None, "a family with these options has such files"
     # The weights as read are at hand, those that encode may be smaller. Outputs of fp8 are shared with exact ones.
     form = placement.text_encoder_form(opts)
@@ -140,7 +140,7 @@ def _cache_text(
 
     def encode(captions: list[str]) -> TextCond:
         with accelerator.autocast():
-            return family.encode_text(models, captions)
+            return family.text.encode(models, captions)
 
     items = text_outputs.items_of(data.all_records)
     batch_size = opts.text_cache.text_encoder_batch_size or opts.data.train_batch_size

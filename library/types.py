@@ -58,7 +58,7 @@ class Batch:
     """B items of one bucket, ready for a training step."""
 
     captions: list[str]
-    latents: Tensor | None  # (B, C, H/8, W/8) as caches hold them (see Family.encode_images), or None: encode `pixels`
+    latents: Tensor | None  # (B, C, H/s, W/s) as caches hold them, see `Latents.encode`; None: encode `pixels`
     pixels: Tensor | None  # (B, 3, H, W) in [-1, 1], or None when latents are cached
     loss_weights: Tensor  # (B,); prior_loss_weight for regularisation images, else 1
     masks: Tensor | None  # (B, 1, H, W) in [0, 1] at the image's or the latents' size, or None: everything counts
@@ -104,7 +104,7 @@ class NoiseDraw:
 class Models:
     """The parts of a loaded model. `source` is the family's own note of what it must remember in order to save.
 
-    Its `save_as` is the `save_as` of `Family.save` that gives the kind of file or folder that was read.
+    Its `save_as` is the `save_as` of `Writer.save` that gives the kind of file or folder that was read.
     """
 
     denoiser: nn.Module

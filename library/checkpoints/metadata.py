@@ -91,7 +91,7 @@ def training_metadata(
     """Everything a file says about itself, except its hashes (see `finalise`). Honours --no_metadata.
 
     Args:
-        family_meta: `Family.model_metadata`.
+        family_meta: `Writer.metadata`.
         method_meta: `Method.metadata`.
         data_meta: ss_* values of the data set; lists and dicts become JSON.
         run_facts: ss_* values of the run; `ss_training_finished_at` (unix time) also dates the file.

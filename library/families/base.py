@@ -1,4 +1,4 @@
-"""What a model family is to the rest of the toolkit. One adapter per family implements `Family`; nothing else knows."""
+"""What a model family does, as roles that the rest of the toolkit calls. `FamilySpec` says what it is."""
 
 from __future__ import annotations
 
@@ -40,52 +40,58 @@ class FamilyTraits:
     flow_shift: Callable[[int, int], float] | None = None
 
 
-class Family(ABC):
-    """A model family, built from the run's options. Every method is usable under autocast and torch.no_grad."""
-
-    traits: FamilyTraits
+class Role:
+    """A part of a family's behaviour, for the options of a run. It keeps nothing of a loaded model."""
 
     def __init__(self, opts: Options):
         self.opts = opts
 
+
+class Loader(Role, ABC):
     @abstractmethod
     def load(self, *, texts_only: bool = False) -> Models:
-        """Reads the model named by the options, on the CPU, with nothing trainable and in eval mode.
+        """Reads the model named by the options, on the CPU, frozen and in eval mode.
 
-        In float32, or in the narrower formats of its files where a model is large.
+        In float32, or in the narrower dtypes of its files where a model is large.
 
         Args:
-            texts_only: only what `encode_text` needs has to be there. Families with files of text encoders leave out
-                the VAE and the denoiser, or its weights.
+            texts_only: only what `TextEncoding.encode` needs has to be there. Families with files of text encoders
+                leave out the VAE and the denoiser, or its weights.
 
         Raises: UserError: missing or unreadable file, or one of another family.
         """
 
+
+class Latents(ABC):
+    """Pixels to latents and back. s is `traits.latent_stride`. Usable under autocast and torch.no_grad."""
+
     @abstractmethod
-    def encode_images(
+    def encode(
         self, models: Models, pixels: Tensor, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] to latents (B, C, H/s, W/s) in the form that caches hold.
-
-        s is `traits.latent_stride`.
 
         Latents are drawn from a distribution; the same `generator` state draws the same ones. A list has one for each
         image, whose latents then do not depend on the rest of the batch.
         """
 
     @abstractmethod
-    def scale_latents(self, latents: Tensor) -> Tensor:
-        """Latents as caches hold them to latents as the denoiser sees them."""
+    def scale(self, latents: Tensor) -> Tensor:
+        """Latents as caches hold them to latents as the denoiser sees them, (B, C, H/s, W/s) both."""
 
     @abstractmethod
-    def decode_latents(self, models: Models, latents: Tensor) -> Tensor:
-        """Latents as the denoiser sees them to pixels (B, 3, H, W), about [-1, 1], not clamped."""
+    def decode(self, models: Models, latents: Tensor) -> Tensor:
+        """Latents as the denoiser sees them, (B, C, H/s, W/s), to pixels (B, 3, H, W), about [-1, 1], not clamped."""
+
+
+class TextEncoding(Role, ABC):
+    """Captions to conditioning."""
 
     @abstractmethod
-    def encode_text(
+    def encode(
         self, models: Models, captions: list[str], *, emphasis: bool | None = None, known: TextCond | None = None
     ) -> TextCond:
-        """Captions to conditioning; differentiable, so that text encoders can be trained through it.
+        """The conditioning of captions; differentiable, so that text encoders can be trained through it.
 
         What encoders give that `models` no longer has is taken from `known`, an earlier conditioning of the captions.
 
@@ -93,11 +99,27 @@ class Family(ABC):
         without such weights ignore it.
         """
 
+    def layout(self, models: Models | None = None) -> TextLayout | None:
+        """How files of cached text-encoder outputs look; None: this family has none.
+
+        Args: models: the loaded model, where there is one: it decides lengths that no option gives.
+        """
+        return None
+
+
+class Denoiser(Role, ABC):
+    """The trained network: what it predicts, and from which blocks it is made."""
+
     @abstractmethod
     def predict(
         self, models: Models, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch | None = None
     ) -> Tensor:
-        """The denoiser's output, same shape as `noisy`. `batch` carries sizes for families with size conditioning."""
+        """The denoiser's output, same shape as `noisy`, (B, C, h, w); usable under autocast and torch.no_grad.
+
+        Args:
+            timesteps: (B,), in the units of the family's objective.
+            batch: carries sizes for families with size conditioning, and the guidance of distilled models.
+        """
 
     @abstractmethod
     def objective(self) -> Objective:
@@ -115,28 +137,53 @@ class Family(ABC):
         """Which entry of `traits.block_layout` a tensor of the denoiser belongs to; None where there are no such."""
         return None
 
+
+class Targets(Role, ABC):
     @abstractmethod
-    def lora_targets(self, models: Models) -> list[LoraTarget]:
+    def lora(self, models: Models) -> list[LoraTarget]:
         """Every layer that a network may adapt, in file order; text encoders first."""
 
+
+class Writer(Role, ABC):
     @abstractmethod
     def save(
         self, models: Models, path: Path, *, save_as: str, dtype: torch.dtype | None, metadata: dict[str, str]
     ) -> None:
         """Writes a whole model. `save_as`: ckpt, safetensors, diffusers, diffusers_safetensors. None keeps dtypes."""
 
-    def companions(self, models: Models, path: Path) -> list[Path]:
+    def extra_files(self, models: Models, path: Path) -> list[Path]:
         """What `save` writes beside a model's file `path`: files of parts that it does not hold."""
         return []
 
-    def text_layout(self) -> TextLayout | None:
-        """How files of cached text-encoder outputs look; None: this family has none."""
-        return None
-
     @abstractmethod
-    def model_metadata(self, models: Models) -> dict[str, Any]:
+    def metadata(self, models: Models) -> dict[str, Any]:
         """ss_* values that describe the base model (ss_v2, ss_base_model_version, ...), see formats.
 
         Also `modelspec.architecture`, `modelspec.implementation`, `modelspec.prediction_type` and the default
         `modelspec.resolution`, all without the suffix of what is trained.
         """
+
+
+class Family:
+    """A model family, made from the options of a run: one object for each role."""
+
+    traits: FamilyTraits
+
+    def __init__(
+        self,
+        opts: Options,
+        *,
+        loader: Loader,
+        latents: Latents,
+        text: TextEncoding,
+        denoiser: Denoiser,
+        targets: Targets,
+        writer: Writer,
+    ):
+        self.opts = opts
+        self.loader = loader
+        self.latents = latents
+        self.text = text
+        self.denoiser = denoiser
+        self.targets = targets
+        self.writer = writer

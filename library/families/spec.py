@@ -85,7 +85,7 @@ class FamilySpec:
     check_text_paths: Callable[[Options], list[str]]  # the same where only text encoders are needed
     missing_encoders: Callable[[Options], list[str]] = _no_messages  # one message for each encoder that is not given
     complete_options: Callable[[Options], Options] = _as_given  # by what the model's file says about its training
-    load_vae: EntryPoint[[Options], nn.Module]  # the VAE alone, as `Family.load` would return it
+    load_vae: EntryPoint[[Options], nn.Module]  # the VAE alone, as `Loader.load` would return it
 
     def __post_init__(self) -> None:
         for name in ("name", "scripts", "kinds"):

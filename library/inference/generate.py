@@ -113,7 +113,7 @@ def sample_latents(
 def decode(family: Family, models: Models, latents: Tensor, dtype: torch.dtype, *, widen: bool = False) -> Tensor:
     """Pixels (B, 3, H, W), float32, about [-1, 1]. `widen` computes with the VAE's weights in float32."""
     with in_float32(models.vae) if widen else nullcontext(), _precision(latents.device, dtype):
-        return family.decode_latents(models, latents).float()
+        return family.latents.decode(models, latents).float()
 
 
 def flow_shift(traits: FamilyTraits, prompt: SamplePrompt) -> float:
@@ -147,7 +147,7 @@ def encode_texts(
     texts = dict.fromkeys(text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt))
     with _precision(device, dtype):
         return {
-            text: family.encode_text(models, [text], emphasis=True).map(lambda tensor: tensor.cpu()) for text in texts
+            text: family.text.encode(models, [text], emphasis=True).map(lambda tensor: tensor.cpu()) for text in texts
         }
 
 
@@ -155,9 +155,9 @@ def _conditioning(
     family: Family, models: Models, texts: list[str], device: torch.device, known: Mapping[str, TextCond] | None
 ) -> TextCond:
     if known is None:
-        return family.encode_text(models, texts, emphasis=True)
+        return family.text.encode(models, texts, emphasis=True)
     found = TextCond.cat([known[text] for text in texts]).map(lambda tensor: tensor.to(device))
-    return family.encode_text(models, texts, emphasis=True, known=found) if models.text_encoders else found
+    return family.text.encode(models, texts, emphasis=True, known=found) if models.text_encoders else found
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class _Guidance:
 
     def _predict(self, noisy: Tensor, timestep: Tensor, cond: TextCond, sizes: Batch) -> Tensor:
         timesteps = timestep.to(noisy.device).expand(len(noisy))
-        return self.family.predict(self.models, noisy, timesteps, cond, sizes).float()
+        return self.family.denoiser.predict(self.models, noisy, timesteps, cond, sizes).float()
 
 
 def _same_lengths(one: TextCond, other: TextCond) -> bool:
@@ -255,7 +255,7 @@ def _step_ends(evaluations: int, steps: int) -> list[int]:
 
 
 def _scheduler(family: Family, prompt: SamplePrompt, zero_terminal_snr: bool, device: torch.device) -> Any:
-    prediction_type = family.prediction_type()
+    prediction_type = family.denoiser.prediction_type()
     if prediction_type == "flow":
         return make_flow_scheduler(steps=prompt.steps, shift=flow_shift(family.traits, prompt), device=device)
     return make_scheduler(

@@ -65,7 +65,7 @@ class FinetuneMethod(Method):
 
     def _leave_blocks(self, family: Family, models: Models) -> None:
         """Freezes the blocks of the denoiser that the options leave as they are."""
-        options, blocks = self.opts.method, family.blocks(models)
+        options, blocks = self.opts.method, family.denoiser.blocks(models)
         if options.frozen_blocks > len(blocks):
             raise UserError(
                 f"--num_last_block_to_freeze: {options.frozen_blocks} are more than this model has, {len(blocks)}"
@@ -74,7 +74,7 @@ class FinetuneMethod(Method):
             block.requires_grad_(False)
         if options.block_rates is not None:
             for name, weight in models.denoiser.named_parameters():
-                if not options.block_rates[family.block_number(models, name)]:
+                if not options.block_rates[family.denoiser.block_number(models, name)]:
                     weight.requires_grad_(False)
 
     def trainable(self) -> TrainedParts:
@@ -90,7 +90,7 @@ class FinetuneMethod(Method):
                     continue
                 label, rate = names[part], self._rates[part]
                 if block_rates is not None:
-                    number = self._family.block_number(self._whole, name)
+                    number = self._family.denoiser.block_number(self._whole, name)
                     label, rate = f"{label} block {number}", block_rates[number]
                 by_label.setdefault(label, {"params": [], "lr": rate, "name": label})["params"].append(weight)
             groups += by_label.values()
@@ -132,10 +132,10 @@ class FinetuneMethod(Method):
             metadata = {name: value for name, value in metadata.items() if not name.startswith("ss_")}
         # The weights of a folder's part are all of one format, that of training.
         with nullcontext() if save_as in FOLDERS else holding(self._as_read):
-            self._family.save(self._whole, path, save_as=save_as, dtype=dtype, metadata=metadata)
+            self._family.writer.save(self._whole, path, save_as=save_as, dtype=dtype, metadata=metadata)
 
     def companions(self, path: Path) -> list[Path]:
-        return [] if self._save_as() in FOLDERS else self._family.companions(self._whole, path)
+        return [] if self._save_as() in FOLDERS else self._family.writer.extra_files(self._whole, path)
 
     def _save_as(self) -> str:
         options = self.opts.saving

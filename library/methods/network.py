@@ -48,7 +48,7 @@ class NetworkMethod(Method):
             if part is not None:
                 part.requires_grad_(False)
         options = self.opts.method
-        targets = family.lora_targets(models)
+        targets = family.targets.lora(models)
         self._merge_base_weights(targets, models)
         self._rates = part_rates(self.opts, family.traits.text_encoders)
         file = self._module.read(options.network_weights) if options.network_weights else None

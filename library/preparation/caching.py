@@ -179,7 +179,7 @@ def cache_texts(opts: Options) -> Outcome:
     family = _family(opts)
     opts = _of_family(opts, family, cache_latents=False, cache_text_encoder_outputs_to_disk=True)
     adapter = family.adapter(opts)
-    layout = adapter.text_layout()
+    layout = adapter.text.layout()
     if layout is None:
         others = ", ".join(f"--{name}" for name in _others())
         raise UserError(f"{adapter.traits.label} has no files of text encoder outputs; say what the model is: {others}")
@@ -193,7 +193,7 @@ def cache_texts(opts: Options) -> Outcome:
     before = {file: _stamp(file) for file in files}
     require_room_beside((file for file, stamp in before.items() if stamp is None), "text encoder outputs")
     with placement.loading(opts, accelerator.device):
-        models = adapter.load(texts_only=True)
+        models = adapter.loader.load(texts_only=True)
     processes.wait()  # nobody writes while others still look
     outcome = Outcome(failed=dict(data.findings.dropped))
     fill = encoding.text_cache(opts, adapter, _NothingTrained(), models, data, outcome.fail)

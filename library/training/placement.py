@@ -103,7 +103,7 @@ def swapped_blocks(family: Family, models: Models, opts: Options, device: torch.
     from library.memory.block_swap import RING
 
     each = family.traits.blocks_per_swap
-    most = math.floor((len(family.blocks(models)) - RING) / each)
+    most = math.floor((len(family.denoiser.blocks(models)) - RING) / each)
     if opts.swap.count > most:
         raise UserError(f"--blocks_to_swap: {opts.swap.count} are more than this model can swap; at most {most}")
     return math.ceil(opts.swap.count * each)
@@ -121,7 +121,7 @@ def swap_blocks(family: Family, models: Models, opts: Options, device: torch.dev
         return None
     from library.memory.block_swap import BlockSwap
 
-    swap = BlockSwap(family.blocks(models), count, device)
+    swap = BlockSwap(family.denoiser.blocks(models), count, device)
     swap.attach()
     models.denoiser.to(device)  # all but the swapped blocks
     return swap
@@ -130,7 +130,7 @@ def swap_blocks(family: Family, models: Models, opts: Options, device: torch.dev
 def spread_denoiser(family: Family, models: Models, opts: Options, shards: Shards) -> None:
     """Spreads the denoiser over the processes, if it is trained."""
     if has_trained_weights(models.denoiser):
-        shards.spread(models.denoiser, family.blocks(models), trained_dtype(opts), _compute_dtype(opts))
+        shards.spread(models.denoiser, family.denoiser.blocks(models), trained_dtype(opts), _compute_dtype(opts))
 
 
 def _compute_dtype(opts: Options) -> torch.dtype | None:

@@ -36,15 +36,15 @@ def batch_latents(parts: StepParts, batch: Batch, rng: torch.Generator) -> Tenso
     else:
         own = seeds.generator(rng.device, rng.initial_seed(), "latents")
         with torch.no_grad():
-            latents = parts.family.encode_images(parts.models, batch.pixels, generator=own)
-    return parts.family.scale_latents(latents.float())
+            latents = parts.family.latents.encode(parts.models, batch.pixels, generator=own)
+    return parts.family.latents.scale(latents.float())
 
 
 def batch_text(parts: StepParts, batch: Batch) -> TextCond:
     if batch.text is not None and not parts.models.text_encoders:  # those whose outputs are cached have gone
         return batch.text
     with torch.set_grad_enabled(parts.grad_text and torch.is_grad_enabled()):
-        return parts.family.encode_text(parts.models, batch.captions, known=batch.text)
+        return parts.family.text.encode(parts.models, batch.captions, known=batch.text)
 
 
 class StepResult(NamedTuple):
@@ -59,6 +59,6 @@ def training_step(parts: StepParts, batch: Batch, rng: torch.Generator) -> StepR
     latents = batch_latents(parts, batch, rng)
     cond = batch_text(parts, batch)
     draw = parts.objective.draw(latents, rng)
-    prediction = parts.family.predict(parts.models, draw.noisy, draw.timesteps, cond, batch)
+    prediction = parts.family.denoiser.predict(parts.models, draw.noisy, draw.timesteps, cond, batch)
     losses = parts.objective.loss(prediction.float(), draw, batch.loss_weights, batch.masks)
     return StepResult(losses, draw.timesteps)

@@ -31,7 +31,7 @@ def parts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return {v: FluxFamily(flux_options(write_flux(folder, v), **parts)).load() for v in ("dev", "schnell")}
+    return {v: FluxFamily(flux_options(write_flux(folder, v), **parts)).loader.load() for v in ("dev", "schnell")}
 
 
 def family(**options):
@@ -61,7 +61,7 @@ def noise(*shape, seed=0):
 def test_text_equals_diffusers(loaded):
     models = loaded["dev"]
     states, pooled, ids = pipeline(models).encode_prompt(CAPTIONS, None, max_sequence_length=LENGTH)
-    cond = family().encode_text(models, CAPTIONS)
+    cond = family().text.encode(models, CAPTIONS)
     assert_close(cond.tensors["t5_out"], states, atol=1e-5, rtol=0)
     assert_close(cond.tensors["l_pooled"], pooled, atol=1e-5, rtol=0)
     assert cond.tensors["txt_ids"].shape == (2, LENGTH, 3)
@@ -75,9 +75,9 @@ def test_the_mask_acts_inside_t5(loaded):
     models = loaded["dev"]
     ids = models.tokenizers["te3"](CAPTIONS, padding="max_length", max_length=LENGTH, return_tensors="pt")
     masked = models.text_encoders["te3"](ids.input_ids, attention_mask=ids.attention_mask).last_hidden_state
-    cond = family(apply_t5_attn_mask=True).encode_text(models, CAPTIONS)
+    cond = family(apply_t5_attn_mask=True).text.encode(models, CAPTIONS)
     assert_close(cond.tensors["t5_out"], masked, atol=1e-5, rtol=0)
-    plain = family().encode_text(models, CAPTIONS)
+    plain = family().text.encode(models, CAPTIONS)
     assert (plain.tensors["t5_out"] - masked)[:, :3].abs().max() > 1e-3
 
 
@@ -85,28 +85,28 @@ def test_the_mask_acts_inside_t5(loaded):
 @torch.no_grad()
 def test_captions_have_the_variants_own_length(loaded):
     for variant, length in (("dev", 512), ("schnell", 256)):
-        cond = FluxFamily(flux_options("")).encode_text(loaded[variant], ["a cat"])
+        cond = FluxFamily(flux_options("")).text.encode(loaded[variant], ["a cat"])
         assert cond.tensors["t5_out"].shape == (1, length, T5)
 
 
 def test_missing_encoders_are_named(loaded):
     models = SimpleNamespace(**{**vars(loaded["dev"]), "text_encoders": {}})
     with pytest.raises(UserError, match="--clip_l: needed") as caught:
-        family().encode_text(models, CAPTIONS)
+        family().text.encode(models, CAPTIONS)
     assert "--t5xxl: needed" in str(caught.value)
 
 
 def test_cache_files(parts, tmp_path):
     """Names of formats 3.2; the lengths are known as soon as the model is."""
     adapter = FluxFamily(flux_options(write_flux(tmp_path, "schnell"), **parts, apply_t5_attn_mask=True))
-    assert dict(adapter.text_layout().shapes) == {}
-    models = adapter.load()
-    layout = adapter.text_layout()
+    assert dict(adapter.text.layout().shapes) == {}
+    models = adapter.loader.load()
+    layout = adapter.text.layout(models)
     assert layout.suffix == "_flux_te.npz"
     assert dict(layout.flags) == {"apply_t5_attn_mask": True}
     assert dict(layout.shapes) == {"txt_ids": (256, 3), "t5_attn_mask": (256,)}
     with torch.no_grad():
-        cond = adapter.encode_text(models, ["a cat"])
+        cond = adapter.text.encode(models, ["a cat"])
     assert set(cond.tensors) == set(layout.keys) == {"l_pooled", "t5_out", "txt_ids", "t5_attn_mask"}
     assert all(tuple(cond.tensors[name].shape[1:]) == shape for name, shape in layout.shapes.items())
 
@@ -142,8 +142,8 @@ def test_prediction_equals_a_step_of_diffusers_pipeline(loaded, variant):
     ).images
     expected = (latents - FluxPipeline._unpack_latents(after, 48, 64, 8)) / sigma
     adapter = family(guidance_scale=2.5)
-    cond = adapter.encode_text(models, CAPTIONS)
-    actual = adapter.predict(models, latents, torch.full((2,), 1000 * sigma), cond)
+    cond = adapter.text.encode(models, CAPTIONS)
+    actual = adapter.denoiser.predict(models, latents, torch.full((2,), 1000 * sigma), cond)
     assert_close(actual, expected, atol=1e-4, rtol=0)
     assert expected.abs().mean() > 0.1
 
@@ -151,22 +151,22 @@ def test_prediction_equals_a_step_of_diffusers_pipeline(loaded, variant):
 @torch.no_grad()
 def test_every_image_has_its_own_time(loaded):
     models, latents, adapter = loaded["dev"], noise(2, 16, 4, 4), family()
-    cond = adapter.encode_text(models, CAPTIONS)
-    both = adapter.predict(models, latents, torch.tensor([100.0, 900.0]), cond)
+    cond = adapter.text.encode(models, CAPTIONS)
+    both = adapter.denoiser.predict(models, latents, torch.tensor([100.0, 900.0]), cond)
     for row, time in enumerate((100.0, 900.0)):
         alone = TextCond({name: tensor[row : row + 1] for name, tensor in cond.tensors.items()})
-        one = adapter.predict(models, latents[row : row + 1], torch.tensor([time]), alone)
+        one = adapter.denoiser.predict(models, latents[row : row + 1], torch.tensor([time]), alone)
         assert_close(both[row : row + 1], one, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_guidance_of_the_batch_replaces_the_option(loaded):
     latents, times = noise(1, 16, 4, 4), torch.tensor([500.0])
-    cond = family().encode_text(loaded["dev"], CAPTIONS[:1])
+    cond = family().text.encode(loaded["dev"], CAPTIONS[:1])
 
     def predict(variant, scale, asked=None):
         batch = SimpleNamespace(guidance=asked)
-        return family(guidance_scale=scale).predict(loaded[variant], latents, times, cond, batch)
+        return family(guidance_scale=scale).denoiser.predict(loaded[variant], latents, times, cond, batch)
 
     assert predict("dev", 3.5).equal(predict("dev", 1.0, 3.5))
     assert predict("dev", 0.0).equal(predict("dev", 3.5, 0.0))
@@ -179,21 +179,24 @@ def test_guidance_of_the_batch_replaces_the_option(loaded):
 def test_masked_padding_does_not_matter(loaded):
     models, latents, times = loaded["dev"], noise(2, 16, 4, 4), torch.tensor([300.0, 600.0])
     masking, plain = family(apply_t5_attn_mask=True), family()
-    cond = masking.encode_text(models, CAPTIONS)
+    cond = masking.text.encode(models, CAPTIONS)
     padding = cond.tensors["t5_attn_mask"][:, :, None] == 0
     other = TextCond({**cond.tensors, "t5_out": torch.where(padding, 5.0, cond.tensors["t5_out"])})
-    same = masking.predict(models, latents, times, cond)
-    assert_close(masking.predict(models, latents, times, other), same, atol=1e-5, rtol=0)
+    same = masking.denoiser.predict(models, latents, times, cond)
+    assert_close(masking.denoiser.predict(models, latents, times, other), same, atol=1e-5, rtol=0)
     assert (
-        plain.predict(models, latents, times, other) - plain.predict(models, latents, times, cond)
+        plain.denoiser.predict(models, latents, times, other) - plain.denoiser.predict(models, latents, times, cond)
     ).abs().max() > 0.01
     # Words and images are all seen: what is left out are the padding's tokens, nothing else.
     short = TextCond({name: t[:1] if name == "l_pooled" else t[:1, :4] for name, t in cond.tensors.items()})
-    alone = plain.predict(models, latents[:1], times[:1], short)
+    alone = plain.denoiser.predict(models, latents[:1], times[:1], short)
     assert_close(same[:1], alone, atol=1e-5, rtol=0)
     seen = TextCond({**cond.tensors, "t5_attn_mask": torch.ones_like(cond.tensors["t5_attn_mask"])})
     assert_close(
-        masking.predict(models, latents, times, seen), plain.predict(models, latents, times, cond), atol=1e-5, rtol=0
+        masking.denoiser.predict(models, latents, times, seen),
+        plain.denoiser.predict(models, latents, times, cond),
+        atol=1e-5,
+        rtol=0,
     )
 
 
@@ -201,9 +204,9 @@ def test_masked_padding_does_not_matter(loaded):
 def test_times_stay_exact_in_bfloat16(loaded):
     models, adapter, told = loaded["dev"], family(), []
     handle = models.denoiser.time_text_embed.register_forward_hook(lambda _m, args, _o: told.append(args))
-    cond = adapter.encode_text(models, CAPTIONS)
+    cond = adapter.text.encode(models, CAPTIONS)
     with torch.autocast("cpu", torch.bfloat16):
-        adapter.predict(models, noise(2, 16, 4, 4), torch.tensor([503.7, 998.3]), cond)
+        adapter.denoiser.predict(models, noise(2, 16, 4, 4), torch.tensor([503.7, 998.3]), cond)
     handle.remove()
     ((times, guidance, _),) = told
     assert_close(times, torch.tensor([503.7, 998.3]), atol=0, rtol=0)
@@ -214,14 +217,14 @@ def test_times_stay_exact_in_bfloat16(loaded):
 def test_gradients_pass_through_recomputed_masked_blocks(loaded):
     models, adapter = loaded["dev"], family(apply_t5_attn_mask=True)
     with torch.no_grad():
-        cond = adapter.encode_text(models, CAPTIONS)
+        cond = adapter.text.encode(models, CAPTIONS)
     gradients = []
     for recompute in (False, True):
         latents = noise(2, 16, 4, 4).requires_grad_()
         models.denoiser.train(recompute)
         if recompute:
             models.denoiser.enable_gradient_checkpointing()
-        adapter.predict(models, latents, torch.tensor([300.0, 600.0]), cond).square().sum().backward()
+        adapter.denoiser.predict(models, latents, torch.tensor([300.0, 600.0]), cond).square().sum().backward()
         gradients.append(latents.grad)
     models.denoiser.disable_gradient_checkpointing()
     models.denoiser.eval()
@@ -231,11 +234,11 @@ def test_gradients_pass_through_recomputed_masked_blocks(loaded):
 
 def test_blocks_are_in_the_order_in_which_they_run(loaded):
     models, order = loaded["dev"], []
-    blocks = family().blocks(models)
+    blocks = family().denoiser.blocks(models)
     handles = [b.register_forward_hook(lambda _m, _a, _o, n=n: order.append(n)) for n, b in enumerate(blocks)]
     with torch.no_grad():
-        cond = family().encode_text(models, CAPTIONS[:1])
-        family().predict(models, noise(1, 16, 4, 4), torch.tensor([1.0]), cond)
+        cond = family().text.encode(models, CAPTIONS[:1])
+        family().denoiser.predict(models, noise(1, 16, 4, 4), torch.tensor([1.0]), cond)
     for handle in handles:
         handle.remove()
     assert order == [0, 1, 2, 3]
@@ -250,10 +253,10 @@ def test_latents_equal_diffusers(loaded):
     models, adapter, pixels = loaded["dev"], family(), noise(2, 3, 32, 48).clamp(-1, 1)
     vae = tiny_ae()
     raw = vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(5))
-    latents = adapter.encode_images(models, pixels, torch.Generator().manual_seed(5))
+    latents = adapter.latents.encode(models, pixels, torch.Generator().manual_seed(5))
     assert_close(latents, (raw - SHIFT_FACTOR) * SCALING_FACTOR, atol=1e-5, rtol=0)
-    assert adapter.scale_latents(latents) is latents
-    assert_close(adapter.decode_latents(models, latents), vae.decode(raw).sample, atol=1e-4, rtol=0)
+    assert adapter.latents.scale(latents) is latents
+    assert_close(adapter.latents.decode(models, latents), vae.decode(raw).sample, atol=1e-4, rtol=0)
     assert models.vae.config.scaling_factor == SCALING_FACTOR
     assert models.vae.config.shift_factor == SHIFT_FACTOR
 
@@ -282,19 +285,19 @@ def test_the_objective_follows_the_options():
         "logit_std": 1.1,
         "mode_scale": 1.2,
     }
-    settings = family(**options).objective().settings
+    settings = family(**options).denoiser.objective().settings
     assert settings.sampling == "flux_shift"
     assert settings.shift_of is resolution_shift
     assert (settings.shift, settings.sigmoid_scale, settings.prediction) == (2.0, 1.5, "raw")
     assert (settings.weighting_scheme, settings.logit_mean, settings.logit_std) == ("cosmap", 0.1, 1.1)
     assert (settings.mode_scale, settings.target) == (1.2, "velocity")
-    usual = family().objective().settings
+    usual = family().denoiser.objective().settings
     assert (usual.sampling, usual.shift, usual.prediction) == ("sigma", 3.0, "sigma_scaled")
 
 
 @pytest.mark.parametrize("variant", ["dev", "schnell"])
 def test_what_files_tell(loaded, variant):
-    facts = family(guidance_scale=1.0).model_metadata(loaded[variant])
+    facts = family(guidance_scale=1.0).writer.metadata(loaded[variant])
     assert facts["ss_base_model_version"] == "flux1"
     assert facts["modelspec.architecture"] == f"flux-1-{variant}"
     assert facts["modelspec.implementation"] == "https://github.com/black-forest-labs/flux"
@@ -343,7 +346,7 @@ def test_options_of_time_that_do_nothing_are_said():
         for sampling, reading in (("sigma", "raw"), ("shift", "raw"), ("shift", "sigma_scaled")):
             chosen = {"timestep_sampling": sampling, "model_prediction_type": reading, "weighting_scheme": scheme}
             acts = (sampling == "sigma" or scheme not in densities) and (reading != "raw" or scheme not in weights)
-            assert ("--weighting_scheme: no effect" in advice(**chosen)[1]) != acts, chosen
+            assert ("--weighting_scheme: has no effect" in advice(**chosen)[1]) != acts, chosen
     chosen = {"timestep_sampling": "sigma", "logit_mean": 1.0, "logit_std": 2.0, "mode_scale": 1.0, **raw}
     assert advice(**chosen, weighting_scheme="logit_normal")[1].startswith("--mode_scale: no effect without")
     assert len(advice(**chosen, weighting_scheme="mode")[1].splitlines()) == 2
@@ -352,5 +355,5 @@ def test_options_of_time_that_do_nothing_are_said():
 @pytest.mark.parametrize(("variant", "scale", "warned"), [("schnell", 1.0, 1), ("schnell", 3.5, 0), ("dev", 1.0, 0)])
 def test_schnell_is_told_no_guidance(tmp_path, parts, caplog, monkeypatch, variant, scale, warned):
     monkeypatch.setattr(LOGGER, "propagate", True)
-    FluxFamily(flux_options(write_flux(tmp_path, variant), **parts, guidance_scale=scale)).load()
+    FluxFamily(flux_options(write_flux(tmp_path, variant), **parts, guidance_scale=scale)).loader.load()
     assert caplog.text.count("--guidance_scale: has no effect on schnell") == warned

@@ -50,7 +50,7 @@ def parts(tmp_path_factory):
 
 
 def load(model, parts):
-    return FluxFamily(flux_options(model, **parts)).load()
+    return FluxFamily(flux_options(model, **parts)).loader.load()
 
 
 def assert_same_weights(model, tensors):
@@ -185,8 +185,8 @@ def test_diffusers_folder_and_hub_id(tmp_path, parts, as_hub_id, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
         (hub / "refs").mkdir(parents=True)
         (hub / "refs" / "main").write_text("abc")
-    family.save(family.load(), folder, save_as="diffusers_safetensors", dtype=None, metadata={})
-    models = FluxFamily(flux_options(name)).load()
+    family.writer.save(family.loader.load(), folder, save_as="diffusers_safetensors", dtype=None, metadata={})
+    models = FluxFamily(flux_options(name)).loader.load()
     assert models.source.variant == "dev"
     assert models.source.save_as == "diffusers_safetensors"
     assert_same_weights(models.denoiser, flux_map().to_model(flux_tensors()))
@@ -198,9 +198,11 @@ def test_diffusers_folder_and_hub_id(tmp_path, parts, as_hub_id, monkeypatch):
 
 def test_files_replace_parts_of_a_folder(tmp_path, parts):
     family = FluxFamily(flux_options(write_flux(tmp_path), **parts))
-    family.save(family.load(), tmp_path / "folder", save_as="diffusers_safetensors", dtype=None, metadata={})
+    family.writer.save(
+        family.loader.load(), tmp_path / "folder", save_as="diffusers_safetensors", dtype=None, metadata={}
+    )
     save_file(clip_l_tensors(tiny_clip_l(seed=9)), tmp_path / "other.safetensors")
-    models = FluxFamily(flux_options(tmp_path / "folder", clip_l=str(tmp_path / "other.safetensors"))).load()
+    models = FluxFamily(flux_options(tmp_path / "folder", clip_l=str(tmp_path / "other.safetensors"))).loader.load()
     assert_same_weights(models.text_encoders["te1"], tiny_clip_l(seed=9).state_dict())
 
 

@@ -24,12 +24,12 @@ def parts(tmp_path_factory):
 
 def load(folder, parts, variant="dev"):
     family = FluxFamily(flux_options(write_flux(folder, variant), **parts, t5xxl_max_token_length=12))
-    return family, family.load()
+    return family, family.loader.load()
 
 
 def test_targets_are_the_published_layers(tmp_path, parts):
     family, models = load(tmp_path, parts)
-    targets = family.lora_targets(models)
+    targets = family.targets.lora(models)
     by_key = {target.key: target for target in targets}
     assert len(by_key) == len(targets)
     block = [
@@ -63,14 +63,14 @@ def test_targets_are_the_published_layers(tmp_path, parts):
 
 def test_every_linear_layer_but_the_final_one_is_a_target(tmp_path, parts):
     family, models = load(tmp_path, parts)
-    covered = {path for t in family.lora_targets(models) if t.part == "denoiser" for path in t.modules}
+    covered = {path for t in family.targets.lora(models) if t.part == "denoiser" for path in t.modules}
     layers = {name for name, module in models.denoiser.named_modules() if isinstance(module, nn.Linear)}
     assert layers - covered == {"proj_out", "norm_out.linear"}
 
 
 def test_schnell_has_no_layers_for_guidance(tmp_path, parts):
     family, models = load(tmp_path, parts, "schnell")
-    assert not any("guidance" in target.key for target in family.lora_targets(models))
+    assert not any("guidance" in target.key for target in family.targets.lora(models))
 
 
 @pytest.fixture
@@ -96,8 +96,8 @@ def test_our_files_do_the_same_in_diffusers(tmp_path, parts, args):
     latents, times = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(2)), torch.tensor([600.0])
 
     def results(models):
-        cond = family.encode_text(models, ["a red house"])
-        return cond.tensors["l_pooled"], family.predict(models, latents, times, cond)
+        cond = family.text.encode(models, ["a red house"])
+        return cond.tensors["l_pooled"], family.denoiser.predict(models, latents, times, cond)
 
     before = results(models)
     network = trained_network(family, models, args)
@@ -113,7 +113,7 @@ def test_our_files_do_the_same_in_diffusers(tmp_path, parts, args):
 
 def trained_network(family, models, args):
     network = lora_flux.create(
-        family.lora_targets(models), models, dim=4, alpha=2.0, dropout=None, args=args, seed=1
+        family.targets.lora(models), models, dim=4, alpha=2.0, dropout=None, args=args, seed=1
     ).requires_grad_(False)
     generator = torch.Generator().manual_seed(3)
     for parameter in network.parameters():

@@ -25,7 +25,7 @@ def parts(tmp_path_factory):
 
 def load(model, parts):
     family = FluxFamily(flux_options(model, **parts))
-    return family, family.load()
+    return family, family.loader.load()
 
 
 def digest(path):
@@ -38,7 +38,7 @@ def test_read_then_saved_gives_the_same_bytes(tmp_path, parts, dtype, prefix):
     source = write_flux(tmp_path, dtype=dtype, prefix=prefix)
     family, models = load(source, parts)
     assert models.source.save_as == "safetensors"
-    family.save(models, tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={})
+    family.writer.save(models, tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={})
     assert digest(tmp_path / "again.safetensors") == digest(source)
 
 
@@ -51,7 +51,7 @@ def test_weights_of_8_bits_do_not_lose_what_was_trained(tmp_path, parts):
     with torch.no_grad():
         trained.add_(1e-3)
     path = tmp_path / "out.safetensors"
-    family.save(models, path, save_as="safetensors", dtype=None, metadata={})
+    family.writer.save(models, path, save_as="safetensors", dtype=None, metadata={})
     before, after = load_file(source), load_file(path)
     changed = after.pop("double_blocks.1.img_attn.qkv.weight")
     assert changed.dtype == torch.bfloat16
@@ -65,14 +65,14 @@ def test_weights_of_8_bits_do_not_lose_what_was_trained(tmp_path, parts):
 def test_a_bundle_keeps_its_other_parts(tmp_path, parts):
     source = write_bundle(tmp_path / "all.safetensors")
     family, models = load(source, {"tokenizer_cache_dir": parts["tokenizer_cache_dir"]})
-    family.save(models, tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={})
+    family.writer.save(models, tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={})
     assert digest(tmp_path / "again.safetensors") == digest(source)
 
 
 def test_precision_and_metadata(tmp_path, parts):
     family, models = load(write_flux(tmp_path), parts)
     path = tmp_path / "out.safetensors"
-    family.save(models, path, save_as="safetensors", dtype=torch.bfloat16, metadata={"modelspec.title": "x"})
+    family.writer.save(models, path, save_as="safetensors", dtype=torch.bfloat16, metadata={"modelspec.title": "x"})
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"modelspec.title": "x"}
     saved = load_file(path)
@@ -90,7 +90,7 @@ def test_saving_takes_the_memory_of_one_tensor(tmp_path, parts):
     state = models.denoiser.state_dict()
     assert most_memory(lambda: [tensor.clone() for tensor in state.values()]) > 0.9 * sum(sizes), "it is measured"
     path = tmp_path / "out.safetensors"
-    taken = most_memory(lambda: family.save(models, path, save_as="safetensors", dtype=None, metadata={}))
+    taken = most_memory(lambda: family.writer.save(models, path, save_as="safetensors", dtype=None, metadata={}))
     largest = max(tensor.nbytes for tensor in load_file(path).values())
     assert taken < 1.2 * largest + 16e6, "and little beside it, much less than the model"
     assert digest(path) == digest(tmp_path / "wide.safetensors")
@@ -99,7 +99,7 @@ def test_saving_takes_the_memory_of_one_tensor(tmp_path, parts):
 def test_ckpt(tmp_path, parts):
     family, models = load(write_flux(tmp_path), parts)
     path = tmp_path / "out.ckpt"
-    family.save(models, path, save_as="ckpt", dtype=None, metadata={"ss_epoch": "2", "ss_steps": "30"})
+    family.writer.save(models, path, save_as="ckpt", dtype=None, metadata={"ss_epoch": "2", "ss_steps": "30"})
     content = torch.load(path, weights_only=True)
     assert (content["epoch"], content["global_step"]) == (2, 30)
     assert all(content["state_dict"][name].equal(tensor) for name, tensor in flux_tensors().items())
@@ -114,7 +114,7 @@ def test_a_folder_opens_in_diffusers_and_its_file_is_the_first_again(tmp_path, p
     family, models = load(source, parts)
     models.vae = None  # as after caching
     models.text_encoders.clear()
-    family.save(models, tmp_path / "folder", save_as="diffusers_safetensors", dtype=None, metadata={})
+    family.writer.save(models, tmp_path / "folder", save_as="diffusers_safetensors", dtype=None, metadata={})
     pipe = FluxPipeline.from_pretrained(tmp_path / "folder", torch_dtype=torch.float32)
     expected = {name: tensor.to(torch.bfloat16).float() for name, tensor in flux_tensors(variant).items()}
     for name, tensor in flux_map().to_model(expected).items():
@@ -124,14 +124,14 @@ def test_a_folder_opens_in_diffusers_and_its_file_is_the_first_again(tmp_path, p
     with torch.no_grad():
         states, pooled, _ = pipe.encode_prompt(["a red house"], None, max_sequence_length=256)
         opts = flux_options(tmp_path / "folder", t5xxl_max_token_length=256)
-        cond = FluxFamily(opts).encode_text(again, ["a red house"])
+        cond = FluxFamily(opts).text.encode(again, ["a red house"])
     assert_close(cond.tensors["t5_out"], states, atol=1e-5, rtol=0)
     assert_close(cond.tensors["l_pooled"], pooled, atol=1e-5, rtol=0)
-    again_family.save(again, tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={})
+    again_family.writer.save(again, tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={})
     assert digest(tmp_path / "again.safetensors") == digest(source)
 
 
 def test_an_unknown_format(tmp_path, parts):
     family, models = load(write_flux(tmp_path), parts)
     with pytest.raises(UserError, match="--save_model_as onnx"):
-        family.save(models, tmp_path / "x", save_as="onnx", dtype=None, metadata={})
+        family.writer.save(models, tmp_path / "x", save_as="onnx", dtype=None, metadata={})

@@ -68,7 +68,7 @@ def medium(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(medium, cache) -> tuple[Sd3Family, Models]:
     family = Sd3Family(sd3_options(medium, cache=cache))
-    return family, family.load()
+    return family, family.loader.load()
 
 
 def their_denoiser(tensors: dict[str, torch.Tensor], variant: str) -> SD3Transformer2DModel:
@@ -116,7 +116,7 @@ def fed(family: Sd3Family, models: Models, cond: TextCond, **options) -> dict[st
         lambda _module, _args, kwargs: seen.update(kwargs), with_kwargs=True
     )
     try:
-        family.predict(models, latents(), torch.tensor([1, 2]), cond)
+        family.denoiser.predict(models, latents(), torch.tensor([1, 2]), cond)
     finally:
         handle.remove()
     return seen
@@ -127,7 +127,7 @@ def fed(family: Sd3Family, models: Models, cond: TextCond, **options) -> dict[st
 
 def test_text_is_what_the_pipeline_of_diffusers_gives(loaded):
     family, models = loaded
-    ours = fed(family, models, family.encode_text(models, PROMPTS))
+    ours = fed(family, models, family.text.encode(models, PROMPTS))
     with torch.no_grad():
         prompt, _, pooled, _ = their_pipeline().encode_prompt(
             PROMPTS, PROMPTS, PROMPTS, do_classifier_free_guidance=False, max_sequence_length=256
@@ -139,9 +139,9 @@ def test_text_is_what_the_pipeline_of_diffusers_gives(loaded):
 
 def test_without_t5_77_rows_of_zeros_stand_for_it(tmp_path):
     family = Sd3Family(sd3_options(write_tiny_sd3(tmp_path / "sd3.safetensors", encoders=("te1", "te2"))))
-    models = family.load()
+    models = family.loader.load()
     assert list(models.tokenizers) == ["te1", "te2"]
-    cond = family.encode_text(models, PROMPTS)
+    cond = family.text.encode(models, PROMPTS)
     with torch.no_grad():
         prompt, *_ = their_pipeline(t5=False).encode_prompt(
             PROMPTS, PROMPTS, PROMPTS, do_classifier_free_guidance=False, max_sequence_length=77
@@ -156,8 +156,8 @@ def test_masks_hide_padding_inside_the_encoders(medium, cache):
     family = Sd3Family(
         sd3_options(medium, cache=cache, apply_lg_attn_mask=True, apply_t5_attn_mask=True, t5xxl_max_token_length=20)
     )
-    models = family.load()
-    cond = family.encode_text(models, PROMPTS).tensors
+    models = family.loader.load()
+    cond = family.text.encode(models, PROMPTS).tensors
     pipeline = their_pipeline()
     states, pooled = [], []
     for part, tokenizer, mask in (
@@ -177,15 +177,15 @@ def test_masks_hide_padding_inside_the_encoders(medium, cache):
     with torch.no_grad():
         t5 = tiny_t5(T5)(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
     assert_close(cond["t5_out"], t5, **CLOSE)
-    plain = Sd3Family(sd3_options(medium, cache=cache, t5xxl_max_token_length=20)).encode_text(models, PROMPTS).tensors
+    plain = Sd3Family(sd3_options(medium, cache=cache, t5xxl_max_token_length=20)).text.encode(models, PROMPTS).tensors
     assert (plain["lg_out"] - cond["lg_out"]).abs().max() > 0.01
     assert (plain["t5_out"] - cond["t5_out"]).abs().max() > 0.01
 
 
 def test_cache_files_hold_what_the_conditioning_has(loaded):
     family, models = loaded
-    layout = family.text_layout()
-    tensors = family.encode_text(models, PROMPTS).tensors
+    layout = family.text.layout()
+    tensors = family.text.encode(models, PROMPTS).tensors
     assert layout.suffix == "_sd3_te.npz"
     assert set(layout.keys) == set(tensors)
     assert layout.flags == {"apply_lg_attn_mask": False, "apply_t5_attn_mask": False}
@@ -194,12 +194,12 @@ def test_cache_files_hold_what_the_conditioning_has(loaded):
 
 def test_cached_outputs_need_no_encoders(loaded):
     family, models = loaded
-    cond = family.encode_text(models, PROMPTS)
+    cond = family.text.encode(models, PROMPTS)
     bare = Models(models.denoiser, {}, {}, None, models.source)
     halved = cond.map(lambda tensor: tensor.half() if tensor.is_floating_point() else tensor)
     with torch.no_grad():
-        direct = family.predict(models, latents(), torch.tensor([100, 900]), cond)
-        from_cache = family.predict(bare, latents(), torch.tensor([100, 900]), halved)
+        direct = family.denoiser.predict(models, latents(), torch.tensor([100, 900]), cond)
+        from_cache = family.denoiser.predict(bare, latents(), torch.tensor([100, 900]), halved)
     assert_close(from_cache, direct, rtol=1e-2, atol=1e-2)
 
 
@@ -207,8 +207,8 @@ def test_gradients_reach_the_text_encoders(loaded):
     family, models = loaded
     weight = models.text_encoders["te1"].text_model.encoder.layers[0].mlp.fc1.weight.requires_grad_(True)
     try:
-        cond = family.encode_text(models, PROMPTS)
-        family.predict(models, latents(), torch.tensor([1, 2]), cond).mean().backward()
+        cond = family.text.encode(models, PROMPTS)
+        family.denoiser.predict(models, latents(), torch.tensor([1, 2]), cond).mean().backward()
         assert weight.grad.abs().max() > 0
     finally:
         weight.grad = None
@@ -241,7 +241,7 @@ def dropped(
 )
 def test_dropout_zeros_one_encoder_in_training_only(loaded, rate, states, pooled):
     family, models = loaded
-    cond = family.encode_text(models, PROMPTS)
+    cond = family.text.encode(models, PROMPTS)
     freed = Models(models.denoiser, {}, {}, None, models.source)  # as after caching
     whole, found = fed(family, models, cond), dropped(freed, cond, **{rate: 1.0})
     expected = whole["encoder_hidden_states"].clone()
@@ -265,7 +265,7 @@ def test_without_clip_l_its_share_is_that_of_the_published_models():
 
 def test_dropout_is_drawn_per_caption_from_the_seeded_stream(loaded):
     family, models = loaded
-    one = family.encode_text(models, ["a red house"])
+    one = family.text.encode(models, ["a red house"])
     cond = TextCond.cat([one] * 400)
     rates = (0.25, 0.5, 0.75)
     torch.manual_seed(5)
@@ -288,7 +288,7 @@ def test_dropout_is_drawn_per_caption_from_the_seeded_stream(loaded):
 
 def test_prediction_is_that_of_diffusers(variant, single_file, cache):
     family = Sd3Family(sd3_options(single_file, cache=cache))
-    models = family.load()
+    models = family.loader.load()
     pipeline = their_pipeline(variant)
     noisy, timesteps = latents(), torch.tensor([17, 980])
     with torch.no_grad():
@@ -300,7 +300,7 @@ def test_prediction_is_that_of_diffusers(variant, single_file, cache):
             pooled_projections=pooled,
             return_dict=False,
         )
-        ours = family.predict(models, noisy, timesteps, family.encode_text(models, PROMPTS))
+        ours = family.denoiser.predict(models, noisy, timesteps, family.text.encode(models, PROMPTS))
     assert theirs.std() > 0.01
     assert_close(ours, theirs, **CLOSE)
 
@@ -308,19 +308,19 @@ def test_prediction_is_that_of_diffusers(variant, single_file, cache):
 def test_latents_are_raw_in_caches_and_scaled_for_the_denoiser(loaded):
     family, models = loaded
     pixels = torch.rand(2, 3, 64, 96) * 2 - 1
-    found = family.encode_images(models, pixels, torch.Generator().manual_seed(3))
+    found = family.latents.encode(models, pixels, torch.Generator().manual_seed(3))
     with torch.no_grad():
         expected = tiny_vae().encode(pixels).latent_dist.sample(torch.Generator().manual_seed(3))
     assert_close(found, expected, **CLOSE)
-    scaled = family.scale_latents(found)
+    scaled = family.latents.scale(found)
     assert_close(scaled, (expected - 0.0609) * 1.5305, **CLOSE)
     with torch.no_grad():
-        assert_close(family.decode_latents(models, scaled), tiny_vae().decode(expected).sample, **CLOSE)
+        assert_close(family.latents.decode(models, scaled), tiny_vae().decode(expected).sample, **CLOSE)
 
 
 def test_what_is_trained(loaded):
     family, _ = loaded
-    objective = family.objective()
+    objective = family.denoiser.objective()
     draw = objective.draw(torch.zeros(2, 16, 4, 4), torch.Generator().manual_seed(0), torch.tensor([250, 750]))
     sigma = torch.tensor([0.25, 0.75])[:, None, None, None]
     assert_close(draw.noisy, sigma * draw.noise)
@@ -332,7 +332,7 @@ def test_what_is_trained(loaded):
 @pytest.mark.rows("R440", "R441")
 def test_training_shift_moves_the_drawn_times():
     def mean(**options) -> float:
-        objective = Sd3Family(sd3_options("", **options)).objective()
+        objective = Sd3Family(sd3_options("", **options)).denoiser.objective()
         draw = objective.draw(torch.zeros(2000, 1, 1, 1), torch.Generator().manual_seed(0))
         assert not draw.timesteps.is_floating_point()
         return draw.timesteps.float().mean().item()
@@ -345,7 +345,7 @@ def test_training_shift_moves_the_drawn_times():
 
 def test_traits_and_metadata(variant, single_file, cache):
     family = Sd3Family(sd3_options(single_file, cache=cache, apply_lg_attn_mask=True))
-    metadata = family.model_metadata(family.load())
+    metadata = family.writer.metadata(family.loader.load())
     assert metadata["ss_base_model_version"] == variant
     assert metadata["ss_apply_lg_attn_mask"] is True
     assert metadata["ss_weighting_scheme"] == "uniform"
@@ -406,7 +406,7 @@ def test_target_counts_of_the_published_models(depth, config, count):
 
 def test_targets_lead_to_layers_text_encoders_first(loaded):
     family, models = loaded
-    targets = family.lora_targets(models)
+    targets = family.targets.lora(models)
     parts = [target.part for target in targets]
     assert parts == sorted(parts, key=["te1", "te2", "te3", "denoiser"].index)
     assert {parts.count(part) for part in ("te1", "te2")} == {3 * 6}
@@ -425,14 +425,14 @@ def test_targets_lead_to_layers_text_encoders_first(loaded):
 
 def test_blocks_are_those_of_the_denoiser_in_order(loaded):
     family, models = loaded
-    assert family.blocks(models) == [models.denoiser.transformer_blocks[index] for index in range(DEPTH)]
+    assert family.denoiser.blocks(models) == [models.denoiser.transformer_blocks[index] for index in range(DEPTH)]
 
 
 def test_a_lora_acts_as_its_product_added_to_the_files_weights(variant, single_file, cache, tmp_path):
     """The sum is made in the file, by its own names, and read by diffusers."""
     family = Sd3Family(sd3_options(single_file, cache=cache))
-    models = family.load()
-    targets = [target for target in family.lora_targets(models) if target.part == "denoiser"]
+    models = family.loader.load()
+    targets = [target for target in family.targets.lora(models) if target.part == "denoiser"]
     network = lora_sd3.create(
         targets, models, dim=4, alpha=2.0, dropout=None, args={"emb_dims": "[2,3,4,5,6,7]"}, seed=1
     )
@@ -443,11 +443,11 @@ def test_a_lora_acts_as_its_product_added_to_the_files_weights(variant, single_f
         {name: tensor.contiguous() for name, tensor in network.file_state().items()}, tmp_path / "lora.safetensors"
     )
     assert len(network.layers()) == len(targets)
-    cond, noisy, timesteps = family.encode_text(models, PROMPTS), latents(), torch.tensor([17, 980])
+    cond, noisy, timesteps = family.text.encode(models, PROMPTS), latents(), torch.tensor([17, 980])
     with torch.no_grad():
-        before = family.predict(models, noisy, timesteps, cond)
+        before = family.denoiser.predict(models, noisy, timesteps, cond)
         network.attach(models)
-        ours = family.predict(models, noisy, timesteps, cond)
+        ours = family.denoiser.predict(models, noisy, timesteps, cond)
 
     tensors, merged = mmdit_tensors(variant), 0
     lora = load_file(tmp_path / "lora.safetensors")
@@ -470,4 +470,4 @@ def test_a_lora_acts_as_its_product_added_to_the_files_weights(variant, single_f
 def test_files_without_encoders_still_name_the_denoisers_layers(tmp_path):
     save_file(sd3_tensors(), tmp_path / "sd3.safetensors")
     family = Sd3Family(sd3_options(tmp_path / "sd3.safetensors"))
-    assert {target.part for target in family.lora_targets(family.load())} == {"denoiser"}
+    assert {target.part for target in family.targets.lora(family.loader.load())} == {"denoiser"}

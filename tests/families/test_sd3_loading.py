@@ -218,9 +218,9 @@ def test_denoiser_and_t5_in_8_bits_keep_their_numbers_with_fp8_base(tmp_path):
 def test_files_that_are_not_mapped(whole, encoder_files, tmp_path, monkeypatch):
     write_t5_tokenizer(tmp_path / "google_t5-v1_1-xxl")
     options = {"cache": str(tmp_path), **flags(encoder_files)}
-    mapped = Sd3Family(sd3_options(whole, **options)).load()
+    mapped = Sd3Family(sd3_options(whole, **options)).loader.load()
     monkeypatch.setattr("safetensors.safe_open", lambda *_, **__: pytest.fail("mapped the file"))
-    read = Sd3Family(sd3_options(whole, **options, mapless=True)).load()
+    read = Sd3Family(sd3_options(whole, **options, mapless=True)).loader.load()
     assert_same_state(read.denoiser.state_dict(), mapped.denoiser.state_dict())
     assert_same_state(read.vae.state_dict(), mapped.vae.state_dict())
     for part, encoder in read.text_encoders.items():
@@ -273,9 +273,9 @@ def test_a_missing_clip_is_named_at_once_unless_outputs_are_cached(bare, encoder
     assert problem.startswith("--clip_g: missing, and the model brings no CLIP-G")
     opts.text_cache = type("Group", (), {"cache_text_encoder_outputs_to_disk": True})
     assert check_paths(opts) == []
-    models = Sd3Family(opts).load()
+    models = Sd3Family(opts).loader.load()
     with pytest.raises(UserError, match="--clip_g: missing"):
-        Sd3Family(opts).encode_text(models, ["a house"])
+        Sd3Family(opts).text.encode(models, ["a house"])
 
 
 def test_a_missing_vae_is_named_at_once(tmp_path):

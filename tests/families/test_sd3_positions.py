@@ -123,25 +123,27 @@ def test_scaled_positions_may_be_drawn_too(denoiser):
 
 def test_the_options_reach_the_layer_and_tell_other_models(tmp_path, caplog):
     path = write_tiny_sd3(tmp_path / "sd3.safetensors", "5-medium")
-    models = Sd3Family(sd3_options(path, pos_emb_random_crop_rate=0.5, enable_scaled_pos_embed=True)).load()
+    models = Sd3Family(sd3_options(path, pos_emb_random_crop_rate=0.5, enable_scaled_pos_embed=True)).loader.load()
     assert models.denoiser.pos_embed.random_crop_rate == 0.5
     assert models.denoiser.pos_embed.scaled
     assert not caplog.text
-    assert type(Sd3Family(sd3_options(path)).load().denoiser.pos_embed) is PatchEmbed
+    assert type(Sd3Family(sd3_options(path)).loader.load().denoiser.pos_embed) is PatchEmbed
     large = write_tiny_sd3(tmp_path / "large.safetensors", "5-large")
-    Sd3Family(sd3_options(large, enable_scaled_pos_embed=True)).load()
+    Sd3Family(sd3_options(large, enable_scaled_pos_embed=True)).loader.load()
     assert "meant for Stable Diffusion 3.5 medium" in caplog.text
 
 
 def test_the_table_is_saved_as_it_was(tmp_path):
     path = write_tiny_sd3(tmp_path / "sd3.safetensors", "5-medium")
     family = Sd3Family(sd3_options(path, enable_scaled_pos_embed=True))
-    family.save(family.load(), tmp_path / "out.safetensors", save_as="safetensors", dtype=None, metadata={})
+    family.writer.save(
+        family.loader.load(), tmp_path / "out.safetensors", save_as="safetensors", dtype=None, metadata={}
+    )
     assert (tmp_path / "out.safetensors").read_bytes() == path.read_bytes()
 
 
 def test_what_is_larger_than_the_table_needs_scaled_positions(tmp_path):
     path = write_tiny_sd3(tmp_path / "sd3.safetensors", "5-medium", encoders=("te1", "te2"))
-    plain, scaled = (Sd3Family(sd3_options(path, enable_scaled_pos_embed=flag)).load() for flag in (False, True))
+    plain, scaled = (Sd3Family(sd3_options(path, enable_scaled_pos_embed=flag)).loader.load() for flag in (False, True))
     assert plain.longest_side == 16 * plain.denoiser.pos_embed.pos_embed_max_size
     assert scaled.longest_side is None

@@ -29,11 +29,11 @@ def cache(tmp_path_factory):
 
 def load(path, cache, **options) -> tuple[Sd3Family, Models]:
     family = Sd3Family(sd3_options(path, cache=cache, **options))
-    return family, family.load()
+    return family, family.loader.load()
 
 
 def save(family: Sd3Family, models: Models, path, save_as="safetensors", dtype=None, **metadata: str) -> None:
-    family.save(models, path, save_as=save_as, dtype=dtype, metadata=metadata)
+    family.writer.save(models, path, save_as=save_as, dtype=dtype, metadata=metadata)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -81,7 +81,7 @@ def test_a_file_of_the_denoiser_alone_stays_one(cache, tmp_path):
     save_file(tensors, tmp_path / "in.safetensors")
     vae = write_tiny_sd3(tmp_path / "vae.safetensors")
     family = Sd3Family(sd3_options(tmp_path / "in.safetensors", vae=str(vae)))
-    save(family, family.load(), tmp_path / "out.safetensors")
+    save(family, family.loader.load(), tmp_path / "out.safetensors")
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "in.safetensors").read_bytes()
 
 
@@ -160,7 +160,7 @@ def test_folders_are_pipelines_of_diffusers_and_can_be_read_again(save_as, cache
             ["a red house"], ["a red house"], ["a red house"], do_classifier_free_guidance=False
         )
     assert tuple(pipeline.transformer.config.dual_attention_layers) == (0, 1)
-    cond = family.encode_text(models, ["a red house"]).tensors
+    cond = family.text.encode(models, ["a red house"]).tensors
     assert_close(pooled, cond["lg_pooled"], rtol=1e-4, atol=1e-4)
     assert_close(theirs[:, 77:], cond["t5_out"], rtol=1e-4, atol=1e-4)
     for name, tensor in pipeline.transformer.state_dict().items():
@@ -169,7 +169,7 @@ def test_folders_are_pipelines_of_diffusers_and_can_be_read_again(save_as, cache
     again_family, again = load(tmp_path / "folder", None)
     assert again.source.save_as == save_as
     assert again.tokenizers["te2"].pad_token_id == 0
-    again_cond = again_family.encode_text(again, ["a red house"]).tensors
+    again_cond = again_family.text.encode(again, ["a red house"]).tensors
     for name, tensor in cond.items():
         assert_close(again_cond[name], tensor, rtol=1e-5, atol=1e-5)
     save(again_family, again, tmp_path / "single.safetensors")

@@ -36,7 +36,7 @@ def real_models(v2: bool) -> Models:
 
 def test_target_counts_of_the_real_models():
     for v2, text_layers in ((False, 72), (True, 138)):
-        targets = SdFamily(sd_options("", v2=v2)).lora_targets(real_models(v2))
+        targets = SdFamily(sd_options("", v2=v2)).targets.lora(real_models(v2))
         text, unet = targets[:text_layers], targets[text_layers:]
         assert {t.part for t in text} == {"te"}
         assert {t.part for t in unet} == {"denoiser"}
@@ -47,7 +47,7 @@ def test_target_counts_of_the_real_models():
 
 def test_target_names():
     models = real_models(False)
-    by_key = {t.key: t for t in SdFamily(sd_options("")).lora_targets(models)}
+    by_key = {t.key: t for t in SdFamily(sd_options("")).targets.lora(models)}
     for key in (
         "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
         "lora_te_text_model_encoder_layers_11_self_attn_out_proj",
@@ -99,10 +99,10 @@ def test_blocks_are_in_execution_order():
     models = tiny_sd()
     family = SdFamily(sd_options(""))
     ran: list[torch.nn.Module] = []
-    blocks = family.blocks(models)
+    blocks = family.denoiser.blocks(models)
     hooks = [block.register_forward_pre_hook(lambda module, _: ran.append(module)) for block in blocks]
     with torch.no_grad():
-        family.predict(models, torch.randn(1, 4, 8, 8), torch.tensor([1]), family.encode_text(models, ["a"]))
+        family.denoiser.predict(models, torch.randn(1, 4, 8, 8), torch.tensor([1]), family.text.encode(models, ["a"]))
     for hook in hooks:
         hook.remove()
     assert [id(b) for b in ran] == [id(b) for b in blocks]
@@ -115,9 +115,9 @@ def test_weighted_captions_multiply_the_states():
     plain = SdFamily(sd_options(""))
     weighted = SdFamily(sd_options("", weighted_captions=True))
     with torch.no_grad():
-        expected = plain.encode_text(models, ["a red house"]).tensors["context"].clone()
+        expected = plain.text.encode(models, ["a red house"]).tensors["context"].clone()
         expected[:, 2] *= 1.5  # BOS, a, red, house
-        actual = weighted.encode_text(models, ["a (red:1.5) house"]).tensors["context"]
+        actual = weighted.text.encode(models, ["a (red:1.5) house"]).tensors["context"]
     assert_close(actual, expected, atol=1e-6, rtol=0)
 
 
@@ -125,10 +125,10 @@ def test_lengths_of_the_context():
     models = tiny_sd()
     for length, positions in ((None, 77), (75, 77), (150, 152), (225, 227)):
         family = SdFamily(sd_options("", max_token_length=length))
-        assert family.encode_text(models, ["a", "b"]).tensors["context"].shape == (2, positions, 64)
+        assert family.text.encode(models, ["a", "b"]).tensors["context"].shape == (2, positions, 64)
     options = sd_options("")
     options.method = type(options)(no_token_padding=True)
-    assert SdFamily(options).encode_text(models, ["a b", "c"]).tensors["context"].shape == (2, 4, 64)
+    assert SdFamily(options).text.encode(models, ["a b", "c"]).tensors["context"].shape == (2, 4, 64)
 
 
 def test_text_encoders_train_through_checkpointing():
@@ -140,7 +140,7 @@ def test_text_encoders_train_through_checkpointing():
             text_encoder.gradient_checkpointing_enable()
         text_encoder.zero_grad()
         family = SdFamily(sd_options("", clip_skip=2, max_token_length=150))
-        family.encode_text(models, ["a red house"]).tensors["context"].square().sum().backward()
+        family.text.encode(models, ["a red house"]).tensors["context"].square().sum().backward()
         gradients.append({n: p.grad for n, p in text_encoder.named_parameters() if p.grad is not None})
     assert not [n for n in gradients[0] if "layers.2." in n]  # the skipped layer gets none
     assert [n for n in gradients[0] if "layers.0." in n]
@@ -159,13 +159,13 @@ def test_text_encoders_train_through_checkpointing():
 )
 def test_metadata(v2, v, version, architecture, resolution):
     family = SdFamily(sd_options("", v2=v2, v_parameterization=v))
-    metadata = family.model_metadata(tiny_sd(v2))
+    metadata = family.writer.metadata(tiny_sd(v2))
     assert metadata["ss_v2"] is v2
     assert metadata["ss_base_model_version"] == version
     assert metadata["modelspec.architecture"] == architecture
     assert metadata["modelspec.resolution"] == resolution
     assert metadata["modelspec.prediction_type"] == ("v" if v else "epsilon")
-    assert family.prediction_type() == ("v_prediction" if v else "epsilon")
+    assert family.denoiser.prediction_type() == ("v_prediction" if v else "epsilon")
 
 
 def test_paths_are_checked_at_once(tmp_path):

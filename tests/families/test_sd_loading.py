@@ -126,23 +126,23 @@ def test_text_encoder_agrees_with_diffusers_converter(v2, single_file):
 def test_one_prediction_and_latents_equal_diffusers(v2, single_file, theirs):
     """float32, same kernels: 1e-5 leaves room for another order of summation in linear and 1x1 convolution."""
     family = SdFamily(sd_options(single_file, v2=v2))
-    models = family.load()
+    models = family.loader.load()
     pipeline = StableDiffusionPipeline.from_pretrained(theirs, safety_checker=None)
     noisy, times = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
     with torch.no_grad():
-        cond = family.encode_text(models, ["a red house", "!"])
+        cond = family.text.encode(models, ["a red house", "!"])
         ids = pipeline.tokenizer(["a red house", "!"], padding="max_length", max_length=77, return_tensors="pt")
         states = pipeline.text_encoder(ids.input_ids).last_hidden_state
         assert_close(cond.tensors["context"], states, atol=1e-5, rtol=0)
-        ours = family.predict(models, noisy, times, cond)
+        ours = family.denoiser.predict(models, noisy, times, cond)
         assert_close(ours, pipeline.unet(noisy, times, states).sample, atol=1e-5, rtol=0)
-        latents = family.encode_images(models, pixels, torch.Generator().manual_seed(3))
+        latents = family.latents.encode(models, pixels, torch.Generator().manual_seed(3))
         posterior = pipeline.vae.encode(pixels).latent_dist
         eps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
         assert_close(latents, posterior.mean + posterior.std * eps, atol=1e-5, rtol=0)
-        assert_close(family.scale_latents(latents), latents * 0.18215)
-        decoded = family.decode_latents(models, family.scale_latents(latents))
+        assert_close(family.latents.scale(latents), latents * 0.18215)
+        decoded = family.latents.decode(models, family.latents.scale(latents))
         assert_close(decoded, pipeline.vae.decode(latents).sample, atol=1e-4, rtol=0)
 
 
@@ -164,11 +164,11 @@ def test_v_parameterization_changes_what_is_predicted_and_nothing_else(tmp_path)
     for flags in (("--v2",), ("--v2", "--v_parameterization")):
         opts = parse_options(groups_for("sd", "network"), [f"--pretrained_model_name_or_path={path}", *flags])
         family = SdFamily(opts)
-        models = family.load()
+        models = family.loader.load()
         assert_same_state(models.denoiser.state_dict(), original.denoiser.state_dict())
         assert_same_state(public_state(models.text_encoders["te"]), public_state(original.text_encoders["te"]))
         assert models.tokenizers["te"].pad_token_id == 0
-        objective = family.objective()
+        objective = family.denoiser.objective()
         draws[flags[-1]] = objective.draw(latents, torch.Generator().manual_seed(3), times)
     base, v = draws["--v2"], draws["--v_parameterization"]
     assert torch.equal(base.noisy, v.noisy)
@@ -185,7 +185,7 @@ def test_v2_takes_the_layer_before_the_last(tmp_path):
     tensors |= {key: torch.randn_like(value) / 8 for key, value in tensors.items() if key.startswith(last)}
     save_file(tensors, tmp_path / "model.safetensors")
     family = SdFamily(sd_options(tmp_path / "model.safetensors", v2=True))
-    models = family.load()
+    models = family.loader.load()
     ours = models.text_encoders["te"]
     assert ours.config.num_hidden_layers == 3
 
@@ -195,7 +195,7 @@ def test_v2_takes_the_layer_before_the_last(tmp_path):
     ids = models.tokenizers["te"](["a red house"], padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.no_grad():
         states = whole(ids, output_hidden_states=True)
-        actual = family.encode_text(models, ["a red house"]).tensors["context"]
+        actual = family.text.encode(models, ["a red house"]).tensors["context"]
         assert_close(actual, final_layer_norm(whole)(states.hidden_states[-2]), atol=1e-5, rtol=0)
         assert (actual - states.last_hidden_state).abs().max() > 1e-2
 
@@ -269,7 +269,7 @@ def test_hub_id_is_found_in_the_cache_without_the_network(tmp_path, monkeypatch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
     family = SdFamily(sd_options("someone/tiny", vae="someone/tiny"))
-    models = family.load()
+    models = family.loader.load()
     assert_same_state(models.denoiser.state_dict(), tiny_sd().denoiser.state_dict())
     assert_same_state(models.vae.state_dict(), tiny_sd().vae.state_dict())
     assert models.tokenizers["te"].name_or_path == "someone/tiny"

@@ -52,8 +52,12 @@ def family_for(path, v2: bool, **options) -> SdFamily:
 def test_reading_and_writing_gives_the_same_bytes(v2, tmp_path):
     published(tmp_path / "model.safetensors", v2)
     family = family_for(tmp_path / "model.safetensors", v2, v_parameterization=True)
-    family.save(
-        family.load(), tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={"format": "pt"}
+    family.writer.save(
+        family.loader.load(),
+        tmp_path / "again.safetensors",
+        save_as="safetensors",
+        dtype=None,
+        metadata={"format": "pt"},
     )
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
@@ -64,7 +68,7 @@ def test_ckpt_round_trip_adds_to_the_counters(v2, tmp_path):
     torch.save({"state_dict": tensors, "epoch": 2, "global_step": 300}, tmp_path / "model.ckpt")
     family = family_for(tmp_path / "model.ckpt", v2, v_parameterization=True)
     metadata = {"ss_epoch": "3", "ss_steps": "40"}
-    family.save(family.load(), tmp_path / "again.ckpt", save_as="ckpt", dtype=None, metadata=metadata)
+    family.writer.save(family.loader.load(), tmp_path / "again.ckpt", save_as="ckpt", dtype=None, metadata=metadata)
     again = torch.load(tmp_path / "again.ckpt", weights_only=True)
     assert (again["epoch"], again["global_step"]) == (5, 340)
     assert set(again["state_dict"]) == set(tensors)
@@ -78,7 +82,9 @@ def test_ckpt_round_trip_adds_to_the_counters(v2, tmp_path):
 def test_precision_is_that_of_every_used_tensor(tmp_path, dtype):
     published(tmp_path / "model.safetensors", False)
     family = family_for(tmp_path / "model.safetensors", False)
-    family.save(family.load(), tmp_path / "again.safetensors", save_as="safetensors", dtype=dtype, metadata={"a": "b"})
+    family.writer.save(
+        family.loader.load(), tmp_path / "again.safetensors", save_as="safetensors", dtype=dtype, metadata={"a": "b"}
+    )
     again = load_file(tmp_path / "again.safetensors")
     for part in ("model.diffusion_model.", "first_stage_model.encoder.", "cond_stage_model.transformer.text_model.enc"):
         assert {v.dtype for k, v in again.items() if k.startswith(part)} == {dtype}
@@ -90,11 +96,11 @@ def test_precision_is_that_of_every_used_tensor(tmp_path, dtype):
 def test_trained_weights_are_what_is_written(tmp_path):
     path = write_tiny_sd1(tmp_path / "model.safetensors", dtype=torch.float16)
     family = family_for(path, False)
-    models = family.load()
+    models = family.loader.load()
     for model in (models.denoiser, models.vae, models.text_encoders["te"]):
         for parameter in model.parameters():
             parameter.data += 1
-    family.save(models, tmp_path / "trained.safetensors", save_as="safetensors", dtype=None, metadata={})
+    family.writer.save(models, tmp_path / "trained.safetensors", save_as="safetensors", dtype=None, metadata={})
     before, after = load_file(path), load_file(tmp_path / "trained.safetensors")
     assert set(before) == set(after)
     for key in before:  # the sum in float32, rounded once to float16
@@ -104,18 +110,18 @@ def test_trained_weights_are_what_is_written(tmp_path):
 def test_saving_over_the_source_keeps_what_training_does_not_use(tmp_path):
     tensors = published(tmp_path / "model.safetensors", True)
     family = family_for(tmp_path / "model.safetensors", True, v_parameterization=True)
-    models = family.load()
+    models = family.loader.load()
     for _ in range(2):
-        family.save(models, tmp_path / "model.safetensors", save_as="safetensors", dtype=None, metadata={})
+        family.writer.save(models, tmp_path / "model.safetensors", save_as="safetensors", dtype=None, metadata={})
     assert set(load_file(tmp_path / "model.safetensors")) == set(tensors)
 
 
 def test_a_source_that_vanished_costs_only_the_unused_tensors(tmp_path, caplog):
     published(tmp_path / "model.safetensors", False)
     family = family_for(tmp_path / "model.safetensors", False)
-    models = family.load()
+    models = family.loader.load()
     (tmp_path / "model.safetensors").unlink()
-    family.save(models, tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={})
+    family.writer.save(models, tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={})
     assert "alphas_cumprod" not in load_file(tmp_path / "again.safetensors")
     assert_same(load_model(str(tmp_path / "again.safetensors"), False), models)
 
@@ -125,9 +131,9 @@ def test_the_given_vae_is_in_the_saved_model(tmp_path):
     path = write_tiny_sd1(tmp_path / "model.safetensors")
     other = write_tiny_sd1(tmp_path / "other.safetensors", seed=5, dtype=torch.bfloat16)
     family = family_for(path, False, vae=str(other))
-    models = family.load()
+    models = family.loader.load()
     models.vae = None  # dropped after latents were cached
-    family.save(models, tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={})
+    family.writer.save(models, tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={})
     again, model, vae = (load_file(p) for p in (tmp_path / "again.safetensors", path, other))
     for key, value in again.items():
         expected = (vae if key.startswith("first_stage_model.") else model)[key]
@@ -150,8 +156,8 @@ def assert_same(parts, models) -> None:
 def test_diffusers_opens_the_folder_offline(v2, save_as, tmp_path):
     """Its own pipeline runs one step, and the parts equal the models that were saved."""
     family = family_for(WRITE[v2](tmp_path / "model.safetensors"), v2, v_parameterization=v2)
-    models = family.load()
-    family.save(models, tmp_path / "pipe", save_as=save_as, dtype=torch.float16, metadata={})
+    models = family.loader.load()
+    family.writer.save(models, tmp_path / "pipe", save_as=save_as, dtype=torch.float16, metadata={})
     weights = {p.suffix for p in (tmp_path / "pipe").rglob("*") if p.stat().st_size > 100_000 and "tok" not in str(p)}
     assert weights == {".bin" if save_as == "diffusers" else ".safetensors"}
 
@@ -175,7 +181,9 @@ def test_diffusers_opens_the_folder_offline(v2, save_as, tmp_path):
 
 def test_the_folder_has_the_names_that_older_readers_ask_for(tmp_path):
     family = family_for(write_tiny_sd1(tmp_path / "model.safetensors"), False)
-    family.save(family.load(), tmp_path / "pipe", save_as="diffusers_safetensors", dtype=None, metadata={})
+    family.writer.save(
+        family.loader.load(), tmp_path / "pipe", save_as="diffusers_safetensors", dtype=None, metadata={}
+    )
     names = load_file(tmp_path / "pipe" / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") for name in names)
     assert {"vocab.json", "merges.txt", "tokenizer_config.json"} <= set(os.listdir(tmp_path / "pipe" / "tokenizer"))
@@ -189,12 +197,12 @@ def test_folder_keeps_its_scheduler_and_becomes_a_file(v2, tmp_path):
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "PNDMScheduler"}))
     family = family_for(folder, v2)
-    models = family.load()
+    models = family.loader.load()
     assert models.source.save_as == "diffusers_safetensors"
-    family.save(models, tmp_path / "again", save_as="diffusers_safetensors", dtype=None, metadata={})
+    family.writer.save(models, tmp_path / "again", save_as="diffusers_safetensors", dtype=None, metadata={})
     index = json.loads((tmp_path / "again" / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "PNDMScheduler"]
-    family.save(models, tmp_path / "file.safetensors", save_as="safetensors", dtype=torch.float16, metadata={})
+    family.writer.save(models, tmp_path / "file.safetensors", save_as="safetensors", dtype=torch.float16, metadata={})
     file = load_file(tmp_path / "file.safetensors")
     assert {v.dtype for v in file.values()} == {torch.float16}
     if v2:  # what OpenCLIP's readers count on
@@ -213,7 +221,9 @@ def test_a_half_precision_folder_becomes_a_half_precision_file(tmp_path):
     folder = write_tiny_sd1(tmp_path / "folder")
     models.denoiser.half().save_pretrained(folder / "unet")
     family = family_for(folder, False)
-    family.save(family.load(), tmp_path / "file.safetensors", save_as="safetensors", dtype=None, metadata={})
+    family.writer.save(
+        family.loader.load(), tmp_path / "file.safetensors", save_as="safetensors", dtype=None, metadata={}
+    )
     file = load_file(tmp_path / "file.safetensors")
     assert {v.dtype for k, v in file.items() if k.startswith("model.")} == {torch.float16}
     assert {v.dtype for k, v in file.items() if not k.startswith("model.")} == {torch.float32}
@@ -222,11 +232,11 @@ def test_a_half_precision_folder_becomes_a_half_precision_file(tmp_path):
 def test_a_failed_save_leaves_the_earlier_model(tmp_path):
     path = write_tiny_sd1(tmp_path / "model.safetensors")
     family = family_for(path, False)
-    models = family.load()
+    models = family.loader.load()
     before = path.read_bytes()
     models.denoiser.register_parameter("surplus", torch.nn.Parameter(torch.ones(1)))
     with pytest.raises(UserError, match="surplus"):
-        family.save(models, path, save_as="safetensors", dtype=None, metadata={})
+        family.writer.save(models, path, save_as="safetensors", dtype=None, metadata={})
     assert path.read_bytes() == before
     with pytest.raises(UserError, match="--save_model_as zip"):
-        family.save(models, path, save_as="zip", dtype=None, metadata={})
+        family.writer.save(models, path, save_as="zip", dtype=None, metadata={})

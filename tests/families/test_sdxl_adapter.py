@@ -64,7 +64,7 @@ def test_long_captions_are_encoded_chunk_by_chunk(models):
     (word,) = models.tokenizers["te1"]("house", add_special_tokens=False).input_ids
     bos, eos = 49406, 49407
     with torch.no_grad():
-        ours = family.encode_text(models, [caption]).tensors
+        ours = family.text.encode(models, [caption]).tensors
         for name, key, pad in (("te1", "hidden_state1", eos), ("te2", "hidden_state2", 0)):
             chunks = [
                 [bos] + [word] * 75 + [eos],
@@ -83,7 +83,7 @@ def test_the_layer_is_counted_from_the_end_and_clip_skip_has_no_effect(models):
     plain, skipping = SdxlFamily(sdxl_options("")), SdxlFamily(sdxl_options("", clip_skip=1))
     ids = models.tokenizers["te1"](["a cat"], padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.no_grad():
-        one, other = (family.encode_text(models, ["a cat"]).tensors for family in (plain, skipping))
+        one, other = (family.text.encode(models, ["a cat"]).tensors for family in (plain, skipping))
         hidden = models.text_encoders["te1"](ids, output_hidden_states=True).hidden_states
     assert_close(one["hidden_state1"], hidden[2], atol=1e-5, rtol=0)  # of 3 layers; of 12 layers it is hidden[11]
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -93,10 +93,10 @@ def test_pooling_does_not_rely_on_the_id_of_eos_in_the_config(models):
     """Published folders say 2, by which transformers takes the largest id: with added words, the wrong place."""
     family, te2 = SdxlFamily(sdxl_options("")), models.text_encoders["te2"]
     with torch.no_grad():
-        expected = family.encode_text(models, ["a cat"]).tensors["pool2"]
+        expected = family.text.encode(models, ["a cat"]).tensors["pool2"]
         before, te2.text_model.eos_token_id = te2.text_model.eos_token_id, 2
         try:
-            assert torch.equal(family.encode_text(models, ["a cat"]).tensors["pool2"], expected)
+            assert torch.equal(family.text.encode(models, ["a cat"]).tensors["pool2"], expected)
         finally:
             te2.text_model.eos_token_id = before
 
@@ -104,9 +104,9 @@ def test_pooling_does_not_rely_on_the_id_of_eos_in_the_config(models):
 def test_weighted_captions_multiply_the_states_but_not_the_pooled_text(models):
     plain, weighted = SdxlFamily(sdxl_options("")), SdxlFamily(sdxl_options("", weighted_captions=True))
     with torch.no_grad():
-        expected = {name: t.clone() for name, t in plain.encode_text(models, ["a red house"]).tensors.items()}
-        actual = weighted.encode_text(models, ["a (red:1.5) house"]).tensors
-        asked = plain.encode_text(models, ["a (red:1.5) house"], emphasis=True).tensors
+        expected = {name: t.clone() for name, t in plain.text.encode(models, ["a red house"]).tensors.items()}
+        actual = weighted.text.encode(models, ["a (red:1.5) house"]).tensors
+        asked = plain.text.encode(models, ["a (red:1.5) house"], emphasis=True).tensors
     for name in ("hidden_state1", "hidden_state2"):
         expected[name][:, 2] *= 1.5  # BOS, a, red, house
     for name, value in expected.items():
@@ -116,9 +116,9 @@ def test_weighted_captions_multiply_the_states_but_not_the_pooled_text(models):
 
 def test_cached_text_has_the_conditionings_names(models):
     family = SdxlFamily(sdxl_options(""))
-    layout = family.text_layout()
+    layout = family.text.layout()
     assert layout.suffix == "_te_outputs.npz"
-    assert set(layout.keys) == set(family.encode_text(models, ["a"]).tensors)
+    assert set(layout.keys) == set(family.text.encode(models, ["a"]).tensors)
 
 
 def test_text_files_of_earlier_trainers_are_made_anew(models, tmp_path):
@@ -126,21 +126,21 @@ def test_text_files_of_earlier_trainers_are_made_anew(models, tmp_path):
     family = SdxlFamily(sdxl_options(""))
     item = Item(image=tmp_path / "a.png", caption="a cat")
     item.image.touch()
-    wanted = {name: rows[0].numpy() for name, rows in family.encode_text(models, ["a cat"]).tensors.items()}
+    wanted = {name: rows[0].numpy() for name, rows in family.text.encode(models, ["a cat"]).tensors.items()}
     file = tmp_path / "a_te_outputs.npz"
     np.savez(file, **wanted | {"pool2": wanted["pool2"][::-1]})
-    encode = partial(family.encode_text, models)
-    kept, (reason,) = cache_text_on_disk([item], family.text_layout(), encode, {}, 1)
+    encode = partial(family.text.encode, models)
+    kept, (reason,) = cache_text_on_disk([item], family.text.layout(), encode, {}, 1)
     assert "made by another trainer" in reason
     assert_close(kept.get(0)["pool2"].numpy(), wanted["pool2"], atol=1e-6, rtol=0)
-    assert cache_text_on_disk([item], family.text_layout(), encode, {}, 1)[1] == []
+    assert cache_text_on_disk([item], family.text.layout(), encode, {}, 1)[1] == []
 
 
 # ---- targets and blocks
 
 
 def test_target_counts_of_the_real_models():
-    targets = SdxlFamily(sdxl_options("")).lora_targets(real_models())
+    targets = SdxlFamily(sdxl_options("")).targets.lora(real_models())
     counts = Counter((t.part, t.conv_only) for t in targets)
     assert counts == {("te1", False): 72, ("te2", False): 192, ("denoiser", False): 722, ("denoiser", True): 66}
     assert len({t.key for t in targets}) == len(targets)
@@ -148,7 +148,7 @@ def test_target_counts_of_the_real_models():
 
 def test_target_names():
     models = real_models()
-    by_key = {t.key: t for t in SdxlFamily(sdxl_options("")).lora_targets(models)}
+    by_key = {t.key: t for t in SdxlFamily(sdxl_options("")).targets.lora(models)}
     for key in (
         "lora_te1_text_model_encoder_layers_11_self_attn_q_proj",
         "lora_te2_text_model_encoder_layers_31_mlp_fc2",
@@ -191,10 +191,10 @@ def test_block_indices():
 def test_blocks_are_in_execution_order(models):
     family = SdxlFamily(sdxl_options(""))
     ran: list[torch.nn.Module] = []
-    blocks = family.blocks(models)
+    blocks = family.denoiser.blocks(models)
     hooks = [block.register_forward_pre_hook(lambda module, _: ran.append(module)) for block in blocks]
     with torch.no_grad():
-        family.predict(models, torch.randn(1, 4, 8, 8), torch.tensor([1]), family.encode_text(models, ["a"]))
+        family.denoiser.predict(models, torch.randn(1, 4, 8, 8), torch.tensor([1]), family.text.encode(models, ["a"]))
     for hook in hooks:
         hook.remove()
     assert [id(b) for b in ran] == [id(b) for b in blocks]
@@ -231,7 +231,7 @@ def trained_lora(models, tmp_path_factory):
     """A network whose up matrices have values, and its file."""
     family = SdxlFamily(sdxl_options(""))
     args = {"conv_dim": "4"}
-    network = lora.create(family.lora_targets(models), models, dim=4, alpha=2, dropout=None, args=args, seed=0)
+    network = lora.create(family.targets.lora(models), models, dim=4, alpha=2, dropout=None, args=args, seed=0)
     rng = torch.Generator().manual_seed(1)
     for name, parameter in network.named_parameters():
         if "lora_up" in name:
@@ -252,7 +252,7 @@ def test_a_lora_of_ours_in_diffusers(models, trained_lora, tmp_path, caplog):
     family = SdxlFamily(sdxl_options(""))
 
     def ours() -> torch.Tensor:
-        return family.predict(models, noisy, times, family.encode_text(models, ["a red house"]))
+        return family.denoiser.predict(models, noisy, times, family.text.encode(models, ["a red house"]))
 
     with torch.no_grad():
         bare = ours()
@@ -272,7 +272,7 @@ def test_files_with_diffusers_names_are_read(models, trained_lora, tmp_path):
     """Some trainers write diffusers' names for the U-Net."""
     network, path = trained_lora
     family = SdxlFamily(sdxl_options(""))
-    targets = family.lora_targets(models)
+    targets = family.targets.lora(models)
     names = {target.key: f"lora_unet_{target.modules[0].replace('.', '_')}" for target in unet_targets(models.denoiser)}
     renamed = {}
     for key, tensor in network.file_state().items():
@@ -305,8 +305,10 @@ def test_v_prediction_needs_no_excuse():
     opts = options("--v_parameterization", "--zero_terminal_snr")
     assert not [line for line in warnings(opts, TRAITS) if "v_parameterization" in line or "terminal" in line]
     family = SdxlFamily(opts)
-    assert family.prediction_type() == "v_prediction"
-    draw = family.objective().draw(torch.randn(2, 4, 8, 8), torch.Generator().manual_seed(0), torch.tensor([999, 10]))
+    assert family.denoiser.prediction_type() == "v_prediction"
+    draw = family.denoiser.objective().draw(
+        torch.randn(2, 4, 8, 8), torch.Generator().manual_seed(0), torch.tensor([999, 10])
+    )
     assert_close(draw.noisy[0], draw.noise[0], atol=1e-6, rtol=0)  # nothing of the image is left
 
 
@@ -319,7 +321,7 @@ def test_cached_text_cannot_be_trained(flag):
 
 def test_metadata(models):
     for flags, predicted in (((), "epsilon"), (("--v_parameterization",), "v")):
-        metadata = SdxlFamily(options(*flags)).model_metadata(models)
+        metadata = SdxlFamily(options(*flags)).writer.metadata(models)
         assert metadata == {
             "ss_v2": False,
             "ss_base_model_version": "sdxl_base_v1-0",

@@ -90,7 +90,7 @@ def test_without_a_memory_map_the_file_is_the_same(original, single_file, monkey
     options = sdxl_options(single_file)
     options.model.disable_mmap_load_safetensors = True
     assert_same_model(load_model(str(single_file), mapped=False), original)
-    assert_same_state(SdxlFamily(options).load().denoiser.state_dict(), original.denoiser.state_dict())
+    assert_same_state(SdxlFamily(options).loader.load().denoiser.state_dict(), original.denoiser.state_dict())
 
 
 def test_the_architecture_is_the_original_one(original, single_file):
@@ -123,19 +123,19 @@ def test_projection_under_the_name_of_a_layer(original, single_file, tmp_path):
     tensors[f"{TE2}text_projection.weight"] = tensors.pop(f"{TE2}text_projection").T.contiguous()
     save_file(tensors, tmp_path / "odd.safetensors")
     family = SdxlFamily(sdxl_options(tmp_path / "odd.safetensors"))
-    models = family.load()
+    models = family.loader.load()
     assert_same_state(public_state(models.text_encoders["te2"]), public_state(original.text_encoders["te2"]))
-    family.save(models, tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={})
+    family.writer.save(models, tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={})
     assert_same_state(load_file(tmp_path / "again.safetensors"), tensors)
 
 
 def test_text_equals_the_pipelines(pipeline, single_file):
     """float32, same kernels; 1e-5."""
     family = SdxlFamily(sdxl_options(single_file))
-    models = family.load()
+    models = family.loader.load()
     captions = ["a red house", "", "! " * 30 + "beside a lake, " * 20]
     with torch.no_grad():
-        ours = family.encode_text(models, captions).tensors
+        ours = family.text.encode(models, captions).tensors
         states, _, pooled, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
     assert_close(torch.cat([ours["hidden_state1"], ours["hidden_state2"]], -1), states, atol=1e-5, rtol=0)
     assert_close(ours["pool2"], pooled, atol=1e-5, rtol=0)
@@ -143,7 +143,7 @@ def test_text_equals_the_pipelines(pipeline, single_file):
 
 def test_one_prediction_and_latents_equal_the_pipelines(pipeline, single_file):
     family = SdxlFamily(sdxl_options(single_file))
-    models = family.load()
+    models = family.loader.load()
     noisy, times = torch.randn(2, 4, 8, 16), torch.tensor([10, 900])
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
     original, crop, target = (1920, 1080), (12, 34), (128, 64)  # (w, h), (top, left), (w, h)
@@ -158,7 +158,7 @@ def test_one_prediction_and_latents_equal_the_pipelines(pipeline, single_file):
         target_sizes=torch.tensor([target] * 2),
     )
     with torch.no_grad():
-        cond = family.encode_text(models, ["a red house", "!"])
+        cond = family.text.encode(models, ["a red house", "!"])
         states, _, pooled, _ = pipeline.encode_prompt(["a red house", "!"], do_classifier_free_guidance=False)
 
         def expected(original, crop, target):
@@ -169,18 +169,18 @@ def test_one_prediction_and_latents_equal_the_pipelines(pipeline, single_file):
             added = {"text_embeds": pooled, "time_ids": ids.repeat(2, 1)}
             return pipeline.unet(noisy, times, states, added_cond_kwargs=added).sample
 
-        told = family.predict(models, noisy, times, cond, batch)
+        told = family.denoiser.predict(models, noisy, times, cond, batch)
         assert_close(told, expected(original, crop, target), atol=1e-5, rtol=0)
-        whole = family.predict(models, noisy, times, cond)
+        whole = family.denoiser.predict(models, noisy, times, cond)
         assert_close(whole, expected((128, 64), (0, 0), (128, 64)), atol=1e-5, rtol=0)
         assert (told - whole).abs().max() > 1e-3, "sizes matter"
 
-        latents = family.encode_images(models, pixels, torch.Generator().manual_seed(3))
+        latents = family.latents.encode(models, pixels, torch.Generator().manual_seed(3))
         posterior = pipeline.vae.encode(pixels).latent_dist
         eps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
         assert_close(latents, posterior.mean + posterior.std * eps, atol=1e-5, rtol=0)
-        assert_close(family.scale_latents(latents), latents * 0.13025)
-        decoded = family.decode_latents(models, family.scale_latents(latents))
+        assert_close(family.latents.scale(latents), latents * 0.13025)
+        decoded = family.latents.decode(models, family.latents.scale(latents))
         assert_close(decoded, pipeline.vae.decode(latents).sample, atol=1e-4, rtol=0)
 
 
@@ -214,7 +214,7 @@ def test_hub_id_is_found_in_the_cache_without_the_network(original, tmp_path, mo
     (repository / "refs" / "main").write_text(revision)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
-    models = SdxlFamily(sdxl_options("someone/tiny")).load()
+    models = SdxlFamily(sdxl_options("someone/tiny")).loader.load()
     assert_same_state(models.denoiser.state_dict(), original.denoiser.state_dict())
     assert [models.tokenizers[name].pad_token_id for name in ("te1", "te2")] == [49407, 0]
 

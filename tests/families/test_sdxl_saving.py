@@ -53,9 +53,11 @@ def test_reading_and_writing_gives_the_same_bytes(tmp_path):
     published(tmp_path / "model.safetensors")
     family = family_for(tmp_path / "model.safetensors", v_parameterization=True)
     family.opts.noise.zero_terminal_snr = True  # as its markers say
-    models = family.load()
+    models = family.loader.load()
     assert models.source.save_as == "safetensors"
-    family.save(models, tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={"format": "pt"})
+    family.writer.save(
+        models, tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={"format": "pt"}
+    )
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
@@ -65,7 +67,7 @@ def test_ckpt_round_trip_adds_to_the_counters(tmp_path):
     family = family_for(tmp_path / "model.ckpt", v_parameterization=True)
     family.opts.noise.zero_terminal_snr = True  # as its markers say
     metadata = {"ss_epoch": "3", "ss_steps": "40"}
-    family.save(family.load(), tmp_path / "again.ckpt", save_as="ckpt", dtype=None, metadata=metadata)
+    family.writer.save(family.loader.load(), tmp_path / "again.ckpt", save_as="ckpt", dtype=None, metadata=metadata)
     again = torch.load(tmp_path / "again.ckpt", weights_only=True)
     assert (again["epoch"], again["global_step"]) == (5, 340)
     assert set(again["state_dict"]) == set(tensors)
@@ -77,12 +79,14 @@ def test_ckpt_round_trip_adds_to_the_counters(tmp_path):
 def test_trained_weights_are_what_is_written(tmp_path):
     path = write_tiny_sdxl(tmp_path / "model.safetensors", dtype=torch.float16)
     family = family_for(path)
-    models = family.load()
+    models = family.loader.load()
     for model in (models.denoiser, models.vae, *models.text_encoders.values()):
         for parameter in model.float().parameters():  # what is trained is made wide first
             parameter.data += 1
     models.denoiser.conv_in.weight.data += 1
-    family.save(models, tmp_path / "trained.safetensors", save_as="safetensors", dtype=torch.bfloat16, metadata={})
+    family.writer.save(
+        models, tmp_path / "trained.safetensors", save_as="safetensors", dtype=torch.bfloat16, metadata={}
+    )
     before, after = load_file(path), load_file(tmp_path / "trained.safetensors")
     assert set(before) == set(after)
     for key in before:  # the sum in float32, rounded once
@@ -95,8 +99,8 @@ def test_diffusers_opens_the_folder_offline(save_as, tmp_path):
     """Its own pipeline runs one step, and the parts equal the models that were saved."""
     family = family_for(write_tiny_sdxl(tmp_path / "model.safetensors"), v_parameterization=True)
     family.opts.noise.zero_terminal_snr = True
-    models = family.load()
-    family.save(models, tmp_path / "pipe", save_as=save_as, dtype=None, metadata={})
+    models = family.loader.load()
+    family.writer.save(models, tmp_path / "pipe", save_as=save_as, dtype=None, metadata={})
     weights = {p.suffix for p in (tmp_path / "pipe").rglob("*") if p.stat().st_size > 100_000 and "tok" not in str(p)}
     assert weights == {".bin" if save_as == "diffusers" else ".safetensors"}
     with warnings.catch_warnings():
@@ -127,13 +131,13 @@ def test_folder_keeps_its_scheduler_and_becomes_a_file(tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "DDIMScheduler"}))
     index.write_text(json.dumps(json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": False}))
     family = family_for(folder)
-    models = family.load()
+    models = family.loader.load()
     assert models.source.save_as == "diffusers_safetensors"
-    family.save(models, tmp_path / "again", save_as="diffusers_safetensors", dtype=None, metadata={})
+    family.writer.save(models, tmp_path / "again", save_as="diffusers_safetensors", dtype=None, metadata={})
     again = json.loads((tmp_path / "again" / "model_index.json").read_text())
     assert again["scheduler"] == ["diffusers", "DDIMScheduler"]
     assert again["force_zeros_for_empty_prompt"] is False
-    family.save(models, tmp_path / "file.safetensors", save_as="safetensors", dtype=None, metadata={})
+    family.writer.save(models, tmp_path / "file.safetensors", save_as="safetensors", dtype=None, metadata={})
     reference = load_file(write_tiny_sdxl(tmp_path / "reference.safetensors"))
     file = load_file(tmp_path / "file.safetensors")
     assert set(file) == set(reference)
@@ -144,9 +148,9 @@ def test_the_given_vae_is_in_the_saved_model_even_when_dropped(tmp_path):
     path = write_tiny_sdxl(tmp_path / "model.safetensors")
     other = write_tiny_sdxl(tmp_path / "other.safetensors", seed=5, dtype=torch.bfloat16)
     family = family_for(path, vae=str(other))
-    models = family.load()
+    models = family.loader.load()
     models.vae = None
-    family.save(models, tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={})
+    family.writer.save(models, tmp_path / "again.safetensors", save_as="safetensors", dtype=None, metadata={})
     again, model, vae = (load_file(p) for p in (tmp_path / "again.safetensors", path, other))
     for key, value in again.items():
         expected = (vae if key.startswith("first_stage_model.") else model)[key]

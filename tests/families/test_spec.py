@@ -8,9 +8,20 @@ from dataclasses import MISSING, fields
 
 import pytest
 
-from library.families.base import Family
+from library.families.base import Denoiser, Family, Latents, Loader, Targets, TextEncoding, Writer
 from library.families.registry import FAMILIES
 from library.families.spec import EntryPoint, FamilySpec
+from library.options.parsing import parse_options
+from library.registry import groups_for
+
+ROLES = {
+    "loader": Loader,
+    "latents": Latents,
+    "text": TextEncoding,
+    "denoiser": Denoiser,
+    "targets": Targets,
+    "writer": Writer,
+}
 
 
 @pytest.mark.parametrize("spec", FAMILIES.values(), ids=FAMILIES)
@@ -20,6 +31,10 @@ def test_every_entry_point_can_be_called(spec):
     adapter = spec.adapter.load()
     assert issubclass(adapter, Family)
     assert adapter.traits is spec.traits
+    family = adapter(parse_options(groups_for(spec.name, "network"), []))
+    roles = {name: role for name, role in vars(family).items() if name != "opts"}
+    assert roles.keys() == ROLES.keys()
+    assert all(isinstance(role, ROLES[name]) for name, role in roles.items())
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(FamilySpec) if field.default_factory is MISSING])

@@ -46,15 +46,15 @@ def sdxl(folder: Path) -> SdxlFamily:
 
 
 def assert_same_texts(family, other) -> None:
-    models, whole = family.load(texts_only=True), other.load()
+    models, whole = family.loader.load(texts_only=True), other.loader.load()
     assert models.vae is None
     if models.denoiser is not None:
         assert all(weight.is_meta for weight in models.denoiser.parameters()), "weights of the denoiser were read"
-    ours, expected = family.encode_text(models, CAPTIONS).tensors, other.encode_text(whole, CAPTIONS).tensors
+    ours, expected = family.text.encode(models, CAPTIONS).tensors, other.text.encode(whole, CAPTIONS).tensors
     assert ours.keys() == expected.keys()
     for name in expected:
         assert torch.equal(ours[name], expected[name]), name
-    assert family.text_layout() == other.text_layout()
+    assert family.text.layout(models) == other.text.layout(whole)
 
 
 @pytest.mark.parametrize("as_folder", [False, True])
@@ -63,12 +63,12 @@ def test_texts_are_those_of_the_whole_model(make, as_folder, tmp_path):
     family = make(tmp_path)
     if as_folder:
         name = tmp_path / "folder"
-        family.save(family.load(), name, save_as="diffusers_safetensors", dtype=None, metadata={})
+        family.writer.save(family.loader.load(), name, save_as="diffusers_safetensors", dtype=None, metadata={})
         family.opts.model.pretrained_model_name_or_path = str(name)
         for part in ("transformer", "unet", "vae"):
             for weights in (name / part).glob("*.safetensors"):
                 shutil.move(weights, weights.with_suffix(".away"))
-        family.load(texts_only=True)
+        family.loader.load(texts_only=True)
         for weights in name.glob("*/*.away"):
             shutil.move(weights, weights.with_suffix(".safetensors"))
     assert_same_texts(family, type(family)(family.opts))
@@ -120,13 +120,15 @@ def test_a_hub_model_of_which_only_the_texts_are_here(tmp_path, monkeypatch):
     family, hub = flux(tmp_path), tmp_path / "hub" / "models--someone--flux"
     (hub / "refs").mkdir(parents=True)
     (hub / "refs" / "main").write_text("abc")
-    family.save(family.load(), hub / "snapshots" / "abc", save_as="diffusers_safetensors", dtype=None, metadata={})
+    family.writer.save(
+        family.loader.load(), hub / "snapshots" / "abc", save_as="diffusers_safetensors", dtype=None, metadata={}
+    )
     for part in ("transformer", "vae"):
         for weights in (hub / "snapshots" / "abc" / part).glob("*.safetensors"):
             weights.unlink()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     there = FluxFamily(flux_options("someone/flux"))
-    assert there.load(texts_only=True).text_encoders.keys() == {"te1", "te3"}
+    assert there.loader.load(texts_only=True).text_encoders.keys() == {"te1", "te3"}
     with pytest.raises(UserError, match="someone/flux: not all weights of transformer and vae are in the hub"):
-        there.load()
+        there.loader.load()

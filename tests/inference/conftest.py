@@ -71,8 +71,17 @@ class TinyFamily(Family):
     traits = TRAITS
 
     def __init__(self, prediction: str = "epsilon", padded: bool = True):
-        super().__init__(SimpleNamespace())
-        self.prediction, self.padded, self.calls = prediction, padded, []
+        unused = SimpleNamespace()
+        super().__init__(
+            unused,
+            loader=unused,
+            latents=SimpleNamespace(decode=self.decode_latents),
+            text=SimpleNamespace(encode=self.encode_text),
+            denoiser=SimpleNamespace(predict=self.predict, prediction_type=lambda: prediction),
+            targets=unused,
+            writer=unused,
+        )
+        self.padded, self.calls = padded, []
 
     def encode_text(self, models, captions, *, emphasis=None):
         rows = [[0, *(2 + ord(c) % (VOCABULARY - 2) for c in text[: POSITIONS - 2]), 1] for text in captions]
@@ -84,35 +93,8 @@ class TinyFamily(Family):
         self.calls.append((len(noisy), cond.tensors["states"].shape[1], batch.target_sizes.tolist()))
         return models.denoiser(noisy, timesteps, cond.tensors["states"]).sample
 
-    def scale_latents(self, latents):
-        return latents * 0.18215
-
     def decode_latents(self, models, latents):
         return models.vae.decode(latents / 0.18215).sample
-
-    def objective(self):
-        raise NotImplementedError
-
-    def prediction_type(self):
-        return self.prediction
-
-    def load(self):
-        return tiny_models()
-
-    def encode_images(self, models, pixels):
-        return models.vae.encode(pixels).latent_dist.mean
-
-    def blocks(self, models):
-        return [*models.denoiser.down_blocks, models.denoiser.mid_block, *models.denoiser.up_blocks]
-
-    def lora_targets(self, models):
-        return []
-
-    def save(self, models, path, *, save_as, dtype, metadata):
-        raise NotImplementedError
-
-    def model_metadata(self, models):
-        return {}
 
 
 @pytest.fixture

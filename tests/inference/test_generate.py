@@ -41,7 +41,7 @@ CLASSES = {
 
 
 def pipeline_latents(family, models, prompt: SamplePrompt, prediction: str = "epsilon") -> torch.Tensor:
-    states = (family.encode_text(models, [text]).tensors["states"] for text in (prompt.prompt, prompt.negative_prompt))
+    states = (family.text.encode(models, [text]).tensors["states"] for text in (prompt.prompt, prompt.negative_prompt))
     return latents_of_states(models, prompt, *states, prediction)
 
 
@@ -101,7 +101,7 @@ def test_brackets_weigh_words_in_both_prompts():
     # "a red house tree" stands at 1 to 4, "blue lake" at 1 and 2
     with torch.no_grad():
         plain, negative = (
-            family.encode_text(models, [t]).tensors["context"] for t in ("a red house tree", "blue lake")
+            family.text.encode(models, [t]).tensors["context"] for t in ("a red house tree", "blue lake")
         )
     weights, negative_weights = torch.ones(77), torch.ones(77)
     weights[2], weights[3], weights[4], negative_weights[2] = 1.5, 1 / 1.1, 1.1, 0.5
@@ -122,7 +122,7 @@ def test_texts_of_different_length_are_computed_apart(models, make_family):
     scheduler = CLASSES["ddim"].from_config(SD_CONFIG)
     scheduler.set_timesteps(PROMPT.steps)
     x = torch.randn(1, 4, 12, 8, generator=torch.Generator().manual_seed(7))
-    yes, no = (family.encode_text(models, [text]).tensors["states"] for text in (PROMPT.prompt, PROMPT.negative_prompt))
+    yes, no = (family.text.encode(models, [text]).tensors["states"] for text in (PROMPT.prompt, PROMPT.negative_prompt))
     for t in scheduler.timesteps:
         with_text, without = (models.denoiser(x, t, states).sample for states in (yes, no))
         x = scheduler.step(without + PROMPT.scale * (with_text - without), t, x).prev_sample

@@ -201,7 +201,7 @@ def test_the_run_is_left_as_it_was(make, models):
 def test_modes_and_files_survive_a_failure(make, models, make_family, monkeypatch, tmp_path):
     models.denoiser.train()
     preview = make()
-    monkeypatch.setattr(preview.family, "decode_latents", lambda *_: 1 / 0)
+    monkeypatch.setattr(preview.family.latents, "decode", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         preview.render(models, 1, None)
     assert models.denoiser.training

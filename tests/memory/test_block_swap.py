@@ -83,7 +83,7 @@ def sd3_blocks(sd3) -> list[nn.Module]:
 
 
 def unet_blocks(unet) -> list[nn.Module]:
-    return SdFamily(None).blocks(Models(unet, {}, {}, None, None))
+    return SdFamily(None).denoiser.blocks(Models(unet, {}, {}, None, None))
 
 
 def flux_step(flux, seed: int) -> torch.Tensor:
@@ -302,7 +302,7 @@ MEDIUM["dual_attention_layers"] = tuple(range(13))
 @pytest.mark.parametrize(("config", "largest"), [(LARGE, 36), (MEDIUM, 22)], ids=["3.5 large", "3.5 medium"])
 def test_how_many_blocks_of_the_published_models_can_be_swapped(config, largest):
     models = Models(published("SD3Transformer2DModel", **config), {}, {}, None, None)
-    blocks = Sd3Family(None).blocks(models)
+    blocks = Sd3Family(None).denoiser.blocks(models)
     assert Sd3Family.traits.blocks_per_swap == 1
     assert len(BlockSwap(blocks, largest, CPU)._blocks) == len(blocks) == largest + RING
     with pytest.raises(UserError, match=f"give a number from 0 to {largest}$"):
@@ -323,7 +323,7 @@ def test_a_number_that_is_too_large_is_told_in_the_users_units():
 def test_what_each_swapped_block_of_flux_saves(count):
     """Counted from the weights. The two places of the ring are taken off, so few blocks save a little less each."""
     model = published("FluxTransformer2DModel", guidance_embeds=True, pooled_projection_dim=768)
-    blocks = FluxFamily(None).blocks(Models(model, {}, {}, None, None))
+    blocks = FluxFamily(None).denoiser.blocks(Models(model, {}, {}, None, None))
     swap = BlockSwap(blocks, math.ceil(count * FluxFamily.traits.blocks_per_swap), CPU)
     in_bf16 = swap.bytes_saved / 2
     assert in_bf16 / count == pytest.approx(640e6, rel=0.15)

@@ -40,7 +40,7 @@ def options(method, *flags):
 def attached(method="dreambooth", *flags, models=None):
     opts = options(method, *flags)
     family = SdFamily(opts)
-    models = models or (family.load() if opts.model.pretrained_model_name_or_path else tiny_sd())
+    models = models or (family.loader.load() if opts.model.pretrained_model_name_or_path else tiny_sd())
     made = FinetuneMethod(opts)
     made.attach(family, models)
     return made, models
@@ -55,7 +55,7 @@ def files(tmp_path_factory):
         write_tiny_sd1(path, dtype=torch.float32)
     family = SdFamily(options("dreambooth", f"--pretrained_model_name_or_path={found['ckpt']}"))
     found["diffusers"] = folder / "bins"
-    family.save(family.load(), found["diffusers"], save_as="diffusers", dtype=None, metadata={})
+    family.writer.save(family.loader.load(), found["diffusers"], save_as="diffusers", dtype=None, metadata={})
     return found
 
 
@@ -295,8 +295,8 @@ def test_what_has_no_effect_is_said(method, flags, beginning):
 def test_captions_may_stay_short():
     made, models = attached("dreambooth", "--no_token_padding")
     family = SdFamily(made.opts)
-    assert family.encode_text(models, ["a b", "c"]).tensors["context"].shape[1] == 4
-    assert SdFamily(options("dreambooth")).encode_text(models, ["a b", "c"]).tensors["context"].shape[1] == 77
+    assert family.text.encode(models, ["a b", "c"]).tensors["context"].shape[1] == 4
+    assert SdFamily(options("dreambooth")).text.encode(models, ["a b", "c"]).tensors["context"].shape[1] == 77
 
 
 # ---- the guide
@@ -346,7 +346,7 @@ def sd3_file(tmp_path_factory):
 def sd3_attached(path, *flags):
     opts = parse_options(groups_for("sd3", "finetune"), [f"--pretrained_model_name_or_path={path}", *flags])
     family, made = Sd3Family(opts), FinetuneMethod(opts)
-    models = family.load()
+    models = family.loader.load()
     made.attach(family, models)
     return made, models
 

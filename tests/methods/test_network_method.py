@@ -37,7 +37,7 @@ TARGETS = [
     LoraTarget("lora_unet_conv", "denoiser", ("conv",), conv_only=True, block=2),
 ]
 TRAITS = SimpleNamespace(text_encoders=("te",), block_layout=None)
-FAMILY = SimpleNamespace(traits=TRAITS, lora_targets=lambda models: TARGETS)
+FAMILY = SimpleNamespace(traits=TRAITS, targets=SimpleNamespace(lora=lambda models: TARGETS))
 
 
 def toy_models():
@@ -381,7 +381,7 @@ NESTED = [
     LoraTarget("lora_te_text_model_inner_proj", "te", ("inner.proj",)),
     LoraTarget("lora_unet_inner_proj", "denoiser", ("inner.proj",)),
 ]
-NESTED_FAMILY = SimpleNamespace(traits=TRAITS, lora_targets=lambda models: NESTED)
+NESTED_FAMILY = SimpleNamespace(traits=TRAITS, targets=SimpleNamespace(lora=lambda models: NESTED))
 
 
 def with_lycoris(models=None, algo="loha", **given):

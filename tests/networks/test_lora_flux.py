@@ -458,7 +458,7 @@ def method(targets, models, **given):
     groups = [NetworkOptions, OptimizerOptions, SavingOptions, TrainingOptions]
     options = build_options(groups, {name: Given(value, "test") for name, value in given.items()})
     traits = SimpleNamespace(text_encoders=("te1", "te3"), block_layout=None)
-    family = SimpleNamespace(traits=traits, lora_targets=lambda _: targets)
+    family = SimpleNamespace(traits=traits, targets=SimpleNamespace(lora=lambda _: targets))
     made = NetworkMethod(options)
     made.attach(family, models)
     return made

@@ -109,7 +109,7 @@ def test_text_encoders_alone(models, targets, tmp_path, args, parts):
     groups = [NetworkOptions, OptimizerOptions, SavingOptions, TrainingOptions]
     made = NetworkMethod(build_options(groups, {name: Given(value, "test") for name, value in given.items()}))
     traits = SimpleNamespace(text_encoders=("te1", "te2", "te3"), block_layout=None)
-    made.attach(SimpleNamespace(traits=traits, lora_targets=lambda _: targets), models)
+    made.attach(SimpleNamespace(traits=traits, targets=SimpleNamespace(lora=lambda _: targets)), models)
     assert {group["name"]: group["lr"] for group in made.parameter_groups()} == pytest.approx(parts)
     assert made.trained_text_encoders()
     made.save(tmp_path / "te.safetensors", None, None)

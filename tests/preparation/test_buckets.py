@@ -166,9 +166,7 @@ def test_a_checkpoint_without_vae_names_what_to_give(run, models):
 
 
 def test_a_vae_with_16_channels_needs_its_family(run, models):
-    with pytest.raises(
-        UserError, match="this is a VAE, which may belong to several families; say which one with --fam"
-    ):
+    with pytest.raises(UserError, match="this is a VAE, which may belong to several families; choose one with --fam"):
         run(model=models.ae)
 
 
@@ -220,9 +218,9 @@ def test_bad_images_are_left_out_of_everything_but_the_summary(run, folder, tmp_
 
 
 def test_images_that_the_vae_fails_on_do_not_take_their_batch_along(run, folder, models, monkeypatch):
-    from library.families.sd.adapter import SdFamily
+    from library.families.shared.roles import VaeLatents
 
-    encode = SdFamily.encode_images
+    encode = VaeLatents.encode
     bright = Image.new("RGB", (64, 64), "white")
     bright.save(folder / "white.png")
 
@@ -231,7 +229,7 @@ def test_images_that_the_vae_fails_on_do_not_take_their_batch_along(run, folder,
         latents[pixels.mean((1, 2, 3)) > 0.9] = float("nan")
         return latents
 
-    monkeypatch.setattr(SdFamily, "encode_images", broken)
+    monkeypatch.setattr(VaeLatents, "encode", broken)
     outcome, _ = run("--batch_size=4")
     assert {path.name: reason for path, reason in outcome.failed.items()} == {
         "white.png": "the VAE gives NaN or infinite latents"

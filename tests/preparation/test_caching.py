@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from library import registry
-from library.families.sdxl.adapter import SdxlFamily
+from library.families.sdxl.adapter import SdxlText
 from library.options import parsing
 from library.options.base import options_of
 from library.preparation.caching import GROUPS, cache_latents, cache_texts, traits_of
@@ -86,7 +86,7 @@ def test_nothing_is_encoded_for_a_folder_that_cannot_be_written_to(folder, tmp_p
     (place / "a.caption").write_text("a thing", encoding="utf-8")
     monkeypatch.setattr("library.preparation.images._closed", lambda place: "Read-only file system")
     monkeypatch.setattr("library.training.placement.place_vae", pytest.fail)
-    monkeypatch.setattr("library.families.sdxl.adapter.SdxlFamily.load", pytest.fail)
+    monkeypatch.setattr("library.families.sdxl.adapter.SdxlLoader.load", pytest.fail)
     sdxl = write_tiny_sdxl(tmp_path / "sdxl.safetensors")
     for work, model, kind in ((cache_latents, SD, "latents"), (cache_texts, sdxl, "text encoder outputs")):
         line = (f"--train_data_dir={tmp_path}", f"--pretrained_model_name_or_path={model}", "--resolution=64")
@@ -103,7 +103,7 @@ def test_a_caption_that_breaks_the_encoder_is_named_and_the_others_are_cached(fo
     for name in "abc":
         (place / f"{name}.png").write_bytes((folder / "1_thing" / "a.png").read_bytes())
         (place / f"{name}.caption").write_text(f"thing {name}", encoding="utf-8")
-    encode = SdxlFamily.encode_text
+    encode = SdxlText.encode
 
     def broken(self, models, captions):
         rows = torch.tensor([caption == "thing b" for caption in captions])
@@ -116,7 +116,7 @@ def test_a_caption_that_breaks_the_encoder_is_named_and_the_others_are_cached(fo
         *(f"--train_data_dir={tmp_path}", "--sdxl", "--resolution=64", "--text_encoder_batch_size=2"),
         f"--pretrained_model_name_or_path={write_tiny_sdxl(tmp_path / 'sdxl.safetensors')}",
     )
-    monkeypatch.setattr(SdxlFamily, "encode_text", broken)
+    monkeypatch.setattr(SdxlText, "encode", broken)
     run_script(cache_texts, GROUPS, line, description="", traits=traits_of)
     printed = capsys.readouterr().err
     assert "2 done, 1 failed" in printed

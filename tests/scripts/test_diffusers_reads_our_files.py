@@ -52,7 +52,7 @@ def pipeline(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("diffusers") / "model"
     family, models = cli.load_family("sd", [f"--pretrained_model_name_or_path={MODEL}"])
-    family.save(models, folder, save_as="diffusers_safetensors", dtype=torch.float32, metadata={})
+    family.writer.save(models, folder, save_as="diffusers_safetensors", dtype=torch.float32, metadata={})
     pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)

@@ -29,7 +29,7 @@ def base(tmp_path_factory):
     """The bundled model as a .ckpt that has been trained before."""
     path = tmp_path_factory.mktemp("base") / "model.ckpt"
     family, models = cli.load_family("sd", [f"--pretrained_model_name_or_path={MODEL}"])
-    family.save(models, path, save_as="ckpt", dtype=None, metadata={"ss_epoch": "2", "ss_steps": "100"})
+    family.writer.save(models, path, save_as="ckpt", dtype=None, metadata={"ss_epoch": "2", "ss_steps": "100"})
     return path
 
 
@@ -53,7 +53,7 @@ def prepared(tmp_path_factory, images):
     family, models = cli.load_family("sd", [f"--pretrained_model_name_or_path={MODEL}"])
     metadata = {}
     for path in sorted(images.glob("train/*/*.png")):
-        latents = family.encode_images(models, pixels_of(path)[None])[0].numpy()
+        latents = family.latents.encode(models, pixels_of(path)[None])[0].numpy()
         np.savez(folder / "train_data" / f"{path.stem}.npz", latents=latents, **SIZES)
         metadata[path.stem] = {"caption": "a flower", "tags": "sks, pink", "train_resolution": [64, 64]}
     (folder / "meta_lat.json").write_text(json.dumps(metadata))
@@ -192,8 +192,8 @@ def test_training_images_are_learned_and_diffusers_reads_the_result(run_script, 
     noise, times = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor([500])
     with torch.no_grad():
         theirs = pipe.unet(noise, times, pipe.text_encoder(ids)[0]).sample
-        ours = family.predict(after, noise, times, family.encode_text(after, [TEXT]))
-        untrained = family.predict(before, noise, times, family.encode_text(before, [TEXT]))
+        ours = family.denoiser.predict(after, noise, times, family.text.encode(after, [TEXT]))
+        untrained = family.denoiser.predict(before, noise, times, family.text.encode(before, [TEXT]))
     assert (theirs - ours).abs().max() < 1e-5
     assert (theirs - untrained).abs().max() > 1e-2
 
@@ -208,15 +208,15 @@ def denoising_loss(family, models) -> float:
     paths = sorted(CONCEPT.glob("*.png"))
     pixels = torch.stack([pixels_of(path) for path in paths])
     captions = [path.with_suffix(".caption").read_text(encoding="utf-8").strip() for path in paths]
-    latents = family.scale_latents(family.encode_images(models, pixels, rng))
-    cond = family.encode_text(models, captions)
+    latents = family.latents.scale(family.latents.encode(models, pixels, rng))
+    cond = family.text.encode(models, captions)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     kept = torch.cumprod(1 - betas, 0).float()
     losses = []
     for time in range(60, 1000, 120):
         noise = torch.randn(latents.shape, generator=rng)
         noisy = kept[time] ** 0.5 * latents + (1 - kept[time]) ** 0.5 * noise
-        predicted = family.predict(models, noisy, torch.full((len(paths),), time), cond)
+        predicted = family.denoiser.predict(models, noisy, torch.full((len(paths),), time), cond)
         losses.append((predicted - noise).square().mean())
     return float(torch.stack(losses).mean())
 

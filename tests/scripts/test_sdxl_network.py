@@ -246,7 +246,7 @@ def test_files_are_those_of_the_formats(from_files, images, still_model):
                     mean = models.vae.encode(view[None]).latent_dist.mean[0]  # as it comes, not scaled
                 assert np.abs(file[key] - mean.numpy()).max() < 1e-4, key
         with np.load(images / names[2 * number + 1]) as file, torch.no_grad():
-            cond = family.encode_text(models, [f"a sks flower, number {number}"]).tensors
+            cond = family.text.encode(models, [f"a sks flower, number {number}"]).tensors
             assert set(file) == {"hidden_state1", "hidden_state2", "pool2", "provenance"}
             for key, width in (("hidden_state1", (77, 64)), ("hidden_state2", (77, 128)), ("pool2", (64,))):
                 assert (file[key].shape, file[key].dtype) == (width, np.float32)

@@ -54,8 +54,8 @@ def prediction(family, models):
     rng = torch.Generator().manual_seed(5)
     noisy = torch.randn(2, 4, 8, 8, generator=rng)
     with torch.no_grad():
-        text = family.encode_text(models, ["a sks flower", "a flower"])
-        return family.predict(models, noisy, torch.tensor([10, 600]), text)
+        text = family.text.encode(models, ["a sks flower", "a flower"])
+        return family.denoiser.predict(models, noisy, torch.tensor([10, 600]), text)
 
 
 @pytest.mark.rows("R301", "R302")

@@ -25,10 +25,11 @@ WATCHED = """
 import json, sys
 import torch
 from library import cli
-from library.families.sd.adapter import SdFamily
+from library.families.sd.adapter import SdDenoiser
+from library.families.shared.roles import VaeLatents
 
 seen = {"trained": [], "encoded": 0, "encoded_before_training": 0, "weights": []}
-predict, encode_images = SdFamily.predict, SdFamily.encode_images
+predict, encode_images = SdDenoiser.predict, VaeLatents.encode
 
 def watched_predict(self, models, noisy, *rest):
     if not seen["trained"]:
@@ -41,7 +42,7 @@ def watched_encode_images(self, models, pixels, *rest, **named):
     seen["encoded"] += len(pixels)
     return encode_images(self, models, pixels, *rest, **named)
 
-SdFamily.predict, SdFamily.encode_images = watched_predict, watched_encode_images
+SdDenoiser.predict, VaeLatents.encode = watched_predict, watched_encode_images
 cli.run("sd", "network")
 seen["math_kernel"] = torch.backends.cuda.math_sdp_enabled()
 print(json.dumps(seen))

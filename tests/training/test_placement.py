@@ -95,7 +95,8 @@ def test_text_outputs_of_quantised_encoders_are_told_from_exact_ones(unet_only):
     models, opts = tiny_sd(), options(fp8_base_unet=unet_only)
     opts.text_cache = SimpleNamespace(in_use=True)
     family = SimpleNamespace(
-        traits=SimpleNamespace(text_encoders=("te",)), text_layout=lambda: SimpleNamespace(settings={})
+        traits=SimpleNamespace(text_encoders=("te",)),
+        text=SimpleNamespace(layout=lambda models: SimpleNamespace(settings={})),
     )
     made_by = {}
     method = SimpleNamespace(added=lambda: None, working_text_encoders=list)

@@ -58,13 +58,13 @@ def test_a_step_reads_nothing_back(name, cached, tmp_path):
     line += [f"--network_module={MODULES.get(name, 'networks.lora')}", "--learning_rate=1e-3"]
     line += ["--network_train_unet_only", *CACHED_OPTIONS.get(name, ())] if cached else []
     family = registry.FAMILIES[name].adapter(parse_options(groups_for(name, "network"), line))
-    models = family.load()
+    models = family.loader.load()
     for part in (models.denoiser, *models.text_encoders.values()):
         part.float()
     method = NetworkMethod(family.opts)
     method.attach(family, models)
     models.denoiser.train()
-    parts = StepParts(family, models, family.objective(), grad_text=bool(method.trained_text_encoders()))
+    parts = StepParts(family, models, family.denoiser.objective(), grad_text=bool(method.trained_text_encoders()))
     assert parts.grad_text != cached
     batch = batch_for(family, models, cached)
     groups = method.parameter_groups()
@@ -93,7 +93,7 @@ def batch_for(family, models, cached):
     channels = family.traits.latent_channels
     sizes = torch.tensor([[64, 64], [64, 64]])
     with torch.no_grad():
-        text = family.encode_text(models, CAPTIONS) if cached else None
+        text = family.text.encode(models, CAPTIONS) if cached else None
     if cached:
         models.text_encoders.clear()
     return Batch(

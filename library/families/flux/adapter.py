@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from library.errors import UserError
-from library.families.base import Family
+from library.families.base import Denoiser, Family, Loader, Targets, TextEncoding, Writer
 from library.families.flux.loading import (
     SCALING_FACTOR,
     SHIFT_FACTOR,
@@ -26,8 +26,8 @@ from library.families.flux.saving import save_model
 from library.families.flux.targets import text_targets, transformer_targets
 from library.families.flux.variants import FLAGS, TOKENIZERS, variant
 from library.families.shared.clip_tokenizer import find_clip_tokenizer
+from library.families.shared.roles import VaeLatents
 from library.families.shared.t5 import encode_t5
-from library.families.shared.vae import decode_latents, encode_pixels
 from library.runtime.logs import LOGGER
 from library.text.chunking import tokenize
 from library.text.t5_tokenizer import t5_tokenizer, tokenize_t5
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from library.caching.text_outputs import TextLayout
     from library.objectives.objective import Objective
+    from library.options.base import Options
     from library.types import Batch
 
 ORIGINAL_CODE = "https://github.com/black-forest-labs/flux"
@@ -55,10 +56,22 @@ METADATA_OPTIONS = (
 
 class FluxFamily(Family):
     traits = TRAITS
-    _usual_length: int | None = None  # of the variant that was loaded
 
+    def __init__(self, opts: Options):
+        super().__init__(
+            opts,
+            loader=FluxLoader(opts),
+            latents=VaeLatents(SCALING_FACTOR, SHIFT_FACTOR, cached_scaled=True),
+            text=FluxText(opts),
+            denoiser=FluxDenoiser(opts),
+            targets=FluxTargets(opts),
+            writer=FluxWriter(opts),
+        )
+
+
+class FluxLoader(Loader):
     def load(self, *, texts_only: bool = False) -> Models:
-        """See `Family.load`. For texts alone the denoiser is a `meta_model`, or without the name of a model None."""
+        """See `Loader.load`. For texts alone the denoiser is a `meta_model`, or without the name of a model None."""
         model, options = self.opts.model, self.opts.family
         name, mapped = model.pretrained_model_name_or_path, not model.disable_mmap_load_safetensors
         files = encoder_file_options(options)
@@ -74,22 +87,11 @@ class FluxFamily(Family):
             "te1": find_clip_tokenizer(CLIP_TOKENIZER, model=folder, subfolder=TOKENIZERS["te1"], cache_dir=cache),
             "te3": t5_tokenizer(folder, TOKENIZERS["te3"], cache),
         }
-        self._usual_length = None if source is None else T5_LENGTHS[source.variant]
         return Models(parts.denoiser, parts.text_encoders, tokenizers, parts.vae, source)
 
-    def encode_images(
-        self, models: Models, pixels: Tensor, generator: torch.Generator | list[torch.Generator] | None = None
-    ) -> Tensor:
-        """See `Family.encode_images`. Caches of this family hold shifted and scaled latents."""
-        return (encode_pixels(_vae(models), pixels, generator) - SHIFT_FACTOR) * SCALING_FACTOR
 
-    def scale_latents(self, latents: Tensor) -> Tensor:
-        return latents
-
-    def decode_latents(self, models: Models, latents: Tensor) -> Tensor:
-        return decode_latents(_vae(models), latents / SCALING_FACTOR + SHIFT_FACTOR)
-
-    def encode_text(
+class FluxText(TextEncoding):
+    def encode(
         self, models: Models, captions: list[str], *, emphasis: bool | None = None, known: TextCond | None = None
     ) -> TextCond:
         """CLIP-L's pooled vector (B, P), T5's states (B, L, W), their positions (B, L, 3), and their mask (B, L).
@@ -111,10 +113,30 @@ class FluxFamily(Family):
             tensors[T5_MASK] = mask.to(states.device, non_blocking=True)
         return TextCond(tensors)
 
+    def layout(self, models: Models | None = None) -> TextLayout:
+        """See `TextEncoding.layout`. The variant decides the length of captions that no option limits."""
+        from library.caching.text_outputs import TextLayout
+
+        length = self.opts.family.t5xxl_max_token_length
+        if length is None and models is not None and models.source is not None:
+            length = T5_LENGTHS[models.source.variant]
+        return TextLayout(
+            suffix="_flux_te.npz",
+            keys=(POOLED, T5_OUT, TXT_IDS, T5_MASK),
+            flags={"apply_t5_attn_mask": self.opts.family.apply_t5_attn_mask},
+            shapes={TXT_IDS: (length, 3), T5_MASK: (length,)} if length else {},
+        )
+
+    def _t5_length(self, models: Models) -> int:
+        """Tokens of every caption: --t5xxl_max_token_length, or the variant's own."""
+        return self.opts.family.t5xxl_max_token_length or T5_LENGTHS[_variant(models)]
+
+
+class FluxDenoiser(Denoiser):
     def predict(
         self, models: Models, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch | None = None
     ) -> Tensor:
-        """The velocity, see `Family.predict`. `batch.guidance`, where it is given, replaces --guidance_scale."""
+        """The velocity, see `Denoiser.predict`. `batch.guidance`, where it is given, replaces --guidance_scale."""
         denoiser, text = models.denoiser, cond.tensors
         height, width = noisy.shape[-2:]
         tokens = pack_latents(noisy)
@@ -165,27 +187,19 @@ class FluxFamily(Family):
         """The blocks with two streams, then those with one."""
         return [*models.denoiser.transformer_blocks, *models.denoiser.single_transformer_blocks]
 
-    def lora_targets(self, models: Models) -> list[LoraTarget]:
+
+class FluxTargets(Targets):
+    def lora(self, models: Models) -> list[LoraTarget]:
         return text_targets(models.text_encoders) + transformer_targets(models.denoiser)
 
+
+class FluxWriter(Writer):
     def save(
         self, models: Models, path: Path, *, save_as: str, dtype: torch.dtype | None, metadata: dict[str, str]
     ) -> None:
         save_model(models, path, save_as=save_as, dtype=dtype, metadata=metadata)
 
-    def text_layout(self) -> TextLayout:
-        """See `Family.text_layout`. Only after `load` is it known how long captions are that no option limits."""
-        from library.caching.text_outputs import TextLayout
-
-        length = self.opts.family.t5xxl_max_token_length or self._usual_length
-        return TextLayout(
-            suffix="_flux_te.npz",
-            keys=(POOLED, T5_OUT, TXT_IDS, T5_MASK),
-            flags={"apply_t5_attn_mask": self.opts.family.apply_t5_attn_mask},
-            shapes={TXT_IDS: (length, 3), T5_MASK: (length,)} if length else {},
-        )
-
-    def model_metadata(self, models: Models) -> dict[str, Any]:
+    def metadata(self, models: Models) -> dict[str, Any]:
         options = self.opts.family
         return {
             "ss_v2": False,
@@ -196,15 +210,6 @@ class FluxFamily(Family):
             "modelspec.resolution": "1024x1024",
         }
 
-    def _t5_length(self, models: Models) -> int:
-        """Tokens of every caption: --t5xxl_max_token_length, or the variant's own."""
-        return self.opts.family.t5xxl_max_token_length or T5_LENGTHS[_variant(models)]
-
 
 def _variant(models: Models) -> str:
     return variant(models.denoiser.config.guidance_embeds)
-
-
-def _vae(models: Models) -> nn.Module:
-    assert models.vae is not None, "the VAE was dropped"
-    return models.vae

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from library.families.base import Family
+from library.families.base import Family, Loader, Targets, TextEncoding, Writer
 from library.families.sd.loading import SCALING_FACTOR, load_model
 from library.families.sd.options import TRAITS
 from library.families.sd.saving import save_model
 from library.families.sd.targets import text_targets, unet_targets
 from library.families.sd.tokenizer import sd_tokenizer
 from library.families.shared.clip import encode_clip
-from library.families.shared.unet import unet_blocks
-from library.families.shared.vae import decode_latents, encode_pixels
-from library.objectives.objective import DdpmObjective
+from library.families.shared.roles import UnetDenoiser, VaeLatents
 from library.text.chunking import tokenize
 from library.text.emphasis import tokenize_weighted
 from library.types import LoraTarget, Models, TextCond
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from library.objectives.objective import Objective
+    from library.options.base import Options
     from library.types import Batch
 
 ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
@@ -33,26 +31,30 @@ CONTEXT = "context"  # the only conditioning: hidden states (B, n * 75 + 2, widt
 class SdFamily(Family):
     traits = TRAITS
 
+    def __init__(self, opts: Options):
+        super().__init__(
+            opts,
+            loader=SdLoader(opts),
+            latents=VaeLatents(SCALING_FACTOR),
+            text=SdText(opts),
+            denoiser=SdDenoiser(opts),
+            targets=SdTargets(opts),
+            writer=SdWriter(opts),
+        )
+
+
+class SdLoader(Loader):
     def load(self, *, texts_only: bool = False) -> Models:
-        """See `Family.load`. It is the whole model always: nobody encodes texts of this family alone."""
+        """See `Loader.load`. It is the whole model always: nobody encodes texts of this family alone."""
         model = self.opts.model
         parts = load_model(model.pretrained_model_name_or_path, self.opts.family.v2, model.vae)
         own = None if parts.source.is_file else parts.source.name
         tokenizer = sd_tokenizer(parts.source.v2, own, model.tokenizer_cache_dir)
         return Models(parts.denoiser, {"te": parts.text_encoder}, {"te": tokenizer}, parts.vae, parts.source)
 
-    def encode_images(
-        self, models: Models, pixels: Tensor, generator: torch.Generator | list[torch.Generator] | None = None
-    ) -> Tensor:
-        return encode_pixels(_vae(models), pixels, generator)
 
-    def scale_latents(self, latents: Tensor) -> Tensor:
-        return latents * SCALING_FACTOR
-
-    def decode_latents(self, models: Models, latents: Tensor) -> Tensor:
-        return decode_latents(_vae(models), latents / SCALING_FACTOR)
-
-    def encode_text(
+class SdText(TextEncoding):
+    def encode(
         self, models: Models, captions: list[str], *, emphasis: bool | None = None, known: TextCond | None = None
     ) -> TextCond:
         """The text encoder's states under "context", (B, n * 75 + 2, width); shorter without token padding."""
@@ -64,32 +66,33 @@ class SdFamily(Family):
         ids = tokenize(tokenizer, captions, family.max_token_length, pad=not self._no_token_padding())
         return TextCond({CONTEXT: encode_clip(text_encoder, ids, family.clip_skip)})
 
+    def _no_token_padding(self) -> bool:
+        """Only train_db.py has the option, so other methods' options have no such field."""
+        return getattr(getattr(self.opts, "method", None), "no_token_padding", False)
+
+
+class SdDenoiser(UnetDenoiser):
     def predict(
         self, models: Models, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch | None = None
     ) -> Tensor:
         return models.denoiser(noisy, timesteps, encoder_hidden_states=cond.tensors[CONTEXT]).sample
 
-    def objective(self) -> Objective:
-        return DdpmObjective(self.prediction_type(), self.opts.noise, self.opts.loss)
 
-    def prediction_type(self) -> Literal["epsilon", "v_prediction", "flow"]:
-        return "v_prediction" if self.opts.family.v_parameterization else "epsilon"
-
-    def blocks(self, models: Models) -> list[nn.Module]:
-        return unet_blocks(models.denoiser)
-
-    def lora_targets(self, models: Models) -> list[LoraTarget]:
+class SdTargets(Targets):
+    def lora(self, models: Models) -> list[LoraTarget]:
         return text_targets(models.text_encoders["te"]) + unet_targets(models.denoiser)
 
+
+class SdWriter(Writer):
     def save(
         self, models: Models, path: Path, *, save_as: str, dtype: torch.dtype | None, metadata: dict[str, str]
     ) -> None:
-        v_prediction = self.prediction_type() == "v_prediction"
+        v_prediction = self.opts.family.v_parameterization
         if "modelspec.implementation" in metadata:  # a whole model has the names that its authors' code gives
             metadata = {**metadata, "modelspec.implementation": ORIGINAL_CODE}
         save_model(models, path, save_as=save_as, dtype=dtype, metadata=metadata, v_prediction=v_prediction)
 
-    def model_metadata(self, models: Models) -> dict[str, Any]:
+    def metadata(self, models: Models) -> dict[str, Any]:
         v2, v = models.source.v2, self.opts.family.v_parameterization
         architecture = "stable-diffusion-v1"
         if v2:
@@ -102,12 +105,3 @@ class SdFamily(Family):
             "modelspec.prediction_type": "v" if v else "epsilon",
             "modelspec.resolution": "768x768" if v2 and v else "512x512",
         }
-
-    def _no_token_padding(self) -> bool:
-        """Only train_db.py has the option, so other methods' options have no such field."""
-        return getattr(getattr(self.opts, "method", None), "no_token_padding", False)
-
-
-def _vae(models: Models) -> nn.Module:
-    assert models.vae is not None, "the VAE was dropped"
-    return models.vae

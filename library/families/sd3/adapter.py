@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from library.errors import UserError
-from library.families.base import Family
+from library.families.base import Denoiser, Family, Loader, Targets, TextEncoding, Writer
 from library.families.sd3 import text
 from library.families.sd3.loading import (
     SCALING_FACTOR,
@@ -20,9 +20,10 @@ from library.families.sd3.saving import encoder_path, save_model
 from library.families.sd3.targets import mmdit_targets
 from library.families.sd3.tokenizers import load_tokenizers
 from library.families.sd3.variants import missing_encoder
+from library.families.shared.roles import VaeLatents
 from library.families.shared.t5 import encode_t5, t5_targets
 from library.families.shared.targets import clip_targets
-from library.families.shared.vae import NO_VAE, decode_latents, encode_pixels
+from library.families.shared.vae import NO_VAE
 from library.runtime.logs import LOGGER
 from library.text.chunking import tokenize
 from library.text.t5_tokenizer import tokenize_t5
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from library.caching.text_outputs import TextLayout
     from library.objectives.objective import Objective
+    from library.options.base import Options
     from library.types import Batch
 
 ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
@@ -42,8 +44,21 @@ ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
 class Sd3Family(Family):
     traits = TRAITS
 
+    def __init__(self, opts: Options):
+        super().__init__(
+            opts,
+            loader=Sd3Loader(opts),
+            latents=VaeLatents(SCALING_FACTOR, SHIFT_FACTOR),
+            text=Sd3Text(opts),
+            denoiser=Sd3Denoiser(opts),
+            targets=Sd3Targets(opts),
+            writer=Sd3Writer(opts),
+        )
+
+
+class Sd3Loader(Loader):
     def load(self, *, texts_only: bool = False) -> Models:
-        """See `Family.load`. For texts alone the denoiser is a `meta_model`, or without the name of a model None."""
+        """See `Loader.load`. For texts alone the denoiser is a `meta_model`, or without the name of a model None."""
         model, options = self.opts.model, self.opts.family
         name, mapped = model.pretrained_model_name_or_path, not model.disable_mmap_load_safetensors
         files = encoder_file_options(options)
@@ -80,18 +95,9 @@ class Sd3Family(Family):
             denoiser, random_crop_rate=options.pos_emb_random_crop_rate, scaled=options.enable_scaled_pos_embed
         )
 
-    def encode_images(
-        self, models: Models, pixels: Tensor, generator: torch.Generator | list[torch.Generator] | None = None
-    ) -> Tensor:
-        return encode_pixels(_vae(models), pixels, generator)
 
-    def scale_latents(self, latents: Tensor) -> Tensor:
-        return (latents - SHIFT_FACTOR) * SCALING_FACTOR
-
-    def decode_latents(self, models: Models, latents: Tensor) -> Tensor:
-        return decode_latents(_vae(models), latents / SCALING_FACTOR + SHIFT_FACTOR)
-
-    def encode_text(
+class Sd3Text(TextEncoding):
+    def encode(
         self, models: Models, captions: list[str], *, emphasis: bool | None = None, known: TextCond | None = None
     ) -> TextCond:
         """The tensors of `text.KEYS`; without T5, 77 rows of zeros stand for its output.
@@ -136,10 +142,27 @@ class Sd3Family(Family):
         ids, mask = tokenize_t5(models.tokenizers["te3"], captions, options.t5xxl_max_token_length)
         return encode_t5(encoder, ids, mask if options.apply_t5_attn_mask else None), mask
 
+    def layout(self, models: Models | None = None) -> TextLayout:
+        from library.caching.text_outputs import TextLayout
+
+        options = self.opts.family
+        return TextLayout(
+            text.CACHE_SUFFIX,
+            text.KEYS,
+            flags={
+                "apply_lg_attn_mask": options.apply_lg_attn_mask,
+                "apply_t5_attn_mask": options.apply_t5_attn_mask,
+            },
+            shapes={text.L_MASK: (text.CLIP_LENGTH,), text.G_MASK: (text.CLIP_LENGTH,)},
+            settings={"t5xxl_max_token_length": options.t5xxl_max_token_length},
+        )
+
+
+class Sd3Denoiser(Denoiser):
     def predict(
         self, models: Models, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch | None = None
     ) -> Tensor:
-        """See `Family.predict`. While gradients are computed in train mode, encoders' outputs may be dropped."""
+        """See `Denoiser.predict`. While gradients are computed in train mode, encoders' outputs may be dropped."""
         import torch
 
         options, denoiser = self.opts.family, models.denoiser
@@ -171,12 +194,16 @@ class Sd3Family(Family):
     def blocks(self, models: Models) -> list[nn.Module]:
         return list(models.denoiser.transformer_blocks)
 
-    def lora_targets(self, models: Models) -> list[LoraTarget]:
+
+class Sd3Targets(Targets):
+    def lora(self, models: Models) -> list[LoraTarget]:
         targets: list[LoraTarget] = []
         for part, encoder in models.text_encoders.items():
             targets += t5_targets(encoder) if part == "te3" else clip_targets(encoder, part)
         return targets + mmdit_targets(models.denoiser)
 
+
+class Sd3Writer(Writer):
     def save(
         self, models: Models, path: Path, *, save_as: str, dtype: torch.dtype | None, metadata: dict[str, str]
     ) -> None:
@@ -184,7 +211,7 @@ class Sd3Family(Family):
             metadata = {**metadata, "modelspec.implementation": ORIGINAL_CODE}
         save_model(models, path, save_as=save_as, dtype=dtype, metadata=metadata, separate=self._separate(models))
 
-    def companions(self, models: Models, path: Path) -> list[Path]:
+    def extra_files(self, models: Models, path: Path) -> list[Path]:
         return [encoder_path(path, part) for part in self._separate(models)]
 
     def _separate(self, models: Models) -> list[str]:
@@ -197,22 +224,7 @@ class Sd3Family(Family):
             if asked[part] or (part not in models.source.parts and any(p.requires_grad for p in encoder.parameters()))
         ]
 
-    def text_layout(self) -> TextLayout:
-        from library.caching.text_outputs import TextLayout
-
-        options = self.opts.family
-        return TextLayout(
-            text.CACHE_SUFFIX,
-            text.KEYS,
-            flags={
-                "apply_lg_attn_mask": options.apply_lg_attn_mask,
-                "apply_t5_attn_mask": options.apply_t5_attn_mask,
-            },
-            shapes={text.L_MASK: (text.CLIP_LENGTH,), text.G_MASK: (text.CLIP_LENGTH,)},
-            settings={"t5xxl_max_token_length": options.t5xxl_max_token_length},
-        )
-
-    def model_metadata(self, models: Models) -> dict[str, Any]:
+    def metadata(self, models: Models) -> dict[str, Any]:
         options, variant = self.opts.family, models.source.variant
         return {
             "ss_v2": False,
@@ -228,8 +240,3 @@ class Sd3Family(Family):
             "modelspec.prediction_type": "flow",
             "modelspec.resolution": "1024x1024",
         }
-
-
-def _vae(models: Models) -> nn.Module:
-    assert models.vae is not None, "the VAE was dropped"
-    return models.vae

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from library.caching.text_outputs import TextLayout
-from library.families.base import Family
+from library.families.base import Family, Loader, Targets, TextEncoding, Writer
 from library.families.sdxl.loading import SCALING_FACTOR, load_model, load_text_encoders
 from library.families.sdxl.options import TRAITS
 from library.families.sdxl.saving import save_model
 from library.families.sdxl.targets import block_index, unet_targets
 from library.families.sdxl.tokenizers import sdxl_tokenizers
 from library.families.shared.clip import encode_penultimate, project_first_eos
+from library.families.shared.roles import UnetDenoiser, VaeLatents
 from library.families.shared.targets import clip_targets
-from library.families.shared.unet import map_of_config, unet_blocks
-from library.families.shared.vae import decode_latents, encode_pixels
-from library.objectives.objective import DdpmObjective
+from library.families.shared.unet import map_of_config
 from library.text.chunking import tokenize
 from library.text.emphasis import tokenize_weighted
 from library.types import LoraTarget, Models, TextCond
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from library.objectives.objective import Objective
+    from library.options.base import Options
     from library.types import Batch
 
 ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
@@ -39,6 +38,19 @@ FOREIGN_POOLED = f"it was made by another trainer, and those often compute {POOL
 class SdxlFamily(Family):
     traits = TRAITS
 
+    def __init__(self, opts: Options):
+        super().__init__(
+            opts,
+            loader=SdxlLoader(opts),
+            latents=VaeLatents(SCALING_FACTOR),
+            text=SdxlText(opts),
+            denoiser=SdxlDenoiser(opts),
+            targets=SdxlTargets(opts),
+            writer=SdxlWriter(opts),
+        )
+
+
+class SdxlLoader(Loader):
     def load(self, *, texts_only: bool = False) -> Models:
         model = self.opts.model
         name, mapped = model.pretrained_model_name_or_path, not model.disable_mmap_load_safetensors
@@ -46,18 +58,9 @@ class SdxlFamily(Family):
         tokenizers = sdxl_tokenizers(None if Path(name).is_file() else name, model.tokenizer_cache_dir)
         return Models(parts.denoiser, parts.text_encoders, tokenizers, parts.vae, parts.source)
 
-    def encode_images(
-        self, models: Models, pixels: Tensor, generator: torch.Generator | list[torch.Generator] | None = None
-    ) -> Tensor:
-        return encode_pixels(_vae(models), pixels, generator)
 
-    def scale_latents(self, latents: Tensor) -> Tensor:
-        return latents * SCALING_FACTOR
-
-    def decode_latents(self, models: Models, latents: Tensor) -> Tensor:
-        return decode_latents(_vae(models), latents / SCALING_FACTOR)
-
-    def encode_text(
+class SdxlText(TextEncoding):
+    def encode(
         self, models: Models, captions: list[str], *, emphasis: bool | None = None, known: TextCond | None = None
     ) -> TextCond:
         """Both text encoders' states and the pooled text of the second, by the names that cache files have."""
@@ -76,24 +79,23 @@ class SdxlFamily(Family):
         tensors[POOLED] = project_first_eos(text_encoder, ids[:, 0], first_chunk, tokenizer.eos_token_id)
         return TextCond(tensors)
 
+    def layout(self, models: Models | None = None) -> TextLayout:
+        names = ("max_token_length", "weighted_captions")
+        settings = {name: getattr(self.opts.family, name) for name in names}
+        keys = (*STATES.values(), POOLED)
+        return TextLayout("_te_outputs.npz", keys, settings=settings, distrust=FOREIGN_POOLED)
+
+
+class SdxlDenoiser(UnetDenoiser):
     def predict(
         self, models: Models, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch | None = None
     ) -> Tensor:
-        """See `Family.predict`. Without a batch, sizes are those of uncropped images."""
+        """See `Denoiser.predict`. Without a batch, sizes are those of uncropped images."""
         import torch
 
         states = torch.cat([cond.tensors[key] for key in STATES.values()], dim=-1)
         added = {"text_embeds": cond.tensors[POOLED], "time_ids": _time_ids(noisy, batch)}
         return models.denoiser(noisy, timesteps, encoder_hidden_states=states, added_cond_kwargs=added).sample
-
-    def objective(self) -> Objective:
-        return DdpmObjective(self.prediction_type(), self.opts.noise, self.opts.loss)
-
-    def prediction_type(self) -> Literal["epsilon", "v_prediction", "flow"]:
-        return "v_prediction" if self.opts.family.v_parameterization else "epsilon"
-
-    def blocks(self, models: Models) -> list[nn.Module]:
-        return unet_blocks(models.denoiser)
 
     def block_number(self, models: Models, name: str) -> int:
         key = map_of_config(models.denoiser.config, prefix="").by_model(name).file
@@ -101,10 +103,14 @@ class SdxlFamily(Family):
             return TRAITS.block_layout.total - 1
         return block_index(key) or 0  # the embeddings are the first
 
-    def lora_targets(self, models: Models) -> list[LoraTarget]:
+
+class SdxlTargets(Targets):
+    def lora(self, models: Models) -> list[LoraTarget]:
         text = [target for name, encoder in models.text_encoders.items() for target in clip_targets(encoder, name)]
         return text + unet_targets(models.denoiser)
 
+
+class SdxlWriter(Writer):
     def save(
         self, models: Models, path: Path, *, save_as: str, dtype: torch.dtype | None, metadata: dict[str, str]
     ) -> None:
@@ -114,23 +120,17 @@ class SdxlFamily(Family):
             save_as=save_as,
             dtype=dtype,
             metadata=metadata,
-            v_prediction=self.prediction_type() == "v_prediction",
+            v_prediction=self.opts.family.v_parameterization,
             zero_terminal_snr=self.opts.noise.zero_terminal_snr,
         )
 
-    def text_layout(self) -> TextLayout:
-        names = ("max_token_length", "weighted_captions")
-        settings = {name: getattr(self.opts.family, name) for name in names}
-        keys = (*STATES.values(), POOLED)
-        return TextLayout("_te_outputs.npz", keys, settings=settings, distrust=FOREIGN_POOLED)
-
-    def model_metadata(self, models: Models) -> dict[str, Any]:
+    def metadata(self, models: Models) -> dict[str, Any]:
         return {
             "ss_v2": False,
             "ss_base_model_version": "sdxl_base_v1-0",
             "modelspec.architecture": "stable-diffusion-xl-v1-base",
             "modelspec.implementation": ORIGINAL_CODE,
-            "modelspec.prediction_type": "v" if self.prediction_type() == "v_prediction" else "epsilon",
+            "modelspec.prediction_type": "v" if self.opts.family.v_parameterization else "epsilon",
             "modelspec.resolution": "1024x1024",
         }
 
@@ -145,8 +145,3 @@ def _time_ids(noisy: Tensor, batch: Batch | None) -> Tensor:
         return whole.repeat(len(noisy), 1)
     sizes = (batch.original_sizes.flip(-1), batch.crop_top_lefts, batch.target_sizes.flip(-1))
     return torch.cat(sizes, dim=-1).to(noisy.device, torch.float32)
-
-
-def _vae(models: Models) -> nn.Module:
-    assert models.vae is not None, "the VAE was dropped"
-    return models.vae
