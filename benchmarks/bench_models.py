@@ -203,7 +203,7 @@ def make_step(
     device: torch.device,
 ) -> Callable[[], Tensor]:
     """What the training loop does for one batch, but for reports."""
-    parts = StepParts(family, models, family.objective(), grad_text=False)
+    parts = StepParts(family, models, partial(family.predict, models), family.objective(), grad_text=False)
     stepper = Stepper(opts, optimizer, optimizer)
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
     limit = opts.optimizer.max_grad_norm

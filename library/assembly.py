@@ -109,6 +109,7 @@ def assemble(
         family=family,
         method=method,
         models=models,
+        denoise=method.denoise(family, models),
         objective=family.objective(),
         data=data,
         plan=run_plan,

@@ -117,9 +117,7 @@ def text_cache(
     form = placement.text_encoder_form(opts)
     made_by = f" in {form}" if form not in (None, "fp8") else ""
     encoder = {part: weights_fingerprint(module) + made_by for part, module in sorted(models.text_encoders.items())}
-    added = method.added()
-    if added is not None and opts.method.network_weights and not opts.method.network_train_unet_only:
-        encoder["network"] = weights_fingerprint(added)  # one that has learned something acts on the encoders
+    encoder |= method.text_fingerprint()
     encoder |= {name: str(value) for name, value in sorted(layout.settings.items())}
     return partial(_cache_text, opts, family, method, models, data, layout, encoder, failed)
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from library.training.stepping import Stepper
     from library.training.tracking import Tracker
     from library.training.validation import Validation
-    from library.types import Batch, Models
+    from library.types import Batch, Denoise, Models
 
 _AGAINST_OVERFLOW = "a lower --learning_rate, --mixed_precision bf16 or no, or --no_half_vae usually helps"
 
@@ -58,6 +58,7 @@ class Run:
     family: Family
     method: Method
     models: Models
+    denoise: Denoise
     objective: Objective
     data: TrainingData
     plan: RunPlan
@@ -133,7 +134,7 @@ def train(run: Run) -> RunFacts:
 
 def _steps(run: Run, interruption: Interruption) -> RunFacts:
     grad_text = bool(run.method.trained_text_encoders())
-    parts = StepParts(run.family, run.models, run.objective, grad_text)
+    parts = StepParts(run.family, run.models, run.denoise, run.objective, grad_text)
     placement.training_modes(run.models, run.method.trainable(), grad_text=grad_text)
     if run.resume is not None:
         state.load_state(run.resume, _state_parts(run), making=run.making, spread=run.shards is not None)
@@ -390,6 +391,7 @@ def _sample(run: Run, facts: RunFacts, *, epoch_end: bool) -> None:
             run.models,
             facts.step,
             facts.epoch if epoch_end else None,
+            denoise=run.denoise,
             trained=run.method.trainable(),
             device=run.accelerator.device,
             write=run.writes,

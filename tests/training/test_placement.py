@@ -98,7 +98,7 @@ def test_text_outputs_of_quantised_encoders_are_told_from_exact_ones(unet_only):
         traits=SimpleNamespace(text_encoders=("te",)), text_layout=lambda: SimpleNamespace(settings={})
     )
     made_by = {}
-    method = SimpleNamespace(added=lambda: None, working_text_encoders=list)
+    method = SimpleNamespace(text_fingerprint=dict, working_text_encoders=list)
     for form in (None, "fp8", "int8", "nf4"):
         opts.memory.quantize_base = form
         prepared = encoding.text_cache(opts, family, method, models, None).args

@@ -64,7 +64,13 @@ def test_a_step_reads_nothing_back(name, cached, tmp_path):
     method = NetworkMethod(family.opts)
     method.attach(family, models)
     models.denoiser.train()
-    parts = StepParts(family, models, family.objective(), grad_text=bool(method.trained_text_encoders()))
+    parts = StepParts(
+        family,
+        models,
+        method.denoise(family, models),
+        family.objective(),
+        grad_text=bool(method.trained_text_encoders()),
+    )
     assert parts.grad_text != cached
     batch = batch_for(family, models, cached)
     groups = method.parameter_groups()
