@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library import cli, registry
+from library import checking, registry
 from library.errors import UserError
 from library.options import parsing, scripts, validation
 from library.options.base import Option, options_of
@@ -131,7 +131,7 @@ def test_no_value_of_a_training_option_ends_in_a_traceback(places, monkeypatch):
 
         def check(words, parser=parser, family=family, method=method, traits=traits) -> None:
             options = parsing.parse_options(parser, [*base_words(places, method), *words], elsewhere=dict)
-            cli.checked(registry.follow_model(family, options), family, method, traits)
+            checking.check(registry.follow_model(family, options), family, method, traits)
 
         counts = run_all(table(fresh, places), check)
         taken, refused = taken + counts[0], refused + counts[1]

@@ -34,7 +34,7 @@ LEVELS = (
     ("library.data", "library.caching", "library.memory", "networks"),
     ("library.families", "library.methods", "library.training", "library.inference"),
     ("library.encoding", "library.registry"),
-    ("library.assembly",),
+    ("library.checking", "library.session"),
     ("library.cli",),
     ("library.embedding",),
     ("library.train_util", "library.model_util", "library.flux_train_utils", "library.huggingface_util"),

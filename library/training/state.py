@@ -20,7 +20,7 @@ from library.training.state_notes import (
     OPTIMIZER,
     SCALER,
     SCHEDULE,
-    Progress,
+    SavedProgress,
     read_making,
     read_progress,
     write_notes,
@@ -49,7 +49,7 @@ class Parts:
 def save_state(
     folder: Path,
     parts: Parts,
-    progress: Progress,
+    progress: SavedProgress,
     *,
     made_with: Mapping[str, Any] | None = None,
     gather: bool = False,

@@ -30,7 +30,7 @@ _LARGEST_NOTES = 1 << 26  # bytes
 
 
 @dataclass(frozen=True)
-class Progress:
+class SavedProgress:
     """How far a run was."""
 
     step: int  # optimizer steps done
@@ -39,7 +39,7 @@ class Progress:
     epoch_ended: bool = True  # False: what happens at the end of that epoch is still to be done, if it is over
 
 
-def read_progress(folder: Path) -> Progress | None:
+def read_progress(folder: Path) -> SavedProgress | None:
     """How far the run was; None: an earlier trainer's state of a whole model, which tells nothing.
 
     Raises: UserError: the folder holds no state, or one whose saving was cut off, or impossible values.
@@ -58,7 +58,7 @@ def read_progress(folder: Path) -> Progress | None:
     ended = told.get("epoch_ended", True)
     if not isinstance(ended, bool):
         raise _impossible(folder, "epoch_ended", ended)
-    return Progress(step, epoch, seed, ended)
+    return SavedProgress(step, epoch, seed, ended)
 
 
 def read_making(folder: Path) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def read_making(folder: Path) -> dict[str, Any]:
     return made_with
 
 
-def write_notes(folder: Path, progress: Progress, made_with: Mapping[str, Any] | None = None) -> None:
+def write_notes(folder: Path, progress: SavedProgress, made_with: Mapping[str, Any] | None = None) -> None:
     """Writes ``train_state.json`` beside the other files of a state, with their checksums. Raises: OSError."""
     told = {"current_epoch": progress.epoch, "current_step": progress.step, "seed": progress.seed}
     told["epoch_ended"] = progress.epoch_ended
