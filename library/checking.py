@@ -14,7 +14,7 @@ from library.options import validation
 from library.options.logging import absolute_paths
 from library.options.optimizer import default_rate
 from library.runtime.logs import LOGGER
-from library.training import joining, leftovers, rehearsal, state_notes
+from library.training import distributed, leftovers, rehearsal, state_notes
 
 if TYPE_CHECKING:
     from library.families.base import FamilyTraits
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def check(opts: Options, family_name: str, method_name: str, traits: FamilyTraits) -> list[DatasetSpec]:
     """The datasets that the options describe, and in the log what the user should know about the options.
 
-    Raises: UserError: everything that is wrong with the options, and with the files as far as names and headers tell.
+    Raises: UserError: everything that is wrong with the options, and with the files as far as names and headers show.
     """
     writes = is_first_process() and not opts.data.debug_dataset
     problems = list(validation.problems(opts, traits))
@@ -34,7 +34,7 @@ def check(opts: Options, family_name: str, method_name: str, traits: FamilyTrait
             leftovers.clear(opts.saving)
         problems += registry.method_problems(method_name, opts, traits)
         problems += registry.path_problems(family_name, opts)
-        for look in (lambda: specs.extend(build_specs(opts, traits)), lambda: joining.seed_of_state(opts), opencv):
+        for look in (lambda: specs.extend(build_specs(opts, traits)), lambda: distributed.seed_of_state(opts), opencv):
             try:
                 look()
             except UserError as error:

@@ -28,13 +28,13 @@ from library.options.optimizer import sets_own_rate
 from library.options.sharding import sharding_of
 from library.runtime.logs import LOGGER
 from library.runtime.processes import Processes
-from library.training import joining, lr_schedules, optimizers, placement, plan, resuming, state, state_notes
-from library.training.ema import Average
+from library.training import distributed, lr_schedules, optimizers, placement, plan, resuming, state, state_notes
+from library.training.ema import EMA
 from library.training.hub import Hub
 from library.training.loop import train
 from library.training.run import Progress, Run
 from library.training.saving import check_space, make_save_plan
-from library.training.stepping import Stepper, equal_parts, parts_by_block
+from library.training.stepping import OptimizerStepper, equal_parts, parts_by_block
 from library.training.tracking import make_tracker
 from library.training.validation import Validation
 from library.types import Size
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from library.memory.block_swap import BlockSwap
     from library.methods.base import Method
     from library.options.base import Options
-    from library.training.plan import RunPlan, Start
+    from library.training.plan import ResumePoint, RunPlan
     from library.training.sharding import Shards
     from library.types import Models
 
@@ -92,11 +92,11 @@ def join(opts: Options) -> tuple[Options, Accelerator, Shards | None]:
     Returns the options with that seed, and what shards the trained model; None: every process keeps all of it.
     """
     sharding = sharding_of(opts)
-    accelerator = joining.join_for_training(opts, sharding)
+    accelerator = distributed.join_for_training(opts, sharding)
     shards = None
     if not opts.data.debug_dataset:
         if sharding is not None and accelerator.num_processes == 1:
-            LOGGER.warning("%s: no effect with one process, there is nothing to spread over", sharding.asked_by)
+            LOGGER.warning("%s: has no effect with one process", sharding.asked_by)
         elif sharding is not None:
             from library.training.sharding import Shards
 
@@ -105,9 +105,9 @@ def join(opts: Options) -> tuple[Options, Accelerator, Shards | None]:
             folder = Path(opts.saving.resume)
             before, chosen = state_notes.read_making(folder), optimizers.optimizer_class(opts.optimizer)
             resuming.require_optimizer(folder, before, chosen)
-        optimizers.rehearse(opts.optimizer, accelerator.device, None if shards is None else shards.mesh)
-        lr_schedules.rehearse(opts.optimizer)
-    return opts.replaced(seed=joining.agreed_seed(opts, accelerator)), accelerator, shards
+        optimizers.dry_run(opts.optimizer, accelerator.device, None if shards is None else shards.mesh)
+        lr_schedules.dry_run(opts.optimizer)
+    return opts.replaced(seed=distributed.agreed_seed(opts, accelerator)), accelerator, shards
 
 
 def open_data(
@@ -125,7 +125,7 @@ def open_data(
     )
     data.set_total_steps(run_plan.total_steps)
     if not opts.data.debug_dataset:
-        lr_schedules.rehearse(opts.optimizer, run_plan.total_steps)  # now that it is known how long the run is
+        lr_schedules.dry_run(opts.optimizer, run_plan.total_steps)  # now that it is known how long the run is
     return data, run_plan
 
 
@@ -159,7 +159,7 @@ class Session:
     plan: RunPlan
     accelerator: Accelerator
     shards: Shards | None = None
-    start: Start = field(init=False)
+    start: ResumePoint = field(init=False)
     preview: Preview = field(init=False)
     models: Models = field(init=False)
     swap: BlockSwap | None = field(init=False)
@@ -210,17 +210,17 @@ class Session:
             cache_latents(encoding.latent_encoder(opts, family, models, self.accelerator))
             if self.accelerator.is_main_process:
                 data.index.save()
-            placement.release(models.vae, opts)
+            placement.offload(models.vae, opts)
 
     def place(self) -> None:
         """Moves the denoiser to the device; compiles, shards or swaps it as the options say."""
         opts, models = self.opts, self.models
-        placement.place_denoiser(models, opts, self.device, spread=self.shards is not None)
+        placement.place_denoiser(models, opts, self.device, sharded=self.shards is not None)
         attention = set_attention(models.denoiser, opts.memory)
         if opts.memory.compiles:
             compile_blocks(self.family.blocks(models), opts.memory.dynamo_backend, self.device)
         if self.shards is not None:
-            placement.spread_denoiser(self.family, models, opts, self.shards)
+            placement.shard_denoiser(self.family, models, opts, self.shards)
         self.swap = placement.swap_blocks(self.family, models, opts, self.device)
         LOGGER.info("device %s, mixed precision %s, attention %s", self.device, opts.memory.mixed_precision, attention)
 
@@ -229,7 +229,7 @@ class Session:
         opts, family, method, models, data = self.opts, self.family, self.method, self.models, self.data
         optimizer = optimizers.make_optimizer(method.parameter_groups(), opts.optimizer)
         if self.swap is not None:
-            self.swap.serve(optimizer)
+            self.swap.manage_optimizer(optimizer)
         schedule = lr_schedules.make_schedule(optimizer, opts.optimizer, self.plan.total_steps)
         if not opts.saving.resume:  # a state brings the schedule where it was
             with warnings.catch_warnings():
@@ -254,7 +254,7 @@ class Session:
             plan=self.plan,
             accelerator=self.accelerator,
             optimizer=prepared,
-            stepper=Stepper(opts, optimizer, prepared, _stepped_together(opts, family, models, optimizer)),
+            stepper=OptimizerStepper(opts, optimizer, prepared, _stepped_together(opts, family, models, optimizer)),
             schedule=schedule,
             saves=saves,
             preview=self.preview,
@@ -266,7 +266,7 @@ class Session:
             start=self.start,
             making=making,
             resume=Path(opts.saving.resume) if opts.saving.resume else None,
-            average=_average(opts, optimizer),
+            ema=_ema(opts, optimizer),
             shards=self.shards,
         )
 
@@ -324,14 +324,14 @@ def _stepped_together(opts: Options, family: Family, models: Models, optimizer: 
     return equal_parts(weights, fused.fused_optimizer_groups)
 
 
-def _average(opts: Options, optimizer: Any) -> Average | None:
+def _ema(opts: Options, optimizer: Any) -> EMA | None:
     """--ema."""
     if not opts.training.ema:
         return None
-    return Average([p for group in optimizer.param_groups for p in group["params"]], opts.training.ema_decay)
+    return EMA([p for group in optimizer.param_groups for p in group["params"]], opts.training.ema_decay)
 
 
-def _choose_start(opts: Options, run_plan: RunPlan) -> Start:
+def _choose_start(opts: Options, run_plan: RunPlan) -> ResumePoint:
     """Where the run begins; a state at the planned end has only its end to do. Raises: UserError: no step is left."""
     progress = state_notes.read_progress(Path(opts.saving.resume)) if opts.saving.resume else None
     step, ended = (progress.step, progress.epoch_ended) if progress is not None else (None, True)
@@ -343,5 +343,5 @@ def _choose_start(opts: Options, run_plan: RunPlan) -> Start:
             raise UserError(f"{over}; {more}")
         LOGGER.warning("%s: nothing is trained, and the final files are written; to train on, %s", over, more)
     if opts.saving.resume and progress is None and not start.step:
-        LOGGER.warning("%s does not tell its step, so it counts from 0; --initial_step tells it", opts.saving.resume)
+        LOGGER.warning("%s has no step count, so it starts at 0; set --initial_step", opts.saving.resume)
     return start

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 def state_parts(run: Run) -> state.Parts:
     """What a state of the run holds."""
     extra = {"best": run.best} if run.data.held_out is not None else {}
-    if run.average is not None:
-        extra["average"] = run.average
+    if run.ema is not None:
+        extra["average"] = run.ema
     return state.Parts(run.method.trainable(), run.optimizer, run.schedule, run.accelerator.scaler, extra)
 
 
-def save(run: Run, progress: Progress, due: saving.Due) -> None:
+def save(run: Run, progress: Progress, due: saving.SaveRequest) -> None:
     """Raises: UserError: no room, no permission, or broken weights; what was saved before is whole."""
     _check_weights(run, progress)
     parts = state_parts(run)
@@ -35,7 +35,7 @@ def save(run: Run, progress: Progress, due: saving.Due) -> None:
     paths = [due.path, *run.method.companions(due.path)]
     for path in paths:
         run.hub.settle(path)  # an earlier one of this name
-    with run.as_used(), nullcontext() if run.shards is None else run.shards.whole(), saving.failing_clearly(due.path):
+    with run.as_used(), nullcontext() if run.shards is None else run.shards.unshard(), saving.failing_clearly(due.path):
         if run.writes:
             run.method.save(due.path, run.save_dtype, run.make_metadata(progress))
     LOGGER.info("saved %s", due.path)
@@ -65,7 +65,7 @@ def _save_state(run: Run, progress: Progress, folder: Path) -> None:
 
 
 def _check_weights(run: Run, progress: Progress) -> None:
-    """A loss tells of broken weights one step late, when they would have replaced the last good ones.
+    """Keeps broken weights from replacing the last good ones: a loss shows them one step late.
 
     Raises: UserError: trained weights hold infinities or no numbers at all.
     """
@@ -92,7 +92,7 @@ def save_interrupted(run: Run, progress: Progress) -> None:
 
 def _usable(run: Run, progress: Progress, folder: Path) -> str:
     """Where the model as it is now is to be had without training on."""
-    averaged = run.average is not None or callable(getattr(run.optimizer.optimizer, "eval", None))
+    averaged = run.ema is not None or callable(getattr(run.optimizer.optimizer, "eval", None))
     if run.method.added() is not None and not averaged:
         return f"{folder / MODEL} can be used as it is, without metadata"
     final = run.saves.final_path().name

@@ -40,7 +40,7 @@ def _steps(run: Run, interruption: Interruption) -> Progress:
     parts = StepParts(run.family, run.models, run.denoise, run.objective, grad_text)
     placement.training_modes(run.models, run.method.trainable(), grad_text=grad_text)
     if run.resume is not None:
-        state.load_state(run.resume, checkpointing.state_parts(run), making=run.making, spread=run.shards is not None)
+        state.load_state(run.resume, checkpointing.state_parts(run), making=run.making, sharded=run.shards is not None)
         LOGGER.info("resumed from %s after step %d", run.resume, run.start.step)
     progress = Progress.at(run.start, run.plan)
     report = Report(run)
@@ -74,18 +74,18 @@ def _epoch(
         rates = effective_rates(run.optimizer) or run.schedule.get_last_lr()
         gradient_norm = _update(run, parameters)
         progress.step += 1
-        if run.average is not None:
-            run.average.update(progress.step)
+        if run.ema is not None:
+            run.ema.update(progress.step)
         report.step(progress.step, losses, gradient_norm, rates)
         if run.validation.due(progress.step):
             _validate(run, parts, progress, report)
         if run.takes_part:
             _after_step(run, progress, report)
         # All processes must leave at the same step, whichever of them the signal has reached.
-        asked = bool(run.processes.largest(int(interruption.asked)))
+        requested = bool(run.processes.largest(int(interruption.requested)))
         over = progress.stopped or progress.step >= run.plan.total_steps
-        progress.interrupted = asked and not over
-        if asked or over:
+        progress.interrupted = requested and not over
+        if requested or over:
             break
     whole = progress.micro_step == progress.epoch * run.plan.batches_per_process
     if progress.interrupted or (progress.stopped and not whole):
@@ -132,7 +132,7 @@ def _accumulate(run: Run, parts: StepParts, group: list[Batch], progress: Progre
 
 def _update(run: Run, parameters: list[Tensor]) -> Tensor | None:
     """Averages gradients over the processes, clips, steps; returns the gradient norm before clipping."""
-    if run.accelerator.num_processes > 1 and run.shards is None:  # spread ones are averaged as they arrive
+    if run.accelerator.num_processes > 1 and run.shards is None:  # sharded ones are averaged as they arrive
         average_gradients(parameters, run.accelerator.num_processes)
     norm = None
     limit = run.opts.optimizer.max_grad_norm
@@ -198,7 +198,7 @@ def _validate(run: Run, parts: StepParts, progress: Progress, report: Report) ->
     options = run.opts.validation
     if run.best.see(loss) and options.save_best_validation and run.takes_part:
         report.drain(wait=True)
-        checkpointing.save(run, progress, saving.Due(run.saves.best_path()))
+        checkpointing.save(run, progress, saving.SaveRequest(run.saves.best_path()))
     progress.stopped = options.early_stop_patience is not None and run.best.since >= options.early_stop_patience
     if progress.stopped:
         LOGGER.warning("stopping at step %d: %d validations brought nothing better", progress.step, run.best.since)

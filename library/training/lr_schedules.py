@@ -123,7 +123,7 @@ def make_schedule(
     return _of_transformers(optimizer, options, total_steps, arguments)
 
 
-def rehearse(options: OptimizerOptions, total_steps: int = _LONG) -> None:
+def dry_run(options: OptimizerOptions, total_steps: int = _LONG) -> None:
     """Finds out, before anything large is read, whether the schedule takes its arguments, and fits into the run.
 
     Raises: UserError, as `make_schedule` does.

@@ -13,9 +13,9 @@ import torch
 
 from library.runtime.processes import Processes
 from library.training import saving
-from library.training.ema import Average
+from library.training.ema import EMA
 from library.training.optimizers import averaged_weights
-from library.training.validation import Best
+from library.training.validation import BestLoss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from library.objectives.objective import Objective
     from library.options.base import Options
     from library.training.hub import Hub
-    from library.training.plan import RunPlan, Start
+    from library.training.plan import ResumePoint, RunPlan
     from library.training.resuming import Making
     from library.training.sharding import Shards
-    from library.training.stepping import Stepper
+    from library.training.stepping import OptimizerStepper
     from library.training.tracking import Tracker
     from library.training.validation import Validation
     from library.types import Denoise, Models
@@ -49,7 +49,7 @@ class Progress:
     stopped: bool = False  # early, because validation no longer improves
 
     @classmethod
-    def at(cls, start: Start, plan: RunPlan) -> Progress:
+    def at(cls, start: ResumePoint, plan: RunPlan) -> Progress:
         """Of a run that begins at `start`: the next epoch has not begun."""
         return cls(start.step, start.epochs, start.epochs * plan.batches_per_process + start.batches)
 
@@ -69,7 +69,7 @@ class Run:
     plan: RunPlan
     accelerator: Accelerator
     optimizer: torch.optim.Optimizer
-    stepper: Stepper
+    stepper: OptimizerStepper
     schedule: torch.optim.lr_scheduler.LRScheduler
     saves: saving.SavePlan
     preview: Preview
@@ -78,24 +78,24 @@ class Run:
     hub: Hub
     make_metadata: Callable[[Progress], dict[str, str] | None]
     save_dtype: torch.dtype | None
-    start: Start
+    start: ResumePoint
     making: Making  # what a state says of this run
     resume: Path | None = None  # state folder
-    average: Average | None = None  # of the trained weights
-    shards: Shards | None = None  # where the trained weights are spread over the processes
-    best: Best = field(default_factory=Best)
+    ema: EMA | None = None  # of the trained weights
+    shards: Shards | None = None  # where the trained weights are sharded over the processes
+    best: BestLoss = field(default_factory=BestLoss)
 
     @contextmanager
     def as_used(self) -> Iterator[None]:
         """Within the block the trained module is what is saved, sampled and validated."""
         self._refresh()
-        with averaged_weights(self.optimizer), nullcontext() if self.average is None else self.average.in_place():
+        with averaged_weights(self.optimizer), nullcontext() if self.ema is None else self.ema.in_place():
             yield
             self._refresh()
 
     def _refresh(self) -> None:
         if self.shards is not None:  # weights gathered before know nothing of what changes now
-            self.shards.settle()
+            self.shards.refresh()
 
     @property
     def writes(self) -> bool:
@@ -104,7 +104,7 @@ class Run:
 
     @property
     def takes_part(self) -> bool:
-        """Whether this process is needed for it: spread weights are gathered by all together."""
+        """Whether this process is needed for it: sharded weights are gathered by all together."""
         return self.writes or self.shards is not None
 
     @property

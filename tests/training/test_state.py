@@ -11,7 +11,7 @@ from torch import nn
 
 from library.errors import UserError
 from library.training import state, state_notes
-from library.training.ema import Average
+from library.training.ema import EMA
 
 
 def make(width=4, optimizer=torch.optim.AdamW):
@@ -19,7 +19,7 @@ def make(width=4, optimizer=torch.optim.AdamW):
     layer = nn.Linear(width, 3)
     adam = optimizer(layer.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 / (1 + step))
-    average = Average(list(layer.parameters()), 0.9)
+    average = EMA(list(layer.parameters()), 0.9)
     return state.Parts(layer, adam, schedule, None, {"average": average})
 
 

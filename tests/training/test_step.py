@@ -9,7 +9,7 @@ from library import registry
 from library.methods.network import NetworkMethod
 from library.options.parsing import parse_options
 from library.options.scripts import groups_for
-from library.training.ema import Average
+from library.training.ema import EMA
 from library.training.scalars import ScalarQueue
 from library.training.step import StepParts, training_step
 from library.types import Batch
@@ -76,7 +76,7 @@ def test_a_step_reads_nothing_back(name, cached, tmp_path):
     groups = method.parameter_groups()
     optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
     weights = [weight for group in groups for weight in group["params"]]
-    average, queue = Average(weights, 0.9), ScalarQueue()
+    average, queue = EMA(weights, 0.9), ScalarQueue()
     rng = torch.Generator().manual_seed(1)
 
     def step(number):
