@@ -60,7 +60,7 @@ from library.runtime import logs, seeds
 from library.training import placement
 from library.training.optimizers import make_optimizer
 from library.training.step import StepParts, training_step
-from library.training.stepping import Stepper
+from library.training.stepping import OptimizerStepper
 from library.types import Batch, Models, TextCond
 
 GIB, TERA = 2**30, 1e12
@@ -182,7 +182,7 @@ def prepare(row: Row, arguments: tuple[str, ...], batch_size: int, device: torch
     swap = placement.swap_blocks(family, models, opts, device)
     optimizer = make_optimizer(method.parameter_groups(), opts.optimizer)
     if swap is not None:
-        swap.serve(optimizer)
+        swap.manage_optimizer(optimizer)
     placement.training_modes(models, method.trainable(), grad_text=False)
 
     def compile() -> None:
@@ -203,8 +203,10 @@ def make_step(
     device: torch.device,
 ) -> Callable[[], Tensor]:
     """What the training loop does for one batch, but for reports."""
-    parts = StepParts(family, models, family.denoiser.objective(), grad_text=False)
-    stepper = Stepper(opts, optimizer, optimizer)
+    parts = StepParts(
+        family, models, partial(family.denoiser.predict, models), family.denoiser.objective(), grad_text=False
+    )
+    stepper = OptimizerStepper(opts, optimizer, optimizer)
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
     limit = opts.optimizer.max_grad_norm
     numbers = itertools.count()

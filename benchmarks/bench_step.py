@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +82,9 @@ def our_step(batch: Batch, device: torch.device, width: int, full: bool) -> Call
     models.text_encoders.clear()  # their outputs are cached
     models.denoiser.to(device).train()
     method.trainable().to(device).train()
-    parts = StepParts(family, models, family.denoiser.objective(), grad_text=False)
+    parts = StepParts(
+        family, models, partial(family.denoiser.predict, models), family.denoiser.objective(), grad_text=False
+    )
     optimizer = torch.optim.AdamW(method.parameter_groups(), lr=1e-4, fused=True)
     numbers = iter(range(sys.maxsize))
 

@@ -124,9 +124,7 @@ def text_cache(
     form = placement.text_encoder_form(opts)
     rounded = f" in {form}" if form not in (None, "fp8") else ""
     made_by = {part: weights_fingerprint(module) + rounded for part, module in sorted(models.text_encoders.items())}
-    added = method.added()
-    if added is not None and opts.method.network_weights and not opts.method.network_train_unet_only:
-        made_by["network"] = weights_fingerprint(added)  # one that has learned something acts on the encoders
+    made_by |= method.text_fingerprint()
     made_by |= {name: str(value) for name, value in sorted(layout.settings.items())}
     return partial(_cache_text, opts, family, method, models, data, layout, made_by, on_error)
 

@@ -90,6 +90,11 @@ class Batch:
         return self.map(lambda tensor: tensor.pin_memory())
 
 
+# Noisy latents (B, C, h, w), timesteps (B,) in the family's own units, conditioning and batch to the prediction, shaped
+# like the noisy latents. A method makes it (`Method.denoise`); steps, validation and sample images call the same one.
+Denoise = Callable[["Tensor", "Tensor", TextCond, Batch], "Tensor"]
+
+
 @dataclass(frozen=True)
 class NoiseDraw:
     """One draw of noise and time for a batch of clean latents."""

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from library import cli, registry
+from library import checking, cli, registry
 from library.errors import UserError
 from library.options import parsing, validation
 from library.options.base import Option, options_of
@@ -156,7 +156,8 @@ def test_no_value_of_a_training_option_ends_in_a_traceback(places, monkeypatch):
 
         def check(words, parser=parser, family=family, method=method, traits=traits) -> None:
             options = parsing.parse_options(parser, [*base_words(places, method), *words], elsewhere=dict)
-            cli.checked(registry.FAMILIES[family].complete_options(options), family, method, traits)
+            spec = registry.FAMILIES[family]
+            checking.check(spec.complete_options(options), spec, registry.METHODS[method])
 
         counts = run_all(table(fresh, places), check)
         taken, refused = taken + counts[0], refused + counts[1]
@@ -183,7 +184,8 @@ def test_no_value_of_a_configuration_file_ends_in_a_traceback(places, monkeypatc
             given = [word for word in base_words(places, method) if not word.startswith(f"--{line.split()[0]}=")]
             with cli.ending_as_a_script():
                 options = parsing.parse_options(parser, [*given, f"--config_file={file}"], elsewhere=dict)
-                cli.checked(registry.FAMILIES[family].complete_options(options), family, method, traits)
+                spec = registry.FAMILIES[family]
+                checking.check(spec.complete_options(options), spec, registry.METHODS[method])
 
         for line in (line for option in fresh for line in lines_of(option)):
             status: Any = 0

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from library.inference.placement import in_float32
 from library.inference.prompts import SamplePrompt
 from library.inference.samplers import make_flow_scheduler, make_scheduler
 from library.runtime.logs import LOGGER
-from library.types import Batch, Models, TextCond
+from library.types import Batch, Denoise, Models, TextCond
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,6 +40,7 @@ def generate(
     vae_float32: bool = False,
     zero_terminal_snr: bool = False,
     known: Mapping[str, TextCond] | None = None,
+    denoise: Denoise | None = None,
     progress: Progress | None = None,
 ) -> list[Image]:
     """One image per prompt, in the prompts' order.
@@ -53,6 +55,7 @@ def generate(
         vae_float32: decodes in float32, for VAEs that overflow in half precision.
         zero_terminal_snr: the model was trained with that schedule.
         known: the conditioning of every text, as `encode_texts` gave it, where `models` lacks text encoders by now.
+        denoise: computes the prediction; None: the family's denoiser alone.
         progress: called with the number of (image, step) pairs just done, e.g. the `update` of a bar of
             `total_steps(prompts)`.
     Raises: UserError: a sampler that cannot run.
@@ -62,7 +65,15 @@ def generate(
     images = []
     for group in _batches(prompts, batch_size):
         latents = sample_latents(
-            family, models, group, device, dtype, zero_terminal_snr=zero_terminal_snr, known=known, progress=progress
+            family,
+            models,
+            group,
+            device,
+            dtype,
+            zero_terminal_snr=zero_terminal_snr,
+            known=known,
+            denoise=denoise,
+            progress=progress,
         )
         pixels = decode(family, models, latents, torch.float32 if vae_float32 else dtype, widen=vae_float32)
         for prompt, finite in zip(group, pixels.isfinite().flatten(1).all(1).tolist(), strict=True):
@@ -87,6 +98,7 @@ def sample_latents(
     *,
     zero_terminal_snr: bool = False,
     known: Mapping[str, TextCond] | None = None,
+    denoise: Denoise | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Denoised latents of prompts that differ in texts and seed only: (B, C, H/8, W/8), float32, scaled."""
@@ -99,7 +111,9 @@ def sample_latents(
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
     as_input = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
     with _precision(device, dtype):
-        guidance = _Guidance.of(family, models, prompts, device, known)
+        guidance = _Guidance.of(
+            family, models, prompts, device, known, denoise or partial(family.denoiser.predict, models)
+        )
         # Some samplers look at the denoiser more than once per step.
         ends = _step_ends(len(scheduler.timesteps), first.steps)
         for index, timestep in enumerate(scheduler.timesteps):
@@ -165,8 +179,7 @@ def _conditioning(
 class _Guidance:
     """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598) over a batch of prompts."""
 
-    family: Family
-    models: Models
+    denoise: Denoise
     positive: TextCond
     negative: TextCond | None  # None: scale 1, where the unconditional half would cancel out
     scale: float
@@ -179,13 +192,14 @@ class _Guidance:
         prompts: Sequence[SamplePrompt],
         device: torch.device,
         known: Mapping[str, TextCond] | None,
+        denoise: Denoise,
     ) -> _Guidance:
         scale = prompts[0].scale
         positive = _conditioning(family, models, [prompt.prompt for prompt in prompts], device, known)
         negative = None
         if scale != 1.0:
             negative = _conditioning(family, models, [prompt.negative_prompt for prompt in prompts], device, known)
-        return _Guidance(family, models, positive, negative, scale, _sizes(prompts, device))
+        return _Guidance(denoise, positive, negative, scale, _sizes(prompts, device))
 
     def predict(self, noisy: Tensor, timestep: Tensor) -> Tensor:
         """float32, (B, C, h, w)."""
@@ -202,7 +216,7 @@ class _Guidance:
 
     def _predict(self, noisy: Tensor, timestep: Tensor, cond: TextCond, sizes: Batch) -> Tensor:
         timesteps = timestep.to(noisy.device).expand(len(noisy))
-        return self.family.denoiser.predict(self.models, noisy, timesteps, cond, sizes).float()
+        return self.denoise(noisy, timesteps, cond, sizes).float()
 
 
 def _same_lengths(one: TextCond, other: TextCond) -> bool:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from library.families.base import Family
     from library.options.base import Options
-    from library.types import FamilyTraits, Models, TextCond
+    from library.types import Denoise, FamilyTraits, Models, TextCond
 
 
 class PreviewImage(NamedTuple):
@@ -93,6 +93,7 @@ class Preview:
         epoch: int | None,
         *,
         dtype: torch.dtype | None = None,
+        denoise: Denoise | None = None,
         trained: nn.Module | None = None,
         device: torch.device | None = None,
         write: bool = True,
@@ -103,6 +104,7 @@ class Preview:
             models: text encoders and VAE come to the denoiser's device for the time being.
             epoch: names the files by epoch; None names them by step.
             dtype: computing precision; None takes --mixed_precision.
+            denoise: computes the prediction; None: the family's denoiser alone.
             trained: what is trained beside the models (a network), to be in evaluation mode as well.
             device: where to compute; None: where the denoiser is.
             write: without it nothing is written: this process is only needed for the others' work.
@@ -131,6 +133,7 @@ class Preview:
                     vae_float32=self.opts.model.no_half_vae,
                     zero_terminal_snr=self.opts.noise.zero_terminal_snr,
                     known=self._known,
+                    denoise=denoise,
                     progress=bar.update,
                 )
         except (MemoryError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Some of the denoiser's blocks live in CPU memory, and each comes to the device in its turn.
+"""Block swap: some of the denoiser's blocks live in CPU memory and are copied to the device when they are needed.
 
 The device keeps a ring of two places. While one block computes, the next one is copied into the other place: forwards
 in the forward pass, backwards in the backward pass. Frozen weights are only ever copied to the device. Weights that
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from library.errors import UserError
-from library.memory.copying import Arrival, host_buffer, make_lane, release_host_buffer
+from library.memory.copying import CopyEvent, host_buffer, make_copy_stream, release_host_buffer
 
-RING = 2  # blocks on the device of those that take turns: one computes, one arrives
+NUM_BUFFERS = 2  # blocks on the device of those that take turns: one computes, one arrives
 _ALIGNMENT = 256  # bytes; what the devices' own allocators give
 
 _FORWARD, _ONLY_FORWARD, _BACKWARD = "forward", "forward without gradients", "backward"
@@ -30,7 +30,7 @@ _FORWARD, _ONLY_FORWARD, _BACKWARD = "forward", "forward without gradients", "ba
 class BlockSwap:
     """Keeps `count` of a model's blocks off the device. Results are the same to the bit.
 
-    `count` + 2 blocks, spread evenly, take turns in two places as large as the largest of them; the others stay on the
+    `count` + 2 blocks, at even distances, share two buffers as large as the largest of them; the others stay on the
     device. Each pass then copies `count` blocks, because the last two of one pass are the first two of the next.
 
     Outside of a block's call its parameters and buffers are those in CPU memory, at all times: saving, averaging and
@@ -40,7 +40,7 @@ class BlockSwap:
     and the optimizer's numbers for it meet on the device. Gradients are never copied.
 
     Where to put it: cast the model and, for --torch_compile, compile its blocks first; then `attach`; then
-    ``model.to(device)`` moves the rest. Make the optimizer after that and give it to `serve`.
+    ``model.to(device)`` moves the rest. Make the optimizer after that and give it to `manage_optimizer`.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], count: int, device: torch.device, *, simulate: bool = False):
@@ -51,23 +51,23 @@ class BlockSwap:
         Raises: UserError: fewer than two blocks would be left.
         """
         count = count or 0
-        most = max(len(blocks) - RING, 0)
+        most = max(len(blocks) - NUM_BUFFERS, 0)
         if not 0 <= count <= most:
             raise UserError(f"--blocks_to_swap: {count} of {len(blocks)} blocks; give a number from 0 to {most}")
         self.device = device
         self.bytes_moved = 0  # to the device
         self.bytes_written_back = 0
-        chosen = set(_spread(len(blocks), count + RING)) if count else set()
+        chosen = set(_spread(len(blocks), count + NUM_BUFFERS)) if count else set()
         shared = _shared_tensors(blocks)
         self._resident = [block for place, block in enumerate(blocks) if place not in chosen] if count else []
         modules = [block for place, block in enumerate(blocks) if place in chosen]
         self._blocks = [_Block(place, module, shared) for place, module in enumerate(modules)]
-        self._slots: list[_Slot] = []
+        self._slots: list[_Buffer] = []
         self._homes: list[tuple[Tensor, torch.device]] = []  # where everything was before `attach`
         self._hooks: list[Any] = []
-        self._reading, self._writing = (make_lane(device, simulate=simulate) for _ in range(2))
+        self._reading, self._writing = (make_copy_stream(device, simulate=simulate) for _ in range(2))
         self._at: tuple[int, str] | None = None  # block and pass
-        self._stepped: tuple[_Block, _Piece, _Slot] | None = None  # the weight whose gradient has just come
+        self._stepped: tuple[_Block, _SwappedTensor, _Buffer] | None = None  # the weight whose gradient has just come
         self._backward: int | None = None  # the backward pass that will end with `_end_of_backward`
 
     # ---- on and off
@@ -87,7 +87,7 @@ class BlockSwap:
                 if piece.tensor.requires_grad:
                     self._hooks.append(piece.tensor.register_hook(partial(self._before_gradient, block, piece)))
         size = max(block.size for block in self._blocks)
-        self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=self.device)) for _ in range(RING)]
+        self._slots = [_Buffer(torch.empty(size, dtype=torch.uint8, device=self.device)) for _ in range(NUM_BUFFERS)]
 
     def detach(self) -> None:
         """Everything is back where it was before `attach`, with the weights as they are now."""
@@ -109,10 +109,10 @@ class BlockSwap:
         for tensor, home in self._homes:
             tensor.data = tensor.data.to(home)
         for block in self._blocks:
-            block.rest(self.device)
+            block.unpin(self.device)
         self._slots, self._homes, self._hooks, self._at = [], [], [], None
 
-    def serve(self, optimizer: torch.optim.Optimizer) -> None:
+    def manage_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Keeps the optimizer's numbers for swapped weights on the device, also those that a state brings.
 
         Optimizers put what they load beside the weight, which is in CPU memory then.
@@ -136,7 +136,7 @@ class BlockSwap:
     def bytes_saved(self) -> int:
         """How much less the device holds than without swapping."""
         size = max((block.size for block in self._blocks), default=0)
-        return sum(block.size for block in self._blocks) - RING * size
+        return sum(block.size for block in self._blocks) - NUM_BUFFERS * size
 
     def _wrap(self, block: _Block) -> None:
         module = block.module
@@ -154,12 +154,12 @@ class BlockSwap:
         way = _BACKWARD if again else _FORWARD if grad else _ONLY_FORWARD
         slot = self._need(block, way)
         slot.busy = True
-        block.bind(slot)
+        block.point_to_device(slot)
         try:
             with self._remembering() if grad else _nothing(), _uncached_casts() if block.trained else _nothing():
                 return run(*args, **kwargs)
         finally:
-            block.unbind()
+            block.point_to_cpu()
             slot.busy = False
             if not again:
                 self._fetch_ahead(self._ahead(block.place, way)[1:])
@@ -177,13 +177,13 @@ class BlockSwap:
             return address if address is not None else outer.pack(tensor)
 
         def unpack(kept: Any) -> Tensor:
-            return self._weight_at(kept) if type(kept) is _Address else outer.unpack(kept)
+            return self._weight_at(kept) if type(kept) is _SavedWeightRef else outer.unpack(kept)
 
         hooks = saved_tensors_hooks(pack, unpack)
         outer.inner = hooks
         return hooks
 
-    def _address(self, tensor: Tensor) -> _Address | None:
+    def _address(self, tensor: Tensor) -> _SavedWeightRef | None:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
             return None
         memory = tensor.untyped_storage().data_ptr()
@@ -191,10 +191,10 @@ class BlockSwap:
             if slot.memory == memory and slot.block is not None:
                 block = slot.block
                 shape = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
-                return _Address(block.place, block.changes, tensor.dtype, *shape)
+                return _SavedWeightRef(block.place, block.changes, tensor.dtype, *shape)
         return None
 
-    def _weight_at(self, address: _Address) -> Tensor:
+    def _weight_at(self, address: _SavedWeightRef) -> Tensor:
         block = self._blocks[address.place]
         slot = self._need(block, _BACKWARD)
         if block.changes != address.changes:
@@ -204,7 +204,7 @@ class BlockSwap:
 
     # ---- the ring
 
-    def _need(self, block: _Block, way: str) -> _Slot:
+    def _need(self, block: _Block, way: str) -> _Buffer:
         """The block's place on the device; all that is computed from now on finds its weights there."""
         self._complete()
         slot = self._slot_of(block)
@@ -215,7 +215,7 @@ class BlockSwap:
             self._fetch(block, slot)
         if self._at != (block.place, way):
             self._at = block.place, way
-            self._fetch_ahead(self._ahead(block.place, way)[:RING], but=slot)
+            self._fetch_ahead(self._ahead(block.place, way)[:NUM_BUFFERS], but=slot)
         if slot.arrived is not None:
             slot.arrived.before_use()
         return slot
@@ -227,10 +227,10 @@ class BlockSwap:
         if way == _BACKWARD:
             turns = itertools.chain(range(place - 1, -1, -1), range(len(self._blocks)))
         # The block at hand may come up again at the very end of the pass, where it must not be let go.
-        first = list(itertools.islice(dict.fromkeys(turns), RING))
+        first = list(itertools.islice(dict.fromkeys(turns), NUM_BUFFERS))
         return [self._blocks[place], *(self._blocks[turn] for turn in first)]
 
-    def _fetch_ahead(self, wanted: Sequence[_Block], but: _Slot | None = None) -> None:
+    def _fetch_ahead(self, wanted: Sequence[_Block], but: _Buffer | None = None) -> None:
         for block in wanted:
             if self._slot_of(block) is not None:
                 continue
@@ -240,7 +240,7 @@ class BlockSwap:
                 return
             self._fetch(block, free[0])
 
-    def _fetch(self, block: _Block, slot: _Slot) -> None:
+    def _fetch(self, block: _Block, slot: _Buffer) -> None:
         slot.versions = block.versions()
         if block.seen != slot.versions:
             block.changes += block.seen is not None
@@ -251,10 +251,10 @@ class BlockSwap:
         slot.arrived = self._reading.copy(slot.buffer[: block.size], block.host[: block.size], after)
         self.bytes_moved += block.size
 
-    def _slot_of(self, block: _Block) -> _Slot | None:
+    def _slot_of(self, block: _Block) -> _Buffer | None:
         return next((slot for slot in self._slots if slot.block is block), None)
 
-    def _free_slot(self, wanted: Sequence[_Block]) -> _Slot:
+    def _free_slot(self, wanted: Sequence[_Block]) -> _Buffer:
         free = [slot for slot in self._slots if not slot.busy]
         if not free:
             raise RuntimeError("swapped blocks call one another; they must run one after another")
@@ -262,7 +262,7 @@ class BlockSwap:
 
     # ---- trained weights
 
-    def _before_gradient(self, block: _Block, piece: _Piece, gradient: Tensor) -> None:
+    def _before_gradient(self, block: _Block, piece: _SwappedTensor, gradient: Tensor) -> None:
         """A weight's gradient is there: until `_complete` the weight is on the device, where it is stepped."""
         slot = self._need(block, _BACKWARD)
         piece.tensor.data = block.views(slot)[piece.place]
@@ -305,7 +305,7 @@ class BlockSwap:
 # --- what is swapped --------------------------------------------------------------------------------------------------
 
 
-class _Address(NamedTuple):
+class _SavedWeightRef(NamedTuple):
     """Where autograd finds a weight, or a view of one, again."""
 
     place: int  # of the block
@@ -317,15 +317,15 @@ class _Address(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Slot:
+class _Buffer:
     """A place on the device for one block."""
 
     buffer: Tensor  # uint8
     block: _Block | None = None
     versions: list[int] = field(default_factory=list)  # the block's when it was copied
     busy: bool = False  # its block is being called
-    arrived: Arrival | None = None
-    written: Arrival | None = None  # the last thing that was copied from here
+    arrived: CopyEvent | None = None
+    written: CopyEvent | None = None  # the last thing that was copied from here
 
     @property
     def memory(self) -> int:
@@ -333,7 +333,7 @@ class _Slot:
 
 
 @dataclass(eq=False)
-class _Piece:
+class _SwappedTensor:
     """A parameter or buffer, and where it is inside its block's memory."""
 
     place: int
@@ -353,18 +353,18 @@ class _Block:
 
     def __init__(self, place: int, module: nn.Module, shared: set[int]):
         self.place, self.module = place, module
-        self.pieces: list[_Piece] = []
+        self.pieces: list[_SwappedTensor] = []
         self.size = 0  # bytes
         self.host: Tensor | None = None  # uint8
         for tensor in _tensors(module):
             if id(tensor) in shared:
                 continue
             stride = tensor.stride() if _dense(tensor) else tensor.contiguous().stride()
-            self.pieces.append(_Piece(len(self.pieces), tensor, self.size, stride))
+            self.pieces.append(_SwappedTensor(len(self.pieces), tensor, self.size, stride))
             self.size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         self.trained = any(piece.tensor.requires_grad for piece in self.pieces)
         self.compiled: Callable[..., Any] | None = None
-        self.written: Arrival | None = None  # the last thing that was copied to CPU memory
+        self.written: CopyEvent | None = None  # the last thing that was copied to CPU memory
         self.seen: list[int] | None = None  # versions when it was last copied
         self.changes = 0  # how often it was changed by others between two copies
         self._views: dict[int, list[Tensor]] = {}
@@ -381,7 +381,7 @@ class _Block:
             if id(tensor) not in mine:
                 tensor.data = tensor.data.to(device)
 
-    def rest(self, device: torch.device) -> None:
+    def unpin(self, device: torch.device) -> None:
         """Gives its memory back, on both sides."""
         for piece in self.pieces:
             if piece.tensor.data_ptr() == piece.host.data_ptr():
@@ -391,16 +391,16 @@ class _Block:
         self.host = self.written = self.seen = None
         self._views.clear()
 
-    def views(self, slot: _Slot) -> list[Tensor]:
+    def views(self, slot: _Buffer) -> list[Tensor]:
         if slot.memory not in self._views:
             self._views[slot.memory] = [piece.inside(slot.buffer) for piece in self.pieces]
         return self._views[slot.memory]
 
-    def bind(self, slot: _Slot) -> None:
+    def point_to_device(self, slot: _Buffer) -> None:
         for piece, view in zip(self.pieces, self.views(slot), strict=True):
             piece.tensor.data = view
 
-    def unbind(self) -> None:
+    def point_to_cpu(self) -> None:
         for piece in self.pieces:
             piece.tensor.data = piece.host
 
@@ -473,7 +473,7 @@ class _Outer:
 
 
 class _Beneath:
-    """The same where torch does not tell which hooks there are: they get the tensor from an operation of its own."""
+    """The same where torch does not say which hooks there are: they get the tensor from an operation of its own."""
 
     inner: saved_tensors_hooks
 

@@ -16,8 +16,8 @@ _PAGE = 4096  # bytes
 POISON = 0xFF  # a byte that makes NaN of every float format
 
 
-class Arrival(Protocol):
-    """A copy that is under way."""
+class CopyEvent(Protocol):
+    """Completion of an asynchronous copy."""
 
     def before_use(self) -> None:
         """What is computed from now on comes after the copy; this thread need not wait."""
@@ -26,18 +26,18 @@ class Arrival(Protocol):
         """Returns when the copy is done."""
 
 
-class Lane(Protocol):
+class CopyStream(Protocol):
     """Copies that run one after another, beside the computation."""
 
-    def copy(self, target: Tensor, source: Tensor, after: Iterable[Arrival | None] = ()) -> Arrival | None:
+    def copy(self, target: Tensor, source: Tensor, after: Iterable[CopyEvent | None] = ()) -> CopyEvent | None:
         """Copies as soon as what has been asked of the device until now, and all of `after`, are done."""
 
 
-def make_lane(device: torch.device, *, simulate: bool = False) -> Lane:
+def make_copy_stream(device: torch.device, *, simulate: bool = False) -> CopyStream:
     """A lane to or from `device`. `simulate`: copies within CPU memory, each as late as it may be."""
     if simulate:
-        return LateLane()
-    return _StreamLane(device) if device.type in ("cuda", "xpu") else _DirectLane()
+        return DelayedCopyStream()
+    return _DeviceCopyStream(device) if device.type in ("cuda", "xpu") else _SynchronousCopies()
 
 
 def host_buffer(size: int, device: torch.device) -> Tensor:
@@ -70,23 +70,23 @@ def _forget_error(device: torch.device) -> None:
         torch.zeros(1, device=device)
 
 
-class _StreamLane:
+class _DeviceCopyStream:
     def __init__(self, device: torch.device):
         self._device = device
         self._module = torch.get_device_module(device)
         self._stream = self._module.Stream(device)
 
-    def copy(self, target: Tensor, source: Tensor, after: Iterable[Arrival | None] = ()) -> Arrival:
+    def copy(self, target: Tensor, source: Tensor, after: Iterable[CopyEvent | None] = ()) -> CopyEvent:
         self._stream.wait_stream(self._module.current_stream(self._device))
         for earlier in after:
-            if isinstance(earlier, _EventArrival):
+            if isinstance(earlier, _DeviceCopyEvent):
                 self._stream.wait_event(earlier.event)
         with self._module.stream(self._stream), torch.no_grad():
             target.copy_(source, non_blocking=True)
-        return _EventArrival(self._device, self._module, self._stream.record_event())
+        return _DeviceCopyEvent(self._device, self._module, self._stream.record_event())
 
 
-class _EventArrival:
+class _DeviceCopyEvent:
     def __init__(self, device: torch.device, module: Any, event: Any):
         self._device, self._module, self.event = device, module, event
 
@@ -97,15 +97,15 @@ class _EventArrival:
         self.event.synchronize()
 
 
-class _DirectLane:
+class _SynchronousCopies:
     """For devices without streams: a copy is done, or in order with the computation, when `copy` returns."""
 
     @torch.no_grad()
-    def copy(self, target: Tensor, source: Tensor, after: Iterable[Arrival | None] = ()) -> None:
+    def copy(self, target: Tensor, source: Tensor, after: Iterable[CopyEvent | None] = ()) -> None:
         target.copy_(source)
 
 
-class LateLane:
+class DelayedCopyStream:
     """The slowest lane there may be, for tests on any machine.
 
     A target is NaN from the moment its copy is asked for, and gets its values only when somebody waits for them. So a
@@ -116,14 +116,14 @@ class LateLane:
         self._waiting: deque[Callable[[], None]] = deque()
         self._done = 0
 
-    def copy(self, target: Tensor, source: Tensor, after: Iterable[Arrival | None] = ()) -> Arrival:
+    def copy(self, target: Tensor, source: Tensor, after: Iterable[CopyEvent | None] = ()) -> CopyEvent:
         for earlier in after:
             if earlier is not None:
                 earlier.wait()
         with torch.no_grad():
             target.fill_(float("nan") if target.is_floating_point() else POISON)
         self._waiting.append(lambda: target.copy_(source))
-        return _LateArrival(self, self._done + len(self._waiting))
+        return _DelayedCopyEvent(self, self._done + len(self._waiting))
 
     @torch.no_grad()
     def finish(self, count: int) -> None:
@@ -133,8 +133,8 @@ class LateLane:
             self._done += 1
 
 
-class _LateArrival:
-    def __init__(self, lane: LateLane, number: int):
+class _DelayedCopyEvent:
+    def __init__(self, lane: DelayedCopyStream, number: int):
         self._lane, self._number = lane, number
 
     def before_use(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     from library.families.base import Family
     from library.options.base import Options
-    from library.types import Batch, Models
+    from library.types import Batch, Denoise, Models
 
 
 class Method(ABC):
@@ -32,6 +33,17 @@ class Method(ABC):
     def added(self) -> nn.Module | None:
         """What acts on the models from beside them, such as a network; None: their own weights are trained."""
         return None
+
+    def denoise(self, family: Family, models: Models) -> Denoise:
+        """How the prediction is computed in steps, validation and sample images; called once, after `attach`.
+
+        The default is the family's denoiser alone. A method whose own modules feed the denoiser wraps it.
+        """
+        return partial(family.denoiser.predict, models)
+
+    def text_fingerprint(self) -> dict[str, str]:
+        """Names and checksums of what changes frozen text encoders' outputs, for the notes of their cache files."""
+        return {}
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from library.checkpoints.hashes import weights_fingerprint
 from library.checkpoints.metadata import finalise
 from library.checkpoints.writing import write_safetensors, write_torch
 from library.errors import UserError
@@ -121,6 +122,11 @@ class NetworkMethod(Method):
 
     def added(self) -> nn.Module:
         return self._attached()
+
+    def text_fingerprint(self) -> dict[str, str]:
+        if not self.opts.method.network_weights or self.opts.method.network_train_unet_only:
+            return {}  # a network that has learned nothing leaves the encoders' outputs as they are
+        return {"network": weights_fingerprint(self._attached())}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups = self._attached().parameter_groups(self._rates)

@@ -159,8 +159,8 @@ def cache_latents(opts: Options) -> Outcome:
 class _NothingTrained:
     """What `encoding` asks a method for."""
 
-    def added(self) -> None:
-        return None
+    def text_fingerprint(self) -> dict[str, str]:
+        return {}
 
     def working_text_encoders(self) -> tuple[str, ...]:
         return ()

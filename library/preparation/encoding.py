@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from library.training.joining import join_processes
+from library.training.distributed import join_processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -1,4 +1,4 @@
-"""Exceptions that tell of the machine and not of the code: no memory, no room, no permission, a file that is gone.
+"""Exceptions caused by the machine and not by the code: no memory, no room, no permission, a file that is gone.
 
 Readers and writers name what they were about themselves. This is the last resort at the outermost border of a script,
 for what was raised far from anyone who knew.

@@ -24,7 +24,7 @@ def cache_folder() -> Path:
 
 
 def unwritable(folder: Path) -> str | None:
-    """Why a folder that is there, or will be made, takes no files; None: it takes them, as far as can be told."""
+    """Why a folder that is there, or will be made, takes no files; None: it takes them, as far as is known."""
     try:
         os.lstat(folder)
     except (FileNotFoundError, NotADirectoryError):

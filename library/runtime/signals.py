@@ -19,10 +19,10 @@ def leave_interrupts_to_the_parent(*_: object) -> None:
 
 
 class Interruption:
-    """Within its `with` block the first signal only sets `asked`; a second one ends the run at once."""
+    """Within its `with` block the first signal only sets `requested`; a second one ends the run at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self._before: dict[int, Any] = {}
         self._process = os.getpid()
 
@@ -38,8 +38,8 @@ class Interruption:
     def _ask(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked worker that has not left interrupts to its parent yet
             return
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
         name = signal.Signals(number).name
         LOGGER.warning("%s: finishing the step, then saving; once more ends it at once", name)

@@ -44,7 +44,7 @@ def keep_tokenizer(folder: Path, save: Callable[[Path], None]) -> None:
 def check_token_ids(input_ids: Tensor, text_encoder: nn.Module) -> None:
     """Raises: UserError: token ids (any shape, on the CPU) for which the encoder's embedding has no row."""
     rows = text_encoder.get_input_embeddings().num_embeddings
-    largest = int(input_ids.max())
+    largest = int(input_ids.numpy().max())  # on the CPU, so that nothing is read back from a device
     if largest >= rows:
         raise UserError(
             f"{type(text_encoder).__name__}: the token embedding has {rows} rows and the tokenizer gives id {largest}; "

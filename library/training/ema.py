@@ -11,7 +11,7 @@ from torch import Tensor
 _TOGETHER = 1 << 26  # numbers: 0.25 GiB in float32
 
 
-class Average:
+class EMA:
     """Exponential moving average of parameters: ``average += (1 - decay) * (parameter - average)`` after each step.
 
     The decay starts low and rises to its value, min(decay, (1 + step) / (10 + step)), so that the first weights, which

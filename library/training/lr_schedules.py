@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,8 +67,28 @@ class AdafactorRates(AdafactorSchedule):
         return float(self.optimizer._get_lr(group, state)) if "step" in state else before
 
 
+def see_losses(schedule: torch.optim.lr_scheduler.LRScheduler, losses: list[Tensor]) -> None:
+    """Losses of the batches of a step, each (): what a schedule that follows the loss is stepped by."""
+    if isinstance(schedule, PlateauSchedule):
+        schedule.see(losses)
+
+
+def end_epoch(
+    schedule: torch.optim.lr_scheduler.LRScheduler, validation_loss: float | None, mean: Callable[[Tensor], Tensor]
+) -> None:
+    """Steps a schedule that follows the loss; the others are stepped after each optimizer step.
+
+    Args:
+        validation_loss: of the epoch's end; None: the training loss of the epoch counts.
+        mean: of a tensor over the processes, so that all of them step by the same number.
+    """
+    if isinstance(schedule, PlateauSchedule) and (loss := schedule.epoch_mean()) is not None:
+        loss = mean(loss)
+        schedule.step(loss.item() if validation_loss is None else validation_loss)
+
+
 def wants_loss(schedule: torch.optim.lr_scheduler.LRScheduler) -> bool:
-    """Whether `step(loss)` is to be called at the end of each epoch, with the same number in every process."""
+    """Whether the schedule follows the loss: `step(loss)` counts, `step()` does nothing."""
     return isinstance(schedule, PlateauSchedule)
 
 
@@ -102,7 +123,7 @@ def make_schedule(
     return _of_transformers(optimizer, options, total_steps, arguments)
 
 
-def rehearse(options: OptimizerOptions, total_steps: int = _LONG) -> None:
+def dry_run(options: OptimizerOptions, total_steps: int = _LONG) -> None:
     """Finds out, before anything large is read, whether the schedule takes its arguments, and fits into the run.
 
     Raises: UserError, as `make_schedule` does.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# settings that do not tell an optimizer from another
+# settings that do not distinguish optimizers
 _ANY_OPTIMIZERS = {
     "params",
     "param_names",
@@ -38,10 +38,10 @@ def check(saved: Any, optimizer: torch.optim.Optimizer) -> None:
     """
     groups = _groups(saved, optimizer)
     shapes = _Shapes(optimizer)
-    for group, told in zip(optimizer.param_groups, groups, strict=True):
-        _check_settings(group, told)
-        foreign = told.keys() - group.keys() - _ANY_OPTIMIZERS
-        for weight, number in zip(group["params"], told["params"], strict=True):
+    for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
+        _check_settings(group, saved_group)
+        foreign = saved_group.keys() - group.keys() - _ANY_OPTIMIZERS
+        for weight, number in zip(group["params"], saved_group["params"], strict=True):
             values = saved["state"].get(number)
             if values is not None:
                 _check_values(number, values, shapes.of(group, weight), tuple(weight.shape), foreign=bool(foreign))
@@ -65,11 +65,11 @@ def _listed(counts: list[int]) -> str:
     return " + ".join(map(str, counts)) or "0"
 
 
-def _check_settings(group: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+def _check_settings(group: Mapping[str, Any], saved_group: Mapping[str, Any]) -> None:
     """Raises: ValueError: a setting such as the rate is of another kind than the optimizer has it."""
     for name, value in group.items():
-        if name != "params" and name in told and not alike(value, told[name]):
-            raise ValueError(f"its {name} is {str(told[name])[:40]!r}")
+        if name != "params" and name in saved_group and not alike(value, saved_group[name]):
+            raise ValueError(f"its {name} is {str(saved_group[name])[:40]!r}")
 
 
 def alike(ours: Any, theirs: Any) -> bool:

@@ -55,10 +55,10 @@ def make_optimizer(groups: list[dict[str, Any]], options: OptimizerOptions) -> t
     return optimizer
 
 
-def rehearse(options: OptimizerOptions, device: torch.device, mesh: Any | None = None) -> None:
+def dry_run(options: OptimizerOptions, device: torch.device, mesh: Any | None = None) -> None:
     """Finds out, before anything large is read, whether the optimizer takes its arguments and can step on `device`.
 
-    Args: mesh: of the processes that weights are spread over, if they are.
+    Args: mesh: of the processes that weights are sharded over, if they are.
     Raises: UserError, as `make_optimizer` does.
     """
     import torch
@@ -179,7 +179,7 @@ def construct(cls: Callable[..., T], name: str, flag: str, arguments: dict[str, 
         if unknown:
             raise UserError(f"{flag}: {name} has no argument {unknown[0]!r}; it takes {', '.join(known)}")
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # some print what they were told
+        with contextlib.redirect_stdout(io.StringIO()):  # some print their arguments
             return cls(target, **fixed, **arguments)
     except Exception as error:  # what a class raises at its arguments is of any kind, AssertionError too
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "no arguments"

@@ -56,11 +56,11 @@ def place_text_encoders(
 ) -> None:
     """Moves them to `device`; frozen ones in the mixed-precision format, trained ones as `trained_dtype` says.
 
-    Trained ones are spread over the processes where there are `shards`.
+    Trained ones are sharded over the processes where there are `shards`.
     """
     for encoder in models.text_encoders.values():
         if shards is not None and has_trained_weights(encoder):
-            shards.spread(encoder, None, trained_dtype(opts), _compute_dtype(opts))
+            shards.shard(encoder, None, trained_dtype(opts), _compute_dtype(opts))
         else:
             _place(encoder, opts, device, text_encoder_form(opts))
         if opts.memory.gradient_checkpointing and grad_text:
@@ -74,14 +74,14 @@ def place_vae(models: Models, opts: Options, device: torch.device) -> None:
         models.vae.to(device, torch.float32 if whole else WEIGHT_DTYPES[opts.memory.mixed_precision])
 
 
-def place_denoiser(models: Models, opts: Options, device: torch.device, *, spread: bool = False) -> None:
+def place_denoiser(models: Models, opts: Options, device: torch.device, *, sharded: bool = False) -> None:
     """Moves it to `device`, in the formats of `place_text_encoders`, with checkpointing as the options say.
 
-    Where blocks are swapped it stays on the CPU, until `swap_blocks`; where it is trained and to be `spread`, it stays
-    as it was read until `spread_denoiser`.
+    Where blocks are swapped it stays on the CPU, until `swap_blocks`; where it is trained and to be `sharded`, it stays
+    as it was read until `shard_denoiser`.
     """
     denoiser = models.denoiser
-    if not (spread and has_trained_weights(denoiser)):
+    if not (sharded and has_trained_weights(denoiser)):
         _place(denoiser, opts, device, _small_form(opts), home=torch.device("cpu") if swaps(opts, device) else device)
     if opts.memory.gradient_checkpointing:
         if _offloads(opts, device):
@@ -99,17 +99,17 @@ def swapped_blocks(family: Family, models: Models, opts: Options, device: torch.
     """How many of the denoiser's blocks are to be swapped. Raises: UserError: more than can be."""
     if not swaps(opts, device):
         return 0
-    from library.memory.block_swap import RING
+    from library.memory.block_swap import NUM_BUFFERS
 
     each = family.traits.blocks_per_swap
-    most = math.floor((len(family.denoiser.blocks(models)) - RING) / each)
+    most = math.floor((len(family.denoiser.blocks(models)) - NUM_BUFFERS) / each)
     if opts.swap.count > most:
         raise UserError(f"--blocks_to_swap: {opts.swap.count} are more than this model can swap; at most {most}")
     return math.ceil(opts.swap.count * each)
 
 
 def swap_blocks(family: Family, models: Models, opts: Options, device: torch.device) -> BlockSwap | None:
-    """Spreads the denoiser over `device` and CPU memory; None: it is on `device` as a whole.
+    """Divides the denoiser between `device` and CPU memory; None: it is on `device` as a whole.
 
     Compile before it, and let the optimizer know it. Raises: UserError: more blocks than can be swapped.
     """
@@ -126,10 +126,10 @@ def swap_blocks(family: Family, models: Models, opts: Options, device: torch.dev
     return swap
 
 
-def spread_denoiser(family: Family, models: Models, opts: Options, shards: Shards) -> None:
-    """Spreads the denoiser over the processes, if it is trained."""
+def shard_denoiser(family: Family, models: Models, opts: Options, shards: Shards) -> None:
+    """Shards the denoiser over the processes, if it is trained."""
     if has_trained_weights(models.denoiser):
-        shards.spread(models.denoiser, family.denoiser.blocks(models), trained_dtype(opts), _compute_dtype(opts))
+        shards.shard(models.denoiser, family.denoiser.blocks(models), trained_dtype(opts), _compute_dtype(opts))
 
 
 def _compute_dtype(opts: Options) -> torch.dtype | None:
@@ -194,16 +194,16 @@ def release_text_encoders(models: Models, *, keep: Iterable[str]) -> None:
     """After their outputs are cached: those not in `keep` are given up."""
     for name in set(models.text_encoders) - set(keep):
         del models.text_encoders[name]
-    _give_back()
+    _empty_cache()
 
 
-def release(part: nn.Module | None, opts: Options) -> None:
+def offload(part: nn.Module | None, opts: Options) -> None:
     """After its outputs are cached, a part is needed for sample images only; --highvram keeps it on the device."""
     if part is not None and not opts.memory.highvram:
         part.to("cpu")
-        _give_back()
+        _empty_cache()
 
 
-def _give_back() -> None:
+def _empty_cache() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -44,7 +44,7 @@ def make_plan(
     return RunPlan(batches_per_epoch, processes, accumulation, plan.steps_per_epoch * epochs, False)
 
 
-class Start(NamedTuple):
+class ResumePoint(NamedTuple):
     """Where a run begins."""
 
     step: int = 0  # optimizer steps that count as done
@@ -52,7 +52,7 @@ class Start(NamedTuple):
     batches: int = 0  # that each process leaves out in the epoch after them
 
 
-def start_at(plan: RunPlan, step: int, *, in_the_data: bool = True, epoch_ended: bool = True) -> Start:
+def start_at(plan: RunPlan, step: int, *, in_the_data: bool = True, epoch_ended: bool = True) -> ResumePoint:
     """After `step` optimizer steps; `in_the_data`: also inside the epoch, else at its beginning.
 
     Where the step is an epoch's last and that epoch has not `epoch_ended`, the run starts behind all of its batches,
@@ -60,11 +60,13 @@ def start_at(plan: RunPlan, step: int, *, in_the_data: bool = True, epoch_ended:
     """
     epochs, inside = divmod(step, plan.steps_per_epoch)
     if epochs and not inside and not epoch_ended:
-        return Start(step, epochs - 1, plan.batches_per_process)
-    return Start(step, epochs, min(inside * plan.accumulation, plan.batches_per_process) if in_the_data else 0)
+        return ResumePoint(step, epochs - 1, plan.batches_per_process)
+    return ResumePoint(step, epochs, min(inside * plan.accumulation, plan.batches_per_process) if in_the_data else 0)
 
 
-def choose_start(plan: RunPlan, opts: TrainingOptions, saved_step: int | None, *, epoch_ended: bool = True) -> Start:
+def choose_start(
+    plan: RunPlan, opts: TrainingOptions, saved_step: int | None, *, epoch_ended: bool = True
+) -> ResumePoint:
     """Where the options and the state that is resumed say.
 
     A state alone means exactly where it was saved. --initial_step and --initial_epoch win over it; they count only,

@@ -40,7 +40,7 @@ class StochasticRounding:
     """Lets any optimizer step on float32 copies of bf16 weights, whose results are rounded stochastically.
 
     Its state is float32 then. Only the weights that are stepped at the moment have a copy: all of them with
-    `optimizer.step()`, fewer with `stepping.step_in_parts` or inside the backward pass. The random stream of a weight
+    `optimizer.step()`, fewer with `stepping.step_chunked` or inside the backward pass. The random stream of a weight
     in a step depends on the seed, the step and the weight's place among the groups' parameters, and so is the same in
     every process and after a resume.
     """

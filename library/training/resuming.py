@@ -42,9 +42,9 @@ class Making:
     rates_given: list[bool] = field(default_factory=list)  # by group: whether the user chose its rate; not saved
 
     def to_json(self) -> dict[str, Any]:
-        told = asdict(self)
-        del told["rates_given"]
-        return told
+        values = asdict(self)
+        del values["rates_given"]
+        return values
 
 
 def making_of(optimizer: Any, opts: Options, run_plan: RunPlan, data: TrainingData) -> Making:
@@ -95,10 +95,10 @@ def _schedule_of(options: Any, total_steps: int) -> dict[str, Any]:
     if sets_own_rate(options) or is_schedule_free(options):
         return {"lr_scheduler": "by the optimizer"}
     if options.lr_scheduler_type:
-        told: dict[str, Any] = {"lr_scheduler": options.lr_scheduler_type}
+        values: dict[str, Any] = {"lr_scheduler": options.lr_scheduler_type}
     else:
         name = schedule_name(options)
-        told = {
+        values = {
             "lr_scheduler": name,
             "lr_warmup_steps": as_steps(options.lr_warmup_steps, total_steps),
             "lr_decay_steps": as_steps(options.lr_decay_steps, total_steps),
@@ -108,8 +108,8 @@ def _schedule_of(options: Any, total_steps: int) -> dict[str, Any]:
             "lr_scheduler_min_lr_ratio": options.lr_scheduler_min_lr_ratio,
         }
         if name.startswith(_OVER_THE_RUN):
-            told["steps"] = total_steps
-    return told | {f"lr_scheduler_args {name}": _plain(value) for name, value in schedule_args(options).items()}
+            values["steps"] = total_steps
+    return values | {f"lr_scheduler_args {name}": _plain(value) for name, value in schedule_args(options).items()}
 
 
 def _data_of(data: TrainingData, run_plan: RunPlan) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class Changes:
     Args:
         optimizer: fresh, with the settings that the options say; so is `schedule`.
         now: what makes this run.
-        before: what made the state, see `Making`; empty where it does not tell.
+        before: what made the state, see `Making`; empty where it has no such note.
     """
 
     def __init__(self, optimizer: Any, schedule: Any, now: Making, before: Mapping[str, Any]):
@@ -206,10 +206,10 @@ class Changes:
 
     def _base(self, number: int, group: Mapping[str, Any]) -> tuple[Any, Any]:
         """The rate that a group's schedule starts from: that of the state, and that of now."""
-        told, now = self._settings_before(number, group), self._now.groups[number]["lr"]
-        if "lr" not in told and "initial_lr" not in group:  # nobody knows, so it is taken for the same
+        values, now = self._settings_before(number, group), self._now.groups[number]["lr"]
+        if "lr" not in values and "initial_lr" not in group:  # nobody knows, so it is taken for the same
             return now, now
-        before = _plain(told["lr"] if "lr" in told else group["initial_lr"])
+        before = _plain(values["lr"] if "lr" in values else group["initial_lr"])
         if now is None or before is None:  # the optimizer found or finds it
             return (before, before) if now is None else (None, now)
         if not self._now.rates_given[number]:

@@ -15,7 +15,7 @@ from library.options.saving import SavingOptions
 _OF_WRITING = ("inline_container", "iostream error", "PytorchStreamWriter")  # in what torch.save says of a full disk
 
 
-class Due(NamedTuple):
+class SaveRequest(NamedTuple):
     """What to write at one moment, and what to delete when that is done."""
 
     path: Path
@@ -57,7 +57,7 @@ class SavePlan:
         """The state folder beside a copy."""
         return path.with_name(f"{path.name.removesuffix(self.suffix)}-state")
 
-    def after_epoch(self, epoch: int, epochs: int) -> Due | None:
+    def after_epoch(self, epoch: int, epochs: int) -> SaveRequest | None:
         """What to save after `epoch` of `epochs` and what to delete then; the last epoch is the final model's."""
         if not self.every_epochs or epoch % self.every_epochs or epoch >= epochs:
             return None
@@ -66,9 +66,9 @@ class SavePlan:
             old = epoch - self.every_epochs * kept if kept else -1
             return self.epoch_path(old) if old >= 0 else None
 
-        return self._due(self.epoch_path(epoch), before(self.last_epochs), before(self.last_epochs_state))
+        return self._request(self.epoch_path(epoch), before(self.last_epochs), before(self.last_epochs_state))
 
-    def after_step(self, step: int) -> Due | None:
+    def after_step(self, step: int) -> SaveRequest | None:
         """What to save after `step` and what to delete then."""
         if not self.every_steps or step % self.every_steps:
             return None
@@ -77,18 +77,18 @@ class SavePlan:
             old = step - kept - 1 if kept else -1
             return self.step_path(old - old % self.every_steps) if old >= 0 else None
 
-        return self._due(self.step_path(step), before(self.last_steps), before(self.last_steps_state))
+        return self._request(self.step_path(step), before(self.last_steps), before(self.last_steps_state))
 
-    def final(self) -> Due:
+    def final(self) -> SaveRequest:
         """What to save at the end."""
         path = self.final_path()
-        return Due(path, None, self.state_of(path) if self.states or self.final_state else None)
+        return SaveRequest(path, None, self.state_of(path) if self.states or self.final_state else None)
 
-    def _due(self, path: Path, old: Path | None, old_by_state: Path | None) -> Due:
+    def _request(self, path: Path, old: Path | None, old_by_state: Path | None) -> SaveRequest:
         if not self.states:
-            return Due(path, old)
+            return SaveRequest(path, old)
         by_state = old_by_state or old
-        return Due(path, old, self.state_of(path), self.state_of(by_state) if by_state else None)
+        return SaveRequest(path, old, self.state_of(path), self.state_of(by_state) if by_state else None)
 
 
 def make_save_plan(options: SavingOptions, suffix: str, epochs: int) -> SavePlan:

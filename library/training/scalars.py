@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no number is infinite or NaN; of weights spread over processes, in this one's share. Waits for them."""
+    """Whether no number is infinite or NaN; of weights sharded over processes, in this one's shard. Waits for them."""
     shares = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
     return all(bool(share.detach().isfinite().all()) for share in shares)
 

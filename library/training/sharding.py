@@ -1,6 +1,6 @@
-"""Whole models whose weights are spread over all processes, by torch's FSDP2: one shard of everything in each.
+"""Models whose weights are sharded over all processes by torch's FSDP2.
 
-Spread weights are DTensors. What touches them in a loop of its own must be done by all processes together.
+Sharded weights are DTensors. What touches them outside the step must be done by all processes together.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _TOLERANCE = 1e-6
 
 
 class Shards:
-    """The modules that are spread. Every method must be called by all processes alike."""
+    """The sharded modules. Every method must be called by all processes alike."""
 
     def __init__(self, sharding: Sharding, device: torch.device, world: int, *, first: bool):
         self._sharding, self._device, self._first = sharding, device, first
         self.mesh = init_device_mesh(device.type, (world,))
         self._modules: list[nn.Module] = []
 
-    def spread(
+    def shard(
         self, module: nn.Module, blocks: Sequence[nn.Module] | None, dtype: torch.dtype, compute: torch.dtype | None
     ) -> None:
-        """Spreads `module`, block after block, so that no device ever holds all of it.
+        """Shards `module`, block after block, so that no device ever holds all of it.
 
         Args:
             blocks: its repeated blocks; None: the members of its outermost lists. What is outside is gathered as one.
@@ -70,17 +70,17 @@ class Shards:
     def _offloads(self) -> bool:
         return self._sharding.offload and self._device.type != "cpu"
 
-    def settle(self) -> None:
-        """Gives gathered weights back. To be called where weights change outside the optimizer's step."""
+    def refresh(self) -> None:
+        """Frees gathered weights. To be called where weights change outside the optimizer's step."""
         for module in self._modules:
             for part in module.modules():
                 if isinstance(part, FSDPModule):
                     part.reshard()
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def unshard(self) -> Iterator[None]:
         """Within the block, the first process's modules hold their whole weights in CPU memory, to be saved."""
-        self.settle()
+        self.refresh()
         found: dict[int, nn.Parameter] = {}  # several modules may share one
         put: list[tuple[nn.Module, str, nn.Parameter]] = []
         try:
@@ -102,7 +102,7 @@ class Shards:
 
 
 def whole(value: Any, *, keep: bool = True) -> Any:
-    """Nested containers with every spread tensor gathered, in CPU memory.
+    """Nested containers with every sharded tensor gathered, in CPU memory.
 
     Args: keep: without it tensors become None where they are not needed; all processes must take part all the same.
     """
@@ -116,18 +116,18 @@ def whole(value: Any, *, keep: bool = True) -> Any:
     return value
 
 
-def spread_like(value: Any, like: Any) -> Any:
-    """`value` with the tensors spread that are spread in `like`, a container of the same kind."""
+def shard_like(value: Any, like: Any) -> Any:
+    """`value` with the tensors sharded that are sharded in `like`, a container of the same kind."""
     if isinstance(like, DTensor) and isinstance(value, Tensor) and not isinstance(value, DTensor):
         full = value.to(like.device, like.dtype).contiguous()
         return distribute_tensor(full, like.device_mesh, like.placements)
     if isinstance(like, Mapping) and isinstance(value, Mapping):
-        return {name: spread_like(one, like.get(name)) for name, one in value.items()}
+        return {name: shard_like(one, like.get(name)) for name, one in value.items()}
     return value
 
 
-def spread_optimizer_state(state: Mapping[str, Any], optimizer: Any) -> Mapping[str, Any]:
-    """An optimizer's state of whole tensors, spread as the weights are that they belong to."""
+def shard_optimizer_state(state: Mapping[str, Any], optimizer: Any) -> Mapping[str, Any]:
+    """An optimizer's state of whole tensors, sharded like the weights they belong to."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     if not any(isinstance(weight, DTensor) for weight in weights) or "state" not in state:
         return state
@@ -143,7 +143,7 @@ def spread_optimizer_state(state: Mapping[str, Any], optimizer: Any) -> Mapping[
         }
         # The optimizer keeps some of them in another format than the weight.
         return {
-            name: spread_like(one, weight.detach().to(one.dtype)) if same and name in same else one
+            name: shard_like(one, weight.detach().to(one.dtype)) if same and name in same else one
             for name, one in entries.items()
         }
 
@@ -151,7 +151,7 @@ def spread_optimizer_state(state: Mapping[str, Any], optimizer: Any) -> Mapping[
 
 
 def check_optimizer(make: Any, name: str, mesh: DeviceMesh) -> None:
-    """Finds out whether an optimizer steps spread weights as it steps whole ones, while nothing large is loaded.
+    """Finds out whether an optimizer steps sharded weights as it steps whole ones, while nothing large is loaded.
 
     Args: make: from weights to the optimizer over them.
     Raises: UserError: it does not.
@@ -159,24 +159,22 @@ def check_optimizer(make: Any, name: str, mesh: DeviceMesh) -> None:
     numbers = torch.arange(65 * 8, dtype=torch.float32, device=mesh.device_type).view(65, 8)
     values, gradient = torch.sin(numbers), torch.cos(numbers)
     whole_weight = nn.Parameter(values.clone())
-    spread_weight = nn.Parameter(distribute_tensor(values.clone(), mesh, [Shard(0)]))
+    sharded_weight = nn.Parameter(distribute_tensor(values.clone(), mesh, [Shard(0)]))
     try:
-        for weight in (whole_weight, spread_weight):
+        for weight in (whole_weight, sharded_weight):
             optimizer = make([weight])
             for _ in range(2):
-                weight.grad = spread_like(gradient.clone(), weight.detach())
+                weight.grad = shard_like(gradient.clone(), weight.detach())
                 optimizer.step()
-        off = (spread_weight.detach().full_tensor() - whole_weight.detach()).abs().max().item()
+        off = (sharded_weight.detach().full_tensor() - whole_weight.detach()).abs().max().item()
         reason = "" if off <= _TOLERANCE else f"its result is off by {off:.1g}"
-        for key, one in optimizer.state[spread_weight].items():
-            if isinstance(one, DTensor) and one.shape != spread_weight.shape:
+        for key, one in optimizer.state[sharded_weight].items():
+            if isinstance(one, DTensor) and one.shape != sharded_weight.shape:
                 reason = f"it keeps {key!r} in a shape of its own"  # and could not put it back where it was
     except Exception as error:  # kernels that know whole tensors only fail in all kinds of ways
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
     if reason:
-        raise UserError(
-            f"--optimizer_type: {name} cannot step weights that are spread over processes ({reason}); AdamW and SGD can"
-        )
+        raise UserError(f"--optimizer_type: {name} cannot step sharded weights ({reason}); AdamW and SGD can")
 
 
 def _listed(module: nn.Module) -> list[nn.Module]:

@@ -20,7 +20,7 @@ from library.training.state_notes import (
     OPTIMIZER,
     SCALER,
     SCHEDULE,
-    Progress,
+    SavedProgress,
     read_making,
     read_progress,
     write_notes,
@@ -49,7 +49,7 @@ class Parts:
 def save_state(
     folder: Path,
     parts: Parts,
-    progress: Progress,
+    progress: SavedProgress,
     *,
     made_with: Mapping[str, Any] | None = None,
     gather: bool = False,
@@ -59,7 +59,7 @@ def save_state(
 
     Args:
         made_with: see `resuming.Making`.
-        gather: whether weights are spread over processes; then all of them call this.
+        gather: whether weights are sharded over processes; then all of them call this.
         write: whether this process is the one that writes.
     Raises: OSError: the disk is full or the folder cannot be written; an earlier state of this name stays.
     """
@@ -86,12 +86,12 @@ def save_state(
         write_notes(fresh, progress, made_with)
 
 
-def load_state(folder: Path, parts: Parts, *, making: Making | None = None, spread: bool = False) -> None:
+def load_state(folder: Path, parts: Parts, *, making: Making | None = None, sharded: bool = False) -> None:
     """Fills the parts from a state folder. Options that are others now than then count, see `resuming`.
 
     Args:
         making: what makes this run; None: nothing is compared.
-        spread: whether weights are spread over processes; then all of them call this.
+        sharded: whether weights are sharded over processes; then all of them call this.
     Raises: UserError: the state is of another network, optimizer or schedule, or a file is damaged.
     """
     from safetensors import SafetensorError
@@ -101,17 +101,17 @@ def load_state(folder: Path, parts: Parts, *, making: Making | None = None, spre
         tensors = load_file(folder / MODEL)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--resume: {folder / MODEL} cannot be read ({error}); choose an earlier state") from None
-    spread_like, spread_optimizer_state = _spreading() if spread else (_first, _first)
-    _fill(parts.trained, tensors, folder, spread_like)
-    _load_optimizer(folder, parts, making, spread_optimizer_state)
+    shard_like, shard_optimizer_state = _shard_functions() if sharded else (_first, _first)
+    _fill(parts.trained, tensors, folder, shard_like)
+    _load_optimizer(folder, parts, making, shard_optimizer_state)
     if parts.scaler is not None and (folder / SCALER).is_file():
         _load(parts.scaler, folder / SCALER, "--mixed_precision")
     if parts.extra:
-        _load_extra(folder, parts.extra, spread_like)
+        _load_extra(folder, parts.extra, shard_like)
 
 
 def _load_optimizer(
-    folder: Path, parts: Parts, making: Making | None, spread_optimizer_state: Callable[..., Any]
+    folder: Path, parts: Parts, making: Making | None, shard_optimizer_state: Callable[..., Any]
 ) -> None:
     """Optimizer and schedule, with what the options have changed."""
     from library.training import optimizer_states
@@ -122,7 +122,7 @@ def _load_optimizer(
 
     def fitting_state(saved: Any) -> Any:
         optimizer_states.check(saved, parts.optimizer)
-        return spread_optimizer_state(saved, parts.optimizer)
+        return shard_optimizer_state(saved, parts.optimizer)
 
     _load(parts.optimizer, folder / OPTIMIZER, "--optimizer_type and --optimizer_args", fitting_state)
     file, options = folder / SCHEDULE, "--lr_scheduler"
@@ -144,7 +144,7 @@ def _load_optimizer(
     _load(parts.schedule, file, options)
 
 
-def _load_extra(folder: Path, extra: Mapping[str, Any], spread_like: Callable[..., Any]) -> None:
+def _load_extra(folder: Path, extra: Mapping[str, Any], shard_like: Callable[..., Any]) -> None:
     file = folder / EXTRA
     found = _read(file) if file.is_file() else {}
     for name, part in extra.items():
@@ -152,7 +152,7 @@ def _load_extra(folder: Path, extra: Mapping[str, Any], spread_like: Callable[..
             part.restart()
             continue
         try:
-            part.load_state_dict(spread_like(found[name], part.state_dict()))
+            part.load_state_dict(shard_like(found[name], part.state_dict()))
         except _OF_OTHER_CONTENTS as error:
             raise _misfit(file, "the options", str(error) or type(error).__name__) from None
 
@@ -175,19 +175,17 @@ def _unchanged(value: Any) -> Any:
     return value
 
 
-def _spreading() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    from library.training.sharding import spread_like, spread_optimizer_state
+def _shard_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    from library.training.sharding import shard_like, shard_optimizer_state
 
-    return spread_like, spread_optimizer_state
+    return shard_like, shard_optimizer_state
 
 
 def _first(value: Any, _: Any) -> Any:
     return value
 
 
-def _fill(
-    module: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path, spread_like: Callable[..., Any]
-) -> None:
+def _fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path, shard_like: Callable[..., Any]) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wanted != found:
@@ -196,7 +194,7 @@ def _fill(
             f"--resume: {folder} is the state of another network or model: {len(different)} of {len(wanted)} tensors "
             f"are missing or of another shape, the first is {different[0]}; give the options of the run that saved it"
         )
-    module.load_state_dict(spread_like(tensors, module.state_dict()))
+    module.load_state_dict(shard_like(tensors, module.state_dict()))
 
 
 def _load(part: Any, file: Path, options: str, prepare: Callable[[Any], Any] = _unchanged) -> None:

@@ -1,7 +1,7 @@
-"""What a state folder tells of itself, read without torch: how far the run was, what made it, checksums of its files.
+"""The notes of a state folder, read without torch: how far the run was, what made it, checksums of its files.
 
 All of it stands in ``train_state.json``, which is written last. Earlier trainers, and earlier versions of this one,
-tell less: what is missing is not checked.
+note less: what is missing is not checked.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _LARGEST_NOTES = 1 << 26  # bytes
 
 
 @dataclass(frozen=True)
-class Progress:
+class SavedProgress:
     """How far a run was."""
 
     step: int  # optimizer steps done
     epoch: int  # the epoch of that step, from 1
-    seed: int | None  # None: an earlier trainer's state, which does not tell
+    seed: int | None  # None: an earlier trainer's state, without a seed
     epoch_ended: bool = True  # False: what happens at the end of that epoch is still to be done, if it is over
 
 
-def read_progress(folder: Path) -> Progress | None:
-    """How far the run was; None: an earlier trainer's state of a whole model, which tells nothing.
+def read_progress(folder: Path) -> SavedProgress | None:
+    """How far the run was; None: an earlier trainer's state of a whole model, without notes.
 
     Raises: UserError: the folder holds no state, or one whose saving was cut off, or impossible values.
     """
@@ -53,36 +53,36 @@ def read_progress(folder: Path) -> Progress | None:
     missing = [name for name in (MODEL, OPTIMIZER, SCHEDULE) if not (folder / name).is_file()]
     if missing:
         raise UserError(f"--resume: {folder} is no whole state, it has no {missing[0]}; choose an earlier one")
-    told = _read(folder)
-    if told is None:
+    notes = _read(folder)
+    if notes is None:
         return None
-    step = _count(folder, told, "current_step", 0, _MOST_STEPS)
-    epoch = _count(folder, told, "current_epoch", min(step, 1), step + 1)  # each epoch has a step
-    seed = None if told.get("seed") is None else _count(folder, told, "seed", 0, _LARGEST_SEED)
-    ended = told.get("epoch_ended", True)
+    step = _count(folder, notes, "current_step", 0, _MOST_STEPS)
+    epoch = _count(folder, notes, "current_epoch", min(step, 1), step + 1)  # each epoch has a step
+    seed = None if notes.get("seed") is None else _count(folder, notes, "seed", 0, _LARGEST_SEED)
+    ended = notes.get("epoch_ended", True)
     if not isinstance(ended, bool):
         raise _impossible(folder, "epoch_ended", ended)
-    return Progress(step, epoch, seed, ended)
+    return SavedProgress(step, epoch, seed, ended)
 
 
 def read_making(folder: Path) -> dict[str, Any]:
-    """What made the state, see `resuming.Making`; empty where the state does not tell. Raises: UserError."""
+    """What made the state, see `resuming.Making`; empty where the state has no such note. Raises: UserError."""
     made_with = (_read(folder) or {}).get("made_with", {})
     if not isinstance(made_with, dict):
         raise _impossible(folder, "made_with", made_with)
     return made_with
 
 
-def write_notes(folder: Path, progress: Progress, made_with: Mapping[str, Any] | None = None) -> None:
+def write_notes(folder: Path, progress: SavedProgress, made_with: Mapping[str, Any] | None = None) -> None:
     """Writes ``train_state.json`` beside the other files of a state, with their checksums. Raises: OSError."""
-    told = {"current_epoch": progress.epoch, "current_step": progress.step, "seed": progress.seed}
-    told["epoch_ended"] = progress.epoch_ended
+    notes = {"current_epoch": progress.epoch, "current_step": progress.step, "seed": progress.seed}
+    notes["epoch_ended"] = progress.epoch_ended
     if made_with:
-        told["made_with"] = dict(made_with)
-    told["files"] = {
+        notes["made_with"] = dict(made_with)
+    notes["files"] = {
         path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
     }
-    text = json.dumps({**told, "made_by": f"{NAME} {VERSION}"}, indent=2)
+    text = json.dumps({**notes, "made_by": f"{NAME} {VERSION}"}, indent=2)
     (folder / PROGRESS).write_text(text, encoding="utf-8")
 
 
@@ -99,10 +99,10 @@ def verify(folder: Path) -> None:
 def is_whole(folder: Path) -> bool:
     """Whether a folder holds a state with all that it was saved with; False for those without checksums."""
     try:
-        told = _read(folder) or {}
+        notes = _read(folder) or {}
     except UserError:
         return False
-    files = told.get("files", {})
+    files = notes.get("files", {})
     return {MODEL, OPTIMIZER, SCHEDULE} <= files.keys() and _fault(folder, files) is None
 
 
@@ -111,17 +111,17 @@ def _read(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        told = load_json(read_bytes(file, _LARGEST_NOTES))
-        if not isinstance(told, dict) or not isinstance(told.get("files", {}), dict):
+        notes = load_json(read_bytes(file, _LARGEST_NOTES))
+        if not isinstance(notes, dict) or not isinstance(notes.get("files", {}), dict):
             raise ValueError
     except (OSError, ValueError):
         raise UserError(f"--resume: {file} cannot be read; choose an earlier state") from None
-    return told
+    return notes
 
 
-def _count(folder: Path, told: Mapping[str, Any], name: str, least: int, most: int) -> int:
+def _count(folder: Path, notes: Mapping[str, Any], name: str, least: int, most: int) -> int:
     """A whole number between `least` and `most`; 4.0 is 4. Raises: UserError."""
-    value = told.get(name)
+    value = notes.get(name)
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole or not least <= value <= most:
         raise _impossible(folder, name, value)
@@ -136,9 +136,9 @@ def _impossible(folder: Path, name: str, value: Any) -> UserError:
 
 def _fault(folder: Path, files: Mapping[str, Any]) -> str | None:
     """What is wrong with the first file that is not as its entry says; None: all are as they were saved."""
-    for name, told in files.items():
+    for name, notes in files.items():
         path = folder / Path(name).name
-        wanted = (told.get("bytes"), told.get("sha256")) if isinstance(told, dict) else (None, None)
+        wanted = (notes.get("bytes"), notes.get("sha256")) if isinstance(notes, dict) else (None, None)
         try:
             size = path.stat().st_size
             if size != wanted[0]:

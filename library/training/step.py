@@ -13,15 +13,16 @@ from library.runtime import seeds
 if TYPE_CHECKING:
     from library.families.base import Family
     from library.objectives.objective import Objective
-    from library.types import Batch, Models, TextCond
+    from library.types import Batch, Denoise, Models, TextCond
 
 
 @dataclass
 class StepParts:
-    """What a step needs. `grad_text` is whether gradients flow into a text encoder."""
+    """What a step needs: `denoise` computes the prediction, `grad_text` is whether text encoders get gradients."""
 
     family: Family
     models: Models
+    denoise: Denoise
     objective: Objective
     grad_text: bool
 
@@ -59,6 +60,6 @@ def training_step(parts: StepParts, batch: Batch, rng: torch.Generator) -> StepR
     latents = batch_latents(parts, batch, rng)
     cond = batch_text(parts, batch)
     draw = parts.objective.draw(latents, rng)
-    prediction = parts.family.denoiser.predict(parts.models, draw.noisy, draw.timesteps, cond, batch)
+    prediction = parts.denoise(draw.noisy, draw.timesteps, cond, batch)
     losses = parts.objective.loss(prediction.float(), draw, batch.loss_weights, batch.masks)
     return StepResult(losses, draw.timesteps)

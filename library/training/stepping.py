@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _PART = 1 << 26  # numbers that are stepped together where copies in float32 are needed: 0.5 GiB with their gradients
 
 
-class Stepper:
+class OptimizerStepper:
     """The optimizer's step as the options want it. `prepared` is accelerate's, around `optimizer`.
 
     Args: parts: weights that are stepped together inside the backward pass; None: none are.
@@ -33,8 +33,8 @@ class Stepper:
     ):
         self._optimizer, self._prepared = optimizer, prepared
         self._in_backward = opts.optimizer.fused_backward_pass
-        self._together = None if parts is None else StepsTogether(optimizer, parts)
-        rounds = rounds_by_chance(opts)
+        self._together = None if parts is None else FusedGroups(optimizer, parts)
+        rounds = uses_stochastic_rounding(opts)
         self._rounding = StochasticRounding(optimizer, opts.training.seed) if rounds else None
         self._in_parts = rounds and steps_each_alone(opts.optimizer)
         if self._in_backward:
@@ -57,13 +57,13 @@ class Stepper:
         if self._together is not None:
             self._together.finish()
         elif self._in_parts:
-            step_in_parts(self._optimizer)
+            step_chunked(self._optimizer)
         else:
             self._prepared.step()
 
 
-def rounds_by_chance(opts: Options) -> bool:
-    """Whether steps are rounded by chance: where asked to, and with AdaFactor in bf16 inside the backward pass.
+def uses_stochastic_rounding(opts: Options) -> bool:
+    """Whether weights are written with stochastic rounding: on request, and by AdaFactor in bf16 inside backward.
 
     Command lines of the latter kind have always counted on it without naming it.
     """
@@ -82,14 +82,14 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> list[Any]:
     places = {id(w): number for number, group in enumerate(optimizer.param_groups) for w in group["params"]}
 
     def step(weight: Tensor) -> None:
-        step_only(optimizer, {places[id(weight)]: [weight]})
+        step_subset(optimizer, {places[id(weight)]: [weight]})
         weight.grad = None
 
     weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.requires_grad]
     return [weight.register_post_accumulate_grad_hook(step) for weight in weights]
 
 
-class StepsTogether:
+class FusedGroups:
     """Steps each part of the weights inside the backward pass, once the gradients of all of the part are there.
 
     For every optimizer that keeps what it knows by weight. The weights come out as one `optimizer.step()` makes them.
@@ -122,7 +122,7 @@ class StepsTogether:
         for weight in self._parts[number]:
             if weight.grad is not None:
                 chosen.setdefault(self._places[id(weight)], []).append(weight)
-        step_only(self._optimizer, chosen)
+        step_subset(self._optimizer, chosen)
         for weight in self._parts[number]:
             weight.grad = None
         self._missing[number] = len(self._parts[number])
@@ -145,13 +145,13 @@ def parts_by_block(weights: Sequence[Tensor], blocks: Sequence[nn.Module]) -> li
     return [part for part in [*parts, list(left.values())] if part]
 
 
-def step_in_parts(optimizer: torch.optim.Optimizer, most: int = _PART) -> None:
+def step_chunked(optimizer: torch.optim.Optimizer, most: int = _PART) -> None:
     """``optimizer.step()`` over at most `most` numbers at a time, or one weight where that is larger."""
     for part in list(_parts(optimizer.param_groups, most)):
-        step_only(optimizer, part)
+        step_subset(optimizer, part)
 
 
-def step_only(optimizer: torch.optim.Optimizer, chosen: Mapping[int, Sequence[Tensor]]) -> None:
+def step_subset(optimizer: torch.optim.Optimizer, chosen: Mapping[int, Sequence[Tensor]]) -> None:
     """A step of some weights, by the number of their group, as if the others had no gradient."""
     groups = optimizer.param_groups
     optimizer.param_groups = [{**groups[number], "params": list(weights)} for number, weights in chosen.items()]

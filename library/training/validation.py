@@ -63,7 +63,7 @@ class Validation:
             rng = seeds.generator(accelerator.device, self._seed, "validation", number)
             with accelerator.autocast():
                 losses, timesteps = training_step(parts, batch.to(accelerator.device), rng)
-            if number >= count:  # another process has it too: this one only took part, as spread weights ask for
+            if number >= count:  # another process has it too: this one only took part, as sharded weights require
                 continue
             place = (timesteps.float() * _RANGES / _TIMESTEPS).long().clamp(0, _RANGES - 1)
             sums[0].index_add_(0, place, losses.float())
@@ -77,7 +77,7 @@ class Validation:
         return found
 
 
-class Best:
+class BestLoss:
     """The lowest validation loss, how long ago it was, and the latest one."""
 
     def __init__(self) -> None:

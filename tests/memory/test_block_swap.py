@@ -21,13 +21,13 @@ from library.families.flux.adapter import FluxFamily
 from library.families.sd.adapter import SdFamily
 from library.families.sd3.adapter import Sd3Family
 from library.memory import block_swap
-from library.memory.block_swap import RING, BlockSwap
+from library.memory.block_swap import NUM_BUFFERS, BlockSwap
 from library.memory.compiling import compile_blocks
 from library.memory.low_precision import keep_in_fp8
 from library.memory.offload import offloading_checkpoint
 from library.options.optimizer import OptimizerOptions
 from library.training import placement
-from library.training.ema import Average
+from library.training.ema import EMA
 from library.training.optimizers import make_optimizer
 from library.training.precision import StochasticRounding
 from library.training.stepping import step_in_backward
@@ -234,7 +234,7 @@ def test_each_pass_copies_as_many_blocks_as_are_swapped():
         moved = [later - earlier for earlier, later in itertools.pairwise(seen)]
         assert moved[:5] == [count * size] * 5
         # Samples go round and round, so each one needs all that take turns, but never more.
-        assert max(moved[5:]) <= (count + RING) * size
+        assert max(moved[5:]) <= (count + NUM_BUFFERS) * size
 
 
 @pytest.mark.rows("R404")
@@ -263,8 +263,8 @@ def test_no_more_than_the_ring_is_on_the_device(kind, monkeypatch):
     assert [id(parameter) for parameter in case.model.parameters()] == parameters
     assert set(together) == {1}, "the others' weights are those in CPU memory"
     assert set(fetched) == {slot.memory for slot in swap._slots}
-    assert len(swap._slots) == RING
-    assert sum(slot.buffer.nbytes for slot in swap._slots) == RING * max(block.size for block in swap._blocks)
+    assert len(swap._slots) == NUM_BUFFERS
+    assert sum(slot.buffer.nbytes for slot in swap._slots) == NUM_BUFFERS * max(block.size for block in swap._blocks)
 
 
 @pytest.mark.rows("R405")
@@ -304,7 +304,7 @@ def test_how_many_blocks_of_the_published_models_can_be_swapped(config, largest)
     models = Models(published("SD3Transformer2DModel", **config), {}, {}, None, None)
     blocks = Sd3Family(None).denoiser.blocks(models)
     assert Sd3Family.traits.blocks_per_swap == 1
-    assert len(BlockSwap(blocks, largest, CPU)._blocks) == len(blocks) == largest + RING
+    assert len(BlockSwap(blocks, largest, CPU)._blocks) == len(blocks) == largest + NUM_BUFFERS
     with pytest.raises(UserError, match=f"give a number from 0 to {largest}$"):
         BlockSwap(blocks, largest + 1, CPU)
 
@@ -339,7 +339,7 @@ def test_a_mistake_would_show(forgotten, checkpointing, monkeypatch):
     expected = Case("flux", checkpointing).train()
     case.swap(most(case))
     if forgotten == "wait":
-        monkeypatch.setattr("library.memory.copying._LateArrival.before_use", lambda self: None)
+        monkeypatch.setattr("library.memory.copying._DelayedCopyEvent.before_use", lambda self: None)
     elif forgotten == "autograd":  # which then keeps memory of the ring itself
         monkeypatch.setattr(BlockSwap, "_address", lambda self, tensor: None)
     else:
@@ -524,10 +524,10 @@ def fine_tuned(case: Case, name: str, *, swapped: int = 0, dtype=torch.float32, 
     case.model.to(dtype)
     swap = case.swap(swapped)
     optimizer = optimizer_of(case, name)
-    swap.serve(optimizer)
+    swap.manage_optimizer(optimizer)
     rounds = StochasticRounding(optimizer, 1) if rounding else None
     step_in_backward(optimizer)
-    mean = Average(list(case.model.parameters()), 0.9) if average else None
+    mean = EMA(list(case.model.parameters()), 0.9) if average else None
     seen = []
     for step in range(3):
         if rounds is not None:
@@ -659,7 +659,7 @@ def test_training_the_weights_themselves_on_a_gpu(checkpointing):
         swap.attach()
         case.model.to(device)
         optimizer = optimizer_of(case, "AdamW")
-        swap.serve(optimizer)
+        swap.manage_optimizer(optimizer)
         step_in_backward(optimizer)
         losses = []
         for step in range(3):

@@ -14,9 +14,9 @@ from library.runtime.signals import Interruption
 def test_a_signal_sets_a_mark_and_a_second_one_ends_the_run(number):
     before = signal.getsignal(number)
     with Interruption() as interruption:
-        assert not interruption.asked
+        assert not interruption.requested
         signal.raise_signal(number)
-        assert interruption.asked
+        assert interruption.requested
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
@@ -27,7 +27,7 @@ def test_other_threads_have_no_signals():
 
     def use():
         with Interruption() as interruption:
-            found.append(interruption.asked)
+            found.append(interruption.requested)
 
     thread = threading.Thread(target=use)
     thread.start()

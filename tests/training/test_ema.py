@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from library.training.ema import Average
+from library.training.ema import EMA
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_formula(dtype):
     torch.manual_seed(1)
     parameter = nn.Parameter(torch.randn(5, dtype=dtype))
-    average = Average([parameter], 0.99)
+    average = EMA([parameter], 0.99)
     expected = parameter.detach().double().numpy().copy()
     for step in range(1, 200):
         with torch.no_grad():
@@ -30,7 +30,7 @@ def test_the_formula(dtype):
 def test_narrow_weights_are_widened_a_few_at_a_time(monkeypatch):
     """Float32 copies of all weights of a model in bf16 would take twice the room of the model."""
     parameters = [nn.Parameter(torch.full((size,), 2.0, dtype=torch.bfloat16)) for size in (6, 2, 3, 9, 1)]
-    average, together = Average(parameters, 0.5, most=8), []
+    average, together = EMA(parameters, 0.5, most=8), []
     with torch.no_grad():
         for parameter in parameters:
             parameter.fill_(4.0)
@@ -48,7 +48,7 @@ def test_narrow_weights_are_widened_a_few_at_a_time(monkeypatch):
 
 def test_the_average_is_in_place_for_a_while_only():
     parameter = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
-    average = Average([parameter], 0.5)
+    average = EMA([parameter], 0.5)
     with torch.no_grad():
         parameter.fill_(8.0)
     with average.in_place():

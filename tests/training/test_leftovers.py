@@ -20,7 +20,7 @@ def state(folder, text="1"):
     folder.mkdir(parents=True)
     for name in (state_notes.MODEL, state_notes.OPTIMIZER, state_notes.SCHEDULE):
         (folder / name).write_text(text)
-    state_notes.write_notes(folder, state_notes.Progress(1, 1, 0))
+    state_notes.write_notes(folder, state_notes.SavedProgress(1, 1, 0))
     return folder
 
 

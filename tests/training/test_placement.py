@@ -25,7 +25,11 @@ def options(**memory):
         "quantize_base": None,
         "gradient_checkpointing": False, "cpu_offload_checkpointing": False, "lowram": False,
     }  # fmt: skip
-    return SimpleNamespace(memory=SimpleNamespace(**defaults | memory), model=SimpleNamespace(no_half_vae=False))
+    return SimpleNamespace(
+        memory=SimpleNamespace(**defaults | memory),
+        model=SimpleNamespace(no_half_vae=False),
+        swap=SimpleNamespace(count=0),
+    )
 
 
 def place(models, chosen):
@@ -99,7 +103,7 @@ def test_text_outputs_of_quantised_encoders_are_told_from_exact_ones(unet_only):
         text=SimpleNamespace(layout=lambda models: SimpleNamespace(settings={})),
     )
     made_by = {}
-    method = SimpleNamespace(added=lambda: None, working_text_encoders=list)
+    method = SimpleNamespace(text_fingerprint=dict, working_text_encoders=list)
     for form in (None, "fp8", "int8", "nf4"):
         opts.memory.quantize_base = form
         prepared = encoding.text_cache(opts, family, method, models, None).args

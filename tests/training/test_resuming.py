@@ -62,7 +62,7 @@ class Training:
 
     def save(self, folder, *, notes=True):
         made_with = self.making.to_json() if notes else None
-        state.save_state(folder, self.parts, state_notes.Progress(self.done, 1, 0), made_with=made_with)
+        state.save_state(folder, self.parts, state_notes.SavedProgress(self.done, 1, 0), made_with=made_with)
         return folder
 
     def resume(self, folder):
@@ -237,6 +237,6 @@ def test_other_data_is_one_warning(tmp_path, messages):
 def test_notes_of_the_wrong_kind_are_as_good_as_none(tmp_path, damage):
     training = Training().step(1)
     told = training.making.to_json() | damage
-    state.save_state(tmp_path / "s", training.parts, state_notes.Progress(1, 1, 0), made_with=told)
+    state.save_state(tmp_path / "s", training.parts, state_notes.SavedProgress(1, 1, 0), made_with=told)
     require_optimizer(tmp_path / "s", told, torch.optim.AdamW)
     assert Training().resume(tmp_path / "s").step(1).used == [[1e-2, 5e-3]]

@@ -52,19 +52,19 @@ class Model(nn.Module):
 
 model = Model()
 before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-shards.spread(model, None, torch.float32, None)
+shards.shard(model, None, torch.float32, None)
 assert all(isinstance(p, sharding.DTensor) for p in model.parameters())
 """
 ROUND_TRIPS = """
 x = torch.randn(4, 6)
 for round in range(2):  # before and after weights were gathered for a forward pass, which may leave them whole
-    with shards.whole():
+    with shards.unshard():
         found = model.state_dict()
         if first:
             assert found.keys() == before.keys()
             assert all(torch.equal(found[name], before[name]) for name in before if "running" not in name)
             assert not any(isinstance(tensor, sharding.DTensor) for tensor in found.values())
-    shards.settle()
+    shards.refresh()
     assert all(isinstance(p, sharding.DTensor) for p in model.parameters())
     with torch.no_grad():
         model.eval()(x)
@@ -76,7 +76,7 @@ assert torch.equal(gathered["a"][0], before["out.weight"]) if first else gathere
 with torch.no_grad():
     for p in model.parameters():
         p.zero_()
-model.load_state_dict(sharding.spread_like(before, model.state_dict()))
+model.load_state_dict(sharding.shard_like(before, model.state_dict()))
 assert torch.equal(sharding.whole(model.state_dict()["out.weight"]), before["out.weight"])
 
 adam = torch.optim.AdamW(model.parameters())
@@ -84,7 +84,7 @@ model.train()(x).sum().backward()
 adam.step()
 state = sharding.whole(adam.state_dict())
 fresh = torch.optim.AdamW(model.parameters())
-fresh.load_state_dict(sharding.spread_optimizer_state(state, fresh))
+fresh.load_state_dict(sharding.shard_optimizer_state(state, fresh))
 for one, two in zip(adam.state.values(), fresh.state.values()):
     assert {key: type(value) for key, value in one.items()} == {key: type(value) for key, value in two.items()}
     assert all(torch.equal(sharding.whole(one[key]), sharding.whole(two[key])) for key in one)
@@ -107,9 +107,9 @@ class ByNorm(torch.optim.SGD):
             weight.data.sub_(weight.grad / local.norm())
 
 said = refused(lambda weights: ByNorm(weights, lr=0.1), "ByNorm")
-assert "ByNorm cannot step weights that are spread over processes (its result is off by" in said, said
+assert "ByNorm cannot step sharded weights (its result is off by" in said, said
 said = refused(lambda weights: torch.optim.Adafactor(weights), "Adafactor")
-assert "Adafactor cannot step weights that are spread over processes" in said, said
+assert "Adafactor cannot step sharded weights" in said, said
 """
 
 

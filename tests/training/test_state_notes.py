@@ -8,7 +8,7 @@ import pytest
 
 from library.errors import UserError
 from library.training import state_notes
-from library.training.state_notes import MODEL, OPTIMIZER, PROGRESS, SCHEDULE, Progress
+from library.training.state_notes import MODEL, OPTIMIZER, PROGRESS, SCHEDULE, SavedProgress
 from tests.builders.rights import without_rights
 
 
@@ -16,7 +16,7 @@ from tests.builders.rights import without_rights
 def folder(tmp_path):
     for name in (MODEL, OPTIMIZER, SCHEDULE):
         (tmp_path / name).write_bytes(name.encode())
-    state_notes.write_notes(tmp_path, Progress(4, 2, 7, False), {"optimizer": "torch.optim.AdamW"})
+    state_notes.write_notes(tmp_path, SavedProgress(4, 2, 7, False), {"optimizer": "torch.optim.AdamW"})
     return tmp_path
 
 
@@ -26,7 +26,7 @@ def change(folder, **values):
 
 
 def test_what_was_written_is_read(folder):
-    assert state_notes.read_progress(folder) == Progress(4, 2, 7, False)
+    assert state_notes.read_progress(folder) == SavedProgress(4, 2, 7, False)
     assert state_notes.read_making(folder) == {"optimizer": "torch.optim.AdamW"}
     state_notes.verify(folder)
     assert state_notes.is_whole(folder)

@@ -9,7 +9,7 @@ from library import registry
 from library.methods.network import NetworkMethod
 from library.options.parsing import parse_options
 from library.registry import groups_for
-from library.training.ema import Average
+from library.training.ema import EMA
 from library.training.scalars import ScalarQueue
 from library.training.step import StepParts, training_step
 from library.types import Batch
@@ -64,13 +64,19 @@ def test_a_step_reads_nothing_back(name, cached, tmp_path):
     method = NetworkMethod(family.opts)
     method.attach(family, models)
     models.denoiser.train()
-    parts = StepParts(family, models, family.denoiser.objective(), grad_text=bool(method.trained_text_encoders()))
+    parts = StepParts(
+        family,
+        models,
+        method.denoise(family, models),
+        family.denoiser.objective(),
+        grad_text=bool(method.trained_text_encoders()),
+    )
     assert parts.grad_text != cached
     batch = batch_for(family, models, cached)
     groups = method.parameter_groups()
     optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
     weights = [weight for group in groups for weight in group["params"]]
-    average, queue = Average(weights, 0.9), ScalarQueue()
+    average, queue = EMA(weights, 0.9), ScalarQueue()
     rng = torch.Generator().manual_seed(1)
 
     def step(number):

@@ -17,14 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from library.options.optimizer import TORCH_OPTIMIZERS, OptimizerOptions, steps_each_alone
 from library.training.optimizers import make_optimizer
 from library.training.stepping import (
-    Stepper,
-    StepsTogether,
+    FusedGroups,
+    OptimizerStepper,
     equal_parts,
     parts_by_block,
-    rounds_by_chance,
+    step_chunked,
     step_in_backward,
-    step_in_parts,
-    step_only,
+    step_subset,
+    uses_stochastic_rounding,
 )
 
 NAMES = [*TORCH_OPTIMIZERS, "AdaFactor", "AdaFactor with relative steps"]
@@ -109,7 +109,7 @@ def test_steps_inside_the_backward_pass_are_exact(name):
 def test_steps_in_parts_are_exact(name, most):
     model = Model()
     optimizer = optimizer_of(model, name)
-    weights = train(model, optimizer, lambda: step_in_parts(optimizer, most))
+    weights = train(model, optimizer, lambda: step_chunked(optimizer, most))
     assert_same(weights, optimizer, name)
 
 
@@ -155,7 +155,7 @@ def test_groups_stay_when_a_step_fails():
     groups = optimizer.param_groups
     optimizer.register_step_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        step_only(optimizer, {0: [weight]})
+        step_subset(optimizer, {0: [weight]})
     assert optimizer.param_groups is groups
 
 
@@ -181,12 +181,12 @@ def test_adafactor_rounds_bf16_by_chance_inside_the_backward_pass(name, fused, f
     """A thousandth of the last bit of 1 is lost by rounding, and is there in the mean by chance."""
     opts = options(name, fused=fused)
     opts.memory.full_bf16 = full
-    assert rounds_by_chance(opts) == rounded
+    assert uses_stochastic_rounding(opts) == rounded
     weight = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
     more = {"relative_step": False, "scale_parameter": False} if name == "AdaFactor" else {"weight_decay": 0.0}
     kind = transformers.Adafactor if name == "AdaFactor" else torch.optim.AdamW
     optimizer = kind([weight], lr=1e-4, **more)
-    stepper = Stepper(opts, optimizer, optimizer)
+    stepper = OptimizerStepper(opts, optimizer, optimizer)
     for number in range(20):
         stepper.start(number)
         weight.sum().backward()
@@ -201,7 +201,7 @@ def test_rounding_is_the_same_however_steps_are_taken():
     for fused, parts in itertools.product((False, True), repeat=2):
         model = Model().bfloat16()
         optimizer = optimizer_of(model, "AdamW")
-        stepper = Stepper(options("AdamW", fused=fused, rounding=True), optimizer, optimizer)
+        stepper = OptimizerStepper(options("AdamW", fused=fused, rounding=True), optimizer, optimizer)
         stepper._in_parts = parts
         for number, x in enumerate(batches()):
             stepper.start(number)
@@ -232,7 +232,7 @@ def test_which_optimizers_look_at_each_weight_alone():
 def test_groups_inside_the_backward_pass_change_nothing(name, count):
     plain, grouped = Model(), Model()
     optimizers = [any_optimizer_of(model, name) for model in (plain, grouped)]
-    together = StepsTogether(optimizers[1], equal_parts(list(grouped.parameters()), count))
+    together = FusedGroups(optimizers[1], equal_parts(list(grouped.parameters()), count))
     expected = train(plain, optimizers[0], optimizers[0].step)
     for got, wanted in zip(train(grouped, optimizers[1], together.finish), expected, strict=True):
         assert torch.equal(got, wanted)
@@ -249,7 +249,7 @@ def test_gradients_are_freed_as_soon_as_a_group_is_whole():
     model = Model()
     parts = parts_by_block(list(model.parameters()), [model.last, model.shared])
     assert [len(part) for part in parts] == [1, 1, 2]
-    together = StepsTogether(optimizer_of(model, "SGD"), parts)
+    together = FusedGroups(optimizer_of(model, "SGD"), parts)
     seen = []
     model.first.weight.register_hook(lambda grad: seen.append(model.last.weight.grad))
     model(batches()[0]).square().mean().backward()

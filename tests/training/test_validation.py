@@ -9,7 +9,7 @@ import pytest
 
 from library.options.base import Given, build_options
 from library.options.sampling import ValidationOptions
-from library.training.validation import Best, Validation
+from library.training.validation import BestLoss, Validation
 
 
 def moments(data, steps, **given):
@@ -35,10 +35,10 @@ def test_moments(given, expected):
 
 
 def test_the_best_is_remembered():
-    best = Best()
+    best = BestLoss()
     assert [best.see(loss) for loss in (3.0, 2.0, 2.0, 2.5, 1.0)] == [True, True, False, False, True]
     best.see(4.0)
-    other = Best()
+    other = BestLoss()
     other.load_state_dict(best.state_dict())
     assert (other.lowest, other.latest, other.since) == (1.0, 4.0, 1)
     other.restart()
@@ -46,7 +46,7 @@ def test_the_best_is_remembered():
 
 
 def test_nan_is_never_the_best():
-    best = Best()
+    best = BestLoss()
     assert not best.see(math.nan)
     assert best.since == 1
 

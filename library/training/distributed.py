@@ -42,7 +42,7 @@ def join_processes(precision: str, minutes: int | None) -> Accelerator:
 def join_for_training(opts: Options, sharding: Sharding | None) -> Accelerator:
     """`join_processes` as the options of a training script ask for it.
 
-    Args: sharding: how weights are spread over the processes; None: not at all.
+    Args: sharding: how weights are sharded over the processes; None: not at all.
     Raises: UserError: the processes cannot do what the options ask for.
     """
     import torch

@@ -1,0 +1,71 @@
+"""Everything that can be wrong with a run and is cheap to know, found before torch is imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.data.blueprint import build_specs
+from library.data.opencv import opencv
+from library.errors import UserError
+from library.options import validation
+from library.options.logging import absolute_paths
+from library.options.optimizer import default_rate
+from library.runtime.logs import LOGGER
+from library.training import distributed, leftovers, rehearsal, state_notes
+
+if TYPE_CHECKING:
+    from library.data.types import DatasetSpec
+    from library.families.spec import FamilySpec
+    from library.methods.spec import MethodSpec
+    from library.options.base import Options
+
+
+def check(opts: Options, family: FamilySpec, method: MethodSpec) -> list[DatasetSpec]:
+    """The datasets that the options describe, and in the log what the user should know about the options.
+
+    Raises: UserError: everything that is wrong with the options, and with the files as far as names and headers show.
+    """
+    traits = family.traits
+    writes = is_first_process() and not opts.data.debug_dataset
+    problems = list(validation.problems(opts, traits))
+    specs: list[DatasetSpec] = []
+    if not problems:  # the options make sense: now the files that they name
+        if writes:
+            leftovers.clear(opts.saving)
+        problems += method.check(opts, traits)
+        problems += family.check_paths(opts)
+        for look in (lambda: specs.extend(build_specs(opts, traits)), lambda: distributed.seed_of_state(opts), opencv):
+            try:
+                look()
+            except UserError as error:
+                problems += error.problems
+    if not problems and writes:
+        problems += rehearsal.problems(opts)
+    if problems:
+        raise UserError(*problems)
+    for line in validation.warnings(opts, traits):
+        LOGGER.warning("%s", line)
+    for line in filter(None, (default_rate(opts), *absolute_paths(opts))):
+        LOGGER.info("%s", line)
+    return specs
+
+
+def is_first_process() -> bool:
+    """As torch's launcher numbers them, before the processes have joined."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def check_resumed(opts: Options) -> Options:
+    """Fetches the state of --resume_from_huggingface and compares the state's files with their checksums.
+
+    Returns the options with --resume as a local folder. Raises: UserError: no state, or a damaged one.
+    """
+    if opts.saving.resume_from_huggingface:
+        from library.training.hub import fetch_state
+
+        opts = fetch_state(opts)
+    if opts.saving.resume and is_first_process():
+        state_notes.verify(Path(opts.saving.resume))
+    return opts

@@ -1,0 +1,343 @@
+"""A training run from checked options to its first step: the one file that shows the order.
+
+    join -> open_data -> load -> encode -> place -> build -> Run
+
+Needs torch from the start: what can be checked without it, `library.checking` has checked before.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library import encoding
+from library.checkpoints import metadata
+from library.data.load import read_data
+from library.errors import UserError
+from library.inference.preview import Preview
+from library.memory.attention import set_attention
+from library.memory.compiling import compile_blocks
+from library.options.optimizer import sets_own_rate
+from library.options.sharding import sharding_of
+from library.runtime.logs import LOGGER
+from library.runtime.processes import Processes
+from library.training import distributed, lr_schedules, optimizers, placement, plan, resuming, state, state_notes
+from library.training.ema import EMA
+from library.training.hub import Hub
+from library.training.loop import train
+from library.training.run import Progress, Run
+from library.training.saving import check_space, make_save_plan
+from library.training.stepping import OptimizerStepper, equal_parts, parts_by_block
+from library.training.tracking import make_tracker
+from library.training.validation import Validation
+from library.types import Size
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from library.data.dataset import TrainingData
+    from library.data.types import DatasetSpec
+    from library.families.base import Family
+    from library.families.spec import FamilySpec
+    from library.memory.block_swap import BlockSwap
+    from library.methods.base import Method
+    from library.methods.spec import MethodSpec
+    from library.options.base import Options
+    from library.training.plan import ResumePoint, RunPlan
+    from library.training.sharding import Shards
+    from library.types import FamilyTraits, Models
+
+SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def run_session(opts: Options, family: FamilySpec, method: MethodSpec, specs: list[DatasetSpec]) -> None:
+    """Trains what checked options ask for. `specs` are the datasets, as `checking.check` gave them.
+
+    Raises: UserError: what only torch, the data, the loaded model or the whole plan of the run can show.
+    """
+    opts, accelerator, shards = join(opts)
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    data, run_plan = open_data(opts, specs, family.traits, accelerator, processes)
+    if opts.data.debug_dataset:
+        show_data(opts, data, accelerator)
+    else:
+        session = Session(opts, family.adapter(opts), method.method(opts), data, run_plan, accelerator, shards)
+        session.check(family.missing_encoders(opts))
+        session.load()
+        session.encode()
+        session.place()
+        run = session.build(method.tracker)
+        with run.tracker, run.hub:
+            train(run)
+    processes.leave()
+
+
+# ---- before the model
+
+
+def join(opts: Options) -> tuple[Options, Accelerator, Shards | None]:
+    """Joins the processes, tries optimizer and schedule while nothing large is loaded, and agrees on the seed.
+
+    Returns the options with that seed, and what shards the trained model; None: every process keeps all of it.
+    """
+    sharding = sharding_of(opts)
+    accelerator = distributed.join_for_training(opts, sharding)
+    shards = None
+    if not opts.data.debug_dataset:
+        if sharding is not None and accelerator.num_processes == 1:
+            LOGGER.warning("%s: has no effect with one process", sharding.asked_by)
+        elif sharding is not None:
+            from library.training.sharding import Shards
+
+            shards = Shards(sharding, accelerator.device, accelerator.num_processes, first=accelerator.is_main_process)
+        if opts.saving.resume:
+            folder = Path(opts.saving.resume)
+            before, chosen = state_notes.read_making(folder), optimizers.optimizer_class(opts.optimizer)
+            resuming.require_optimizer(folder, before, chosen)
+        optimizers.dry_run(opts.optimizer, accelerator.device, None if shards is None else shards.mesh)
+        lr_schedules.dry_run(opts.optimizer)
+    return opts.replaced(seed=distributed.agreed_seed(opts, accelerator)), accelerator, shards
+
+
+def open_data(
+    opts: Options, specs: list[DatasetSpec], traits: FamilyTraits, accelerator: Accelerator, processes: Processes
+) -> tuple[TrainingData, RunPlan]:
+    """Lists the images and sorts them into batches, from which the length of the run follows."""
+    data = read_data(specs, opts, traits, processes)
+    run_plan = plan.make_plan(
+        data.batches_per_epoch,
+        accelerator.num_processes,
+        opts.training.gradient_accumulation_steps,
+        steps=opts.training.max_train_steps,
+        epochs=opts.training.max_train_epochs,
+        by_default="max_train_steps" not in opts.explicit,
+    )
+    data.set_total_steps(run_plan.total_steps)
+    if not opts.data.debug_dataset:
+        lr_schedules.dry_run(opts.optimizer, run_plan.total_steps)  # now that it is known how long the run is
+    return data, run_plan
+
+
+def show_data(opts: Options, data: TrainingData, accelerator: Accelerator) -> None:
+    """--debug_dataset."""
+    if not accelerator.is_main_process:
+        return
+    from library.data.contact_sheet import show, write_sheets
+
+    folder = Path(opts.saving.output_dir or ".") / "debug_dataset"
+    sheets = write_sheets(data, folder)
+    count = f"{len(sheets)} contact sheet{'' if len(sheets) == 1 else 's'}"
+    LOGGER.info("%s in %s; nothing was trained (--debug_dataset)", count, folder)
+    show(sheets)
+
+
+# ---- from the model to the run
+
+
+@dataclass
+class Session:
+    """What a run is built from. Call `check`, `load`, `encode`, `place` and `build` in this order.
+
+    `shards` shards the trained model over the processes; None: every process keeps all of it.
+    """
+
+    opts: Options
+    family: Family
+    method: Method
+    data: TrainingData
+    plan: RunPlan
+    accelerator: Accelerator
+    shards: Shards | None = None
+    start: ResumePoint = field(init=False)
+    preview: Preview = field(init=False)
+    models: Models = field(init=False)
+    swap: BlockSwap | None = field(init=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def check(self, missing_encoders: Sequence[str] = ()) -> None:
+        """Finds where the run begins and what it samples, and whether it can do so with the given files.
+
+        Args: missing_encoders: a line for each text encoder that the options do not give.
+        """
+        self.start = _choose_start(self.opts, self.plan)
+        self.preview = Preview.from_options(self.opts, self.family)
+        samples = bool(self.preview.prompts)
+        encoding.require_texts(self.opts, self.family, missing_encoders, self.data, samples=samples)
+
+    def load(self) -> None:
+        """Reads the model, and checks what the options ask of it."""
+        started = time.time()
+        with placement.loading(self.opts, self.device):
+            self.models = self.family.loader.load()
+        LOGGER.info("loaded %s in %.1f s", self.opts.model.pretrained_model_name_or_path, time.time() - started)
+        _check_sizes(self.models, self.data, self.preview)
+        placement.swapped_blocks(self.family, self.models, self.opts, self.device)  # too many are refused here
+
+    def encode(self) -> None:
+        """Attaches what is trained, and does all for which the text encoders and the VAE are needed once.
+
+        One part comes to the device after the other, so that a large model's need not be there together.
+        """
+        opts, family, method, models, data = self.opts, self.family, self.method, self.models, self.data
+        cache_latents = encoding.latent_cache(opts, family, models, data)
+        method.attach(family, models)
+        cache_text = encoding.text_cache(opts, family, method, models, data)  # knows what was merged into the encoders
+        grad_text = bool(method.trained_text_encoders())
+        placement.place_text_encoders(models, opts, self.device, grad_text=grad_text, shards=self.shards)
+        added = method.added()
+        if added is not None:
+            placement.place_trained(added.eval(), opts, self.device)
+        if cache_text is not None:
+            cache_text(self.accelerator)
+            self.preview.remember_texts(models, self.device)
+            placement.release_text_encoders(models, keep=method.working_text_encoders())
+        placement.place_vae(models, opts, self.device)
+        if cache_latents is not None:
+            cache_latents(encoding.latent_encoder(opts, family, models, self.accelerator))
+            if self.accelerator.is_main_process:
+                data.index.save()
+            placement.offload(models.vae, opts)
+
+    def place(self) -> None:
+        """Moves the denoiser to the device; compiles, shards or swaps it as the options say."""
+        opts, models = self.opts, self.models
+        placement.place_denoiser(models, opts, self.device, sharded=self.shards is not None)
+        attention = set_attention(models.denoiser, opts.memory)
+        if opts.memory.compiles:
+            compile_blocks(self.family.denoiser.blocks(models), opts.memory.dynamo_backend, self.device)
+        if self.shards is not None:
+            placement.shard_denoiser(self.family, models, opts, self.shards)
+        self.swap = placement.swap_blocks(self.family, models, opts, self.device)
+        LOGGER.info("device %s, mixed precision %s, attention %s", self.device, opts.memory.mixed_precision, attention)
+
+    def build(self, tracker: str) -> Run:
+        """The run, with optimizer and schedule over what is trained. `tracker` names the logs' folder or project."""
+        opts, family, method, models, data = self.opts, self.family, self.method, self.models, self.data
+        optimizer = optimizers.make_optimizer(method.parameter_groups(), opts.optimizer)
+        if self.swap is not None:
+            self.swap.manage_optimizer(optimizer)
+        schedule = lr_schedules.make_schedule(optimizer, opts.optimizer, self.plan.total_steps)
+        if not opts.saving.resume:  # a state brings the schedule where it was
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch misses the optimizer's steps, which another run has done
+                for _ in range(self.start.step):
+                    schedule.step()
+        for line in plan.describe(self.plan, data.num_train_images, data.num_reg_images):
+            LOGGER.info("%s", line)
+        making = resuming.making_of(optimizer, opts, self.plan, data)
+        prepared = self.accelerator.prepare_optimizer(optimizer)
+        saves = make_save_plan(opts.saving, method.file_suffix(), self.plan.epochs)
+        check_space(saves.final_path().parent, state.size_of(method.trainable().state_dict()), "what is to be saved")
+        return Run(
+            opts=opts,
+            seed=opts.training.seed,
+            family=family,
+            method=method,
+            models=models,
+            denoise=method.denoise(family, models),
+            objective=family.denoiser.objective(),
+            data=data,
+            plan=self.plan,
+            accelerator=self.accelerator,
+            optimizer=prepared,
+            stepper=OptimizerStepper(opts, optimizer, prepared, _stepped_together(opts, family, models, optimizer)),
+            schedule=schedule,
+            saves=saves,
+            preview=self.preview,
+            validation=Validation(opts, data.held_out, opts.training.seed),
+            tracker=make_tracker(opts, tracker, enabled=self.accelerator.is_main_process),
+            hub=Hub(opts.saving, enabled=self.accelerator.is_main_process),
+            make_metadata=self._metadata_maker(optimizer),
+            save_dtype=SAVE_DTYPES[opts.saving.save_precision],
+            start=self.start,
+            making=making,
+            resume=Path(opts.saving.resume) if opts.saving.resume else None,
+            ema=_ema(opts, optimizer),
+            shards=self.shards,
+        )
+
+    def _metadata_maker(self, optimizer: Any) -> Callable[[Progress], dict[str, str]]:
+        """What makes a file's metadata at any point of the run."""
+        options, data, run_plan = self.opts.optimizer, self.data, self.plan
+        own_rate = {"ss_lr_scheduler": f"adafactor:{options.learning_rate}"} if sets_own_rate(options) else {}
+        fixed = {
+            **own_rate,
+            "ss_session_id": random.SystemRandom().randrange(2**32),
+            "ss_optimizer": optimizers.describe_optimizer(optimizer, options),
+            "ss_max_train_steps": run_plan.total_steps,
+            "ss_num_epochs": run_plan.epochs,
+            "ss_num_batches_per_epoch": run_plan.batches_per_epoch,
+            "ss_num_train_images": data.num_train_images,
+            "ss_num_reg_images": data.num_reg_images,
+        }
+
+        def make(progress: Progress) -> dict[str, str]:
+            of_the_moment = {
+                **fixed,
+                "ss_training_started_at": progress.started,
+                "ss_training_finished_at": time.time(),
+                "ss_steps": progress.step,
+                "ss_epoch": progress.epoch,
+            }
+            model, method = self.family.writer.metadata(self.models), self.method.metadata()
+            return metadata.training_metadata(
+                self.opts, model, method, data.metadata(run_plan.processes), of_the_moment
+            )
+
+        return make
+
+
+def _check_sizes(models: Models, data: TrainingData, preview: Preview) -> None:
+    """Raises: UserError: images to train on, or to make, are larger than the model can take."""
+    most = models.longest_side
+    if most is None:
+        return
+    sizes = {Size(*record.bucket): "a bucket of" for record in data.all_records}
+    sizes |= {Size(prompt.width, prompt.height): "--sample_prompts: an image of" for prompt in preview.prompts}
+    large = [f"{what} {size.width}x{size.height}" for size, what in sizes.items() if max(size) > most]
+    if large:
+        raise UserError(*(f"{place} is too large: this model takes {most} pixels on a side" for place in large))
+
+
+def _stepped_together(opts: Options, family: Family, models: Models, optimizer: Any) -> Any:
+    """The weights by the parts that are stepped inside the backward pass; None: they are not, or each by itself."""
+    fused = opts.fused
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if not fused.in_use:
+        return None
+    if fused.blockwise_fused_optimizers:
+        return parts_by_block(weights, family.denoiser.blocks(models))
+    return equal_parts(weights, fused.fused_optimizer_groups)
+
+
+def _ema(opts: Options, optimizer: Any) -> EMA | None:
+    """--ema."""
+    if not opts.training.ema:
+        return None
+    return EMA([p for group in optimizer.param_groups for p in group["params"]], opts.training.ema_decay)
+
+
+def _choose_start(opts: Options, run_plan: RunPlan) -> ResumePoint:
+    """Where the run begins; a state at the planned end has only its end to do. Raises: UserError: no step is left."""
+    progress = state_notes.read_progress(Path(opts.saving.resume)) if opts.saving.resume else None
+    step, ended = (progress.step, progress.epoch_ended) if progress is not None else (None, True)
+    start = plan.choose_start(run_plan, opts.training, step, epoch_ended=ended)
+    if start.step >= run_plan.total_steps:
+        over = f"{start.step} steps are done already, and the run has {run_plan.total_steps}"
+        more = "raise --max_train_steps or --max_train_epochs, which count from the very beginning"
+        if progress is None or start.step != progress.step:
+            raise UserError(f"{over}; {more}")
+        LOGGER.warning("%s: nothing is trained, and the final files are written; to train on, %s", over, more)
+    if opts.saving.resume and progress is None and not start.step:
+        LOGGER.warning("%s has no step count, so it starts at 0; set --initial_step", opts.saving.resume)
+    return start

@@ -1,0 +1,99 @@
+"""What a run writes: copies of what is trained, states to resume from, and the removal of older ones."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.errors import UserError
+from library.runtime import durable
+from library.runtime.logs import LOGGER
+from library.training import saving, state
+from library.training.report import AGAINST_OVERFLOW
+from library.training.scalars import all_finite
+from library.training.state_notes import MODEL, SavedProgress
+
+if TYPE_CHECKING:
+    from library.training.run import Progress, Run
+
+
+def state_parts(run: Run) -> state.Parts:
+    """What a state of the run holds."""
+    extra = {"best": run.best} if run.data.held_out is not None else {}
+    if run.ema is not None:
+        extra["average"] = run.ema
+    return state.Parts(run.method.trainable(), run.optimizer, run.schedule, run.accelerator.scaler, extra)
+
+
+def save(run: Run, progress: Progress, due: saving.SaveRequest) -> None:
+    """Raises: UserError: no room, no permission, or broken weights; what was saved before is whole."""
+    _check_weights(run, progress)
+    parts = state_parts(run)
+    needed = state.needed_bytes(parts) if due.state else state.size_of(parts.trained.state_dict())
+    saving.check_space(due.path.parent, needed, "what is to be saved")
+    paths = [due.path, *run.method.companions(due.path)]
+    for path in paths:
+        run.hub.settle(path)  # an earlier one of this name
+    with run.as_used(), nullcontext() if run.shards is None else run.shards.unshard(), saving.failing_clearly(due.path):
+        if run.writes:
+            run.method.save(due.path, run.save_dtype, run.make_metadata(progress))
+    LOGGER.info("saved %s", due.path)
+    for path in paths:
+        run.hub.upload(path)
+    _remove(run, due.obsolete)
+    if due.state is not None:
+        _save_state(run, progress, due.state)
+        _remove(run, due.obsolete_state)
+
+
+def _remove(run: Run, obsolete: Path | None) -> None:
+    if obsolete is not None and run.writes:
+        for path in (obsolete, *run.method.companions(obsolete)):
+            run.hub.settle(path)
+            durable.remove(path)
+
+
+def _save_state(run: Run, progress: Progress, folder: Path) -> None:
+    run.hub.settle(folder)
+    with saving.failing_clearly(folder):
+        saved = SavedProgress(progress.step, progress.epoch, run.seed, progress.epoch_ended)
+        how = {"made_with": run.making.to_json(), "gather": run.shards is not None, "write": run.writes}
+        state.save_state(folder, state_parts(run), saved, **how)
+    LOGGER.info("saved the state in %s", folder)
+    run.hub.upload_state(folder)
+
+
+def _check_weights(run: Run, progress: Progress) -> None:
+    """Keeps broken weights from replacing the last good ones: a loss shows them one step late.
+
+    Raises: UserError: trained weights hold infinities or no numbers at all.
+    """
+    finite = all_finite([weight for group in run.optimizer.param_groups for weight in group["params"]])
+    if run.shards is not None:  # each process sees its share; all must leave together
+        finite = not run.processes.largest(int(not finite))
+    if not finite:
+        raise UserError(
+            f"the weights are no longer finite after step {progress.step}; they are not saved, and what was saved "
+            "before is whole",
+            hint=AGAINST_OVERFLOW,
+        )
+
+
+def save_interrupted(run: Run, progress: Progress) -> None:
+    _check_weights(run, progress)
+    folder = run.saves.state_of(run.saves.step_path(progress.step))
+    _save_state(run, progress, folder)
+    LOGGER.warning(
+        "interrupted after step %d; --resume=%s goes on from there; %s",
+        *(progress.step, folder, _usable(run, progress, folder)),
+    )
+
+
+def _usable(run: Run, progress: Progress, folder: Path) -> str:
+    """Where the model as it is now is to be had without training on."""
+    averaged = run.ema is not None or callable(getattr(run.optimizer.optimizer, "eval", None))
+    if run.method.added() is not None and not averaged:
+        return f"{folder / MODEL} can be used as it is, without metadata"
+    final = run.saves.final_path().name
+    return f"with --max_train_steps={progress.step} beside it, only {final} of this step is written"

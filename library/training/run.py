@@ -1,0 +1,112 @@
+"""A run that is ready for its first step, and how far it has come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from library.runtime.processes import Processes
+from library.training import saving
+from library.training.ema import EMA
+from library.training.optimizers import averaged_weights
+from library.training.validation import BestLoss
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from library.data.dataset import TrainingData
+    from library.families.base import Family
+    from library.inference.preview import Preview
+    from library.methods.base import Method
+    from library.objectives.objective import Objective
+    from library.options.base import Options
+    from library.training.hub import Hub
+    from library.training.plan import ResumePoint, RunPlan
+    from library.training.resuming import Making
+    from library.training.sharding import Shards
+    from library.training.stepping import OptimizerStepper
+    from library.training.tracking import Tracker
+    from library.training.validation import Validation
+    from library.types import Denoise, Models
+
+
+@dataclass
+class Progress:
+    """How far the run is; what metadata, names and logs are made from."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # the epoch being trained, from 1
+    micro_step: int = 0  # batches done by this process since the first epoch
+    started: float = field(default_factory=time.time)
+    epoch_ended: bool = False  # whether all that the epoch's end asks for is done, but for saving
+    interrupted: bool = False  # by a signal
+    stopped: bool = False  # early, because validation no longer improves
+
+    @classmethod
+    def at(cls, start: ResumePoint, plan: RunPlan) -> Progress:
+        """Of a run that begins at `start`: the next epoch has not begun."""
+        return cls(start.step, start.epochs, start.epochs * plan.batches_per_process + start.batches)
+
+
+@dataclass
+class Run:
+    """Everything a run consists of, built by `library.session`."""
+
+    opts: Options
+    seed: int
+    family: Family
+    method: Method
+    models: Models
+    denoise: Denoise
+    objective: Objective
+    data: TrainingData
+    plan: RunPlan
+    accelerator: Accelerator
+    optimizer: torch.optim.Optimizer
+    stepper: OptimizerStepper
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    saves: saving.SavePlan
+    preview: Preview
+    validation: Validation
+    tracker: Tracker
+    hub: Hub
+    make_metadata: Callable[[Progress], dict[str, str] | None]
+    save_dtype: torch.dtype | None
+    start: ResumePoint
+    making: Making  # what a state says of this run
+    resume: Path | None = None  # state folder
+    ema: EMA | None = None  # of the trained weights
+    shards: Shards | None = None  # where the trained weights are sharded over the processes
+    best: BestLoss = field(default_factory=BestLoss)
+
+    @contextmanager
+    def as_used(self) -> Iterator[None]:
+        """Within the block the trained module is what is saved, sampled and validated."""
+        self._refresh()
+        with averaged_weights(self.optimizer), nullcontext() if self.ema is None else self.ema.in_place():
+            yield
+            self._refresh()
+
+    def _refresh(self) -> None:
+        if self.shards is not None:  # weights gathered before know nothing of what changes now
+            self.shards.refresh()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that saves and samples."""
+        return self.accelerator.is_main_process
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this process is needed for it: sharded weights are gathered by all together."""
+        return self.writes or self.shards is not None
+
+    @property
+    def processes(self) -> Processes:
+        return Processes(self.accelerator.process_index, self.accelerator.num_processes)
