@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from library.families.sd.loading import Source
 from library.families.sd.saving import save_model
 from library.families.sd.tokenizer import SD2_PAD
+from library.options.method import MethodOptions
 from library.text.tokenizers import bundled_clip_tokenizer
 from library.types import Models
 
@@ -81,6 +82,7 @@ def sd_options(model: str | Path, *, v2: bool = False, vae: str | None = None, *
             pretrained_model_name_or_path=str(model), tokenizer_cache_dir=None, vae=vae, no_half_vae=False
         ),
         family=SimpleNamespace(**(defaults | {"weighted_captions": False} | family)),
+        method=MethodOptions(),
     )
 
 
