@@ -46,8 +46,8 @@ class Preview:
         self.opts, self.family, self.prompts = opts, family, list(prompts)
         self._known: dict[str, TextCond] | None = None
         self.at_first: bool = opts.sampling.sample_at_first
-        self.every_n_steps = _period("--sample_every_n_steps", opts.sampling.sample_every_n_steps)
-        self.every_n_epochs = _period("--sample_every_n_epochs", opts.sampling.sample_every_n_epochs)
+        self.every_n_steps = opts.sampling.sample_every_n_steps
+        self.every_n_epochs = opts.sampling.sample_every_n_epochs
 
     @classmethod
     def from_options(cls, opts: Options, family: Family) -> Preview:
@@ -177,13 +177,6 @@ def _advise_sampler(opts: Options, traits: FamilyTraits) -> None:
     chosen = opts.sampling.sample_sampler
     if chosen.removeprefix("k_") != FLOW_SAMPLER:
         LOGGER.warning(f"--sample_sampler {chosen} has no effect: {flow_sampler_note(traits)}")
-
-
-def _period(flag: str, value: int | None) -> int | None:
-    if value is not None and value <= 0:
-        LOGGER.warning(f"{flag} {value} is ignored: it must be 1 or more")
-        return None
-    return value
 
 
 def _mixed_precision(name: str | None) -> torch.dtype:

@@ -90,7 +90,7 @@ class FlowObjective(Objective):
         if self.settings.sampling == "discrete":
             sigma = shift_sigma(timestep_density(self.settings, len(latents), generator), self.settings.shift)
             # the product may round up to the end, which is no timestep any more
-            return (sigma * (high - low) + low).floor().clamp(max=high - 1).long()
+            return (sigma * (high - low) + low).clamp(max=high - 1).long()
         sigma = self._draw_sigma(latents, generator)
         return low + sigma * (high - low)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -12,9 +12,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from library.families.sd.loading import Source
 from library.families.sd.saving import save_model
 from library.families.sd.tokenizer import SD2_PAD
-from library.options.method import MethodOptions
+from library.options.base import Options
 from library.text.tokenizers import bundled_clip_tokenizer
 from library.types import Models
+from tests.builders.options import options_for
 
 WIDTH = 64  # of a CLIP head, and so the narrowest that SD 2.x's rule for U-Net heads allows
 
@@ -74,16 +75,9 @@ def write_tiny_sd2(path: str | Path, seed: int = 0, dtype: torch.dtype | None = 
     return _write(tiny_sd(True, seed), Path(path), dtype)
 
 
-def sd_options(model: str | Path, *, v2: bool = False, vae: str | None = None, **family: object) -> SimpleNamespace:
-    """The two option groups that the SD family reads."""
-    defaults = {"v2": v2, "v_parameterization": False, "clip_skip": None, "max_token_length": None}
-    return SimpleNamespace(
-        model=SimpleNamespace(
-            pretrained_model_name_or_path=str(model), tokenizer_cache_dir=None, vae=vae, no_half_vae=False
-        ),
-        family=SimpleNamespace(**(defaults | {"weighted_captions": False} | family)),
-        method=MethodOptions(),
-    )
+def sd_options(model: str | Path, **values: Any) -> Options:
+    """All options of the family's network script, with their defaults but for `values`."""
+    return options_for("sd", "network", pretrained_model_name_or_path=str(model), **values)
 
 
 def _write(models: Models, path: Path, dtype: torch.dtype | None) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from library.families.flux.options import FluxOptions
 from library.families.shared.vae import vae_map
-from library.options.loss import LossOptions, NoiseOptions
+from library.options.base import Options
+from tests.builders.options import options_for
 from tests.builders.t5 import t5_weights, tiny_t5, write_t5_tokenizer
 
 HEAD, HEADS = 32, 2  # the narrowest head whose rotary axes are all even
@@ -163,22 +162,10 @@ def write_bundle(path: Path, variant: str = "dev") -> Path:
     return path
 
 
-def flux_options(
-    model: str | Path, tokenizer_cache_dir: str | None = None, *, mapless: bool = False, **family: Any
-) -> SimpleNamespace:
-    """The option groups that the FLUX family reads, with their defaults. `mapless`: files are not mapped."""
-    return SimpleNamespace(
-        model=SimpleNamespace(
-            pretrained_model_name_or_path=str(model),
-            tokenizer_cache_dir=tokenizer_cache_dir,
-            vae=None,
-            no_half_vae=False,
-            disable_mmap_load_safetensors=mapless,
-        ),
-        family=FluxOptions(**family),
-        noise=NoiseOptions(),
-        loss=LossOptions(),
-    )
+def flux_options(model: str | Path, *, mapless: bool = False, **values: Any) -> Options:
+    """All options of the family's network script, with their defaults but for `values`. `mapless`: no memory maps."""
+    values |= {"pretrained_model_name_or_path": str(model), "disable_mmap_load_safetensors": mapless}
+    return options_for("flux", "network", **values)
 
 
 def _shake(model: torch.nn.Module) -> None:

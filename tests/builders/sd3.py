@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from library.families.shared.vae import vae_map
+from library.options.base import Options
+from tests.builders.options import options_for
 from tests.builders.t5 import t5_weights, tiny_t5
 
 WIDTH, DEPTH = 64, 3
@@ -145,28 +146,14 @@ def write_encoder_file(path: str | Path, part: str, projection: bool = True, voc
     return Path(path)
 
 
-def sd3_options(
-    model: str | Path, *, vae: str | None = None, cache: str | None = None, mapless: bool = False, **family: Any
-) -> Any:
-    """The option groups that the SD3 family reads, with the script's own defaults.
+def sd3_options(model: str | Path, *, cache: str | None = None, mapless: bool = False, **values: Any) -> Options:
+    """All options of the family's network script, with their defaults but for `values`; paths become strings.
 
-    `cache`: of tokenizers. `mapless`: files are not mapped.
+    `cache`: of tokenizers. `mapless`: no memory maps.
     """
-    from library.families.sd3.options import Sd3Options
-    from library.options.loss import LossOptions, NoiseOptions
-
-    return SimpleNamespace(
-        model=SimpleNamespace(
-            pretrained_model_name_or_path=str(model),
-            tokenizer_cache_dir=cache,
-            vae=vae,
-            no_half_vae=False,
-            disable_mmap_load_safetensors=mapless,
-        ),
-        family=Sd3Options(**{name: str(v) if isinstance(v, Path) else v for name, v in family.items()}),
-        noise=NoiseOptions(),
-        loss=LossOptions(),
-    )
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    values |= {"tokenizer_cache_dir": cache, "disable_mmap_load_safetensors": mapless}
+    return options_for("sd3", "network", pretrained_model_name_or_path=str(model), **values)
 
 
 def _draws(seed: int) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,7 +12,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from library.families.sdxl.loading import Source
 from library.families.sdxl.saving import save_model
 from library.families.sdxl.tokenizers import sdxl_tokenizers
+from library.options.base import Options
 from library.types import Models
+from tests.builders.options import options_for
 
 WIDTH1, WIDTH2, POOLED = 64, 128, 64  # of the text encoders; the projection is not square, unlike the real one
 
@@ -86,17 +87,6 @@ def write_tiny_sdxl(path: str | Path, seed: int = 0, dtype: torch.dtype | None =
     return path
 
 
-def sdxl_options(model: str | Path, *, vae: str | None = None, **family: object) -> SimpleNamespace:
-    """The option groups that the family reads."""
-    defaults = {"v2": False, "v_parameterization": False, "clip_skip": None, "max_token_length": None}
-    return SimpleNamespace(
-        model=SimpleNamespace(
-            pretrained_model_name_or_path=str(model),
-            tokenizer_cache_dir=None,
-            vae=vae,
-            no_half_vae=False,
-            disable_mmap_load_safetensors=False,
-        ),
-        family=SimpleNamespace(**(defaults | {"weighted_captions": False} | family)),
-        noise=SimpleNamespace(zero_terminal_snr=False),
-    )
+def sdxl_options(model: str | Path, **values: Any) -> Options:
+    """All options of the family's network script, with their defaults but for `values`."""
+    return options_for("sdxl", "network", pretrained_model_name_or_path=str(model), **values)

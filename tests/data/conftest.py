@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.options.base import Given, build_options, options_of
 from library.options.data import DataOptions
 from library.options.loss import LossOptions
 from library.options.sampling import ValidationOptions
 from library.options.training import TrainingOptions
 from library.types import FamilyTraits
+from tests.builders.options import options_with
 
 TRAITS = FamilyTraits(
     label="Test family",
@@ -44,8 +44,7 @@ def make_opts():
         if "dataset_config" in given:
             given["dataset_config"] = Path(given["dataset_config"])
         groups = (DataOptions, LossOptions, TrainingOptions, ValidationOptions)
-        assert given.keys() <= {option.dest for group in groups for option in options_of(group)}
-        return build_options(groups, {name: Given(value, "command line") for name, value in given.items()})
+        return options_with(*groups, **given)
 
     return make
 

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from library.families.flux.keymap import flux_map
 from library.families.flux.variants import check_paths, flux_shape
 from library.families.shared.clip import public_state
 from library.memory.low_precision import Fp8Linear
-from library.options.memory import MemoryOptions
 from library.training import placement
 from tests.builders.flux import (
     WIDTH,
@@ -36,6 +34,7 @@ from tests.builders.flux import (
     write_parts,
 )
 from tests.builders.fp8 import fp8_scaled
+from tests.builders.options import options_for
 from tests.builders.t5 import t5_weights, tiny_t5
 
 
@@ -146,8 +145,7 @@ def test_files_in_8_bits_keep_their_numbers(tmp_path, parts, base):
     save_file(t5, tmp_path / "t5xxl_fp8_e4m3fn.safetensors")
     flux = write_flux(tmp_path, dtype=torch.float8_e4m3fn)
     models = load(flux, {**parts, "t5xxl": str(tmp_path / "t5xxl_fp8_e4m3fn.safetensors")})
-    memory = MemoryOptions(mixed_precision="bf16", fp8_base=base)
-    opts, cpu = SimpleNamespace(memory=memory, swap=None), torch.device("cpu")
+    opts, cpu = options_for("flux", "network", mixed_precision="bf16", fp8_base=base), torch.device("cpu")
     placement.place_text_encoders(models, opts, cpu, grad_text=False)
     placement.place_denoiser(models, opts, cpu)
     layer = "encoder.block.0.layer.0.SelfAttention.q"

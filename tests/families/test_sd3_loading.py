@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,10 +19,10 @@ from library.families.sd3.adapter import Sd3Family
 from library.families.sd3.loading import load_model
 from library.families.sd3.variants import check_paths, mmdit_shape
 from library.memory.low_precision import Fp8Linear
-from library.options.memory import MemoryOptions
 from library.training import placement
 from library.types import Models
 from tests.builders import write_tiny_sd1
+from tests.builders.options import options_for
 from tests.builders.sd3 import (
     DUAL,
     T5,
@@ -198,7 +197,7 @@ def test_denoiser_and_t5_in_8_bits_keep_their_numbers_with_fp8_base(tmp_path):
         str(tmp_path / "sd3.5_large_fp8.safetensors"), {"te3": str(tmp_path / "t5xxl_fp8_e4m3fn.safetensors")}
     )
     models = Models(parts.denoiser, parts.text_encoders, {}, parts.vae, parts.source)
-    opts = SimpleNamespace(memory=MemoryOptions(mixed_precision="bf16", fp8_base=True), swap=None)
+    opts = options_for("sd3", "network", mixed_precision="bf16", fp8_base=True)
     placement.place_text_encoders(models, opts, torch.device("cpu"), grad_text=False)
     placement.place_denoiser(models, opts, torch.device("cpu"))
     mmdit = {name.removeprefix(prefix): t.float() for name, t in narrow.items() if name.startswith(prefix)}
@@ -271,7 +270,7 @@ def test_a_missing_clip_is_named_at_once_unless_outputs_are_cached(bare, encoder
     opts = sd3_options(bare, clip_l=encoder_files["te1"])
     (problem,) = check_paths(opts)
     assert problem.startswith("--clip_g: missing, and the model brings no CLIP-G")
-    opts.text_cache = type("Group", (), {"cache_text_encoder_outputs_to_disk": True})
+    opts = opts.replaced(cache_text_encoder_outputs_to_disk=True)
     assert check_paths(opts) == []
     models = Sd3Family(opts).loader.load()
     with pytest.raises(UserError, match="--clip_g: missing"):

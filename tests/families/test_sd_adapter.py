@@ -19,6 +19,7 @@ from library.families.sd.variants import check_paths
 from library.families.shared.recognition import recognise
 from library.types import Models
 from tests.builders import sd_options, tiny_sd, write_tiny_sd1, write_tiny_sd2
+from tests.builders.options import options_for
 
 
 def real_models(v2: bool) -> Models:
@@ -126,8 +127,7 @@ def test_lengths_of_the_context():
     for length, positions in ((None, 77), (75, 77), (150, 152), (225, 227)):
         family = SdFamily(sd_options("", max_token_length=length))
         assert family.text.encode(models, ["a", "b"]).tensors["context"].shape == (2, positions, 64)
-    options = sd_options("")
-    options.method = type(options)(no_token_padding=True)
+    options = options_for("sd", "dreambooth", no_token_padding=True)
     assert SdFamily(options).text.encode(models, ["a b", "c"]).tensors["context"].shape == (2, 4, 64)
 
 

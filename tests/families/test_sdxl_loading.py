@@ -87,8 +87,7 @@ def test_file_ckpt_and_folder_are_the_same_model(original, single_file, theirs, 
 
 def test_without_a_memory_map_the_file_is_the_same(original, single_file, monkeypatch):
     monkeypatch.setattr("safetensors.safe_open", lambda *_, **__: pytest.fail("mapped the file"))
-    options = sdxl_options(single_file)
-    options.model.disable_mmap_load_safetensors = True
+    options = sdxl_options(single_file, disable_mmap_load_safetensors=True)
     assert_same_model(load_model(str(single_file), mapped=False), original)
     assert_same_state(SdxlFamily(options).loader.load().denoiser.state_dict(), original.denoiser.state_dict())
 

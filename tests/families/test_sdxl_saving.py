@@ -51,8 +51,7 @@ def assert_same(parts, models) -> None:
 
 def test_reading_and_writing_gives_the_same_bytes(tmp_path):
     published(tmp_path / "model.safetensors")
-    family = family_for(tmp_path / "model.safetensors", v_parameterization=True)
-    family.opts.noise.zero_terminal_snr = True  # as its markers say
+    family = family_for(tmp_path / "model.safetensors", v_parameterization=True, zero_terminal_snr=True)
     models = family.loader.load()
     assert models.source.save_as == "safetensors"
     family.writer.save(
@@ -64,8 +63,7 @@ def test_reading_and_writing_gives_the_same_bytes(tmp_path):
 def test_ckpt_round_trip_adds_to_the_counters(tmp_path):
     tensors = published(tmp_path / "model.safetensors")
     torch.save({"state_dict": tensors, "epoch": 2, "global_step": 300}, tmp_path / "model.ckpt")
-    family = family_for(tmp_path / "model.ckpt", v_parameterization=True)
-    family.opts.noise.zero_terminal_snr = True  # as its markers say
+    family = family_for(tmp_path / "model.ckpt", v_parameterization=True, zero_terminal_snr=True)
     metadata = {"ss_epoch": "3", "ss_steps": "40"}
     family.writer.save(family.loader.load(), tmp_path / "again.ckpt", save_as="ckpt", dtype=None, metadata=metadata)
     again = torch.load(tmp_path / "again.ckpt", weights_only=True)
@@ -97,8 +95,9 @@ def test_trained_weights_are_what_is_written(tmp_path):
 @pytest.mark.parametrize("save_as", ["diffusers", "diffusers_safetensors"])
 def test_diffusers_opens_the_folder_offline(save_as, tmp_path):
     """Its own pipeline runs one step, and the parts equal the models that were saved."""
-    family = family_for(write_tiny_sdxl(tmp_path / "model.safetensors"), v_parameterization=True)
-    family.opts.noise.zero_terminal_snr = True
+    family = family_for(
+        write_tiny_sdxl(tmp_path / "model.safetensors"), v_parameterization=True, zero_terminal_snr=True
+    )
     models = family.loader.load()
     family.writer.save(models, tmp_path / "pipe", save_as=save_as, dtype=None, metadata={})
     weights = {p.suffix for p in (tmp_path / "pipe").rglob("*") if p.stat().st_size > 100_000 and "tok" not in str(p)}

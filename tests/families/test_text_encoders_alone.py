@@ -64,7 +64,7 @@ def test_texts_are_those_of_the_whole_model(make, as_folder, tmp_path):
     if as_folder:
         name = tmp_path / "folder"
         family.writer.save(family.loader.load(), name, save_as="diffusers_safetensors", dtype=None, metadata={})
-        family.opts.model.pretrained_model_name_or_path = str(name)
+        family = type(family)(family.opts.replaced(pretrained_model_name_or_path=str(name)))
         for part in ("transformer", "unet", "vae"):
             for weights in (name / part).glob("*.safetensors"):
                 shutil.move(weights, weights.with_suffix(".away"))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.memory.attention import set_attention
+from library.options.memory import MemoryOptions
 from tests.builders import tiny_sd
 
 SIDE = 32  # of the latents; the first level's self-attention is over SIDE² positions, with 8 heads
@@ -53,7 +52,7 @@ def test_the_attention_matrix_is_never_written_out(switches):
     with sdpa_kernel(SDPBackend.MATH):
         plain, expected = trained_once(unet)
     assert plain >= WHOLE_MATRIX
-    options = SimpleNamespace(attention=("mem_eff_attn",))
+    options = MemoryOptions(mem_eff_attn=True)
     assert set_attention(unet, options) == "memory-efficient sdpa"
     efficient, gradient = trained_once(unet)
     assert efficient < WHOLE_MATRIX / 8

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +32,7 @@ from library.training.precision import StochasticRounding
 from library.training.stepping import step_in_backward
 from library.types import LoraTarget, Models
 from networks import lora
+from tests.builders.options import options_for
 from tests.networks.conftest import tiny_unet
 
 CPU = torch.device("cpu")
@@ -313,7 +313,7 @@ def test_how_many_blocks_of_the_published_models_can_be_swapped(config, largest)
 def test_a_number_that_is_too_large_is_told_in_the_users_units():
     """Of FLUX.1's 19 double and 38 single blocks, two small ones count as one."""
     models = Models(published("FluxTransformer2DModel", guidance_embeds=True), {}, {}, None, None)
-    asked = SimpleNamespace(swap=SimpleNamespace(count=37))
+    asked = options_for("flux", "network", blocks_to_swap=37)
     with pytest.raises(UserError, match=r"--blocks_to_swap: 37 are more than this model can swap; at most 36$"):
         placement.swap_blocks(FluxFamily(None), models, asked, torch.device("cuda"))
 

@@ -15,7 +15,6 @@ from torch import nn
 from library.errors import UserError
 from library.methods.network import NetworkMethod
 from library.methods.network_spec import check_options
-from library.options.base import Given, build_options
 from library.options.memory import MemoryOptions
 from library.options.network import NetworkOptions
 from library.options.optimizer import OptimizerOptions
@@ -23,6 +22,7 @@ from library.options.saving import SavingOptions
 from library.options.training import TrainingOptions
 from library.runtime.logs import LOGGER
 from library.types import LoraTarget, Models
+from tests.builders.options import options_with
 
 
 class Block(nn.Module):
@@ -48,7 +48,7 @@ def toy_models():
 def options_for(**given):
     given = {"network_module": "networks.lora", "learning_rate": 1e-3, "seed": 5, **given}
     groups = [NetworkOptions, MemoryOptions, OptimizerOptions, SavingOptions, TrainingOptions]
-    return build_options(groups, {name: Given(value, "test") for name, value in given.items()})
+    return options_with(*groups, **given)
 
 
 def method_for(**given):

@@ -99,7 +99,7 @@ def test_draws_repeat_with_the_generator_and_differ_within_a_batch():
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_types(sampling):
-    draw = make(sampling).draw(LATENTS.bfloat16(), rng())
+    draw = make(sampling, target="clean").draw(LATENTS.bfloat16(), rng())
     assert (draw.noisy.dtype, draw.target.dtype, draw.noise.dtype) == (torch.bfloat16, torch.float32, torch.float32)
     assert draw.timesteps.dtype == (torch.int64 if sampling == "discrete" else torch.float32)
 

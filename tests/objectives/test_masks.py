@@ -18,6 +18,7 @@ def test_half_a_mask_halves_the_loss_without_renormalising():
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., :16] = 1
     assert mask_loss(loss, mask).mean() == 0.5
+    assert mask_loss(loss, mask.double()).dtype == torch.float32
     assert mask_loss(loss, torch.full_like(mask, 128 / 255)).mean().item() == pytest.approx(128 / 255)
 
 

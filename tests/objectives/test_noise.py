@@ -44,7 +44,7 @@ def test_offset_random_strength_is_uniform_up_to_the_given_one():
 
 def test_adaptive_scale_adds_to_the_strength_by_channel_mean_and_never_goes_below_zero():
     latents = torch.zeros(4096, 2, 2, 2)
-    latents[:, 0] = -3.0  # the mean's size counts, not its sign
+    latents[:, 0] = torch.tensor([[-6.0, 0.0], [-4.0, -2.0]])  # the size of the mean, -3, counts and not its sign
     grown = noise.offset_noise(torch.zeros_like(latents), latents, rng(), strength=0.1, adaptive_scale=0.2)
     assert abs(grown[:, 0].std().item() - (0.1 + 0.2 * 3)) < 0.04
     assert abs(grown[:, 1].std().item() - 0.1) < 0.006
@@ -109,6 +109,14 @@ def test_perturbed_noise_random_strength_is_uniform_up_to_gamma():
     assert abs(strengths.mean().item() - 0.2) < 0.02  # 3.5 deviations of the mean of 400 U(0, 0.4)
     assert strengths.max() < 0.4 * 1.06
     assert strengths.min() < 0.02
+
+
+def test_random_strengths_come_from_the_generator():
+    for draw in (
+        lambda generator: noise.offset_noise(ZEROS, ZEROS, generator, strength=0.5, random_strength=True),
+        lambda generator: noise.perturbed_noise(ZEROS, generator, gamma=0.5, random_strength=True),
+    ):
+        assert torch.equal(draw(rng(4)), draw(rng(4)))
 
 
 def test_host_random_follows_the_state_and_leaves_it():

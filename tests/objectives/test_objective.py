@@ -13,6 +13,7 @@ from library.objectives.objective import DdpmObjective
 from library.options.loss import LossOptions, NoiseOptions
 from library.options.parsing import parse_options
 from library.registry import groups_for
+from library.types import NoiseDraw
 from tests.builders.host_reads import HostReads
 from tests.builders.options import options_with
 
@@ -77,6 +78,26 @@ def test_timesteps_within_a_batch_differ_with_huber_losses(loss_type):
 def test_drawn_timesteps_stay_in_the_range_asked_for():
     objective = make(min_timestep=100, max_timestep=104)
     assert objective.draw(torch.zeros(500, 1, 1, 1), rng()).timesteps.unique().tolist() == [100, 101, 102, 103]
+
+
+def test_validation_divides_the_range():
+    assert make().validation_timesteps() == [200, 400, 600, 800]
+    assert make(min_timestep=500).validation_timesteps() == [600, 700, 800, 900]
+
+
+def test_an_adaptive_offset_follows_the_latents():
+    """Each channel's offset has the deviation 0.1 + 0.5 |mean|, here 2.1."""
+    latents = torch.full((512, 4, 4, 4), -4.0)
+    draw = make(noise_offset=0.1, adaptive_noise_scale=0.5).draw(latents, rng())
+    offsets = draw.noise.mean(dim=(2, 3))  # 2048 of them, each with a deviation of 1/4 from plain noise too
+    assert offsets.std().item() == pytest.approx(math.hypot(2.1, 0.25), rel=0.05)
+
+
+def test_tables_follow_the_latents_to_their_device():
+    draw = make().draw(LATENTS, rng(), TIMES)
+    elsewhere = NoiseDraw(**{name: value.to("meta") for name, value in vars(draw).items()})
+    for method in ("signal", "weights"):
+        assert getattr(make(min_snr_gamma=5.0), method)(elsewhere).is_meta
 
 
 def test_noisy_keeps_the_latents_type_and_the_target_is_float32():
@@ -175,7 +196,7 @@ def test_loss_matches_its_definition(prediction, changes, masked):
     objective, masks = make(prediction, **changes), MASKS if masked else None
     draw = objective.draw(LATENTS, rng(), TIMES)
     loss = objective.loss(PREDICTION, draw, WEIGHTS, masks)
-    assert loss.shape == (6,)
+    assert (loss.shape, loss.dtype) == ((6,), torch.float32)
     # float32 means of 384 numbers, and weights through a square root
     torch.testing.assert_close(loss.double(), reference_loss(prediction, draw, masks, **changes), rtol=5e-6, atol=1e-8)
 

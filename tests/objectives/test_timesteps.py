@@ -12,6 +12,7 @@ def draw(span: timesteps.TimestepRange, count: int = 20000) -> torch.Tensor:
 def test_the_whole_range_is_uniform():
     drawn = draw(timesteps.timestep_range(None, None))
     assert drawn.dtype == torch.int64
+    assert torch.equal(drawn, draw(timesteps.timestep_range(None, None)))
     assert drawn.min() == 0
     assert drawn.max() == 999
     tenths = torch.bincount(drawn // 100, minlength=10)
@@ -27,3 +28,4 @@ def test_the_range_is_half_open():
 def test_validation_timesteps_are_the_inner_points_of_six():
     assert timesteps.validation_timesteps(timesteps.timestep_range(None, None)) == [200, 400, 600, 800]
     assert timesteps.validation_timesteps(timesteps.timestep_range(500, 1000)) == [600, 700, 800, 900]
+    assert timesteps.validation_timesteps(timesteps.timestep_range(0, 999)) == [199, 399, 599, 799]

@@ -13,23 +13,16 @@ from library import encoding
 from library.checkpoints.hashes import weights_fingerprint
 from library.memory.low_precision import Fp8Conv2d, Fp8Linear, SmallWeight
 from library.memory.quantised import Int8Conv2d, Int8Linear, Nf4Conv2d, Nf4Linear
+from library.options.base import Options
 from library.training import placement
 from tests.builders import tiny_sd
+from tests.builders.options import options_for
 
 CPU = torch.device("cpu")
 
 
-def options(**memory):
-    defaults = {
-        "mixed_precision": "bf16", "full_fp16": False, "full_bf16": False, "fp8_base": False, "fp8_base_unet": False,
-        "quantize_base": None,
-        "gradient_checkpointing": False, "cpu_offload_checkpointing": False, "lowram": False,
-    }  # fmt: skip
-    return SimpleNamespace(
-        memory=SimpleNamespace(**defaults | memory),
-        model=SimpleNamespace(no_half_vae=False),
-        swap=SimpleNamespace(count=0),
-    )
+def options(**memory) -> Options:
+    return options_for("flux", "network", **{"mixed_precision": "bf16", **memory})
 
 
 def place(models, chosen):
@@ -96,8 +89,7 @@ def test_which_parts_are_quantised(form):
 @pytest.mark.parametrize("unet_only", [False, True])
 def test_text_outputs_of_quantised_encoders_are_told_from_exact_ones(unet_only):
     """Else a run with exact encoders would take the outputs of rounded ones from the disk."""
-    models, opts = tiny_sd(), options(fp8_base_unet=unet_only)
-    opts.text_cache = SimpleNamespace(in_use=True)
+    models, opts = tiny_sd(), options(fp8_base_unet=unet_only, cache_text_encoder_outputs=True)
     family = SimpleNamespace(
         traits=SimpleNamespace(text_encoders=("te",)),
         text=SimpleNamespace(layout=lambda models: SimpleNamespace(settings={})),
@@ -105,8 +97,7 @@ def test_text_outputs_of_quantised_encoders_are_told_from_exact_ones(unet_only):
     made_by = {}
     method = SimpleNamespace(text_fingerprint=dict, working_text_encoders=list)
     for form in (None, "fp8", "int8", "nf4"):
-        opts.memory.quantize_base = form
-        prepared = encoding.text_cache(opts, family, method, models, None).args
+        prepared = encoding.text_cache(opts.replaced(quantize_base=form), family, method, models, None).args
         made_by[form] = next(one for one in prepared if isinstance(one, dict))["te"]
     assert made_by["fp8"] == made_by[None] == weights_fingerprint(models.text_encoders["te"])
     assert len(set(made_by.values())) == (1 if unet_only else 3)
@@ -131,8 +122,7 @@ def test_lowram_loads_to_the_device_and_says_where_that_means_nothing(caplog, mo
         assert torch.get_default_device() == elsewhere
     with placement.loading(options(), elsewhere):
         assert torch.get_default_device() == CPU
-    swapping = options(lowram=True)
-    swapping.swap = SimpleNamespace(count=3)
+    swapping = options(lowram=True, blocks_to_swap=3)
     with caplog.at_level(logging.WARNING), placement.loading(swapping, elsewhere):
         assert torch.get_default_device() == CPU, "a whole model would not fit there"
     assert "--lowram: no effect with --blocks_to_swap" in caplog.text

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError
+from library.options.base import Given, Options
 from library.options.optimizer import OptimizerOptions
 from library.runtime.logs import LOGGER
 from library.training import state, state_notes
@@ -35,7 +36,7 @@ class Training:
         self.optimizer = make_optimizer(groups, chosen)
         self.schedule = make_schedule(self.optimizer, chosen, steps)
         plan = make_plan(batches, 1, 1, steps=steps, epochs=None, by_default=False)
-        opts = SimpleNamespace(optimizer=chosen, explicit=frozenset(explicit))
+        opts = Options([chosen], dict.fromkeys(explicit, Given(None, "command line")))
         self.making = making_of(self.optimizer, opts, plan, data)
         self.done = 0
         self.used = []  # the rates of each step

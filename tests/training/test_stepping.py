@@ -6,7 +6,6 @@ import copy
 import itertools
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,9 @@ import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from library.options.memory import MemoryOptions
 from library.options.optimizer import TORCH_OPTIMIZERS, OptimizerOptions, steps_each_alone
+from library.options.training import TrainingOptions
 from library.training.optimizers import make_optimizer
 from library.training.stepping import (
     FusedGroups,
@@ -26,6 +27,7 @@ from library.training.stepping import (
     step_subset,
     uses_stochastic_rounding,
 )
+from tests.builders.options import options_with
 
 NAMES = [*TORCH_OPTIMIZERS, "AdaFactor", "AdaFactor with relative steps"]
 
@@ -159,11 +161,16 @@ def test_groups_stay_when_a_step_fails():
     assert optimizer.param_groups is groups
 
 
-def options(name, *, fused=False, rounding=False):
-    return SimpleNamespace(
-        optimizer=OptimizerOptions(optimizer_type=name, fused_backward_pass=fused),
-        memory=SimpleNamespace(stochastic_rounding=rounding),
-        training=SimpleNamespace(seed=5),
+def options(name, *, fused=False, rounding=False, full=False):
+    return options_with(
+        OptimizerOptions,
+        MemoryOptions,
+        TrainingOptions,
+        optimizer_type=name,
+        fused_backward_pass=fused,
+        stochastic_rounding=rounding,
+        full_bf16=full,
+        seed=5,
     )
 
 
@@ -179,8 +186,7 @@ def options(name, *, fused=False, rounding=False):
 )
 def test_adafactor_rounds_bf16_by_chance_inside_the_backward_pass(name, fused, full, rounded):
     """A thousandth of the last bit of 1 is lost by rounding, and is there in the mean by chance."""
-    opts = options(name, fused=fused)
-    opts.memory.full_bf16 = full
+    opts = options(name, fused=fused, full=full)
     assert uses_stochastic_rounding(opts) == rounded
     weight = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
     more = {"relative_step": False, "scale_parameter": False} if name == "AdaFactor" else {"weight_decay": 0.0}
