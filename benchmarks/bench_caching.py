@@ -29,9 +29,9 @@ from torch import Tensor
 from library import cli, registry
 from library.caching import latents
 from library.caching.encode_missing import Encoder
-from library.data import images
-from library.data.blueprint import build_specs
-from library.data.dataset import TrainingData, build_training_data
+from library.data.config.blueprint import build_specs
+from library.data.sample import images
+from library.data.sample.dataset import TrainingData, build_training_data
 from library.families.sd.options import TRAITS
 from library.options import parsing
 from library.runtime import logs

@@ -39,7 +39,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from library.options import parsing
-from library.preparation import buckets, tagging
+from library.preparation.latents import buckets
+from library.preparation.tagging import tag_images as tagging
 from library.runtime import logs
 from library.runtime.places import cache_folder
 

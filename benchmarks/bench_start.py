@@ -64,8 +64,8 @@ def start(folder: Path, index: Path) -> dict[str, float]:
     """Seconds and memory of one start, in this process."""
     began = time.perf_counter()
     from library import registry
-    from library.data.blueprint import build_specs
-    from library.data.dataset import build_training_data
+    from library.data.config.blueprint import build_specs
+    from library.data.sample.dataset import build_training_data
     from library.families.sd.options import TRAITS
     from library.options import parsing
 
@@ -88,8 +88,8 @@ def start(folder: Path, index: Path) -> dict[str, float]:
 
 def metadata(folder: Path) -> dict[str, float]:
     """Seconds and memory for reading a metadata file and finding its images, in this process."""
-    from library.data import metadata_files
-    from library.data.index import FileIndex
+    from library.data.scan import metadata_files
+    from library.data.scan.index import FileIndex
 
     began = time.perf_counter()
     entries = metadata_files.read_metadata(folder / "meta.json")

@@ -7,8 +7,8 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
-from library.preparation.captioning import GROUPS, make_captions
-from library.preparation.script import run_script
+from library.preparation.captioning.make_captions import GROUPS, make_captions
+from library.preparation.common.script import run_script
 
 if __name__ == "__main__":
     run_script(make_captions, GROUPS, description=__doc__)

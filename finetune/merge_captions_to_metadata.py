@@ -7,9 +7,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from library.preparation.merging import CAPTION_GROUPS as GROUPS
-from library.preparation.merging import merge_captions
-from library.preparation.script import run_script
+from library.preparation.common.script import run_script
+from library.preparation.metadata.merging import CAPTION_GROUPS as GROUPS
+from library.preparation.metadata.merging import merge_captions
 
 if __name__ == "__main__":
     run_script(merge_captions, GROUPS, description="Merges caption files into a metadata file.")

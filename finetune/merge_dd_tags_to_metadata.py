@@ -7,9 +7,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from library.preparation.merging import TAG_GROUPS as GROUPS
-from library.preparation.merging import merge_tags
-from library.preparation.script import run_script
+from library.preparation.common.script import run_script
+from library.preparation.metadata.merging import TAG_GROUPS as GROUPS
+from library.preparation.metadata.merging import merge_tags
 
 if __name__ == "__main__":
     run_script(merge_tags, GROUPS, description="Merges tag files into a metadata file.")

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.data.blueprint import build_specs
-from library.data.opencv import opencv
+from library.data.config.blueprint import build_specs
+from library.data.sample.opencv import opencv
 from library.errors import UserError
 from library.options import validation
 from library.options.logging import absolute_paths

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from library.caching.encode_missing import Encoder, OnError
-    from library.data.dataset import TrainingData
+    from library.data.sample.dataset import TrainingData
     from library.families.base import Family
     from library.methods.base import Method
     from library.options.base import Options

@@ -42,7 +42,7 @@ from library.types import Size
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from library.data.dataset import TrainingData
+    from library.data.sample.dataset import TrainingData
     from library.data.types import DatasetSpec
     from library.families.base import Family
     from library.families.spec import FamilySpec
@@ -129,7 +129,7 @@ def show_data(opts: Options, data: TrainingData, accelerator: Accelerator) -> No
     """--debug_dataset."""
     if not accelerator.is_main_process:
         return
-    from library.data.contact_sheet import show, write_sheets
+    from library.data.report.contact_sheet import show, write_sheets
 
     folder = Path(opts.saving.output_dir or ".") / "debug_dataset"
     sheets = write_sheets(data, folder)

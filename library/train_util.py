@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from library.checkpoints.hashes import network_hashes
-from library.data.bucket_manager import BucketManager
+from library.data.sample.bucket_manager import BucketManager
 from library.embedding import read_config_from_file
 
 __all__ = [

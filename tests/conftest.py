@@ -10,6 +10,7 @@ from collections.abc import Generator
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' processes share the cores, and tiny models need no more
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported, so it comes before every import of ours
 
 os.environ["TRAINSCRIPTS_CACHE"] = tempfile.mkdtemp(prefix="trainscripts-tests-")  # the user's own is not touched

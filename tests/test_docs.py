@@ -16,14 +16,14 @@ from PIL import Image
 
 import library.families
 from library import registry
-from library.data import buckets
-from library.data.blueprint import build_specs
-from library.data.captions import CaptionOptions, make_caption
-from library.data.config_schema import KEYS
-from library.data.dataset import build_training_data
+from library.data.config.blueprint import build_specs
+from library.data.config.schema import KEYS
+from library.data.sample import buckets
+from library.data.sample.captions import CaptionOptions, make_caption
+from library.data.sample.dataset import build_training_data
 from library.families.sd.options import TRAITS
 from library.options import parsing
-from library.preparation.cleaning import clean_caption, clean_tags
+from library.preparation.metadata.cleaning import clean_caption, clean_tags
 from library.runtime.documents import parse_toml
 from library.types import Size
 from tools.option_tables import preparation_groups, preparation_scripts

@@ -356,9 +356,9 @@ def test_everything_imported_is_required():
 @pytest.mark.parametrize(
     ("importer", "source"),
     [
-        ("library.objectives.losses", "import library.data.buckets"),
+        ("library.objectives.losses", "import library.data.sample.buckets"),
         ("library.checkpoints.reading", "def f():\n    from library.families.base import x\n    import library.cli"),
-        ("library.data.images", "from library.training import loop"),
+        ("library.data.sample.images", "from library.training import loop"),
         ("library.training.loop", "from library.families.sd import keymap"),
         ("library.training.loop", "from library.inference.preview import Preview"),
         ("library.inference.preview", "import library.methods.network"),
@@ -384,7 +384,7 @@ def test_an_import_that_points_up_or_across_is_seen(importer, source):
         ),
         ("library.training.loop", "from library.training import step"),
         ("library.families.sd.adapter", "from library.families.shared.clip import public_state"),
-        ("library.data.dataset", "from library.runtime.seeds import derive\nfrom library.types import Batch"),
+        ("library.data.sample.dataset", "from library.runtime.seeds import derive\nfrom library.types import Batch"),
         ("library.cli", "from library.training import loop\nfrom library.methods import network"),
         ("train_network", "from library import cli"),
         ("library.errors", "import library.types"),

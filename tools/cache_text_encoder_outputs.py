@@ -7,8 +7,8 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
-from library.preparation.caching import GROUPS, cache_texts, traits_of
-from library.preparation.script import run_script
+from library.preparation.common.script import run_script
+from library.preparation.latents.caching import GROUPS, cache_texts, traits_of
 
 if __name__ == "__main__":
     run_script(cache_texts, GROUPS, description=str(__doc__), traits=traits_of)

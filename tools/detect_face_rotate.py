@@ -7,8 +7,8 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
-from library.preparation.faces import GROUPS, cut_faces
-from library.preparation.script import run_script
+from library.preparation.common.script import run_script
+from library.preparation.images.faces import GROUPS, cut_faces
 
 if __name__ == "__main__":
     run_script(cut_faces, GROUPS, description=str(__doc__))

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from library import registry
-from library.data.config_schema import DATASET, GENERAL, KEYS, NOT_IN_STYLE, SUBSET, Key
+from library.data.config.schema import DATASET, GENERAL, KEYS, NOT_IN_STYLE, SUBSET, Key
 from library.options.base import Option, OptionGroup, options_of
 
 DOCS = ROOT / "docs" / "options"
@@ -95,7 +95,7 @@ def render_keys(helps: Mapping[str, str]) -> str:
     lines = [
         "# Keys of a dataset config",
         "",
-        "Made by `python tools/option_tables.py` from `library/data/config_schema.py`; do not edit. The guide with",
+        "Made by `python tools/option_tables.py` from `library/data/config/schema.py`; do not edit. The guide with",
         "examples is [dataset_config.md](../dataset_config.md).",
         "",
         "A value is looked for in the subset, then in its dataset, in `[general]`, on the command line, and last in",

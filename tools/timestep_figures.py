@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from library import registry
-from library.data.text_drawing import length, write
+from library.data.report.text_drawing import length, write
 from library.objectives.flow import FlowObjective, FlowSettings, loss_weighting, shift_sigma
 from library.options.loss import LossOptions, NoiseOptions
 

@@ -38,8 +38,8 @@ from library.caching.entry import (
     shared_stems,
 )
 from library.caching.latent_files import LatentCache, files_of
-from library.data import buckets, images
-from library.data.rendering import View, loss_mask, render
+from library.data.sample import buckets, images
+from library.data.sample.rendering import View, loss_mask, render
 from library.errors import UserError
 from library.runtime import seeds
 from library.runtime.logs import LOGGER
@@ -47,7 +47,7 @@ from library.runtime.processes import Processes
 from library.types import CacheLayout
 
 if TYPE_CHECKING:
-    from library.data.index import FileIndex
+    from library.data.scan.index import FileIndex
     from library.data.types import Record
 
 # Pixels (B, 3, H, W) in [-1, 1] on the CPU, all of one size, and a generator per image, to latents (B, C, h, w).

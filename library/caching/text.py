@@ -26,7 +26,7 @@ from library.caching.encode_missing import (
     write_files,
 )
 from library.caching.entry import Arrays, image_of, read_arrays, shared_stems, unusable
-from library.data.captions import make_caption
+from library.data.sample.captions import make_caption
 from library.errors import UserError
 from library.runtime.durable import fitting
 from library.types import TextCond, TextLayout

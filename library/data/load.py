@@ -12,7 +12,7 @@ from library.errors import UserError
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
-    from library.data.dataset import TrainingData
+    from library.data.sample.dataset import TrainingData
     from library.data.types import DatasetSpec
     from library.options.base import Options
     from library.runtime.processes import Processes
@@ -41,7 +41,7 @@ def _data_builder(name: str | None) -> Callable[..., TrainingData]:
     Raises: UserError: there is no such thing.
     """
     if name is None:
-        from library.data.dataset import build_training_data
+        from library.data.sample.dataset import build_training_data
 
         return build_training_data
     module, _, attribute = name.rpartition(".")

@@ -15,7 +15,7 @@ from library.types import Size
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from library.data.captions import CaptionOptions
+    from library.data.sample.captions import CaptionOptions
 
 
 @dataclass(frozen=True)

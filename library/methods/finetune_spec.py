@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from library.data.config_file import read_config
+from library.data.config.file import read_config
 from library.entry_points import EntryPoint
 from library.errors import UserError
 from library.methods.spec import MethodSpec

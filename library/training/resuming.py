@@ -19,7 +19,7 @@ from library.errors import UserError
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
-    from library.data.dataset import TrainingData
+    from library.data.sample.dataset import TrainingData
     from library.options.base import Options
     from library.training.plan import RunPlan
 

@@ -20,7 +20,7 @@ from library.training.validation import BestLoss
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from library.data.dataset import TrainingData
+    from library.data.sample.dataset import TrainingData
     from library.families.base import Family
     from library.inference.preview import Preview
     from library.methods.base import Method

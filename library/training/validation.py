@@ -16,7 +16,7 @@ from library.training.step import StepParts, training_step
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from library.data.dataset import TrainingData
+    from library.data.sample.dataset import TrainingData
     from library.options.base import Options
 
 

@@ -14,7 +14,7 @@ import pytest
 from library.caching import latent_files, store
 from library.caching.entry import CacheRequest, Entry, Fingerprint, StoredArray
 from library.caching.latent_files import LatentCache
-from library.data.buckets import crop_ltrb
+from library.data.sample.buckets import crop_ltrb
 from library.errors import UserError
 from library.types import CacheLayout, Size
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from library.caching import latents
 from library.caching.encode_missing import Encoder
-from library.data.blueprint import build_specs
-from library.data.dataset import build_training_data
+from library.data.config.blueprint import build_specs
+from library.data.sample.dataset import build_training_data
 from library.errors import UserError
 from library.options.base import Given, build_options
 from library.options.data import DataOptions

@@ -21,8 +21,8 @@ from torch import nn
 from library.caching import store, text
 from library.caching.encode_missing import Encoder as Work
 from library.caching.text import TextRequest, cache_file, invalid_files, requests_of
-from library.data.blueprint import build_specs
-from library.data.dataset import build_training_data
+from library.data.config.blueprint import build_specs
+from library.data.sample.dataset import build_training_data
 from library.errors import UserError
 from library.options.base import Given, build_options
 from library.options.data import DataOptions

@@ -16,10 +16,10 @@ pytest.importorskip("hypothesis")
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from library.data import buckets
-from library.data import images as imaging
-from library.data.captions import CaptionOptions, make_caption
-from library.data.sampler import EpochBatches
+from library.data.sample import buckets
+from library.data.sample import images as imaging
+from library.data.sample.captions import CaptionOptions, make_caption
+from library.data.sample.sampler import EpochBatches
 from library.data.types import ItemKey
 from library.runtime.seeds import derive
 from library.types import Size

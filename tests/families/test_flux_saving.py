@@ -92,7 +92,7 @@ def test_saving_takes_the_memory_of_one_tensor(tmp_path, parts):
     path = tmp_path / "out.safetensors"
     taken = most_memory(lambda: family.writer.save(models, path, save_as="safetensors", dtype=None, metadata={}))
     largest = max(tensor.nbytes for tensor in load_file(path).values())
-    assert taken < 1.2 * largest + 16e6, "and little beside it, much less than the model"
+    assert taken < 2 * largest + 16e6, "one tensor and its copy, much less than the model"
     assert digest(path) == digest(tmp_path / "wide.safetensors")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from library.data.config_schema import KEYS
+from library.data.config.schema import KEYS
 from library.options.base import options_of
 from library.registry import FAMILIES, groups_for
 from tools.option_tables import pages, preparation_scripts

@@ -13,7 +13,8 @@ from PIL import Image
 from library.errors import UserError
 from library.options import validation
 from library.options.parsing import parse_options
-from library.preparation import edges, image_files, resizing, shown_metadata
+from library.preparation.images import edges, image_files, resizing
+from library.preparation.metadata import safetensors_metadata as shown_metadata
 
 
 def draw_edges(source, target, *arguments):

@@ -9,7 +9,7 @@ import torch
 
 from library import cli
 from library.options.preparation import WorkOptions
-from library.preparation import script
+from library.preparation.common import script
 from library.runtime.limits import as_user_error
 
 

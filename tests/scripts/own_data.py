@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from library.data.dataset import TrainingData, build_training_data
+from library.data.sample.dataset import TrainingData, build_training_data
 
 
 def build(*args: Any, **kwargs: Any) -> TrainingData:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library import cli
-from library.data import images
+from library.data.sample import images
 from library.runtime import seeds
 from library.types import Size
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library import cli
-from library.data import images as imaging
+from library.data.sample import images as imaging
 from library.types import Size
 
 MODEL = "examples/tiny_model/tiny-sd.safetensors"

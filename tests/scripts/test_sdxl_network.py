@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library import cli
-from library.data import images as imaging
+from library.data.sample import images as imaging
 from library.types import Size
 from tests.builders.sdxl import write_tiny_sdxl
 from tests.scripts.weights import furthest, hash_of

@@ -1,0 +1,341 @@
+"""From flags or a dataset config to typed specs. Nothing heavy is imported, so mistakes are reported at once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.data.config.file import read_config
+from library.data.config.schema import DATASET, KEYS, OF_BUCKETS, SUBSET, Key, check_value
+from library.data.sample.buckets import round_limits
+from library.data.sample.captions import CaptionOptions, changing
+from library.data.scan.folders import has_images, repeat_folders
+from library.data.types import DatasetSpec, SubsetSpec
+from library.errors import UserError
+from library.options import base, validation
+from library.options.data import MOST_REPEATS
+from library.runtime.files import path_problem, reason
+from library.runtime.logs import LOGGER
+from library.types import Size
+
+if TYPE_CHECKING:
+    from library.options.base import Options
+    from library.types import FamilyTraits
+
+
+def build_specs(opts: Options, traits: FamilyTraits) -> list[DatasetSpec]:
+    """The datasets of a run, from --dataset_config or from the data flags.
+
+    A value is looked for in the subset, the dataset, the general table, the command line, and the built-in default.
+
+    Raises: UserError: with every problem found: of the data flags (in the very lines of `library.options.validation`),
+        unknown keys, wrong values, missing or empty folders, combinations that cannot work.
+    """
+    reader = _Reader(opts, traits)
+    if opts.data.dataset_config:
+        file = Path(opts.data.dataset_config)
+        config, general_place = read_config(file), f"{file}, [general]"
+        folders = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
+        _warn_about_ignored(opts, folders, "--dataset_config says where the images are")
+    else:
+        file, general_place = None, ""
+        config = {"general": {}, "datasets": [{"subsets": _subsets_of_flags(opts, reader.problems)}]}
+    specs = []
+    for number, table in enumerate(config["datasets"], 1):
+        place = f"{file}, [[datasets]] {number}" if file else _flag_of_data(opts)
+        spec = reader.dataset(table, place, [(general_place, config["general"])])
+        if spec.subsets:
+            specs.append(spec)
+    reader.problems += _check_masks(specs, opts)
+    if not specs and not reader.problems:
+        reader.problems += reader.left_out or ["no images: the data set names no folder"]
+    if reader.problems:
+        raise UserError(*dict.fromkeys(reader.problems))
+    for why in reader.left_out:
+        LOGGER.warning(f"{why}; left out")
+    return specs
+
+
+class _Reader:
+    """Looks values up level by level, and collects every problem on the way."""
+
+    def __init__(self, opts: Options, traits: FamilyTraits):
+        self.opts, self.traits, self.flags = opts, traits, opts.flat()
+        self.problems = validation.problems(base.Options([opts.data], opts.given), traits)
+        # What the flags alone say is checked there already; a file may combine them with something else.
+        self.combine = bool(opts.data.dataset_config) or not self.problems
+        self.left_out: list[str] = []  # what is empty, a line for each
+
+    def value(self, name: str, tables: Sequence[tuple[str, Mapping[str, Any]]]) -> Any:
+        """The value in force. `tables` are (place, table), the most specific first."""
+        key = KEYS[name]
+        for place, table in tables:
+            if name in table:
+                found = list(check_value(name, table[name], place))
+                self.problems += found
+                return key.default if found else table[name]
+        return key.default if key.flag is None else self._from_flag(name, key)
+
+    def _from_flag(self, name: str, key: Key) -> Any:
+        """The flag's value; the default stands in for a wrong one, which is among the problems already."""
+        value = self.flags.get(key.flag[2:])
+        try:
+            if value is not None and key.kind in ("size", "range"):
+                value = _parse_numbers(value, whole=key.kind == "size")
+        except ValueError:
+            return key.default
+        return key.default if value is None or any(check_value(name, value, key.flag)) else value
+
+    def dataset(self, table: Mapping[str, Any], place: str, outer: list) -> DatasetSpec:
+        tables = [(place, table), *outer]
+        unused = () if self.value("enable_bucket", tables) else OF_BUCKETS  # nobody judges a value without effect
+        names = (name for name, key in KEYS.items() if DATASET in key.levels)
+        found = {name: KEYS[name].default if name in unused else self.value(name, tables) for name in names}
+        if found["resolution"] is None:
+            said = self.opts.data.resolution is not None or any("resolution" in table for _, table in tables)
+            if self.opts.data.dataset_config and not said:
+                self.problems.append(f"{place}: no resolution; give --resolution, or resolution in the dataset config")
+            found["resolution"] = self.traits.default_resolution
+        found["resolution"] = _as_size(found["resolution"])
+        if not found["enable_bucket"]:
+            _round_resolution(found, place, self.traits)
+        _round_limits(found, place)
+        if not 0 <= found["validation_split"] <= 1:
+            LOGGER.warning(f"{place}: validation_split must be from 0 to 1, got {found['validation_split']}; ignored")
+            found["validation_split"] = 0.0
+        if self.combine:
+            self.problems += _check_frame(found, place, self.traits)
+        subsets = self._subsets(table["subsets"], place, tables, found["enable_bucket"])
+        own = {field.name: found[field.name] for field in fields(DatasetSpec) if field.name in KEYS}
+        cached = self.opts.data.cache_latents or self.opts.data.cache_latents_to_disk
+        return DatasetSpec(subsets=tuple(subsets), fits_any_size=cached, **own)
+
+    def _subsets(
+        self, listed: Sequence[Mapping[str, Any]], place: str, tables: list, buckets: bool
+    ) -> list[SubsetSpec]:
+        """The subsets that have something in them; the others are noted. Without training images there are none."""
+        subsets, only_regularisation = [], bool(listed)
+        for number, table in enumerate(listed, 1):
+            where = f"{place}, [[datasets.subsets]] {number}" if self.opts.data.dataset_config else place
+            subset = self.subset(table, where, tables)
+            only_regularisation = only_regularisation and subset.is_reg
+            self.problems += _check_places(subset, where, by_flags=not self.opts.data.dataset_config)
+            if self.combine:
+                self.problems += _check_augmentation(subset, buckets, self.opts, where)
+            self.problems += _check_attributes(subset, where, self.traits)
+            try:
+                why = _why_empty(subset)
+            except OSError as error:
+                self.problems.append(f"{where}: {subset.place} cannot be listed ({reason(error)})")
+                continue
+            if why:
+                self.left_out.append(f"{where}: {why}")
+            else:
+                subsets.append(subset)
+        if only_regularisation:
+            self.problems.append(f"{place}: every subset has is_reg = true; regularisation needs images to train on")
+        return subsets if any(not subset.is_reg for subset in subsets) else []
+
+    def subset(self, table: Mapping[str, Any], place: str, outer: list) -> SubsetSpec:
+        tables = [(place, table), *outer]
+        found = {name: self.value(name, tables) for name, key in KEYS.items() if SUBSET in key.levels}
+        captions = CaptionOptions(**{field.name: found[field.name] for field in fields(CaptionOptions)})
+        own = {field.name: found[field.name] for field in fields(SubsetSpec) if field.name in KEYS}
+        for name in ("image_dir", "metadata_file", "conditioning_data_dir"):
+            own[name] = Path(own[name]).expanduser() if own[name] else None
+        own["class_tokens"] = own["class_tokens"] or None
+        own["face_crop_aug_range"] = tuple(own["face_crop_aug_range"]) if own["face_crop_aug_range"] else None
+        extension = own["caption_extension"]
+        own["caption_extension"] = extension if extension.startswith(".") else "." + extension
+        return SubsetSpec(captions=captions, **own)
+
+
+def _parse_numbers(text: str, *, whole: bool) -> Any:
+    """``512`` or ``512,768`` (whole), ``2.0,4.0`` (not whole). Raises: ValueError: anything else."""
+    numbers = [int(part) if whole else float(part) for part in text.split(",")]
+    if len(numbers) == 1 and whole:
+        return numbers[0]
+    if len(numbers) != 2:
+        raise ValueError(text)
+    return tuple(numbers)
+
+
+def _as_size(value: Any) -> Size:
+    return Size(*value) if isinstance(value, (list, tuple)) else Size(value, value)
+
+
+def _round_limits(found: dict[str, Any], place: str) -> None:
+    """Makes the bucket limits multiples of the step, and says so."""
+    if not found["enable_bucket"] or found["bucket_no_upscale"]:
+        return
+    step = found["bucket_reso_steps"]
+    low, high = round_limits(found["min_bucket_reso"], found["max_bucket_reso"], step)
+    for name, rounded in (("min_bucket_reso", max(low, step)), ("max_bucket_reso", high)):
+        if rounded != found[name]:
+            LOGGER.warning(f"{place}: {name} {found[name]} is no multiple of {step}; {rounded} is used")
+            found[name] = rounded
+
+
+def _round_resolution(found: dict[str, Any], place: str, traits: FamilyTraits) -> None:
+    """Makes the sides multiples of what the model's latents can be, as long as something is left, and says so."""
+    unit, wanted = traits.pixel_multiple, found["resolution"]
+    rounded = Size(*(side // unit * unit for side in wanted))
+    if rounded != wanted and min(rounded) > 0:
+        LOGGER.warning(
+            f"{place}: resolution {wanted.width}x{wanted.height}: sides are multiples of {unit} with {traits.label}; "
+            f"{rounded.width}x{rounded.height} is used"
+        )
+        found["resolution"] = rounded
+
+
+def _check_frame(found: Mapping[str, Any], place: str, traits: FamilyTraits) -> Iterable[str]:
+    """Problems of resolution, bucket step and bucket limits together."""
+    resolution, step = found["resolution"], found["bucket_reso_steps"]
+    size = f"resolution {resolution.width}x{resolution.height}"
+    low, high = found["min_bucket_reso"], found["max_bucket_reso"]
+    if not found["enable_bucket"]:
+        if min(resolution) < traits.pixel_multiple:
+            yield f"{place}: {size}: sides must be at least {traits.pixel_multiple} with {traits.label}"
+    elif step % traits.bucket_step:
+        yield f"{place}: bucket_reso_steps must be a multiple of {traits.bucket_step}, got {step}"
+    elif found["bucket_no_upscale"]:  # buckets are made for the images, limits do not apply
+        if resolution.width * resolution.height < step * step:
+            yield f"{place}: {size} is smaller than one bucket step, {step}x{step}"
+    elif not low <= min(resolution) <= max(resolution) <= high:
+        yield (
+            f"{place}: {size} does not lie within min_bucket_reso {low} and max_bucket_reso {high}; widen the limits"
+        )
+
+
+def _check_places(subset: SubsetSpec, place: str, *, by_flags: bool) -> Iterable[str]:
+    """`by_flags`: the places come from flags, whose own checks say what is not there."""
+    folder = subset.image_dir
+    for name in () if by_flags else ("metadata_file", "conditioning_data_dir"):
+        path, kind = getattr(subset, name), "file" if name == "metadata_file" else "folder"
+        if path is not None and not (os.path.isfile(path) if kind == "file" else os.path.isdir(path)):
+            yield f"{place}: {name} {path} is no {kind}"
+    if folder is not None and not os.path.isdir(folder):
+        yield f"{place}: image_dir {folder} {_no_folder(folder)}"
+
+
+def _check_attributes(subset: SubsetSpec, place: str, traits: FamilyTraits) -> Iterable[str]:
+    """The one custom attribute that a newer version of the ancestor acts on must not be overlooked."""
+    times = (subset.custom_attributes or {}).get("timestep_sampling")
+    if traits.objective == "flow" and isinstance(times, Mapping) and times.get("offset"):
+        yield f"{place}: custom_attributes.timestep_sampling.offset is not available yet; remove it"
+
+
+def _why_empty(subset: SubsetSpec) -> str:
+    """Why nothing would come from a subset, as far as that is seen at once; empty text where something does."""
+    folder = subset.image_dir
+    if subset.num_repeats < 1:
+        return f"{subset.place}: num_repeats = 0"
+    if folder is not None and os.path.isdir(folder) and subset.metadata_file is None and not has_images(folder):
+        return f"no images in {folder}"
+    return ""
+
+
+def _check_masks(specs: Sequence[DatasetSpec], opts: Options) -> Iterable[str]:
+    subsets = [subset for spec in specs for subset in spec.subsets]
+    folders = [subset.conditioning_data_dir for subset in subsets if subset.conditioning_data_dir]
+    if folders and not opts.loss.masked_loss and os.path.isdir(folders[0]):
+        yield f"conditioning_data_dir {folders[0]}: its images are masks for --masked_loss; add that, or remove them"
+    if opts.loss.masked_loss and not folders and not any(subset.alpha_mask for subset in subsets):
+        yield "--masked_loss: there are no masks; name their folder in conditioning_data_dir, or set alpha_mask"
+
+
+def _check_augmentation(subset: SubsetSpec, buckets: bool, opts: Options, place: str) -> Iterable[str]:
+    if opts.data.cache_latents or opts.data.cache_latents_to_disk:
+        for name in ("color_aug", "random_crop", "face_crop_aug_range"):
+            if getattr(subset, name):
+                yield (
+                    f"{place}: {name} changes the image every time, so its latents cannot be cached; "
+                    f"remove {'--cache_latents' if opts.data.cache_latents else '--cache_latents_to_disk'} or {name}"
+                )
+    if opts.text_cache.in_use:
+        yield from changing(subset.captions, place)
+    if buckets and subset.face_crop_aug_range:
+        LOGGER.warning(f"{place}: face_crop_aug_range has no effect on images in buckets (enable_bucket)")
+
+
+def _subsets_of_flags(opts: Options, problems: list[str]) -> list[dict[str, Any]]:
+    """The data flags as subset tables: a metadata file, a folder with its masks, or folders that say their repeats."""
+    options = opts.data
+    if options.in_json:
+        _warn_about_ignored(opts, ("reg_data_dir", "conditioning_data_dir"), "--in_json says which images are used")
+        return [{"metadata_file": options.in_json, "image_dir": options.train_data_dir}]
+    if options.train_data_dir and options.conditioning_data_dir:
+        _warn_about_ignored(opts, ("reg_data_dir",), "masks have none for regularisation images")
+        return _folders_with_masks(options.train_data_dir, options.conditioning_data_dir, problems)
+    tables = []
+    for flag, is_reg in (("train_data_dir", False), ("reg_data_dir", True)):
+        if getattr(options, flag):
+            tables += [{**one, "is_reg": is_reg} for one in _repeating(getattr(options, flag), flag, problems)]
+    if options.dataset_repeats != 1:
+        LOGGER.warning("--dataset_repeats has no effect here: the names of the folders say how often they repeat")
+    return tables
+
+
+def _flag_of_data(opts: Options) -> str:
+    """The option that says where the images are; messages about what is found there begin with it."""
+    return "--in_json" if opts.data.in_json else "--train_data_dir"
+
+
+def _repeating(parent: str, flag: str, problems: list[str]) -> list[dict[str, Any]]:
+    """The sub-folders named <repeats>_<class tokens> as subset tables."""
+    folder = Path(parent).expanduser()
+    if not os.path.isdir(folder):
+        problems.append(f"--{flag}: {folder} {_no_folder(folder)}")
+        return []
+    try:
+        found, ignored = repeat_folders(folder)
+    except OSError as error:
+        problems.append(f"--{flag}: {folder} cannot be listed ({reason(error)})")
+        return []
+    if ignored:
+        names = ", ".join(path.name for path in ignored[:5]) + (", ..." if len(ignored) > 5 else "")
+        LOGGER.warning(f"--{flag}: {len(ignored)} not used, as they are no <repeats>_<class tokens> folder: {names}")
+    if not found:
+        is_one_itself = re.match(r"\d+_", folder.resolve().name) is not None and has_images(folder)
+        way_out = f"; it looks like one itself: give the folder above it, {folder.parent}" if is_one_itself else ""
+        problems.append(
+            f"--{flag}: {folder} has no sub-folder named <repeats>_<class tokens>, e.g. 10_sks dog{way_out}"
+        )
+    tables = []
+    for path, repeats, class_tokens in found:
+        if repeats > MOST_REPEATS:
+            problems.append(f"--{flag}: {path}: a folder may be repeated {MOST_REPEATS:,} times at most; rename it")
+        repeats = min(repeats, MOST_REPEATS)
+        tables.append({"image_dir": str(path), "num_repeats": repeats, "class_tokens": class_tokens})
+    return tables
+
+
+def _no_folder(path: Path) -> str:
+    why = path_problem(path, "folder") or ""
+    return why.removeprefix("it ") if why.startswith("it cannot") else "is no folder"
+
+
+def _folders_with_masks(images: str, masks: str, problems: list[str]) -> list[dict[str, Any]]:
+    """One folder of images, or <repeats>_<class tokens> folders; masks lie in `masks` or its sub-folders so named."""
+    folder = Path(images).expanduser()
+    try:
+        is_plain = os.path.isdir(folder) and has_images(folder)
+    except OSError:
+        is_plain = False  # what is wrong with it is reported below
+    if is_plain:
+        return [{"image_dir": images, "conditioning_data_dir": masks}]
+    tables = _repeating(images, "train_data_dir", problems)
+    for table in tables:
+        own = Path(masks).expanduser() / Path(table["image_dir"]).name
+        table["conditioning_data_dir"] = str(own) if os.path.isdir(own) else masks
+    return tables
+
+
+def _warn_about_ignored(opts: Options, flags: Iterable[str], why: str) -> None:
+    for flag in flags:
+        if getattr(opts.data, flag):
+            LOGGER.warning(f"--{flag} has no effect: {why}")

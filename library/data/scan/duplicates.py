@@ -1,0 +1,155 @@
+"""Images that occur twice: the same bytes, or nearly the same look (saved again, resized). Indices in, groups out."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from library.data.sample.images import read_image, use_image
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Of 64 bits. Copies saved at JPEG quality 70 or at half the size differ by 4 at most, different photos by 10 and more.
+DISTANCE = 4
+LARGEST_DISTANCE = 16
+
+_COLUMNS, _ROWS = 9, 8
+_STEP = 1.0  # grey levels of 255; what differs by less is flat, or noise of a JPEG
+_FEWEST_STEPS = 16  # of the 64 neighbours
+_FEWEST_OF_A_KIND = 8  # bits that are set, and bits that are not
+_DRAFT = (8 * _COLUMNS, 8 * _ROWS)  # pixels; a JPEG is decoded at the smallest scale that is not below
+_SHARED_BANDS = 3
+_BITS_SET = np.array([value.bit_count() for value in range(1 << 16)], np.uint8)
+
+
+def exact(digests: Sequence[str]) -> list[list[int]]:
+    """The indices of equal digests; groups of two and more, by their first index."""
+    groups: dict[str, list[int]] = {}
+    for index, digest in enumerate(digests):
+        groups.setdefault(digest, []).append(index)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def look(path: Path) -> int | None:
+    """A 64-bit difference hash of the upright image: which of 9x8 grey fields are brighter than their left neighbour.
+
+    Returns: None for images with so little in them (flat, a gradient, a dot on a plain ground) that different ones
+        would have the same hash.
+    Raises: OSError or ValueError: the file is no whole image.
+    """
+    try:
+        fields = np.asarray(_small_grey(path))
+    except (SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from None  # Pillow's ways to say that a file is broken
+    steps = np.diff(fields, axis=1).ravel()
+    bits = steps > _STEP
+    few = np.count_nonzero(np.abs(steps) > _STEP) < _FEWEST_STEPS
+    if few or not _FEWEST_OF_A_KIND <= np.count_nonzero(bits) <= bits.size - _FEWEST_OF_A_KIND:
+        return None
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def near(looks: Sequence[int | None], distance: int = DISTANCE) -> list[list[int]]:
+    """Groups of images whose hashes differ by at most `distance` bits, directly or by way of others in the group.
+
+    Not all pairs are compared: where 64 bits are cut into `distance` + 3 bands, two hashes that near have three bands
+    in common, so only hashes with three equal bands meet.
+
+    Args:
+        looks: as `look` gives them; images with None are in no group.
+        distance: bits, 0 to 16; time grows with its third power.
+
+    Returns: sorted indices, two and more; groups by their first index.
+    """
+    if not 0 <= distance <= LARGEST_DISTANCE:
+        raise ValueError(f"distance must be 0 to {LARGEST_DISTANCE} bits, got {distance}")
+    indices = np.array([index for index, value in enumerate(looks) if value is not None], np.int64)
+    hashes, hash_of = np.unique(
+        np.array([value for value in looks if value is not None], np.uint64), return_inverse=True
+    )
+    labels = np.arange(len(hashes))
+    if distance > 0 and len(hashes) > 1:
+        for mask in _masks(hashes, distance + _SHARED_BANDS):
+            labels = _join_equal_under(mask, hashes, labels, distance)
+    return _groups(indices, labels[hash_of.reshape(-1)])
+
+
+def _small_grey(path: Path) -> Image.Image:
+    """The upright image as 9x8 mean grey values, 0 to 255, float."""
+
+    def small(image: Image.Image, *_: Any) -> Image.Image | None:
+        if image.format not in ("JPEG", "MPO"):
+            return None
+        image.draft("L", _DRAFT)
+        return ImageOps.exif_transpose(image).convert("L")
+
+    grey = use_image(path, small) or Image.fromarray(read_image(path)).convert("L")
+    # As floats: means rounded to whole levels would make steps where there are none.
+    return grey.convert("F").resize((_COLUMNS, _ROWS), Image.Resampling.BOX)
+
+
+def _masks(hashes: NDArray[np.uint64], bands: int) -> Iterator[np.uint64]:
+    """For every three of the bands, the bits in them. Bits that tell images apart are dealt out to all bands alike.
+
+    Neighbouring bits would make poor bands: the upper rows of many images are a plain background.
+    """
+    ones = np.array([np.count_nonzero(hashes >> np.uint64(bit) & np.uint64(1)) for bit in range(64)])
+    order = np.argsort(np.abs(ones - len(hashes) / 2), kind="stable").tolist()
+    parts = [sum(1 << bit for bit in order[start::bands]) for start in range(bands)]
+    for chosen in combinations(parts, _SHARED_BANDS):
+        yield np.uint64(sum(chosen))
+
+
+def _join_equal_under(
+    mask: np.uint64, hashes: NDArray[np.uint64], labels: NDArray[np.int64], distance: int
+) -> NDArray[np.int64]:
+    """Joins the groups of hashes that agree in all bits of the mask and differ by at most `distance`.
+
+    Args:
+        labels: the group of each hash, numbered from 0.
+    """
+    order = np.argsort(hashes & mask)
+    keys, sorted_hashes = (hashes & mask)[order], hashes[order]
+    # Each hash with its next neighbour of the same key, then with its second next one, and so on.
+    first, offset = np.arange(len(keys) - 1), 1
+    while first.size:
+        first = first[first + offset < len(keys)]
+        first = first[keys[first] == keys[first + offset]]
+        differing = sorted_hashes[first] ^ sorted_hashes[first + offset]
+        close = first[_count_bits(differing) <= distance]
+        labels = _join(labels, order[close], order[close + offset])
+        offset += 1
+    return labels
+
+
+def _count_bits(values: NDArray[np.uint64]) -> NDArray[np.int64]:
+    return _BITS_SET[values.view(np.uint16).reshape(-1, 4)].sum(axis=1, dtype=np.int64)
+
+
+def _join(labels: NDArray[np.int64], one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Labels after the groups of the hashes `one` and of their partners `other` have become one each."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    apart = labels[one] != labels[other]
+    if not apart.any():
+        return labels
+    one, other = labels[one[apart]], labels[other[apart]]
+    size = int(labels.max()) + 1
+    graph = coo_array((np.ones(len(one)), (one, other)), shape=(size, size))
+    return connected_components(graph, directed=False)[1].astype(np.int64)[labels]
+
+
+def _groups(indices: NDArray[np.int64], labels: NDArray[np.int64]) -> list[list[int]]:
+    order = np.argsort(labels, kind="stable")
+    starts = np.flatnonzero(np.diff(labels[order])) + 1
+    groups = [group.tolist() for group in np.split(indices[order], starts) if len(group) > 1]
+    return sorted(groups)

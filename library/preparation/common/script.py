@@ -1,0 +1,94 @@
+"""What every preparation script does around its work: options, messages, one summary, an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError
+from library.options import parsing, validation
+from library.options.base import OptionGroup, Options, options_of
+from library.preparation.common.images import gathered, is_first, processes
+from library.preparation.common.summary import Outcome
+from library.registry import options_elsewhere
+from library.runtime import logs
+from library.runtime.logs import LOGGER
+from library.runtime.places import require_here
+
+if TYPE_CHECKING:
+    from library.types import FamilyTraits
+
+
+def run_script(
+    work: Callable[[Options], Outcome | None],
+    groups: Sequence[type[OptionGroup]],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str,
+    traits: Callable[[Options], FamilyTraits | None] = lambda opts: None,
+) -> None:
+    """Runs one script. It returns when all went well; else it exits.
+
+    1: images failed, see `Outcome.status`. 2: the user has something to mend. 130: interrupted.
+
+    Args:
+        work: what the script does. What it returns is added up over all processes and told at the end.
+        groups: one of them with `strict` and the `console_log_...` options, such as `WorkOptions`.
+        traits: those of the model family, where option groups of training are among `groups`.
+    """
+    logs.quiet_third_parties()
+    status = 0
+    try:
+        require_here()
+        opts = _options(groups, argv, description, traits)
+        outcome = work(opts)
+        if outcome is not None:
+            status = _conclude(outcome, opts)
+        processes().leave()
+    except UserError as error:
+        logs.fail(error)
+    except KeyboardInterrupt:
+        logs.end_progress()
+        print(f"interrupted; {_after_a_stop(groups)}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        logs.fail_for_the_machine(error)
+    if status:
+        raise SystemExit(status)
+
+
+def _after_a_stop(groups: Sequence[type[OptionGroup]]) -> str:
+    whole = "what was written before is whole"
+    names = {option.dest for group in groups for option in options_of(group)}
+    return f"{whole}, and --skip_existing goes on from there" if "skip_existing" in names else whole
+
+
+def _options(
+    groups: Sequence[type[OptionGroup]],
+    argv: Sequence[str] | None,
+    description: str,
+    traits: Callable[[Options], FamilyTraits | None],
+) -> Options:
+    opts = parsing.parse_options(
+        groups, argv, prog=os.path.basename(sys.argv[0]), description=description, elsewhere=options_elsewhere
+    )
+    values = opts.flat()
+    level = values["console_log_level"] if is_first() else "ERROR"  # the other processes report errors only
+    logs.setup_logging(level, values["console_log_file"], values["console_log_simple"])
+    known: Any = traits(opts)
+    problems = validation.problems(opts, known)
+    if problems:
+        raise UserError(*problems)
+    for line in validation.warnings(opts, known):
+        LOGGER.warning("%s", line)
+    return opts
+
+
+def _conclude(outcome: Outcome, opts: Options) -> int:
+    """Tells what came of the work in all processes, and gives the exit status."""
+    whole = Outcome.together(gathered(outcome))
+    for line in whole.lines():
+        LOGGER.info("%s", line)
+    return whole.status(opts.flat()["strict"])
