@@ -113,7 +113,7 @@ def text_cache(
     from library.checkpoints.hashes import weights_fingerprint
     from library.training import placement
 
-    if set(family.traits.text_encoders) <= set(method.working_text_encoders()):
+    if set(family.traits.text_encoders) <= set(method.live_text_encoders()):
         raise UserError(
             "--cache_text_encoder_outputs: every text encoder is trained, so nothing can be cached; drop this option, "
             "or train the denoiser alone"
@@ -158,7 +158,7 @@ def _cache_text(
     if not opts.text_cache.cache_text_encoder_outputs_to_disk:
         data.set_text(text.cache_in_memory(requests, encoder))
         return
-    check, skip = not opts.data.skip_cache_check, method.working_text_encoders()
+    check, skip = not opts.data.skip_cache_check, method.live_text_encoders()
     data.set_text(
         text.cache_on_disk(requests, layout, encoder, made_by, skip_encoders=skip, check=check, on_error=on_error)
     )

@@ -76,7 +76,7 @@ def run_session(opts: Options, family: FamilySpec, method: MethodSpec, specs: li
         run = session.build(method.tracker)
         with run.tracker, run.hub:
             train(run)
-    processes.leave()
+    processes.close()
 
 
 # ---- before the model
@@ -200,7 +200,7 @@ class Session:
         if cache_text is not None:
             cache_text(self.accelerator)
             self.preview.remember_texts(models, self.device)
-            placement.release_text_encoders(models, keep=method.working_text_encoders())
+            placement.release_text_encoders(models, keep=method.live_text_encoders())
         placement.place_vae(models, opts, self.device)
         if cache_latents is not None:
             cache_latents(encoding.latent_encoder(opts, family, models, self.accelerator))

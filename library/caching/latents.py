@@ -65,7 +65,7 @@ def cache_in_memory(records: Sequence[Record], encoder: Encoder, layout: CacheLa
     requests = requests_of(records)
     owners = dict(zip(requests, records, strict=True))
     jobs, shapes = _in_order(owners), partial(CacheRequest.shapes, layout=layout, in_memory=True)
-    encoded = dict(_encode(encoder.processes.share_of(jobs), owners, encoder, shapes))
+    encoded = dict(_encode(encoder.processes.shard(jobs), owners, encoder, shapes))
     if encoder.processes.world > 1:
         encoded = _gather(jobs, encoded, shapes, encoder.processes)
     return [CachedLatents(encoded[one]) for one in requests]
@@ -113,15 +113,15 @@ def cache_on_disk(
     if not again:
         invalid = [entry for entry in found.values() if isinstance(entry, str)]
         report_missing("latents on disk", len(found) - len(missing), invalid, len(missing) - len(invalid))
-    processes.wait()  # nobody writes while others still look
-    mine = set(processes.share_of(sorted({cache.file(one) for one in missing})))
+    processes.barrier()  # nobody writes while others still look
+    mine = set(processes.shard(sorted({cache.file(one) for one in missing})))
     jobs = _in_order(one for one in missing if cache.file(one) in mine)
     refuse = None if on_error is None else lambda one, error: on_error(one.image, error.problems[0])
     encoded = _encode(jobs, owners, encoder, partial(CacheRequest.shapes, layout=layout), refuse)
     # The index is not for several threads, so what the thread writes is made ready here.
     todo = ((one, cache.file(one), partial(cache.save, one, made, cache.fingerprint(one))) for one, made in encoded)
     written = write_files(todo, mine, encoder.batch_size, refuse)
-    for part in processes.gathered(written):  # waits until all files are there and flushed
+    for part in processes.all_gather(written):  # waits until all files are there and flushed
         found |= part
     entries = [entry if isinstance(entry := found[one], Entry) else None for one in requests]
     made = set(missing)
@@ -280,12 +280,12 @@ def _gather(
     processes: Processes,
 ) -> dict[CacheRequest, dict[str, Tensor]]:
     """The latents of all processes, in each of them."""
-    processes.wait()
-    shares = [Processes(rank, processes.world).share_of(jobs) for rank in range(processes.world)]
+    processes.barrier()
+    shares = [Processes(rank, processes.world).shard(jobs) for rank in range(processes.world)]
     sizes = [[shape for one in share for shape in shapes(one).values()] for share in shares]
     sent = [tensor for arrays in own.values() for tensor in arrays.values()]
     gathered: dict[CacheRequest, dict[str, Tensor]] = {}
-    for share, tensors in zip(shares, processes.exchange(sent, sizes), strict=True):
+    for share, tensors in zip(shares, processes.broadcast_all(sent, sizes), strict=True):
         rest = iter(tensors)
         gathered |= {one: {name: next(rest) for name in shapes(one)} for one in share}
     return gathered

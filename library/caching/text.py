@@ -126,7 +126,7 @@ def cache_in_memory(requests: Sequence[TextRequest], encoder: Encoder) -> Memory
                 broken = [_nan_error(owners[caption]) for caption in _not_finite_rows(own, together[processes.rank])]
                 if broken:
                     raise UserError(*(error.problems[0] for error in broken), hint=broken[0].hint)
-            for group, cond in zip(together, processes.gathered(own), strict=False):
+            for group, cond in zip(together, processes.all_gather(own), strict=False):
                 places.update({caption: (len(conds), row) for row, caption in enumerate(group)})
                 conds.append(cond)
                 bar.update(len(group))
@@ -161,7 +161,7 @@ def cache_on_disk(
     """
     wanted = {name: value for name, value in made_by.items() if name not in skip_encoders}
     processes = encoder.processes
-    share = processes.share_of(list(_by_caption(requests, layout).items()))
+    share = processes.shard(list(_by_caption(requests, layout).items()))
     invalid: list[str] = []
     todo: dict[str, list[TextRequest]] = {}
     for caption, members in share:
@@ -177,7 +177,7 @@ def cache_on_disk(
     report_missing(f"text encoder outputs on disk{where}", kept, invalid, made - len(invalid))
     if todo:
         _encode_to_files(todo, layout, encoder, made_by, on_error)
-    processes.wait()
+    processes.barrier()
     return DiskStore(tuple(cache_file(one, layout) for one in requests), layout.keys)
 
 

@@ -26,10 +26,10 @@ def read_data(specs: list[DatasetSpec], opts: Options, traits: FamilyTraits, pro
     """
     main = processes.rank == 0
     if not main:
-        processes.wait()  # and find in the index what the first process has seen
+        processes.barrier()  # and find in the index what the first process has seen
     data = _data_builder(opts.data.dataset_class)(specs, opts, traits, opts.training.seed, main=main)
     if main:
-        processes.wait()
+        processes.barrier()
     for line in data.report():
         LOGGER.info("%s", line)
     return data

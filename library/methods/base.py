@@ -53,7 +53,7 @@ class Method(ABC):
     def trained_text_encoders(self) -> list[str]:
         """The text encoders in which gradients are needed at present; for those that have called `attach`."""
 
-    def working_text_encoders(self) -> list[str]:
+    def live_text_encoders(self) -> list[str]:
         """The text encoders that encode captions in every step, even where outputs are cached."""
         return self.trained_text_encoders()
 

@@ -99,7 +99,7 @@ class FinetuneMethod(Method):
     def trained_text_encoders(self) -> list[str]:
         return [part for part in self._trained if part not in (DENOISER, *self._trained.stopped)]
 
-    def working_text_encoders(self) -> list[str]:
+    def live_text_encoders(self) -> list[str]:
         trained = self.trained_text_encoders()
         numbers = {part: number for number, part in enumerate(self._family.traits.text_encoders)}
         uncached = (part for part in self._whole.text_encoders if not self.opts.method.reads_cache_of(numbers[part]))

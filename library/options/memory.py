@@ -109,7 +109,7 @@ class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs")
     )
     zero_stage: Literal[0, 1, 2, 3] = opt(
         2,
-        "0: nothing is spread; 1, 2: gradients and the optimizer; 3: weights too, gathered block by block",
+        "0: nothing is sharded; 1, 2: gradients and optimizer states; 3: weights too, gathered block by block",
         only_with=_DEEPSPEED,
     )
     offload_optimizer_device: Literal["cpu", "nvme"] | None = opt(

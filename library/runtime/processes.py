@@ -1,4 +1,4 @@
-"""Several processes that wait for each other for as long as it takes."""
+"""Collective operations between the processes of a run, over the CPU and without a time limit."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ class Processes:
     rank: int = 0
     world: int = 1
 
-    def share_of(self, work: Sequence[Any]) -> Sequence[Any]:
+    def shard(self, work: Sequence[Any]) -> Sequence[Any]:
         """This process's part of work that every process lists in the same order."""
         return work[self.rank :: self.world]
 
-    def wait(self) -> None:
-        """Until all are here."""
+    def barrier(self) -> None:
+        """Return once every process has called it."""
         if self.world > 1:
             import torch
 
             torch.distributed.barrier(_patient_group())
 
-    def leave(self) -> None:
-        """Ends the groups once all are here: a process that just goes can bring down those that still listen to it."""
+    def close(self) -> None:
+        """End the process groups after a barrier: a process that exits early can bring down those that wait for it."""
         if self.world > 1:
             import torch
 
-            self.wait()
+            self.barrier()
             torch.distributed.destroy_process_group()
             _patient_group.cache_clear()
 
-    def largest(self, value: int) -> int:
+    def all_max(self, value: int) -> int:
         """The largest of all processes' values."""
         if self.world == 1:
             return value
@@ -49,7 +49,7 @@ class Processes:
         torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MAX, group=_patient_group())
         return int(vote)
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every process's value, in the order of ranks; each process waits for the last one. Values are pickled."""
         if self.world == 1:
             return [value]
@@ -59,12 +59,14 @@ class Processes:
         torch.distributed.all_gather_object(values, value, group=_patient_group())
         return values
 
-    def exchange(self, own: Sequence[Tensor], shapes: Sequence[Sequence[tuple[int, ...]]]) -> Iterator[list[Tensor]]:
-        """Everybody's float32 tensors: one list per process, in the order of ranks.
+    def broadcast_all(
+        self, own: Sequence[Tensor], shapes: Sequence[Sequence[tuple[int, ...]]]
+    ) -> Iterator[list[Tensor]]:
+        """The float32 tensors of every process: one list per process, in the order of ranks.
 
         Args:
-            own: this process's, on the CPU.
-            shapes: those of every process's tensors.
+            own: those of this process, on the CPU.
+            shapes: the shapes of each process's tensors, by rank.
         """
         if self.world == 1:
             yield list(own)

@@ -71,7 +71,7 @@ def _check_weights(run: Run, progress: Progress) -> None:
     """
     finite = all_finite([weight for group in run.optimizer.param_groups for weight in group["params"]])
     if run.shards is not None:  # each process sees its share; all must leave together
-        finite = not run.processes.largest(int(not finite))
+        finite = not run.processes.all_max(int(not finite))
     if not finite:
         raise UserError(
             f"the weights are no longer finite after step {progress.step}; they are not saved, and what was saved "

@@ -82,7 +82,7 @@ def _epoch(
         if run.takes_part:
             _after_step(run, progress, report)
         # All processes must leave at the same step, whichever of them the signal has reached.
-        requested = bool(run.processes.largest(int(interruption.requested)))
+        requested = bool(run.processes.all_max(int(interruption.requested)))
         over = progress.stopped or progress.step >= run.plan.total_steps
         progress.interrupted = requested and not over
         if requested or over:

@@ -136,7 +136,7 @@ def on_disk(items, encode, layout=LAYOUT, name="encoder one", size=2, processes=
 class Impatient(Processes):
     """One of several processes that does not wait for the others."""
 
-    def wait(self):
+    def barrier(self):
         pass
 
 
@@ -169,7 +169,7 @@ class Thread(Processes):
     table: list = field(default_factory=list)
     gate: Barrier | None = None
 
-    def gathered(self, value):
+    def all_gather(self, value):
         self.table[self.rank] = value
         self.gate.wait()
         values = list(self.table)

@@ -503,7 +503,7 @@ def test_rates_of_the_text_encoders(models, targets, given, expected):
     ],
 )
 def test_text_encoders_that_are_trained_stay_in_memory(models, targets, given, kept):
-    release_text_encoders(models, keep=method(targets, models, **given).working_text_encoders())
+    release_text_encoders(models, keep=method(targets, models, **given).live_text_encoders())
     assert set(models.text_encoders) == kept
 
 

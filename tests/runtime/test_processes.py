@@ -18,15 +18,15 @@ from library.runtime.processes import Processes
 
 torch.distributed.init_process_group("gloo")
 ours = Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
-assert list(ours.share_of("abcde")) == (["a", "c", "e"], ["b", "d"])[ours.rank]
-assert ours.largest(ours.rank * 7) == 7
-assert ours.gathered({"a": ours.rank}) == [{"a": 0}, {"a": 1}]
-ours.wait()
+assert list(ours.shard("abcde")) == (["a", "c", "e"], ["b", "d"])[ours.rank]
+assert ours.all_max(ours.rank * 7) == 7
+assert ours.all_gather({"a": ours.rank}) == [{"a": 0}, {"a": 1}]
+ours.barrier()
 own = [torch.full((2, n + 1), float(10 * ours.rank + n)) for n in range(2 - ours.rank)]
 shapes = [[(2, 1), (2, 2)], [(2, 1)]]
-seen = [[tensor[0, 0].item() for tensor in theirs] for theirs in ours.exchange(own, shapes)]
+seen = [[tensor[0, 0].item() for tensor in theirs] for theirs in ours.broadcast_all(own, shapes)]
 assert seen == [[0.0, 1.0], [10.0]], seen
-ours.leave()
+ours.close()
 assert not torch.distributed.is_initialized()
 Path(f"fine {ours.rank}").touch()
 """
@@ -34,10 +34,10 @@ Path(f"fine {ours.rank}").touch()
 
 def test_one_process_waits_for_nobody():
     alone = Processes()
-    alone.wait()
-    assert alone.largest(3) == 3
-    assert alone.gathered("x") == ["x"]
-    assert list(alone.share_of([1, 2])) == [1, 2]
+    alone.barrier()
+    assert alone.all_max(3) == 3
+    assert alone.all_gather("x") == ["x"]
+    assert list(alone.shard([1, 2])) == [1, 2]
 
 
 def test_two_processes(tmp_path):

@@ -95,7 +95,7 @@ def test_text_outputs_of_quantised_encoders_are_told_from_exact_ones(unet_only):
         text=SimpleNamespace(layout=lambda models: SimpleNamespace(settings={})),
     )
     made_by = {}
-    method = SimpleNamespace(text_fingerprint=dict, working_text_encoders=list)
+    method = SimpleNamespace(text_fingerprint=dict, live_text_encoders=list)
     for form in (None, "fp8", "int8", "nf4"):
         prepared = encoding.text_cache(opts.replaced(quantize_base=form), family, method, models, None).args
         made_by[form] = next(one for one in prepared if isinstance(one, dict))["te"]

@@ -14,8 +14,8 @@ from library.options.captioning import CaptionFileOptions, CaptionOptions, GitCa
 from library.options.preparation import WorkOptions
 from library.preparation.captioning.text_mentions import without_written_words
 from library.preparation.common.images import (
+    all_gather,
     find_images,
-    gathered,
     in_batches,
     my_share,
     read_ahead,
@@ -89,7 +89,7 @@ def caption_folder(
     require_room_beside((path for path in images if path not in done), "caption files")
     todo = [path for path in share if path not in done]
     outcome.skipped = len(share) - len(todo)
-    if not any(gathered(len(todo))):  # together, as the processes load together
+    if not any(all_gather(len(todo))):  # together, as the processes load together
         return outcome
     captioner = load()
 

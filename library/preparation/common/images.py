@@ -185,10 +185,10 @@ def my_share(paths: Sequence[Path]) -> list[Path]:
     together: dict[str, list[Path]] = {}
     for path in paths:
         together.setdefault(os.path.splitext(path)[0], []).append(path)
-    return [path for group in processes().share_of(list(together.values())) for path in group]
+    return [path for group in processes().shard(list(together.values())) for path in group]
 
 
-def gathered(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """The value of every process, in their order; each process gets the list, and waits for the last one.
 
     Raises: UserError: another process has ended before it came here.
@@ -202,7 +202,7 @@ def gathered(value: T) -> list[T]:
     # Connects the processes, once. Left to itself it would take each process without a GPU for the only one.
     PartialState(cpu=not torch.accelerator.is_available())
     try:
-        return ours.gathered(value)
+        return ours.all_gather(value)
     except RuntimeError as error:  # lost connections are nothing more special
         LOGGER.debug("waiting for the other processes", exc_info=error)
         raise UserError("another process of this run has stopped; its own message says why") from None
@@ -219,7 +219,7 @@ def by_the_first(work: Callable[[], T]) -> T | None:
             found = work()
         except UserError as error:
             problem = error
-    if any(gathered(problem is not None)):
-        processes().leave()
+    if any(all_gather(problem is not None)):
+        processes().close()
         raise problem or SystemExit(2)
     return found

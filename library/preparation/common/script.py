@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import UserError
 from library.options import parsing, validation
 from library.options.base import OptionGroup, Options, options_of
-from library.preparation.common.images import gathered, is_first, processes
+from library.preparation.common.images import all_gather, is_first, processes
 from library.preparation.common.summary import Outcome
 from library.registry import options_elsewhere
 from library.runtime import logs
@@ -46,7 +46,7 @@ def run_script(
         outcome = work(opts)
         if outcome is not None:
             status = _conclude(outcome, opts)
-        processes().leave()
+        processes().close()
     except UserError as error:
         logs.fail(error)
     except KeyboardInterrupt:
@@ -88,7 +88,7 @@ def _options(
 
 def _conclude(outcome: Outcome, opts: Options) -> int:
     """Tells what came of the work in all processes, and gives the exit status."""
-    whole = Outcome.together(gathered(outcome))
+    whole = Outcome.together(all_gather(outcome))
     for line in whole.lines():
         LOGGER.info("%s", line)
     return whole.status(opts.flat()["strict"])

@@ -19,7 +19,7 @@ from library.options.loss import LossOptions
 from library.options.memory import DistributedOptions, MemoryOptions
 from library.options.preparation import WorkOptions
 from library.options.training import TrainingOptions
-from library.preparation.common.images import find_images, gathered, is_first, require_room_beside
+from library.preparation.common.images import all_gather, find_images, is_first, require_room_beside
 from library.preparation.common.summary import Outcome, counted
 from library.preparation.latents import encoders as parts
 from library.preparation.metadata.metadata_writer import NOT_UNICODE, is_unicode, require_writable, write_metadata
@@ -75,7 +75,7 @@ def prepare(opts: Options) -> Outcome:
         del keys[image]
     records = list(_records(list(keys), spec, index, outcome))
     kept = _encode(records, family, training, options, index, outcome) if records else 0
-    failed = {path for one in gathered(set(outcome.failed)) for path in one}
+    failed = {path for one in all_gather(set(outcome.failed)) for path in one}
     if not is_first():
         return outcome
     index.save()

@@ -11,7 +11,7 @@ from library.errors import UserError
 from library.families.registry import FAMILIES
 from library.options import caching as groups
 from library.options.base import OptionGroup, Options, build_options, opt, options_of
-from library.preparation.common.images import gathered, is_first, require_room_beside
+from library.preparation.common.images import all_gather, is_first, require_room_beside
 from library.preparation.common.summary import Outcome
 from library.preparation.latents import encoders as parts
 from library.runtime.logs import LOGGER
@@ -145,7 +145,7 @@ def cache_latents(opts: Options) -> Outcome:
         check=not opts.data.skip_cache_check,
         on_error=outcome.fail,
     )
-    failed = {path for one in gathered(set(outcome.failed)) for path in one}
+    failed = {path for one in all_gather(set(outcome.failed)) for path in one}
     if is_first():
         data.index.save()
         outcome.skipped = result.kept
@@ -162,7 +162,7 @@ class _NothingTrained:
     def text_fingerprint(self) -> dict[str, str]:
         return {}
 
-    def working_text_encoders(self) -> tuple[str, ...]:
+    def live_text_encoders(self) -> tuple[str, ...]:
         return ()
 
 
@@ -194,12 +194,12 @@ def cache_texts(opts: Options) -> Outcome:
     require_room_beside((file for file, stamp in before.items() if stamp is None), "text encoder outputs")
     with placement.loading(opts, accelerator.device):
         models = adapter.loader.load(texts_only=True)
-    processes.wait()  # nobody writes while others still look
+    processes.barrier()  # nobody writes while others still look
     outcome = Outcome(failed=dict(data.scan.dropped))
     fill = encoding.text_cache(opts, adapter, _NothingTrained(), models, data, outcome.fail)
     placement.place_text_encoders(models, opts, accelerator.device, grad_text=False)
     fill(accelerator)
-    failed = {path for one in gathered(set(outcome.failed)) for path in one}
+    failed = {path for one in all_gather(set(outcome.failed)) for path in one}
     if is_first():
         data.index.save()
         usable = [file for file, image in files.items() if image not in failed]

@@ -17,9 +17,9 @@ from library.options.base import Options
 from library.options.preparation import WorkOptions
 from library.options.tagging import TaggingOptions
 from library.preparation.common.images import (
+    all_gather,
     by_the_first,
     find_images,
-    gathered,
     in_batches,
     is_first,
     my_share,
@@ -77,7 +77,7 @@ def tag_images(opts: Options) -> Outcome:
     share = my_share(images)
     todo = [path for path in share if not (options.skip_existing and place.has(path))]
     outcome, found = Outcome(skipped=len(share) - len(todo)), _Found()
-    if not any(gathered(len(todo))):  # together, as the processes load together
+    if not any(all_gather(len(todo))):  # together, as the processes load together
         return outcome
     tagger = _load(options)
     words = make_vocabulary(tagger.labels, rules, ranked=tagger.ranked)
@@ -88,7 +88,7 @@ def tag_images(opts: Options) -> Outcome:
         place.interrupted()
         raise
     place.finish()
-    _tell_after(gathered(found), options)
+    _tell_after(all_gather(found), options)
     return outcome
 
 

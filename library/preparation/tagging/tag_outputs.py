@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from library.data.scan.metadata_files import read_metadata
 from library.errors import UserError
 from library.options.tagging import TaggingOptions
-from library.preparation.common.images import gathered, is_first, processes, require_room_beside, warn_of_shared_names
+from library.preparation.common.images import all_gather, is_first, processes, require_room_beside, warn_of_shared_names
 from library.preparation.common.summary import counted
 from library.preparation.common.texts import read_lines, require_text_ending, write_text
 from library.preparation.metadata.metadata_writer import NOT_UNICODE, is_unicode, require_writable, write_metadata
@@ -113,7 +113,7 @@ class OneFile:
         self._new[full] = {**before, self._field: text, "image_size": list(size)}
 
     def finish(self) -> None:
-        new = {full: entry for share in gathered(self._new) for full, entry in share.items()}
+        new = {full: entry for share in all_gather(self._new) for full, entry in share.items()}
         if is_first():
             self._write(new)
 

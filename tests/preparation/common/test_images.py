@@ -18,8 +18,8 @@ from library.options.captioning import CaptionOptions
 from library.options.tagging import TaggingOptions
 from library.preparation.captioning.make_captions import caption_folder
 from library.preparation.common.images import (
+    all_gather,
     find_images,
-    gathered,
     in_batches,
     is_first,
     my_share,
@@ -159,7 +159,7 @@ def test_one_process_does_everything(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert my_share(PATHS) == PATHS
     assert is_first()
-    assert gathered("x") == ["x"]
+    assert all_gather("x") == ["x"]
 
 
 def test_processes_share_the_work(monkeypatch):
@@ -188,12 +188,12 @@ def test_processes_without_a_gpu_know_each_other(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("""
 from accelerate import Accelerator
-from library.preparation.common.images import gathered, processes
+from library.preparation.common.images import all_gather, processes
 from pathlib import Path
 rank = processes().rank
-values = gathered(f"of {rank}")
+values = all_gather(f"of {rank}")
 Path(__file__).with_name(f"said {rank}").write_text(f"{values} {Accelerator(cpu=True).num_processes}")
-processes().leave()
+processes().close()
 """)
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -209,12 +209,12 @@ def test_looking_for_images_imports_nothing_heavy(tmp_path):
     code = """
 import sys
 from library.preparation.common.summary import Outcome
-from library.preparation.common.images import find_images, gathered, read_ahead
+from library.preparation.common.images import find_images, all_gather, read_ahead
 from library.preparation.common.script import run_script
 from pathlib import Path
 paths = find_images(Path(sys.argv[1]), recursive=True)
 assert len(list(read_ahead(paths, len_of, Outcome(), workers=1, desc="x"))) == 1
-gathered(1)
+all_gather(1)
 print(*{"torch", "transformers", "accelerate"} & set(sys.modules))
 """.replace("len_of", "lambda path: len(path.name)")
     done = subprocess.run(

@@ -144,12 +144,12 @@ import sys
 from pathlib import Path
 from library.options.preparation import WorkOptions
 from library.preparation.common.summary import Outcome
-from library.preparation.common.images import gathered, is_first, my_share, processes
+from library.preparation.common.images import all_gather, is_first, my_share, processes
 from library.preparation.common.script import run_script
 
 def work(opts):
     share = my_share([Path(f"{n}.png") for n in range(5)])
-    parts = gathered(share)
+    parts = all_gather(share)
     if is_first():
         print(*[path.stem for part in parts for path in part])
     return Outcome(done=len(share) - 1, failed={share[0]: f"no good in {processes().rank}"})
@@ -192,7 +192,7 @@ def test_processes_tell_one_summary_of_all():
 TROUBLE_OF_TWO = """
 from library.errors import UserError
 from library.options.preparation import WorkOptions
-from library.preparation.common.images import by_the_first, gathered, is_first
+from library.preparation.common.images import by_the_first, all_gather, is_first
 from library.preparation.common.script import run_script
 
 def find():
@@ -213,7 +213,7 @@ def test_what_the_first_process_cannot_do_is_told_once():
 
 
 def test_a_process_that_waits_for_one_that_has_stopped_says_so():
-    first, other = run_two(TROUBLE_OF_TWO.format(work="gathered(1); find() if is_first() else gathered(2)"))
+    first, other = run_two(TROUBLE_OF_TWO.format(work="all_gather(1); find() if is_first() else all_gather(2)"))
     assert first.returncode == 2
     assert "error: another process of this run has stopped" in other.stderr
     assert "Traceback" not in first.stderr + other.stderr
