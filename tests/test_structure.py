@@ -380,7 +380,7 @@ def test_an_import_that_points_up_or_across_is_seen(importer, source):
         ("library.training.loop", "if TYPE_CHECKING:\n    from library.inference.preview import Preview"),
         (
             "library.training.loop",
-            "from library.families.base import Family\nfrom library.data import dataset\nimport torch",
+            "from library.families.base import Family\nfrom library.data.sample import dataset\nimport torch",
         ),
         ("library.training.loop", "from library.training import step"),
         ("library.families.sd.adapter", "from library.families.shared.clip import public_state"),

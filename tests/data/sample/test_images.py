@@ -611,7 +611,7 @@ def test_pillow_does_not_speak(tmp_path):
     (tmp_path / "large.png").write_bytes(png(10000, 10000, chunk(b"IDAT", zlib.compress(b""))))
     (tmp_path / "palette.png").write_bytes(palette_with_transparency())
     program = (
-        "import sys; from pathlib import Path; from library.data import images; folder = Path(sys.argv[1]);"
+        "import sys; from pathlib import Path; from library.data.sample import images; folder = Path(sys.argv[1]);"
         "print(images.describe(folder / 'large.png'), images.read_values(folder / 'palette.png').shape[:2])"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]

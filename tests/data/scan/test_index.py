@@ -480,7 +480,7 @@ def test_a_script_with_or_without_a_main_guard(crowd, helpers, tmp_path, guard):
     script.write_text(
         "import sys, os\nfrom pathlib import Path\n"
         f"sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]\n"
-        "import index_helpers\nfrom library.data import index\nindex._cores = lambda: 2\n"
+        "import index_helpers\nfrom library.data.scan import index\nindex._cores = lambda: 2\n"
         f"files = sorted(Path({str(crowd[0].parent)!r}).iterdir())\n"
         f"{guard}found = index.FileIndex(None).learn('who', files, index_helpers.who); "
         "print(len(found), len({process for process, _ in found} - {os.getpid()}) > 0)\n"
