@@ -44,6 +44,29 @@ def foreign_format(names: Iterable[str]) -> tuple[str, str] | None:
     return next(((name, advice) for _, name, advice in found), None)
 
 
+def require_lora_names(path: Path, names: Collection[str]) -> None:
+    """Raises: UserError: these tensors of a file are not LoRA in the kohya layout; the message names their format."""
+    layers: dict[str, set[str]] = {}
+    for name in names:
+        layer, _, tensor = name.partition(".")
+        layers.setdefault(layer, set()).add(tensor)
+    pair = {"lora_down.weight", "lora_up.weight"}
+    others = [
+        f"{layer}.{tensor}"
+        for layer, tensors in layers.items()
+        for tensor in sorted(tensors - {*pair, "alpha"} if pair <= tensors else tensors - {"alpha"} or tensors)
+    ]
+    if layers and not others:
+        return
+    shown = ", ".join(others[:3]) or "nothing"
+    foreign = foreign_format(names)
+    why = f": this is {foreign[0]}, which is not available here yet; {foreign[1]}" if foreign else ""
+    raise UserError(
+        f"{path}: holds {shown}, which is not LoRA of this kind (expected *.lora_down.weight, *.lora_up.weight, "
+        f"*.alpha){why}"
+    )
+
+
 def named_format(names: Iterable[str]) -> str:
     """A sentence, after a space, that names the format of a file of which nothing fits; empty where it is not known."""
     found = foreign_format(names)

@@ -11,7 +11,7 @@ from torch import Tensor
 from library.checkpoints.reading import read_state_dict
 from library.errors import UserError
 from networks import functional
-from networks.file_names import foreign_format, named_format
+from networks.file_names import named_format, require_lora_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -65,28 +65,13 @@ def read(path: str | Path) -> LoraFile:
     """
     path = Path(path)
     tensors = read_state_dict(path)
+    require_lora_names(path, tensors)
     entries: dict[str, Entry] = {}
-    strangers: list[str] = []
-    groups: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        key, _, rest = name.partition(".")
-        groups.setdefault(key, {})[rest] = tensor
-    for key, parts in groups.items():
-        down, up, alpha = (parts.pop(name, None) for name in ("lora_down.weight", "lora_up.weight", "alpha"))
-        strangers += [f"{key}.{rest}" for rest in parts]
-        if down is None or up is None:
-            strangers += [f"{key}.lora_{side}.weight" for side, t in (("down", down), ("up", up)) if t is not None]
-            continue
+    for key in dict.fromkeys(name.partition(".")[0] for name in tensors):
+        down, up = tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"]
+        alpha = tensors.get(f"{key}.alpha")
         if down.dim() not in (2, 4) or up.dim() not in (2, 4) or up.shape[1] != down.shape[0]:
             raise UserError(f"{path}: {key}: down {tuple(down.shape)} and up {tuple(up.shape)} do not belong together")
         stored = functional.effective_alpha(None if alpha is None else float(alpha), down.shape[0])
         entries[key] = Entry(down, up, stored)
-    if strangers or not entries:
-        shown = ", ".join(strangers[:3] or list(tensors)[:3]) or "nothing"
-        foreign = foreign_format(tensors)
-        told = f": this is {foreign[0]}, which is not available here yet; {foreign[1]}" if foreign else ""
-        raise UserError(
-            f"{path}: holds {shown}, which is not LoRA of this kind (expected *.lora_down.weight, *.lora_up.weight, "
-            f"*.alpha){told}"
-        )
     return LoraFile(path, entries)

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from networks.base import TrainableNetwork
 
 
+FUNCTIONS = ("read", "create", "from_weights", "load")  # of a network module
+
+
 class NetworkMethod(Method):
     """A network of `--network_module` on the parts that have a learning rate.
 
@@ -238,8 +241,11 @@ def network_module(name: str | None) -> Any:
         from networks.third_party import ThirdPartyModule
 
         return ThirdPartyModule(module)
-    if not hasattr(module, "create"):
+    missing = [function for function in FUNCTIONS if not hasattr(module, function)]
+    if "create" in missing:
         raise UserError(f"--network_module: {name} is no kind of network, it has no create_network; try networks.lora")
+    if missing:
+        raise UserError(f"--network_module: {name} lacks {', '.join(missing)}, which every network module has")
     return module
 
 

@@ -6,14 +6,16 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoints.reading import require_weights
+from library.checkpoints.reading import file_format, read_header, require_weights
 from library.entry_points import EntryPoint
 from library.errors import UserError
 from library.methods.spec import MethodSpec
 from library.options.network import LARGEST_RANK, NetworkOptions, find_module
 from library.runtime.logs import LOGGER
+from networks.file_names import require_lora_names
 
 if TYPE_CHECKING:
     from library.options.base import Options
@@ -32,6 +34,8 @@ def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str
     for path in filter(None, [options.network_weights, *(options.base_weights or [])]):
         try:
             require_weights(path)
+            if path in (options.base_weights or []) and file_format(path) == "safetensors":
+                require_lora_names(Path(path), read_header(path)[1])
         except UserError as error:
             problems += error.problems
     try:

@@ -358,6 +358,26 @@ def test_base_weights_are_merged_with_their_strengths(earlier):
     torch.testing.assert_close(models.denoiser.attn.weight, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_base_weights_of_another_format_are_refused_before_a_model_is_read(tmp_path):
+    loha, lora = tmp_path / "loha.safetensors", tmp_path / "lora.safetensors"
+    from safetensors.torch import save_file
+
+    save_file({f"lora_unet_attn.hada_w{side}": torch.zeros(4, 4) for side in ("1_a", "1_b", "2_a", "2_b")}, loha)
+    save_file({f"lora_unet_attn.lora_{side}.weight": torch.zeros(4, 4) for side in ("down", "up")}, lora)
+    (problem,) = check_options(options_for(base_weights=[str(lora), str(loha)]))
+    assert problem.startswith(f"{loha}: holds lora_unet_attn.hada_w1_a, ")
+    assert "this is LoHa" in problem
+
+
+def test_a_module_that_is_half_a_network_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "half_a_network.py").write_text(
+        "def create(*args, **given): ...\ndef from_weights(*args, **given): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="half_a_network lacks read, load"):
+        method_for(network_module="half_a_network")
+
+
 # ---- networks of other modules
 
 
