@@ -27,7 +27,8 @@ from torch import nn
 
 from library.memory.block_swap import BlockSwap
 from library.types import LoraTarget, Models
-from networks import lora
+from networks.build import DeclaredBuilder
+from networks.lora import MODULE
 
 GIB = 2**30
 TEXT_TOKENS = 512
@@ -56,7 +57,7 @@ def add_lora(model: FluxTransformer2DModel, device: torch.device) -> nn.Module:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "blocks." in name]
     targets = [LoraTarget("lora_" + name.replace(".", "_"), "denoiser", (name,)) for name in names]
     models = Models(model, {}, {}, None, None)
-    network = lora.create(targets, models, dim=16, alpha=16.0, dropout=None, args={}, seed=0)
+    network = DeclaredBuilder(MODULE).create(targets, models, dim=16, alpha=16.0, dropout=None, args={}, seed=0)
     network.attach(models)
     return network.to(device)
 

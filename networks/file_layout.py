@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from networks.base import live_modules
+from networks.targets import live_modules
 
 if TYPE_CHECKING:
     from library.types import LoraTarget, Models

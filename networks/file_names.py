@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from library.errors import UserError
+from networks.registry import TYPES
+from networks.spec import NetworkType
 
+SHOWN = 3  # of many names, in messages
 _LYCORIS = "--network_module=lycoris.kohya takes it in --network_weights"
 _CONVERT = "convert it to the kohya layout with the program that made it"
 # The first pattern that is found in any name decides: the format, and what can be done.
@@ -44,27 +47,29 @@ def foreign_format(names: Iterable[str]) -> tuple[str, str] | None:
     return next(((name, advice) for _, name, advice in found), None)
 
 
-def require_lora_names(path: Path, names: Collection[str]) -> None:
-    """Raises: UserError: these tensors of a file are not LoRA in the kohya layout; the message names their format."""
+def require_types(path: Path, names: Iterable[str], types: Sequence[NetworkType] = TYPES) -> None:
+    """Raises: UserError: a layer of a file with these tensor names is of none of `types`; the message names its format.
+
+    Args: types: those that can be read; all that are known here by default.
+    """
+    names = list(names)
     layers: dict[str, set[str]] = {}
     for name in names:
         layer, _, tensor = name.partition(".")
         layers.setdefault(layer, set()).add(tensor)
-    pair = {"lora_down.weight", "lora_up.weight"}
     others = [
         f"{layer}.{tensor}"
         for layer, tensors in layers.items()
-        for tensor in sorted(tensors - {*pair, "alpha"} if pair <= tensors else tensors - {"alpha"} or tensors)
+        if not any(kind.reads(frozenset(tensors)) for kind in types)
+        for tensor in sorted(tensors - {"alpha"} or tensors)
     ]
     if layers and not others:
         return
-    shown = ", ".join(others[:3]) or "nothing"
+    shown = ", ".join(others[:SHOWN]) or "nothing"
     foreign = foreign_format(names)
     why = f": this is {foreign[0]}, which is not available here yet; {foreign[1]}" if foreign else ""
-    raise UserError(
-        f"{path}: holds {shown}, which is not LoRA of this kind (expected *.lora_down.weight, *.lora_up.weight, "
-        f"*.alpha){why}"
-    )
+    labels = " or ".join(dict.fromkeys(kind.label for kind in types))
+    raise UserError(f"{path}: holds {shown}, which is not {labels} of this kind{why}")
 
 
 def named_format(names: Iterable[str]) -> str:

@@ -1,13 +1,9 @@
-"""LoRA for FLUX.1: on the transformer, CLIP-L and T5. See `networks.lora_flux_args`."""
+"""`--network_module networks.lora_flux`: LoRA on FLUX.1's transformer, CLIP-L and T5."""
 
 from __future__ import annotations
 
-from functools import partial
+from networks.registry import PERTURBED_LORA
+from networks.select.flux import FluxSelection
+from networks.spec import NetworkModule
 
-from networks import lora_dit
-from networks.lora_dit import load as load
-from networks.lora_files import read as read
-from networks.lora_flux_args import LAYOUT
-
-create = partial(lora_dit.create, LAYOUT)
-from_weights = partial(lora_dit.from_weights, LAYOUT)
+MODULE = NetworkModule(name=__name__, type=PERTURBED_LORA, selection=FluxSelection)

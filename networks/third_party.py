@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -19,18 +18,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.reading import read_state_dict
 from library.errors import UserError
 from library.runtime.logs import LOGGER
 from library.runtime.seeds import derive
-from networks.base import TrainableNetwork
+from networks import files
+from networks.builder import NetworkBuilder
 from networks.file_layout import file_layout, take_over
 from networks.file_names import named_format
+from networks.network import TrainableNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from library.types import LoraTarget, Models
+    from library.types import BlockLayout, LoraTarget, Models
+    from networks.files import NetworkFile
 
 DENOISER = "denoiser"
 SHOWN = 4  # of many names, in messages
@@ -89,34 +90,6 @@ def _renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dic
     """The layer's name stands before the first dot."""
     split = ((name.partition("."), tensor) for name, tensor in tensors.items())
     return {rename(layer) + dot + rest: tensor for (layer, dot, rest), tensor in split}
-
-
-# ---- files
-
-
-@dataclass(frozen=True)
-class NetworkFile:
-    """A network file of any kind. `entries`: for each layer its tensors, by what stands behind the layer's name."""
-
-    path: Path
-    entries: dict[str, dict[str, Tensor]]
-
-    def flat(self) -> dict[str, Tensor]:
-        return {
-            f"{layer}.{name}": tensor for layer, tensors in self.entries.items() for name, tensor in tensors.items()
-        }
-
-
-def read(path: str | Path) -> NetworkFile:
-    """Raises: UserError: missing or broken, or its names are not ``<layer>.<tensor>``."""
-    entries: dict[str, dict[str, Tensor]] = {}
-    tensors = read_state_dict(path)
-    for name, tensor in tensors.items():
-        layer, dot, rest = name.partition(".")
-        if not dot:
-            raise UserError(f"{path}: holds {name}, so it is no file of a network; --network_weights takes one")
-        entries.setdefault(layer, {})[rest] = tensor
-    return NetworkFile(Path(path), entries)
 
 
 # ---- the network
@@ -303,14 +276,15 @@ def _nothing_fits(file: NetworkFile, layers: Mapping[str, nn.Module]) -> UserErr
 # ---- building networks
 
 
-class ThirdPartyModule:
-    """Another module with the functions of ours: `read`, `create`, `from_weights`, `load`."""
-
-    read = staticmethod(read)
+class ThirdPartyBuilder(NetworkBuilder):
+    """Makes networks of another's module."""
 
     def __init__(self, module: ModuleType):
         self.name, self._module = module.__name__, module
         _mend_lycoris(module)
+
+    def read(self, path: str | Path) -> NetworkFile:
+        return files.read(path)
 
     def create(
         self,
@@ -319,9 +293,10 @@ class ThirdPartyModule:
         *,
         dim: int,
         alpha: float | None,
-        dropout: float | None,
         args: Mapping[str, str],
         seed: int,
+        dropout: float | None = None,
+        layout: BlockLayout | None = None,
     ) -> ThirdPartyNetwork:
         """A new network on the parts that have targets. The module chooses the layers, and reads `args`.
 
@@ -342,8 +317,9 @@ class ThirdPartyModule:
         models: Models,
         file: NetworkFile,
         *,
-        dropout: float | None,
         args: Mapping[str, str],
+        dropout: float | None = None,
+        layout: BlockLayout | None = None,
     ) -> ThirdPartyNetwork:
         """A network with the file's layers, as far as the module finds places for them, and its values.
 
@@ -365,7 +341,6 @@ class ThirdPartyModule:
         return network
 
     def load(self, network: ThirdPartyNetwork, file: NetworkFile) -> tuple[int, int, int]:
-        """Layers loaded, layers that the file lacks, layers of the file that are not in the network."""
         with _explained(self.name, "loading weights"):
             loaded = network.load(file)
         return loaded, len(network.layers()) - loaded, len(file.entries) - loaded

@@ -16,18 +16,19 @@ from library.checkpoints.metadata import finalise
 from library.checkpoints.writing import write_safetensors, write_torch
 from library.errors import UserError
 from library.methods.base import Method
-from library.methods.network_spec import DEFAULT_DIM, block_layout, require_network_module, split_args
+from library.methods.network_spec import DEFAULT_DIM, require_network_module, split_args
 from library.runtime.logs import LOGGER
-from networks.file_names import require_places
+from networks.build import DeclaredBuilder, merge
+from networks.file_names import require_places, require_types
+from networks.files import read
+from networks.spec import NetworkModule
 
 if TYPE_CHECKING:
     from library.families.base import Family
     from library.options.base import Options
     from library.types import Batch, FamilyTraits, LoraTarget, Models
-    from networks.base import TrainableNetwork
-
-
-FUNCTIONS = ("read", "create", "from_weights", "load")  # of a network module
+    from networks.builder import NetworkBuilder
+    from networks.network import TrainableNetwork
 
 
 class NetworkMethod(Method):
@@ -39,7 +40,7 @@ class NetworkMethod(Method):
 
     def __init__(self, opts: Options):
         super().__init__(opts)
-        self._module = network_module(opts.method.network_module)
+        self._builder = network_builder(opts.method.network_module)
         self._args = split_args(opts.method.network_args)
         self._network: TrainableNetwork | None = None
         self._multiplier = 1.0  # as the network is now
@@ -55,7 +56,7 @@ class NetworkMethod(Method):
         targets = family.targets.lora(models)
         self._merge_base_weights(targets, models)
         self._rates = part_rates(self.opts, family.traits.text_encoders)
-        file = self._module.read(options.network_weights) if options.network_weights else None
+        file = self._builder.read(options.network_weights) if options.network_weights else None
         if file is not None:
             require_places(file.path, file.entries, _names(targets))
         # A part at rate 0 has a place in the network only where a file gives it values: they act, and are saved again.
@@ -77,16 +78,14 @@ class NetworkMethod(Method):
 
     def _build(self, targets: list[LoraTarget], models: Models, file: Any, traits: FamilyTraits) -> TrainableNetwork:
         options = self.opts.method
-        common = {"dropout": options.network_dropout, "args": self._args}
+        common = {"dropout": options.network_dropout, "args": self._args, "layout": traits.block_layout}
         if options.dim_from_weights:
-            common |= block_layout(self._module.from_weights, traits)
-            network = self._module.from_weights(targets, models, file, **common)
+            network = self._builder.from_weights(targets, models, file, **common)
             loaded, missing = len(network.layers()), 0
             unused = len(file.entries) - loaded
         else:
-            common |= block_layout(self._module.create, traits)
             seed = self.opts.training.seed
-            network = self._module.create(
+            network = self._builder.create(
                 targets,
                 models,
                 dim=options.network_dim or DEFAULT_DIM,
@@ -96,7 +95,7 @@ class NetworkMethod(Method):
             )
             if file is None:
                 return network
-            loaded, missing, unused = self._module.load(network, file)
+            loaded, missing, unused = self._builder.load(network, file)
         LOGGER.log(
             logging.WARNING if missing or unused else logging.INFO,
             "%s: %d layers loaded; %d layers of the network are not in the file and start anew; "
@@ -106,14 +105,13 @@ class NetworkMethod(Method):
         return network
 
     def _merge_base_weights(self, targets: list[LoraTarget], models: Models) -> None:
-        from networks import lora, lora_files
-
         multipliers = list(self.opts.method.base_weights_multiplier or [])
         for index, path in enumerate(self.opts.method.base_weights or []):
             multiplier = multipliers[index] if index < len(multipliers) else 1.0
-            file = lora_files.read(path)
+            file = read(path)
+            require_types(file.path, file.flat())
             require_places(file.path, file.entries, _names(targets))
-            merged, unused = lora.merge(targets, models, file, multiplier)
+            merged, unused = merge(targets, models, file, multiplier)
             LOGGER.log(
                 logging.WARNING if unused else logging.INFO,
                 "%s: %d layers merged into the model at %g; %d layers of the file have no place here",
@@ -225,8 +223,8 @@ def _nothing_trained(rates: dict[str, float]) -> str:
     )
 
 
-def network_module(name: str | None) -> Any:
-    """What `--network_module` names: one of ours, or the wrapper that makes another's look like one.
+def network_builder(name: str | None) -> NetworkBuilder:
+    """What `--network_module` names: a declared one, or the wrapper that makes another's look like one.
 
     Raises: UserError: missing, not a network, or not importable.
     """
@@ -237,16 +235,13 @@ def network_module(name: str | None) -> Any:
         LOGGER.debug("importing %s failed", name, exc_info=True)
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"--network_module: {name} cannot be imported: {type(error).__name__}: {reason}") from error
-    if hasattr(module, "create_network"):
-        from networks.third_party import ThirdPartyModule
-
-        return ThirdPartyModule(module)
-    missing = [function for function in FUNCTIONS if not hasattr(module, function)]
-    if "create" in missing:
+    if isinstance(getattr(module, "MODULE", None), NetworkModule):
+        return DeclaredBuilder(module.MODULE)
+    if not hasattr(module, "create_network"):
         raise UserError(f"--network_module: {name} is no kind of network, it has no create_network; try networks.lora")
-    if missing:
-        raise UserError(f"--network_module: {name} lacks {', '.join(missing)}, which every network module has")
-    return module
+    from networks.third_party import ThirdPartyBuilder
+
+    return ThirdPartyBuilder(module)
 
 
 def part_rates(opts: Options, text_encoders: tuple[str, ...]) -> dict[str, float]:

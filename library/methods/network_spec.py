@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.checkpoints.reading import file_format, read_header, require_weights
 from library.entry_points import EntryPoint
@@ -15,7 +14,8 @@ from library.errors import UserError
 from library.methods.spec import MethodSpec
 from library.options.network import LARGEST_RANK, NetworkOptions, find_module
 from library.runtime.logs import LOGGER
-from networks.file_names import require_lora_names
+from networks.file_names import require_types
+from networks.spec import NetworkModule
 
 if TYPE_CHECKING:
     from library.options.base import Options
@@ -25,53 +25,52 @@ DEFAULT_DIM = 4  # the rank where none is given
 
 
 def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str]:
-    """One line for each thing to mend; arguments that have no effect are logged as warnings.
-
-    A network module may have a neighbour `<module>_args` whose `check(args, ranks_from_file=..., dim=...)` knows them,
-    and whose `reads_gradients(args)` names one for which gradients must outlive the backward pass.
-    """
+    """One line for each thing to mend; arguments that have no effect are logged as warnings."""
     options, problems = opts.method, []
     for path in filter(None, [options.network_weights, *(options.base_weights or [])]):
         try:
             require_weights(path)
             if path in (options.base_weights or []) and file_format(path) == "safetensors":
-                require_lora_names(Path(path), read_header(path)[1])
+                require_types(Path(path), read_header(path)[1])
         except UserError as error:
             problems += error.problems
     try:
         require_network_module(options.network_module)
-        args = split_args(options.network_args)
-        if options.network_module.startswith("networks.") and find_module(f"{options.network_module}_args"):
-            module = importlib.import_module(f"{options.network_module}_args")
-            layout = block_layout(module.check, traits)
-            dim = options.network_dim or DEFAULT_DIM
-            for line in module.check(args, ranks_from_file=options.dim_from_weights, dim=dim, **layout):
-                LOGGER.warning("%s", line)
-            reads = getattr(module, "reads_gradients", None)
-            name = reads(args) if reads is not None else None
-            if name and opts.optimizer.fused_backward_pass:
-                problems.append(
-                    f"--network_args: {name} looks at the gradients after the backward pass, in which "
-                    "--fused_backward_pass drops them; leave one of the two out"
-                )
-        elif not options.network_module.startswith("networks."):
-            problems += _endless_rank(args.get("conv_dim", ""))
+        args, module = split_args(options.network_args), declared_module(options.network_module)
+        if module is None:
+            return problems + list(_endless_rank(args.get("conv_dim", "")))
+        dim, layout = options.network_dim or DEFAULT_DIM, traits.block_layout if traits else None
+        given = {"args": args, "dropout": options.network_dropout, "layout": layout}
+        for line in module.check(**given, dim=dim, ranks_from_file=options.dim_from_weights):
+            LOGGER.warning("%s", line)
+        name = module.parse(**given).layer.reads_gradients()
+        if name and opts.optimizer.fused_backward_pass:
+            problems.append(
+                f"--network_args: {name} looks at the gradients after the backward pass, in which "
+                "--fused_backward_pass drops them; leave one of the two out"
+            )
     except UserError as error:
         problems += error.problems
     return problems
+
+
+def declared_module(name: str) -> NetworkModule | None:
+    """The declaration of one of our own network modules, which `networks` holds; None for any other's.
+
+    Raises: UserError: it is in `networks`, and is no network module.
+    """
+    if not name.startswith("networks."):
+        return None
+    module = importlib.import_module(name)
+    if not isinstance(getattr(module, "MODULE", None), NetworkModule):
+        raise UserError(f"--network_module: {name} is no kind of network; try networks.lora")
+    return module.MODULE
 
 
 def _endless_rank(text: str) -> Iterator[str]:
     """A rank of convolutions that no memory holds; all else a module of other people judges by itself."""
     if re.fullmatch(r"\d+", text) and (len(text) > 9 or int(text) > LARGEST_RANK):
         yield f"--network_args: conv_dim={text}: must be at most {LARGEST_RANK}"
-
-
-def block_layout(function: Callable[..., Any], traits: FamilyTraits | None) -> dict[str, Any]:
-    """The argument `layout` for a function of a network module, where it takes one and the family has blocks."""
-    if traits is None or traits.block_layout is None or "layout" not in inspect.signature(function).parameters:
-        return {}
-    return {"layout": traits.block_layout}
 
 
 def require_network_module(name: str | None) -> None:

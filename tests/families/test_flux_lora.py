@@ -13,8 +13,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from library.families.flux.adapter import FluxFamily
-from networks import lora_flux
 from tests.builders.flux import WIDTH, flux_options, write_flux, write_parts
+from tests.networks.builders import lora_flux
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from library.families.sd3.targets import mmdit_targets
 from library.families.sd3.text import drop_encoders, published_clip_l
 from library.text.tokenizers import CLIP_VOCABULARY
 from library.types import Models, TextCond
-from networks import lora_files, lora_sd3
+from networks import files
 from tests.builders.sd3 import (
     CLIP_L,
     DEPTH,
@@ -36,6 +36,7 @@ from tests.builders.sd3 import (
     write_tiny_sd3,
 )
 from tests.builders.t5 import tiny_t5, tiny_t5_backend, write_t5_tokenizer
+from tests.networks.builders import lora_sd3
 
 ALL = ("te1", "te2", "te3")
 PROMPTS = ["a red house of a cat", "blue"]
@@ -464,7 +465,7 @@ def test_a_lora_acts_as_its_product_added_to_the_files_weights(variant, single_f
         theirs = their_denoiser(tensors, variant)(noisy, context, pooled, timesteps).sample
     assert (ours - before).abs().max() > 0.05
     assert_close(ours, theirs, **CLOSE)
-    assert set(lora_files.read(tmp_path / "lora.safetensors").entries) == {target.key for target in targets}
+    assert set(files.read(tmp_path / "lora.safetensors").entries) == {target.key for target in targets}
 
 
 def test_files_without_encoders_still_name_the_denoisers_layers(tmp_path):

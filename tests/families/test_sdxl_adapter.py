@@ -24,8 +24,9 @@ from library.options.parsing import parse_options
 from library.options.validation import problems, warnings
 from library.registry import groups_for
 from library.types import Models
-from networks import lora, lora_files
+from networks import files
 from tests.builders.sdxl import sdxl_options, tiny_sdxl, write_tiny_sdxl
+from tests.networks.builders import lora
 
 
 @pytest.fixture(scope="module")
@@ -284,8 +285,8 @@ def test_files_with_diffusers_names_are_read(models, trained_lora, tmp_path):
         renamed[f"{names.get(layer, layer)}.{rest}"] = tensor.detach().contiguous()
     assert "lora_unet_down_blocks_1_attentions_0_proj_in.alpha" in renamed
     save_file(renamed, tmp_path / "odd.safetensors")
-    entries = lora_files.read(tmp_path / "odd.safetensors").matching(targets)
-    expected = lora_files.read(path).matching(targets)
+    entries = files.read(tmp_path / "odd.safetensors").matching(targets)
+    expected = files.read(path).matching(targets)
     assert list(entries) == list(expected)
     assert all(torch.equal(entries[key].up, entry.up) for key, entry in expected.items())
 

@@ -31,8 +31,8 @@ from library.training.optimizers import make_optimizer
 from library.training.precision import StochasticRounding
 from library.training.stepping import step_in_backward
 from library.types import LoraTarget, Models
-from networks import lora
 from tests.builders.options import options_for
+from tests.networks.builders import lora
 from tests.networks.conftest import tiny_unet
 
 CPU = torch.device("cpu")

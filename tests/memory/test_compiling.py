@@ -12,7 +12,7 @@ from library.families.sd.targets import unet_targets
 from library.memory.compiling import compile_blocks, require_backend
 from library.memory.low_precision import keep_in_fp8
 from library.types import Models
-from networks import lora
+from tests.networks.builders import lora
 from tests.networks.conftest import tiny_unet
 
 CPU = torch.device("cpu")

@@ -158,12 +158,16 @@ def test_every_rank_and_alpha_up_to_it(rank, tmp_path):
         {"learning_rate": 0.0},
         {"network_train_unet_only": True, "unet_lr": 0.0},
         {"unet_lr": 0.0, "text_encoder_lr": [0.0]},
-        {"network_train_unet_only": True, "network_args": ["down_lr_weight=zeros"]},
     ],
 )
 def test_nothing_to_train_is_an_error(given):
     with pytest.raises(UserError, match=r"nothing would be trained with the learning rates .*U-Net"):
         attached(**given)
+
+
+def test_arguments_that_leave_nothing_to_train_are_an_error():
+    with pytest.raises(UserError, match="these arguments leave no layer to train"):
+        attached(network_train_unet_only=True, network_args=["down_lr_weight=zeros"])
 
 
 @pytest.mark.parametrize(
@@ -172,7 +176,7 @@ def test_nothing_to_train_is_an_error(given):
         ({"network_module": "networks.lora_of_nobody"}, "there is no module named 'networks.lora_of_nobody'"),
         ({"network_module": "no_such_package.kohya"}, "there is no module named 'no_such_package.kohya'"),
         ({"network_module": None}, "--network_module"),
-        ({"network_module": "networks.functional"}, "networks.functional is no kind of network"),
+        ({"network_module": "networks.build"}, "networks.build is no kind of network"),
         ({"network_module": "lycoris.koyha"}, "lycoris.koyha cannot be imported: ModuleNotFoundError"),
         ({"network_args": ["conv_dim"]}, "'conv_dim' is not name=value"),
     ],
@@ -369,13 +373,19 @@ def test_base_weights_of_another_format_are_refused_before_a_model_is_read(tmp_p
     assert "this is LoHa" in problem
 
 
-def test_a_module_that_is_half_a_network_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "half_a_network.py").write_text(
-        "def create(*args, **given): ...\ndef from_weights(*args, **given): ...\n"
+def test_a_network_module_may_be_declared_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "my_network.py").write_text(
+        "from networks.registry import LORA\n"
+        "from networks.select.unet import UnetSelection\n"
+        "from networks.spec import NetworkModule\n"
+        "MODULE = NetworkModule(name=__name__, type=LORA, selection=UnetSelection)\n"
     )
+    (tmp_path / "no_network.py").write_text("def create(*args, **given): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match="half_a_network lacks read, load"):
-        method_for(network_module="half_a_network")
+    method = attached(network_module="my_network", network_dim=3)
+    assert method.trainable().ranks() == {3}
+    with pytest.raises(UserError, match="no_network is no kind of network, it has no create_network"):
+        method_for(network_module="no_network")
 
 
 # ---- networks of other modules

@@ -24,7 +24,8 @@ from library.families.shared.t5 import t5_targets
 from library.families.shared.targets import clip_targets
 from library.types import Models
 from networks.file_layout import Linear, file_layout
-from networks.third_party import ThirdPartyModule, read
+from networks.files import read
+from networks.third_party import ThirdPartyBuilder
 from tests.networks import dits
 from tests.networks.test_third_party import change, make, trained, write
 
@@ -39,7 +40,7 @@ ALGOS = {
 
 @pytest.fixture(scope="module")
 def lycoris():
-    return ThirdPartyModule(importlib.import_module("lycoris.kohya"))
+    return ThirdPartyBuilder(importlib.import_module("lycoris.kohya"))
 
 
 def flux_output(denoiser):

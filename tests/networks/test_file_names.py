@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 from library.errors import UserError
 from library.types import LoraTarget
-from networks import lora_files, third_party
+from networks import files, third_party
 from networks.file_names import require_places
+from tests.networks.builders import lora
 
 LINEAR = "double_blocks_0_img_attn_qkv"
 FOREIGN = {
@@ -34,7 +35,6 @@ FOREIGN = {
     "lora_unet_x.lora_mid.weight": "LoCon in Tucker form",
     "lora_unet_x.dora_scale": "DoRA",
     "bundle_emb.word.string_to_param.*": "LoRA with embeddings inside",
-    "emb_params": "a Textual Inversion embedding",
     "model.diffusion_model.out.2.weight": "a whole model",
 }
 
@@ -43,21 +43,27 @@ FOREIGN = {
 def test_other_formats_are_named(tmp_path, name):
     save_file({name: torch.zeros(2, 2)}, tmp_path / "0a1b2c")
     with pytest.raises(UserError, match=r"0a1b2c: holds .*which is not LoRA of this kind") as caught:
-        lora_files.read(tmp_path / "0a1b2c")
+        lora.read(tmp_path / "0a1b2c")
     assert f": this is {FOREIGN[name]}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_embedding_is_named(tmp_path):
+    save_file({"emb_params": torch.zeros(2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"no file of a network\. Its names are those of a Textual Inversion embedding"):
+        lora.read(tmp_path / "a.safetensors")
 
 
 def test_unknown_content_is_shown(tmp_path):
     save_file({"something.else": torch.zeros(2)}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=r"holds something\.else, which is not LoRA of this kind") as caught:
-        lora_files.read(tmp_path / "a.safetensors")
+        lora.read(tmp_path / "a.safetensors")
     assert "this is" not in str(caught.value)
 
 
 def test_a_third_party_file_of_another_format_is_named(tmp_path):
     save_file({"diffusion_model.a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "a.safetensors")
-    error = third_party._nothing_fits(third_party.read(tmp_path / "a.safetensors"), {})
+    error = third_party._nothing_fits(files.read(tmp_path / "a.safetensors"), {})
     assert "Its names are those of LoRA with ComfyUI's names (diffusion_model.*)" in str(error)
 
 
@@ -97,4 +103,4 @@ def test_files_without_anything_that_fits_name_their_format(tmp_path):
     key = "lora_transformer_single_transformer_blocks_0_attn_to_q"
     save_file({f"{key}.lora_{side}.weight": torch.zeros(2, 2) for side in ("down", "up")}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=r"none of its 1 layers fits .* Its names are those of OneTrainer LoRA"):
-        lora_files.read(tmp_path / "a.safetensors").matching([LoraTarget("lora_unet_a", "denoiser", ("a",))])
+        files.read(tmp_path / "a.safetensors").matching([LoraTarget("lora_unet_a", "denoiser", ("a",))])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from library.types import LoraTarget, Models
-from networks import lora
+from tests.networks.builders import lora
 
 
 def one_linear(**options):

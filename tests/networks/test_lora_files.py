@@ -7,9 +7,13 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from library.errors import UserError
-from networks import lora_files
+from library.types import LoraTarget, Models
+from networks import build
+from networks.types.lora import Entry
+from tests.networks.builders import lora
 
 
 def table(key="lora_te_x", rank=2, **more):
@@ -25,7 +29,7 @@ def test_alpha_of_old_and_extracted_files(tmp_path, alpha, expected):
     if alpha is not None:
         tensors["lora_te_x.alpha"] = alpha
     save_file(tensors, tmp_path / "a.safetensors")
-    entry = lora_files.read(tmp_path / "a.safetensors").entries["lora_te_x"]
+    entry = Entry.of(lora.read(tmp_path / "a.safetensors").entries["lora_te_x"])
     assert (entry.alpha, entry.rank) == (expected, 2)
     reference = tensors["lora_te_x.lora_up.weight"] @ tensors["lora_te_x.lora_down.weight"] * expected / 2
     torch.testing.assert_close(entry.change(), reference)
@@ -44,15 +48,21 @@ def test_alpha_of_old_and_extracted_files(tmp_path, alpha, expected):
 def test_other_content_is_named(tmp_path, tensors):
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=r"a\.safetensors: holds .*which is not LoRA of this kind"):
-        lora_files.read(tmp_path / "a.safetensors")
+        lora.read(tmp_path / "a.safetensors")
 
 
 def test_matrices_that_do_not_belong_together(tmp_path):
     save_file(
         {"k.lora_down.weight": torch.zeros(2, 6), "k.lora_up.weight": torch.zeros(4, 3)}, tmp_path / "a.safetensors"
     )
-    with pytest.raises(UserError, match=r"k: down \(2, 6\) and up \(4, 3\)"):
-        lora_files.read(tmp_path / "a.safetensors")
+    file, models = lora.read(tmp_path / "a.safetensors"), Models(nn.ModuleDict({"x": nn.Linear(6, 4)}), {}, {}, None)
+    targets = [LoraTarget("k", "denoiser", ("x",))]
+    for action in (
+        lambda: lora.from_weights(targets, models, file, args={}),
+        lambda: build.merge(targets, models, file, 1.0),
+    ):
+        with pytest.raises(UserError, match=r"k: down \(2, 6\) and up \(4, 3\)"):
+            action()
 
 
 class Evil:
@@ -65,4 +75,4 @@ def test_unreadable_files_name_themselves(tmp_path):
     (tmp_path / "evil.pt").write_bytes(pickle.dumps({"k": Evil()}))
     for name in ("none.safetensors", "cut.safetensors", "evil.pt"):
         with pytest.raises(UserError, match=name):
-            lora_files.read(tmp_path / name)
+            lora.read(tmp_path / name)

@@ -22,8 +22,9 @@ from library.options.training import TrainingOptions
 from library.runtime.logs import LOGGER
 from library.training.placement import release_text_encoders
 from library.types import Models
-from networks import dylora, lora, lora_fa, lora_flux, lora_flux_args
+from networks import build
 from tests.networks import dits
+from tests.networks.builders import dylora, lora, lora_fa, lora_flux
 
 BOTH_T5 = {"train_t5xxl": "True"}
 SPLIT = {"split_qkv": "True"}
@@ -223,7 +224,7 @@ def test_arguments_that_are_refused(models, targets, args, message):
 
 def test_all_problems_at_once_and_before_a_model_is_read():
     with pytest.raises(UserError) as caught:
-        lora_flux_args.check({"split_qkv": "on", "in_dims": "1", "ggpo_beta": "1"}, ranks_from_file=False)
+        lora_flux.module.check({"split_qkv": "on", "in_dims": "1", "ggpo_beta": "1"}, dim=4, ranks_from_file=False)
     assert len(caught.value.problems) == 3
 
 
@@ -236,7 +237,7 @@ def test_arguments_that_leave_nothing(models, targets):
 
 def test_arguments_without_effect_are_said():
     def said(from_file, **args):
-        return lora_flux_args.check(args, ranks_from_file=from_file)
+        return lora_flux.module.check(args, dim=4, ranks_from_file=from_file)
 
     assert said(False, img_attn_dim="4", loraplus_lr_ratio="4") == []
     assert "conv_dim has no effect in networks.lora_flux" in said(False, conv_dim="4")[0]
@@ -315,7 +316,7 @@ def test_split_parts_are_lora_layers_of_their_own(models, targets, randomise, tm
     plain.attach(models)
     torch.testing.assert_close(dits.flux_output(models.denoiser), live, rtol=1e-5, atol=1e-5)
     plain.detach()
-    lora.merge(unet, models, file, 1.0)
+    build.merge(unet, models, file, 1.0)
     torch.testing.assert_close(dits.flux_output(models.denoiser), live, rtol=1e-5, atol=1e-5)
 
 

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from networks import lora_flux
-from networks.lora_dit_args import DitArgs
-from networks.lora_ggpo import PerturbedLoraLayer
+from networks.layer_args import PerturbedLoraArgs
+from networks.types.lora_ggpo import PerturbedLoraLayer
 from tests.networks import dits
+from tests.networks.builders import lora_flux
 
 SIGMA, BETA = 0.3, 0.2
 ARGS = {"ggpo_sigma": str(SIGMA), "ggpo_beta": str(BETA)}
@@ -23,7 +23,7 @@ def layer():
     """On two fused linears, with values, gradients, and a scale other than 1."""
     torch.manual_seed(0)
     modules = [nn.Linear(6, 5), nn.Linear(6, 3)]
-    made = PerturbedLoraLayer(modules, 4, 2.0, DitArgs(ggpo_sigma=SIGMA, ggpo_beta=BETA))
+    made = PerturbedLoraLayer(modules, 4, 2.0, PerturbedLoraArgs(ggpo_sigma=SIGMA, ggpo_beta=BETA))
     made.bases = tuple(module.weight.detach().clone() for module in modules)
     for weight in (made.lora_down.weight, made.lora_up.weight):
         nn.init.normal_(weight)

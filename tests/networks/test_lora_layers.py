@@ -10,9 +10,10 @@ from torch import nn
 
 from library.errors import UserError
 from library.types import LoraTarget, Models
-from networks import lora, lora_files
-from networks.base import live_modules
-from networks.functional import delta
+from networks import build, files
+from networks.targets import live_modules
+from networks.types.functional import delta
+from tests.networks.builders import lora
 
 
 def make(targets, models, *, dim=4, alpha=2.0, dropout=None, args=None, seed=11):
@@ -119,12 +120,12 @@ def test_live_network_equals_merged_weights(models, targets, outputs, randomise,
     network.attach(models)
     live = outputs(models)
     network.detach()
-    file = lora_files.read(write(network, tmp_path / "a.safetensors"))
-    assert lora.merge(targets, models, file, 1.0) == (len(network.layers()), 0)
+    file = files.read(write(network, tmp_path / "a.safetensors"))
+    assert build.merge(targets, models, file, 1.0) == (len(network.layers()), 0)
     for a, b, c in zip(live, outputs(models), bare, strict=True):
         assert (a - b).abs().max() < 1e-5  # float32, tens of layers
         assert (a - c).abs().max() > 1e-2
-    lora.merge(targets, models, file, -1.0)
+    build.merge(targets, models, file, -1.0)
     for a, c in zip(outputs(models), bare, strict=True):
         assert (a - c).abs().max() < 1e-5
 
@@ -268,7 +269,7 @@ def test_dim_from_weights_rebuilds_the_network(models, targets, randomise, tmp_p
         write(network, path)
     else:
         torch.save(network.state_dict(), path)
-    again = lora.from_weights(targets, models, lora_files.read(path), dropout=None, args={})
+    again = lora.from_weights(targets, models, files.read(path), dropout=None, args={})
     assert list(again.state_dict()) == list(network.state_dict())
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in network.state_dict().items())
     assert again.ranks() == {3, 4, 5, 6}
@@ -279,7 +280,7 @@ def test_dim_from_weights_rebuilds_the_network(models, targets, randomise, tmp_p
 def test_load_reports_what_fits(models, targets, randomise, tmp_path):
     text = [t for t in targets if t.part == "te"]
     unet = [t for t in targets if t.part == "denoiser"]
-    file = lora_files.read(write(randomise(make(text + unet[:40], models, args=CONV)), tmp_path / "a.safetensors"))
+    file = files.read(write(randomise(make(text + unet[:40], models, args=CONV)), tmp_path / "a.safetensors"))
     network = make(unet, models)
     plain = {t.key for t in unet if not t.conv_only}
     shared = plain & set(file.entries)
@@ -296,11 +297,11 @@ def test_a_lora_of_another_model_is_refused(models, targets, tmp_path):
     key = "lora_unet_double_blocks_0_img_attn_qkv"
     path = tmp_path / "flux.safetensors"
     save_file({f"{key}.lora_down.weight": torch.zeros(4, 8), f"{key}.lora_up.weight": torch.zeros(24, 4)}, path)
-    file = lora_files.read(path)
+    file = files.read(path)
     for action in (
         lambda: lora.load(make(targets, models), file),
         lambda: lora.from_weights(targets, models, file, dropout=None, args={}),
-        lambda: lora.merge(targets, models, file, 1.0),
+        lambda: build.merge(targets, models, file, 1.0),
     ):
         with pytest.raises(UserError, match=r"flux\.safetensors: none of its 1 layers fits.*double_blocks_0") as caught:
             action()
@@ -308,7 +309,7 @@ def test_a_lora_of_another_model_is_refused(models, targets, tmp_path):
 
 
 def test_another_rank_or_width_is_refused(models, targets, tmp_path):
-    file = lora_files.read(write(make(targets, models, dim=6), tmp_path / "a.safetensors"))
+    file = files.read(write(make(targets, models, dim=6), tmp_path / "a.safetensors"))
     with pytest.raises(UserError, match="the file's rank is 6") as caught:
         lora.load(make(targets, models, dim=4), file)
     assert "--dim_from_weights" in caught.value.hint
@@ -316,7 +317,7 @@ def test_another_rank_or_width_is_refused(models, targets, tmp_path):
     target = LoraTarget(targets[0].key, "denoiser", ("layer",))
     for action in (
         lambda: lora.from_weights([target], wide, file, dropout=None, args={}),
-        lambda: lora.merge([target], wide, file, 1.0),
+        lambda: build.merge([target], wide, file, 1.0),
     ):
         with pytest.raises(UserError, match=rf"{targets[0].key}.*does not fit"):
             action()
@@ -333,7 +334,7 @@ def test_proj_in_as_convolution_and_as_linear_read_each_other(tmp_path):
     network = make([target], conv)
     nn.init.normal_(network.k.lora_up.weight)
     assert network.k.lora_down.weight.shape == (4, 6, 1, 1)
-    file = lora_files.read(write(network, tmp_path / "a.safetensors"))
+    file = files.read(write(network, tmp_path / "a.safetensors"))
     other = lora.from_weights([target], linear, file, dropout=None, args={})
     assert other.k.lora_down.weight.shape == (4, 6)
     network.attach(conv)
@@ -341,7 +342,7 @@ def test_proj_in_as_convolution_and_as_linear_read_each_other(tmp_path):
     expected = conv.denoiser.proj_in(x[:, :, None, None])[:, :, 0, 0]
     torch.testing.assert_close(linear.denoiser.proj_in(x), expected, rtol=1e-5, atol=1e-6)
     other.detach()
-    lora.merge([target], linear, file, 1.0)
+    build.merge([target], linear, file, 1.0)
     torch.testing.assert_close(linear.denoiser.proj_in(x), expected, rtol=1e-5, atol=1e-6)
 
 

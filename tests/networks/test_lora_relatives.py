@@ -12,7 +12,7 @@ from torch import nn
 
 from library.errors import UserError
 from library.types import LoraTarget, Models
-from networks import dylora, dylora_args, lora, lora_fa, lora_fa_args
+from tests.networks.builders import dylora, lora, lora_fa
 
 CONV = {"conv_dim": "4"}
 KINDS = [dylora, lora_fa]
@@ -198,13 +198,13 @@ def test_lora_fa_starts_from_normal_values():
 
 
 def test_arguments_are_known_without_a_model():
-    assert lora_fa_args.check({"conv_alpha": "1"}, ranks_from_file=False) == [
+    assert lora_fa.module.check({"conv_alpha": "1"}, dim=4, ranks_from_file=False) == [
         "--network_args: conv_alpha has no effect without conv_dim or conv_block_dims"
     ]
-    assert lora_fa_args.check({"loraplus_lr_ratio": "2"}, ranks_from_file=False) == [
+    assert lora_fa.module.check({"loraplus_lr_ratio": "2"}, dim=4, ranks_from_file=False) == [
         "--network_args: loraplus_lr_ratio is ignored: networks.lora_fa knows no such argument"
     ]
-    assert "conv_alpha has no effect" in dylora_args.check({"conv_alpha": "1"}, ranks_from_file=False)[0]
-    assert dylora_args.check({"unit": "2"}, ranks_from_file=False) == []
+    assert "conv_alpha has no effect" in dylora.module.check({"conv_alpha": "1"}, dim=4, ranks_from_file=False)[0]
+    assert dylora.module.check({"unit": "2"}, dim=4, ranks_from_file=False) == []
     with pytest.raises(UserError, match="conv_dim=1: must be --network_dim, 8"):
-        dylora_args.check({"conv_dim": "1"}, ranks_from_file=False, dim=8)
+        dylora.module.check({"conv_dim": "1"}, dim=8, ranks_from_file=False)

@@ -18,9 +18,10 @@ from library.options.optimizer import OptimizerOptions
 from library.options.saving import SavingOptions
 from library.options.training import TrainingOptions
 from library.types import Models
-from networks import lora, lora_fa, lora_sd3, lora_sd3_args
-from networks.functional import delta
+from networks import build
+from networks.types.functional import delta
 from tests.networks import dits
+from tests.networks.builders import lora, lora_fa, lora_sd3
 
 SPLIT = {"split_qkv": "True"}
 EMBEDDINGS = {"emb_dims": "[1,2,3,4,5,6]"}
@@ -186,9 +187,9 @@ def test_arguments_that_are_refused(models, targets, args, message):
 
 
 def test_arguments_without_effect_are_said():
-    assert lora_sd3_args.check({"x_attn_dim": "4", "verbose": "True"}, ranks_from_file=False) == []
-    assert "conv_alpha has no effect" in lora_sd3_args.check({"conv_alpha": "1"}, ranks_from_file=False)[0]
-    assert len(lora_sd3_args.check({**EMBEDDINGS, "train_block_indices": "0"}, ranks_from_file=True)) == 2
+    assert lora_sd3.module.check({"x_attn_dim": "4", "verbose": "True"}, dim=4, ranks_from_file=False) == []
+    assert "conv_alpha has no effect" in lora_sd3.module.check({"conv_alpha": "1"}, dim=4, ranks_from_file=False)[0]
+    assert len(lora_sd3.module.check({**EMBEDDINGS, "train_block_indices": "0"}, dim=4, ranks_from_file=True)) == 2
 
 
 def test_another_kind_of_model_is_named():
@@ -235,7 +236,7 @@ def test_the_live_network_is_what_its_file_says(models, targets, unet, randomise
     loaded = make(unet, models, args=args, seed=12, alpha=1.0)
     assert lora_sd3.load(loaded, file) == (len(network.layers()), 0, 0)
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.file_state().items())
-    lora.merge(targets, models, file, 1.0)
+    build.merge(targets, models, file, 1.0)
     torch.testing.assert_close(dits.sd3_output(models.denoiser), expected, rtol=1e-4, atol=1e-5)
 
 

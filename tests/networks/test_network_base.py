@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from library.types import LoraTarget, Models
-from networks import dylora, lora, lora_fa
-from networks.base import add_to_weights
-from networks.functional import delta
+from networks import build
+from networks.targets import add_to_weights
+from networks.types.functional import delta
+from tests.networks.builders import dylora, lora, lora_fa
 
 
 class Attention(nn.Module):
@@ -97,7 +98,7 @@ def test_optional_targets_are_left_out_until_a_file_has_them(tmp_path):
     for module in (lora, lora_fa, dylora):
         file = module.read(tmp_path / "a.safetensors")
         assert list(module.from_weights(targets, models, file, dropout=None, args={}).layers()) == ["q", "k"]
-    assert lora.merge(targets, models, file, 1.0) == (2, 0)
+    assert build.merge(targets, models, file, 1.0) == (2, 0)
 
 
 def test_detach_leaves_nothing_and_the_model_never_holds_the_network(randomise):

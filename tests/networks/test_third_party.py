@@ -13,7 +13,8 @@ from torch import nn
 
 from library.errors import UserError
 from library.types import LoraTarget, Models
-from networks.third_party import LayerNames, ThirdPartyModule, read
+from networks.files import read
+from networks.third_party import LayerNames, ThirdPartyBuilder
 
 pytest.importorskip("lycoris")
 
@@ -29,7 +30,7 @@ ALGOS = {
 
 @pytest.fixture(scope="module")
 def lycoris():
-    return ThirdPartyModule(importlib.import_module("lycoris.kohya"))
+    return ThirdPartyBuilder(importlib.import_module("lycoris.kohya"))
 
 
 def make(module, targets, models, *, args=None, dim=2, alpha=1.0, dropout=None, seed=11):
@@ -363,7 +364,7 @@ class Attention(nn.Module):
 def own_module(tmp_path, monkeypatch):
     (tmp_path / "module_of_a_user.py").write_text(OWN, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    yield ThirdPartyModule(importlib.import_module("module_of_a_user"))
+    yield ThirdPartyBuilder(importlib.import_module("module_of_a_user"))
     sys.modules.pop("module_of_a_user")
 
 

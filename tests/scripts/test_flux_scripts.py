@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from library import cli, registry
 from library.options import parsing, validation
 from library.training import loop, placement
-from networks import lora_flux_args
+from networks.lora_flux import MODULE as lora_flux
 from tests.builders.flux import write_flux, write_parts
 from tests.scripts.starting import as_words
 from tests.scripts.weights import furthest, hash_of
@@ -282,7 +282,7 @@ def test_printed_fragments_are_accepted():
         opts, problems, warnings = checked("flux_train_network", fragment + more)
         assert (name, problems, warnings) == (name, [], [])
         arguments = dict(entry.split("=", 1) for entry in opts.method.network_args or [])
-        assert lora_flux_args.check(arguments, ranks_from_file=False) == []
+        assert lora_flux.check(arguments, dim=4, ranks_from_file=False) == []
 
 
 @pytest.mark.rows("R369", "R392", "R398")

@@ -7,11 +7,24 @@ import math
 import pytest
 
 from library.errors import UserError
-from networks.lora_args import BlockLayout, check, parse, rank_and_alpha, without_effect
+from library.types import BlockLayout, LoraTarget
+from networks.lora import MODULE
+
+
+def parse(args, layout=None):
+    return MODULE.parse(args, layout=layout)
+
+
+def select(args, layout=None):
+    return parse(args, layout).selection
+
+
+def check(args, ranks_from_file=False):
+    return MODULE.check(args, dim=4, ranks_from_file=ranks_from_file)
 
 
 def weights(**args):
-    return list(parse({key: str(value) for key, value in args.items()}).block_weights)
+    return list(select({key: str(value) for key, value in args.items()}).block_weights)
 
 
 ONES = [1.0] * 12
@@ -48,7 +61,7 @@ def test_threshold_makes_small_weights_zero():
 
 def test_layout_with_fixed_ends():
     layout = BlockLayout(9, 3, 9, edge=1)
-    parsed = parse({"down_lr_weight": "zeros", "mid_lr_weight": "0.1,0.2,0.3"}, layout)
+    parsed = select({"down_lr_weight": "zeros", "mid_lr_weight": "0.1,0.2,0.3"}, layout)
     assert parsed.block_weights == (1.0, *[0.0] * 9, 0.1, 0.2, 0.3, *[1.0] * 9, 1.0)
 
 
@@ -99,7 +112,7 @@ def test_errors_say_what_is_wrong(args, message):
 
 
 def test_the_largest_ranks_are_taken():
-    parsed = parse({"conv_dim": "32768", "block_dims": ",".join(["32768"] * 25), "network_reg_dims": "a=32768"})
+    parsed = select({"conv_dim": "32768", "block_dims": ",".join(["32768"] * 25), "network_reg_dims": "a=32768"})
     assert (parsed.conv_dim, parsed.block_dims, parsed.own_dim("a")) == (32768, (32768,) * 25, 32768)
 
 
@@ -112,12 +125,12 @@ def test_all_problems_at_once():
 def test_zero_and_nothing_switch_off():
     parsed = parse({"conv_dim": "0", "loraplus_lr_ratio": "0", "loraplus_unet_lr_ratio": "", "rank_dropout": ""})
     assert parsed == parse({})
-    assert parse({"loraplus_lr_ratio": "4", "loraplus_unet_lr_ratio": "0"}).denoiser_plus is None
+    assert parse({"loraplus_lr_ratio": "4", "loraplus_unet_lr_ratio": "0"}).plus.denoiser is None
     assert parse({"algo": "lora", "dora_wd": "False", "train_norm": "0"}) == parse({})
 
 
 def test_arguments_that_the_module_does_not_know_are_ignored_aloud():
-    lines = check({"conv_dims": "4", "preset": "full", "dora_wd": "False"}, ranks_from_file=False)
+    lines = check({"conv_dims": "4", "preset": "full", "dora_wd": "False"})
     assert lines == [
         "--network_args: conv_dims is ignored: networks.lora knows no such argument; did you mean 'conv_dim'?",
         "--network_args: preset is ignored: networks.lora knows no such argument",
@@ -125,15 +138,16 @@ def test_arguments_that_the_module_does_not_know_are_ignored_aloud():
 
 
 def test_what_has_no_effect_is_said():
-    assert without_effect({"conv_alpha": "1", "dropout": "0.1"}) == [
+    assert check({"conv_alpha": "1", "dropout": "0.1"}) == [
         "--network_args: conv_alpha has no effect without conv_dim or conv_block_dims"
     ]
-    assert without_effect({"conv_alpha": "1", "conv_dim": "4"}) == []
-    assert len(without_effect({"conv_alpha": "1", "conv_dim": "4"}, ranks_from_file=True)) == 2
+    assert check({"conv_alpha": "1", "conv_dim": "4"}) == []
+    assert len(check({"conv_alpha": "1", "conv_dim": "4"}, ranks_from_file=True)) == 2
 
 
-def choose(args, *, block=5, kernel=False, conv_only=False):
-    return rank_and_alpha(parse(args), 4, 1.0, block=block, kernel=kernel, conv_only=conv_only)
+def choose(args, *, key="lora_unet_x", block=5, kernel=False, conv_only=False):
+    target = LoraTarget(key, "denoiser", ("x",), conv_only=conv_only, block=block)
+    return select(args).rank_and_alpha(target, 4, 1.0, kernel=kernel)
 
 
 def test_ranks_by_block():
@@ -158,8 +172,7 @@ def test_ranks_by_regular_expression():
     args = {"network_reg_dims": "attn1_to_[qk]=8, attn1=0,_ff_=2", "block_dims": ",".join(["3"] * 25)}
 
     def chosen(key, **more):
-        options = {"block": 1, "kernel": False, "conv_only": False, **more}
-        return rank_and_alpha(parse({**args, **more.pop("args", {})}), 4, 1.0, key=key, **options)
+        return choose(args, key=key, block=1, **more)
 
     assert chosen("lora_unet_attn1_to_q") == (8, 1.0)
     assert chosen("lora_unet_attn1_to_v") is None
@@ -169,13 +182,12 @@ def test_ranks_by_regular_expression():
 
 
 def test_rates_by_regular_expression():
-    parsed = parse({"network_reg_lrs": "attn1=1e-5,attn=2e-5,ff=0", "up_lr_weight": "zeros"})
-    assert [parsed.own_lr(f"lora_unet_{name}") for name in ("attn1_to_q", "attn2_to_q", "proj_in")] == [
+    given = {"network_reg_lrs": "attn1=1e-5,attn=2e-5,ff=0", "up_lr_weight": "zeros"}
+    assert [select(given).own_lr(f"lora_unet_{name}") for name in ("attn1_to_q", "attn2_to_q", "proj_in")] == [
         (1, 1e-5),
         (2, 2e-5),
         None,
     ]
-    common = {"block": 13, "kernel": False, "conv_only": False}
-    assert rank_and_alpha(parsed, 4, 1.0, key="lora_unet_attn1", **common) == (4, 1.0)
-    assert rank_and_alpha(parsed, 4, 1.0, key="lora_unet_ff", **common) is None
-    assert rank_and_alpha(parsed, 4, 1.0, key="lora_unet_proj_in", **common) is None
+    assert choose(given, key="lora_unet_attn1", block=13) == (4, 1.0)
+    assert choose(given, key="lora_unet_ff", block=13) is None
+    assert choose(given, key="lora_unet_proj_in", block=13) is None

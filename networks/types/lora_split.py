@@ -4,17 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks import functional
-from networks.base import AdapterLayer
-from networks.lora import LoraLayer
-from networks.lora_args import LoraArgs
-from networks.lora_files import Entry, LoraFile
+from networks.layer import AdapterLayer
+from networks.layer_args import LoraArgs, PerturbedLoraArgs, SplitLoraArgs
+from networks.types import functional
+from networks.types.lora import Entry, LoraLayer
+from networks.types.lora_ggpo import PerturbedLoraLayer
+
+if TYPE_CHECKING:
+    from library.types import LoraTarget
+    from networks.files import Entries
+
+
+class DitLoraLayer(LoraLayer):
+    """LoRA for a diffusion transformer: in parts where the layer is fused and `split_qkv` is given, else whole."""
+
+    @classmethod
+    def build(cls, modules: Sequence[nn.Module], rank: int, alpha: float | None, args: SplitLoraArgs) -> AdapterLayer:
+        kind = LoraLayer
+        if isinstance(args, PerturbedLoraArgs) and args.ggpo_sigma is not None:
+            kind = PerturbedLoraLayer
+        if args.split_qkv and len(modules) > 1:
+            return SplitLoraLayer(modules, rank, alpha, args, kind)
+        return kind(modules, rank, alpha, args)
+
+    @classmethod
+    def rebuild(cls, modules: Sequence[nn.Module], tensors: Mapping[str, Tensor], args: SplitLoraArgs) -> AdapterLayer:
+        entry = Entry.of(tensors)
+        rank = max(entry.rank // len(modules), 1) if args.split_qkv else entry.rank  # files have the ranks of all parts
+        layer = cls.build(modules, rank, entry.alpha, args)
+        layer.load(tensors)
+        return layer
 
 
 class SplitLoraLayer(AdapterLayer):
@@ -49,31 +74,33 @@ class SplitLoraLayer(AdapterLayer):
         for part in self.parts:
             part.multiplier = value
 
-    def initialise(self, rng: torch.Generator) -> None:
+    def init_weights(self, rng: torch.Generator) -> None:
         """Down kaiming-uniform with a = sqrt(5), up zero: the network starts as the bare model."""
         for part in self.parts:
-            part.initialise(rng)
+            part.init_weights(rng)
 
-    def load(self, key: str, entry: Entry) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes over a file's values. Raises: UserError: another rank or size, or parts that are not apart."""
-        for part, own in zip(self.parts, self._cut(key, entry), strict=True):
-            part.load(key, own)
+        for part, own in zip(self.parts, self._cut(Entry.of(tensors)), strict=True):
+            part.load(own)
 
-    def _cut(self, key: str, entry: Entry) -> list[Entry]:
+    def _cut(self, entry: Entry) -> list[dict[str, Tensor]]:
         count, rows = len(self.parts), [sum(part.rows) for part in self.parts]
         if entry.up.shape[0] != sum(rows):
-            raise UserError(f"{key}: the file's layer has {entry.up.shape[0]} outputs, the model's {sum(rows)}")
+            raise UserError(f"the file's layer has {entry.up.shape[0]} outputs, the model's {sum(rows)}")
         if entry.rank != count * self.rank:
             raise UserError(
-                f"{key}: the file's rank is {entry.rank}; with split_qkv=True a rank of {self.rank} is "
+                f"the file's rank is {entry.rank}; with split_qkv=True a rank of {self.rank} is "
                 f"{count * self.rank} in files",
                 hint="give the --network_dim of its training, or --dim_from_weights; or leave split_qkv=True out",
             )
         downs = entry.down.chunk(count)
         blocks = [part.chunk(count, dim=1) for part in entry.up.split(rows)]
         if any(block.any() for i, row in enumerate(blocks) for j, block in enumerate(row) if i != j):
-            raise UserError(f"{key}: was not trained with split_qkv=True: its parts share ranks; leave that out")
-        return [Entry(downs[i], blocks[i][i], entry.alpha / count) for i in range(count)]
+            raise UserError("was not trained with split_qkv=True: its parts share ranks; leave that out")
+        alpha = torch.tensor(entry.alpha / count)
+        cut = range(count)
+        return [{"lora_down.weight": downs[i], "lora_up.weight": blocks[i][i], "alpha": alpha} for i in cut]
 
     def file_state(self) -> dict[str, Tensor]:
         downs = [part.lora_down.weight.detach() for part in self.parts]
@@ -100,18 +127,20 @@ class SplitLoraLayer(AdapterLayer):
         return [part.lora_up.weight for part in self.parts]
 
 
-def with_trained_scales(file: LoraFile, parts: Mapping[str, int]) -> LoraFile:
-    """The file with the alphas of split layers as they are written here, n times that of a part.
+def with_trained_scales(entries: Entries, targets: Sequence[LoraTarget], args: SplitLoraArgs) -> Entries:
+    """The entries with the alphas of split layers as they are written here, n times that of a part.
 
     sd-scripts up to 0.10 wrote a part's own alpha, by which readers see 1 / n of the strength that was trained. Such a
     file gives its split layers the alpha that its layers of a part's rank have.
 
-    Args: parts: n, by the names of the layers that are split.
+    Args: targets: of the entries.
     """
-    entries = dict(file.entries)
-    whole = {(entry.rank, entry.alpha) for key, entry in entries.items() if key not in parts}
-    for key in parts.keys() & entries.keys():
-        entry, count = entries[key], parts[key]
+    parts = {target.key: len(target.modules) for target in targets if args.split_qkv and len(target.modules) > 1}
+    read = {key: Entry.of(tensors) for key, tensors in entries.items()}
+    whole = {(entry.rank, entry.alpha) for key, entry in read.items() if key not in parts}
+    corrected = dict(entries)
+    for key in parts.keys() & read.keys():
+        entry, count = read[key], parts[key]
         if any(rank * count == entry.rank and math.isclose(alpha, entry.alpha) for rank, alpha in whole):
-            entries[key] = replace(entry, alpha=entry.alpha * count)
-    return replace(file, entries=entries)
+            corrected[key] = {**entries[key], "alpha": torch.tensor(entry.alpha * count)}
+    return corrected

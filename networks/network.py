@@ -1,46 +1,21 @@
-"""How adapter layers attach to a live model: one forward hook per adapted module, nothing replaced or patched."""
+"""Networks of adapter layers on a live model: one forward hook per adapted module, nothing replaced or patched."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
+
+from networks.targets import hook
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from library.types import LoraTarget, Models
-
-
-class AdapterLayer(nn.Module):
-    """One entry of a network file. Its state_dict keys are what stands behind the entry's name in the file."""
-
-    multiplier: float = 1.0
-
-    def adapt(self, index: int, x: Tensor, output: Tensor) -> Tensor:
-        """The output that the `index`-th module of the target shall have for input `x`, instead of `output`."""
-        raise NotImplementedError
-
-    def before_step(self) -> None:
-        """Called before each optimizer step, when the gradients are as the step sees them; never waits."""
-
-    def limit_norm(self, limit: float) -> None:
-        """Scales the trained tensors so that the norm of the weight change is at most `limit`; never waits."""
-        raise NotImplementedError
-
-    def trained_parameters(self) -> list[nn.Parameter]:
-        return list(self.parameters())
-
-    def file_state(self) -> dict[str, Tensor]:
-        """What the file holds of this layer."""
-        return self.state_dict()
-
-    def fast_parameters(self) -> list[nn.Parameter]:
-        """The parameters whose rate LoRA+ raises (arXiv:2402.12354)."""
-        return []
+    from networks.layer import AdapterLayer
+    from networks.spec import NetworkArgs
 
 
 class TrainableNetwork(nn.Module):
@@ -105,11 +80,14 @@ class Network(TrainableNetwork):
     stays what it was.
     """
 
-    def __init__(self, layers: Mapping[str, AdapterLayer], targets: Mapping[str, LoraTarget]):
+    def __init__(self, layers: Mapping[str, AdapterLayer], targets: Sequence[LoraTarget], args: NetworkArgs):
+        """`targets` has those of all layers, and may have more. `args` chose the layers, and have their rates."""
         super().__init__()
         for key, layer in layers.items():
             self.add_module(key, layer)
-        self.targets = {key: targets[key] for key in layers}
+        by_key = {target.key: target for target in targets}
+        self.targets = {key: by_key[key] for key in layers}
+        self.args = args
         self._handles: list[RemovableHandle] = []
 
     def layers(self) -> dict[str, AdapterLayer]:
@@ -120,9 +98,7 @@ class Network(TrainableNetwork):
         if self._handles:
             raise ValueError("this network is attached already")
         for key, layer in self.layers().items():
-            hook = _swapped_hook if self.targets[key].swap_halves else _hook
-            for index, module in enumerate(live_modules(models, self.targets[key])):
-                self._handles.append(module.register_forward_hook(hook(layer, index)))
+            self._handles += hook(models, self.targets[key], layer)
 
     def detach(self) -> None:
         """Takes every hook away; the models behave as before."""
@@ -160,42 +136,42 @@ class Network(TrainableNetwork):
         """Layers per part."""
         return Counter(target.part for target in self.targets.values())
 
+    def ranks(self) -> set[int]:
+        return {layer.rank for layer in self.layers().values()}
 
-def _hook(layer: AdapterLayer, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    def adapt(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return layer.adapt(index, args[0], output)
+    def parameter_groups(self, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+        """Optimizer groups, one for each rate and side. A part missing in `rates` or with rate 0 has none.
 
-    return adapt
+        Args: rates: learning rate of each part, text encoders in the order in which --text_encoder_lr counts them.
+        """
+        groups: dict[str, dict[str, Any]] = {}
+        for key, layer in self.layers().items():
+            name, lr = self._rate(self.targets[key], rates)
+            if not lr:
+                continue
+            plus = self.args.plus
+            ratio = plus.denoiser if self.targets[key].part == "denoiser" else plus.text
+            fast = {id(parameter) for parameter in layer.fast_parameters()} if ratio else set()
+            for parameter in layer.trained_parameters():
+                label, own_lr = (f"{name} plus", lr * ratio) if id(parameter) in fast else (name, lr)
+                group = groups.setdefault(label, {"params": [], "lr": own_lr, "name": label})
+                group["params"].append(parameter)
+        return list(groups.values())
 
-
-def _swapped_hook(layer: AdapterLayer, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    """The layer sees the output as the file orders it, so that its tensors are the file's."""
-
-    def adapt(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return _swap_halves(layer.adapt(index, args[0], _swap_halves(output, -1)), -1)
-
-    return adapt
-
-
-def _swap_halves(tensor: Tensor, axis: int) -> Tensor:
-    return tensor.roll(tensor.shape[axis] // 2, axis)
-
-
-def live_modules(models: Models, target: LoraTarget) -> list[nn.Module]:
-    """The modules that a target covers."""
-    part = models.denoiser if target.part == "denoiser" else models.text_encoders[target.part]
-    return [part.get_submodule(path) for path in target.modules]
-
-
-@torch.no_grad()
-def add_to_weights(models: Models, target: LoraTarget, change: Tensor) -> None:
-    """Adds `change` to the target's weights for good.
-
-    Args: change: rows over all its modules, in the file's order, (sum of out, in, ...).
-    """
-    modules = live_modules(models, target)
-    rows = [module.weight.shape[0] for module in modules]
-    for module, part in zip(modules, change.split(rows), strict=True):
-        part = _swap_halves(part, 0) if target.swap_halves else part
-        summed = module.weight.float() + part.to(module.weight.device, torch.float32).reshape(module.weight.shape)
-        module.weight.copy_(summed)
+    def _rate(self, target: LoraTarget, rates: Mapping[str, float]) -> tuple[str, float]:
+        """The name of a layer's optimizer group and its learning rate, before LoRA+."""
+        selection, lr = self.args.selection, rates.get(target.part)
+        if not lr:
+            return "", 0.0
+        text_parts = [part for part in self.parts() if part != "denoiser"]
+        if target.part == "denoiser":
+            name = "unet"
+        elif len(text_parts) == 1:
+            name = "textencoder"
+        else:
+            name = f"textencoder {[part for part in rates if part != 'denoiser'].index(target.part) + 1}"
+        own = selection.own_lr(target.key)
+        if own is not None:
+            return f"{name} reg {own[0]}", own[1]
+        factor = selection.lr_factor(target)
+        return (name, lr) if factor is None else (f"{name} block {target.block}", lr * factor)

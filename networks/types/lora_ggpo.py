@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks.lora import LoraLayer
-from networks.lora_dit_args import DitArgs
+from networks.layer_args import PerturbedLoraArgs
+from networks.types.lora import LoraLayer
 
 
 class PerturbedLoraLayer(LoraLayer):
@@ -25,7 +25,7 @@ class PerturbedLoraLayer(LoraLayer):
     first. No gradient flows through E. Norms need matrices of the size of the rank only.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], rank: int, alpha: float | None, args: DitArgs):
+    def __init__(self, modules: Sequence[nn.Module], rank: int, alpha: float | None, args: PerturbedLoraArgs):
         super().__init__(modules, rank, alpha, args)
         self._sigma, self._beta = args.ggpo_sigma, args.ggpo_beta
         base = torch.cat([module.weight.detach().float().square().sum(1) for module in modules])

@@ -1,0 +1,141 @@
+"""Makes networks of any type, gives them a file's values, and merges files into models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from library.errors import UserError
+from library.runtime.logs import LOGGER
+from library.runtime.seeds import generator
+from networks.builder import NetworkBuilder
+from networks.file_names import require_types
+from networks.files import Entries, NetworkFile, read
+from networks.network import Network
+from networks.registry import type_of
+from networks.targets import add_to_weights, live_modules, weight_of, weight_shape
+
+if TYPE_CHECKING:
+    from library.types import BlockLayout, LoraTarget, Models
+    from networks.layer import AdapterLayer
+    from networks.spec import NetworkArgs, NetworkModule
+
+
+class DeclaredBuilder(NetworkBuilder):
+    """Makes networks of a declared module. The weights of a layer depend on the seed and its key only."""
+
+    def __init__(self, module: NetworkModule):
+        self.module = module
+        self._layer: type[AdapterLayer] = module.type.layer.load()
+
+    def read(self, path: str | Path) -> NetworkFile:
+        file = read(path)
+        require_types(file.path, file.flat(), [self.module.type])
+        return file
+
+    def create(
+        self,
+        targets: Sequence[LoraTarget],
+        models: Models,
+        *,
+        dim: int,
+        alpha: float | None,
+        args: Mapping[str, str],
+        seed: int,
+        dropout: float | None = None,
+        layout: BlockLayout | None = None,
+    ) -> Network:
+        parsed = self.module.parse(args, dropout, layout)
+        parsed.selection.check_rank(dim, self.module.name)
+        parsed.selection.check_targets(targets, self.module.name)
+        layers: dict[str, AdapterLayer] = {}
+        for target in targets:
+            modules = live_modules(models, target)
+            chosen = parsed.selection.rank_and_alpha(target, dim, alpha, kernel=_has_kernel(modules[0]))
+            if chosen is None:
+                continue
+            with _named(target.key):
+                layers[target.key] = self._layer.build(modules, *chosen, parsed.layer)
+            layers[target.key].init_weights(generator("cpu", seed, "network", target.key))
+        if not layers:
+            raise UserError("--network_args: these arguments leave no layer to train")
+        return _made(layers, targets, parsed)
+
+    def from_weights(
+        self,
+        targets: Sequence[LoraTarget],
+        models: Models,
+        file: NetworkFile,
+        *,
+        args: Mapping[str, str],
+        dropout: float | None = None,
+        layout: BlockLayout | None = None,
+    ) -> Network:
+        parsed = self.module.parse(args, dropout, layout)
+        parsed.selection.check_targets(targets, self.module.name)
+        by_key = {target.key: target for target in targets}
+        layers: dict[str, AdapterLayer] = {}
+        for key, entry in self._entries(file, targets, parsed).items():
+            with _named(key):
+                layers[key] = self._layer.rebuild(live_modules(models, by_key[key]), entry, parsed.layer)
+        return _made(layers, targets, parsed)
+
+    def load(self, network: Network, file: NetworkFile) -> tuple[int, int, int]:
+        layers = network.layers()
+        entries = self._entries(file, list(network.targets.values()), network.args)
+        for key, entry in entries.items():
+            with _named(key):
+                layers[key].load(entry)
+        return len(entries), len(layers) - len(entries), len(file.entries) - len(entries)
+
+    def _entries(self, file: NetworkFile, targets: Sequence[LoraTarget], args: NetworkArgs) -> Entries:
+        """The file's entries that have a target, as this type of network reads them."""
+        entries, correct = file.matching(targets), self.module.type.correct
+        return correct(entries, targets, args.layer) if correct else entries
+
+
+def merge(targets: Sequence[LoraTarget], models: Models, file: NetworkFile, multiplier: float) -> tuple[int, int]:
+    """Adds a file's change to the model's own weights, whatever types its layers have.
+
+    Returns: layers merged, layers of the file that have no target.
+    Raises: UserError: nothing fits, a layer is of no known type, or of another size.
+    """
+    entries = file.matching(targets)
+    by_key = {target.key: target for target in targets}
+    for key, entry in entries.items():
+        kind = type_of(entry)
+        if kind is None:
+            raise UserError(f"{file.path}: {key}: {', '.join(sorted(entry))} are of no type that is known here")
+        try:
+            shape, weight = weight_shape(models, by_key[key]), partial(weight_of, models, by_key[key])
+            change = kind.layer.load().weight_change(entry, shape, weight)
+        except UserError as error:
+            problems = (f"{file.path}: {key}: {problem}" for problem in error.problems)
+            raise UserError(*problems, hint="was it made for another model?") from error
+        add_to_weights(models, by_key[key], change * multiplier)
+    return len(entries), len(file.entries) - len(entries)
+
+
+def _made(layers: dict[str, AdapterLayer], targets: Sequence[LoraTarget], args: NetworkArgs) -> Network:
+    if args.selection.verbose:
+        for key, layer in layers.items():
+            LOGGER.info("%s: rank %d", key, layer.rank)
+    return Network(layers, targets, args)
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Problems of a layer begin with its name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(*(f"{key}: {problem}" for problem in error.problems), hint=error.hint) from error
+
+
+def _has_kernel(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and tuple(module.kernel_size) != (1, 1)

@@ -1,0 +1,76 @@
+"""The contract of adapter layers: what a type of network defines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class AdapterLayer(nn.Module):
+    """One entry of a network file, on one module or on several that are one fused layer in files.
+
+    Its state_dict keys are what stands behind the entry's name in the file. `alpha` is a 0-dim buffer.
+    """
+
+    multiplier: float = 1.0
+
+    @classmethod
+    def build(cls, modules: Sequence[nn.Module], rank: int, alpha: float | None, args: Any) -> AdapterLayer:
+        """A layer on `modules`, whose values `init_weights` or `load` gives.
+
+        Args: alpha: None or 0 mean the rank; args: of the type, see `NetworkType.args`.
+        """
+        return cls(modules, rank, alpha, args)
+
+    @classmethod
+    def rebuild(cls, modules: Sequence[nn.Module], tensors: Mapping[str, Tensor], args: Any) -> AdapterLayer:
+        """A layer with the rank, alpha and values of a file's entry. Raises: UserError: it does not fit the modules."""
+        raise NotImplementedError
+
+    @property
+    def rank(self) -> int:
+        raise NotImplementedError
+
+    def init_weights(self, rng: torch.Generator) -> None:
+        """Draws the first values, with which the layer changes nothing yet."""
+        raise NotImplementedError
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over the values of a file's entry. Raises: UserError: another rank, or a layer of another size."""
+        raise NotImplementedError
+
+    @classmethod
+    def weight_change(cls, tensors: Mapping[str, Tensor], shape: torch.Size, weight: Callable[[], Tensor]) -> Tensor:
+        """What a file's entry adds to a weight at multiplier 1, float32.
+
+        Args:
+            shape: of the weight: rows over all modules of the layer, in the file's order, (sum of out, in, ...).
+            weight: gives the weight in float32, for types whose change depends on it.
+        Raises: UserError: the entry does not fit that weight.
+        """
+        raise NotImplementedError
+
+    def adapt(self, index: int, x: Tensor, output: Tensor) -> Tensor:
+        """The output that the `index`-th module of the layer shall have for input `x`, instead of `output`."""
+        raise NotImplementedError
+
+    def before_step(self) -> None:
+        """Called before each optimizer step, when the gradients are as the step sees them; never waits."""
+
+    def limit_norm(self, limit: float) -> None:
+        """Scales the trained tensors so that the norm of the weight change is at most `limit`; never waits."""
+        raise NotImplementedError
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return list(self.parameters())
+
+    def fast_parameters(self) -> list[nn.Parameter]:
+        """The parameters whose learning rate LoRA+ raises (arXiv:2402.12354)."""
+        return []
+
+    def file_state(self) -> dict[str, Tensor]:
+        """The layer's entry in files."""
+        return self.state_dict()

@@ -1,0 +1,103 @@
+"""What a network module is: a type of adapter layer, and the arguments that choose where it goes. No torch here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from library.entry_points import EntryPoint
+from library.errors import UserError
+from networks.arguments import LoraPlus, Reader, ignored
+from networks.layer_args import LayerArgs
+from networks.selection import Selection
+
+if TYPE_CHECKING:
+    from library.types import BlockLayout
+
+A = TypeVar("A", bound=LayerArgs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkType(Generic[A]):
+    """A type of adapter layer."""
+
+    label: str  # for messages, e.g. "LoRA"
+    tensors: str  # pattern of the names of one layer's tensors in files: sorted, joined by spaces, without "alpha"
+    args: type[A]
+    layer: EntryPoint[..., Any]  # the subclass of AdapterLayer
+    # (entries, targets, args) -> entries: corrects what other trainers wrote otherwise than files of this type are read
+    correct: EntryPoint[..., dict[str, Any]] | None = None
+
+    def reads(self, names: frozenset[str]) -> bool:
+        """Whether a layer with these tensors in a file is of this type."""
+        return bool(re.fullmatch(self.tensors, " ".join(sorted(names - {"alpha"}))))
+
+
+@dataclass(frozen=True)
+class NetworkArgs:
+    """The parsed --network_args."""
+
+    selection: Selection
+    plus: LoraPlus
+    layer: LayerArgs
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkModule:
+    """A value of --network_module. A module of `networks` declares one as its `MODULE`."""
+
+    name: str
+    type: NetworkType[Any]
+    selection: type[Selection]
+    lora_plus: bool = True  # whether the sides of a layer may have different learning rates
+
+    @property
+    def argument_names(self) -> list[str]:
+        """Every argument, as --network_args has them."""
+        plus = LoraPlus.NAMES if self.lora_plus else ()
+        return [*self.selection.NAMES, *self.type.args.NAMES, *plus]
+
+    def parse(
+        self, args: Mapping[str, str], dropout: float | None = None, layout: BlockLayout | None = None
+    ) -> NetworkArgs:
+        """The arguments as values.
+
+        Args:
+            dropout: --network_dropout; the argument `dropout` has precedence.
+            layout: the family's blocks, for block-wise lists.
+        Raises: UserError: every problem at once.
+        """
+        if dropout and "dropout" not in self.type.args.NAMES:
+            raise UserError(f"--network_dropout: {self.name} has none; leave it out")
+        given = {**({} if dropout is None else {"dropout": str(dropout)}), **args}
+        reader = Reader(given, self.argument_names, module=self.name, layout=layout)
+        parsed = NetworkArgs(
+            self.selection.read(reader),
+            LoraPlus.read(reader) if self.lora_plus else LoraPlus(),
+            self.type.args.read(reader),
+        )
+        reader.raise_problems()
+        return parsed
+
+    def check(
+        self,
+        args: Mapping[str, str],
+        dropout: float | None = None,
+        layout: BlockLayout | None = None,
+        *,
+        dim: int,
+        ranks_from_file: bool,
+    ) -> list[str]:
+        """A warning for each argument that has no effect.
+
+        Raises: UserError: arguments that are refused whatever the model.
+        """
+        parsed = self.parse(args, dropout, layout)
+        if not ranks_from_file:
+            parsed.selection.check_rank(dim, self.name)
+        lines = ignored(args, self.argument_names, self.name)
+        for group in (parsed.selection, parsed.plus, parsed.layer):
+            lines += group.warnings(args, module=self.name, ranks_from_file=ranks_from_file)
+        return lines
