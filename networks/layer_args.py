@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,3 +89,70 @@ class DyLoraArgs(LayerArgs):
     @classmethod
     def read(cls, reader: Reader) -> DyLoraArgs:
         return cls(unit=reader.number("unit", int, least=1) or 1)
+
+
+@dataclass(frozen=True)
+class ChangeArgs(LayerArgs):
+    """Arguments of the types whose change is as large as the weight. A type has those of `NAMES`; the others are off.
+
+    Dropouts are in [0, 1]; `rank_dropout` leaves out rows of the change, and divides the others by the kept share where
+    `rank_dropout_scale` is set. `factor`: of LoKr's first matrix, -1 makes both as square as they can be.
+    """
+
+    dropout: float | None = None
+    rank_dropout: float | None = None
+    rank_dropout_scale: bool = False
+    module_dropout: float | None = None
+    use_tucker: bool = False  # convolutions with a core tensor of the kernel's size
+    use_scalar: bool = False  # a trained factor that starts at 0, in place of a matrix of zeros
+    rs_lora: bool = False  # alpha is divided by the root of the rank (arXiv:2312.03732)
+    dora_wd: bool = False  # weight decomposition, DoRA (arXiv:2402.09353)
+    wd_on_output: bool = True  # its magnitudes are those of rows; else of columns
+    factor: int = -1
+    decompose_both: bool = False
+    full_matrix: bool = False
+    unbalanced_factorization: bool = False
+
+    @classmethod
+    def read(cls, reader: Reader) -> ChangeArgs:
+        return cls(**{name: _CHANGE_READERS[name](reader) for name in cls.NAMES})
+
+
+def _flag(name: str, default: bool = False) -> Callable[[Reader], bool]:
+    return lambda reader: reader.flag(name) if reader.args.get(name, "").strip() else default
+
+
+def _share(name: str, **limits: float) -> Callable[[Reader], float | None]:
+    return lambda reader: reader.number(name, float, least=0, **limits)
+
+
+_CHANGE_READERS: dict[str, Callable[[Reader], Any]] = {
+    "dropout": _share("dropout", most=1),
+    "rank_dropout": _share("rank_dropout", below=1),
+    "module_dropout": _share("module_dropout", most=1),
+    "wd_on_output": _flag("wd_on_output", default=True),
+    "factor": lambda reader: reader.number("factor", int, least=-1) or -1,
+    **{
+        name: _flag(name)
+        for name in (
+            *("rank_dropout_scale", "use_tucker", "use_scalar", "rs_lora", "dora_wd"),
+            *("decompose_both", "full_matrix", "unbalanced_factorization"),
+        )
+    },
+}
+
+
+@dataclass(frozen=True)
+class LohaArgs(ChangeArgs):
+    """`rank_dropout` always divides the rows that are kept."""
+
+    NAMES = ("use_tucker", "rank_dropout", "module_dropout")
+
+    rank_dropout_scale: bool = True
+
+
+@dataclass(frozen=True)
+class LokrArgs(LohaArgs):
+    """As `LohaArgs`, with the factor."""
+
+    NAMES = (*LohaArgs.NAMES, "factor")

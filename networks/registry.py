@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from library.entry_points import EntryPoint
-from networks.layer_args import DyLoraArgs, LoraArgs, PerturbedLoraArgs, SplitLoraArgs
+from networks.layer_args import ChangeArgs, DyLoraArgs, LohaArgs, LokrArgs, LoraArgs, PerturbedLoraArgs, SplitLoraArgs
 from networks.spec import NetworkType
 
 LORA = NetworkType(
@@ -29,7 +29,27 @@ SPLIT_LORA = replace(
 )
 PERTURBED_LORA = replace(SPLIT_LORA, args=PerturbedLoraArgs)
 
-TYPES = (LORA,)  # one for each layout that layers have in files
+_DORA = r"(dora_scale )?"
+LOCON = NetworkType(
+    label="LoCon",
+    tensors=_DORA + r"lora_down\.weight (lora_mid\.weight )?lora_up\.weight",
+    args=ChangeArgs,
+    layer=EntryPoint("networks.types.locon:LoconLayer"),
+)
+LOHA = NetworkType(
+    label="LoHa",
+    tensors=_DORA + r"(hada_t1 hada_t2 )?hada_w1_a hada_w1_b hada_w2_a hada_w2_b",
+    args=LohaArgs,
+    layer=EntryPoint("networks.types.loha:LohaLayer"),
+)
+LOKR = NetworkType(
+    label="LoKr",
+    tensors=_DORA + r"(lokr_t2 )?lokr_w1(_a lokr_w1_b)? lokr_w2(_a lokr_w2_b)?",
+    args=LokrArgs,
+    layer=EntryPoint("networks.types.lokr:LokrLayer"),
+)
+
+TYPES = (LORA, LOCON, LOHA, LOKR)  # one for each layout that layers have in files
 
 
 def type_of(names: Iterable[str]) -> NetworkType | None:

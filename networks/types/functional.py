@@ -5,6 +5,9 @@ Source: Hu et al. 2021 (arXiv:2106.09685), sec. 4.1; for convolutions the down m
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,3 +60,48 @@ def fit_kernel(matrix: Tensor, like: Tensor | torch.Size) -> Tensor:
 
 def _squeezed(shape: torch.Size) -> tuple[int, ...]:
     return tuple(shape[:2]) if len(shape) == 4 and shape[2:] == (1, 1) else tuple(shape)
+
+
+def tucker(core: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """A Tucker decomposition: (r, s, ...), (r, a), (s, b) -> (a, b, ...)."""
+    return torch.einsum("rs...,ra,sb->ab...", core, first, second)
+
+
+def kronecker(first: Tensor, second: Tensor) -> Tensor:
+    """(l, m), (k, n, ...) -> (l k, m n, ...)."""
+    expanded = first.reshape(*first.shape, *[1] * (second.dim() - 2))
+    return torch.kron(expanded, second.contiguous())
+
+
+def factors(dimension: int, factor: int = -1) -> tuple[int, int]:
+    """Two factors of `dimension`, the smaller one first.
+
+    One of them is `factor` where that divides the dimension. Otherwise the smaller one is the largest divisor up to
+    `factor`, or with -1 up to the root, so that both are as close as they can be.
+
+    Source: the rule of LyCORIS for LoKr, OFT.
+    """
+    if factor > 0 and dimension % factor == 0:
+        small = factor
+    else:
+        most = dimension if factor < 0 else factor
+        small = max(n for n in range(1, math.isqrt(dimension) + 1) if dimension % n == 0 and n <= max(most, 1))
+    return min(small, dimension // small), max(small, dimension // small)
+
+
+class Hadamard(torch.autograd.Function):
+    """``(a1 @ b1) * (a2 @ b2)``, of which only the four factors are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
+        ctx.save_for_backward(a1, b1, a2, b2)
+        return (a1 @ b1) * (a2 @ b2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        a1, b1, a2, b2 = ctx.saved_tensors
+        first = gradient * (a2 @ b2)
+        grads = [first @ b1.T, a1.T @ first]
+        del first
+        second = gradient * (a1 @ b1)
+        return (*grads, second @ b2.T, a2.T @ second)

@@ -1,0 +1,193 @@
+"""LoCon, LoHa and LoKr, with DoRA: each layer by itself. Reference: the same layer of lycoris, float32."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+from library.types import LoraTarget, Models
+from networks.build import merge
+from networks.files import NetworkFile
+from networks.layer_args import ChangeArgs
+from networks.types.locon import LoconLayer
+from networks.types.loha import LohaLayer
+from networks.types.lokr import LokrLayer
+
+MODULES = {
+    "linear": lambda: nn.Linear(12, 20),
+    "linear without bias": lambda: nn.Linear(12, 20, bias=False),
+    "convolution": lambda: nn.Conv2d(8, 12, 3, stride=2, padding=1),
+    "1x1 convolution": lambda: nn.Conv2d(8, 12, 1),
+}
+TYPES = {
+    "locon": (LoconLayer, "LoConModule"),
+    "loha": (LohaLayer, "LohaModule"),
+    "lokr": (LokrLayer, "LokrModule"),
+}
+GIVEN = {
+    "plain": {},
+    "Tucker": {"use_tucker": True},
+    "scalar": {"use_scalar": True},
+    "rs_lora": {"rs_lora": True},
+    "DoRA": {"dora_wd": True},
+    "DoRA by columns": {"dora_wd": True, "wd_on_output": False},
+    "DoRA with all": {"dora_wd": True, "use_tucker": True, "use_scalar": True, "rs_lora": True},
+}
+KRONECKER = {
+    "factor 2": {"factor": 2},
+    "factor 5": {"factor": 5},
+    "both decomposed": {"decompose_both": True, "factor": 4},
+    "full matrix": {"full_matrix": True, "factor": 4},
+    "unbalanced": {"unbalanced_factorization": True},
+}
+CASES = [(algo, name) for algo in TYPES for name in GIVEN] + [("lokr", name) for name in KRONECKER]
+
+
+def input_for(module):
+    torch.manual_seed(3)
+    return torch.randn(4, 5, 12) if isinstance(module, nn.Linear) else torch.randn(2, 8, 6, 7)
+
+
+def made(algo, given, module, rank=1, alpha=0.5):
+    """A layer of ours with values that change the output, and lycoris' with the same."""
+    ours, name = TYPES[algo]
+    torch.manual_seed(7)
+    layer = ours.build([module], rank, alpha, ChangeArgs(**given))
+    layer.init_weights(torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.3)
+    theirs_given = {key: value for key, value in given.items() if key not in ("dora_wd", "wd_on_output")}
+    theirs_given |= {"weight_decompose": given.get("dora_wd", False), "wd_on_out": given.get("wd_on_output", True)}
+    kind = getattr(importlib.import_module(f"lycoris.modules.{algo}"), name)
+    theirs = kind("x", module, 1.0, rank, alpha, **theirs_given)
+    with torch.no_grad():
+        for name, tensor in layer.file_state().items():
+            own = dict(theirs.named_parameters()) | dict(theirs.named_buffers())
+            own[name].copy_(tensor)
+        theirs.scalar.fill_(1)
+    return layer, theirs
+
+
+def adapted(layer, module, x):
+    return layer.adapt(0, x, module(x))
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize(("algo", "name"), CASES)
+def test_outputs_and_gradients_are_those_of_lycoris(algo, name, kind):
+    module = MODULES[kind]()
+    module.requires_grad_(False)
+    layer, theirs = made(algo, {**GIVEN, **KRONECKER}[name], module)
+    x = input_for(module)
+    xs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    ours, reference = adapted(layer, module, xs[0]), theirs(xs[1])
+    assert (ours - module(x)).abs().max() > 1e-2
+    torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+    for output in (ours, reference):
+        output.square().sum().backward()
+    torch.testing.assert_close(xs[0].grad, xs[1].grad, rtol=1e-4, atol=1e-4)
+    if layer.scalar is not None:
+        return  # their file's scalar is 1: the gradients of what it multiplies differ by it
+    theirs_by_name = dict(theirs.named_parameters())
+    for own in [*layer.names, *(["dora_scale"] if layer.args.dora_wd else [])]:
+        gradient = getattr(layer, own.replace(".", "_")).grad
+        torch.testing.assert_close(gradient, theirs_by_name[own].grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize(("algo", "name"), CASES)
+def test_a_file_gives_the_same_layer_and_the_same_weights(algo, name, kind):
+    module = MODULES[kind]()
+    module.requires_grad_(False)
+    layer, _ = made(algo, {**GIVEN, **KRONECKER}[name], module)
+    x, state = input_for(module), {name: tensor.clone() for name, tensor in layer.file_state().items()}
+    again = type(layer).rebuild([module], state, ChangeArgs())
+    without_rank = {"lokr_w1", "lokr_w2"} <= state.keys()  # then no alpha counts
+    assert all(torch.equal(t, state[n]) for n, t in again.file_state().items() if n != "alpha" or not without_rank)
+    expected = adapted(layer, module, x)
+    torch.testing.assert_close(adapted(again, module, x), expected, rtol=1e-5, atol=1e-5)
+    models = Models(nn.ModuleDict({"x": copy.deepcopy(module)}), {}, {}, None)
+    target = LoraTarget("k", "denoiser", ("x",))
+    assert merge([target], models, NetworkFile("f", {"k": state}), 1.0) == (1, 0)
+    torch.testing.assert_close(models.denoiser.x(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("algo", TYPES)
+@pytest.mark.parametrize("given", [{}, {"use_scalar": True}, {"dora_wd": True}], ids=["plain", "scalar", "DoRA"])
+def test_a_new_layer_changes_nothing(algo, given):
+    module = nn.Linear(12, 20)
+    layer = TYPES[algo][0].build([module], 2, 1.0, ChangeArgs(**given))
+    layer.init_weights(torch.Generator().manual_seed(1))
+    x = input_for(module)
+    torch.testing.assert_close(adapted(layer, module, x), module(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("algo", TYPES)
+@pytest.mark.parametrize("name", ["plain", "DoRA", "DoRA by columns", "factor 5", "both decomposed"])
+def test_fused_layers_have_their_rows_of_one_change(algo, name):
+    """Three linear layers as one: of other widths than the blocks of a Kronecker product."""
+    if name in KRONECKER and algo != "lokr":
+        pytest.skip("of LoKr alone")
+    parts = [nn.Linear(12, width) for width in (7, 10, 3)]
+    whole = nn.Linear(12, 20)
+    whole.weight.data = torch.cat([part.weight.data for part in parts])
+    whole.bias.data = torch.cat([part.bias.data for part in parts])
+    layer, _ = made(algo, {**GIVEN, **KRONECKER}[name], whole)
+    state = {name: tensor.clone() for name, tensor in layer.file_state().items()}
+    fused = type(layer).rebuild(parts, state, ChangeArgs())
+    x = input_for(whole)
+    outputs = [fused.adapt(index, x, part(x)) for index, part in enumerate(parts)]
+    torch.testing.assert_close(torch.cat(outputs, -1), adapted(layer, whole, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("algo", TYPES)
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_multiplier_of_0_is_the_bare_module_and_half_is_half(algo, dora):
+    module = nn.Linear(12, 20)
+    layer, _ = made(algo, {"dora_wd": dora}, module)
+    x = input_for(module)
+    full = adapted(layer, module, x) - module(x)
+    layer.multiplier = 0.5
+    torch.testing.assert_close(adapted(layer, module, x) - module(x), full / 2, rtol=1e-4, atol=1e-5)
+    layer.multiplier = 0.0
+    assert torch.equal(adapted(layer, module, x), module(x))
+
+
+@pytest.mark.parametrize("algo", TYPES)
+@pytest.mark.parametrize("name", ["plain", "Tucker", "scalar"])
+def test_norms_are_limited(algo, name):
+    module = MODULES["convolution"]()
+    layer, _ = made(algo, GIVEN[name], module)
+    limit = float((layer.product(layer.tensors()) * layer.scale).norm()) / 1.7
+    layer.limit_norm(limit)
+    norm = (layer.product(layer.tensors()) * layer.scale).norm()
+    torch.testing.assert_close(norm, torch.tensor(limit), rtol=1e-5, atol=0)
+    before = {name: tensor.clone() for name, tensor in layer.file_state().items()}
+    layer.limit_norm(limit * 1.01)
+    assert all(torch.equal(before[name], tensor) for name, tensor in layer.file_state().items())
+
+
+@pytest.mark.parametrize("algo", TYPES)
+def test_dropouts_act_on_rows_in_training_only(algo):
+    module = nn.Linear(12, 20)
+    layer, _ = made(algo, {"rank_dropout": 0.5, "rank_dropout_scale": True}, module)
+    x = input_for(module)
+    full = adapted(layer.eval(), module, x) - module(x)
+    torch.manual_seed(0)
+    dropped = adapted(layer.train(), module, x) - module(x)
+    kept = dropped.abs().amax((0, 1)) > 0
+    assert 3 < kept.sum() < 17
+    torch.testing.assert_close(dropped[..., kept], full[..., kept] * 2, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_state_has_its_scale():
+    module = nn.Linear(12, 20)
+    layer, _ = made("loha", {}, module, alpha=3.0)
+    other = LohaLayer.build([module], 1, 1.0, ChangeArgs())
+    other.load_state_dict(layer.state_dict())
+    assert other.scale == layer.scale == 3.0
