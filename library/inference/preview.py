@@ -58,7 +58,7 @@ class Preview:
         sampling = opts.sampling
         prompts = []
         if sampling.draws:
-            _advise_sampler(opts, family.traits)
+            _warn_of_sampler(opts, family.traits)
             prompts = load_prompts(sampling.sample_prompts, family.traits, sampling.sample_sampler)
         return cls(opts, family, prompts)
 
@@ -170,7 +170,7 @@ class Preview:
         return replace(prompt, seed=derive(self.opts.training.seed or 0, "preview", step, index) % 2**32)
 
 
-def _advise_sampler(opts: Options, traits: FamilyTraits) -> None:
+def _warn_of_sampler(opts: Options, traits: FamilyTraits) -> None:
     """Says so once where a sampler was chosen that a flow model has no use for; the default is nobody's choice."""
     if traits.objective != "flow" or "sample_sampler" not in opts.explicit:
         return

@@ -140,7 +140,7 @@ class OptionGroup:
         """One line per problem that a single value does not show, beginning with the option's flag."""
         return ()
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         """One line per option that works but is probably not what was meant."""
         return ()
 

@@ -39,7 +39,7 @@ class TextCacheOptions(OptionGroup, group="text_cache", title="Text encoder outp
     def in_use(self) -> bool:
         return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.text_encoder_batch_size is not None and not self.in_use:
             yield "--text_encoder_batch_size: no effect without --cache_text_encoder_outputs"
 
@@ -128,6 +128,6 @@ class FusedOptions(OptionGroup, group="fused", title="Steps inside the backward 
         if opts.memory.stochastic_rounding:
             yield f"{flag}: cannot be used with --stochastic_rounding; use --fused_backward_pass instead"
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.in_use and opts.optimizer.max_grad_norm:
             yield "--max_grad_norm: not applied when weights are stepped inside the backward pass"

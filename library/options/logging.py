@@ -75,7 +75,7 @@ class LoggingOptions(ConsoleOptions, group="logging", title="Messages and logs")
             except UserError as error:
                 yield from error.problems
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if "tensorboard" not in self.trackers and self.log_prefix:
             yield "--log_prefix: no effect without --logging_dir and TensorBoard's logs in it"
         for name in ("log_tracker_name", "log_config", "log_tracker_config") if not self.trackers else ():

@@ -84,7 +84,7 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
             if lack:
                 yield f"--quantize_base: {self.quantize_base} {lack}; {remedy('bitsandbytes')}; or choose fp8"
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         used, *others = self.attention or ("sdpa",)
         for name in others:
             yield f"--{name}: no effect with --{used}, which is used"
@@ -141,12 +141,12 @@ class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs")
         if os.environ.get("ACCELERATE_USE_MEGATRON_LM", "false").lower() in ("1", "true"):
             yield "accelerate was launched with Megatron-LM, which is not supported; choose FSDP in its place"
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         for name in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):
             if getattr(self, name):
                 yield f"--{name}: no effect, as all gradients are exchanged in one message anyway"
         if self.trains:
-            yield from sharding.advice(opts)
+            yield from sharding.warnings(opts)
 
 
 _OLDEST_BITSANDBYTES = 0, 49  # those before crash on CPUs where a whole block of weights is 0

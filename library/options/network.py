@@ -83,7 +83,7 @@ class NetworkOptions(MethodOptions, title="Network"):
         listed = self.text_encoder_lr or [None]
         return [listed[min(index, len(listed) - 1)] for index in range(count)]
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from repeated("--network_args", self.network_args)
         encoders, rates = len(traits.text_encoders), self.text_encoder_lr or []
         if any(rate != rates[encoders - 1] for rate in rates[encoders:]):

@@ -218,14 +218,14 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
         near = did_you_mean(schedule_name(self), SCHEDULES)
         return f"--lr_scheduler: must be one of {', '.join(SCHEDULES)}; got {self.lr_scheduler!r}{near}"
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         name = schedule_name(self)
         yield from repeated("--optimizer_args", self.optimizer_args)
         yield from repeated("--lr_scheduler_args", self.lr_scheduler_args)
         if self.fused_backward_pass and self.max_grad_norm:
             yield "--max_grad_norm: not applied with --fused_backward_pass, which never has all gradients at once"
         if is_adafactor(self):
-            yield from self._advise_adafactor(opts)
+            yield from self._adafactor_warnings(opts)
         if sets_own_rate(self):
             return
         typed = bool(self.lr_scheduler_type)
@@ -238,7 +238,7 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
         if self.lr_warmup_steps and name == "piecewise_constant" and not typed:
             yield "--lr_warmup_steps: no effect with --lr_scheduler piecewise_constant; write it into step_rules"
 
-    def _advise_adafactor(self, opts: Options) -> Iterator[str]:
+    def _adafactor_warnings(self, opts: Options) -> Iterator[str]:
         given = literal_args("--optimizer_args", self.optimizer_args)
         if self.max_grad_norm and not self.fused_backward_pass:
             yield "--max_grad_norm: AdaFactor limits its steps itself; 0 is the usual value with it"

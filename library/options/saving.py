@@ -112,7 +112,7 @@ class SavingOptions(OptionGroup, group="saving", title="Saving"):
         if self.huggingface_path_in_repo and ".." in self.huggingface_path_in_repo.replace("\\", "/").split("/"):
             yield f"--huggingface_path_in_repo: must not contain .., got {self.huggingface_path_in_repo!r}"
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.huggingface_repo_id and self.huggingface_repo_visibility not in (None, "public", "private"):
             given = self.huggingface_repo_visibility
             yield f"--huggingface_repo_visibility: {given!r} is not public, so it counts as private"

@@ -83,7 +83,7 @@ def problems(opts: Options, environ: Mapping[str, str] = os.environ) -> Iterator
             yield f"{flag}: cannot be used with {by}, which spreads weights over the processes; leave one of them out"
 
 
-def advice(opts: Options, environ: Mapping[str, str] = os.environ) -> Iterator[str]:
+def warnings(opts: Options, environ: Mapping[str, str] = os.environ) -> Iterator[str]:
     """One line for everything that is done in another way than its name says."""
     sharding = sharding_of(opts, environ)
     if sharding is None:

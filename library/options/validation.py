@@ -39,8 +39,8 @@ def warnings(options: Options, traits: FamilyTraits) -> list[str]:
     for group in options.groups:
         for option in options_of(type(group)):
             if option.dest in options.given:
-                lines += [f"{option.flag}: {advice}" for advice in _advice(option, options)]
-        lines += group.advise(options, traits)
+                lines += [f"{option.flag}: {line}" for line in _warnings_of(option, options)]
+        lines += group.warnings(options, traits)
     wanted = [line for line in dict.fromkeys(lines) if not _is_of_a_gui(line, options)]
     return [*options.remarks, *(_with_origin(line, options) for line in wanted)]
 
@@ -57,7 +57,7 @@ def _of_value(option: Option, value: Any) -> Iterator[str]:
         yield f"there is no {wanted} {str(value)!r}" if fault == f"no such {wanted}" else f"{str(value)!r}: {fault}"
 
 
-def _advice(option: Option, options: Options) -> Iterator[str]:
+def _warnings_of(option: Option, options: Options) -> Iterator[str]:
     value = options.given[option.dest].value
     if option.details.deprecated and value != option.default and not is_off(value):
         yield f"deprecated; use {option.details.deprecated}"
