@@ -44,7 +44,7 @@ class Preview:
 
     def __init__(self, opts: Options, family: Family, prompts: Sequence[SamplePrompt]):
         self.opts, self.family, self.prompts = opts, family, list(prompts)
-        self._known: dict[str, TextCond] | None = None
+        self._cached: dict[str, TextCond] | None = None
         self.at_first: bool = opts.sampling.sample_at_first
         self.every_n_steps = opts.sampling.sample_every_n_steps
         self.every_n_epochs = opts.sampling.sample_every_n_epochs
@@ -84,7 +84,7 @@ class Preview:
 
         if self.prompts:
             dtype = _mixed_precision(self.opts.memory.mixed_precision)
-            self._known = encode_texts(self.family, models, self.prompts, dtype, device)
+            self._cached = encode_texts(self.family, models, self.prompts, dtype, device)
 
     def render(
         self,
@@ -132,7 +132,7 @@ class Preview:
                     dtype or _mixed_precision(self.opts.memory.mixed_precision),
                     vae_float32=self.opts.model.no_half_vae,
                     zero_terminal_snr=self.opts.noise.zero_terminal_snr,
-                    known=self._known,
+                    cached=self._cached,
                     denoise=denoise,
                     progress=bar.update,
                 )
