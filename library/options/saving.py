@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from library.options.base import OptionGroup, Options, opt
-from library.runtime.places import unwritable
+from library.runtime.paths import unwritable
 
 if TYPE_CHECKING:
     from library.types import FamilyTraits
