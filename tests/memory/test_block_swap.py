@@ -22,7 +22,7 @@ from library.families.sd3.adapter import Sd3Family
 from library.memory import block_swap
 from library.memory.block_swap import NUM_BUFFERS, BlockSwap
 from library.memory.compiling import compile_blocks
-from library.memory.low_precision import keep_in_fp8
+from library.memory.low_precision import quantise_to_fp8
 from library.memory.offload import offloading_checkpoint
 from library.options.optimizer import OptimizerOptions
 from library.training import placement
@@ -417,8 +417,8 @@ def test_weights_in_8_bits_and_in_several_formats():
         made = Case("flux", checkpointing=False)
         made.model.to(torch.bfloat16)
         made.model.x_embedder.float(), made.model.context_embedder.float()
-        keep_in_fp8(made.model.transformer_blocks)
-        keep_in_fp8(made.model.single_transformer_blocks)
+        quantise_to_fp8(made.model.transformer_blocks)
+        quantise_to_fp8(made.model.single_transformer_blocks)
         return made
 
     def trained(made):
