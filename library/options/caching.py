@@ -41,7 +41,7 @@ class CachedModel(LargeModelOptions):
 class CachedData(AnyData):
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.debug_dataset:
-            yield "--debug_dataset: no effect here; the training scripts show the data set"
+            yield "--debug_dataset: has no effect here; the training scripts show the data set"
 
 
 class CachedTexts(TextCacheOptions):

@@ -41,7 +41,7 @@ class TextCacheOptions(OptionGroup, group="text_cache", title="Text encoder outp
 
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.text_encoder_batch_size is not None and not self.in_use:
-            yield "--text_encoder_batch_size: no effect without --cache_text_encoder_outputs"
+            yield "--text_encoder_batch_size: has no effect without --cache_text_encoder_outputs"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,9 +87,9 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         used, *others = self.attention or ("sdpa",)
         for name in others:
-            yield f"--{name}: no effect with --{used}, which is used"
+            yield f"--{name}: has no effect with --{used}, which is used"
         if self.torch_compile and not self.compiles:
-            yield "--torch_compile: no effect with --dynamo_backend no"
+            yield "--torch_compile: has no effect with --dynamo_backend no"
 
 
 _DEEPSPEED = ("deepspeed",)
@@ -144,7 +144,7 @@ class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs")
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         for name in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):
             if getattr(self, name):
-                yield f"--{name}: no effect, as all gradients are exchanged in one message anyway"
+                yield f"--{name}: has no effect, as all gradients are exchanged in one message anyway"
         if self.trains:
             yield from sharding.warnings(opts)
 

@@ -94,9 +94,9 @@ class NetworkOptions(MethodOptions, title="Network"):
         if len(self.base_weights_multiplier or ()) > len(self.base_weights or ()):
             yield "--base_weights_multiplier: there are more values than --base_weights; the first ones count"
         if self.network_train_unet_only and self.text_encoder_lr:
-            yield "--text_encoder_lr: no effect with --network_train_unet_only"
+            yield "--text_encoder_lr: has no effect with --network_train_unet_only"
         if self.network_train_text_encoder_only and self.unet_lr is not None:
-            yield "--unet_lr: no effect with --network_train_text_encoder_only"
+            yield "--unet_lr: has no effect with --network_train_text_encoder_only"
 
 
 def find_module(name: str) -> bool:

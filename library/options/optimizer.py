@@ -230,13 +230,13 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
             return
         typed = bool(self.lr_scheduler_type)
         if typed and "lr_scheduler" in opts.explicit:
-            yield "--lr_scheduler: no effect with --lr_scheduler_type"
+            yield "--lr_scheduler: has no effect with --lr_scheduler_type"
         if self.lr_decay_steps and (typed or name != "warmup_stable_decay"):
-            yield "--lr_decay_steps: no effect without --lr_scheduler warmup_stable_decay"
+            yield "--lr_decay_steps: has no effect without --lr_scheduler warmup_stable_decay"
         if self.lr_scheduler_min_lr_ratio and (typed or name not in _FLOORS):
-            yield f"--lr_scheduler_min_lr_ratio: no effect without {', '.join(_FLOORS[:-1])} or {_FLOORS[-1]}"
+            yield f"--lr_scheduler_min_lr_ratio: has no effect without {', '.join(_FLOORS[:-1])} or {_FLOORS[-1]}"
         if self.lr_warmup_steps and name == "piecewise_constant" and not typed:
-            yield "--lr_warmup_steps: no effect with --lr_scheduler piecewise_constant; write it into step_rules"
+            yield "--lr_warmup_steps: has no effect with --lr_scheduler piecewise_constant; write it into step_rules"
 
     def _adafactor_warnings(self, opts: Options) -> Iterator[str]:
         given = literal_args("--optimizer_args", self.optimizer_args)
@@ -248,10 +248,10 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
             yield "--optimizer_args: warmup_init=True goes with relative_step=True only, which is used"
         own = "AdaFactor with relative_step sets the rate itself"
         if "lr_scheduler" in opts.explicit and schedule_name(self) != "adafactor":
-            yield f"--lr_scheduler: no effect; {own}"
+            yield f"--lr_scheduler: has no effect; {own}"
         for dest in ("lr_scheduler_type", "lr_scheduler_args", "lr_warmup_steps", "lr_decay_steps"):
             if getattr(self, dest):
-                yield f"--{dest}: no effect; {own}"
+                yield f"--{dest}: has no effect; {own}"
 
 
 # ---- what was chosen

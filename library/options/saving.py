@@ -117,7 +117,7 @@ class SavingOptions(OptionGroup, group="saving", title="Saving"):
             given = self.huggingface_repo_visibility
             yield f"--huggingface_repo_visibility: {given!r} is not public, so it counts as private"
         if self.save_n_epoch_ratio and self.save_every_n_epochs:
-            yield "--save_every_n_epochs: no effect, --save_n_epoch_ratio decides"
+            yield "--save_every_n_epochs: has no effect, --save_n_epoch_ratio decides"
         if self.save_state_to_huggingface and not (self.save_state or self.save_state_on_train_end):
             yield "--save_state_to_huggingface: no state is saved without --save_state or --save_state_on_train_end"
 

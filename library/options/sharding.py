@@ -95,7 +95,7 @@ def warnings(opts: Options, environ: Mapping[str, str] = os.environ) -> Iterator
     if "HYBRID" in environ.get("FSDP_SHARDING_STRATEGY", "").upper():
         yield "FSDP: weights are spread over all processes, not within each machine only (HYBRID_SHARD)"
     if _is_on(environ, "FSDP_ACTIVATION_CHECKPOINTING") and not opts.memory.gradient_checkpointing:
-        yield "FSDP's activation checkpointing: no effect; --gradient_checkpointing does it"
+        yield "FSDP's activation checkpointing: has no effect; --gradient_checkpointing does it"
 
 
 def _zero(asked_by: str, stage: int, *devices: str | None) -> Sharding | None:

@@ -64,7 +64,7 @@ def _warnings_of(option: Option, options: Options) -> Iterator[str]:
     if option.details.lenient and option.range_problem(value) and not is_off(value):
         yield f"{option.range_problem(value)}; ignored"
     if value != option.default and not is_off(value) and not options.has_effect(option):
-        yield f"no effect without {option.company}"
+        yield f"has no effect without {option.company}"
 
 
 def _is_of_a_gui(line: str, options: Options) -> bool:

@@ -55,7 +55,7 @@ def test_options_without_images_to_validate_with_are_told(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("trainscripts"), "propagate", True)
     moments(None, 1, save_best_validation=True, early_stop_patience=3)
     (line,) = caplog.messages
-    assert line.startswith("--save_best_validation, --early_stop_patience: no effect, no images are kept")
+    assert line.startswith("--save_best_validation, --early_stop_patience: has no effect, no images are kept")
     caplog.clear()
     moments(object(), 1, early_stop_patience=3)
     moments(None, 1)
