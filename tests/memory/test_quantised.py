@@ -238,7 +238,7 @@ def test_training_a_network_beside_it(form, kind, checkpointing):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
     swapped = case(checkpointing=checkpointing)
     swap = swapped.swap(most(swapped))
-    assert {torch.uint8, torch.int32} <= {piece.tensor.dtype for block in swap._blocks for piece in block.pieces}
+    assert {torch.uint8, torch.int32} <= {piece.tensor.dtype for block in swap._blocks for piece in block.tensors}
     assert_same(swapped.train(1), got)
     assert swap.bytes_written_back == 0
 
