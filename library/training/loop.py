@@ -40,7 +40,9 @@ def _steps(run: Run, interruption: Interruption) -> Progress:
     parts = StepParts(run.family, run.models, run.denoise, run.objective, grad_text)
     placement.training_modes(run.models, run.method.trainable(), grad_text=grad_text)
     if run.resume is not None:
-        state.load_state(run.resume, checkpointing.state_parts(run), making=run.making, sharded=run.shards is not None)
+        state.load_state(
+            run.resume, checkpointing.state_parts(run), settings=run.settings, sharded=run.shards is not None
+        )
         LOGGER.info("resumed from %s after step %d", run.resume, run.start.step)
     progress = Progress.at(run.start, run.plan)
     report = Report(run)

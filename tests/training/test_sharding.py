@@ -69,7 +69,7 @@ for round in range(2):  # before and after weights were gathered for a forward p
     with torch.no_grad():
         model.eval()(x)
 
-gathered = sharding.whole({"a": [model.state_dict()["out.weight"]], "b": 3}, keep=first)
+gathered = sharding.full_tensors({"a": [model.state_dict()["out.weight"]], "b": 3}, keep=first)
 assert gathered["b"] == 3
 assert torch.equal(gathered["a"][0], before["out.weight"]) if first else gathered["a"] == [None]
 
@@ -77,17 +77,17 @@ with torch.no_grad():
     for p in model.parameters():
         p.zero_()
 model.load_state_dict(sharding.shard_like(before, model.state_dict()))
-assert torch.equal(sharding.whole(model.state_dict()["out.weight"]), before["out.weight"])
+assert torch.equal(sharding.full_tensors(model.state_dict()["out.weight"]), before["out.weight"])
 
 adam = torch.optim.AdamW(model.parameters())
 model.train()(x).sum().backward()
 adam.step()
-state = sharding.whole(adam.state_dict())
+state = sharding.full_tensors(adam.state_dict())
 fresh = torch.optim.AdamW(model.parameters())
 fresh.load_state_dict(sharding.shard_optimizer_state(state, fresh))
 for one, two in zip(adam.state.values(), fresh.state.values()):
     assert {key: type(value) for key, value in one.items()} == {key: type(value) for key, value in two.items()}
-    assert all(torch.equal(sharding.whole(one[key]), sharding.whole(two[key])) for key in one)
+    assert all(torch.equal(sharding.full_tensors(one[key]), sharding.full_tensors(two[key])) for key in one)
 """
 OPTIMIZERS = """
 def refused(make, name):
