@@ -97,23 +97,21 @@ _DEEPSPEED = ("deepspeed",)
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs"):
-    trains: ClassVar[bool] = True  # False: how accelerate would spread what is trained does not matter
+    trains: ClassVar[bool] = True  # False: nothing is trained, so it does not matter how accelerate would shard it
 
     ddp_timeout: int | None = opt(
         None, "minutes that processes wait for each other in a step; 10 if not given (30 on CPUs)", at_least=1, off=0
     )
-    ddp_gradient_as_bucket_view: bool = opt(False, "share memory between gradients and their exchange")
+    ddp_gradient_as_bucket_view: bool = opt(False, "let gradients share memory with the all-reduce buckets")
     ddp_static_graph: bool = opt(False, "promise that every step uses the same parameters")
-    deepspeed: bool = opt(
-        False, "spread a whole model that is trained over the processes as --zero_stage says; torch's FSDP2 does it"
-    )
+    deepspeed: bool = opt(False, "shard the trained model over the processes as --zero_stage says (with torch's FSDP2)")
     zero_stage: Literal[0, 1, 2, 3] = opt(
         2,
         "0: nothing is sharded; 1, 2: gradients and optimizer states; 3: weights too, gathered block by block",
         only_with=_DEEPSPEED,
     )
     offload_optimizer_device: Literal["cpu", "nvme"] | None = opt(
-        None, "cpu: what is spread lies in CPU memory; nvme is refused", only_with=_DEEPSPEED
+        None, "cpu: keep sharded weights and optimizer states in CPU memory; nvme is refused", only_with=_DEEPSPEED
     )
     offload_optimizer_nvme_path: str | None = opt(
         None, "folder for an optimizer on disk; refused with nvme", only_with=_DEEPSPEED
@@ -125,10 +123,10 @@ class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs")
         None, "folder for parameters on disk; refused with nvme", only_with=_DEEPSPEED
     )
     zero3_init_flag: bool = opt(
-        False, "spread the model while it is built; it always is, block by block", only_with=_DEEPSPEED
+        False, "shard the model while it is built; always done, block by block", only_with=_DEEPSPEED
     )
     zero3_save_16bit_model: bool = opt(
-        False, "gather weights for saving; they always are, in the format of --save_precision", only_with=_DEEPSPEED
+        False, "gather weights for saving; always done, in the dtype of --save_precision", only_with=_DEEPSPEED
     )
     fp16_master_weights_and_gradients: bool = opt(
         False, "master weights and gradients in fp16; refused", only_with=_DEEPSPEED

@@ -91,7 +91,7 @@ def test_what_does_not_go_together(words, said):
     assert said is None or said in found[0]
 
 
-def test_a_network_is_not_spread():
+def test_a_network_is_not_sharded():
     (line,) = problems(options("--network_module=networks.lora_flux", method="network"), FSDP)
     assert "--multi_gpu" in line
 

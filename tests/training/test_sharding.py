@@ -1,4 +1,4 @@
-"""Spread weights, in two processes on the CPU: gathering, spreading, and what optimizers make of them."""
+"""Sharded weights, in two processes on the CPU: gathering, sharding, and what optimizers make of them."""
 
 from __future__ import annotations
 
@@ -130,9 +130,9 @@ def in_two_processes(folder: Path, *parts: str) -> None:
 
 
 @pytest.mark.parametrize("reshard", [True, False])
-def test_what_is_spread_is_gathered_and_put_back(tmp_path, reshard):
+def test_what_is_sharded_is_gathered_and_put_back(tmp_path, reshard):
     in_two_processes(tmp_path, BEGIN.format(reshard=reshard), TREE, ROUND_TRIPS)
 
 
-def test_optimizers_that_step_spread_weights_otherwise_are_found(tmp_path):
+def test_optimizers_that_step_sharded_weights_otherwise_are_found(tmp_path):
     in_two_processes(tmp_path, BEGIN.format(reshard=True), OPTIMIZERS)
