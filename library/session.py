@@ -199,7 +199,7 @@ class Session:
             placement.place_trained(added.eval(), opts, self.device)
         if cache_text is not None:
             cache_text(self.accelerator)
-            self.preview.remember_texts(models, self.device)
+            self.preview.encode_prompts(models, self.device)
             placement.release_text_encoders(models, keep=method.live_text_encoders())
         placement.place_vae(models, opts, self.device)
         if cache_latents is not None:

@@ -78,7 +78,7 @@ class Preview:
             return epoch_end is not None and epoch_end % self.every_n_epochs == 0
         return self.every_n_steps is not None and epoch_end is None and step % self.every_n_steps == 0
 
-    def remember_texts(self, models: Models, device: torch.device) -> None:
+    def encode_prompts(self, models: Models, device: torch.device) -> None:
         """Encodes all prompts now, so that text encoders which are not trained may go."""
         from library.inference.generate import encode_texts
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from library.options.base import OptionGroup, Options, opt
 from library.options.models import ModelOptions
-from library.options.optimizer import is_schedule_free, keeps_state_of_all, optimizer_name
+from library.options.optimizer import has_global_state, is_schedule_free, optimizer_name
 
 if TYPE_CHECKING:
     from library.types import FamilyTraits
@@ -119,7 +119,7 @@ class FusedOptions(OptionGroup, group="fused", title="Steps inside the backward 
             yield f"{flag}: cannot be used with --fused_optimizer_groups; choose one of them"
         if opts.optimizer.fused_backward_pass:
             yield f"{flag}: cannot be used with --fused_backward_pass; choose one of them"
-        if keeps_state_of_all(opts.optimizer):
+        if has_global_state(opts.optimizer):
             yield f"{flag}: {optimizer_name(opts.optimizer)} must see all weights at once; choose another optimizer"
         if opts.training.gradient_accumulation_steps > 1:
             yield f"{flag}: cannot be used with --gradient_accumulation_steps; gradients are gone after each batch"

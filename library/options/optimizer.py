@@ -139,7 +139,7 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
 
     def _check_fused(self, opts: Options) -> Iterator[str]:
         flag = "--fused_backward_pass"
-        if not steps_each_alone(self):
+        if not steps_each_weight_independently(self):
             yield f"{flag}: {optimizer_name(self)} cannot step weights one by one; use AdaFactor or one of torch.optim"
         if opts.training.gradient_accumulation_steps > 1:
             yield f"{flag}: cannot be used with --gradient_accumulation_steps; gradients are gone after each batch"
@@ -282,18 +282,18 @@ def is_adafactor(options: OptimizerOptions) -> bool:
     return optimizer_path(options) in (_PATHS["adafactor"], "transformers.Adafactor")
 
 
-def steps_each_alone(options: OptimizerOptions) -> bool:
-    """Whether the optimizer looks at one weight at a time, so that weights may be stepped in any order and grouping."""
+def steps_each_weight_independently(options: OptimizerOptions) -> bool:
+    """Whether the optimizer updates each weight independently, so that weights may be stepped in any order."""
     return is_adafactor(options) or optimizer_path(options).startswith("torch.optim.")
 
 
-def keeps_state_of_all(options: OptimizerOptions) -> bool:
-    """Whether the optimizer keeps numbers that belong to all weights together, such as a rate that it finds."""
+def has_global_state(options: OptimizerOptions) -> bool:
+    """Whether the optimizer keeps state that belongs to all weights together, such as an estimated learning rate."""
     return optimizer_path(options).split(".")[0] in ("dadaptation", "prodigyopt", "prodigyplus", "schedulefree")
 
 
 def sets_own_rate(options: OptimizerOptions) -> bool:
-    """Whether AdaFactor computes its rate from the number of steps, which it does unless told otherwise."""
+    """Whether AdaFactor computes its rate from the number of steps, which is its default."""
     if not is_adafactor(options) or any(not_pairs("", options.optimizer_args, literals=True)):
         return False
     given = literal_args("--optimizer_args", options.optimizer_args)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from library.options.base import COMMAND_LINE, Option, Options, options_of
-from library.options.unknown_keys import is_off, written_unasked
+from library.options.unknown_keys import is_gui_default, is_off
 from library.runtime.files import path_problem
 
 if TYPE_CHECKING:
@@ -64,13 +64,13 @@ def _warnings_of(option: Option, options: Options) -> Iterator[str]:
     if option.details.lenient and option.range_problem(value) and not is_off(value):
         yield f"{option.range_problem(value)}; ignored"
     if value != option.default and not is_off(value) and not options.has_effect(option):
-        yield f"has no effect without {option.company}"
+        yield f"has no effect without {option.required}"
 
 
 def _is_of_a_gui(line: str, options: Options) -> bool:
     name = _option_of(line)
     given = options.given.get(name)
-    return given is not None and given.source != COMMAND_LINE and written_unasked(name, given.value)
+    return given is not None and given.source != COMMAND_LINE and is_gui_default(name, given.value)
 
 
 def _option_of(line: str) -> str:

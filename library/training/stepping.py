@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from library.options.optimizer import is_adafactor, steps_each_alone
+from library.options.optimizer import is_adafactor, steps_each_weight_independently
 from library.training.precision import StochasticRounding
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class OptimizerStepper:
         self._groups = None if parts is None else FusedGroups(optimizer, parts)
         rounds = uses_stochastic_rounding(opts)
         self._rounding = StochasticRounding(optimizer, opts.training.seed) if rounds else None
-        self._chunked = rounds and steps_each_alone(opts.optimizer)
+        self._chunked = rounds and steps_each_weight_independently(opts.optimizer)
         if self._in_backward:
             step_in_backward(optimizer)
 
@@ -75,7 +75,7 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> list[Any]:
     """Registers hooks that step every weight as soon as its gradient is accumulated, and free the gradient.
 
     The result equals that of `optimizer.step()` after the backward pass if the optimizer updates each weight
-    independently (`steps_each_alone`): when a gradient is complete, nothing needs the old weight any more.
+    independently (`steps_each_weight_independently`), as nothing needs a weight once its gradient is complete.
 
     Returns: the handles of the hooks, to remove them.
     """

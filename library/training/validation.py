@@ -87,7 +87,7 @@ class BestLoss:
         self.lowest = self.latest = math.inf
         self.since = 0  # validations without a better one
 
-    def see(self, loss: float) -> bool:
+    def update(self, loss: float) -> bool:
         """Whether this is the best loss so far."""
         better = loss < self.lowest
         self.latest = loss
