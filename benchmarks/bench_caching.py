@@ -65,7 +65,7 @@ def vae_of_the_model() -> Encode:
 def one_by_one(data: TrainingData, encode: Encode) -> Iterator[tuple[Path, Tensor]]:
     """Read, resize, cut out, encode."""
     for record in data.records:
-        image = images.apply_cut(images.read_image(record.path), images.centre_cut(record.resized, record.bucket))
+        image = images.apply_crop(images.read_image(record.path), images.centre_crop(record.resized, record.bucket))
         rng = torch.Generator().manual_seed(0)
         yield record.path, encode(images.to_pixels(image)[None], [rng])[0]
 

@@ -42,7 +42,7 @@ from library.options import parsing
 from library.preparation.latents import buckets
 from library.preparation.tagging import tag_images as tagging
 from library.runtime import logs
-from library.runtime.places import cache_folder
+from library.runtime.paths import cache_folder
 
 MODEL = ROOT / "examples" / "tiny_model" / "tiny-sd.safetensors"
 PHOTO, DRAWING = (4000, 3000), (512, 512)  # pixels

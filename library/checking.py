@@ -13,7 +13,7 @@ from library.options import validation
 from library.options.logging import absolute_paths
 from library.options.optimizer import default_rate
 from library.runtime.logs import LOGGER
-from library.training import distributed, leftovers, rehearsal, state_notes
+from library.training import distributed, leftovers, output_checks, state_notes
 
 if TYPE_CHECKING:
     from library.data.types import DatasetSpec
@@ -42,7 +42,7 @@ def check(opts: Options, family: FamilySpec, method: MethodSpec) -> list[Dataset
             except UserError as error:
                 problems += error.problems
     if not problems and writes:
-        problems += rehearsal.problems(opts)
+        problems += output_checks.problems(opts)
     if problems:
         raise UserError(*problems)
     for line in validation.warnings(opts, traits):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from library import registry
 from library.errors import UserError
 from library.runtime import libraries, logs
-from library.runtime.places import require_here
+from library.runtime.paths import require_here
 
 if TYPE_CHECKING:
     from library.families.base import Family

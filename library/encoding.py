@@ -121,8 +121,8 @@ def text_cache(
     layout = family.text.layout(models)
     assert layout is not None, "a family with these options has such files"
     # The weights as read are at hand, those that encode may be smaller. Outputs of fp8 are shared with exact ones.
-    form = placement.text_encoder_form(opts)
-    rounded = f" in {form}" if form not in (None, "fp8") else ""
+    stored = placement.text_encoder_storage(opts)
+    rounded = f" in {stored}" if stored not in (None, "fp8") else ""
     made_by = {part: weights_fingerprint(module) + rounded for part, module in sorted(models.text_encoders.items())}
     made_by |= method.text_fingerprint()
     made_by |= {name: str(value) for name, value in sorted(layout.settings.items())}

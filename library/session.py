@@ -99,7 +99,7 @@ def join(opts: Options) -> tuple[Options, Accelerator, Shards | None]:
             shards = Shards(sharding, accelerator.device, accelerator.num_processes, first=accelerator.is_main_process)
         if opts.saving.resume:
             folder = Path(opts.saving.resume)
-            before, chosen = state_notes.read_making(folder), optimizers.optimizer_class(opts.optimizer)
+            before, chosen = state_notes.read_settings(folder), optimizers.optimizer_class(opts.optimizer)
             resuming.require_optimizer(folder, before, chosen)
         optimizers.dry_run(opts.optimizer, accelerator.device, None if shards is None else shards.mesh)
         lr_schedules.dry_run(opts.optimizer)
@@ -199,7 +199,7 @@ class Session:
             placement.place_trained(added.eval(), opts, self.device)
         if cache_text is not None:
             cache_text(self.accelerator)
-            self.preview.remember_texts(models, self.device)
+            self.preview.encode_prompts(models, self.device)
             placement.release_text_encoders(models, keep=method.live_text_encoders())
         placement.place_vae(models, opts, self.device)
         if cache_latents is not None:
@@ -234,7 +234,7 @@ class Session:
                     schedule.step()
         for line in plan.describe(self.plan, data.num_train_images, data.num_reg_images):
             LOGGER.info("%s", line)
-        making = resuming.making_of(optimizer, opts, self.plan, data)
+        settings = resuming.settings_of(optimizer, opts, self.plan, data)
         prepared = self.accelerator.prepare_optimizer(optimizer)
         saves = make_save_plan(opts.saving, method.file_suffix(), self.plan.epochs)
         check_space(saves.final_path().parent, state.size_of(method.trainable().state_dict()), "what is to be saved")
@@ -260,7 +260,7 @@ class Session:
             make_metadata=self._metadata_maker(optimizer),
             save_dtype=SAVE_DTYPES[opts.saving.save_precision],
             start=self.start,
-            making=making,
+            settings=settings,
             resume=Path(opts.saving.resume) if opts.saving.resume else None,
             ema=_ema(opts, optimizer),
             shards=self.shards,

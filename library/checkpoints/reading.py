@@ -91,16 +91,16 @@ def read_names(path: str | Path) -> Header | None:
     """
     if file_format(path) == "safetensors":
         return read_header(path)[1]
-    from library.checkpoints.unpickling import TensorOutline, read_outline
+    from library.checkpoints.unpickling import TensorSpec, read_specs
 
     try:
-        content = read_outline(Path(path))
+        content = read_specs(Path(path))
         inner = content.get("state_dict")
         state = inner if isinstance(inner, dict) else content
         return {
             key: (_STORAGES.get(value.dtype, value.dtype), value.shape)
             for key, value in state.items()
-            if isinstance(key, str) and isinstance(value, TensorOutline)
+            if isinstance(key, str) and isinstance(value, TensorSpec)
         }
     except Exception:  # whatever a damaged pickle leads to; loading says what is wrong
         return None

@@ -72,7 +72,7 @@ class StandIn(metaclass=_Fixed):
         return id(self)
 
 
-class TensorOutline(NamedTuple):
+class TensorSpec(NamedTuple):
     """What a pickle holds of a tensor besides its elements: dtype and shape."""
 
     dtype: str  # the name of torch's storage class, such as HalfStorage
@@ -175,32 +175,32 @@ class _Storage(NamedTuple):
     kind: str
 
 
-def read_outline(path: Path) -> Any:
-    """What `torch.save` wrote, with `TensorOutline`s for tensors: names and shapes, without torch and without elements.
+def read_specs(path: Path) -> Any:
+    """The content of a file of `torch.save`, with a `TensorSpec` for each tensor. Needs no torch, reads no elements.
 
     Raises: Exception of any kind: a damaged or hostile file, which reading the weights explains better.
     """
     if not is_zip(path):
         with open_regular(path) as file:
             for _ in range(3):  # a magic number, the version of the protocol, facts about the machine
-                _OutlineUnpickler(file).load()
-            return _OutlineUnpickler(file).load()
+                _SpecUnpickler(file).load()
+            return _SpecUnpickler(file).load()
     with open_regular(path) as whole, zipfile.ZipFile(whole) as archive:
         name = next(name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
         with archive.open(name) as file:
-            return _OutlineUnpickler(file).load()
+            return _SpecUnpickler(file).load()
 
 
-class _OutlineUnpickler(SafeUnpickler):
+class _SpecUnpickler(SafeUnpickler):
     def __init__(self, file: IO[bytes]):
-        def outline(storage: Any, _offset: Any, size: Any, *_others: Any) -> TensorOutline:
-            return TensorOutline(storage.kind, tuple(int(side) for side in size))
+        def spec(storage: Any, _offset: Any, size: Any, *_others: Any) -> TensorSpec:
+            return TensorSpec(storage.kind, tuple(int(side) for side in size))
 
         super().__init__(
             file,
             {
-                "torch._utils._rebuild_tensor": _called(outline),
-                "torch._utils._rebuild_tensor_v2": _called(outline),
+                "torch._utils._rebuild_tensor": _called(spec),
+                "torch._utils._rebuild_tensor_v2": _called(spec),
                 "torch._utils._rebuild_parameter": _called(lambda data, *_: data),
                 "torch._utils._rebuild_parameter_with_state": _called(lambda data, *_: data),
                 "torch._tensor._rebuild_from_type_v2": _called(lambda make, _kind, args, _state: make(*args)),

@@ -66,11 +66,11 @@ class TextEncoding(Role, ABC):
 
     @abstractmethod
     def encode(
-        self, models: Models, captions: list[str], *, emphasis: bool | None = None, known: TextCond | None = None
+        self, models: Models, captions: list[str], *, emphasis: bool | None = None, cached: TextCond | None = None
     ) -> TextCond:
         """The conditioning of captions; differentiable, so that text encoders can be trained through it.
 
-        What encoders give that `models` no longer has is taken from `known`, an earlier conditioning of the captions.
+        What encoders give that `models` no longer has is taken from `cached`, an earlier conditioning of the captions.
 
         `emphasis` is whether brackets weigh words, as in "(this:1.2)"; None leaves it to --weighted_captions. Families
         without such weights ignore it.

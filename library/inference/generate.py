@@ -39,7 +39,7 @@ def generate(
     batch_size: int = 1,
     vae_float32: bool = False,
     zero_terminal_snr: bool = False,
-    known: Mapping[str, TextCond] | None = None,
+    cached: Mapping[str, TextCond] | None = None,
     denoise: Denoise | None = None,
     progress: Progress | None = None,
 ) -> list[Image]:
@@ -54,7 +54,7 @@ def generate(
         batch_size: how many neighbours are made at once; they may differ in texts and seed only.
         vae_float32: decodes in float32, for VAEs that overflow in half precision.
         zero_terminal_snr: the model was trained with that schedule.
-        known: the conditioning of every text, as `encode_texts` gave it, where `models` lacks text encoders by now.
+        cached: the conditioning of every text, as `encode_texts` gave it, where `models` lacks text encoders by now.
         denoise: computes the prediction; None: the family's denoiser alone.
         progress: called with the number of (image, step) pairs just done, e.g. the `update` of a bar of
             `total_steps(prompts)`.
@@ -71,7 +71,7 @@ def generate(
             device,
             dtype,
             zero_terminal_snr=zero_terminal_snr,
-            known=known,
+            cached=cached,
             denoise=denoise,
             progress=progress,
         )
@@ -97,7 +97,7 @@ def sample_latents(
     dtype: torch.dtype = torch.float32,
     *,
     zero_terminal_snr: bool = False,
-    known: Mapping[str, TextCond] | None = None,
+    cached: Mapping[str, TextCond] | None = None,
     denoise: Denoise | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -112,7 +112,7 @@ def sample_latents(
     as_input = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
     with _precision(device, dtype):
         guidance = _Guidance.of(
-            family, models, prompts, device, known, denoise or partial(family.denoiser.predict, models)
+            family, models, prompts, device, cached, denoise or partial(family.denoiser.predict, models)
         )
         # Some samplers look at the denoiser more than once per step.
         ends = _step_ends(len(scheduler.timesteps), first.steps)
@@ -167,12 +167,12 @@ def encode_texts(
 
 
 def _conditioning(
-    family: Family, models: Models, texts: list[str], device: torch.device, known: Mapping[str, TextCond] | None
+    family: Family, models: Models, texts: list[str], device: torch.device, cached: Mapping[str, TextCond] | None
 ) -> TextCond:
-    if known is None:
+    if cached is None:
         return family.text.encode(models, texts, emphasis=True)
-    found = TextCond.cat([known[text] for text in texts]).map(lambda tensor: tensor.to(device))
-    return family.text.encode(models, texts, emphasis=True, known=found) if models.text_encoders else found
+    found = TextCond.cat([cached[text] for text in texts]).map(lambda tensor: tensor.to(device))
+    return family.text.encode(models, texts, emphasis=True, cached=found) if models.text_encoders else found
 
 
 @dataclass(frozen=True)
@@ -191,14 +191,14 @@ class _Guidance:
         models: Models,
         prompts: Sequence[SamplePrompt],
         device: torch.device,
-        known: Mapping[str, TextCond] | None,
+        cached: Mapping[str, TextCond] | None,
         denoise: Denoise,
     ) -> _Guidance:
         scale = prompts[0].scale
-        positive = _conditioning(family, models, [prompt.prompt for prompt in prompts], device, known)
+        positive = _conditioning(family, models, [prompt.prompt for prompt in prompts], device, cached)
         negative = None
         if scale != 1.0:
-            negative = _conditioning(family, models, [prompt.negative_prompt for prompt in prompts], device, known)
+            negative = _conditioning(family, models, [prompt.negative_prompt for prompt in prompts], device, cached)
         return _Guidance(denoise, positive, negative, scale, _sizes(prompts, device))
 
     def predict(self, noisy: Tensor, timestep: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class Preview:
 
     def __init__(self, opts: Options, family: Family, prompts: Sequence[SamplePrompt]):
         self.opts, self.family, self.prompts = opts, family, list(prompts)
-        self._known: dict[str, TextCond] | None = None
+        self._cached: dict[str, TextCond] | None = None
         self.at_first: bool = opts.sampling.sample_at_first
         self.every_n_steps = opts.sampling.sample_every_n_steps
         self.every_n_epochs = opts.sampling.sample_every_n_epochs
@@ -58,7 +58,7 @@ class Preview:
         sampling = opts.sampling
         prompts = []
         if sampling.draws:
-            _advise_sampler(opts, family.traits)
+            _warn_of_sampler(opts, family.traits)
             prompts = load_prompts(sampling.sample_prompts, family.traits, sampling.sample_sampler)
         return cls(opts, family, prompts)
 
@@ -78,13 +78,13 @@ class Preview:
             return epoch_end is not None and epoch_end % self.every_n_epochs == 0
         return self.every_n_steps is not None and epoch_end is None and step % self.every_n_steps == 0
 
-    def remember_texts(self, models: Models, device: torch.device) -> None:
+    def encode_prompts(self, models: Models, device: torch.device) -> None:
         """Encodes all prompts now, so that text encoders which are not trained may go."""
         from library.inference.generate import encode_texts
 
         if self.prompts:
             dtype = _mixed_precision(self.opts.memory.mixed_precision)
-            self._known = encode_texts(self.family, models, self.prompts, dtype, device)
+            self._cached = encode_texts(self.family, models, self.prompts, dtype, device)
 
     def render(
         self,
@@ -132,7 +132,7 @@ class Preview:
                     dtype or _mixed_precision(self.opts.memory.mixed_precision),
                     vae_float32=self.opts.model.no_half_vae,
                     zero_terminal_snr=self.opts.noise.zero_terminal_snr,
-                    known=self._known,
+                    cached=self._cached,
                     denoise=denoise,
                     progress=bar.update,
                 )
@@ -170,7 +170,7 @@ class Preview:
         return replace(prompt, seed=derive(self.opts.training.seed or 0, "preview", step, index) % 2**32)
 
 
-def _advise_sampler(opts: Options, traits: FamilyTraits) -> None:
+def _warn_of_sampler(opts: Options, traits: FamilyTraits) -> None:
     """Says so once where a sampler was chosen that a flow model has no use for; the default is nobody's choice."""
     if traits.objective != "flow" or "sample_sampler" not in opts.explicit:
         return

@@ -1,4 +1,4 @@
-"""How weights travel between CPU memory and a device: queues of copies that run beside the computation."""
+"""Asynchronous copies between CPU memory and a device, which run beside the computation."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ class CopyEvent(Protocol):
     """Completion of an asynchronous copy."""
 
     def before_use(self) -> None:
-        """What is computed from now on comes after the copy; this thread need not wait."""
+        """Makes the device's computation from now on wait for the copy; this thread does not wait."""
 
     def wait(self) -> None:
-        """Returns when the copy is done."""
+        """Blocks until the copy is done."""
 
 
 class CopyStream(Protocol):
     """Copies that run one after another, beside the computation."""
 
     def copy(self, target: Tensor, source: Tensor, after: Iterable[CopyEvent | None] = ()) -> CopyEvent | None:
-        """Copies as soon as what has been asked of the device until now, and all of `after`, are done."""
+        """Copies once the work that the device has been given so far, and all of `after`, are done."""
 
 
 def make_copy_stream(device: torch.device, *, simulate: bool = False) -> CopyStream:
-    """A lane to or from `device`. `simulate`: copies within CPU memory, each as late as it may be."""
+    """A stream of copies to or from `device`. `simulate`: copies within CPU memory, each as late as allowed."""
     if simulate:
         return DelayedCopyStream()
     return _DeviceCopyStream(device) if device.type in ("cuda", "xpu") else _SynchronousCopies()
 
 
 def host_buffer(size: int, device: torch.device) -> Tensor:
-    """At least `size` bytes of CPU memory that `device` can reach by itself, uint8; see `release_host_buffer`."""
+    """At least `size` bytes of CPU memory, uint8; pinned on CUDA. Call `release_host_buffer` when done."""
     if device.type != "cuda":
         return torch.empty(size, dtype=torch.uint8)
     # torch's own pinned memory is rounded up to a power of two, which is up to twice what a block needs. Whole pages
@@ -59,13 +59,13 @@ def host_buffer(size: int, device: torch.device) -> Tensor:
 
 
 def release_host_buffer(buffer: Tensor, device: torch.device) -> None:
-    """Takes the device's claim away. The memory itself lives as long as tensors use it."""
+    """Unpins the buffer. The memory itself lives as long as tensors use it."""
     if device.type == "cuda" and buffer.is_pinned():
         torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
 
 
 def _forget_error(device: torch.device) -> None:
-    """CUDA reports a failed call once more to whoever asks next, and that would be an innocent kernel."""
+    """Clears CUDA's last error, which would be reported again by the next kernel."""
     with suppress(RuntimeError):
         torch.zeros(1, device=device)
 
@@ -98,7 +98,7 @@ class _DeviceCopyEvent:
 
 
 class _SynchronousCopies:
-    """For devices without streams: a copy is done, or in order with the computation, when `copy` returns."""
+    """Copies for devices without streams: done when `copy` returns, or queued in order with the computation."""
 
     @torch.no_grad()
     def copy(self, target: Tensor, source: Tensor, after: Iterable[CopyEvent | None] = ()) -> None:
@@ -106,9 +106,9 @@ class _SynchronousCopies:
 
 
 class DelayedCopyStream:
-    """The slowest lane there may be, for tests on any machine.
+    """The slowest stream of copies that is allowed, for tests on any machine.
 
-    A target is NaN from the moment its copy is asked for, and gets its values only when somebody waits for them. So a
+    A target is NaN as soon as its copy is requested, and gets its values only when someone waits for them. So a
     missing wait, or memory that is used again too early, shows in the results.
     """
 
@@ -127,17 +127,17 @@ class DelayedCopyStream:
 
     @torch.no_grad()
     def finish(self, count: int) -> None:
-        """Does the first `count` copies of all that were ever asked for."""
+        """Does the first `count` of all copies that were ever requested."""
         while self._done < count:
             self._waiting.popleft()()
             self._done += 1
 
 
 class _DelayedCopyEvent:
-    def __init__(self, lane: DelayedCopyStream, number: int):
-        self._lane, self._number = lane, number
+    def __init__(self, stream: DelayedCopyStream, number: int):
+        self._stream, self._number = stream, number
 
     def before_use(self) -> None:
-        self._lane.finish(self._number)
+        self._stream.finish(self._number)
 
     wait = before_use

@@ -1,7 +1,7 @@
-"""Frozen weights kept small. Here: in 8-bit floats, a quarter of float32's memory, half of bf16's.
+"""Quantisation of frozen weights, and its first format: 8-bit floats, a quarter of float32's memory, half of bf16's.
 
-A layer stays the object that it was, with its hooks and its place in the model; only its class and how it keeps its
-weight change. The computation is in the layer's input format, or autocast's.
+A layer stays the object that it was, with its hooks and its place in the model; only its class and how its weight is
+stored change. It computes in the dtype of its input, or in autocast's.
 """
 
 from __future__ import annotations
@@ -20,69 +20,71 @@ _LARGEST = torch.finfo(FORMAT).max  # 448
 _LEAST_EXPONENT = -14  # of a scale: the smallest that fp16 holds in full
 
 
-Pack = Callable[[Tensor], tuple[Tensor, Tensor]]  # weight -> bits and scale, which `Module.to(dtype)` does not harm
-Widen = Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]  # bits, scale, shape and format -> weight
+Quantise = Callable[[Tensor], tuple[Tensor, Tensor]]  # weight -> bits and scale, which `Module.to(dtype)` does not harm
+Dequantise = Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]  # bits, scale, shape and dtype -> weight
 
-_CLOSED: dict[Widen, Widen] = {}  # the same as operations that a compiler does not look into
+_OPAQUE_OPS: dict[Dequantise, Dequantise] = {}  # the same as custom operators, which torch.compile does not trace
 
 
-def widening(name: str) -> Callable[[Widen], Widen]:
-    """Marks a function as the `widen` of a kind of layer. `name`: one of its own, for the compiler."""
+def dequantiser(name: str) -> Callable[[Dequantise], Dequantise]:
+    """Marks a function as the `dequantise` of a quantised layer. `name`: that of its custom operator."""
 
-    def mark(widen: Widen) -> Widen:
+    def mark(dequantise: Dequantise) -> Dequantise:
         def run(bits: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-            return widen(bits, scale, torch.Size(shape), dtype)
+            return dequantise(bits, scale, torch.Size(shape), dtype)
 
         schema = "(Tensor bits, Tensor scale, SymInt[] shape, ScalarType dtype) -> Tensor"
-        closed = torch.library.custom_op(f"{NAME}::widen_{name}", run, mutates_args=(), schema=schema)
-        closed.register_fake(lambda bits, scale, shape, dtype: bits.new_empty(shape, dtype=dtype))
-        _CLOSED[widen] = closed
-        return widen
+        op = torch.library.custom_op(f"{NAME}::dequantise_{name}", run, mutates_args=(), schema=schema)
+        op.register_fake(lambda bits, scale, shape, dtype: bits.new_empty(shape, dtype=dtype))
+        _OPAQUE_OPS[dequantise] = op
+        return dequantise
 
     return mark
 
 
-def keep_in_fp8(part: nn.Module) -> int:
-    """Turns every frozen linear layer and 2D convolution inside `part` into one whose weight is kept in 8 bits.
+def quantise_to_fp8(part: nn.Module) -> int:
+    """Turns every frozen linear layer and 2D convolution inside `part` into one whose weight is stored in 8 bits.
 
     Weights are off by at most 1/16 of themselves, or 1/1024 of the tensor's scale where that is more; the scale is at
     most 1/224 of the largest weight, or 2**-14. Biases, norms and embeddings stay as they are.
 
-    Returns: how many layers were turned.
+    Returns: how many layers were quantised.
     Raises: ValueError: a weight is being trained.
     """
-    return keep_small(part, to_fp8, {nn.Linear: Fp8Linear, nn.Conv2d: Fp8Conv2d})
+    return quantise_frozen(part, to_fp8, {nn.Linear: Fp8Linear, nn.Conv2d: Fp8Conv2d})
 
 
-def keep_small(part: nn.Module, pack: Pack, kinds: Mapping[type, type[SmallWeight]]) -> int:
-    """Gives the layers inside `part` the class that `kinds` has for theirs, and what `pack` makes of their weight.
+def quantise_frozen(part: nn.Module, quantise: Quantise, kinds: Mapping[type, type[QuantisedWeight]]) -> int:
+    """Gives the layers inside `part` the class that `kinds` has for theirs, and what `quantise` makes of their weight.
 
     Subclasses of linear layers and convolutions stay as they are, and so do convolutions that pad otherwise than by
     a number of zeros.
 
-    Returns: how many layers were turned.
+    Returns: how many layers were quantised.
     Raises: ValueError: a weight is being trained.
     """
-    turned = 0
+    quantised = 0
     for module in part.modules():
         kind = kinds.get(type(module))
         if kind is None or (isinstance(module, nn.Conv2d) and not _plain(module)):
             continue
         if module.weight.requires_grad:
-            raise ValueError("weights that are kept small cannot be trained")
+            raise ValueError("quantised weights cannot be trained")
         with torch.no_grad():
-            bits, scale = pack(module.weight)
+            bits, scale = quantise(module.weight)
         del module.weight
         module.register_buffer("weight_bits", bits, persistent=False)
         module.register_buffer("weight_scale", scale, persistent=False)
         module.__class__ = kind
-        turned += 1
-    return turned
+        quantised += 1
+    return quantised
 
 
-def _widen_again(widen: Widen, bits: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """In the backward pass. A compiler that saw the same operations twice would keep the wide weight in between."""
-    return (_CLOSED[widen] if torch.compiler.is_compiling() else widen)(bits, scale, shape, dtype)
+def _dequantise_again(
+    dequantise: Dequantise, bits: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype
+) -> Tensor:
+    """The weight in the backward pass. A compiler that saw the same operations twice would keep it in between."""
+    return (_OPAQUE_OPS[dequantise] if torch.compiler.is_compiling() else dequantise)(bits, scale, shape, dtype)
 
 
 @torch.no_grad()
@@ -101,15 +103,15 @@ def from_fp8(bits: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return bits.view(FORMAT).to(dtype) * scale.to(dtype)
 
 
-@widening("fp8")
-def _widen_fp8(bits: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+@dequantiser("fp8")
+def _dequantise_fp8(bits: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return from_fp8(bits, scale, dtype)
 
 
-class SmallWeight:
-    """What layers have in common that hold `weight_bits` and `weight_scale` in place of a weight."""
+class QuantisedWeight:
+    """A layer that holds `weight_bits` and `weight_scale` in place of a weight."""
 
-    widen: ClassVar[Widen]  # marked by `widening`
+    dequantise: ClassVar[Dequantise]  # marked by `dequantiser`
     weight_bits: Tensor
     weight_scale: Tensor
     bias: nn.Parameter | None
@@ -120,76 +122,76 @@ class SmallWeight:
 
     @property
     def weight(self) -> Tensor:
-        """A copy in the bias's format, or float32; frozen."""
+        """The dequantised weight, a frozen copy in the dtype of the bias, or in float32."""
         dtype = torch.float32 if self.bias is None else self.bias.dtype
-        return self.widen(self.weight_bits, self.weight_scale, self.weight_shape, dtype)
+        return self.dequantise(self.weight_bits, self.weight_scale, self.weight_shape, dtype)
 
 
-class SmallLinear(SmallWeight, nn.Linear):
+class QuantisedLinear(QuantisedWeight, nn.Linear):
     @property
     def weight_shape(self) -> torch.Size:
         return torch.Size((self.out_features, self.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = _computing(x)
-        kept = self.weight_bits, self.weight_scale, self.widen, self.weight_shape
+        kept = self.weight_bits, self.weight_scale, self.dequantise, self.weight_shape
         return _Linear.apply(x.to(dtype), *kept, _cast(self.bias, dtype))
 
 
-class SmallConv2d(SmallWeight, nn.Conv2d):
+class QuantisedConv2d(QuantisedWeight, nn.Conv2d):
     @property
     def weight_shape(self) -> torch.Size:
         return torch.Size((self.out_channels, self.in_channels // self.groups, *self.kernel_size))
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = _computing(x)
-        kept = self.weight_bits, self.weight_scale, self.widen, self.weight_shape
+        kept = self.weight_bits, self.weight_scale, self.dequantise, self.weight_shape
         geometry = self.stride, self.padding, self.dilation, self.groups
         return _Conv2d.apply(x.to(dtype), *kept, _cast(self.bias, dtype), *geometry)
 
 
-class Fp8Linear(SmallLinear):
-    widen = staticmethod(_widen_fp8)
+class Fp8Linear(QuantisedLinear):
+    dequantise = staticmethod(_dequantise_fp8)
 
 
-class Fp8Conv2d(SmallConv2d):
-    widen = staticmethod(_widen_fp8)
+class Fp8Conv2d(QuantisedConv2d):
+    dequantise = staticmethod(_dequantise_fp8)
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps the small weight for the backward pass instead of the wide one."""
+    """A linear layer that saves the quantised weight for the backward pass, and not the dequantised one."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bits: Tensor, scale: Tensor, widen: Widen, shape: torch.Size, bias: Tensor | None
+        ctx: Any, x: Tensor, bits: Tensor, scale: Tensor, dequantise: Dequantise, shape: torch.Size, bias: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(bits, scale)
-        ctx.widen, ctx.shape = widen, shape
-        return F.linear(x, widen(bits, scale, shape, x.dtype), bias)
+        ctx.dequantise, ctx.shape = dequantise, shape
+        return F.linear(x, dequantise(bits, scale, shape, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         bits, scale = ctx.saved_tensors
-        return gradient @ _widen_again(ctx.widen, bits, scale, ctx.shape, gradient.dtype), *[None] * 5
+        return gradient @ _dequantise_again(ctx.dequantise, bits, scale, ctx.shape, gradient.dtype), *[None] * 5
 
 
 class _Conv2d(torch.autograd.Function):
-    """Likewise."""
+    """A convolution that saves the quantised weight for the backward pass, and not the dequantised one."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bits: Tensor, scale: Tensor, widen: Widen, shape: torch.Size, bias: Tensor | None,
-        stride, padding, dilation, groups,
+        ctx: Any, x: Tensor, bits: Tensor, scale: Tensor, dequantise: Dequantise, shape: torch.Size,
+        bias: Tensor | None, stride, padding, dilation, groups,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(bits, scale)
-        ctx.widen, ctx.shape = widen, shape
+        ctx.dequantise, ctx.shape = dequantise, shape
         ctx.input, ctx.geometry = x.shape, (stride, padding, dilation, groups)
-        return F.conv2d(x, widen(bits, scale, shape, x.dtype), bias, *ctx.geometry)
+        return F.conv2d(x, dequantise(bits, scale, shape, x.dtype), bias, *ctx.geometry)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         bits, scale = ctx.saved_tensors
-        weight = _widen_again(ctx.widen, bits, scale, ctx.shape, gradient.dtype)
+        weight = _dequantise_again(ctx.dequantise, bits, scale, ctx.shape, gradient.dtype)
         return nn.grad.conv2d_input(ctx.input, weight, gradient, *ctx.geometry), *[None] * 9
 
 

@@ -1,4 +1,4 @@
-"""Inputs of checkpointed blocks kept in CPU memory between the forward and the backward pass."""
+"""Activation offloading: inputs of checkpointed blocks wait in CPU memory between forward and backward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-_SMALL = 1 << 20  # bytes; what every block is given, such as text, is not worth a journey for each
+_SMALL = 1 << 20  # bytes; smaller inputs, such as text that every block gets, are not worth a copy
 
 
 def offloading_checkpoint(device: torch.device, smallest: int = _SMALL) -> Callable[..., Any]:
@@ -21,30 +21,30 @@ def offloading_checkpoint(device: torch.device, smallest: int = _SMALL) -> Calla
     and while one block is computed again the input of the one before it is fetched. Results are the same to the bit.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    latest: list[weakref.ref[_Away]] = []  # at most one
+    latest: list[weakref.ref[_OffloadedTensor]] = []  # at most one
 
-    def pack(tensor: Tensor) -> Tensor | _Away:
+    def pack(tensor: Tensor) -> Tensor | _OffloadedTensor:
         if tensor.nbytes < smallest or isinstance(tensor, nn.Parameter):
             return tensor
-        away = _Away(tensor, stream, latest[0] if latest else None)
-        latest[:] = [weakref.ref(away)]
-        return away
+        offloaded = _OffloadedTensor(tensor, stream, latest[0] if latest else None)
+        latest[:] = [weakref.ref(offloaded)]
+        return offloaded
 
-    def unpack(kept: Tensor | _Away) -> Tensor:
-        return kept.back() if isinstance(kept, _Away) else kept
+    def unpack(kept: Tensor | _OffloadedTensor) -> Tensor:
+        return kept.restore() if isinstance(kept, _OffloadedTensor) else kept
 
     def run(block: nn.Module, *inputs: Any) -> Any:
-        # Inside, checkpoint's own hooks rule; these see only the inputs, which it saves like any operation.
+        # Inside, checkpoint's own hooks apply; these see only the inputs, which it saves like any operation.
         with saved_tensors_hooks(pack, unpack):
             return checkpoint(block.__call__, *inputs, use_reentrant=False)
 
     return run
 
 
-class _Away:
-    """A tensor in CPU memory that knows which one will be wanted after it."""
+class _OffloadedTensor:
+    """A tensor in CPU memory, and the one that is needed after it."""
 
-    def __init__(self, tensor: Tensor, stream: torch.cuda.Stream | None, before: weakref.ref[_Away] | None):
+    def __init__(self, tensor: Tensor, stream: torch.cuda.Stream | None, before: weakref.ref[_OffloadedTensor] | None):
         self._device, self._stream, self._before = tensor.device, stream, before
         self._fetched: Tensor | None = None
         if stream is None:
@@ -54,10 +54,10 @@ class _Away:
         stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(stream):
             self._host.copy_(tensor.detach(), non_blocking=True)
-        tensor.record_stream(stream)  # its memory must not be given away before it is copied
+        tensor.record_stream(stream)  # its memory must not be reused before it is copied
 
-    def back(self) -> Tensor:
-        """The tensor on its device; starts fetching the one before it."""
+    def restore(self) -> Tensor:
+        """The tensor on its device; starts to fetch the one before it."""
         if self._stream is None:
             return self._host
         self._fetch()

@@ -1,4 +1,4 @@
-"""Frozen weights kept in 8-bit whole numbers or in the 16 levels of NF4, by bitsandbytes.
+"""Quantisation of frozen weights to 8-bit integers or to NF4 (16 levels), by bitsandbytes.
 
 A weight is cut into blocks, row after row. Each block has a scale of its own, its largest absolute value, and every
 weight in it becomes the nearest of the levels times that scale.
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from library.errors import UserError
-from library.memory.low_precision import SmallConv2d, SmallLinear, keep_small, widening
+from library.memory.low_precision import QuantisedConv2d, QuantisedLinear, dequantiser, quantise_frozen
 
 try:
     from bitsandbytes import functional as bnb
@@ -24,97 +24,97 @@ except Exception as error:  # whatever a library without its compiled half may r
 
 INT8_BLOCK = 256  # weights to a scale: 1 + 4/256 bytes for each
 NF4_BLOCK = 64  # 1/2 + 4/64 bytes
-_FORMATS = (torch.float32, torch.float16, torch.bfloat16)  # those of the library
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # those that bitsandbytes takes
 _INT8_LEVELS: dict[torch.device, Tensor] = {}
 
 
-def keep_quantised(part: nn.Module, form: str, device: torch.device | None = None) -> int:
-    """Turns every frozen linear layer and 2D convolution inside `part` into one whose weight is kept in `form`.
+def quantise_frozen_to(part: nn.Module, storage_format: str, device: torch.device | None = None) -> int:
+    """Turns every frozen linear layer and 2D convolution inside `part` into one with a quantised weight.
 
-    "int8": off by at most 1/254 of the largest weight among each 256. "nf4": by 0.152 of it, among each 64, and by
-    0.066 where it is below half of it. The library's own rounding adds a hundredth to this. Biases, norms and
-    embeddings stay as they are.
+    Args:
+        storage_format: "int8" is off by at most 1/254 of the largest weight among each 256; "nf4" by 0.152 of the
+            largest among each 64, and by 0.066 where a weight is below half of it. bitsandbytes' own rounding adds a
+            hundredth to this. Biases, norms and embeddings stay as they are.
+        device: where it is computed; else where each weight is. The quantised weights lie where the others were.
 
-    `device`: where it is computed; else where each weight is. The small weights lie where the large ones were.
-
-    Returns: how many layers were turned.
+    Returns: how many layers were quantised.
     Raises: UserError: bitsandbytes does not work on that device. ValueError: a weight is being trained.
     """
-    pack, kinds = _FORMS[form]
+    quantise, kinds = _STORAGE[storage_format]
     for used in {device} if device is not None else {parameter.device for parameter in part.parameters()}:
-        _try_out(form, used)
+        _try_out(storage_format, used)
 
-    def pack_on_device(weight: Tensor) -> tuple[Tensor, Tensor]:
-        bits, scales = pack(weight.to(device or weight.device))
+    def quantise_on_device(weight: Tensor) -> tuple[Tensor, Tensor]:
+        bits, scales = quantise(weight.to(device or weight.device))
         return bits.to(weight.device), scales.to(weight.device)
 
-    return keep_small(part, pack_on_device, kinds)
+    return quantise_frozen(part, quantise_on_device, kinds)
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(bits, scales): uint8 in the weight's shape; float32 by block as int32, which `Module.to(dtype)` leaves alone."""
     levels = _int8_levels(weight.device)
-    bits, state = bnb.quantize_blockwise(_readable(weight), code=levels, blocksize=INT8_BLOCK)
+    bits, state = bnb.quantize_blockwise(_supported(weight), code=levels, blocksize=INT8_BLOCK)
     return bits, state.absmax.view(torch.int32)
 
 
-@widening("int8")
+@dequantiser("int8")
 def from_int8(bits: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The weight that `to_int8` kept, in `dtype`."""
-    wide = dtype if dtype in _FORMATS else torch.float32
+    given = dtype if dtype in _DTYPES else torch.float32
     absmax, levels = scales.view(torch.float32), _int8_levels(bits.device)
-    state = bnb.QuantState(absmax=absmax, code=levels, blocksize=INT8_BLOCK, dtype=wide)
+    state = bnb.QuantState(absmax=absmax, code=levels, blocksize=INT8_BLOCK, dtype=given)
     return bnb.dequantize_blockwise(bits, state).to(dtype)
 
 
 def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(bits, scales): two weights to each uint8, in one row; scales as `to_int8` has them."""
     # Whole blocks only, filled with zeros: for rests the library compiles code of its own, which needs a C++ compiler.
-    flat = _readable(weight).flatten()
+    flat = _supported(weight).flatten()
     whole = F.pad(flat, (0, -flat.numel() % NF4_BLOCK)).view(-1, NF4_BLOCK)
     bits, state = bnb.quantize_4bit(whole, blocksize=NF4_BLOCK, quant_type="nf4")
     return bits.flatten(), state.absmax.view(torch.int32)
 
 
-@widening("nf4")
+@dequantiser("nf4")
 def from_nf4(bits: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The weight of `shape` that `to_nf4` kept, in `dtype`."""
-    wide = dtype if dtype in _FORMATS else torch.float32
+    given = dtype if dtype in _DTYPES else torch.float32
     state = bnb.QuantState(
         absmax=scales.view(torch.float32),
         shape=torch.Size((scales.numel(), NF4_BLOCK)),
         blocksize=NF4_BLOCK,
         quant_type="nf4",
-        dtype=wide,
+        dtype=given,
     )
     whole = bnb.dequantize_4bit(bits.view(-1, 1), state)
     return whole.flatten()[: shape.numel()].view(shape).to(dtype)
 
 
-class Int8Linear(SmallLinear):
-    widen = staticmethod(from_int8)
+class Int8Linear(QuantisedLinear):
+    dequantise = staticmethod(from_int8)
 
 
-class Int8Conv2d(SmallConv2d):
-    widen = staticmethod(from_int8)
+class Int8Conv2d(QuantisedConv2d):
+    dequantise = staticmethod(from_int8)
 
 
-class Nf4Linear(SmallLinear):
-    widen = staticmethod(from_nf4)
+class Nf4Linear(QuantisedLinear):
+    dequantise = staticmethod(from_nf4)
 
 
-class Nf4Conv2d(SmallConv2d):
-    widen = staticmethod(from_nf4)
+class Nf4Conv2d(QuantisedConv2d):
+    dequantise = staticmethod(from_nf4)
 
 
-_FORMS = {
+_STORAGE = {
     "int8": (to_int8, {nn.Linear: Int8Linear, nn.Conv2d: Int8Conv2d}),
     "nf4": (to_nf4, {nn.Linear: Nf4Linear, nn.Conv2d: Nf4Conv2d}),
 }
 
 
-def _readable(weight: Tensor) -> Tensor:
-    return weight.to(weight.dtype if weight.dtype in _FORMATS else torch.float32).contiguous()
+def _supported(weight: Tensor) -> Tensor:
+    return weight.to(weight.dtype if weight.dtype in _DTYPES else torch.float32).contiguous()
 
 
 def _int8_levels(device: torch.device) -> Tensor:
@@ -124,12 +124,12 @@ def _int8_levels(device: torch.device) -> Tensor:
     return _INT8_LEVELS[device]
 
 
-def _try_out(form: str, device: torch.device) -> None:
+def _try_out(storage_format: str, device: torch.device) -> None:
     weight = torch.linspace(-1, 1, INT8_BLOCK, device=device)
-    pack, kinds = _FORMS[form]
+    quantise, kinds = _STORAGE[storage_format]
     try:
         with torch.no_grad():
-            kept = kinds[nn.Linear].widen(*pack(weight), weight.shape, weight.dtype)
+            kept = kinds[nn.Linear].dequantise(*quantise(weight), weight.shape, weight.dtype)
         off = (kept - weight).abs().max().item()
     except Exception as error:  # a library without its compiled half raises whatever it likes
         reason = (str(error).splitlines() or [""])[0]

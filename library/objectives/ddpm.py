@@ -53,8 +53,8 @@ def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
         noise: same shape.
         alpha_bar: of each item's timestep, (B,).
     """
-    signal, spread = _levels(alpha_bar, latents)
-    return signal * latents + spread * noise
+    signal, sigma = _levels(alpha_bar, latents)
+    return signal * latents + sigma * noise
 
 
 def velocity(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -62,8 +62,8 @@ def velocity(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
     Source: Salimans and Ho 2022 (arXiv:2202.00512), appendix D.
     """
-    signal, spread = _levels(alpha_bar, latents)
-    return signal * noise - spread * latents
+    signal, sigma = _levels(alpha_bar, latents)
+    return signal * noise - sigma * latents
 
 
 def _levels(alpha_bar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

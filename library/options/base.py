@@ -71,8 +71,8 @@ class Option:
         return self.dest if self.details.positional else f"--{self.dest}"
 
     @property
-    def company(self) -> str:
-        """What it goes with, e.g. "--noise_offset" or "--loss_type huber or --loss_type smooth_l1"."""
+    def required(self) -> str:
+        """The options that it needs, e.g. "--noise_offset" or "--loss_type huber or --loss_type smooth_l1"."""
         flags = [f"--{condition.replace('=', ' ')}" for condition in self.details.only_with]
         return " or ".join(filter(None, (", ".join(flags[:-1]), flags[-1])))
 
@@ -140,7 +140,7 @@ class OptionGroup:
         """One line per problem that a single value does not show, beginning with the option's flag."""
         return ()
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         """One line per option that works but is probably not what was meant."""
         return ()
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class CachingOptions(MethodOptions, title="Caching"):
     skip_existing: bool = opt(False, "no longer needed: files that fit are always kept, and others made again")
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.skip_existing:
             yield "--skip_existing: no longer needed; files that fit are always kept, and others are made again"
 
@@ -39,13 +39,13 @@ class CachedModel(LargeModelOptions):
 
 
 class CachedData(AnyData):
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.debug_dataset:
-            yield "--debug_dataset: no effect here; the training scripts show the data set"
+            yield "--debug_dataset: has no effect here; the training scripts show the data set"
 
 
 class CachedTexts(TextCacheOptions):
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         return ()
 
 
@@ -84,7 +84,7 @@ class NotSaving(SavingOptions, without=("save_model_as",)):
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         return ()
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         return ()
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from library.options.base import OptionGroup, Options, opt
-from library.options.preparation import ending_advice, ending_problems
+from library.options.preparation import ending_problems, ending_warnings
 
 if TYPE_CHECKING:
     from library.types import FamilyTraits
@@ -33,8 +33,8 @@ class CaptionFileOptions(OptionGroup, group="caption", title="Captions"):
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from ending_problems(self.caption_extension)
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        yield from ending_advice(self.caption_extension)
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from ending_warnings(self.caption_extension)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +79,8 @@ class CaptionOptions(CaptionFileOptions):
         if self.model is not None and "caption_weights" in opts.explicit:
             yield "--model and --caption_weights name two models; give one of them"
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        yield from super().advise(opts, traits)
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().warnings(opts, traits)
         if self.num_beams > 1 and not self.beam_search:
             yield "--num_beams has no effect without --beam_search"
         if self.beam_search and "top_p" in opts.explicit:

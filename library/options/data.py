@@ -183,11 +183,11 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
                 if getattr(self, name):
                     yield f"{flag}: cannot be used with --{name}, which makes every image new each time; drop one"
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.skip_cache_check and not self.cache_latents_to_disk and not self.in_json and not self.dataset_config:
-            yield "--skip_cache_check: no effect without --cache_latents_to_disk"
+            yield "--skip_cache_check: has no effect without --cache_latents_to_disk"
         if self.persistent_data_loader_workers and self.max_data_loader_n_workers == 0:
-            yield "--persistent_data_loader_workers: no effect with --max_data_loader_n_workers 0"
+            yield "--persistent_data_loader_workers: has no effect with --max_data_loader_n_workers 0"
 
 
 def _numbers(text: str, kind: type) -> list | None:

@@ -72,7 +72,7 @@ class FinetuneOptions(WholeModelOptions, title="Fine-tuning"):
         """Number of optimizer steps after which text encoders stay as they are; None: they are trained to the end."""
         return None if self.train_text_encoder else 0
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from _rates_of_untrained(self, ("learning_rate_te",))
 
 
@@ -91,11 +91,11 @@ class DreamBoothOptions(WholeModelOptions, title="DreamBooth"):
         stop = self.stop_text_encoder_training
         return None if stop is None else max(stop, 0)
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.learning_rate_te is not None and self.text_encoder_stop == 0:
-            yield "--learning_rate_te: no effect with --stop_text_encoder_training from the start"
+            yield "--learning_rate_te: has no effect with --stop_text_encoder_training from the start"
         if self.no_token_padding and getattr(opts.family, "weighted_captions", False):
-            yield "--no_token_padding: no effect with --weighted_captions"
+            yield "--no_token_padding: has no effect with --weighted_captions"
 
 
 class FinetuneData(DataOptions, without=("reg_data_dir", "conditioning_data_dir")):
@@ -110,8 +110,8 @@ class FinetuneData(DataOptions, without=("reg_data_dir", "conditioning_data_dir"
                 "--dataset_config (train_db.py takes folders of images)"
             )
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        yield from super().advise(opts, traits)
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().warnings(opts, traits)
         if self.in_json and self.resolution is None and not self.dataset_config:
             side = traits.default_resolution
             yield f"--resolution: not given; images without prepared latents are trained at {side}x{side}"
@@ -137,10 +137,10 @@ class WholeModelSaving(SavingOptions):
         False, "save as safetensors what would otherwise be .ckpt or .bin; --save_model_as decides where it is given"
     )
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        yield from super().advise(opts, traits)
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().warnings(opts, traits)
         if self.use_safetensors and self.save_model_as:
-            yield "--use_safetensors: no effect, --save_model_as decides"
+            yield "--use_safetensors: has no effect, --save_model_as decides"
 
 
 class WholeModelTraining(TrainingOptions, without=("skip_until_initial_step", "initial_epoch", "initial_step")):
@@ -192,8 +192,8 @@ class TwoEncoderOptions(FinetuneOptions, without=("learning_rate_te",)):
         if rates and len(rates) != wanted:
             yield f"--block_lr: needs {wanted} rates, got {len(rates)}"
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        yield from super().advise(opts, traits)
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().warnings(opts, traits)
         yield from _rates_of_untrained(self, ("learning_rate_te1", "learning_rate_te2"))
 
 
@@ -235,11 +235,11 @@ class ThreeEncoderOptions(FinetuneOptions, without=("learning_rate_te", "diffuse
             yield "--train_t5xxl: needs --train_text_encoder"
         yield from _cached_and_trained(self.train_t5xxl, opts)
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        yield from super().advise(opts, traits)
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().warnings(opts, traits)
         yield from _rates_of_untrained(self, ("learning_rate_te1", "learning_rate_te2", "learning_rate_te3"))
         if self.use_t5xxl_cache_only and not opts.text_cache.in_use:
-            yield "--use_t5xxl_cache_only: no effect without --cache_text_encoder_outputs"
+            yield "--use_t5xxl_cache_only: has no effect without --cache_text_encoder_outputs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +258,7 @@ def _cached_and_trained(trained: bool, opts: Options) -> Iterable[str]:
 def _rates_of_untrained(options: FinetuneOptions, names: Iterable[str]) -> Iterable[str]:
     for name in names:
         if getattr(options, name) is not None and not options.train_text_encoder:
-            yield f"--{name}: no effect without --train_text_encoder"
+            yield f"--{name}: has no effect without --train_text_encoder"
 
 
 class AnyData(DataOptions):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from library.options.base import OptionGroup, Options, opt
 from library.options.models import ModelOptions
-from library.options.optimizer import is_schedule_free, keeps_state_of_all, optimizer_name
+from library.options.optimizer import has_global_state, is_schedule_free, optimizer_name
 
 if TYPE_CHECKING:
     from library.types import FamilyTraits
@@ -39,9 +39,9 @@ class TextCacheOptions(OptionGroup, group="text_cache", title="Text encoder outp
     def in_use(self) -> bool:
         return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.text_encoder_batch_size is not None and not self.in_use:
-            yield "--text_encoder_batch_size: no effect without --cache_text_encoder_outputs"
+            yield "--text_encoder_batch_size: has no effect without --cache_text_encoder_outputs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ class FusedOptions(OptionGroup, group="fused", title="Steps inside the backward 
             yield f"{flag}: cannot be used with --fused_optimizer_groups; choose one of them"
         if opts.optimizer.fused_backward_pass:
             yield f"{flag}: cannot be used with --fused_backward_pass; choose one of them"
-        if keeps_state_of_all(opts.optimizer):
+        if has_global_state(opts.optimizer):
             yield f"{flag}: {optimizer_name(opts.optimizer)} must see all weights at once; choose another optimizer"
         if opts.training.gradient_accumulation_steps > 1:
             yield f"{flag}: cannot be used with --gradient_accumulation_steps; gradients are gone after each batch"
@@ -128,6 +128,6 @@ class FusedOptions(OptionGroup, group="fused", title="Steps inside the backward 
         if opts.memory.stochastic_rounding:
             yield f"{flag}: cannot be used with --stochastic_rounding; use --fused_backward_pass instead"
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.in_use and opts.optimizer.max_grad_norm:
             yield "--max_grad_norm: not applied when weights are stepped inside the backward pass"

@@ -75,15 +75,15 @@ class LoggingOptions(ConsoleOptions, group="logging", title="Messages and logs")
             except UserError as error:
                 yield from error.problems
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if "tensorboard" not in self.trackers and self.log_prefix:
-            yield "--log_prefix: no effect without --logging_dir and TensorBoard's logs in it"
+            yield "--log_prefix: has no effect without --logging_dir and TensorBoard's logs in it"
         for name in ("log_tracker_name", "log_config", "log_tracker_config") if not self.trackers else ():
             if getattr(self, name):
-                yield f"--{name}: no effect without --logging_dir or --log_with wandb"
+                yield f"--{name}: has no effect without --logging_dir or --log_with wandb"
         for name in ("wandb_run_name", "wandb_api_key") if "wandb" not in self.trackers else ():
             if getattr(self, name):
-                yield f"--{name}: no effect without --log_with wandb or all"
+                yield f"--{name}: has no effect without --log_with wandb or all"
         yield from _visible_secrets(opts)
 
 

@@ -84,12 +84,12 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
             if lack:
                 yield f"--quantize_base: {self.quantize_base} {lack}; {remedy('bitsandbytes')}; or choose fp8"
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         used, *others = self.attention or ("sdpa",)
         for name in others:
-            yield f"--{name}: no effect with --{used}, which is used"
+            yield f"--{name}: has no effect with --{used}, which is used"
         if self.torch_compile and not self.compiles:
-            yield "--torch_compile: no effect with --dynamo_backend no"
+            yield "--torch_compile: has no effect with --dynamo_backend no"
 
 
 _DEEPSPEED = ("deepspeed",)
@@ -97,23 +97,21 @@ _DEEPSPEED = ("deepspeed",)
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs"):
-    trains: ClassVar[bool] = True  # False: how accelerate would spread what is trained does not matter
+    trains: ClassVar[bool] = True  # False: nothing is trained, so it does not matter how accelerate would shard it
 
     ddp_timeout: int | None = opt(
         None, "minutes that processes wait for each other in a step; 10 if not given (30 on CPUs)", at_least=1, off=0
     )
-    ddp_gradient_as_bucket_view: bool = opt(False, "share memory between gradients and their exchange")
+    ddp_gradient_as_bucket_view: bool = opt(False, "let gradients share memory with the all-reduce buckets")
     ddp_static_graph: bool = opt(False, "promise that every step uses the same parameters")
-    deepspeed: bool = opt(
-        False, "spread a whole model that is trained over the processes as --zero_stage says; torch's FSDP2 does it"
-    )
+    deepspeed: bool = opt(False, "shard the trained model over the processes as --zero_stage says (with torch's FSDP2)")
     zero_stage: Literal[0, 1, 2, 3] = opt(
         2,
         "0: nothing is sharded; 1, 2: gradients and optimizer states; 3: weights too, gathered block by block",
         only_with=_DEEPSPEED,
     )
     offload_optimizer_device: Literal["cpu", "nvme"] | None = opt(
-        None, "cpu: what is spread lies in CPU memory; nvme is refused", only_with=_DEEPSPEED
+        None, "cpu: keep sharded weights and optimizer states in CPU memory; nvme is refused", only_with=_DEEPSPEED
     )
     offload_optimizer_nvme_path: str | None = opt(
         None, "folder for an optimizer on disk; refused with nvme", only_with=_DEEPSPEED
@@ -125,10 +123,10 @@ class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs")
         None, "folder for parameters on disk; refused with nvme", only_with=_DEEPSPEED
     )
     zero3_init_flag: bool = opt(
-        False, "spread the model while it is built; it always is, block by block", only_with=_DEEPSPEED
+        False, "shard the model while it is built; always done, block by block", only_with=_DEEPSPEED
     )
     zero3_save_16bit_model: bool = opt(
-        False, "gather weights for saving; they always are, in the format of --save_precision", only_with=_DEEPSPEED
+        False, "gather weights for saving; always done, in the dtype of --save_precision", only_with=_DEEPSPEED
     )
     fp16_master_weights_and_gradients: bool = opt(
         False, "master weights and gradients in fp16; refused", only_with=_DEEPSPEED
@@ -141,12 +139,12 @@ class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs")
         if os.environ.get("ACCELERATE_USE_MEGATRON_LM", "false").lower() in ("1", "true"):
             yield "accelerate was launched with Megatron-LM, which is not supported; choose FSDP in its place"
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         for name in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):
             if getattr(self, name):
-                yield f"--{name}: no effect, as all gradients are exchanged in one message anyway"
+                yield f"--{name}: has no effect, as all gradients are exchanged in one message anyway"
         if self.trains:
-            yield from sharding.advice(opts)
+            yield from sharding.warnings(opts)
 
 
 _OLDEST_BITSANDBYTES = 0, 49  # those before crash on CPUs where a whole block of weights is 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from library.options.base import OptionGroup, Options, opt
-from library.runtime.places import unwritable
+from library.runtime.paths import unwritable
 
 if TYPE_CHECKING:
     from library.types import FamilyTraits

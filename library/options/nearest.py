@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-def did_you_mean(name: str, known: Iterable[str], likeness: float = 0.7) -> str:
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.7) -> str:
     """ "; did you mean 'x'?", or nothing where no known name is at least so like it, from 0 to 1."""
     import difflib
 
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=likeness)
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -83,7 +83,7 @@ class NetworkOptions(MethodOptions, title="Network"):
         listed = self.text_encoder_lr or [None]
         return [listed[min(index, len(listed) - 1)] for index in range(count)]
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from repeated("--network_args", self.network_args)
         encoders, rates = len(traits.text_encoders), self.text_encoder_lr or []
         if any(rate != rates[encoders - 1] for rate in rates[encoders:]):
@@ -94,9 +94,9 @@ class NetworkOptions(MethodOptions, title="Network"):
         if len(self.base_weights_multiplier or ()) > len(self.base_weights or ()):
             yield "--base_weights_multiplier: there are more values than --base_weights; the first ones count"
         if self.network_train_unet_only and self.text_encoder_lr:
-            yield "--text_encoder_lr: no effect with --network_train_unet_only"
+            yield "--text_encoder_lr: has no effect with --network_train_unet_only"
         if self.network_train_text_encoder_only and self.unet_lr is not None:
-            yield "--unet_lr: no effect with --network_train_text_encoder_only"
+            yield "--unet_lr: has no effect with --network_train_text_encoder_only"
 
 
 def find_module(name: str) -> bool:

@@ -139,7 +139,7 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
 
     def _check_fused(self, opts: Options) -> Iterator[str]:
         flag = "--fused_backward_pass"
-        if not steps_each_alone(self):
+        if not steps_each_weight_independently(self):
             yield f"{flag}: {optimizer_name(self)} cannot step weights one by one; use AdaFactor or one of torch.optim"
         if opts.training.gradient_accumulation_steps > 1:
             yield f"{flag}: cannot be used with --gradient_accumulation_steps; gradients are gone after each batch"
@@ -218,27 +218,27 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
         near = did_you_mean(schedule_name(self), SCHEDULES)
         return f"--lr_scheduler: must be one of {', '.join(SCHEDULES)}; got {self.lr_scheduler!r}{near}"
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         name = schedule_name(self)
         yield from repeated("--optimizer_args", self.optimizer_args)
         yield from repeated("--lr_scheduler_args", self.lr_scheduler_args)
         if self.fused_backward_pass and self.max_grad_norm:
             yield "--max_grad_norm: not applied with --fused_backward_pass, which never has all gradients at once"
         if is_adafactor(self):
-            yield from self._advise_adafactor(opts)
+            yield from self._adafactor_warnings(opts)
         if sets_own_rate(self):
             return
         typed = bool(self.lr_scheduler_type)
         if typed and "lr_scheduler" in opts.explicit:
-            yield "--lr_scheduler: no effect with --lr_scheduler_type"
+            yield "--lr_scheduler: has no effect with --lr_scheduler_type"
         if self.lr_decay_steps and (typed or name != "warmup_stable_decay"):
-            yield "--lr_decay_steps: no effect without --lr_scheduler warmup_stable_decay"
+            yield "--lr_decay_steps: has no effect without --lr_scheduler warmup_stable_decay"
         if self.lr_scheduler_min_lr_ratio and (typed or name not in _FLOORS):
-            yield f"--lr_scheduler_min_lr_ratio: no effect without {', '.join(_FLOORS[:-1])} or {_FLOORS[-1]}"
+            yield f"--lr_scheduler_min_lr_ratio: has no effect without {', '.join(_FLOORS[:-1])} or {_FLOORS[-1]}"
         if self.lr_warmup_steps and name == "piecewise_constant" and not typed:
-            yield "--lr_warmup_steps: no effect with --lr_scheduler piecewise_constant; write it into step_rules"
+            yield "--lr_warmup_steps: has no effect with --lr_scheduler piecewise_constant; write it into step_rules"
 
-    def _advise_adafactor(self, opts: Options) -> Iterator[str]:
+    def _adafactor_warnings(self, opts: Options) -> Iterator[str]:
         given = literal_args("--optimizer_args", self.optimizer_args)
         if self.max_grad_norm and not self.fused_backward_pass:
             yield "--max_grad_norm: AdaFactor limits its steps itself; 0 is the usual value with it"
@@ -248,10 +248,10 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
             yield "--optimizer_args: warmup_init=True goes with relative_step=True only, which is used"
         own = "AdaFactor with relative_step sets the rate itself"
         if "lr_scheduler" in opts.explicit and schedule_name(self) != "adafactor":
-            yield f"--lr_scheduler: no effect; {own}"
+            yield f"--lr_scheduler: has no effect; {own}"
         for dest in ("lr_scheduler_type", "lr_scheduler_args", "lr_warmup_steps", "lr_decay_steps"):
             if getattr(self, dest):
-                yield f"--{dest}: no effect; {own}"
+                yield f"--{dest}: has no effect; {own}"
 
 
 # ---- what was chosen
@@ -282,18 +282,18 @@ def is_adafactor(options: OptimizerOptions) -> bool:
     return optimizer_path(options) in (_PATHS["adafactor"], "transformers.Adafactor")
 
 
-def steps_each_alone(options: OptimizerOptions) -> bool:
-    """Whether the optimizer looks at one weight at a time, so that weights may be stepped in any order and grouping."""
+def steps_each_weight_independently(options: OptimizerOptions) -> bool:
+    """Whether the optimizer updates each weight independently, so that weights may be stepped in any order."""
     return is_adafactor(options) or optimizer_path(options).startswith("torch.optim.")
 
 
-def keeps_state_of_all(options: OptimizerOptions) -> bool:
-    """Whether the optimizer keeps numbers that belong to all weights together, such as a rate that it finds."""
+def has_global_state(options: OptimizerOptions) -> bool:
+    """Whether the optimizer keeps state that belongs to all weights together, such as an estimated learning rate."""
     return optimizer_path(options).split(".")[0] in ("dadaptation", "prodigyopt", "prodigyplus", "schedulefree")
 
 
 def sets_own_rate(options: OptimizerOptions) -> bool:
-    """Whether AdaFactor computes its rate from the number of steps, which it does unless told otherwise."""
+    """Whether AdaFactor computes its rate from the number of steps, which is its default."""
     if not is_adafactor(options) or any(not_pairs("", options.optimizer_args, literals=True)):
         return False
     given = literal_args("--optimizer_args", options.optimizer_args)

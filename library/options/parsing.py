@@ -111,7 +111,7 @@ def with_file(groups: Sequence[type[OptionGroup]], file: FileOptions, flags: dic
         if options.has_effect(option):
             problems.append(f"key {option.dest!r} in {file.name}: {why}")
         elif not is_off(value):
-            remarks.append(f"key {option.dest!r} in {file.name}: no effect without {option.company}")
+            remarks.append(f"key {option.dest!r} in {file.name}: has no effect without {option.required}")
     if problems:
         raise UserError(*problems)
     return build_options(groups, given, remarks)

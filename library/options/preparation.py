@@ -22,7 +22,7 @@ def ending_problems(ending: str) -> Iterable[str]:
         yield f"--caption_extension {fault}"
 
 
-def ending_advice(ending: str) -> Iterable[str]:
+def ending_warnings(ending: str) -> Iterable[str]:
     """What may be meant otherwise in one that can be used."""
     if ending[:1].isalnum():
         yield f"--caption_extension {ending} begins with no dot: the file for dog.png will be dog{ending}"

@@ -40,7 +40,7 @@ class SamplingOptions(OptionGroup, group="sampling", title="Sample images"):
         if self.draws and Path(self.sample_prompts).suffix.lower() not in (".txt", ".toml", ".json"):
             yield f"--sample_prompts: must be a .txt, .toml or .json file, got {self.sample_prompts!r}"
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         given = [f"--{name}" for name in _OCCASIONS if getattr(self, name)]
         if given and not self.sample_prompts:
             yield f"{given[0]}: no sample images without --sample_prompts"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from library.options.base import OptionGroup, Options, opt
-from library.runtime.places import unwritable
+from library.runtime.paths import unwritable
 
 if TYPE_CHECKING:
     from library.types import FamilyTraits
@@ -112,12 +112,12 @@ class SavingOptions(OptionGroup, group="saving", title="Saving"):
         if self.huggingface_path_in_repo and ".." in self.huggingface_path_in_repo.replace("\\", "/").split("/"):
             yield f"--huggingface_path_in_repo: must not contain .., got {self.huggingface_path_in_repo!r}"
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.huggingface_repo_id and self.huggingface_repo_visibility not in (None, "public", "private"):
             given = self.huggingface_repo_visibility
             yield f"--huggingface_repo_visibility: {given!r} is not public, so it counts as private"
         if self.save_n_epoch_ratio and self.save_every_n_epochs:
-            yield "--save_every_n_epochs: no effect, --save_n_epoch_ratio decides"
+            yield "--save_every_n_epochs: has no effect, --save_n_epoch_ratio decides"
         if self.save_state_to_huggingface and not (self.save_state or self.save_state_on_train_end):
             yield "--save_state_to_huggingface: no state is saved without --save_state or --save_state_on_train_end"
 

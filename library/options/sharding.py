@@ -1,4 +1,4 @@
-"""How weights shall be spread over the processes: what `accelerate config` and DeepSpeed's options ask for."""
+"""How weights are to be sharded over the processes, as `accelerate config` and DeepSpeed's options request."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _DEEPSPEED = "ACCELERATE_DEEPSPEED_"
 
 @dataclass(frozen=True)
 class Sharding:
-    """Weights, gradients and the optimizer's numbers are spread over all processes."""
+    """How weights, gradients and optimizer states are sharded over all processes."""
 
     asked_by: str  # the option, or the engine that accelerate was launched with
-    reshard: bool  # a block's weights are given back after its forward pass: FSDP's full shard, ZeRO stage 3
-    offload: bool  # what is spread lies in CPU memory
+    reshard: bool  # a block's weights are freed after its forward pass: FSDP's full shard, ZeRO stage 3
+    offload: bool  # shards are kept in CPU memory
 
 
 def sharding_of(opts: Options, environ: Mapping[str, str] = os.environ) -> Sharding | None:
-    """What is asked for; None: every process keeps everything (ZeRO stage 0, NO_SHARD).
+    """The requested sharding; None: every process keeps everything (ZeRO stage 0, NO_SHARD).
 
-    DeepSpeed's options of a script go before what accelerate was launched with.
+    DeepSpeed's options of a script take precedence over what accelerate was launched with.
 
-    Raises: UserError: DeepSpeed's configuration file cannot be read, or it asks for what there is not.
+    Raises: UserError: DeepSpeed's configuration file cannot be read, or requests what is not supported.
     """
     options = opts.distributed
     if options.deepspeed:
@@ -55,7 +55,7 @@ def sharding_of(opts: Options, environ: Mapping[str, str] = os.environ) -> Shard
 
 
 def problems(opts: Options, environ: Mapping[str, str] = os.environ) -> Iterator[str]:
-    """One line for everything that does not go together with spread weights."""
+    """One line for each option that cannot be used with sharded weights."""
     try:
         sharding = sharding_of(opts, environ)
     except UserError as error:
@@ -65,7 +65,7 @@ def problems(opts: Options, environ: Mapping[str, str] = os.environ) -> Iterator
         return
     by, memory = sharding.asked_by, opts.memory
     if not opts.method.trains_model:
-        yield f"{by} spreads a whole model that is trained; here leave it out and use accelerate launch --multi_gpu"
+        yield f"{by} shards a whole model that is trained; here leave it out and use accelerate launch --multi_gpu"
         return
     if memory.mixed_precision == "fp16" or memory.full_fp16:
         yield f"{by} cannot be used with fp16, which overflows apart in every process; use --mixed_precision bf16"
@@ -80,22 +80,22 @@ def problems(opts: Options, environ: Mapping[str, str] = os.environ) -> Iterator
     }
     for flag, given in others.items():
         if given:
-            yield f"{flag}: cannot be used with {by}, which spreads weights over the processes; leave one of them out"
+            yield f"{flag}: cannot be used with {by}, which shards weights over the processes; leave one of them out"
 
 
-def advice(opts: Options, environ: Mapping[str, str] = os.environ) -> Iterator[str]:
-    """One line for everything that is done in another way than its name says."""
+def warnings(opts: Options, environ: Mapping[str, str] = os.environ) -> Iterator[str]:
+    """One line for each option whose effect differs from its name."""
     sharding = sharding_of(opts, environ)
     if sharding is None:
         return
     if sharding.asked_by != "FSDP":
-        yield f"{sharding.asked_by}: weights are spread by torch's own FSDP2, which does what ZeRO's stages describe"
+        yield f"{sharding.asked_by}: weights are sharded by torch's own FSDP2, which does what ZeRO's stages describe"
     elif environ.get("FSDP_VERSION", "1") != "2":
         yield "FSDP: version 2 is used, whichever accelerate was configured for"
     if "HYBRID" in environ.get("FSDP_SHARDING_STRATEGY", "").upper():
-        yield "FSDP: weights are spread over all processes, not within each machine only (HYBRID_SHARD)"
+        yield "FSDP: weights are sharded over all processes, not within each machine only (HYBRID_SHARD)"
     if _is_on(environ, "FSDP_ACTIVATION_CHECKPOINTING") and not opts.memory.gradient_checkpointing:
-        yield "FSDP's activation checkpointing: no effect; --gradient_checkpointing does it"
+        yield "FSDP's activation checkpointing has no effect; use --gradient_checkpointing"
 
 
 def _zero(asked_by: str, stage: int, *devices: str | None) -> Sharding | None:

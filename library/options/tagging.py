@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.options.base import OptionGroup, Options, opt
-from library.options.preparation import ending_advice, ending_problems
+from library.options.preparation import ending_problems, ending_warnings
 
 if TYPE_CHECKING:
     from library.types import FamilyTraits
@@ -94,8 +94,8 @@ class TaggingOptions(OptionGroup, group="tagging", title="Tagging"):
         if self._writes_nothing():
             yield f"--thresh: no tag has a probability above 1, so none would be written, got {self.thresh}"
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        yield from ending_advice(self.caption_extension)
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from ending_warnings(self.caption_extension)
         for name in _BEST:
             if getattr(self, f"use_{name}_tags") and getattr(self, f"use_{name}_tags_as_last_tag"):
                 yield f"--use_{name}_tags_as_last_tag has no effect with --use_{name}_tags"

@@ -38,6 +38,6 @@ class TrainingOptions(OptionGroup, group="training", title="Training"):
     initial_epoch: int | None = opt(None, "epoch to start counting from, 1 is the first", at_least=1, off=0)
     initial_step: int | None = opt(None, "optimizer steps that count as done; wins over --initial_epoch", at_least=0)
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.max_train_epochs is not None and "max_train_steps" in opts.explicit:
-            yield f"--max_train_steps {self.max_train_steps}: no effect, --max_train_epochs decides the length"
+            yield f"--max_train_steps {self.max_train_steps}: has no effect, --max_train_epochs decides the length"

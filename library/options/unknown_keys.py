@@ -43,7 +43,7 @@ _NETWORK_ARGUMENTS = frozenset(
 
 # Options that GUIs write into every file, whatever is trained, with the values that they write unasked.
 _ANY = object()
-_UNASKED: dict[str, tuple[Any, ...]] = {
+_GUI_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "clip_skip": (_ANY,),
     "dynamo_backend": ("no",),
     "learning_rate_te": (_ANY,),
@@ -77,9 +77,9 @@ def is_off(value: Any) -> bool:
     return value.strip().lower() in _OFF_WORDS if isinstance(value, str) else not value
 
 
-def written_unasked(name: str, value: Any) -> bool:
+def is_gui_default(name: str, value: Any) -> bool:
     """Whether GUIs write this value of an option into every file, so that it tells nothing about what is wanted."""
-    return any(known is _ANY or known == value for known in _UNASKED.get(name, ()))
+    return any(known is _ANY or known == value for known in _GUI_DEFAULTS.get(name, ()))
 
 
 def judge(key: str, value: Any, known: Mapping[str, Option], elsewhere: Elsewhere) -> Verdict:
@@ -95,7 +95,7 @@ def judge(key: str, value: Any, known: Mapping[str, Option], elsewhere: Elsewher
     others = elsewhere().get(key)
     if others is None:
         return Verdict("warning", f"ignored: no option of this script{did_you_mean(key, known, _SURELY_A_TYPO)}")
-    if written_unasked(key, value) or any(value == option.default for option in others.values()):
+    if is_gui_default(key, value) or any(value == option.default for option in others.values()):
         return Verdict("silent")
     return Verdict("warning", f"ignored: an option of {', '.join(others)}")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from library.options.base import COMMAND_LINE, Option, Options, options_of
-from library.options.unknown_keys import is_off, written_unasked
+from library.options.unknown_keys import is_gui_default, is_off
 from library.runtime.files import path_problem
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def warnings(options: Options, traits: FamilyTraits) -> list[str]:
     for group in options.groups:
         for option in options_of(type(group)):
             if option.dest in options.given:
-                lines += [f"{option.flag}: {advice}" for advice in _advice(option, options)]
-        lines += group.advise(options, traits)
+                lines += [f"{option.flag}: {line}" for line in _warnings_of(option, options)]
+        lines += group.warnings(options, traits)
     wanted = [line for line in dict.fromkeys(lines) if not _is_of_a_gui(line, options)]
     return [*options.remarks, *(_with_origin(line, options) for line in wanted)]
 
@@ -57,20 +57,20 @@ def _of_value(option: Option, value: Any) -> Iterator[str]:
         yield f"there is no {wanted} {str(value)!r}" if fault == f"no such {wanted}" else f"{str(value)!r}: {fault}"
 
 
-def _advice(option: Option, options: Options) -> Iterator[str]:
+def _warnings_of(option: Option, options: Options) -> Iterator[str]:
     value = options.given[option.dest].value
     if option.details.deprecated and value != option.default and not is_off(value):
         yield f"deprecated; use {option.details.deprecated}"
     if option.details.lenient and option.range_problem(value) and not is_off(value):
         yield f"{option.range_problem(value)}; ignored"
     if value != option.default and not is_off(value) and not options.has_effect(option):
-        yield f"no effect without {option.company}"
+        yield f"has no effect without {option.required}"
 
 
 def _is_of_a_gui(line: str, options: Options) -> bool:
     name = _option_of(line)
     given = options.given.get(name)
-    return given is not None and given.source != COMMAND_LINE and written_unasked(name, given.value)
+    return given is not None and given.source != COMMAND_LINE and is_gui_default(name, given.value)
 
 
 def _option_of(line: str) -> str:

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from library.training.run import Progress, Run
 
 
-def state_parts(run: Run) -> state.Parts:
+def state_parts(run: Run) -> state.StateParts:
     """What a state of the run holds."""
     extra = {"best": run.best} if run.data.held_out is not None else {}
     if run.ema is not None:
         extra["average"] = run.ema
-    return state.Parts(run.method.trainable(), run.optimizer, run.schedule, run.accelerator.scaler, extra)
+    return state.StateParts(run.method.trainable(), run.optimizer, run.schedule, run.accelerator.scaler, extra)
 
 
 def save(run: Run, progress: Progress, due: saving.SaveRequest) -> None:
@@ -58,7 +58,7 @@ def _save_state(run: Run, progress: Progress, folder: Path) -> None:
     run.hub.settle(folder)
     with saving.failing_clearly(folder):
         saved = SavedProgress(progress.step, progress.epoch, run.seed, progress.epoch_ended)
-        how = {"made_with": run.making.to_json(), "gather": run.shards is not None, "write": run.writes}
+        how = {"settings": run.settings.to_json(), "gather": run.shards is not None, "write": run.writes}
         state.save_state(folder, state_parts(run), saved, **how)
     LOGGER.info("saved the state in %s", folder)
     run.hub.upload_state(folder)

@@ -1,4 +1,4 @@
-"""A running average of the trained weights, which is smoother than any single moment of them."""
+"""Exponential moving average (EMA) of the trained weights."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_TOGETHER = 1 << 26  # numbers: 0.25 GiB in float32
+_CHUNK = 1 << 26  # elements: 0.25 GiB in float32
 
 
 class EMA:
     """Exponential moving average of parameters: ``average += (1 - decay) * (parameter - average)`` after each step.
 
-    The decay starts low and rises to its value, min(decay, (1 + step) / (10 + step)), so that the first weights, which
-    are random, are soon forgotten. All of it stays in float32 on the parameters' device and never waits for it.
-    Parameters of narrow formats are widened `most` numbers at a time, or one where that is larger.
+    The decay is warmed up, min(decay, (1 + step) / (10 + step)), so that the random initial weights soon lose their
+    influence. The average is kept in float32 on the parameters' device and never waits for it. Parameters of other
+    dtypes are cast at most `most` elements at a time, or one parameter where that is larger.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], decay: float, most: int = _TOGETHER):
+    def __init__(self, parameters: Sequence[Tensor], decay: float, most: int = _CHUNK):
         self._parameters = list(parameters)
         self._decay = decay
         self._average = [parameter.detach().float().clone() for parameter in parameters]
-        self._runs = list(_runs(self._parameters, most))
+        self._chunks = list(_chunks(self._parameters, most))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes the weights in; `step` optimizer steps are done."""
+        """Adds the current parameters to the average. `step`: optimizer steps done."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        for run in self._runs:
-            torch._foreach_lerp_(self._average[run], [p.float() for p in self._parameters[run]], 1 - decay)
+        for chunk in self._chunks:
+            torch._foreach_lerp_(self._average[chunk], [p.float() for p in self._parameters[chunk]], 1 - decay)
 
     @contextmanager
     @torch.no_grad()
     def in_place(self) -> Iterator[None]:
-        """Within the block the parameters hold the average; afterwards they are what they were, to the bit."""
+        """Within the block the parameters hold the average; afterwards their own values, bit for bit."""
         kept = [parameter.detach().clone() for parameter in self._parameters]
         for parameter, average in zip(self._parameters, self._average, strict=True):
             parameter.copy_(average)
@@ -47,7 +47,7 @@ class EMA:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Forgets everything but the parameters as they are."""
+        """Sets the average to the current parameters."""
         for average, parameter in zip(self._average, self._parameters, strict=True):
             average.copy_(parameter)
 
@@ -62,7 +62,7 @@ class EMA:
             average.copy_(state[str(number)])
 
 
-def _runs(parameters: Sequence[Tensor], most: int) -> Iterator[slice]:
+def _chunks(parameters: Sequence[Tensor], most: int) -> Iterator[slice]:
     start, size = 0, 0
     for number, parameter in enumerate(parameters):
         if number > start and size + parameter.numel() > most:

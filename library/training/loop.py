@@ -40,7 +40,9 @@ def _steps(run: Run, interruption: Interruption) -> Progress:
     parts = StepParts(run.family, run.models, run.denoise, run.objective, grad_text)
     placement.training_modes(run.models, run.method.trainable(), grad_text=grad_text)
     if run.resume is not None:
-        state.load_state(run.resume, checkpointing.state_parts(run), making=run.making, sharded=run.shards is not None)
+        state.load_state(
+            run.resume, checkpointing.state_parts(run), settings=run.settings, sharded=run.shards is not None
+        )
         LOGGER.info("resumed from %s after step %d", run.resume, run.start.step)
     progress = Progress.at(run.start, run.plan)
     report = Report(run)
@@ -70,7 +72,7 @@ def _epoch(
         run.method.start_step(progress.step)
         run.stepper.start(progress.step)
         losses = _accumulate(run, parts, group, progress)
-        lr_schedules.see_losses(run.schedule, losses)
+        lr_schedules.observe_losses(run.schedule, losses)
         rates = effective_rates(run.optimizer) or run.schedule.get_last_lr()
         gradient_norm = _update(run, parameters)
         progress.step += 1
@@ -196,7 +198,7 @@ def _validate(run: Run, parts: StepParts, progress: Progress, report: Report) ->
     loss = losses["loss/validation"]
     LOGGER.info("validation loss %.5f at step %d", loss, progress.step)
     options = run.opts.validation
-    if run.best.see(loss) and options.save_best_validation and run.takes_part:
+    if run.best.update(loss) and options.save_best_validation and run.takes_part:
         report.drain(wait=True)
         checkpointing.save(run, progress, saving.SaveRequest(run.saves.best_path()))
     progress.stopped = options.early_stop_patience is not None and run.best.since >= options.early_stop_patience

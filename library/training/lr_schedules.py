@@ -38,7 +38,7 @@ class PlateauSchedule(ReduceLROnPlateau):
     _sum: Tensor | None = None
     _count = 0
 
-    def see(self, losses: list[Tensor]) -> None:
+    def observe(self, losses: list[Tensor]) -> None:
         """Losses of batches, (), on any device; does not wait for them."""
         total = torch.stack(losses).sum()
         self._sum = total if self._sum is None else self._sum.to(total.device) + total
@@ -67,10 +67,10 @@ class AdafactorRates(AdafactorSchedule):
         return float(self.optimizer._get_lr(group, state)) if "step" in state else before
 
 
-def see_losses(schedule: torch.optim.lr_scheduler.LRScheduler, losses: list[Tensor]) -> None:
+def observe_losses(schedule: torch.optim.lr_scheduler.LRScheduler, losses: list[Tensor]) -> None:
     """Losses of the batches of a step, each (): what a schedule that follows the loss is stepped by."""
     if isinstance(schedule, PlateauSchedule):
-        schedule.see(losses)
+        schedule.observe(losses)
 
 
 def end_epoch(

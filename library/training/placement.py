@@ -1,4 +1,4 @@
-"""Where the parts of a model live, and in which number format, while something is trained."""
+"""On which device, and in which dtype, the parts of a model are kept during training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError
-from library.memory.low_precision import keep_in_fp8
+from library.memory.low_precision import quantise_to_fp8
 from library.memory.offload import offloading_checkpoint
 from library.runtime.logs import LOGGER
 
@@ -37,16 +37,16 @@ def loading(opts: Options, device: torch.device) -> AbstractContextManager:
     if not opts.memory.lowram:
         return nullcontext()
     if device.type == "cpu":
-        LOGGER.warning("--lowram: no effect on a CPU; the model is in CPU memory anyway")
+        LOGGER.warning("--lowram: has no effect on a CPU; the model is in CPU memory anyway")
         return nullcontext()
     if swaps(opts, device):
-        LOGGER.warning("--lowram: no effect with --blocks_to_swap, whose blocks stay in CPU memory")
+        LOGGER.warning("--lowram: has no effect with --blocks_to_swap, whose blocks stay in CPU memory")
         return nullcontext()
     return device
 
 
 def trained_dtype(opts: Options) -> torch.dtype:
-    """Number format of what is trained, and of its gradients."""
+    """The dtype of what is trained, and of its gradients."""
     full = opts.memory.full_fp16 or opts.memory.full_bf16
     return WEIGHT_DTYPES[opts.memory.mixed_precision] if full else torch.float32
 
@@ -54,7 +54,7 @@ def trained_dtype(opts: Options) -> torch.dtype:
 def place_text_encoders(
     models: Models, opts: Options, device: torch.device, *, grad_text: bool, shards: Shards | None = None
 ) -> None:
-    """Moves them to `device`; frozen ones in the mixed-precision format, trained ones as `trained_dtype` says.
+    """Moves text encoders to `device`; frozen ones in the dtype of mixed precision, trained ones in `trained_dtype`.
 
     Trained ones are sharded over the processes where there are `shards`.
     """
@@ -62,27 +62,29 @@ def place_text_encoders(
         if shards is not None and has_trained_weights(encoder):
             shards.shard(encoder, None, trained_dtype(opts), _compute_dtype(opts))
         else:
-            _place(encoder, opts, device, text_encoder_form(opts))
+            _place(encoder, opts, device, text_encoder_storage(opts))
         if opts.memory.gradient_checkpointing and grad_text:
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def place_vae(models: Models, opts: Options, device: torch.device) -> None:
-    """Moves it to `device`; in float32 with --no_half_vae, and on the CPU always: half precision is slower there."""
+    """Moves the VAE to `device`; in float32 with --no_half_vae and on the CPU, where half precision is slower."""
     if models.vae is not None:
-        whole = opts.model.no_half_vae or device.type == "cpu"
-        models.vae.to(device, torch.float32 if whole else WEIGHT_DTYPES[opts.memory.mixed_precision])
+        float32 = opts.model.no_half_vae or device.type == "cpu"
+        models.vae.to(device, torch.float32 if float32 else WEIGHT_DTYPES[opts.memory.mixed_precision])
 
 
 def place_denoiser(models: Models, opts: Options, device: torch.device, *, sharded: bool = False) -> None:
-    """Moves it to `device`, in the formats of `place_text_encoders`, with checkpointing as the options say.
+    """Moves the denoiser to `device`, in the dtypes of `place_text_encoders`, with checkpointing as the options say.
 
     Where blocks are swapped it stays on the CPU, until `swap_blocks`; where it is trained and to be `sharded`, it stays
     as it was read until `shard_denoiser`.
     """
     denoiser = models.denoiser
     if not (sharded and has_trained_weights(denoiser)):
-        _place(denoiser, opts, device, _small_form(opts), home=torch.device("cpu") if swaps(opts, device) else device)
+        _place(
+            denoiser, opts, device, _storage_format(opts), home=torch.device("cpu") if swaps(opts, device) else device
+        )
     if opts.memory.gradient_checkpointing:
         if _offloads(opts, device):
             denoiser.enable_gradient_checkpointing(offloading_checkpoint(device))
@@ -116,7 +118,7 @@ def swap_blocks(family: Family, models: Models, opts: Options, device: torch.dev
     count = swapped_blocks(family, models, opts, device)
     if not count:
         if opts.swap.count:
-            LOGGER.warning("--blocks_to_swap: no effect on a CPU; the model is in CPU memory anyway")
+            LOGGER.warning("--blocks_to_swap: has no effect on a CPU; the model is in CPU memory anyway")
         return None
     from library.memory.block_swap import BlockSwap
 
@@ -133,49 +135,54 @@ def shard_denoiser(family: Family, models: Models, opts: Options, shards: Shards
 
 
 def _compute_dtype(opts: Options) -> torch.dtype | None:
-    """Format in which gathered weights travel and compute; None: as they are kept."""
+    """The dtype of gathered weights, and of the computation with them; None: the dtype that they are stored in."""
     return None if opts.memory.mixed_precision == "no" else WEIGHT_DTYPES[opts.memory.mixed_precision]
 
 
-def text_encoder_form(opts: Options) -> str | None:
-    """How text encoders that are not trained keep their weights: as `--quantize_base` names it; None: wide."""
-    return None if opts.memory.fp8_base_unet else _small_form(opts)
+def text_encoder_storage(opts: Options) -> str | None:
+    """The storage format of frozen text encoders, as `--quantize_base` names it; None: not quantised."""
+    return None if opts.memory.fp8_base_unet else _storage_format(opts)
 
 
-def _small_form(opts: Options) -> str | None:
-    """How frozen weights are kept: one of --quantize_base; None: in the mixed-precision format."""
+def _storage_format(opts: Options) -> str | None:
+    """The storage format of frozen weights, as `--quantize_base` names it; None: the dtype of mixed precision."""
     return opts.memory.quantize_base or ("fp8" if opts.memory.fp8_base or opts.memory.fp8_base_unet else None)
 
 
 def _place(
-    part: nn.Module, opts: Options, device: torch.device, form: str | None, home: torch.device | None = None
+    part: nn.Module, opts: Options, device: torch.device, storage_format: str | None, home: torch.device | None = None
 ) -> None:
-    """Moves it to `home`, which is `device` unless it says otherwise."""
+    """Moves `part` to `home`, by default `device`, on which it is quantised."""
     trained = has_trained_weights(part)
-    if form is not None and not trained:
-        # As it was read, and before it is moved: rounded once, and small when it arrives.
-        LOGGER.info("%s: the weights of %d layers are kept in %s", type(part).__name__, _keep(part, form, device), form)
+    if storage_format is not None and not trained:
+        # Before it is cast or moved, so that it is rounded once, and small when it arrives.
+        LOGGER.info(
+            "%s: the weights of %d layers are kept in %s",
+            type(part).__name__,
+            _quantise(part, storage_format, device),
+            storage_format,
+        )
     dtype = trained_dtype(opts) if trained else WEIGHT_DTYPES[opts.memory.mixed_precision]
     part.to(home or device, dtype)
 
 
-def _keep(part: nn.Module, form: str, device: torch.device) -> int:
-    if form == "fp8":
-        return keep_in_fp8(part)
-    from library.memory.quantised import keep_quantised
+def _quantise(part: nn.Module, storage_format: str, device: torch.device) -> int:
+    if storage_format == "fp8":
+        return quantise_to_fp8(part)
+    from library.memory.quantised import quantise_frozen_to
 
-    return keep_quantised(part, form, device)  # a GPU does it many times faster
+    return quantise_frozen_to(part, storage_format, device)  # a GPU does it many times faster
 
 
 def _offloads(opts: Options, device: torch.device) -> bool:
     if opts.memory.cpu_offload_checkpointing and device.type == "cpu":
-        LOGGER.warning("--cpu_offload_checkpointing: no effect on a CPU; activations are in CPU memory anyway")
+        LOGGER.warning("--cpu_offload_checkpointing: has no effect on a CPU; activations are in CPU memory anyway")
         return False
     return opts.memory.cpu_offload_checkpointing
 
 
 def place_trained(trained: nn.Module, opts: Options, device: torch.device) -> None:
-    """Moves what is trained to `device`, in the format of `trained_dtype`. Buffers, such as alphas, keep theirs."""
+    """Moves what is trained to `device`, in `trained_dtype`. Buffers, such as alphas, keep their dtype."""
     trained.to(device)
     for parameter in trained.parameters():
         if parameter.requires_grad:
@@ -191,14 +198,14 @@ def training_modes(models: Models, trained: nn.Module, *, grad_text: bool) -> No
 
 
 def release_text_encoders(models: Models, *, keep: Iterable[str]) -> None:
-    """After their outputs are cached: those not in `keep` are given up."""
+    """Drops the text encoders that are not in `keep`: their outputs are cached."""
     for name in set(models.text_encoders) - set(keep):
         del models.text_encoders[name]
     _empty_cache()
 
 
 def offload(part: nn.Module | None, opts: Options) -> None:
-    """After its outputs are cached, a part is needed for sample images only; --highvram keeps it on the device."""
+    """Moves a part to the CPU that is needed only for sample images now; --highvram keeps it on the device."""
     if part is not None and not opts.memory.highvram:
         part.to("cpu")
         _empty_cache()

@@ -1,7 +1,7 @@
-"""What made a state, and what becomes of options that are others now than when it was saved.
+"""Options that have changed since a state was saved, and the settings that a state keeps to find them.
 
-A rate, a setting of the optimizer (decay, betas, eps) and a schedule that are given anew count: the run goes on from
-its place in the new schedule, with the rate that a run with these options has at that step. Another optimizer is
+A rate, a setting of the optimizer (decay, betas, eps) and a schedule that have changed are applied: the run continues
+at its step of the new schedule, with the rate that a run with these options has at that step. Another optimizer is
 refused. Other data is reported. Where nothing differs, everything is loaded as it was saved, bit for bit.
 """
 
@@ -32,8 +32,8 @@ _DATA = {"images": "images", "reg_images": "regularisation images", "batches_per
 
 
 @dataclass
-class Making:
-    """What made a state, as JSON values."""
+class RunSettings:
+    """The settings of a run that its states keep, as JSON values."""
 
     optimizer: str  # the class with its module
     groups: list[dict[str, Any]]  # of the optimizer as it was made: name, lr and the other settings
@@ -47,27 +47,27 @@ class Making:
         return values
 
 
-def making_of(optimizer: Any, opts: Options, run_plan: RunPlan, data: TrainingData) -> Making:
-    """To be called when optimizer and schedule are made and nothing is loaded or trained yet."""
+def settings_of(optimizer: Any, opts: Options, run_plan: RunPlan, data: TrainingData) -> RunSettings:
+    """The settings of a run. Call it when optimizer and schedule are built and nothing is loaded or trained yet."""
     options = opts.optimizer
     by_default = "learning_rate" not in opts.explicit
     groups = [_settings(group) for group in optimizer.param_groups]
     given = [not (by_default and group["lr"] == options.learning_rate) for group in groups]
     schedule = _schedule_of(options, run_plan.total_steps)
-    return Making(class_name(type(optimizer)), groups, schedule, _data_of(data, run_plan), given)
+    return RunSettings(class_name(type(optimizer)), groups, schedule, _data_of(data, run_plan), given)
 
 
 def class_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def require_optimizer(folder: Path, made_with: Mapping[str, Any], cls: type) -> None:
+def require_optimizer(folder: Path, settings: Mapping[str, Any], cls: type) -> None:
     """Raises: UserError: another class of optimizer saved the state."""
-    before = made_with.get("optimizer")
+    before = settings.get("optimizer")
     if isinstance(before, str) and _short(before) != _short(class_name(cls)):
         raise UserError(
             f"--resume: {folder} was saved with the optimizer {before[:100]}, and --optimizer_type now says "
-            f"{class_name(cls)}; give that of the state, or begin anew from the saved weights"
+            f"{class_name(cls)}; give that of the state, or start again from the saved weights"
         )
 
 
@@ -130,7 +130,7 @@ def _data_of(data: TrainingData, run_plan: RunPlan) -> dict[str, Any]:
 
 
 def report_data(before: Any, now: Mapping[str, Any]) -> None:
-    """One warning where the data is not that of the state."""
+    """Warns where the data differs from that of the state."""
     if not isinstance(before, dict) or not before or before == now:
         return
     other = [key for key in _DATA if before.get(key) != now[key]]
@@ -141,16 +141,16 @@ def report_data(before: Any, now: Mapping[str, Any]) -> None:
     )
 
 
-class Changes:
-    """Settings, rates and schedule of a run that is resumed: those of the state, but where options changed them.
+class SettingChanges:
+    """Settings, rates and schedule of a resumed run: those of the state, except where options have changed.
 
     Args:
-        optimizer: fresh, with the settings that the options say; so is `schedule`.
-        now: what makes this run.
-        before: what made the state, see `Making`; empty where it has no such note.
+        optimizer: newly built from the options; so is `schedule`.
+        now: the settings of this run.
+        before: those of the state, as JSON; empty where it has none.
     """
 
-    def __init__(self, optimizer: Any, schedule: Any, now: Making, before: Mapping[str, Any]):
+    def __init__(self, optimizer: Any, schedule: Any, now: RunSettings, before: Mapping[str, Any]):
         self._optimizer, self._schedule, self._now, self._before = optimizer, schedule, now, before
         skipped = ("params",)
         self._fresh = [
@@ -173,7 +173,7 @@ class Changes:
             LOGGER.info("--optimizer_args: %s of %s: %s (the former is the state's)", name, ", ".join(parts), change)
 
     def to_schedule(self, saved: Mapping[str, Any], step: int) -> bool:
-        """Brings the schedule to its place with the rates and options of now, if any of these have changed.
+        """Advances the schedule to `step` with the current rates and options, if any of these have changed.
 
         Args:
             saved: the schedule's state; it is to be loaded where nothing has changed.
@@ -186,7 +186,7 @@ class Changes:
         was_plateau = "num_bad_epochs" in saved
         other = self._other_schedule(saved)
         changed = [old for old, new in bases if old != new]
-        self._tell_rates(bases)
+        self._log_rates(bases)
         if isinstance(self._schedule, AdafactorRates) or not (other or changed):
             return False
         position = step if was_plateau or not isinstance(saved.get("last_epoch"), int) else saved["last_epoch"]
@@ -195,7 +195,7 @@ class Changes:
         if wants_loss(self._schedule):
             self._to_plateau(saved if was_plateau else {}, bases)
         else:
-            self._to_place(position, [new for _, new in bases])
+            self._move_to(position, [new for _, new in bases])
         return True
 
     def _settings_before(self, number: int, group: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -205,9 +205,9 @@ class Changes:
         return {name: _plain(group[name]) for name in _COMMON if name in self._fresh[number] and name in group}
 
     def _base(self, number: int, group: Mapping[str, Any]) -> tuple[Any, Any]:
-        """The rate that a group's schedule starts from: that of the state, and that of now."""
+        """The rates that a group's schedule starts from: that of the state, and the current one."""
         values, now = self._settings_before(number, group), self._now.groups[number]["lr"]
-        if "lr" not in values and "initial_lr" not in group:  # nobody knows, so it is taken for the same
+        if "lr" not in values and "initial_lr" not in group:  # not known, so it is taken for the same
             return now, now
         before = _plain(values["lr"] if "lr" in values else group["initial_lr"])
         if now is None or before is None:  # the optimizer found or finds it
@@ -217,7 +217,7 @@ class Changes:
             return before, before
         return before, now
 
-    def _tell_rates(self, bases: Sequence[tuple[Any, Any]]) -> None:
+    def _log_rates(self, bases: Sequence[tuple[Any, Any]]) -> None:
         named: dict[str, list[str]] = {}
         for (old, new), fresh in zip(bases, self._fresh, strict=True):
             if old != new:
@@ -240,8 +240,8 @@ class Changes:
         flags = {name: name if name == "steps" else f"--{name}" for name in names}
         return [f"{flags[name]} {_text(before.get(name))} -> {_text(now.get(name))}" for name in names]
 
-    def _to_place(self, position: int, bases: Sequence[Any]) -> None:
-        """As if a run with these rates had done `position` steps of the schedule."""
+    def _move_to(self, position: int, bases: Sequence[Any]) -> None:
+        """Sets the schedule to where `position` steps with these rates leave it."""
         schedule = self._schedule
         for group, fresh, base, first in zip(
             self._optimizer.param_groups, self._fresh, bases, schedule.base_lrs, strict=True
@@ -259,7 +259,7 @@ class Changes:
                     schedule.step()
 
     def _to_plateau(self, saved: Mapping[str, Any], bases: Iterable[tuple[Any, Any]]) -> None:
-        """The reductions so far stay, as shares of the rate."""
+        """Carries the reductions so far over to the current rates, as factors."""
         schedule = self._schedule
         vars(schedule).update({name: saved[name] for name in _OF_A_PLATEAU if name in saved})
         for group, fresh, (old, new), floor in zip(

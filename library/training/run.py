@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from library.options.base import Options
     from library.training.hub import Hub
     from library.training.plan import ResumePoint, RunPlan
-    from library.training.resuming import Making
+    from library.training.resuming import RunSettings
     from library.training.sharding import Shards
     from library.training.stepping import OptimizerStepper
     from library.training.tracking import Tracker
@@ -79,7 +79,7 @@ class Run:
     make_metadata: Callable[[Progress], dict[str, str] | None]
     save_dtype: torch.dtype | None
     start: ResumePoint
-    making: Making  # what a state says of this run
+    settings: RunSettings  # to be saved in its states
     resume: Path | None = None  # state folder
     ema: EMA | None = None  # of the trained weights
     shards: Shards | None = None  # where the trained weights are sharded over the processes

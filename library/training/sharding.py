@@ -38,15 +38,15 @@ class Shards:
         """Shards `module`, block after block, so that no device ever holds all of it.
 
         Args:
-            blocks: its repeated blocks; None: the members of its outermost lists. What is outside is gathered as one.
+            blocks: its repeated blocks; None: the members of its outermost lists. The rest is gathered together.
             dtype: of the weights and their gradients.
-            compute: the format in which gathered weights are sent and used; None: `dtype`.
+            compute: the dtype in which gathered weights are sent and used; None: `dtype`.
         """
-        called = type(module).__name__  # before it becomes a class of FSDP's
+        name = type(module).__name__  # before it becomes a class of FSDP's
         how: dict[str, Any] = {
             "mesh": self.mesh,
             "reshard_after_forward": self._sharding.reshard,
-            # Inputs stay as they are: timesteps would lose digits. Autocast narrows where it is safe.
+            # Inputs are not cast: timesteps would lose digits. Autocast casts where it is safe.
             "mp_policy": MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy() if self._offloads else OffloadPolicy(),
         }
@@ -59,11 +59,11 @@ class Shards:
             fully_shard(part, **how)
         self._modules.append(module)
         weights = [weight for weight in module.parameters() if isinstance(weight, DTensor)]
-        whole_size = sum(weight.numel() * weight.itemsize for weight in weights) / 2**20
+        full_size = sum(weight.numel() * weight.itemsize for weight in weights) / 2**20
         own_size = sum(weight.to_local().nbytes for weight in weights) / 2**20
         LOGGER.info(
             "%s: %s over %d processes, %.1f of %.1f MiB in this one",
-            *(called, self._sharding.asked_by, self.mesh.size(), own_size, whole_size),
+            *(name, self._sharding.asked_by, self.mesh.size(), own_size, full_size),
         )
 
     @property
@@ -79,7 +79,7 @@ class Shards:
 
     @contextmanager
     def unshard(self) -> Iterator[None]:
-        """Within the block, the first process's modules hold their whole weights in CPU memory, to be saved."""
+        """Within the block, the modules of the first process hold full weights in CPU memory, to be saved."""
         self.refresh()
         found: dict[int, nn.Parameter] = {}  # several modules may share one
         put: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -90,7 +90,7 @@ class Shards:
                         if not isinstance(weight, DTensor):
                             continue
                         if id(weight) not in found:
-                            full = whole(weight.detach(), keep=self._first)
+                            full = full_tensors(weight.detach(), keep=self._first)
                             found[id(weight)] = weight if full is None else nn.Parameter(full, weight.requires_grad)
                         put.append((part, name, weight))
             for part, name, weight in put:
@@ -101,18 +101,18 @@ class Shards:
                 part._parameters[name] = weight
 
 
-def whole(value: Any, *, keep: bool = True) -> Any:
-    """Nested containers with every sharded tensor gathered, in CPU memory.
+def full_tensors(value: Any, *, keep: bool = True) -> Any:
+    """`value`, nested containers, with every sharded tensor gathered in CPU memory.
 
-    Args: keep: without it tensors become None where they are not needed; all processes must take part all the same.
+    All processes must call this. Args: keep: False gives None for these tensors, on processes that do not need them.
     """
     if isinstance(value, DTensor):
         full = value.full_tensor()
         return full.cpu() if keep else None
     if isinstance(value, Mapping):
-        return {name: whole(one, keep=keep) for name, one in value.items()}
+        return {name: full_tensors(one, keep=keep) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(whole(one, keep=keep) for one in value)
+        return type(value)(full_tensors(one, keep=keep) for one in value)
     return value
 
 
@@ -127,7 +127,7 @@ def shard_like(value: Any, like: Any) -> Any:
 
 
 def shard_optimizer_state(state: Mapping[str, Any], optimizer: Any) -> Mapping[str, Any]:
-    """An optimizer's state of whole tensors, sharded like the weights they belong to."""
+    """An optimizer's state of full tensors, sharded like the weights they belong to."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     if not any(isinstance(weight, DTensor) for weight in weights) or "state" not in state:
         return state
@@ -141,7 +141,7 @@ def shard_optimizer_state(state: Mapping[str, Any], optimizer: Any) -> Mapping[s
             for name, one in entries.items()
             if isinstance(one, Tensor) and one.shape == weight.shape and one.dim()
         }
-        # The optimizer keeps some of them in another format than the weight.
+        # The optimizer keeps some of them in another dtype than the weight.
         return {
             name: shard_like(one, weight.detach().to(one.dtype)) if same and name in same else one
             for name, one in entries.items()
@@ -151,27 +151,27 @@ def shard_optimizer_state(state: Mapping[str, Any], optimizer: Any) -> Mapping[s
 
 
 def check_optimizer(make: Any, name: str, mesh: DeviceMesh) -> None:
-    """Finds out whether an optimizer steps sharded weights as it steps whole ones, while nothing large is loaded.
+    """Compares an optimizer's steps of sharded weights with those of full ones, before anything large is loaded.
 
     Args: make: from weights to the optimizer over them.
-    Raises: UserError: it does not.
+    Raises: UserError: they differ.
     """
     numbers = torch.arange(65 * 8, dtype=torch.float32, device=mesh.device_type).view(65, 8)
     values, gradient = torch.sin(numbers), torch.cos(numbers)
-    whole_weight = nn.Parameter(values.clone())
+    full_weight = nn.Parameter(values.clone())
     sharded_weight = nn.Parameter(distribute_tensor(values.clone(), mesh, [Shard(0)]))
     try:
-        for weight in (whole_weight, sharded_weight):
+        for weight in (full_weight, sharded_weight):
             optimizer = make([weight])
             for _ in range(2):
                 weight.grad = shard_like(gradient.clone(), weight.detach())
                 optimizer.step()
-        off = (sharded_weight.detach().full_tensor() - whole_weight.detach()).abs().max().item()
+        off = (sharded_weight.detach().full_tensor() - full_weight.detach()).abs().max().item()
         reason = "" if off <= _TOLERANCE else f"its result is off by {off:.1g}"
         for key, one in optimizer.state[sharded_weight].items():
             if isinstance(one, DTensor) and one.shape != sharded_weight.shape:
                 reason = f"it keeps {key!r} in a shape of its own"  # and could not put it back where it was
-    except Exception as error:  # kernels that know whole tensors only fail in all kinds of ways
+    except Exception as error:  # kernels for full tensors only fail in many ways
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
     if reason:
         raise UserError(f"--optimizer_type: {name} cannot step sharded weights ({reason}); AdamW and SGD can")

@@ -1,6 +1,6 @@
-"""The training state on disk: what a run needs to go on as if it had not stopped.
+"""The training state on disk: what a run needs to continue as if it had not stopped.
 
-Random streams are not part of it. They follow from the seed and from how many steps are done.
+Random streams are not part of it: they follow from the seed and the number of steps done.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from library.training.state_notes import (
     SCALER,
     SCHEDULE,
     SavedProgress,
-    read_making,
     read_progress,
+    read_settings,
     write_notes,
 )
 
@@ -30,35 +30,35 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from library.training.resuming import Making
+    from library.training.resuming import RunSettings
 
 _OF_OTHER_CONTENTS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError)
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a state consists of. All have state_dict and load_state_dict."""
+class StateParts:
+    """What a state consists of: objects with state_dict and load_state_dict."""
 
     trained: nn.Module
     optimizer: Any
     schedule: Any
     scaler: Any | None = None  # of fp16
-    extra: Mapping[str, Any] | None = None  # what else is kept between steps, by name; `restart` where a state lacks it
+    extra: Mapping[str, Any] | None = None  # others by name; `restart` is called where a state lacks one
 
 
 def save_state(
     folder: Path,
-    parts: Parts,
+    parts: StateParts,
     progress: SavedProgress,
     *,
-    made_with: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
     gather: bool = False,
     write: bool = True,
 ) -> None:
-    """Writes a state folder, in the layout of accelerate; it takes its name when everything is in it, on the disk.
+    """Writes a state folder in the layout of accelerate, under a temporary name until it is complete and on disk.
 
     Args:
-        made_with: see `resuming.Making`.
+        settings: see `resuming.RunSettings`.
         gather: whether weights are sharded over processes; then all of them call this.
         write: whether this process is the one that writes.
     Raises: OSError: the disk is full or the folder cannot be written; an earlier state of this name stays.
@@ -66,13 +66,13 @@ def save_state(
     from library.checkpoints.writing import write_safetensors, write_torch
     from library.runtime.durable import replacing_folder
 
-    whole: Callable[[Any], Any] = _unchanged
+    gathered: Callable[[Any], Any] = _unchanged
     if gather:
-        from library.training.sharding import whole as gathered
+        from library.training.sharding import full_tensors
 
-        whole = partial(gathered, keep=write)
-    trained, optimizer = whole(parts.trained.state_dict()), whole(parts.optimizer.state_dict())
-    extra = {name: whole(part.state_dict()) for name, part in (parts.extra or {}).items()}
+        gathered = partial(full_tensors, keep=write)
+    trained, optimizer = gathered(parts.trained.state_dict()), gathered(parts.optimizer.state_dict())
+    extra = {name: gathered(part.state_dict()) for name, part in (parts.extra or {}).items()}
     if not write:
         return
     with replacing_folder(folder) as fresh:
@@ -83,14 +83,14 @@ def save_state(
             write_torch(fresh / SCALER, parts.scaler.state_dict())
         if extra:
             write_torch(fresh / EXTRA, extra)
-        write_notes(fresh, progress, made_with)
+        write_notes(fresh, progress, settings)
 
 
-def load_state(folder: Path, parts: Parts, *, making: Making | None = None, sharded: bool = False) -> None:
-    """Fills the parts from a state folder. Options that are others now than then count, see `resuming`.
+def load_state(folder: Path, parts: StateParts, *, settings: RunSettings | None = None, sharded: bool = False) -> None:
+    """Loads the parts from a state folder. Options that differ from those of then are applied, see `resuming`.
 
     Args:
-        making: what makes this run; None: nothing is compared.
+        settings: those of this run; None: nothing is compared.
         sharded: whether weights are sharded over processes; then all of them call this.
     Raises: UserError: the state is of another network, optimizer or schedule, or a file is damaged.
     """
@@ -103,7 +103,7 @@ def load_state(folder: Path, parts: Parts, *, making: Making | None = None, shar
         raise UserError(f"--resume: {folder / MODEL} cannot be read ({error}); choose an earlier state") from None
     shard_like, shard_optimizer_state = _shard_functions() if sharded else (_first, _first)
     _fill(parts.trained, tensors, folder, shard_like)
-    _load_optimizer(folder, parts, making, shard_optimizer_state)
+    _load_optimizer(folder, parts, settings, shard_optimizer_state)
     if parts.scaler is not None and (folder / SCALER).is_file():
         _load(parts.scaler, folder / SCALER, "--mixed_precision")
     if parts.extra:
@@ -111,14 +111,14 @@ def load_state(folder: Path, parts: Parts, *, making: Making | None = None, shar
 
 
 def _load_optimizer(
-    folder: Path, parts: Parts, making: Making | None, shard_optimizer_state: Callable[..., Any]
+    folder: Path, parts: StateParts, settings: RunSettings | None, shard_optimizer_state: Callable[..., Any]
 ) -> None:
-    """Optimizer and schedule, with what the options have changed."""
+    """Loads optimizer and schedule, and applies the options that have changed."""
     from library.training import optimizer_states
-    from library.training.resuming import Changes
+    from library.training.resuming import SettingChanges
 
-    before = read_making(folder)
-    changes = None if making is None else Changes(parts.optimizer, parts.schedule, making, before)
+    before = read_settings(folder)
+    changes = None if settings is None else SettingChanges(parts.optimizer, parts.schedule, settings, before)
 
     def fitting_state(saved: Any) -> Any:
         optimizer_states.check(saved, parts.optimizer)
@@ -129,7 +129,7 @@ def _load_optimizer(
     if changes is None:
         _load(parts.schedule, file, options)
         return
-    report_data(before.get("data"), making.data)
+    report_data(before.get("data"), settings.data)
     changes.to_groups()
     saved = _read(file)
     if not isinstance(saved, dict):
@@ -157,8 +157,8 @@ def _load_extra(folder: Path, extra: Mapping[str, Any], shard_like: Callable[...
             raise _misfit(file, "the options", str(error) or type(error).__name__) from None
 
 
-def needed_bytes(parts: Parts) -> int:
-    """About how much a model and its state take: the trained tensors twice, and the optimizer's."""
+def needed_bytes(parts: StateParts) -> int:
+    """About how many bytes a saved model and its state take: the trained tensors twice, and the optimizer's."""
     return 2 * size_of(parts.trained.state_dict()) + size_of(parts.optimizer.state_dict())
 
 

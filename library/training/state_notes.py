@@ -1,4 +1,4 @@
-"""The notes of a state folder, read without torch: how far the run was, what made it, checksums of its files.
+"""The notes of a state folder, read without torch: progress and settings of the run, checksums of the files.
 
 All of it stands in ``train_state.json``, which is written last. Earlier trainers, and earlier versions of this one,
 note less: what is missing is not checked.
@@ -31,7 +31,7 @@ _LARGEST_NOTES = 1 << 26  # bytes
 
 @dataclass(frozen=True)
 class SavedProgress:
-    """How far a run was."""
+    """The progress of a run when its state was saved."""
 
     step: int  # optimizer steps done
     epoch: int  # the epoch of that step, from 1
@@ -40,9 +40,9 @@ class SavedProgress:
 
 
 def read_progress(folder: Path) -> SavedProgress | None:
-    """How far the run was; None: an earlier trainer's state of a whole model, without notes.
+    """The saved progress of the run; None: an earlier trainer's state of a whole model, without notes.
 
-    Raises: UserError: the folder holds no state, or one whose saving was cut off, or impossible values.
+    Raises: UserError: the folder holds no state, or one that was not saved to its end, or impossible values.
     """
     if not os.path.isdir(folder):  # a name that is too long is none
         why = path_problem(folder, "folder") or ""
@@ -65,20 +65,23 @@ def read_progress(folder: Path) -> SavedProgress | None:
     return SavedProgress(step, epoch, seed, ended)
 
 
-def read_making(folder: Path) -> dict[str, Any]:
-    """What made the state, see `resuming.Making`; empty where the state has no such note. Raises: UserError."""
-    made_with = (_read(folder) or {}).get("made_with", {})
-    if not isinstance(made_with, dict):
-        raise _impossible(folder, "made_with", made_with)
-    return made_with
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run that saved the state, see `resuming.RunSettings`; empty without such a note.
+
+    Raises: UserError: the note is damaged.
+    """
+    settings = (_read(folder) or {}).get("made_with", {})
+    if not isinstance(settings, dict):
+        raise _impossible(folder, "made_with", settings)
+    return settings
 
 
-def write_notes(folder: Path, progress: SavedProgress, made_with: Mapping[str, Any] | None = None) -> None:
+def write_notes(folder: Path, progress: SavedProgress, settings: Mapping[str, Any] | None = None) -> None:
     """Writes ``train_state.json`` beside the other files of a state, with their checksums. Raises: OSError."""
     notes = {"current_epoch": progress.epoch, "current_step": progress.step, "seed": progress.seed}
     notes["epoch_ended"] = progress.epoch_ended
-    if made_with:
-        notes["made_with"] = dict(made_with)
+    if settings:
+        notes["made_with"] = dict(settings)
     notes["files"] = {
         path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
     }
@@ -91,9 +94,9 @@ def verify(folder: Path) -> None:
 
     Raises: UserError: a file is not what was saved.
     """
-    fault = _fault(folder, (_read(folder) or {}).get("files", {}))
-    if fault:
-        raise UserError(f"--resume: {fault}; choose an earlier state")
+    reason = _invalid_reason(folder, (_read(folder) or {}).get("files", {}))
+    if reason:
+        raise UserError(f"--resume: {reason}; choose an earlier state")
 
 
 def is_whole(folder: Path) -> bool:
@@ -103,7 +106,7 @@ def is_whole(folder: Path) -> bool:
     except UserError:
         return False
     files = notes.get("files", {})
-    return {MODEL, OPTIMIZER, SCHEDULE} <= files.keys() and _fault(folder, files) is None
+    return {MODEL, OPTIMIZER, SCHEDULE} <= files.keys() and _invalid_reason(folder, files) is None
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
@@ -134,7 +137,7 @@ def _impossible(folder: Path, name: str, value: Any) -> UserError:
     return UserError(f"--resume: {folder / PROGRESS}: {name} cannot be {shown}; choose an earlier state")
 
 
-def _fault(folder: Path, files: Mapping[str, Any]) -> str | None:
+def _invalid_reason(folder: Path, files: Mapping[str, Any]) -> str | None:
     """What is wrong with the first file that is not as its entry says; None: all are as they were saved."""
     for name, notes in files.items():
         path = folder / Path(name).name

@@ -45,7 +45,7 @@ def batch_text(parts: StepParts, batch: Batch) -> TextCond:
     if batch.text is not None and not parts.models.text_encoders:  # those whose outputs are cached have gone
         return batch.text
     with torch.set_grad_enabled(parts.grad_text and torch.is_grad_enabled()):
-        return parts.family.text.encode(parts.models, batch.captions, known=batch.text)
+        return parts.family.text.encode(parts.models, batch.captions, cached=batch.text)
 
 
 class StepResult(NamedTuple):

@@ -1,4 +1,4 @@
-"""How the optimizer steps: all weights at once, a few at a time, or each one inside the backward pass."""
+"""When the optimizer steps which weights: all at once, in chunks, or inside the backward pass."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from library.options.optimizer import is_adafactor, steps_each_alone
+from library.options.optimizer import is_adafactor, steps_each_weight_independently
 from library.training.precision import StochasticRounding
 
 if TYPE_CHECKING:
     from library.options.base import Options
 
-_PART = 1 << 26  # numbers that are stepped together where copies in float32 are needed: 0.5 GiB with their gradients
+_CHUNK = 1 << 26  # elements; with gradients, their float32 copies take 0.5 GiB
 
 
 class OptimizerStepper:
-    """The optimizer's step as the options want it. `prepared` is accelerate's, around `optimizer`.
+    """Steps the optimizer as the options say. `prepared` is accelerate's wrapper of `optimizer`.
 
     Args: parts: weights that are stepped together inside the backward pass; None: none are.
     """
@@ -33,56 +33,56 @@ class OptimizerStepper:
     ):
         self._optimizer, self._prepared = optimizer, prepared
         self._in_backward = opts.optimizer.fused_backward_pass
-        self._together = None if parts is None else FusedGroups(optimizer, parts)
+        self._groups = None if parts is None else FusedGroups(optimizer, parts)
         rounds = uses_stochastic_rounding(opts)
         self._rounding = StochasticRounding(optimizer, opts.training.seed) if rounds else None
-        self._in_parts = rounds and steps_each_alone(opts.optimizer)
+        self._chunked = rounds and steps_each_weight_independently(opts.optimizer)
         if self._in_backward:
             step_in_backward(optimizer)
 
     @property
     def inside_backward(self) -> bool:
         """Whether weights are stepped before all gradients are there."""
-        return self._in_backward or self._together is not None
+        return self._in_backward or self._groups is not None
 
     def start(self, step: int) -> None:
-        """Before the forward pass; `step` optimizer steps are done."""
+        """Call before the forward pass. `step`: optimizer steps done."""
         if self._rounding is not None:
             self._rounding.step = step
 
     def step(self) -> None:
-        """After the backward pass, with the gradients as they shall be."""
+        """Call after the backward pass, with averaged and clipped gradients."""
         if self._in_backward:
             return
-        if self._together is not None:
-            self._together.finish()
-        elif self._in_parts:
+        if self._groups is not None:
+            self._groups.finish()
+        elif self._chunked:
             step_chunked(self._optimizer)
         else:
             self._prepared.step()
 
 
 def uses_stochastic_rounding(opts: Options) -> bool:
-    """Whether weights are written with stochastic rounding: on request, and by AdaFactor in bf16 inside backward.
+    """Whether weights are rounded stochastically: on request, and for AdaFactor in bf16 inside the backward pass.
 
-    Command lines of the latter kind have always counted on it without naming it.
+    The latter has always been so, and command lines rely on it.
     """
     fused = opts.optimizer.fused_backward_pass and is_adafactor(opts.optimizer)
     return opts.memory.stochastic_rounding or (fused and opts.memory.full_bf16)
 
 
 def step_in_backward(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """From now on every weight is stepped as soon as its gradient is there, which is freed at once.
+    """Registers hooks that step every weight as soon as its gradient is accumulated, and free the gradient.
 
-    The weights come out as `optimizer.step()` would make them after the backward pass, if the optimizer looks at each
-    weight alone (`steps_each_alone`): a weight's gradient is whole only when nothing needs its old value any more.
+    The result equals that of `optimizer.step()` after the backward pass if the optimizer updates each weight
+    independently (`steps_each_weight_independently`), as nothing needs a weight once its gradient is complete.
 
-    Returns: handles of the hooks, to take them away.
+    Returns: the handles of the hooks, to remove them.
     """
-    places = {id(w): number for number, group in enumerate(optimizer.param_groups) for w in group["params"]}
+    group_of = {id(w): number for number, group in enumerate(optimizer.param_groups) for w in group["params"]}
 
     def step(weight: Tensor) -> None:
-        step_subset(optimizer, {places[id(weight)]: [weight]})
+        step_subset(optimizer, {group_of[id(weight)]: [weight]})
         weight.grad = None
 
     weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.requires_grad]
@@ -90,29 +90,29 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> list[Any]:
 
 
 class FusedGroups:
-    """Steps each part of the weights inside the backward pass, once the gradients of all of the part are there.
+    """Steps each part of the weights inside the backward pass, once all gradients of the part are accumulated.
 
-    For every optimizer that keeps what it knows by weight. The weights come out as one `optimizer.step()` makes them.
+    For every optimizer whose state is kept per weight. The result equals that of one `optimizer.step()`.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parts: Sequence[Sequence[Tensor]]):
         self._optimizer = optimizer
-        self._places = {id(w): number for number, group in enumerate(optimizer.param_groups) for w in group["params"]}
+        self._group_of = {id(w): number for number, group in enumerate(optimizer.param_groups) for w in group["params"]}
         self._missing: list[int] = []
         self._parts = [[weight for weight in part if weight.requires_grad] for part in parts]
         self._parts = [part for part in self._parts if part]
         for number, part in enumerate(self._parts):
             self._missing.append(len(part))
             for weight in part:
-                weight.register_post_accumulate_grad_hook(partial(self._arrived, number))
+                weight.register_post_accumulate_grad_hook(partial(self._on_gradient, number))
 
     def finish(self) -> None:
-        """After the backward pass: steps the parts of which some weights had no gradient."""
+        """Steps the parts of which some weights had no gradient. Call after the backward pass."""
         for number, part in enumerate(self._parts):
             if self._missing[number] != len(part):
                 self._step(number)
 
-    def _arrived(self, number: int, weight: Tensor) -> None:
+    def _on_gradient(self, number: int, weight: Tensor) -> None:
         self._missing[number] -= 1
         if not self._missing[number]:
             self._step(number)
@@ -121,7 +121,7 @@ class FusedGroups:
         chosen: dict[int, list[Tensor]] = {}
         for weight in self._parts[number]:
             if weight.grad is not None:
-                chosen.setdefault(self._places[id(weight)], []).append(weight)
+                chosen.setdefault(self._group_of[id(weight)], []).append(weight)
         step_subset(self._optimizer, chosen)
         for weight in self._parts[number]:
             weight.grad = None
@@ -129,7 +129,7 @@ class FusedGroups:
 
 
 def equal_parts(weights: Sequence[Tensor], count: int) -> list[list[Tensor]]:
-    """The weights in `count` runs, or fewer, of about as many numbers each."""
+    """Divides the weights, in order, into at most `count` parts of about equal numbers of elements."""
     total, done = sum(weight.numel() for weight in weights), 0
     parts: list[list[Tensor]] = [[] for _ in range(count)]
     for weight in weights:
@@ -139,20 +139,20 @@ def equal_parts(weights: Sequence[Tensor], count: int) -> list[list[Tensor]]:
 
 
 def parts_by_block(weights: Sequence[Tensor], blocks: Sequence[nn.Module]) -> list[list[Tensor]]:
-    """Each block's weights, and in the end those of no block."""
+    """Divides the weights by block; those of no block are the last part."""
     left = {id(weight): weight for weight in weights}
     parts = [[left.pop(id(w)) for w in block.parameters() if id(w) in left] for block in blocks]
     return [part for part in [*parts, list(left.values())] if part]
 
 
-def step_chunked(optimizer: torch.optim.Optimizer, most: int = _PART) -> None:
-    """``optimizer.step()`` over at most `most` numbers at a time, or one weight where that is larger."""
-    for part in list(_parts(optimizer.param_groups, most)):
+def step_chunked(optimizer: torch.optim.Optimizer, most: int = _CHUNK) -> None:
+    """``optimizer.step()`` over at most `most` elements at a time, or one weight where that is larger."""
+    for part in list(_chunks(optimizer.param_groups, most)):
         step_subset(optimizer, part)
 
 
 def step_subset(optimizer: torch.optim.Optimizer, chosen: Mapping[int, Sequence[Tensor]]) -> None:
-    """A step of some weights, by the number of their group, as if the others had no gradient."""
+    """Steps only the `chosen` weights, which are keyed by the index of their group."""
     groups = optimizer.param_groups
     optimizer.param_groups = [{**groups[number], "params": list(weights)} for number, weights in chosen.items()]
     try:
@@ -161,7 +161,7 @@ def step_subset(optimizer: torch.optim.Optimizer, chosen: Mapping[int, Sequence[
         optimizer.param_groups = groups
 
 
-def _parts(groups: Sequence[Mapping[str, Any]], most: int) -> Iterator[dict[int, list[Tensor]]]:
+def _chunks(groups: Sequence[Mapping[str, Any]], most: int) -> Iterator[dict[int, list[Tensor]]]:
     part: dict[int, list[Tensor]] = {}
     size = 0
     for number, group in enumerate(groups):

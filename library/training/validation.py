@@ -40,7 +40,7 @@ class Validation:
         given = [f"--{name}" for name in _ABOUT_VALIDATION if name in opts.explicit and getattr(opts.validation, name)]
         if given and data is None:
             LOGGER.warning(
-                "%s: no effect, no images are kept for validation; --validation_split keeps some", ", ".join(given)
+                "%s: has no effect, no images are kept for validation; --validation_split keeps some", ", ".join(given)
             )
 
     def due(self, step: int, epoch: int | None = None) -> bool:
@@ -87,7 +87,7 @@ class BestLoss:
         self.lowest = self.latest = math.inf
         self.since = 0  # validations without a better one
 
-    def see(self, loss: float) -> bool:
+    def update(self, loss: float) -> bool:
         """Whether this is the best loss so far."""
         better = loss < self.lowest
         self.latest = loss

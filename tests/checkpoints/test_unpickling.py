@@ -23,7 +23,7 @@ from library.checkpoints.unpickling import (
     is_zip,
     load_tolerant,
     load_torch,
-    read_outline,
+    read_specs,
 )
 from library.errors import UserError
 from tests.builders.rights import without_rights
@@ -162,7 +162,7 @@ KINDS = {"pipe": "a named pipe", "folder": "a folder", "link": "a device"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("reader", [is_zip, read_outline, load_torch, load_tolerant, read_torch])
+@pytest.mark.parametrize("reader", [is_zip, read_specs, load_torch, load_tolerant, read_torch])
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path, reader, kind):
     """None of the readers waits for a pipe, or reads a device without end, whoever calls it."""
     path = tmp_path / kind
@@ -185,7 +185,7 @@ def test_a_file_that_may_not_be_read_is_one_line(tmp_path, legacy):
             without_rights(lambda reader=reader: reader(path))
         assert str(caught.value) == f"{path}: no permission to read it"
     with pytest.raises(PermissionError):
-        without_rights(lambda: read_outline(path))
+        without_rights(lambda: read_specs(path))
 
 
 def test_a_pickle_cannot_change_what_rebuilds(tmp_path):

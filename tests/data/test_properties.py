@@ -99,9 +99,9 @@ SPANS = st.tuples(st.floats(0.1, 8), st.floats(0.1, 8)).map(lambda pair: tuple(s
 @given(cases(), images(), SEEDS, FACES, SPANS, st.booleans())
 def test_cuts_lie_inside_the_image(case, image, seed, face, span, anywhere):
     bucket, resized = buckets.choose(image, case.sizes)
-    centre = imaging.centre_cut(resized, bucket)
-    around = imaging.face_cut(resized, face, bucket, span, Random(seed), anywhere)
-    for cut in (centre, imaging.random_cut(resized, bucket, Random(seed)), around):
+    centre = imaging.centre_crop(resized, bucket)
+    around = imaging.face_crop(resized, face, bucket, span, Random(seed), anywhere)
+    for cut in (centre, imaging.random_crop(resized, bucket, Random(seed)), around):
         assert cut.to == bucket
         assert 0 <= cut.left <= cut.resized.width - bucket.width
         assert 0 <= cut.top <= cut.resized.height - bucket.height

@@ -340,7 +340,7 @@ def test_options_of_time_that_do_nothing_are_said():
     assert idle.keys() == set(get_args(get_type_hints(FluxOptions)["timestep_sampling"]))
     for sampling, names in idle.items():
         said = advice(timestep_sampling=sampling, **raw, **time)[1].splitlines()
-        assert sorted(line.partition(" without ")[0] for line in said) == [f"--{name}: no effect" for name in names]
+        assert sorted(line.partition(" without ")[0] for line in said) == [f"--{name}: has no effect" for name in names]
     densities, weights = ("logit_normal", "mode"), ("sigma_sqrt", "cosmap")
     for scheme in (*densities, *weights, "none", "uniform"):
         for sampling, reading in (("sigma", "raw"), ("shift", "raw"), ("shift", "sigma_scaled")):
@@ -348,7 +348,7 @@ def test_options_of_time_that_do_nothing_are_said():
             acts = (sampling == "sigma" or scheme not in densities) and (reading != "raw" or scheme not in weights)
             assert ("--weighting_scheme: has no effect" in advice(**chosen)[1]) != acts, chosen
     chosen = {"timestep_sampling": "sigma", "logit_mean": 1.0, "logit_std": 2.0, "mode_scale": 1.0, **raw}
-    assert advice(**chosen, weighting_scheme="logit_normal")[1].startswith("--mode_scale: no effect without")
+    assert advice(**chosen, weighting_scheme="logit_normal")[1].startswith("--mode_scale: has no effect without")
     assert len(advice(**chosen, weighting_scheme="mode")[1].splitlines()) == 2
 
 

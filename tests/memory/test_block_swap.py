@@ -22,7 +22,7 @@ from library.families.sd3.adapter import Sd3Family
 from library.memory import block_swap
 from library.memory.block_swap import NUM_BUFFERS, BlockSwap
 from library.memory.compiling import compile_blocks
-from library.memory.low_precision import keep_in_fp8
+from library.memory.low_precision import quantise_to_fp8
 from library.memory.offload import offloading_checkpoint
 from library.options.optimizer import OptimizerOptions
 from library.training import placement
@@ -202,9 +202,9 @@ def test_training_a_network_gives_the_same_to_the_bit(kind, checkpointing):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-def test_torch_that_does_not_tell_its_hooks(checkpointing, monkeypatch):
+def test_torch_that_does_not_expose_its_hooks(checkpointing, monkeypatch):
     expected = Case("flux", checkpointing).train()
-    monkeypatch.setattr(block_swap, "_outer_hooks", block_swap._Beneath)
+    monkeypatch.setattr(block_swap, "_outer_hooks", block_swap._OuterHooksByAutograd)
     case = Case("flux", checkpointing)
     case.swap(most(case))
     assert_same(case.train(), expected)
@@ -239,7 +239,7 @@ def test_each_pass_copies_as_many_blocks_as_are_swapped():
 
 @pytest.mark.rows("R404")
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_more_than_the_ring_is_on_the_device(kind, monkeypatch):
+def test_no_more_than_the_buffers_is_on_the_device(kind, monkeypatch):
     """Two places, used again and again by blocks of every kind; the parameters stay the objects that they were."""
     case = Case(kind)
     parameters = [id(parameter) for parameter in case.model.parameters()]
@@ -249,9 +249,9 @@ def test_no_more_than_the_ring_is_on_the_device(kind, monkeypatch):
 
     def watching(self, block, run, *args, **kwargs):
         def inside(*args, **kwargs):
-            places = [other for other in self._blocks if other.pieces[0].tensor.data_ptr() != other.host.data_ptr()]
+            places = [other for other in self._blocks if other.tensors[0].tensor.data_ptr() != other.host.data_ptr()]
             together.append(len(places))
-            fetched.append(block.pieces[0].tensor.untyped_storage().data_ptr())
+            fetched.append(block.tensors[0].tensor.untyped_storage().data_ptr())
             return run(*args, **kwargs)
 
         return real(self, block, inside, *args, **kwargs)
@@ -262,9 +262,11 @@ def test_no_more_than_the_ring_is_on_the_device(kind, monkeypatch):
     case.train()
     assert [id(parameter) for parameter in case.model.parameters()] == parameters
     assert set(together) == {1}, "the others' weights are those in CPU memory"
-    assert set(fetched) == {slot.memory for slot in swap._slots}
-    assert len(swap._slots) == NUM_BUFFERS
-    assert sum(slot.buffer.nbytes for slot in swap._slots) == NUM_BUFFERS * max(block.size for block in swap._blocks)
+    assert set(fetched) == {buffer.pointer for buffer in swap._buffers}
+    assert len(swap._buffers) == NUM_BUFFERS
+    assert sum(buffer.storage.nbytes for buffer in swap._buffers) == NUM_BUFFERS * max(
+        block.size for block in swap._blocks
+    )
 
 
 @pytest.mark.rows("R405")
@@ -310,7 +312,7 @@ def test_how_many_blocks_of_the_published_models_can_be_swapped(config, largest)
 
 
 @pytest.mark.rows("R363", "R398")
-def test_a_number_that_is_too_large_is_told_in_the_users_units():
+def test_a_number_that_is_too_large_is_refused_in_the_users_units():
     """Of FLUX.1's 19 double and 38 single blocks, two small ones count as one."""
     models = Models(published("FluxTransformer2DModel", guidance_embeds=True), {}, {}, None, None)
     asked = options_for("flux", "network", blocks_to_swap=37)
@@ -321,7 +323,7 @@ def test_a_number_that_is_too_large_is_told_in_the_users_units():
 @pytest.mark.rows("R403")
 @pytest.mark.parametrize("count", [8, 16, 28, 35])
 def test_what_each_swapped_block_of_flux_saves(count):
-    """Counted from the weights. The two places of the ring are taken off, so few blocks save a little less each."""
+    """Counted from the weights. The two buffers are subtracted, so few blocks save a little less each."""
     model = published("FluxTransformer2DModel", guidance_embeds=True, pooled_projection_dim=768)
     blocks = FluxFamily(None).denoiser.blocks(Models(model, {}, {}, None, None))
     swap = BlockSwap(blocks, math.ceil(count * FluxFamily.traits.blocks_per_swap), CPU)
@@ -340,10 +342,10 @@ def test_a_mistake_would_show(forgotten, checkpointing, monkeypatch):
     case.swap(most(case))
     if forgotten == "wait":
         monkeypatch.setattr("library.memory.copying._DelayedCopyEvent.before_use", lambda self: None)
-    elif forgotten == "autograd":  # which then keeps memory of the ring itself
-        monkeypatch.setattr(BlockSwap, "_address", lambda self, tensor: None)
+    elif forgotten == "autograd":  # which then saves the memory of the buffer
+        monkeypatch.setattr(BlockSwap, "_reference", lambda self, tensor: None)
     else:
-        monkeypatch.setattr(BlockSwap, "_slot_of", lambda self, block: self._slots[0])
+        monkeypatch.setattr(BlockSwap, "_buffer_of", lambda self, block: self._buffers[0])
     try:
         got = case.train()
     except RuntimeError:
@@ -351,7 +353,7 @@ def test_a_mistake_would_show(forgotten, checkpointing, monkeypatch):
     assert not all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
 
 
-def test_what_the_model_tells_of_itself_stays_whole():
+def test_what_the_model_says_of_itself_stays_whole():
     case = Case("unet")
     before = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
     swap = case.swap(most(case))
@@ -403,7 +405,7 @@ def test_nothing_to_swap_and_too_much():
     case = Case("flux")
     swap = case.swap(0)
     case.train(1)
-    assert (swap.bytes_moved, swap.bytes_saved, swap._slots) == (0, 0, [])
+    assert (swap.bytes_moved, swap.bytes_saved, swap._buffers) == (0, 0, [])
     swap.detach()
     for count in (7, 8, -1):
         with pytest.raises(UserError, match=r"--blocks_to_swap: -?\d of 8 blocks; give a number from 0 to 6"):
@@ -417,8 +419,8 @@ def test_weights_in_8_bits_and_in_several_formats():
         made = Case("flux", checkpointing=False)
         made.model.to(torch.bfloat16)
         made.model.x_embedder.float(), made.model.context_embedder.float()
-        keep_in_fp8(made.model.transformer_blocks)
-        keep_in_fp8(made.model.single_transformer_blocks)
+        quantise_to_fp8(made.model.transformer_blocks)
+        quantise_to_fp8(made.model.single_transformer_blocks)
         return made
 
     def trained(made):
@@ -430,7 +432,7 @@ def test_weights_in_8_bits_and_in_several_formats():
     expected = trained(case())
     swapped = case()
     swap = swapped.swap(most(swapped))
-    assert {piece.tensor.dtype for block in swap._blocks for piece in block.pieces} >= {torch.uint8, torch.bfloat16}
+    assert {piece.tensor.dtype for block in swap._blocks for piece in block.tensors} >= {torch.uint8, torch.bfloat16}
     assert_same(trained(swapped), expected)
 
 
@@ -462,7 +464,7 @@ def test_channels_last_and_weights_of_several_blocks():
     swap.attach()
     assert_same(run(blocks), expected)
     assert all(block.conv.weight.is_contiguous(memory_format=torch.channels_last) for block in blocks)
-    assert all(piece.tensor is not shared.weight for block in swap._blocks for piece in block.pieces)
+    assert all(piece.tensor is not shared.weight for block in swap._blocks for piece in block.tensors)
 
 
 @pytest.mark.parametrize("order", ["as told", "reversed", "some left out"])
@@ -512,7 +514,7 @@ def test_compiled_blocks(backend, checkpointing):
     assert swap.bytes_moved > 0
     graphs = counters["stats"]["unique_graphs"] - before
     case.train(2)
-    assert counters["stats"]["unique_graphs"] - before == graphs, "another place in the ring compiles nothing anew"
+    assert counters["stats"]["unique_graphs"] - before == graphs, "another buffer causes no new compilation"
     torch._dynamo.reset()
 
 
@@ -560,7 +562,7 @@ def test_training_the_weights_themselves_gives_the_same_to_the_bit(kind, name, c
     for count in (1, most(Case(kind))):
         got, swap, _ = fine_tuned(Case(kind, checkpointing, with_lora=False), name, swapped=count)
         assert_same(got, expected)
-        assert swap.bytes_written_back == 3 * sum(p.tensor.nbytes for block in swap._blocks for p in block.pieces)
+        assert swap.bytes_written_back == 3 * sum(p.tensor.nbytes for block in swap._blocks for p in block.tensors)
 
 
 def test_trained_in_bf16_with_stochastic_rounding():
@@ -608,7 +610,7 @@ def test_a_loaded_state_goes_to_the_device(name):
     state = copy.deepcopy(optimizer.state_dict())
     swap.device = torch.device("meta")
     optimizer.load_state_dict(state)
-    swapped = {id(piece.tensor) for block in swap._blocks for piece in block.pieces}
+    swapped = {id(piece.tensor) for block in swap._blocks for piece in block.tensors}
     for weight, numbers in optimizer.state.items():
         assert numbers["exp_avg"].device.type == ("meta" if id(weight) in swapped else "cpu")
         assert numbers["step"].device.type == ("meta" if id(weight) in swapped and name == "AdamW" else "cpu")
@@ -634,7 +636,7 @@ def test_on_a_gpu(kind, checkpointing):
         torch.cuda.synchronize()
         if count:
             assert all(block.host.is_pinned() for block in swap._blocks)
-            assert all(piece.tensor.device.type == "cpu" for block in swap._blocks for piece in block.pieces)
+            assert all(piece.tensor.device.type == "cpu" for block in swap._blocks for piece in block.tensors)
             assert swap.bytes_moved > 0
         swap.detach()
         return seen

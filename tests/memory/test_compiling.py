@@ -10,7 +10,7 @@ from library.errors import UserError
 from library.families.sd.adapter import SdFamily
 from library.families.sd.targets import unet_targets
 from library.memory.compiling import compile_blocks, require_backend
-from library.memory.low_precision import keep_in_fp8
+from library.memory.low_precision import quantise_to_fp8
 from library.types import Models
 from tests.networks.builders import lora
 from tests.networks.conftest import tiny_unet
@@ -119,7 +119,7 @@ def test_a_network_on_some_layers_of_a_denoiser():
 def test_fp8_layers_compile():
     blocks = [Block(seed).requires_grad_(False) for seed in range(2)]
     for block in blocks:
-        keep_in_fp8(block)
+        quantise_to_fp8(block)
     x = torch.randn(4, 8)
     plain = run(blocks, x)
     compile_blocks(blocks, "aot_eager", CPU)

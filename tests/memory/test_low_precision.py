@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.memory.low_precision import from_fp8, keep_in_fp8, to_fp8
+from library.memory.low_precision import from_fp8, quantise_to_fp8, to_fp8
 from tests.builders import tiny_sd
 
 
@@ -50,7 +50,7 @@ def test_outputs_and_gradients_are_those_of_a_layer_with_the_rounded_weight(name
     layer, shape = LAYERS[name]
     layer = copy.deepcopy(layer).requires_grad_(False)
     plain = copy.deepcopy(layer)
-    assert keep_in_fp8(layer) == 1
+    assert quantise_to_fp8(layer) == 1
     plain.weight.copy_(layer.weight)
     x = random(*shape)
     results = []
@@ -64,7 +64,7 @@ def test_outputs_and_gradients_are_those_of_a_layer_with_the_rounded_weight(name
 
 def test_the_computation_is_in_autocasts_format():
     layer = nn.Linear(8, 8).requires_grad_(False)
-    keep_in_fp8(layer)
+    quantise_to_fp8(layer)
     layer.to(torch.bfloat16)
     assert layer.weight_bits.dtype == torch.uint8
     x = torch.randn(4, 8, requires_grad=True)
@@ -78,7 +78,7 @@ def test_the_computation_is_in_autocasts_format():
 
 def test_only_a_quarter_of_the_memory_is_kept_for_the_backward_pass():
     stack = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(4))).requires_grad_(False)
-    keep_in_fp8(stack)
+    quantise_to_fp8(stack)
     kept: dict[int, int] = {}
 
     def note(tensor):
@@ -96,7 +96,7 @@ def test_only_a_quarter_of_the_memory_is_kept_for_the_backward_pass():
 def test_compiled_layers_keep_the_small_weights_too(make, shape):
     """A compiler that finds the weight widened twice would do it once, and keep it for the backward pass."""
     layer = make().requires_grad_(False)
-    keep_in_fp8(layer)
+    quantise_to_fp8(layer)
     kept, gradients = [], []
     for compiled in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
         given = torch.ones(shape, requires_grad=True)
@@ -115,7 +115,7 @@ def test_hooks_and_the_layers_themselves_stay():
     first = model[0]
     first.register_forward_hook(lambda module, args, output: output + 1)
     x = torch.randn(2, 4)
-    assert keep_in_fp8(model) == 1, "only the linear layer: the others are not plain, or not layers of this kind"
+    assert quantise_to_fp8(model) == 1, "only the linear layer: the others are not plain, or not layers of this kind"
     assert model[0] is first
     assert isinstance(first, nn.Linear)
     torch.testing.assert_close(first(x), nn.functional.linear(x, first.weight, first.bias) + 1)
@@ -123,13 +123,13 @@ def test_hooks_and_the_layers_themselves_stay():
 
 def test_trained_weights_are_refused():
     with pytest.raises(ValueError, match="cannot be trained"):
-        keep_in_fp8(nn.Linear(2, 2))
+        quantise_to_fp8(nn.Linear(2, 2))
 
 
 def test_a_whole_denoiser():
     unet = tiny_sd().denoiser
     exact, rounded = copy.deepcopy(unet), copy.deepcopy(unet)
-    keep_in_fp8(unet)
+    quantise_to_fp8(unet)
     for layer, plain in zip(unet.modules(), rounded.modules(), strict=True):
         if hasattr(layer, "weight_bits"):
             plain.weight.copy_(layer.weight)

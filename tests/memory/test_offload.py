@@ -30,8 +30,8 @@ def test_results_are_those_of_plain_checkpointing(trained, monkeypatch):
     unet.enable_gradient_checkpointing()
     expected = gradients(unet)
     made = []
-    real = offload._Away
-    monkeypatch.setattr(offload, "_Away", type("Counted", (real,), {"__init__": _noting(real, made)}))
+    real = offload._OffloadedTensor
+    monkeypatch.setattr(offload, "_OffloadedTensor", type("Counted", (real,), {"__init__": _noting(real, made)}))
     unet.enable_gradient_checkpointing(offloading_checkpoint(CPU, smallest=0))
     got = gradients(unet)
     assert torch.equal(got[0], expected[0])
@@ -65,7 +65,7 @@ def test_small_inputs_and_weights_stay():
 
 
 def test_nothing_is_kept_without_gradients(monkeypatch):
-    monkeypatch.setattr(offload, "_Away", None)  # calling it would fail
+    monkeypatch.setattr(offload, "_OffloadedTensor", None)  # calling it would fail
     with torch.no_grad():
         out = offloading_checkpoint(CPU, smallest=0)(nn.Linear(4, 4), torch.randn(2, 4))
     assert out.shape == (2, 4)

@@ -12,7 +12,7 @@ from torch import nn
 from library.errors import UserError
 from library.memory import quantised
 from library.memory.block_swap import BlockSwap
-from library.memory.quantised import INT8_BLOCK, NF4_BLOCK, from_int8, from_nf4, keep_quantised, to_int8, to_nf4
+from library.memory.quantised import INT8_BLOCK, NF4_BLOCK, from_int8, from_nf4, quantise_frozen_to, to_int8, to_nf4
 from tests.memory.test_block_swap import Case, assert_same, flux_step, most, tiny_flux, unet_step
 from tests.networks.conftest import tiny_unet
 
@@ -44,8 +44,8 @@ WORST = {"int8": 1 / 254, "nf4": 0.152}  # of the largest in the block, half of 
 
 def off(weight: torch.Tensor, form: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Errors in parts of the largest weight of the block, (blocks, weights in a block)."""
-    pack, widen, block = FORMS[form]
-    kept = widen(*pack(weight), weight.shape, dtype)
+    quantise, dequantise, block = FORMS[form]
+    kept = dequantise(*quantise(weight), weight.shape, dtype)
     assert kept.shape == weight.shape
     assert kept.dtype == dtype
     blocks = weight.float().view(-1, block)
@@ -75,19 +75,19 @@ def test_narrow_formats_are_read_and_given(form, dtype):
 
 
 def test_zeros_stay_zeros(form):
-    pack, widen, block = FORMS[form]
+    quantise, dequantise, block = FORMS[form]
     weight = torch.zeros(4, block)
     weight[1, 0] = 1e-38
-    kept = widen(*pack(weight), weight.shape, torch.float32)
+    kept = dequantise(*quantise(weight), weight.shape, torch.float32)
     torch.testing.assert_close(kept, weight, rtol=0, atol=1e-40)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (33, 7), (5, 3, 3, 3), (64, 64)])
 def test_blocks_that_are_not_full(form, shape):
-    pack, widen, block = FORMS[form]
+    quantise, dequantise, block = FORMS[form]
     weight = random(*shape)
-    bits, scales = pack(weight)
-    kept = widen(bits, scales, weight.shape, torch.float32)
+    bits, scales = quantise(weight)
+    kept = dequantise(bits, scales, weight.shape, torch.float32)
     assert kept.shape == weight.shape
     assert scales.numel() == -(-weight.numel() // block)
     assert (kept - weight).abs().max() <= 1.01 * WORST[form] * weight.abs().max()
@@ -95,7 +95,7 @@ def test_blocks_that_are_not_full(form, shape):
 
 def test_what_a_weight_takes(form):
     layer = nn.Linear(256, 320, bias=False).requires_grad_(False)
-    keep_quantised(layer, form)
+    quantise_frozen_to(layer, form)
     assert list(layer.parameters()) == []
     assert sum(kept.nbytes for kept in layer.buffers()) == BYTES[form] * 256 * 320
     assert layer.state_dict() == {}, "as with 8-bit floats: what is not trained is not saved"
@@ -114,7 +114,7 @@ def test_outputs_and_gradients_are_those_of_a_layer_with_the_rounded_weight(form
     layer, shape = LAYERS[name]
     layer = copy.deepcopy(layer).requires_grad_(False)
     plain = copy.deepcopy(layer)
-    assert keep_quantised(layer, form) == 1
+    assert quantise_frozen_to(layer, form) == 1
     plain.weight.copy_(layer.weight)
     results = [trained(module, random(*shape)) for module in (layer, plain)]
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
@@ -129,7 +129,7 @@ def trained(model, x: torch.Tensor, step=None) -> tuple[torch.Tensor, torch.Tens
 
 def test_the_computation_is_in_autocasts_format(form):
     layer = nn.Linear(64, 8).requires_grad_(False)
-    keep_quantised(layer, form)
+    quantise_frozen_to(layer, form)
     layer.to(torch.bfloat16)
     x = random(4, 64).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -142,7 +142,7 @@ def test_the_computation_is_in_autocasts_format(form):
 
 def test_casts_and_moves_keep_every_bit(form):
     layer = nn.Linear(64, 8).requires_grad_(False)
-    keep_quantised(layer, form)
+    quantise_frozen_to(layer, form)
     before = [kept.clone() for kept in layer.buffers()]
     layer.to(torch.bfloat16).half().to("cpu", torch.bfloat16)
     assert_same(list(layer.buffers()), before)
@@ -153,7 +153,7 @@ def test_casts_and_moves_keep_every_bit(form):
 
 def test_only_the_small_weights_are_kept_for_the_backward_pass(form):
     stack = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(4))).requires_grad_(False)
-    keep_quantised(stack, form)
+    quantise_frozen_to(stack, form)
     kept: dict[int, int] = {}
 
     def note(tensor):
@@ -171,7 +171,7 @@ def test_hooks_and_the_layers_themselves_stay(form):
     first = model[0]
     first.register_forward_hook(lambda module, args, output: output + 1)
     x = torch.randn(2, 4)
-    assert keep_quantised(model, form) == 1, "only the linear layer: the others are not plain, or not of this kind"
+    assert quantise_frozen_to(model, form) == 1, "only the linear layer: the others are not plain, or not of this kind"
     assert model[0] is first
     assert isinstance(first, nn.Linear)
     torch.testing.assert_close(first(x), nn.functional.linear(x, first.weight, first.bias) + 1)
@@ -179,7 +179,7 @@ def test_hooks_and_the_layers_themselves_stay(form):
 
 def test_trained_weights_are_refused(form):
     with pytest.raises(ValueError, match="cannot be trained"):
-        keep_quantised(nn.Linear(2, 2), form)
+        quantise_frozen_to(nn.Linear(2, 2), form)
 
 
 def test_a_library_that_does_not_work_is_told_in_one_line(form, monkeypatch):
@@ -191,10 +191,10 @@ def test_a_library_that_does_not_work_is_told_in_one_line(form, monkeypatch):
     layer = nn.Linear(2, 2).requires_grad_(False)
     monkeypatch.setattr(quantised.bnb, name, broken)
     with pytest.raises(UserError, match=r"--quantize_base: .* on cpu: RuntimeError: no compiled half; .* choose fp8$"):
-        keep_quantised(layer, form)
+        quantise_frozen_to(layer, form)
     monkeypatch.setattr(quantised.bnb, name, lambda bits, state: torch.full((256,), torch.nan))
     with pytest.raises(UserError, match="wrong numbers"):
-        keep_quantised(layer, form)
+        quantise_frozen_to(layer, form)
     assert type(layer) is nn.Linear
 
 
@@ -210,7 +210,7 @@ def test_a_whole_denoiser(form, kind):
         exact = make().requires_grad_(False)
     model, rounded = copy.deepcopy(exact), copy.deepcopy(exact)
     count = sum(isinstance(layer, nn.Linear | nn.Conv2d) for layer in exact.modules())
-    assert keep_quantised(model, form) == count
+    assert quantise_frozen_to(model, form) == count
     for layer, plain in zip(model.modules(), rounded.modules(), strict=True):
         if hasattr(layer, "weight_bits"):
             plain.weight.copy_(layer.weight)
@@ -227,7 +227,7 @@ def test_training_a_network_beside_it(form, kind, checkpointing):
     def case(rounded: bool = False, checkpointing: bool = False) -> Case:
         made = Case(kind, checkpointing)
         small = copy.deepcopy(made.model) if rounded else made.model
-        keep_quantised(small, form)
+        quantise_frozen_to(small, form)
         for layer, plain in zip(small.modules(), made.model.modules(), strict=True):
             if rounded and hasattr(layer, "weight_bits"):
                 plain.weight.copy_(layer.weight)
@@ -238,7 +238,7 @@ def test_training_a_network_beside_it(form, kind, checkpointing):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
     swapped = case(checkpointing=checkpointing)
     swap = swapped.swap(most(swapped))
-    assert {torch.uint8, torch.int32} <= {piece.tensor.dtype for block in swap._blocks for piece in block.pieces}
+    assert {torch.uint8, torch.int32} <= {piece.tensor.dtype for block in swap._blocks for piece in block.tensors}
     assert_same(swapped.train(1), got)
     assert swap.bytes_written_back == 0
 
@@ -246,13 +246,13 @@ def test_training_a_network_beside_it(form, kind, checkpointing):
 def test_swapped_blocks_are_as_much_smaller(form):
     blocks = [nn.Linear(256, 256, bias=False).requires_grad_(False) for _ in range(5)]
     for block in blocks:
-        keep_quantised(block, form)
+        quantise_frozen_to(block, form)
     assert BlockSwap(blocks, 3, torch.device("cpu")).bytes_saved == 3 * BYTES[form] * 256 * 256
 
 
 def test_it_compiles_into_one_graph(form):
     model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 8)).requires_grad_(False)
-    keep_quantised(model, form)
+    quantise_frozen_to(model, form)
     torch._dynamo.reset()
     try:
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -271,7 +271,7 @@ def test_on_a_gpu(form):
     device = torch.device("cuda")
     layer = nn.Linear(256, 96).requires_grad_(False)
     exact = layer.weight.clone()
-    keep_quantised(layer, form, device)
+    quantise_frozen_to(layer, form, device)
     assert {kept.device.type for kept in layer.buffers()} == {"cpu"}
     on_cpu = layer.weight
     assert (on_cpu - exact).abs().max() <= 1.01 * WORST[form] * exact.abs().max()

@@ -274,16 +274,20 @@ def test_diffusers_xformers_is_xformers():
     assert warnings(opts, FAMILIES["sd"].traits) == ["--diffusers_xformers: deprecated; use --xformers"]
     opts = complete("finetune", "--diffusers_xformers", "--sdpa", "--dataset_config=d.toml")
     assert problems(opts, FAMILIES["sd"].traits) == []
-    assert "--sdpa: no effect with --xformers, which is used" in warnings(opts, FAMILIES["sd"].traits)
+    assert "--sdpa: has no effect with --xformers, which is used" in warnings(opts, FAMILIES["sd"].traits)
 
 
 @pytest.mark.parametrize(
     ("method", "flags", "beginning"),
     [
-        ("finetune", ("--learning_rate_te=1e-5",), "--learning_rate_te: no effect without --train_text_encoder"),
-        ("dreambooth", ("--learning_rate_te=1e-5", "--stop_text_encoder_training=-1"), "--learning_rate_te: no effect"),
-        ("dreambooth", ("--no_token_padding", "--weighted_captions"), "--no_token_padding: no effect"),
-        ("dreambooth", ("--use_safetensors", "--save_model_as=ckpt"), "--use_safetensors: no effect"),
+        ("finetune", ("--learning_rate_te=1e-5",), "--learning_rate_te: has no effect without --train_text_encoder"),
+        (
+            "dreambooth",
+            ("--learning_rate_te=1e-5", "--stop_text_encoder_training=-1"),
+            "--learning_rate_te: has no effect",
+        ),
+        ("dreambooth", ("--no_token_padding", "--weighted_captions"), "--no_token_padding: has no effect"),
+        ("dreambooth", ("--use_safetensors", "--save_model_as=ckpt"), "--use_safetensors: has no effect"),
     ],
 )
 def test_what_has_no_effect_is_said(method, flags, beginning):

@@ -161,7 +161,7 @@ def test_an_empty_flag_means_not_given_too(parse, flag):
 
 def test_a_value_is_judged_where_its_option_has_an_effect(read):
     assert said(read, {"dynamo_backend": "fastest"}) == [
-        "key 'dynamo_backend' in gui.toml: no effect without --torch_compile"
+        "key 'dynamo_backend' in gui.toml: has no effect without --torch_compile"
     ]
     assert refused(read, {"dynamo_backend": "fastest", "torch_compile": True})[0].startswith(
         "key 'dynamo_backend' in gui.toml: must be one of eager"
@@ -170,7 +170,7 @@ def test_a_value_is_judged_where_its_option_has_an_effect(read):
     opts, traits = read(keys)
     assert problems(opts, traits) == []
     assert warnings(opts, traits) == [
-        "--huber_c: no effect without --loss_type huber or --loss_type smooth_l1 (from gui.toml)"
+        "--huber_c: has no effect without --loss_type huber or --loss_type smooth_l1 (from gui.toml)"
     ]
     assert problems(read({**keys, "loss_type": "huber"})[0], traits) == [
         "--huber_c: must be above 0, got -1.0 (from gui.toml)"
@@ -213,7 +213,7 @@ def test_of_several_kinds_of_attention_one_is_used(read, asked, used):
     opts, traits = read({**NEEDED, **dict.fromkeys(asked, True)})
     assert opts.memory.attention[0] == used
     (other,) = (name for name in asked if name != used)
-    assert warnings(opts, traits) == [f"--{other}: no effect with --{used}, which is used (from gui.toml)"]
+    assert warnings(opts, traits) == [f"--{other}: has no effect with --{used}, which is used (from gui.toml)"]
 
 
 def test_the_same_optimizer_twice_is_one(read):

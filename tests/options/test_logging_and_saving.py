@@ -123,10 +123,10 @@ def test_a_tracker_config_may_speak_of_a_tracker_that_is_not_used(valid, traits,
 @pytest.mark.parametrize(
     ("flags", "warning"),
     [
-        ("--log_prefix=x --log_with=wandb", "--log_prefix: no effect without --logging_dir and TensorBoard"),
-        ("--log_config", "--log_config: no effect without --logging_dir or --log_with wandb"),
-        ("--wandb_run_name=x --logging_dir=l", "--wandb_run_name: no effect without --log_with wandb or all"),
-        ("--async_upload", "--async_upload: no effect without --huggingface_repo_id"),
+        ("--log_prefix=x --log_with=wandb", "--log_prefix: has no effect without --logging_dir and TensorBoard"),
+        ("--log_config", "--log_config: has no effect without --logging_dir or --log_with wandb"),
+        ("--wandb_run_name=x --logging_dir=l", "--wandb_run_name: has no effect without --log_with wandb or all"),
+        ("--async_upload", "--async_upload: has no effect without --huggingface_repo_id"),
         ("--huggingface_repo_id=a/b --save_state_to_huggingface", "--save_state_to_huggingface: no state is saved"),
     ],
 )

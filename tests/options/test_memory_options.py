@@ -25,7 +25,7 @@ REFUSED = [
 ADVISED = [
     ("--fused_backward_pass", ["--max_grad_norm: not applied with --fused_backward_pass"]),
     ("--fused_backward_pass --max_grad_norm=0", []),
-    ("--dynamo_backend=eager", ["--dynamo_backend: no effect without --torch_compile"]),
+    ("--dynamo_backend=eager", ["--dynamo_backend: has no effect without --torch_compile"]),
     ("--dynamo_backend=eager --torch_compile", []),
     (f"{BF16} --stochastic_rounding", []),
     ("--fp8_base --fp8_base_unet", []),

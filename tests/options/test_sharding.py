@@ -10,7 +10,7 @@ from library import registry
 from library.options.caching import CachedDistribution
 from library.options.memory import DistributedOptions
 from library.options.parsing import parse_options
-from library.options.sharding import Sharding, advice, problems, sharding_of
+from library.options.sharding import Sharding, problems, sharding_of, warnings
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
@@ -91,7 +91,7 @@ def test_what_does_not_go_together(words, said):
     assert said is None or said in found[0]
 
 
-def test_a_network_is_not_spread():
+def test_a_network_is_not_sharded():
     (line,) = problems(options("--network_module=networks.lora_flux", method="network"), FSDP)
     assert "--multi_gpu" in line
 
@@ -100,13 +100,13 @@ def test_scripts_that_train_nothing_do_not_care(monkeypatch):
     """accelerate's configuration may be meant for the training that comes after them."""
     for name, value in (FSDP | {"FSDP_VERSION": "1"}).items():
         monkeypatch.setenv(name, value)
-    for group, told in ((DistributedOptions(), True), (CachedDistribution(), False)):
+    for group, expected in ((DistributedOptions(), True), (CachedDistribution(), False)):
         opts = options("--mixed_precision=fp16")
-        assert bool(list(group.check(opts, None))) == told
-        assert bool(list(group.advise(opts, None))) == told
+        assert bool(list(group.check(opts, None))) == expected
+        assert bool(list(group.warnings(opts, None))) == expected
 
 
 def test_what_is_done_otherwise_is_told():
-    assert "FSDP2" in next(advice(options("--deepspeed"), {}))
-    assert "version 2" in next(advice(options(), FSDP | {"FSDP_VERSION": "1"}))
-    assert not list(advice(options(), FSDP))
+    assert "FSDP2" in next(warnings(options("--deepspeed"), {}))
+    assert "version 2" in next(warnings(options(), FSDP | {"FSDP_VERSION": "1"}))
+    assert not list(warnings(options(), FSDP))

@@ -72,8 +72,8 @@ def test_whole_models_too(run_script, tmp_path, script):
 
 
 @pytest.mark.parametrize("engine", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
-def test_networks_are_not_spread(run_script, train_arguments, tmp_path, monkeypatch, engine):
+def test_networks_are_not_sharded(run_script, train_arguments, tmp_path, monkeypatch, engine):
     monkeypatch.setenv(engine, "true")
     done = run_script(*train_arguments(tmp_path))
     assert done.returncode == 2
-    assert "spreads a whole model that is trained; here leave it out" in done.stderr
+    assert "shards a whole model that is trained; here leave it out" in done.stderr

@@ -309,14 +309,14 @@ def test_the_losses_of_an_epoch_that_is_cut_count_on():
     chosen = options(lr_scheduler="reduce_lr_on_plateau")
     losses = [torch.tensor(value) for value in (0.5, 0.25, 1.0, 0.125)]
     straight, first, second = (make_schedule(sgd(), chosen, 9) for _ in range(3))
-    straight.see(losses[:3])
-    straight.see(losses[3:])
-    first.see(losses[:3])
+    straight.observe(losses[:3])
+    straight.observe(losses[3:])
+    first.observe(losses[:3])
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
     second.load_state_dict(torch.load(file, weights_only=True))
-    second.see(losses[3:])
+    second.observe(losses[3:])
     assert second.epoch_mean() == straight.epoch_mean() == 1.875 / 4
     assert second.epoch_mean() is None
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from library import encoding
 from library.checkpoints.hashes import weights_fingerprint
-from library.memory.low_precision import Fp8Conv2d, Fp8Linear, SmallWeight
+from library.memory.low_precision import Fp8Conv2d, Fp8Linear, QuantisedWeight
 from library.memory.quantised import Int8Conv2d, Int8Linear, Nf4Conv2d, Nf4Linear
 from library.options.base import Options
 from library.training import placement
@@ -82,7 +82,7 @@ def test_which_parts_are_quantised(form):
     assert {type(m) for m in models.denoiser.modules() if isinstance(m, nn.Linear | nn.Conv2d)} == LAYERS[form]
     encoder = models.text_encoders["te"]
     assert {type(m) for m in encoder.modules() if isinstance(m, nn.Linear)} < LAYERS[form]
-    assert not any(isinstance(m, SmallWeight) for m in models.vae.modules())
+    assert not any(isinstance(m, QuantisedWeight) for m in models.vae.modules())
     assert formats(models.denoiser) == {torch.bfloat16}
 
 
@@ -107,8 +107,8 @@ def test_a_part_that_is_trained_is_not_quantised():
     models = tiny_sd()
     models.text_encoders["te"].get_input_embeddings().requires_grad_(True)
     place(models, options(quantize_base="nf4"))
-    assert not any(isinstance(m, SmallWeight) for m in models.text_encoders["te"].modules())
-    assert any(isinstance(m, SmallWeight) for m in models.denoiser.modules())
+    assert not any(isinstance(m, QuantisedWeight) for m in models.text_encoders["te"].modules())
+    assert any(isinstance(m, QuantisedWeight) for m in models.denoiser.modules())
 
 
 @pytest.mark.rows("R190")
@@ -116,7 +116,7 @@ def test_lowram_loads_to_the_device_and_says_where_that_means_nothing(caplog, mo
     monkeypatch.setattr(placement.LOGGER, "propagate", True)
     with caplog.at_level(logging.WARNING), placement.loading(options(lowram=True), CPU):
         assert torch.get_default_device() == CPU
-    assert "--lowram: no effect on a CPU" in caplog.text
+    assert "--lowram: has no effect on a CPU" in caplog.text
     elsewhere = torch.device("meta")  # what every build has besides the CPU
     with placement.loading(options(lowram=True), elsewhere):
         assert torch.get_default_device() == elsewhere
@@ -125,7 +125,7 @@ def test_lowram_loads_to_the_device_and_says_where_that_means_nothing(caplog, mo
     swapping = options(lowram=True, blocks_to_swap=3)
     with caplog.at_level(logging.WARNING), placement.loading(swapping, elsewhere):
         assert torch.get_default_device() == CPU, "a whole model would not fit there"
-    assert "--lowram: no effect with --blocks_to_swap" in caplog.text
+    assert "--lowram: has no effect with --blocks_to_swap" in caplog.text
 
 
 def test_offloading_says_where_it_means_nothing(caplog, monkeypatch):
@@ -133,4 +133,4 @@ def test_offloading_says_where_it_means_nothing(caplog, monkeypatch):
     chosen = options(gradient_checkpointing=True, cpu_offload_checkpointing=True)
     with caplog.at_level(logging.WARNING):
         place(tiny_sd(), chosen)
-    assert "--cpu_offload_checkpointing: no effect on a CPU" in caplog.text
+    assert "--cpu_offload_checkpointing: has no effect on a CPU" in caplog.text

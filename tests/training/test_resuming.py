@@ -17,7 +17,7 @@ from library.training import state, state_notes
 from library.training.lr_schedules import make_schedule, wants_loss
 from library.training.optimizers import make_optimizer
 from library.training.plan import make_plan
-from library.training.resuming import making_of, require_optimizer
+from library.training.resuming import require_optimizer, settings_of
 
 DATA = SimpleNamespace(all_records=[], num_train_images=4, num_reg_images=0)
 
@@ -37,13 +37,13 @@ class Training:
         self.schedule = make_schedule(self.optimizer, chosen, steps)
         plan = make_plan(batches, 1, 1, steps=steps, epochs=None, by_default=False)
         opts = Options([chosen], dict.fromkeys(explicit, Given(None, "command line")))
-        self.making = making_of(self.optimizer, opts, plan, data)
+        self.settings = settings_of(self.optimizer, opts, plan, data)
         self.done = 0
         self.used = []  # the rates of each step
 
     @property
     def parts(self):
-        return state.Parts(self.net, self.optimizer, self.schedule)
+        return state.StateParts(self.net, self.optimizer, self.schedule)
 
     def step(self, count):
         for _ in range(count):
@@ -62,12 +62,12 @@ class Training:
         return self
 
     def save(self, folder, *, notes=True):
-        made_with = self.making.to_json() if notes else None
-        state.save_state(folder, self.parts, state_notes.SavedProgress(self.done, 1, 0), made_with=made_with)
+        settings = self.settings.to_json() if notes else None
+        state.save_state(folder, self.parts, state_notes.SavedProgress(self.done, 1, 0), settings=settings)
         return folder
 
     def resume(self, folder):
-        state.load_state(folder, self.parts, making=self.making)
+        state.load_state(folder, self.parts, settings=self.settings)
         self.done = state_notes.read_progress(folder).step
         return self
 
@@ -198,10 +198,10 @@ def test_a_longer_run_takes_the_course_of_its_length(tmp_path, messages):
 
 def test_another_optimizer_is_refused(tmp_path):
     folder = Training().step(1).save(tmp_path / "s")
-    made_with = state_notes.read_making(folder)
-    require_optimizer(folder, made_with, torch.optim.AdamW)
+    settings = state_notes.read_settings(folder)
+    require_optimizer(folder, settings, torch.optim.AdamW)
     with pytest.raises(UserError, match=r"was saved with the optimizer torch\.optim\.adamw\.AdamW, .* now says torch"):
-        require_optimizer(folder, made_with, torch.optim.SGD)
+        require_optimizer(folder, settings, torch.optim.SGD)
     require_optimizer(folder, {}, torch.optim.SGD)  # an earlier version's state does not tell
 
 
@@ -237,7 +237,7 @@ def test_other_data_is_one_warning(tmp_path, messages):
 )
 def test_notes_of_the_wrong_kind_are_as_good_as_none(tmp_path, damage):
     training = Training().step(1)
-    told = training.making.to_json() | damage
-    state.save_state(tmp_path / "s", training.parts, state_notes.SavedProgress(1, 1, 0), made_with=told)
-    require_optimizer(tmp_path / "s", told, torch.optim.AdamW)
+    saved = training.settings.to_json() | damage
+    state.save_state(tmp_path / "s", training.parts, state_notes.SavedProgress(1, 1, 0), settings=saved)
+    require_optimizer(tmp_path / "s", saved, torch.optim.AdamW)
     assert Training().resume(tmp_path / "s").step(1).used == [[1e-2, 5e-3]]

@@ -1,4 +1,4 @@
-"""Spread weights, in two processes on the CPU: gathering, spreading, and what optimizers make of them."""
+"""Sharded weights, in two processes on the CPU: gathering, sharding, and what optimizers make of them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ for round in range(2):  # before and after weights were gathered for a forward p
     with torch.no_grad():
         model.eval()(x)
 
-gathered = sharding.whole({"a": [model.state_dict()["out.weight"]], "b": 3}, keep=first)
+gathered = sharding.full_tensors({"a": [model.state_dict()["out.weight"]], "b": 3}, keep=first)
 assert gathered["b"] == 3
 assert torch.equal(gathered["a"][0], before["out.weight"]) if first else gathered["a"] == [None]
 
@@ -77,17 +77,17 @@ with torch.no_grad():
     for p in model.parameters():
         p.zero_()
 model.load_state_dict(sharding.shard_like(before, model.state_dict()))
-assert torch.equal(sharding.whole(model.state_dict()["out.weight"]), before["out.weight"])
+assert torch.equal(sharding.full_tensors(model.state_dict()["out.weight"]), before["out.weight"])
 
 adam = torch.optim.AdamW(model.parameters())
 model.train()(x).sum().backward()
 adam.step()
-state = sharding.whole(adam.state_dict())
+state = sharding.full_tensors(adam.state_dict())
 fresh = torch.optim.AdamW(model.parameters())
 fresh.load_state_dict(sharding.shard_optimizer_state(state, fresh))
 for one, two in zip(adam.state.values(), fresh.state.values()):
     assert {key: type(value) for key, value in one.items()} == {key: type(value) for key, value in two.items()}
-    assert all(torch.equal(sharding.whole(one[key]), sharding.whole(two[key])) for key in one)
+    assert all(torch.equal(sharding.full_tensors(one[key]), sharding.full_tensors(two[key])) for key in one)
 """
 OPTIMIZERS = """
 def refused(make, name):
@@ -130,9 +130,9 @@ def in_two_processes(folder: Path, *parts: str) -> None:
 
 
 @pytest.mark.parametrize("reshard", [True, False])
-def test_what_is_spread_is_gathered_and_put_back(tmp_path, reshard):
+def test_what_is_sharded_is_gathered_and_put_back(tmp_path, reshard):
     in_two_processes(tmp_path, BEGIN.format(reshard=reshard), TREE, ROUND_TRIPS)
 
 
-def test_optimizers_that_step_spread_weights_otherwise_are_found(tmp_path):
+def test_optimizers_that_step_sharded_weights_otherwise_are_found(tmp_path):
     in_two_processes(tmp_path, BEGIN.format(reshard=True), OPTIMIZERS)

@@ -20,7 +20,7 @@ def make(width=4, optimizer=torch.optim.AdamW):
     adam = optimizer(layer.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 / (1 + step))
     average = EMA(list(layer.parameters()), 0.9)
-    return state.Parts(layer, adam, schedule, None, {"average": average})
+    return state.StateParts(layer, adam, schedule, None, {"average": average})
 
 
 def step(parts, count=1):
@@ -52,7 +52,9 @@ def test_an_average_that_the_state_lacks_starts_from_its_weights(tmp_path):
     whole = make()
     step(whole, 3)
     state.save_state(
-        tmp_path / "s", state.Parts(whole.trained, whole.optimizer, whole.schedule), state_notes.SavedProgress(3, 1, 0)
+        tmp_path / "s",
+        state.StateParts(whole.trained, whole.optimizer, whole.schedule),
+        state_notes.SavedProgress(3, 1, 0),
     )
     again = make()
     state.load_state(tmp_path / "s", again)

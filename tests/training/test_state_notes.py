@@ -27,7 +27,7 @@ def change(folder, **values):
 
 def test_what_was_written_is_read(folder):
     assert state_notes.read_progress(folder) == SavedProgress(4, 2, 7, False)
-    assert state_notes.read_making(folder) == {"optimizer": "torch.optim.AdamW"}
+    assert state_notes.read_settings(folder) == {"optimizer": "torch.optim.AdamW"}
     state_notes.verify(folder)
     assert state_notes.is_whole(folder)
 
@@ -44,7 +44,7 @@ def test_what_was_written_is_read(folder):
 )
 def test_impossible_values_are_one_line(folder, name, value):
     change(folder, **{name: value})
-    read = state_notes.read_making if name == "made_with" else state_notes.read_progress
+    read = state_notes.read_settings if name == "made_with" else state_notes.read_progress
     with pytest.raises(UserError) as caught:
         read(folder)
     (line,) = caught.value.problems

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from library.options.memory import MemoryOptions
-from library.options.optimizer import TORCH_OPTIMIZERS, OptimizerOptions, steps_each_alone
+from library.options.optimizer import TORCH_OPTIMIZERS, OptimizerOptions, steps_each_weight_independently
 from library.options.training import TrainingOptions
 from library.training.optimizers import make_optimizer
 from library.training.stepping import (
@@ -52,7 +52,7 @@ def optimizer_of(model, name):
     path, _, relative = name.partition(" with ")
     args = ["relative_step=True" if relative else "relative_step=False"] if path == "AdaFactor" else None
     options = OptimizerOptions(optimizer_type=path, learning_rate=1e-2, optimizer_args=args)
-    assert steps_each_alone(options)
+    assert steps_each_weight_independently(options)
     weights = list(model.parameters())
     groups = [
         {"params": weights[:2], "lr": 1e-2, "name": "a"},
@@ -224,9 +224,9 @@ def test_rounding_is_the_same_however_steps_are_taken():
 
 def test_which_optimizers_look_at_each_weight_alone():
     for name in ("", "AdamW", "SGD", "AdaFactor", "transformers.Adafactor", "torch.optim.RAdam"):
-        assert steps_each_alone(OptimizerOptions(optimizer_type=name))
+        assert steps_each_weight_independently(OptimizerOptions(optimizer_type=name))
     for name in ("Prodigy", "DAdaptation", "AdamW8bit", "RAdamScheduleFree"):
-        assert not steps_each_alone(OptimizerOptions(optimizer_type=name))
+        assert not steps_each_weight_independently(OptimizerOptions(optimizer_type=name))
 
 
 # ---- several weights together, inside the backward pass

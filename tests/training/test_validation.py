@@ -36,8 +36,8 @@ def test_moments(given, expected):
 
 def test_the_best_is_remembered():
     best = BestLoss()
-    assert [best.see(loss) for loss in (3.0, 2.0, 2.0, 2.5, 1.0)] == [True, True, False, False, True]
-    best.see(4.0)
+    assert [best.update(loss) for loss in (3.0, 2.0, 2.0, 2.5, 1.0)] == [True, True, False, False, True]
+    best.update(4.0)
     other = BestLoss()
     other.load_state_dict(best.state_dict())
     assert (other.lowest, other.latest, other.since) == (1.0, 4.0, 1)
@@ -47,7 +47,7 @@ def test_the_best_is_remembered():
 
 def test_nan_is_never_the_best():
     best = BestLoss()
-    assert not best.see(math.nan)
+    assert not best.update(math.nan)
     assert best.since == 1
 
 
@@ -55,7 +55,7 @@ def test_options_without_images_to_validate_with_are_told(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("trainscripts"), "propagate", True)
     moments(None, 1, save_best_validation=True, early_stop_patience=3)
     (line,) = caplog.messages
-    assert line.startswith("--save_best_validation, --early_stop_patience: no effect, no images are kept")
+    assert line.startswith("--save_best_validation, --early_stop_patience: has no effect, no images are kept")
     caplog.clear()
     moments(object(), 1, early_stop_patience=3)
     moments(None, 1)

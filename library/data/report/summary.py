@@ -53,7 +53,7 @@ def report(data: DataSummary) -> list[str]:
     )
     lines += [f"{_images(count)} {text}" for count, text in notes if count]
     lines += [f"left out: {path}: {reason}" for path, reason in scan.dropped]
-    lines += _likeness_lines(scan)
+    lines += _duplicate_lines(scan)
     forgotten = list(dict.fromkeys(scan.forgotten))
     lines += _named(forgotten, f"{_images(len(forgotten))} without a caption where most of the folder have one")
     cut = list(dict.fromkeys(scan.cut))
@@ -73,7 +73,7 @@ def _named(paths: Sequence[Path], text: str) -> list[str]:
     return [f"{text}: {shown}{', ...' if len(paths) > _NAMED else ''}"] if paths else []
 
 
-def _likeness_lines(scan: ScanReport) -> list[str]:
+def _duplicate_lines(scan: ScanReport) -> list[str]:
     groups: dict[Path, list[Path]] = {}
     for path, first in scan.copies.items():
         groups.setdefault(first, []).append(path)

@@ -20,7 +20,7 @@ from library.data.sample.sampler import BatchLoader, make_loader
 from library.data.scan.index import FileIndex, collector_paused
 from library.data.scan.records import read_records
 from library.data.types import DatasetSpec, ItemKey, LatentEntry, Record, Sample, ScanReport, TextStore
-from library.runtime.places import cache_folder
+from library.runtime.paths import cache_folder
 from library.runtime.seeds import derive
 from library.types import Batch, Size, TextCond
 

@@ -1,4 +1,4 @@
-"""Image files to RGB arrays, and what is done to them: resize, cut, colours. Arrays are uint8 (H, W, 3) or (H, W).
+"""Image files to RGB arrays, and what is done to them: resize, crop, colours. Arrays are uint8 (H, W, 3) or (H, W).
 
 Files are only ever read.
 """
@@ -80,7 +80,7 @@ class FaceBox(NamedTuple):
     height: int
 
 
-class Cut(NamedTuple):
+class Crop(NamedTuple):
     """Which part of an image is used: all of it is brought to `resized`, and `to` is taken from (left, top) on."""
 
     resized: Size
@@ -441,30 +441,30 @@ def _fits_into(to: Size, image: NDArray[np.uint8]) -> bool:
     return to.width <= image.shape[1] and to.height <= image.shape[0]
 
 
-def apply_cut(image: NDArray[np.uint8], cut: Cut, interpolation: str | None = None) -> NDArray[np.uint8]:
-    """(H, W, 3) or (H, W) to (cut.to.height, cut.to.width, ...); `interpolation` as in `resize`.
+def apply_crop(image: NDArray[np.uint8], crop: Crop, interpolation: str | None = None) -> NDArray[np.uint8]:
+    """(H, W, 3) or (H, W) to (crop.to.height, crop.to.width, ...); `interpolation` as in `resize`.
 
-    An image of another size than the one the cut was made for is thought of as laid over all of that one.
+    An image of another size than the one that the crop was computed for is taken as a resized copy of that one.
     """
-    image = resize(image, cut.resized, interpolation)
-    return image[cut.top : cut.top + cut.to.height, cut.left : cut.left + cut.to.width]
+    image = resize(image, crop.resized, interpolation)
+    return image[crop.top : crop.top + crop.to.height, crop.left : crop.left + crop.to.width]
 
 
-def apply_cut_to_mask(mask: NDArray[np.uint8], cut: Cut) -> NDArray[np.uint8]:
-    """As `apply_cut`, but no value is brighter or darker than those around it were: area, or linear to enlarge."""
-    return apply_cut(mask, cut, "area" if _fits_into(cut.resized, mask) else "linear")
+def apply_crop_to_mask(mask: NDArray[np.uint8], crop: Crop) -> NDArray[np.uint8]:
+    """As `apply_crop`, but no value is brighter or darker than those around it were: area, or linear to enlarge."""
+    return apply_crop(mask, crop, "area" if _fits_into(crop.resized, mask) else "linear")
 
 
-def centre_cut(resized: Size, to: Size) -> Cut:
+def centre_crop(resized: Size, to: Size) -> Crop:
     """The middle. `resized` covers `to`."""
-    return Cut(resized, (resized.width - to.width) // 2, (resized.height - to.height) // 2, to)
+    return Crop(resized, (resized.width - to.width) // 2, (resized.height - to.height) // 2, to)
 
 
-def random_cut(resized: Size, to: Size, rng: Random) -> Cut:
+def random_crop(resized: Size, to: Size, rng: Random) -> Crop:
     """Any place, all equally likely. `resized` covers `to`."""
     left = rng.randint(0, resized.width - to.width)
     top = rng.randint(0, resized.height - to.height)
-    return Cut(resized, left, top, to)
+    return Crop(resized, left, top, to)
 
 
 def face_box(path: Path) -> FaceBox | None:
@@ -475,9 +475,9 @@ def face_box(path: Path) -> FaceBox | None:
     return FaceBox(*map(int, fields[-4:]))
 
 
-def face_cut(
+def face_crop(
     size: Size, face: FaceBox, to: Size, span: tuple[float, float], rng: Random, anywhere: bool = False
-) -> Cut:
+) -> Crop:
     """Shrinks the image by chance and cuts around the face.
 
     Args:
@@ -486,7 +486,7 @@ def face_cut(
         anywhere: the face may lie anywhere in the frame, most often near the middle (--random_crop).
     """
     if size == to:
-        return Cut(size, 0, 0, to)
+        return Crop(size, 0, 0, to)
     low, high = span
     side, face_side = min(to), max(face.width, face.height, 1)
     covers = max(to.width / size.width, to.height / size.height)
@@ -505,7 +505,7 @@ def face_cut(
         else:
             start += rng.randint(-jitter, jitter)
         starts.append(max(0, min(start, length - wanted)))
-    return Cut(resized, *starts, to)
+    return Crop(resized, *starts, to)
 
 
 # ---- values

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 
 from library.data.sample import buckets, images
-from library.data.sample.images import Cut
+from library.data.sample.images import Crop
 from library.errors import UserError
 from library.types import Size
 
@@ -27,7 +27,7 @@ SPARE = 4  # times the size that is wanted is how large an image is decoded at l
 
 
 class View(NamedTuple):
-    """One look at a record. All parts have the same cut, and are mirrored together."""
+    """One look at a record. All parts have the same crop, and are mirrored together."""
 
     pixels: NDArray[np.uint8]  # (bucket height, bucket width, 3)
     alpha: NDArray[np.uint8] | None  # (bucket height, bucket width): opacity; only with alpha_mask
@@ -47,12 +47,12 @@ def render(record: Record, flip: bool, rng: Random) -> View:
     """
     subset = record.subset
     alpha = extra = None
-    cut = _cut(record, rng)
+    crop = _crop(record, rng)
     if subset.alpha_mask:
         pixels, alpha = _read(images.read_image_and_alpha, record.path)
         size = Size(*pixels.shape[1::-1])
     elif subset.resize_interpolation in (None, "area"):
-        enough = Size(SPARE * cut.resized.width, SPARE * cut.resized.height)
+        enough = Size(SPARE * crop.resized.width, SPARE * crop.resized.height)
         pixels, size = _read(partial(images.read_reduced, enough=lambda _: enough), record.path)
     else:
         pixels = _read(images.read_image, record.path)
@@ -62,11 +62,11 @@ def render(record: Record, flip: bool, rng: Random) -> View:
             f"{record.path}: the image has changed since the start of the run, from "
             f"{record.size.width}x{record.size.height} to {size.width}x{size.height}; start the run again"
         )
-    pixels = images.apply_cut(pixels, cut, subset.resize_interpolation)
+    pixels = images.apply_crop(pixels, crop, subset.resize_interpolation)
     if alpha is not None:
-        alpha = images.apply_cut_to_mask(alpha, cut)
+        alpha = images.apply_crop_to_mask(alpha, crop)
     if record.conditioning is not None:
-        extra = images.apply_cut_to_mask(_read(images.read_values, record.conditioning), cut)
+        extra = images.apply_crop_to_mask(_read(images.read_values, record.conditioning), crop)
     if subset.color_aug:
         pixels = images.vary_colours(pixels, rng)
     view = View(pixels, alpha, extra)
@@ -80,16 +80,16 @@ def _read(read: Callable[[Path], Read], path: Path) -> Read:
         raise UserError(f"{path}: the image cannot be read ({images.reason(error)}); replace or remove it") from None
 
 
-def _cut(record: Record, rng: Random) -> Cut:
+def _crop(record: Record, rng: Random) -> Crop:
     subset = record.subset
     face = images.face_box(record.path) if subset.face_crop_aug_range and record.resized is None else None
     if face is not None:
         span = subset.face_crop_aug_range
-        return images.face_cut(record.size, face, record.bucket, span, rng, subset.random_crop)
+        return images.face_crop(record.size, face, record.bucket, span, rng, subset.random_crop)
     resized = record.resized or record.size
     if subset.random_crop:
-        return images.random_cut(resized, record.bucket, rng)
-    return images.centre_cut(resized, record.bucket)
+        return images.random_crop(resized, record.bucket, rng)
+    return images.centre_crop(resized, record.bucket)
 
 
 def recorded_crop(record: Record, flip: bool) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Images that occur twice: the same bytes, or nearly the same look (saved again, resized). Indices in, groups out."""
+"""Exact duplicates by digests, near duplicates (saved again, resized) by difference hashes, as groups of indices."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def exact(digests: Sequence[str]) -> list[list[int]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def look(path: Path) -> int | None:
+def difference_hash(path: Path) -> int | None:
     """A 64-bit difference hash of the upright image: which of 9x8 grey fields are brighter than their left neighbour.
 
     Returns: None for images with so little in them (flat, a gradient, a dot on a plain ground) that different ones
@@ -48,7 +48,7 @@ def look(path: Path) -> int | None:
     try:
         fields = np.asarray(_small_grey(path))
     except (SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from None  # Pillow's ways to say that a file is broken
+        raise ValueError(str(error)) from None  # what Pillow raises for a broken file
     steps = np.diff(fields, axis=1).ravel()
     bits = steps > _STEP
     few = np.count_nonzero(np.abs(steps) > _STEP) < _FEWEST_STEPS
@@ -57,29 +57,29 @@ def look(path: Path) -> int | None:
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def near(looks: Sequence[int | None], distance: int = DISTANCE) -> list[list[int]]:
+def similar(hashes: Sequence[int | None], distance: int = DISTANCE) -> list[list[int]]:
     """Groups of images whose hashes differ by at most `distance` bits, directly or by way of others in the group.
 
     Not all pairs are compared: where 64 bits are cut into `distance` + 3 bands, two hashes that near have three bands
     in common, so only hashes with three equal bands meet.
 
     Args:
-        looks: as `look` gives them; images with None are in no group.
+        hashes: as `difference_hash` gives them; images with None are in no group.
         distance: bits, 0 to 16; time grows with its third power.
 
     Returns: sorted indices, two and more; groups by their first index.
     """
     if not 0 <= distance <= LARGEST_DISTANCE:
         raise ValueError(f"distance must be 0 to {LARGEST_DISTANCE} bits, got {distance}")
-    indices = np.array([index for index, value in enumerate(looks) if value is not None], np.int64)
-    hashes, hash_of = np.unique(
-        np.array([value for value in looks if value is not None], np.uint64), return_inverse=True
+    indices = np.array([index for index, value in enumerate(hashes) if value is not None], np.int64)
+    distinct, group_of = np.unique(
+        np.array([value for value in hashes if value is not None], np.uint64), return_inverse=True
     )
-    labels = np.arange(len(hashes))
-    if distance > 0 and len(hashes) > 1:
-        for mask in _masks(hashes, distance + _SHARED_BANDS):
-            labels = _join_equal_under(mask, hashes, labels, distance)
-    return _groups(indices, labels[hash_of.reshape(-1)])
+    labels = np.arange(len(distinct))
+    if distance > 0 and len(distinct) > 1:
+        for mask in _masks(distinct, distance + _SHARED_BANDS):
+            labels = _join_equal_under(mask, distinct, labels, distance)
+    return _groups(indices, labels[group_of.reshape(-1)])
 
 
 def _small_grey(path: Path) -> Image.Image:
@@ -97,7 +97,7 @@ def _small_grey(path: Path) -> Image.Image:
 
 
 def _masks(hashes: NDArray[np.uint64], bands: int) -> Iterator[np.uint64]:
-    """For every three of the bands, the bits in them. Bits that tell images apart are dealt out to all bands alike.
+    """For every three of the bands, the bits in them. Bits that distinguish images are distributed evenly.
 
     Neighbouring bits would make poor bands: the upper rows of many images are a plain background.
     """

@@ -1,4 +1,4 @@
-"""Which images of a data set are the same, or look the same. The searching itself is in `duplicates`."""
+"""Finds the exact and near duplicates among the images of a data set, with the searches of `duplicates`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def copies(sizes: Mapping[Path, Size], index: FileIndex) -> dict[Path, Path]:
     """Files with the same bytes: each -> the first of them, in the order of `sizes`; files without a copy are left out.
 
     Only files of equal length and image size are read; of larger ones first the ends, as among a million images
-    many have the length of another by chance.
+    many happen to have the length of another.
     """
     suspects: dict[tuple[int, Size], list[Path]] = defaultdict(list)
     for path, size in sizes.items():
@@ -48,38 +48,38 @@ def _with_equal_ends(paths: Sequence[Path], index: FileIndex) -> Iterator[Path]:
 
 
 def _end_checksum(path: Path) -> int:
-    """Of the last bytes. Images of one program begin alike, and nearly always end in compressed pixels."""
+    """The checksum of the last bytes. Images of one program begin alike, and nearly always end in compressed pixels."""
     with open_regular(path) as file:
         file.seek(-_END, os.SEEK_END)
         return zlib.crc32(file.read())
 
 
 @dataclass(frozen=True)
-class Looks:
-    """What decoding every image showed."""
+class DecodedImages:
+    """The result of decoding every image."""
 
-    damaged: dict[Path, str]  # and how; their headers are whole
-    alike: list[list[Path]]  # groups of images that are not the same and look it: saved again, resized
+    damaged: dict[Path, str]  # with the reason; their headers are intact
+    alike: list[list[Path]]  # groups of near duplicates: saved again, resized
 
 
-def look_at(paths: Sequence[Path], same: Mapping[Path, Path], index: FileIndex) -> Looks | None:
-    """Decodes every image, or what the index does not know of. None: there are too many.
+def decode_all(paths: Sequence[Path], same: Mapping[Path, Path], index: FileIndex) -> DecodedImages | None:
+    """Decodes every image that the index does not know. None: there are too many.
 
     Args:
-        same: as `copies` gives them; of equal files only the first is looked at.
+        same: as `copies` gives them; of equal files only the first is decoded.
     """
     different = list(dict.fromkeys(same.get(path, path) for path in paths))
     if len(different) > MOST:
         return None
-    seen = index.learn("look", different, _look_or_reason)
+    seen = index.learn("look", different, _hash_or_reason)
     faults = {path: reason for path, (_, reason) in zip(different, seen, strict=True) if reason}
     damaged = {path: faults[same.get(path, path)] for path in paths if same.get(path, path) in faults}
-    groups = duplicates.near([look for look, _ in seen])
-    return Looks(damaged, [[different[member] for member in group] for group in groups])
+    groups = duplicates.similar([value for value, _ in seen])
+    return DecodedImages(damaged, [[different[member] for member in group] for group in groups])
 
 
-def _look_or_reason(path: Path) -> tuple[int | None, str]:
+def _hash_or_reason(path: Path) -> tuple[int | None, str]:
     try:
-        return duplicates.look(path), ""
+        return duplicates.difference_hash(path), ""
     except (OSError, ValueError) as error:
         return None, images.reason(error)

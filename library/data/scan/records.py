@@ -1,4 +1,4 @@
-"""Looks at every image and caption once, before training: sizes, captions, buckets, and what has to be left out."""
+"""Reads every image's size and caption once, before training; assigns buckets, and leaves out unusable images."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def read_records(
             seen += found
     records = [one.record for one in seen]
     _check_masks(records, index, scan)
-    _check_looks(records, index, scan)
+    _check_decoded(records, index, scan)
     if strict:
         log.problems += [f"{path}: {reason} (--strict)" for path, reason in scan.dropped]
     if log.problems:
@@ -100,13 +100,13 @@ def _check_masks(records: Sequence[Record], index: FileIndex, scan: ScanReport) 
             scan.other_shapes.append(mask)
 
 
-def _check_looks(records: Sequence[Record], index: FileIndex, scan: ScanReport) -> None:
-    """Notes which images are the same or look it, and drops those whose header is whole and whose pixels are not."""
+def _check_decoded(records: Sequence[Record], index: FileIndex, scan: ScanReport) -> None:
+    """Reports exact and near duplicates, and drops images whose header can be read and whose pixels cannot."""
     sizes = {record.path: record.size for record in records if record.present}
     scan.copies = near_duplicates.copies(sizes, index)
-    looks = near_duplicates.look_at(list(sizes), scan.copies, index)
-    scan.alike = None if looks is None else looks.alike
-    scan.dropped += looks.damaged.items() if looks is not None else ()
+    decoded = near_duplicates.decode_all(list(sizes), scan.copies, index)
+    scan.alike = None if decoded is None else decoded.alike
+    scan.dropped += decoded.damaged.items() if decoded is not None else ()
 
 
 def _read_headers(found: Sequence[ImageEntry], index: FileIndex) -> list[_Header]:

@@ -91,16 +91,16 @@ class FluxLoader(Loader):
 
 class FluxText(TextEncoding):
     def encode(
-        self, models: Models, captions: list[str], *, emphasis: bool | None = None, known: TextCond | None = None
+        self, models: Models, captions: list[str], *, emphasis: bool | None = None, cached: TextCond | None = None
     ) -> TextCond:
         """CLIP-L's pooled vector (B, P), T5's states (B, L, W), their positions (B, L, 3), and their mask (B, L).
 
         Raises: UserError: a text encoder is not there.
         """
         missing = [part for part in FLAGS if part not in models.text_encoders]
-        if missing and known is None:
+        if missing and cached is None:
             raise UserError(*(f"--{FLAGS[part]}: needed, as texts cannot be encoded without it" for part in missing))
-        tensors = {} if known is None else dict(known.tensors)
+        tensors = {} if cached is None else dict(cached.tensors)
         if "te1" not in missing:
             clip = models.text_encoders["te1"]
             ids = tokenize(models.tokenizers["te1"], captions)[:, 0]

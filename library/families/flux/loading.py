@@ -214,8 +214,8 @@ def _load_folder(name: str, given: Mapping[str, str], with_weights: bool) -> tup
 
     require_model_name(name)
     parts = ("transformer", *FOLDERS.values(), "vae", *TOKENIZERS.values(), "scheduler")
-    outlines = () if with_weights else ("transformer", "vae")
-    folder = Path(name) if Path(name).is_dir() else hub_folder(name, parts, folder_problem, outlines)
+    without_weights = () if with_weights else ("transformer", "vae")
+    folder = Path(name) if Path(name).is_dir() else hub_folder(name, parts, folder_problem, without_weights)
     with error_prefix(name):
         problem = folder_problem(folder)
         if problem:

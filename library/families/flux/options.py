@@ -88,8 +88,8 @@ class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
                 "leave it out"
             )
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        yield from super().advise(opts, traits)
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().warnings(opts, traits)
         if opts.model.vae:
             yield f"--vae: has no effect on {traits.label}; give its autoencoder with --ae"
         if self.model_prediction_type != "raw":

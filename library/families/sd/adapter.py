@@ -55,7 +55,7 @@ class SdLoader(Loader):
 
 class SdText(TextEncoding):
     def encode(
-        self, models: Models, captions: list[str], *, emphasis: bool | None = None, known: TextCond | None = None
+        self, models: Models, captions: list[str], *, emphasis: bool | None = None, cached: TextCond | None = None
     ) -> TextCond:
         """The text encoder's states under "context", (B, n * 75 + 2, width); shorter without token padding."""
         family, tokenizer, text_encoder = self.opts.family, models.tokenizers["te"], models.text_encoders["te"]

@@ -97,20 +97,20 @@ class Sd3Loader(Loader):
 
 class Sd3Text(TextEncoding):
     def encode(
-        self, models: Models, captions: list[str], *, emphasis: bool | None = None, known: TextCond | None = None
+        self, models: Models, captions: list[str], *, emphasis: bool | None = None, cached: TextCond | None = None
     ) -> TextCond:
         """The tensors of `text.KEYS`; without T5, 77 rows of zeros stand for its output.
 
         Raises: UserError: a CLIP text encoder is not there.
         """
         missing = [part for part in ("te1", "te2") if part not in models.text_encoders]
-        if missing and known is None:
+        if missing and cached is None:
             raise UserError(*(missing_encoder(part) for part in missing))
         options = self.opts.family
         states, pooled, masks = [], [], []
         for number, part in enumerate(("te1", "te2")):
             if part in missing:
-                found, mask = text.known_clip(known, number, models.source.clip_l or text.published_clip_l(known))
+                found, mask = text.cached_clip(cached, number, models.source.clip_l or text.published_clip_l(cached))
                 states.append(found[0])
                 pooled.append(found[1])
                 masks.append(mask)
@@ -124,8 +124,8 @@ class Sd3Text(TextEncoding):
             states.append(found[0])
             pooled.append(found[1])
             masks.append(mask)
-        if known is not None and "te3" not in models.text_encoders:
-            t5 = (known.tensors[text.T5_OUT], known.tensors[text.T5_MASK])
+        if cached is not None and "te3" not in models.text_encoders:
+            t5 = (cached.tensors[text.T5_OUT], cached.tensors[text.T5_MASK])
         else:
             t5 = self._encode_t5(models, captions, states[0])
         return text.conditioning(states, pooled, masks, *t5)

@@ -292,8 +292,8 @@ def _load_folder(name: str, skip: frozenset[str]) -> Parts:
     from diffusers import AutoencoderKL, SD3Transformer2DModel
 
     require_model_name(name)
-    outlines = {"denoiser": "transformer", "vae": "vae"}
-    unread = [folder for part, folder in outlines.items() if part in skip]
+    without_weights = {"denoiser": "transformer", "vae": "vae"}
+    unread = [folder for part, folder in without_weights.items() if part in skip]
     folder = Path(name) if Path(name).is_dir() else hub_folder(name, HUB_PARTS, folder_problem, unread)
     with error_prefix(name):
         problem = folder_problem(folder)

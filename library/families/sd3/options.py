@@ -74,8 +74,8 @@ class Sd3Options(FlowOptions, group="family", title="Stable Diffusion 3/3.5"):
         1.0, "shift of the timesteps: below 1 towards the image, above 1 towards pure noise", above=0
     )
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        yield from super().advise(opts, traits)
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().warnings(opts, traits)
         for name, instead in (("t5xxl_device", "T5 is moved as needed"), ("t5xxl_dtype", "see --mixed_precision")):
             if getattr(self, name) is not None:
                 yield f"--{name}: has no effect; {instead}"

@@ -89,7 +89,7 @@ def published_clip_l(cond: TextCond) -> tuple[int, int]:
     return cond.tensors[LG_OUT].shape[-1] * 3 // 8, cond.tensors[LG_POOLED].shape[-1] * 3 // 8
 
 
-def known_clip(cond: TextCond, number: int, clip_l: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def cached_clip(cond: TextCond, number: int, clip_l: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """(states, pooled) and mask of CLIP-L (0) or CLIP-G (1), taken out of a conditioning. `clip_l`: `drop_encoders`."""
     columns = [slice(count) if number == 0 else slice(count, None) for count in clip_l]
     states, pooled = (cond.tensors[name][..., own] for name, own in zip((LG_OUT, LG_POOLED), columns, strict=True))

@@ -60,7 +60,7 @@ class SdxlLoader(Loader):
 
 class SdxlText(TextEncoding):
     def encode(
-        self, models: Models, captions: list[str], *, emphasis: bool | None = None, known: TextCond | None = None
+        self, models: Models, captions: list[str], *, emphasis: bool | None = None, cached: TextCond | None = None
     ) -> TextCond:
         """Both text encoders' states and the pooled text of the second, by the names that cache files have."""
         family = self.opts.family

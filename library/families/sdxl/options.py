@@ -35,8 +35,8 @@ class SdxlOptions(CommonOptions, group="family", title="SDXL"):
                 "add --network_train_unet_only"
             )
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        yield from super().advise(opts, traits)
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().warnings(opts, traits)
         if self.v2:
             yield f"--v2: has no effect on {traits.label}"
         if self.clip_skip is not None:

@@ -32,7 +32,7 @@ def no_answer(name: str) -> str | None:
 
 
 def hub_folder(
-    name: str, parts: Iterable[str], problem_of: Callable[[Path], str | None], outlines: Collection[str] = ()
+    name: str, parts: Iterable[str], problem_of: Callable[[Path], str | None], without_weights: Collection[str] = ()
 ) -> Path:
     """The folder of a hub model in the hub's cache. The hub is asked only where the cache does not have the model.
 
@@ -40,14 +40,14 @@ def hub_folder(
         name: hub id.
         parts: subfolders that are needed, as far as the model has them.
         problem_of: what a folder lacks; may raise UserError.
-        outlines: those of the parts whose weights are not needed.
+        without_weights: those of the parts whose weights are not needed.
     Raises: UserError: the hub does not give it.
     """
     from huggingface_hub import snapshot_download
 
-    endings = {part: ENDINGS[:1] if part in outlines else ENDINGS for part in parts}
+    endings = {part: ENDINGS[:1] if part in without_weights else ENDINGS for part in parts}
     wanted = ["model_index.json", *(f"{part}/{ending}" for part in endings for ending in endings[part])]
-    whole = [part for part in endings if part not in outlines]
+    whole = [part for part in endings if part not in without_weights]
     try:
         folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
         if problem_of(folder) is None and not _without_weights(folder, whole):

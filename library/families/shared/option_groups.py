@@ -37,7 +37,7 @@ class CommonOptions(OptionGroup, group="family", title="Model family"):
         if opts.loss.v_pred_like_loss is not None and self.v_parameterization:
             yield "--v_pred_like_loss: cannot be used with --v_parameterization, which makes it a v loss already"
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if opts.noise.zero_terminal_snr and not self.v_parameterization:
             yield "--zero_terminal_snr: meant for --v_parameterization; predicting noise in pure noise teaches little"
 
@@ -81,7 +81,7 @@ class FlowOptions(CommonOptions):
                 "train_t5xxl=True in --network_args"
             )
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         for group, names in _DDPM_ONLY.items():
             for name in names:
                 if getattr(getattr(opts, group), name):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from library.errors import UserError
 from library.preparation.captioning.blip_weights import build_blip, read_original_blip, word_count
-from library.preparation.captioning.nucleus_sampling import DrawnWords
+from library.preparation.captioning.nucleus_sampling import NucleusSampling
 from library.preparation.captioning.pretrained import fetched, load, load_model, placed
 from library.runtime.logs import LOGGER
 from library.types import Size
@@ -64,7 +64,7 @@ class Search:
 
         found: dict[str, Any] = {"do_sample": False, "num_beams": self.num_beams}
         if self.top_p is not None:
-            found["logits_processor"] = LogitsProcessorList([DrawnWords(self.top_p, self.seed, names)])
+            found["logits_processor"] = LogitsProcessorList([NucleusSampling(self.top_p, self.seed, names)])
         return found
 
 
@@ -221,7 +221,7 @@ def load_image_text_model(name: str, search: Search, prompt: str | None) -> Capt
     kind = _model_type(name, "an image-text-to-text model")
     if kind in _BY_TYPE:
         return _BY_TYPE[kind](name, search, prompt)
-    device = _told_place(name)
+    device = _logged_device(name)
     dtype = torch.float32
     if device.type == "cuda":  # such models are made in bfloat16; not all of them stay finite in float16
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -367,12 +367,12 @@ def _require_room(name: str, search: Search, positions: int) -> None:
 def _on_device(model: nn.Module, name: str) -> nn.Module:
     import torch
 
-    device = _told_place(name)
+    device = _logged_device(name)
     return model.to(device, torch.float16) if device.type == "cuda" else model.to(device)
 
 
-def _told_place(name: str) -> torch.device:
-    """This process's device, after telling which one it is: on the wrong one, captions take hours."""
+def _logged_device(name: str) -> torch.device:
+    """This process's device, which is logged: on the wrong one, captions take hours."""
     device = placed()
     LOGGER.info("captioning with %s on the %s", name, "CPU" if device.type == "cpu" else "GPU")
     return device

@@ -12,7 +12,7 @@ from library.errors import UserError
 from library.options.base import Options
 from library.options.captioning import CaptionFileOptions, CaptionOptions, GitCaptionOptions
 from library.options.preparation import WorkOptions
-from library.preparation.captioning.text_mentions import without_written_words
+from library.preparation.captioning.text_mentions import without_text_mentions
 from library.preparation.common.images import (
     all_gather,
     find_images,
@@ -66,17 +66,17 @@ def make_captions_by_git(opts: Options) -> Outcome:
 
         return captioners.load_git(given.model_id, captioners.Search(max_length=given.max_length))
 
-    return caption_folder(given, load, without_written_words if given.remove_words else lambda caption: caption)
+    return caption_folder(given, load, without_text_mentions if given.remove_words else lambda caption: caption)
 
 
 def caption_folder(
-    given: CaptionFileOptions, load: Callable[[], Captioner], mend: Callable[[str], str] = lambda caption: caption
+    given: CaptionFileOptions, load: Callable[[], Captioner], change: Callable[[str], str] = lambda caption: caption
 ) -> Outcome:
     """Captions this process's share of the images of a folder.
 
     Args:
         load: makes the model; called only if there is something to do.
-        mend: changes a caption before it is written.
+        change: changes a caption before it is written.
     Raises: UserError: no images, the model cannot be had, or a batch does not fit into the GPU's memory.
     """
     require_text_ending(given.caption_extension)
@@ -103,7 +103,7 @@ def caption_folder(
     reading = read_ahead(todo, read, outcome, workers=given.max_data_loader_n_workers, desc="captions", batch=size)
     for batch in in_batches(reading, size):
         for path, found in _captioned(captioner, batch, folder, outcome):
-            caption = mend(found)
+            caption = change(found)
             try:
                 write_text(caption_path(path, given), f"{caption}\n")
             except UserError as error:

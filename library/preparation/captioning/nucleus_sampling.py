@@ -1,4 +1,4 @@
-"""Draws the words of captions, each image from a stream of its own."""
+"""Nucleus sampling of captions, with a random stream for each image."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from library.runtime.seeds import generator
 if TYPE_CHECKING:
     from torch import Tensor
 
-LIKELIEST = 50  # words that are drawn from at most; what transformers did when the first captioners came out
+LIKELIEST = 50  # tokens that are sampled from at most; the default of transformers when the first captioners came out
 
 
-class DrawnWords:
-    """A logits processor after which the best score is a word drawn from the nucleus.
+class NucleusSampling:
+    """A logits processor for greedy search that makes the best score a sample from the nucleus.
 
     transformers would draw for the whole batch from torch's global generator, so that a caption depended on the
     images before and beside it. Here Gumbel noise from an image's own stream is added to the scores, and greedy
-    search takes the best: the same distribution, address by address.
+    search takes the best: the same distribution, independent of the batch.
 
     Args:
-        top_p: in (0, 1]; words are drawn from the likeliest ones that together have at least this probability.
+        top_p: in (0, 1]; tokens are sampled from the likeliest ones that together have at least this probability.
         seed: of the run.
-        names: what tells an image from the others, in the order of the batch.
+        names: what identifies each image, in the order of the batch.
     """
 
     def __init__(self, top_p: float, seed: int, names: Sequence[str]):

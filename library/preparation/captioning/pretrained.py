@@ -16,7 +16,7 @@ from library.families.shared.recognition import is_hub_id
 from library.preparation.common.images import by_the_first, is_first
 from library.runtime.durable import replacing
 from library.runtime.logs import LOGGER, progress
-from library.runtime.places import cache_folder
+from library.runtime.paths import cache_folder
 
 if TYPE_CHECKING:
     import torch

@@ -27,7 +27,7 @@ _PHRASES = tuple(
 )
 
 
-def without_written_words(caption: str) -> str:
+def without_text_mentions(caption: str) -> str:
     """A caption without phrases like ``with the words "..." on it``, ``that says ...`` or ``the number 5 on ...``.
 
     One that is nothing else stays as it is.

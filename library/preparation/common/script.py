@@ -15,7 +15,7 @@ from library.preparation.common.summary import Outcome
 from library.registry import options_elsewhere
 from library.runtime import logs
 from library.runtime.logs import LOGGER
-from library.runtime.places import require_here
+from library.runtime.paths import require_here
 
 if TYPE_CHECKING:
     from library.types import FamilyTraits

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from library.data.sample import images
-from library.data.sample.images import Cut, FaceBox
+from library.data.sample.images import Crop, FaceBox
 from library.data.sample.opencv import opencv
 from library.errors import UserError
 from library.options.base import Options
@@ -42,12 +42,12 @@ _BOX, _EYE = (255, 0, 0), (0, 0, 255)  # RGB of what --debug draws
 
 
 class Framing(NamedTuple):
-    """How a result is made of its image. At most one of `pixels` and `times` is given; without, nothing is cut."""
+    """How a result is made of its image. At most one of `pixels` and `times` is given; without, nothing is cropped."""
 
     face_side: int | None = None  # pixels of the face's longer side
     pixels: Size | None = None  # of the cut
-    times: tuple[float, float] | None = None  # width and height of the cut, in longer sides of the face
-    fit: bool = False  # the cut takes all of the image's shorter side
+    times: tuple[float, float] | None = None  # width and height of the crop, in longer sides of the face
+    fit: bool = False  # the crop takes all of the image's shorter side
 
 
 def cut_faces(opts: Options) -> Outcome:
@@ -114,32 +114,32 @@ def turning(centre: tuple[float, float], degrees: float) -> NDArray[np.float64]:
     return np.array([[cos, sin, x - cos * x - sin * y], [-sin, cos, y + sin * x - cos * y]])
 
 
-def frame(size: Size, face: FaceBox, framing: Framing) -> tuple[Cut, FaceBox]:
+def frame(size: Size, face: FaceBox, framing: Framing) -> tuple[Crop, FaceBox]:
     """Which part of an image becomes the result, and where the face is in it.
 
-    The cut has the face in its middle, or as near to that as the image's edges allow. An image that is too small
+    The crop has the face in its middle, or as near to that as the image's edges allow. An image that is too small
     for `framing.pixels` is enlarged, so that the result always has that size.
     """
     face_side = max(face.width, face.height, 1)
-    scale, cut = 1.0, framing.pixels
-    if cut is not None:
-        covers = max(cut.width / size.width, cut.height / size.height)
+    scale, crop = 1.0, framing.pixels
+    if crop is not None:
+        covers = max(crop.width / size.width, crop.height / size.height)
         wanted = 1.0 if framing.face_side is None else framing.face_side / face_side
         scale = covers if framing.fit else max(covers, wanted)
     elif framing.face_side is not None:
         scale = framing.face_side / face_side
     elif framing.times is not None:
-        cut = Size(*(max(1, _whole(times * face_side)) for times in framing.times))
+        crop = Size(*(max(1, _whole(times * face_side)) for times in framing.times))
     resized = Size(*(max(1, _whole(side * scale)) for side in size))
     if framing.pixels is not None:  # rounding must not make it too small
         resized = Size(*(max(side, least) for side, least in zip(resized, framing.pixels, strict=True)))
-    to = resized if cut is None else Size(*(min(pair) for pair in zip(cut, resized, strict=True)))
+    to = resized if crop is None else Size(*(min(pair) for pair in zip(crop, resized, strict=True)))
     scaled = FaceBox(*(_whole(value * scale) for value in face))
     left, top = (
         max(0, min(centre - side // 2, whole - side))
         for centre, side, whole in zip((scaled.x, scaled.y), to, resized, strict=True)
     )
-    return Cut(resized, left, top, to), scaled._replace(x=scaled.x - left, y=scaled.y - top)
+    return Crop(resized, left, top, to), scaled._replace(x=scaled.x - left, y=scaled.y - top)
 
 
 def result_name(stem: str, face: FaceBox, suffix: str) -> str:
@@ -164,7 +164,7 @@ def _cut_file(path: Path, pixels: NDArray[np.uint8], model: FaceModel, given: Fa
     for face in _wanted_faces(path, pixels, model, given):
         result, box = _result(pixels, face, given)
         name, number = result_name(path.stem, box, suffix), 2
-        while name in results:  # cut to one size, two faces may well be at the same place
+        while name in results:  # cropped to one size, two faces may well be at the same place
             name, number = result_name(f"{path.stem}_{number}", box, suffix), number + 1
         results[name] = encoded(result, suffix)
     return list(results.items())
@@ -203,16 +203,16 @@ def _result(pixels: NDArray[np.uint8], face: Face, given: FaceOptions) -> tuple[
         first, second = (tuple(map(float, matrix @ (x, y, 1))) for x, y in eyes)
         eyes = ((first[0], first[1]), (second[0], second[1]))
     framing = Framing(given.resize_face_size, given.crop_pixels(), given.crop_times(), given.resize_fit)
-    cut, placed = frame(size, box, framing)
-    if cut.resized.width * cut.resized.height > _MOST_PIXELS:
+    crop, placed = frame(size, box, framing)
+    if crop.resized.width * crop.resized.height > _MOST_PIXELS:
         raise ValueError(
             f"for its face of {max(box.width, box.height)} pixels it would become "
-            f"{cut.resized.width}x{cut.resized.height}; leave out such faces with --min_size"
+            f"{crop.resized.width}x{crop.resized.height}; leave out such faces with --min_size"
         )
-    result = images.apply_cut(pixels, cut)
+    result = images.apply_crop(pixels, crop)
     if given.debug:
-        factors = (cut.resized.width / size.width, cut.resized.height / size.height)
-        points = [(_whole(x * factors[0]) - cut.left, _whole(y * factors[1]) - cut.top) for x, y in eyes or ()]
+        factors = (crop.resized.width / size.width, crop.resized.height / size.height)
+        points = [(_whole(x * factors[0]) - crop.left, _whole(y * factors[1]) - crop.top) for x, y in eyes or ()]
         result = _with_marks(result, placed, points)
     return result, placed
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from library.data.sample import images
-from library.data.sample.images import Cut
+from library.data.sample.images import Crop
 from library.data.sample.opencv import opencv
 from library.data.scan.folders import is_image
 from library.errors import UserError
@@ -59,7 +59,7 @@ def resize_images(opts: Options) -> Outcome:
     return outcome
 
 
-def fit(size: Size, most: Size, divisible_by: int) -> Cut:
+def fit(size: Size, most: Size, divisible_by: int) -> Crop:
     """How an image of `size` comes to have at most as many pixels as `most`, in its own proportions.
 
     Raises: ValueError: nothing is left of one side that could be divided by `divisible_by`.
@@ -72,7 +72,7 @@ def fit(size: Size, most: Size, divisible_by: int) -> Cut:
     to = Size(*(side - side % divisible_by for side in resized))
     if min(to) == 0:
         raise ValueError(f"{resized.width}x{resized.height} pixels are too few for --divisible_by={divisible_by}")
-    return images.centre_cut(resized, to)
+    return images.centre_crop(resized, to)
 
 
 def result_name(image: str, size: Size, suffix: str) -> str:
@@ -112,8 +112,8 @@ def _resize_file(path: Path, target: Path, sizes: Sequence[Size], names: Sequenc
     interpolation = "lanczos" if given.interpolation == "lanczos4" else given.interpolation
     height, width = planes[0].shape[:2]
     for size, file in results.items():
-        cut = fit(Size(width, height), size, given.divisible_by)
-        fitted = [images.apply_cut(plane, cut, interpolation) for plane in planes]
+        crop = fit(Size(width, height), size, given.divisible_by)
+        fitted = [images.apply_crop(plane, crop, interpolation) for plane in planes]
         content = encoded(fitted[0] if len(fitted) == 1 else np.dstack(fitted), suffix)
         for name in companions(path.name, names):
             copy = target / result_name(name, size, os.path.splitext(name)[1])

@@ -56,7 +56,7 @@ def prepare(opts: Options) -> Outcome:
     from library.data.scan.index import FileIndex
     from library.data.scan.metadata_files import read_metadata
     from library.families.shared.finding import family_of
-    from library.runtime.places import cache_folder
+    from library.runtime.paths import cache_folder
 
     opencv()
     options, outcome = opts.bucketing, Outcome()

@@ -81,14 +81,14 @@ def tag_images(opts: Options) -> Outcome:
         return outcome
     tagger = _load(options)
     words = make_vocabulary(tagger.labels, rules, ranked=tagger.ranked)
-    _tell_before(options, tagger, words)
+    _log_tagger(options, tagger, words)
     try:
         _tag(todo, tagger, words, rules, options, place, outcome, found)
     except KeyboardInterrupt:
         place.interrupted()
         raise
     place.finish()
-    _tell_after(all_gather(found), options)
+    _log_results(all_gather(found), options)
     return outcome
 
 
@@ -103,7 +103,7 @@ def _load(options: TaggingOptions) -> Tagger:
     return open_tagger(files or find_tagger(*where))
 
 
-def _tell_before(options: TaggingOptions, tagger: Tagger, words: Vocabulary) -> None:
+def _log_tagger(options: TaggingOptions, tagger: Tagger, words: Vocabulary) -> None:
     LOGGER.info("tagging with %s on the %s", tagger.files.path, "GPU" if tagger.on_gpu else "CPU")
     if tagger.batch is not None and tagger.batch != options.batch_size:
         LOGGER.info("this tagger takes %s at a time, whatever --batch_size says", counted(tagger.batch))
@@ -141,15 +141,15 @@ def _tag(
                 tags = choose_tags(row, words, rules)
                 behind.append(_Put(path, tags, row, writer.submit(place.put, path, tags, size_of_image)))
             while len(behind) > _BEHIND:
-                _settle(behind.popleft(), words, rules, options, outcome, found)
+                _count_result(behind.popleft(), words, rules, options, outcome, found)
         while behind:
-            _settle(behind.popleft(), words, rules, options, outcome, found)
+            _count_result(behind.popleft(), words, rules, options, outcome, found)
 
 
-def _settle(
+def _count_result(
     put: _Put, words: Vocabulary, rules: TagRules, options: TaggingOptions, outcome: Outcome, found: _Found
 ) -> None:
-    """Counts an image whose tags have been put where they belong, once they are there."""
+    """Counts an image once its tags have been written."""
     try:
         put.done.result()
     except UserError as error:
@@ -164,7 +164,7 @@ def _settle(
             show(f"  {line}")
 
 
-def _tell_after(found: Sequence[_Found], options: TaggingOptions) -> None:
+def _log_results(found: Sequence[_Found], options: TaggingOptions) -> None:
     if not is_first():
         return
     if without := sum(one.without_tags for one in found):

@@ -198,38 +198,38 @@ def test_chosen_interpolation(name):
     assert np.array_equal(images.resize(source, Size(40, 24), name), source)
 
 
-def test_centre_and_random_cuts():
-    assert images.centre_cut(Size(40, 24), Size(37, 20)) == (Size(40, 24), 1, 2, Size(37, 20))
-    places = {images.random_cut(Size(40, 24), Size(38, 23), Random(seed))[1:3] for seed in range(300)}
+def test_centre_and_random_crops():
+    assert images.centre_crop(Size(40, 24), Size(37, 20)) == (Size(40, 24), 1, 2, Size(37, 20))
+    places = {images.random_crop(Size(40, 24), Size(38, 23), Random(seed))[1:3] for seed in range(300)}
     assert places == {(left, top) for left in range(3) for top in range(2)}
-    assert images.random_cut(Size(40, 24), Size(40, 24), Random(0)) == images.centre_cut(Size(40, 24), Size(40, 24))
+    assert images.random_crop(Size(40, 24), Size(40, 24), Random(0)) == images.centre_crop(Size(40, 24), Size(40, 24))
 
 
-def test_apply_cut():
+def test_apply_crop():
     source = gradient()
-    cut = images.Cut(Size(40, 24), 1, 2, Size(37, 20))
-    assert np.array_equal(images.apply_cut(source, cut), source[2:22, 1:38])
-    assert np.array_equal(images.apply_cut(source[..., 0], cut), source[2:22, 1:38, 0])
-    cut = images.Cut(Size(20, 12), 3, 1, Size(16, 8))
+    cut = images.Crop(Size(40, 24), 1, 2, Size(37, 20))
+    assert np.array_equal(images.apply_crop(source, cut), source[2:22, 1:38])
+    assert np.array_equal(images.apply_crop(source[..., 0], cut), source[2:22, 1:38, 0])
+    cut = images.Crop(Size(20, 12), 3, 1, Size(16, 8))
     resized = images.resize(source, Size(20, 12), "bicubic")
-    assert np.array_equal(images.apply_cut(source, cut, "bicubic"), resized[1:9, 3:19])
+    assert np.array_equal(images.apply_crop(source, cut, "bicubic"), resized[1:9, 3:19])
 
 
 @pytest.mark.parametrize("resized", [Size(20, 12), Size(80, 48), Size(20, 48)])
 def test_masks_are_cut_as_images_are_and_make_no_new_values(resized):
     mask = np.zeros((24, 40), np.uint8)
     mask[6:18, 10:30] = 200
-    cut = images.Cut(resized, resized.width // 4, resized.height // 4, Size(resized.width // 2, resized.height // 2))
-    inside = images.apply_cut_to_mask(mask, cut)
+    cut = images.Crop(resized, resized.width // 4, resized.height // 4, Size(resized.width // 2, resized.height // 2))
+    inside = images.apply_crop_to_mask(mask, cut)
     assert inside.shape == (cut.to.height, cut.to.width)
     assert (inside[1:-1, 1:-1] == 200).all()  # the bright part is just what is cut out; its edges may mix
     noise = np.where(np.random.default_rng(2).random((24, 40)) < 0.5, 50, 200).astype(np.uint8)
-    whole = images.apply_cut_to_mask(noise, images.Cut(resized, 0, 0, resized))
+    whole = images.apply_crop_to_mask(noise, images.Crop(resized, 0, 0, resized))
     assert whole.min() >= 50
     assert whole.max() <= 200
     doubled = images.resize(mask, Size(80, 48), "nearest")  # of another size: it lies over the same image
-    assert close(images.apply_cut_to_mask(doubled, cut), inside, 110)
-    assert np.array_equal(images.apply_cut_to_mask(doubled, cut)[1:-1, 1:-1], inside[1:-1, 1:-1])
+    assert close(images.apply_crop_to_mask(doubled, cut), inside, 110)
+    assert np.array_equal(images.apply_crop_to_mask(doubled, cut)[1:-1, 1:-1], inside[1:-1, 1:-1])
 
 
 def test_face_box(tmp_path):
@@ -243,9 +243,9 @@ def test_face_crop_centres_the_face_at_the_chosen_scale():
     source[270:330, 470:530] = 255  # face of 60 around (500, 300)
     face = images.FaceBox(500, 300, 60, 60)
     # The frame of 300 is to be 6 faces wide: scale 300 / (60 * 6) = 0.8333, so the face measures 50.
-    chosen = images.face_cut(Size(800, 600), face, Size(300, 300), (6.0, 6.0), Random(0))
+    chosen = images.face_crop(Size(800, 600), face, Size(300, 300), (6.0, 6.0), Random(0))
     assert chosen.resized == (667, 500)
-    cut = images.apply_cut(source, chosen)
+    cut = images.apply_crop(source, chosen)
     rows, columns = np.nonzero(cut[..., 0] > 127)
     assert cut.shape == (300, 300, 3)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == pytest.approx((125, 174, 125, 174), abs=1)
@@ -255,7 +255,7 @@ def test_face_crop_stays_inside_and_never_enlarges():
     for seed in range(100):
         rng = Random(seed)
         face = images.FaceBox(rng.randint(0, 499), rng.randint(0, 399), rng.randint(1, 300), rng.randint(1, 300))
-        cut = images.face_cut(Size(500, 400), face, Size(320, 256), (1.0, 4.0), rng, anywhere=seed % 2 == 0)
+        cut = images.face_crop(Size(500, 400), face, Size(320, 256), (1.0, 4.0), rng, anywhere=seed % 2 == 0)
         assert cut.to == (320, 256)
         assert cut.resized.width <= 500
         assert cut.resized.height <= 400
@@ -265,7 +265,7 @@ def test_face_crop_stays_inside_and_never_enlarges():
 
 def test_face_crop_leaves_an_image_of_the_right_size_alone():
     face = images.FaceBox(10, 10, 5, 5)
-    cut = images.face_cut(Size(320, 256), face, Size(320, 256), (1.0, 4.0), Random(0))
+    cut = images.face_crop(Size(320, 256), face, Size(320, 256), (1.0, 4.0), Random(0))
     assert cut == (Size(320, 256), 0, 0, Size(320, 256))
 
 
@@ -720,7 +720,7 @@ def test_texts_that_are_too_long_for_the_library_cost_nothing_but_themselves(tmp
     png_with(tmp_path / "a.png", *chunks, behind=behind)
     assert images.probe(tmp_path / "a.png") == (Size(40, 24), False, 1)
     assert (images.read_image(tmp_path / "a.png") == gradient()).all()
-    duplicates.look(tmp_path / "a.png")
+    duplicates.difference_hash(tmp_path / "a.png")
 
 
 def test_a_long_colour_profile_still_counts(tmp_path):

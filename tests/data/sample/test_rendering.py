@@ -72,8 +72,8 @@ def test_a_photo_that_is_shrunk_far_may_be_decoded_small(tmp_path, kept_whole, m
         image += cv2.resize(grid, (1600, 1200), interpolation=cv2.INTER_CUBIC)
     path = tmp_path / "photo.jpg"
     Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path, quality=90)
-    cut = images.centre_cut(Size(128, 96), Size(96, 96))
-    expected = images.apply_cut(images.read_image(path), cut, kept_whole.get("resize_interpolation"))
+    cut = images.centre_crop(Size(128, 96), Size(96, 96))
+    expected = images.apply_crop(images.read_image(path), cut, kept_whole.get("resize_interpolation"))
     view = render(record(path, (1600, 1200), (96, 96), (128, 96), **kept_whole), False, Random(0))
     difference = np.abs(view.pixels.astype(int) - expected)
     assert difference.mean() < 1

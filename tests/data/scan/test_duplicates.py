@@ -51,7 +51,7 @@ def looks_of(images, folder, suffix, **options):
     paths = [folder / f"{number}.{suffix}" for number in range(len(images))]
     for image, path in zip(images, paths, strict=True):
         image.save(path, **options)
-    return [duplicates.look(path) for path in paths]
+    return [duplicates.difference_hash(path) for path in paths]
 
 
 @pytest.mark.parametrize("kind", COPIES)
@@ -60,7 +60,7 @@ def test_each_copy_is_found_with_its_original_only(tmp_path, originals, kind):
     (tmp_path / "copies").mkdir()
     looks = looks_of(originals, tmp_path, "png")
     looks += looks_of([change(image) for image in originals], tmp_path / "copies", suffix, **options)
-    assert duplicates.near(looks) == [[number, number + PHOTOS] for number in range(PHOTOS)]
+    assert duplicates.similar(looks) == [[number, number + PHOTOS] for number in range(PHOTOS)]
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -70,8 +70,8 @@ def test_the_upright_image_counts(tmp_path, suffix, orientation):
     stored = upright.transpose({3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[orientation])
     exif[0x0112] = orientation
     looks = looks_of([upright], tmp_path, "bmp") + looks_of([stored], tmp_path, suffix, exif=exif)
-    assert duplicates.near(looks) == [[0, 1]]
-    assert duplicates.near(looks[:1] + looks_of([stored], tmp_path, suffix)) == []
+    assert duplicates.similar(looks) == [[0, 1]]
+    assert duplicates.similar(looks[:1] + looks_of([stored], tmp_path, suffix)) == []
 
 
 def test_bits_are_fields_brighter_than_their_left_neighbour(tmp_path):
@@ -79,7 +79,7 @@ def test_bits_are_fields_brighter_than_their_left_neighbour(tmp_path):
     fields = np.random.default_rng(0).integers(0, 26, (8, 9)) * 10
     Image.fromarray(fields.repeat(6, axis=0).repeat(5, axis=1).astype(np.uint8)).save(tmp_path / "a.png")
     bits = "".join("1" if row[x + 1] > row[x] else "0" for row in fields for x in range(8))
-    assert duplicates.look(tmp_path / "a.png") == int(bits, 2)
+    assert duplicates.difference_hash(tmp_path / "a.png") == int(bits, 2)
 
 
 def test_what_transparency_hides_is_not_looked_at(tmp_path):
@@ -137,7 +137,7 @@ def test_damaged_files_are_refused(tmp_path, suffix):
         (tmp_path / name).write_bytes(content)
     for name in [*broken, "missing"]:
         with pytest.raises((OSError, ValueError)):
-            duplicates.look(tmp_path / name)
+            duplicates.difference_hash(tmp_path / name)
 
 
 def test_equal_digests_are_grouped():
@@ -172,7 +172,7 @@ def test_the_same_groups_as_by_all_pairs(seed):
     centres = [rng.getrandbits(64) for _ in range(12)]
     looks = [flip(rng.choice(centres), rng.randint(0, distance + 2), rng) & mask for _ in range(150)]
     looks = [None if rng.random() < 0.05 else value for value in looks]
-    assert duplicates.near(looks, distance) == near_by_all_pairs(looks, distance)
+    assert duplicates.similar(looks, distance) == near_by_all_pairs(looks, distance)
 
 
 @pytest.mark.parametrize("distance", [0, 1, 4, 16])
@@ -180,22 +180,22 @@ def test_the_limit_itself_is_near_and_one_more_is_not(distance):
     rng = Random(distance)
     for _ in range(5):
         value = rng.getrandbits(64)
-        assert duplicates.near([value, flip(value, distance, rng)], distance) == [[0, 1]]
-        assert duplicates.near([value, flip(value, distance + 1, rng)], distance) == []
+        assert duplicates.similar([value, flip(value, distance, rng)], distance) == [[0, 1]]
+        assert duplicates.similar([value, flip(value, distance + 1, rng)], distance) == []
 
 
 def test_many_equal_looks_are_no_burden():
     """50,000 equal ones: if pairs of them were compared, this would take minutes and gigabytes."""
     rng = Random(0)
     others = [rng.getrandbits(64) for _ in range(200)]
-    assert duplicates.near([7, *others, *[7] * 50_000]) == [[0, *range(201, 50_201)]]
+    assert duplicates.similar([7, *others, *[7] * 50_000]) == [[0, *range(201, 50_201)]]
 
 
 def test_nothing_to_compare():
-    assert duplicates.near([]) == duplicates.near([None, None]) == duplicates.near([5]) == []
+    assert duplicates.similar([]) == duplicates.similar([None, None]) == duplicates.similar([5]) == []
 
 
 @pytest.mark.parametrize("distance", [-1, 17])
 def test_a_distance_that_cannot_be_served_is_refused(distance):
     with pytest.raises(ValueError, match="0 to 16"):
-        duplicates.near([1, 2], distance)
+        duplicates.similar([1, 2], distance)

@@ -24,7 +24,7 @@ from library.preparation.captioning import captioners, pretrained
 from library.preparation.captioning.blip_weights import blip_config, build_blip, read_original_blip
 from library.preparation.captioning.captioners import Search, load_blip, load_git, load_image_text_model
 from library.preparation.captioning.make_captions import GROUPS, caption_folder, make_captions
-from library.preparation.captioning.nucleus_sampling import DrawnWords, nucleus
+from library.preparation.captioning.nucleus_sampling import NucleusSampling, nucleus
 from library.runtime.logs import LOGGER
 from tests.builders.captioners import (
     WORDS,
@@ -254,7 +254,7 @@ def test_captions_belong_to_seed_and_image(blip, images):
 def test_words_are_drawn_from_the_nucleus_as_often_as_they_should_be():
     chances = torch.tensor([0.5, 0.3, 0.15, 0.04, 0.01])
     count = 4000
-    draws = DrawnWords(0.9, 1, [str(i) for i in range(count)])
+    draws = NucleusSampling(0.9, 1, [str(i) for i in range(count)])
     words = draws(torch.zeros(count, 1, dtype=torch.long), chances.log().expand(count, -1)).argmax(-1)
     shares = torch.bincount(words, minlength=5) / count
     # of the three likeliest, which have 0.95 together; three standard deviations
@@ -272,7 +272,7 @@ def test_the_nucleus_is_the_fewest_words_that_reach_top_p(top_p, kept):
 def test_a_forced_word_is_drawn():
     scores = torch.full((2, 60), -torch.inf)
     scores[:, 7] = 0
-    found = DrawnWords(1.0, 1, ["a", "b"])(torch.zeros(2, 1, dtype=torch.long), scores)
+    found = NucleusSampling(1.0, 1, ["a", "b"])(torch.zeros(2, 1, dtype=torch.long), scores)
     assert found.argmax(-1).tolist() == [7, 7]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from library.preparation.captioning.text_mentions import without_written_words
+from library.preparation.captioning.text_mentions import without_text_mentions
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ from library.preparation.captioning.text_mentions import without_written_words
     ],
 )
 def test_phrases_about_writing_go(caption, left):
-    assert without_written_words(caption) == left
+    assert without_text_mentions(caption) == left
 
 
 @pytest.mark.parametrize(
@@ -48,4 +48,4 @@ def test_phrases_about_writing_go(caption, left):
     ],
 )
 def test_other_captions_stay(caption):
-    assert without_written_words(caption) == caption
+    assert without_text_mentions(caption) == caption

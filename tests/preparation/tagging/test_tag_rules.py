@@ -315,8 +315,8 @@ def test_options_without_effect_are_told():
     given = options(
         use_rating_tags=True, use_rating_tags_as_last_tag=True, output_path="a.json", caption_extension=".t"
     )
-    told = list(given.tagging.advise(given, None))
-    assert [line.split()[0] for line in told] == ["--use_rating_tags_as_last_tag", "--caption_extension"]
+    warned = list(given.tagging.warnings(given, None))
+    assert [line.split()[0] for line in warned] == ["--use_rating_tags_as_last_tag", "--caption_extension"]
 
 
 def test_the_older_spelling_of_the_extension():

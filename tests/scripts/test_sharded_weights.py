@@ -1,4 +1,4 @@
-"""Whole models whose weights are spread over two processes: FSDP by `accelerate launch`, and DeepSpeed's options.
+"""Whole models whose weights are sharded over two processes: FSDP by `accelerate launch`, and DeepSpeed's options.
 
 What is trained, saved and resumed must be what one process that holds everything makes of it.
 """
@@ -85,26 +85,26 @@ def flux_runs(tmp_path_factory, train, flux) -> SimpleNamespace:
     prompts.write_text("a red house --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8")
     samples = ("--sample_every_n_steps=2", f"--sample_prompts={prompts}")
     launcher = ("-m", "accelerate.commands.launch", f"--config_file={config}")
-    whole, spread = folder / "whole", folder / "spread"
+    whole, sharded = folder / "whole", folder / "sharded"
     train("flux_train.py", whole, *flux, *samples, "--gradient_accumulation_steps=2")
-    told = train("flux_train.py", spread, *flux, *samples, launcher=launcher)
-    return SimpleNamespace(whole=whole, spread=spread, told=told)
+    printed = train("flux_train.py", sharded, *flux, *samples, launcher=launcher)
+    return SimpleNamespace(whole=whole, sharded=sharded, printed=printed)
 
 
 def test_two_processes_that_share_a_model_make_what_one_makes(flux_runs):
-    told = re.search(r"FluxTransformer2DModel: FSDP over 2 processes, ([\d.]+) of ([\d.]+) MiB", flux_runs.told)
-    own, whole = told.groups()
+    printed = re.search(r"FluxTransformer2DModel: FSDP over 2 processes, ([\d.]+) of ([\d.]+) MiB", flux_runs.printed)
+    own, whole = printed.groups()
     assert 0.4 < float(own) / float(whole) < 0.6
-    assert flux_runs.told.count("saved the state") == 3
+    assert flux_runs.printed.count("saved the state") == 3
     for name in ("model-step00000002.safetensors", "model.safetensors", "model-state/model.safetensors"):
-        assert furthest(load_file(flux_runs.whole / name), load_file(flux_runs.spread / name)) < 1e-6
-    trained = load_file(flux_runs.spread / "model.safetensors")
-    earlier = load_file(flux_runs.spread / "model-step00000002.safetensors")
+        assert furthest(load_file(flux_runs.whole / name), load_file(flux_runs.sharded / name)) < 1e-6
+    trained = load_file(flux_runs.sharded / "model.safetensors")
+    earlier = load_file(flux_runs.sharded / "model-step00000002.safetensors")
     assert any(not trained[key].equal(earlier[key]) for key in trained)
 
 
 def test_their_sample_images_are_the_same(flux_runs):
-    images = [sorted((folder / "sample").glob("*.png")) for folder in (flux_runs.whole, flux_runs.spread)]
+    images = [sorted((folder / "sample").glob("*.png")) for folder in (flux_runs.whole, flux_runs.sharded)]
     assert [len(found) for found in images] == [2, 2]
     for one, two in zip(*images, strict=True):
         with Image.open(one) as left, Image.open(two) as right:
@@ -115,17 +115,17 @@ def test_their_sample_images_are_the_same(flux_runs):
 @pytest.mark.parametrize("processes", [2, 1])
 def test_a_state_goes_on_with_as_many_processes_and_with_one(train, flux, flux_runs, tmp_path, monkeypatch, processes):
     """The state holds whole tensors, so it does not matter how many processes shared them."""
-    resume = f"--resume={flux_runs.spread / 'model-step00000002-state'}"
+    resume = f"--resume={flux_runs.sharded / 'model-step00000002-state'}"
     if processes == 2:
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as the launcher of the first run sets it
         monkeypatch.setenv("FSDP_VERSION", "2")
     more = [] if processes == 2 else ["--gradient_accumulation_steps=2"]
-    told = train("flux_train.py", tmp_path, *flux, resume, *more, processes=processes)
-    assert "resumed from" in told
+    printed = train("flux_train.py", tmp_path, *flux, resume, *more, processes=processes)
+    assert "resumed from" in printed
     last = "model.safetensors"
     if processes == 2:
-        assert tensor_hash(tmp_path / last) == tensor_hash(flux_runs.spread / last)
-    assert furthest(load_file(tmp_path / last), load_file(flux_runs.spread / last)) < 1e-6
+        assert tensor_hash(tmp_path / last) == tensor_hash(flux_runs.sharded / last)
+    assert furthest(load_file(tmp_path / last), load_file(flux_runs.sharded / last)) < 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +147,10 @@ def sd3(tmp_path_factory, train) -> SimpleNamespace:
 
 @pytest.mark.rows("R192", "R471")
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeeds_options_spread_denoiser_and_text_encoders(train, sd3, tmp_path, stage):
-    told = train("sd3_train.py", tmp_path, *sd3.options, "--deepspeed", f"--zero_stage={stage}", processes=2)
-    assert "weights are spread by torch's own FSDP2" in told
-    assert told.count("--deepspeed over 2 processes") == 4
+def test_deepspeeds_options_shard_denoiser_and_text_encoders(train, sd3, tmp_path, stage):
+    printed = train("sd3_train.py", tmp_path, *sd3.options, "--deepspeed", f"--zero_stage={stage}", processes=2)
+    assert "weights are sharded by torch's own FSDP2" in printed
+    assert printed.count("--deepspeed over 2 processes") == 4
     files = [sorted(path.name for path in folder.glob("*.safetensors")) for folder in (tmp_path, sd3.whole)]
     assert files[0] == files[1]
     assert len(files[0]) > 2

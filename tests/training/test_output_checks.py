@@ -17,7 +17,7 @@ from library import cli
 from library.options import validation
 from library.options.parsing import parse_options
 from library.registry import FAMILIES, groups_for
-from library.training import rehearsal
+from library.training import output_checks
 from tests.builders.rights import without_rights
 
 Usage = namedtuple("Usage", "total used free")
@@ -35,7 +35,7 @@ def problems(tmp_path):
         found = [
             line for line in validation.problems(opts, FAMILIES["sd"].traits) if line.startswith(("--output", "--log"))
         ]
-        return found or rehearsal.problems(opts)
+        return found or output_checks.problems(opts)
 
     return problems
 

@@ -1,4 +1,4 @@
-"""What a run will write at its end is tried before anything is loaded: the names, their folders, and the room."""
+"""Checks before anything is loaded that a run can write its outputs: file names, folders, free disk space."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 _SMALLEST_NETWORK = 1 << 20  # bytes; about what rank 1 of the smallest model takes
 _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".bin")
-_LONGEST_COMPANION = "_t5xxl"  # of the endings of files beside a model
-_OF_A_MODEL = ("model_index.json",)  # a folder with one of these may be replaced
-_OF_A_STATE = (MODEL, OPTIMIZER, SCHEDULE, PROGRESS, "pytorch_model.bin")
+_LONGEST_EXTRA_FILE = "_t5xxl"  # the longest ending of a file that is saved beside a model
+_MODEL_PARTS = ("model_index.json",)  # a folder that holds one of these may be replaced
+_STATE_PARTS = (MODEL, OPTIMIZER, SCHEDULE, PROGRESS, "pytorch_model.bin")
 
 
 def problems(opts: Options) -> list[str]:
-    """One line per thing that could not be saved; leaves everything as it was."""
+    """One line per output that could not be saved. Leaves no file behind."""
     found: list[str] = []
     for suffix in _suffixes(opts):
-        found += _of_names(opts, make_save_plan(opts.saving, suffix, 1))
+        found += _name_problems(opts, make_save_plan(opts.saving, suffix, 1))
     if opts.sampling.sample_prompts:
         folder, start = sample_place(opts.saving)
-        found += _try(folder / fitting(start, "e000000_00_00000000000000_0000000000.png"), folder=False)
-    found += _of_logs(opts)
+        found += _try_to_make(folder / fitting(start, "e000000_00_00000000000000_0000000000.png"), folder=False)
+    found += _log_folder_problems(opts)
     if not found:
         try:
             check_space(output_place(opts.saving)[0], _smallest_copy(opts), "a copy of what is trained")
@@ -43,7 +43,7 @@ def problems(opts: Options) -> list[str]:
 
 
 def _suffixes(opts: Options) -> list[str]:
-    """The possible endings of copies, "" for folders; which one it is may only be known of the loaded model."""
+    """The possible endings of saved models, "" for folders; which one it is may be known only from the loaded model."""
     chosen = opts.saving.save_model_as
     if chosen:
         return ["" if chosen.startswith("diffusers") else f".{chosen}"]
@@ -55,7 +55,7 @@ def _suffixes(opts: Options) -> list[str]:
     return [""]
 
 
-def _of_names(opts: Options, plan: SavePlan) -> Iterator[str]:
+def _name_problems(opts: Options, plan: SavePlan) -> Iterator[str]:
     saving = opts.saving
     copies = [plan.final_path()]
     if plan.every_epochs:
@@ -65,22 +65,22 @@ def _of_names(opts: Options, plan: SavePlan) -> Iterator[str]:
     if getattr(opts.validation, "save_best_validation", False):
         copies.append(plan.best_path())
     for path in copies:
-        yield from _try(path, folder=not plan.suffix)
+        yield from _try_to_make(path, folder=not plan.suffix)
     longest = max(copies, key=lambda path: len(path.name))
     if plan.suffix and (getattr(opts.family, "save_clip", False) or getattr(opts.family, "save_t5xxl", False)):
-        yield from _try(longest.with_name(f"{longest.stem}{_LONGEST_COMPANION}{plan.suffix}"), folder=False)
+        yield from _try_to_make(longest.with_name(f"{longest.stem}{_LONGEST_EXTRA_FILE}{plan.suffix}"), folder=False)
     states = [plan.step_path(1)]  # what a signal leaves
     if saving.save_state or saving.save_state_on_train_end:
         states.append(plan.final_path())
     if saving.save_state and plan.every_epochs:
         states.append(plan.epoch_path(1))
     for path in states:
-        yield from _try(plan.state_of(path), folder=True)
-    yield from _of_another_kind(plan)
+        yield from _try_to_make(plan.state_of(path), folder=True)
+    yield from _of_wrong_kind(plan)
 
 
-def _of_logs(opts: Options) -> Iterator[str]:
-    """The folders of TensorBoard's logs, from the outermost on: the first that cannot be made is reported."""
+def _log_folder_problems(opts: Options) -> Iterator[str]:
+    """A line for the first of TensorBoard's log folders, from the outermost on, that cannot be made."""
     options = opts.logging
     if "tensorboard" not in options.trackers:
         return
@@ -88,14 +88,14 @@ def _of_logs(opts: Options) -> Iterator[str]:
     folders = [("--logging_dir", Path(options.logging_dir)), ("--log_prefix", run)]
     if options.log_tracker_name:
         folders.append(("--log_tracker_name", run / options.log_tracker_name))
-    tried = ([*_try(folder, folder=True, option=option)] for option, folder in folders)
+    tried = ([*_try_to_make(folder, folder=True, option=option)] for option, folder in folders)
     yield from next(filter(None, tried), [])
 
 
-def _try(path: Path, *, folder: bool, option: str = "--output_name") -> Iterator[str]:
-    """Makes a file or folder of this name, with those above it, and takes all of it away again.
+def _try_to_make(path: Path, *, folder: bool, option: str = "--output_name") -> Iterator[str]:
+    """Makes a file or folder of this name, with its parents, and removes all of it again; a line if that fails.
 
-    It is made within a temporary folder: a kill at this moment leaves nothing that looks like a result.
+    It is made within a temporary folder, so that a kill at this moment leaves nothing that looks like a result.
     """
     made: list[Path] = []
     try:
@@ -129,14 +129,14 @@ def _shown(path: Path) -> str:
     return text if len(path.name.encode("utf-8", "replace")) <= LONGEST_NAME else f"{path.parent / path.name[:40]}..."
 
 
-def _of_another_kind(plan: SavePlan) -> Iterator[str]:
+def _of_wrong_kind(plan: SavePlan) -> Iterator[str]:
     """Lines about folders where files are to be written, and the other way round."""
     ends = {plan.final_path(): "", plan.epoch_path(0): "-000000", plan.step_path(0): "-step00000000"}
     name, epoch, step = (re.escape(path.name.removesuffix(end + plan.suffix)) for path, end in ends.items())
     copies = rf"({name}(-best)?|{epoch}-\d{{6}}|{step}-step\d{{8}})"
     kinds = (
-        (re.compile(copies + re.escape(plan.suffix)), not plan.suffix, _OF_A_MODEL),
-        (re.compile(rf"{copies}-state"), True, _OF_A_STATE),
+        (re.compile(copies + re.escape(plan.suffix)), not plan.suffix, _MODEL_PARTS),
+        (re.compile(rf"{copies}-state"), True, _STATE_PARTS),
     )
     try:
         entries = sorted(os.scandir(plan.final_path().parent), key=lambda entry: entry.name)
@@ -156,7 +156,7 @@ def _of_another_kind(plan: SavePlan) -> Iterator[str]:
 
 
 def _smallest_copy(opts: Options) -> int:
-    """Bytes that one copy takes at least: the file that the model comes from, or those of the folder."""
+    """The fewest bytes that a saved model takes, by the size of the file or folder that it comes from."""
     if not opts.method.trains_model:
         return _SMALLEST_NETWORK
     source = Path(opts.model.pretrained_model_name_or_path or "")
