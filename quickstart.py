@@ -24,7 +24,7 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 MODEL = "examples/tiny_model/tiny-sd.safetensors"
 OUT = "demo_out"
-STEPS = 500
+STEPS = 250
 TRAIN = [
     "train_network.py",
     f"--pretrained_model_name_or_path={MODEL}",
@@ -39,7 +39,7 @@ TRAIN = [
     "--network_module=networks.lora",
     "--network_dim=16",
     "--network_alpha=16",
-    "--learning_rate=2e-3",
+    "--learning_rate=4e-3",
     "--text_encoder_lr=1e-3",
     "--lr_scheduler=cosine",
     "--lr_warmup_steps=10",

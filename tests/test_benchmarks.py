@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("plain", "gc", "compile", "swap-35")
 UNET_ROWS = ("sd15-lora", "sdxl-lora", "sdxl-full")
-ROWS = (*UNET_ROWS, "sd35-lora", "flux-lora", "flux-fp8")
+TRIED_ROWS = ("sdxl-lora", "sdxl-full", "flux-fp8")  # a network, a whole model, and a quantised base that is swapped
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def bench_models(monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_row_of_the_models_runs_at_tiny_size():
-    command = ["benchmarks/bench_models.py", "--tiny"]
+def test_rows_of_the_models_run_at_tiny_size():
+    command = ["benchmarks/bench_models.py", "--tiny", "--only", *TRIED_ROWS]
     run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     facts, table = run.stdout.split("\n\n")
@@ -33,12 +33,12 @@ def test_every_row_of_the_models_runs_at_tiny_size():
     head, rule, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
     assert len(head) == len(rule)
     rows = {(cells[0], cells[1]): dict(zip(head, cells, strict=True)) for cells in lines}
-    swapped = {(row, "swap-35") for row in ("flux-lora", "flux-fp8")}
-    assert set(rows) == {(row, variant) for row in ROWS for variant in VARIANTS[:-1]} | swapped
+    swapped = {("flux-fp8", "swap-35")}
+    assert set(rows) == {(row, variant) for row in TRIED_ROWS for variant in VARIANTS[:-1]} | swapped
     assert [cells["note"] for cells in rows.values()] == [""] * len(rows)
     assert all(float(cells["s/step"]) > 0 for cells in rows.values())
     assert all(cells["against"].endswith(" x plain") for (_, name), cells in rows.items() if name in ("gc", "compile"))
-    for row in ROWS:
+    for row in TRIED_ROWS:
         plain, again, compiled = (float(rows[row, name]["TFLOP"]) for name in ("plain", "gc", "compile"))
         assert compiled == plain
         assert 1.1 * plain < again < 1.6 * plain  # the forward pass once more

@@ -75,12 +75,20 @@ def _free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def train_arguments() -> Callable[..., list[str]]:
+def small_model(tmp_path_factory) -> Path:
+    """A quarter of the bundled model's size, with random weights: for tests that learn nothing and show no images."""
+    from tests.builders import write_tiny_sd1
+
+    return write_tiny_sd1(tmp_path_factory.mktemp("model") / "tiny-sd.safetensors")
+
+
+@pytest.fixture(scope="session")
+def train_arguments(small_model) -> Callable[..., list[str]]:
     """A short, complete command line of train_network.py; keywords add options, see `as_words`."""
 
     def arguments(output_dir: Path, **changes: object) -> list[str]:
         options: dict[str, object] = {
-            "pretrained_model_name_or_path": MODEL,
+            "pretrained_model_name_or_path": small_model,
             "train_data_dir": "examples/concept",
             "output_dir": output_dir,
             "output_name": "lora",

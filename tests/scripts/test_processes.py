@@ -42,7 +42,7 @@ def test_two_processes_give_the_same_model_as_one_with_twice_the_batch(run_scrip
 
 
 @pytest.mark.parametrize("script", ["train_db.py", "fine_tune.py"])
-def test_whole_models_too(run_script, tmp_path, script):
+def test_whole_models_too(run_script, small_model, tmp_path, script):
     """Two trained models, the denoiser and the text encoder, in two processes."""
     data = ("--train_data_dir=examples/concept",)
     if script == "fine_tune.py":
@@ -54,7 +54,7 @@ def test_whole_models_too(run_script, tmp_path, script):
     for processes, more in ((1, ("--gradient_accumulation_steps=2",)), (2, ())):
         out = tmp_path / str(processes)
         done = run_script(
-            *(script, "--pretrained_model_name_or_path=examples/tiny_model/tiny-sd.safetensors", *data),
+            *(script, f"--pretrained_model_name_or_path={small_model}", *data),
             *(f"--output_dir={out}", "--output_name=model", "--resolution=64", "--enable_bucket"),
             *("--min_bucket_reso=64", "--train_batch_size=2", "--max_train_steps=2", "--learning_rate=0.1"),
             *("--optimizer_type=SGD", "--max_data_loader_n_workers=0", "--seed=1", "--cache_latents"),
@@ -65,7 +65,7 @@ def test_whole_models_too(run_script, tmp_path, script):
         assert done.returncode == 0, done.stderr[-3000:]
         weights.append(load_file(out / "model.safetensors"))
     assert furthest(*weights) < 1e-6
-    before = load_file("examples/tiny_model/tiny-sd.safetensors")
+    before = load_file(small_model)
     for part in ("model.diffusion_model", "cond_stage_model"):
         keys = [key for key in weights[0] if key.startswith(part)]
         assert max((weights[0][key] - before[key].float()).abs().max().item() for key in keys) > 1e-4

@@ -285,7 +285,7 @@ WHOLE_MODELS = {
 
 
 @pytest.mark.parametrize("script", WHOLE_MODELS)
-def test_whole_models_go_on_exactly_after_kills(start_script, run_script, tmp_path, script):
+def test_whole_models_go_on_exactly_after_kills(start_script, run_script, small_model, tmp_path, script):
     own = list(WHOLE_MODELS[script])
     if script == "fine_tune.py":
         stems = sorted(path.stem for path in Path("examples/concept/10_sks flower").glob("*.png"))
@@ -296,7 +296,7 @@ def test_whole_models_go_on_exactly_after_kills(start_script, run_script, tmp_pa
     def line(folder, *more):
         return [
             script,
-            "--pretrained_model_name_or_path=examples/tiny_model/tiny-sd.safetensors",
+            f"--pretrained_model_name_or_path={small_model}",
             *own,
             f"--output_dir={tmp_path / folder}",
             "--output_name=model",
