@@ -20,9 +20,9 @@ from library.screen import hide
 @dataclass(frozen=True, kw_only=True)
 class ConfigOptions(OptionGroup, group="config", title="Configuration file"):
     config_file: str | None = opt(
-        None, "TOML file with options; flags on the command line win over it, and .toml may be left out"
+        None, "TOML file with options; the command line takes precedence; .toml may be omitted"
     )
-    output_config: bool = opt(False, "write all options of this command to the file named by --config_file, and stop")
+    output_config: bool = opt(False, "write all options of this command to the file named by --config_file, and exit")
 
 
 _NOT_IN_FILES = tuple(option.dest for option in options_of(ConfigOptions))

@@ -28,9 +28,9 @@ _SECRETS_IN_ENVIRONMENT = {"wandb_api_key": "WANDB_API_KEY", "huggingface_token"
 @dataclass(frozen=True, kw_only=True)
 class ConsoleOptions(OptionGroup, group="console", title="Messages"):
     console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = opt(
-        None, "least importance of messages that are shown; INFO if not given"
+        None, "lowest level of messages that are shown; INFO if not given"
     )
-    console_log_file: str | None = opt(None, "file that messages go to instead of the console")
+    console_log_file: str | None = opt(None, "write messages to this file instead of the console")
     console_log_simple: bool = opt(False, "plain messages without time and level, for consoles such as Colab's")
 
 
@@ -38,17 +38,17 @@ class ConsoleOptions(OptionGroup, group="console", title="Messages"):
 class LoggingOptions(ConsoleOptions, group="logging", title="Messages and logs"):
     logging_dir: str | None = opt(None, "folder for logs; TensorBoard's have one sub-folder per run")
     log_with: Literal["tensorboard", "wandb", "all"] | None = opt(
-        None, "where curves go, all is both; tensorboard if only --logging_dir is given"
+        None, "where losses and rates are logged; all means both; tensorboard if only --logging_dir is given"
     )
-    log_prefix: str | None = opt(None, "text before the date and time in the name of the run's log folder")
+    log_prefix: str | None = opt(None, "prefix of the name of the run's log folder, before the date and time")
     log_tracker_name: str | None = opt(
         None, "name of the tracker inside the log folder, and of the project at Weights & Biases"
     )
-    log_config: bool = opt(False, "write the options into the log, without keys, folders and absolute paths")
+    log_config: bool = opt(False, "log the options, without API keys, folders and absolute paths")
     log_tracker_config: str | None = opt(
         None, "TOML file with a table of settings per tracker, [tensorboard] and [wandb]", exists="file"
     )
-    wandb_run_name: str | None = opt(None, "name of the run at Weights & Biases; made up there if not given")
+    wandb_run_name: str | None = opt(None, "name of the run at Weights & Biases; generated there if not given")
     wandb_api_key: str | None = opt(
         None, "key for Weights & Biases; best given in WANDB_API_KEY or a --config_file", secret=True
     )

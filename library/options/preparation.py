@@ -12,7 +12,7 @@ from library.options.logging import ConsoleOptions
 
 @dataclass(frozen=True, kw_only=True)
 class WorkOptions(ConsoleOptions, group="work", title="Messages and failures"):
-    strict: bool = opt(False, "end with status 1 if any image failed; without it, only if all of them did")
+    strict: bool = opt(False, "exit with status 1 if any image failed; without it, only if all of them did")
 
 
 def ending_problems(ending: str) -> Iterable[str]:
