@@ -112,7 +112,7 @@ def make_environment() -> None:
             "error: this Python has neither pip nor ensurepip, which makes environments with pip; "
             f"on Debian and Ubuntu run: sudo apt install python{found}-venv"
         )
-    say(f".venv cannot be used, as {fault}; making it anew" if there else "making .venv")
+    say(f".venv cannot be used, as {fault}; rebuilding it" if there else "making .venv")
     if there and not VENV.is_dir():
         VENV.unlink()
     venv.create(VENV, clear=True, with_pip=has_ensurepip)

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""The exception for user errors."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Batch:
     keys: list[str] = field(default_factory=list)  # the images' paths, for messages
     network_multiplier: float = 1.0  # strength of a trained network for this batch
     attributes: list[Mapping[str, Any] | None] = field(default_factory=list)  # custom_attributes of the dataset config
-    guidance: float | None = None  # what distilled models are told; None: what the options say
+    guidance: float | None = None  # value fed to distilled models; None: the one of the options
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `change` applied to every tensor."""

@@ -113,7 +113,7 @@ def cache_on_disk(
     if not again:
         invalid = [entry for entry in found.values() if isinstance(entry, str)]
         report_missing("latents on disk", len(found) - len(missing), invalid, len(missing) - len(invalid))
-    processes.barrier()  # nobody writes while others still look
+    processes.barrier()  # no process writes while others still look
     mine = set(processes.shard(sorted({cache.file(one) for one in missing})))
     jobs = _in_order(one for one in missing if cache.file(one) in mine)
     refuse = None if on_error is None else lambda one, error: on_error(one.image, error.problems[0])
@@ -232,7 +232,7 @@ def _encode(
         return
 
     def view(one: CacheRequest) -> View:
-        # The generator is never drawn from: build_specs refuses cached latents where images vary by chance.
+        # The generator is never drawn from: build_specs refuses cached latents where images vary at random.
         return render(owners[one], False, Random(0))
 
     def encode(group: list[CacheRequest], views: list[View]) -> list[dict[str, Tensor] | UserError]:

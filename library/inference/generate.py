@@ -224,7 +224,7 @@ def _same_lengths(one: TextCond, other: TextCond) -> bool:
 
 
 def _sizes(prompts: Sequence[SamplePrompt], device: torch.device) -> Batch:
-    """What families that are told sizes and guidance hear: a whole image of the size asked for, not cropped."""
+    """The size and guidance conditioning of the images: uncropped, of the requested size."""
     sizes = torch.tensor([(prompt.width, prompt.height) for prompt in prompts], device=device)
     return Batch(
         captions=[prompt.prompt for prompt in prompts],

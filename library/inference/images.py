@@ -1,4 +1,4 @@
-"""Decoded pixels to PIL images, and PNG files that tell how they were made."""
+"""Decoded pixels to PIL images, and PNG files that record how they were made."""
 
 from __future__ import annotations
 

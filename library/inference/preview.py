@@ -171,7 +171,7 @@ class Preview:
 
 
 def _warn_of_sampler(opts: Options, traits: FamilyTraits) -> None:
-    """Says so once where a sampler was chosen that a flow model has no use for; the default is nobody's choice."""
+    """Warns if the user chose a sampler, which flow models do not use."""
     if traits.objective != "flow" or "sample_sampler" not in opts.explicit:
         return
     chosen = opts.sampling.sample_sampler

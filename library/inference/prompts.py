@@ -40,7 +40,7 @@ class SamplePrompt:
     steps: int  # denoising steps, 1..1000
     scale: float  # classifier-free guidance; 1 = none
     sampler: str  # one of SAMPLERS
-    guidance: float | None = None  # guidance that distilled flow models are told
+    guidance: float | None = None  # guidance value fed to distilled flow models
     flow_shift: float | None = None  # shift of a flow model's noise levels, above 0; None: the family's own
 
 

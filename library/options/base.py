@@ -242,7 +242,7 @@ def build_options(
 ) -> Options:
     """Defaults, overlaid with what was given; values that mean "off" or are ignored become the default.
 
-    So does a value out of range of an option that has no effect: nobody is to stumble over it.
+    So does a value out of range of an option that has no effect: it should not stop a run.
     An alias sets its target and keeps its own default, so that a value is found in one place only.
     """
     given = dict(given)

@@ -110,15 +110,15 @@ def read_tracker_config(path: str, trackers: Iterable[str] = ("tensorboard", "wa
 
 
 def absolute_paths(opts: Options) -> list[str]:
-    """One line if the command line, which Weights & Biases stores, tells where things lie on this machine."""
+    """One line if the command line, which Weights & Biases stores, holds absolute paths."""
     if "wandb" not in opts.logging.trackers:
         return []
     values = opts.flat()
-    told = [name for name in opts.given if opts.origin(name) == COMMAND_LINE and holds_absolute_path(values[name])]
-    if not told:
+    given = [name for name in opts.given if opts.origin(name) == COMMAND_LINE and holds_absolute_path(values[name])]
+    if not given:
         return []
-    flags = ", ".join(f"--{name}" for name in sorted(told))
-    return [f"{flags}: absolute paths, which Weights & Biases stores with the command line; relative ones tell less"]
+    flags = ", ".join(f"--{name}" for name in sorted(given))
+    return [f"{flags}: absolute paths, which Weights & Biases stores with the command line; relative ones reveal less"]
 
 
 def holds_absolute_path(value: Any) -> bool:

@@ -315,7 +315,7 @@ def initial_rate(options: OptimizerOptions) -> float:
 
 
 def default_rate(opts: Options) -> str | None:
-    """A line about --learning_rate where nobody chose it and some part is trained with it; it is made for whole models.
+    """A line about --learning_rate where it was not given and some part is trained with it; it suits whole models.
 
     The method's group says with `usual_rate` what its kind of training usually wants, and with `needs_common_rate`
     whether a part is trained that has no rate of its own.

@@ -78,7 +78,7 @@ def is_off(value: Any) -> bool:
 
 
 def is_gui_default(name: str, value: Any) -> bool:
-    """Whether GUIs write this value of an option into every file, so that it tells nothing about what is wanted."""
+    """Whether GUIs write this value of an option into every file, so that it says nothing about the user's intent."""
     return any(known is _ANY or known == value for known in _GUI_DEFAULTS.get(name, ()))
 
 

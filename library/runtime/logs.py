@@ -147,7 +147,7 @@ def fail(error: UserError) -> NoReturn:
 
 
 def fail_for_the_machine(error: Exception) -> NoReturn:
-    """Ends a script by an exception that nobody expected: in one line where the machine caused it.
+    """Ends a script by an unexpected exception: in one line where the machine caused it.
 
     Its traceback is in the log then, with --console_log_level=DEBUG. Any other exception goes on, as it may be a fault
     of the code.

@@ -27,7 +27,7 @@ class Interruption:
         self._process = os.getpid()
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # nobody else may handle signals
+        if threading.current_thread() is threading.main_thread():  # no other thread may handle signals
             self._before = {number: signal.signal(number, self._ask) for number in _SIGNALS}
         return self
 

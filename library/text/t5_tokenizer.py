@@ -95,7 +95,7 @@ def tokenize_t5(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[T
 def _vocabulary(folder: Path) -> Path | None:
     """What has the name of a vocabulary, be it a file that can be read or not.
 
-    Raises: UserError: nobody may look into the folder.
+    Raises: UserError: no permission to look into the folder.
     """
     if os.path.isdir(folder) and not os.access(folder, os.X_OK):
         raise UserError(f"{folder}: no permission to look for a T5 tokenizer in it")

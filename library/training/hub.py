@@ -50,7 +50,7 @@ class Hub:
             self.upload(folder)
 
     def settle(self, path: Path) -> None:
-        """Waits until `path` is uploaded, if it is waiting for that: before it is deleted or written anew."""
+        """Waits until `path` is uploaded, if it is waiting for that: before it is deleted or written again."""
         pending = self._pending.pop(path, None)
         if pending is not None:
             pending.result()

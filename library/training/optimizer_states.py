@@ -91,7 +91,7 @@ def _check_values(
     """Raises: ValueError: what is known of one weight is not as the optimizer keeps it.
 
     Args:
-        wanted: shapes by name; empty: nobody knows them.
+        wanted: shapes by name; empty: not known.
         whole: the weight's.
         foreign: whether the state has settings that the optimizer does not know.
     """

@@ -18,7 +18,7 @@ class RunPlan:
     processes: int
     accumulation: int
     total_steps: int
-    by_default: bool  # nobody chose the length; it is the option's default
+    by_default: bool  # the length was not given; it is the option's default
 
     @property
     def batches_per_process(self) -> int:

@@ -142,7 +142,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     """The image upright, sRGB, uint8 (H, W, 3); of an animated one the first frame. Transparent parts become white.
 
     White is what taggers and viewers show behind a drawing; the colours stored under full transparency are left-overs
-    that nobody has seen.
+    that has not been seen.
 
     Raises: OSError or ValueError: no image, an unknown format, too large, or damaged. See `reason`.
     """
@@ -478,7 +478,7 @@ def face_box(path: Path) -> FaceBox | None:
 def face_crop(
     size: Size, face: FaceBox, to: Size, span: tuple[float, float], rng: Random, anywhere: bool = False
 ) -> Crop:
-    """Shrinks the image by chance and cuts around the face.
+    """Shrinks the image by a random factor and crops around the face.
 
     Args:
         size: of the image; covers `to`.

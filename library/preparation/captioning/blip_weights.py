@@ -15,7 +15,7 @@ from library.families.shared.building import build
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-HEAD_WIDTH = 64  # of every ViT and BERT that BLIP is built from; the shapes do not tell it
+HEAD_WIDTH = 64  # of every ViT and BERT that BLIP is built from; not known from shapes
 _PARTS = ("visual_encoder.", "text_decoder.")
 _TEXT = "text_decoder.bert."
 _WORDS = _TEXT + "embeddings.word_embeddings.weight"

@@ -1,4 +1,4 @@
-"""Models that tell what is on an image: BLIP, GIT, and whatever transformers loads as image-text-to-text."""
+"""Captioning models: BLIP, GIT, and whatever transformers loads as image-text-to-text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-BLIP_PROMPT = "a picture of "  # what BLIP's captions were trained to go on from
+BLIP_PROMPT = "a picture of "  # the prompt that BLIP was trained with
 ASKING = "Describe this picture in one sentence."
 BERT = "google-bert/bert-base-uncased"  # whose vocabulary the original BLIP files are for
 _SPARE = 2  # how many times as large as the model's image a decoded one is at least; it is shrunk well from there
@@ -44,7 +44,7 @@ class Captioner(Protocol):
         """One line of text for each of a batch of images.
 
         Args:
-            names: what tells these images from all others, for the draws.
+            names: one for each image, from which its random stream is derived.
         """
 
 

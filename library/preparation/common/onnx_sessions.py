@@ -25,7 +25,7 @@ def open_session(path: Path, hint: str | None = None) -> Any:
     Raises: UserError: no such file, no ONNX model, or no ONNX Runtime.
     """
     require_file(path)
-    # What it tells without being asked is about GPU libraries that are not there; then it runs on the CPU.
+    # Its warnings are about missing GPU libraries, without which it runs on the CPU.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             import onnxruntime

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 GROUPS = (FaceOptions, WorkOptions)
 _MOST_PIXELS = 10**8  # of an image that is enlarged for the sake of its face
 _LONGEST_TURNED = 32766  # pixels of a side: OpenCV counts them with 16 bits here
-_LEAST_SURE = 0.05  # below, it is not worth telling about
+_LEAST_SURE = 0.05  # below, it is not reported
 _BOX, _EYE = (255, 0, 0), (0, 0, 255)  # RGB of what --debug draws
 
 

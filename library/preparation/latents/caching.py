@@ -194,7 +194,7 @@ def cache_texts(opts: Options) -> Outcome:
     require_room_beside((file for file, stamp in before.items() if stamp is None), "text encoder outputs")
     with placement.loading(opts, accelerator.device):
         models = adapter.loader.load(texts_only=True)
-    processes.barrier()  # nobody writes while others still look
+    processes.barrier()  # no process writes while others still look
     outcome = Outcome(failed=dict(data.scan.dropped))
     fill = encoding.text_cache(opts, adapter, _NothingTrained(), models, data, outcome.fail)
     placement.place_text_encoders(models, opts, accelerator.device, grad_text=False)

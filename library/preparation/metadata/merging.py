@@ -116,7 +116,7 @@ def keys_of(images: Sequence[Path], entries: Mapping[str, Any], *, full_path: bo
 
     A path that `entries` have already stays as it is spelt there. Else it is the absolute path with `full_path`, as the
     next script may be started in another folder; and the stem without. Where several images of the folder share a
-    stem it is the file name, as nothing else tells them apart.
+    stem it is the file name, as nothing else distinguishes them.
     """
     known = {os.path.abspath(key): key for key in entries if is_image(os.path.basename(key))}
     shared = Counter(image.stem for image in images)

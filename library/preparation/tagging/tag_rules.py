@@ -223,8 +223,8 @@ def probabilities_in_words(probabilities: NDArray[np.float32], words: Vocabulary
             numbers = [n for n in numbers if probabilities[n] >= words.least[n]]
         numbers.sort(key=lambda n: -probabilities[n])
         if numbers:
-            told = (f"{words.labels[n].name} {probabilities[n]:.2f}" for n in numbers)
-            lines.append(f"{category}: {', '.join(told)}")
+            parts = (f"{words.labels[n].name} {probabilities[n]:.2f}" for n in numbers)
+            lines.append(f"{category}: {', '.join(parts)}")
     return lines
 
 

@@ -185,7 +185,7 @@ def test_a_broken_mask_leaves_its_image_out(masked, load, tmp_path):
     assert any("its mask" in line and "the file is empty" in line for line in data.report())
 
 
-def test_a_mask_of_another_shape_is_told(masked, load, tmp_path):
+def test_a_mask_of_another_shape_is_reported(masked, load, tmp_path):
     Image.new("RGB", (64, 32), "white").save(tmp_path / "masks" / "a.png")
     assert any(line.startswith("1 masks of another shape") for line in load(**masked).report())
 
@@ -328,7 +328,7 @@ def test_the_second_start_looks_into_nothing(tmp_path, draw, load, monkeypatch):
 # ---- what looks the same
 
 
-def test_equal_and_alike_images_are_told(tmp_path, load):
+def test_equal_and_alike_images_are_reported(tmp_path, load):
     folder = tmp_path / "1_x"
     folder.mkdir()
     waves = np.random.default_rng(5).standard_normal((8, 8, 3))
