@@ -89,9 +89,9 @@ def make_caption(raw: str, options: CaptionOptions, rng: Random, epoch: int, ste
 
 def _is_dropped(options: CaptionOptions, rng: Random, epoch: int) -> bool:
     # The draw comes first, so that whether this is a "drop" epoch does not shift the item's later draws.
-    by_chance = options.caption_dropout_rate > 0 and rng.random() < options.caption_dropout_rate
+    at_random = options.caption_dropout_rate > 0 and rng.random() < options.caption_dropout_rate
     every = options.caption_dropout_every_n_epochs
-    return by_chance or (every > 0 and epoch % every == 0)
+    return at_random or (every > 0 and epoch % every == 0)
 
 
 def _choose_wildcards(caption: str, rng: Random) -> str:

@@ -43,7 +43,7 @@ def find_images(folder: Path, *, recursive: bool) -> list[Path]:
 
 
 def warn_of_shared_names(images: Sequence[Path], kind: str) -> None:
-    """Tells of images that differ in nothing but the ending, where one file each is written beside them.
+    """Warns of images whose names differ only in the extension, where a file is written beside each.
 
     Args:
         kind: what is written, e.g. "tag file".

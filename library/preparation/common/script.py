@@ -87,7 +87,7 @@ def _options(
 
 
 def _conclude(outcome: Outcome, opts: Options) -> int:
-    """Tells what came of the work in all processes, and gives the exit status."""
+    """Reports the outcome of all processes, and gives the exit status."""
     whole = Outcome.together(all_gather(outcome))
     for line in whole.lines():
         LOGGER.info("%s", line)

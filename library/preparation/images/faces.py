@@ -171,7 +171,7 @@ def _cut_file(path: Path, pixels: NDArray[np.uint8], model: FaceModel, given: Fa
 
 
 def _wanted_faces(path: Path, pixels: NDArray[np.uint8], model: FaceModel, given: FaceOptions) -> Iterator[Face]:
-    """The faces that a result is made for, largest first. Tells why, where there are none."""
+    """The faces that a result is made for, largest first. Logs why there are none."""
     height, width = pixels.shape[:2]
     candidates = model.find(pixels, min(_LEAST_SURE, given.score_threshold))
     sure = [face for face in candidates if face.score >= given.score_threshold]
