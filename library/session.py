@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -41,6 +41,7 @@ from library.types import Size
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor
 
     from library.data.sample.dataset import TrainingData
     from library.data.types import DatasetSpec
@@ -266,7 +267,7 @@ class Session:
             shards=self.shards,
         )
 
-    def _metadata_maker(self, optimizer: Any) -> Callable[[Progress], dict[str, str]]:
+    def _metadata_maker(self, optimizer: torch.optim.Optimizer) -> Callable[[Progress], dict[str, str]]:
         """What makes a file's metadata at any point of the run."""
         options, data, run_plan = self.opts.optimizer, self.data, self.plan
         own_rate = {"ss_lr_scheduler": f"adafactor:{options.learning_rate}"} if sets_own_rate(options) else {}
@@ -309,7 +310,9 @@ def _check_sizes(models: Models, data: TrainingData, preview: Preview) -> None:
         raise UserError(*(f"{place} is too large: this model takes {most} pixels on a side" for place in large))
 
 
-def _stepped_together(opts: Options, family: Family, models: Models, optimizer: Any) -> Any:
+def _stepped_together(
+    opts: Options, family: Family, models: Models, optimizer: torch.optim.Optimizer
+) -> list[list[Tensor]] | None:
     """The weights by the parts that are stepped inside the backward pass; None: they are not, or each by itself."""
     fused = opts.fused
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -320,7 +323,7 @@ def _stepped_together(opts: Options, family: Family, models: Models, optimizer: 
     return equal_parts(weights, fused.fused_optimizer_groups)
 
 
-def _ema(opts: Options, optimizer: Any) -> EMA | None:
+def _ema(opts: Options, optimizer: torch.optim.Optimizer) -> EMA | None:
     """--ema."""
     if not opts.training.ema:
         return None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from library.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 
@@ -81,7 +82,7 @@ class Batch:
 
         return replace(self, **{name: apply(value) for name, value in vars(self).items()})
 
-    def to(self, device: Any) -> Batch:
+    def to(self, device: torch.device | str) -> Batch:
         """Moves every tensor without waiting for it."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 

@@ -23,7 +23,7 @@ from library.runtime.files import read_bytes, reason
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from library.options.base import Options
+    from library.options.base import OptionGroup, Options
 
 _KEPT_WITHOUT_METADATA = (
     "ss_v2",
@@ -187,7 +187,7 @@ def _options_metadata(opts: Options) -> dict[str, Any]:
     return values
 
 
-def _named(options: Any, names: Iterable[str]) -> dict[str, Any]:
+def _named(options: OptionGroup, names: Iterable[str]) -> dict[str, Any]:
     pairs = [name.partition("=") for name in names]
     return {f"ss_{key}": getattr(options, option or key) for key, _, option in pairs}
 

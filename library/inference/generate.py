@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +20,7 @@ from library.runtime.logs import LOGGER
 from library.types import Batch, Denoise, Models, TextCond
 
 if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
     from PIL.Image import Image
     from torch import Tensor
 
@@ -269,7 +270,7 @@ def _step_ends(evaluations: int, steps: int) -> list[int]:
     return [now - before for now, before in zip(done, [0, *done], strict=False)]
 
 
-def _scheduler(family: Family, prompt: SamplePrompt, zero_terminal_snr: bool, device: torch.device) -> Any:
+def _scheduler(family: Family, prompt: SamplePrompt, zero_terminal_snr: bool, device: torch.device) -> SchedulerMixin:
     prediction_type = family.denoiser.prediction_type()
     if prediction_type == "flow":
         return make_flow_scheduler(steps=prompt.steps, shift=flow_shift(family.traits, prompt), device=device)

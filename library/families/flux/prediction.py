@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 
@@ -24,7 +25,7 @@ def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
     return patches.reshape(batch, numbers // 4, height, width)
 
 
-def image_ids(height: int, width: int, device: Any) -> Tensor:
+def image_ids(height: int, width: int, device: torch.device) -> Tensor:
     """Where the tokens of latents of this size are: (0, row, column) of each, (h/2 * w/2, 3), float32."""
     import torch
 

@@ -22,6 +22,7 @@ from library.text.tokenizers import save_clip_tokenizer
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import SchedulerMixin
     from torch import nn
 
     from library.types import Models
@@ -92,7 +93,7 @@ def _encoder(models: Models, part: str) -> nn.Module:
     return models.text_encoders[part] if part in models.text_encoders else load_encoder(models.source, part)
 
 
-def _scheduler(variant: str) -> Any:
+def _scheduler(variant: str) -> SchedulerMixin:
     """What the published models sample with."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 

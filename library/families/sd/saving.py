@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.families.sd.keymap import OPEN_CLIP, text_map
 from library.families.sd.loading import Source, load_vae
@@ -25,6 +25,7 @@ from library.text.tokenizers import save_clip_tokenizer
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import SchedulerMixin
     from torch import nn
 
     from library.families.shared.writing import FileTensors
@@ -117,7 +118,7 @@ def _fill_folder(models: Models, vae: nn.Module, v_prediction: bool, folder: Pat
     write_model_index(folder, "StableDiffusionPipeline", parts)
 
 
-def _ddim(v_prediction: bool) -> Any:
+def _ddim(v_prediction: bool) -> SchedulerMixin:
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.families.sdxl.keymap import text1_map, text2_map
 from library.families.sdxl.loading import Source, load_vae
@@ -25,6 +25,7 @@ from library.text.tokenizers import save_clip_tokenizer
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import SchedulerMixin
     from torch import nn
 
     from library.families.shared.writing import FileTensors
@@ -124,7 +125,7 @@ def _fill_folder(
     write_model_index(folder, "StableDiffusionXLPipeline", parts)
 
 
-def _euler(v_prediction: bool, zero_terminal_snr: bool) -> Any:
+def _euler(v_prediction: bool, zero_terminal_snr: bool) -> SchedulerMixin:
     from diffusers import EulerDiscreteScheduler
 
     return EulerDiscreteScheduler(

@@ -27,6 +27,7 @@ from library.runtime.files import open_regular
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import ModelMixin
     from torch import Tensor, nn
 
     from library.families.spec import ModelKind
@@ -197,7 +198,7 @@ def from_pretrained(
     )
 
 
-def meta_model_of_folder(model_class: Any, folder: str, subfolder: str) -> nn.Module:
+def meta_model_of_folder(model_class: type[ModelMixin], folder: str, subfolder: str) -> nn.Module:
     """`meta_model` of one of diffusers' models in a Diffusers folder. Raises: UserError: it cannot be read."""
     try:
         config = model_class.load_config(folder, subfolder=subfolder, local_files_only=True)
