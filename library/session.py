@@ -127,7 +127,7 @@ def open_data(
 
 
 def show_data(opts: Options, data: TrainingData, accelerator: Accelerator) -> None:
-    """--debug_dataset."""
+    """Writes and shows the contact sheets of --debug_dataset."""
     if not accelerator.is_main_process:
         return
     from library.data.report.contact_sheet import show, write_sheets
@@ -144,7 +144,7 @@ def show_data(opts: Options, data: TrainingData, accelerator: Accelerator) -> No
 
 @dataclass
 class Session:
-    """What a run is built from. Call `check`, `load`, `encode`, `place` and `build` in this order.
+    """Builds a run. Call `check`, `load`, `encode`, `place` and `build` in this order.
 
     `shards` shards the trained model over the processes; None: every process keeps all of it.
     """
@@ -268,7 +268,7 @@ class Session:
         )
 
     def _metadata_maker(self, optimizer: torch.optim.Optimizer) -> Callable[[Progress], dict[str, str]]:
-        """What makes a file's metadata at any point of the run."""
+        """A function that makes a file's metadata at any point of the run."""
         options, data, run_plan = self.opts.optimizer, self.data, self.plan
         own_rate = {"ss_lr_scheduler": f"adafactor:{options.learning_rate}"} if sets_own_rate(options) else {}
         fixed = {
@@ -324,14 +324,17 @@ def _stepped_together(
 
 
 def _ema(opts: Options, optimizer: torch.optim.Optimizer) -> EMA | None:
-    """--ema."""
+    """The moving average of the trained weights, with --ema."""
     if not opts.training.ema:
         return None
     return EMA([p for group in optimizer.param_groups for p in group["params"]], opts.training.ema_decay)
 
 
 def _choose_start(opts: Options, run_plan: RunPlan) -> ResumePoint:
-    """Where the run begins; a state at the planned end has only its end to do. Raises: UserError: no step is left."""
+    """The point at which the run begins; a state at the planned end has only its end to do.
+
+    Raises: UserError: no step is left.
+    """
     progress = state_notes.read_progress(Path(opts.saving.resume)) if opts.saving.resume else None
     step, ended = (progress.step, progress.epoch_ended) if progress is not None else (None, True)
     start = plan.choose_start(run_plan, opts.training, step, epoch_ended=ended)

@@ -72,7 +72,7 @@ def cache_in_memory(records: Sequence[Record], encoder: Encoder, layout: CacheLa
 
 
 class CacheResult(NamedTuple):
-    """What there is on disk afterwards; the same in every process."""
+    """The entries that are on disk afterwards; the same in every process."""
 
     entries: list[Entry | None]  # by record; None: `on_error` was called for it
     kept: int  # records whose latents were there and fit
@@ -136,7 +136,7 @@ def without_files(records: Sequence[Record], index: FileIndex, layout: CacheLayo
 
 
 def requests_of(records: Sequence[Record]) -> list[CacheRequest]:
-    """What each record needs of a cache. Records that view an image in the same way need the same."""
+    """The request of each record. Records that view an image in the same way have equal ones."""
     shared = shared_stems(records)
     views = [_view(record, record.path in shared) for record in records]
     mirrored = {view for view, record in zip(views, records, strict=True) if record.flip}

@@ -88,7 +88,7 @@ def training_metadata(
     data_meta: Mapping[str, Any],
     run_facts: Mapping[str, Any],
 ) -> dict[str, str]:
-    """Everything a file says about itself, except its hashes (see `finalise`). Honours --no_metadata.
+    """The metadata of a file, except its hashes (see `finalise`). Honours --no_metadata.
 
     Args:
         family_meta: `Writer.metadata`.
@@ -147,7 +147,7 @@ def finalise(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict
 
 
 def minimal(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What stays with --no_metadata: the kind of network and base model, modelspec and hashes."""
+    """The metadata that stays with --no_metadata: type of network and base model, modelspec and hashes."""
     return {
         key: value
         for key, value in metadata.items()

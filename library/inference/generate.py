@@ -85,7 +85,7 @@ def generate(
 
 
 def total_steps(prompts: Sequence[SamplePrompt]) -> int:
-    """What `progress` adds up to."""
+    """The number of steps that `progress` counts in all."""
     return sum(prompt.steps for prompt in prompts)
 
 
@@ -265,7 +265,7 @@ def _batches(prompts: Sequence[SamplePrompt], size: int) -> list[list[SampleProm
 
 
 def _step_ends(evaluations: int, steps: int) -> list[int]:
-    """For each look at the denoiser, how many steps it completes; they add up to `steps`."""
+    """The number of steps that each evaluation of the denoiser completes; they add up to `steps`."""
     done = [(index + 1) * steps // evaluations for index in range(evaluations)]
     return [now - before for now, before in zip(done, [0, *done], strict=False)]
 

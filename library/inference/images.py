@@ -24,7 +24,7 @@ def to_images(pixels: Tensor) -> list[Image]:
 
 
 def png_text(prompt: SamplePrompt) -> dict[str, str]:
-    """What a PNG file says about its making."""
+    """The text of a PNG file about its generation."""
     asked_for = {"guidance": prompt.guidance, "flow-shift": prompt.flow_shift}
     return {
         "prompt": prompt.prompt,

@@ -18,7 +18,7 @@ GIT_MODEL = "microsoft/git-large-textcaps"
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionFileOptions(OptionGroup, group="caption", title="Captions"):
-    """Which images, where their captions go, and how many are worked on at a time."""
+    """The images, the files of their captions, and the batch size."""
 
     train_data_dir: str | None = opt(None, "folder of the images", exists="folder", positional=True)
     caption_extension: str = opt(".caption", "extension of the caption files, which are written beside the images")

@@ -34,7 +34,7 @@ def config_path(name: str) -> Path:
 
 @dataclass(frozen=True)
 class FileOptions:
-    """What a configuration file says to a script."""
+    """The options of a configuration file for one script."""
 
     name: str
     given: dict[str, Given]

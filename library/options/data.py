@@ -18,7 +18,7 @@ MOST_REPEATS = 1_000_000  # passes over one image in one epoch
 
 
 def ending_problem(ending: str) -> str | None:
-    """What is wrong with the ending of caption files, which is put behind the names of images."""
+    """The problem with an extension of caption files, which is added to the stems of images."""
     if not ending.strip(". ") or any(sign in ending for sign in "/\\\0") or not ending.isprintable():
         return f"must be an ending of file names, e.g. .txt, got {ending!r}"
     return None
@@ -171,7 +171,7 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
                 yield f"--resolution: {self.resolution} is above --max_bucket_reso {self.max_bucket_reso}"
 
     def _bucket_limits(self) -> tuple[int, int]:
-        """As bucketing uses them: the least rounded down, the greatest rounded up to the step."""
+        """The limits of bucket sides: the smallest rounded down, the largest rounded up to the step."""
         step = self.bucket_reso_steps
         return self.min_bucket_reso // step * step, -(-self.max_bucket_reso // step) * step
 

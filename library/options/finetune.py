@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class WholeModelOptions(MethodOptions, title="Training"):
-    """What every script for whole models says to the method."""
+    """The options of every script that trains whole models."""
 
     trains_model: ClassVar[bool] = True
 
@@ -56,7 +56,7 @@ class WholeModelOptions(MethodOptions, title="Training"):
 
     @property
     def frozen_blocks(self) -> int:
-        """How many of the denoiser's last blocks are not trained."""
+        """The number of the denoiser's last blocks that are frozen."""
         return 0
 
 
@@ -248,7 +248,7 @@ class ThreeEncoderOptions(FinetuneOptions, without=("learning_rate_te", "diffuse
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserOnlyOptions(FinetuneOptions, without=("learning_rate_te", "train_text_encoder", "diffusers_xformers")):
-    """No text encoder is trained."""
+    """Options of scripts that train no text encoder."""
 
 
 _T5 = 2  # its number among three text encoders
@@ -266,7 +266,7 @@ def _rates_of_untrained(options: FinetuneOptions, names: Iterable[str]) -> Itera
 
 
 class AnyData(DataOptions):
-    """Folders or a metadata file."""
+    """Data options of scripts that take folders or a metadata file."""
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         for line in super().check(opts, traits):

@@ -52,7 +52,7 @@ class BlockSwapOptions(OptionGroup, group="swap", title="Block swap", always=Tru
 
     @property
     def count(self) -> int:
-        """How many blocks are swapped."""
+        """The number of blocks to swap."""
         return self.blocks_to_swap or 0
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:

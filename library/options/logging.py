@@ -55,13 +55,13 @@ class LoggingOptions(ConsoleOptions, group="logging", title="Messages and logs")
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """Where curves go: any of "tensorboard" and "wandb"."""
+        """The trackers to log to: any of "tensorboard" and "wandb"."""
         if self.log_with is None:
             return ("tensorboard",) if self.logging_dir else ()
         return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)
 
     def folder_of_run(self, moment: str) -> Path:
-        """Where TensorBoard's logs of a run go that has begun at `moment`, a date and time of 14 digits."""
+        """The folder of TensorBoard's logs for a run that began at `moment`, a date and time of 14 digits."""
         return Path(self.logging_dir or "", f"{self.log_prefix or ''}{moment}")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:

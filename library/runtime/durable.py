@@ -283,7 +283,7 @@ def _release(lock: int | None) -> None:
 
 
 def _cut(name: str, longest: int) -> str:
-    """As many signs from the start as take at most `longest` bytes."""
+    """As many characters from the start as take at most `longest` bytes."""
     while len(os.fsencode(name)) > longest:
         name = name[:-1]
     return name

@@ -97,7 +97,7 @@ def tokenize_t5(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], len
 
 
 def _vocabulary(folder: Path) -> Path | None:
-    """What has the name of a vocabulary, be it a file that can be read or not.
+    """The path with the name of a vocabulary, whether or not it is a readable file.
 
     Raises: UserError: no permission to look into the folder.
     """

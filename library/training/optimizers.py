@@ -116,7 +116,7 @@ def optimizer_mode(optimizer: torch.optim.Optimizer, *, training: bool) -> None:
 
 @contextlib.contextmanager
 def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within the block the weights are the average of a schedule-free optimizer, afterwards exactly what they were.
+    """A context in which the weights are the average of a schedule-free optimizer; afterwards exactly what they were.
 
     Its own way back rounds: a run would depend on how often it saved, and processes would drift apart where only the
     first one samples. The copies lie in CPU memory. Nothing happens with other optimizers.

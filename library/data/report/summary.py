@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class DataSummary(Protocol):
-    """What the report and the metadata are made from."""
+    """The data from which the report and the metadata are made."""
 
     specs: Sequence[DatasetSpec]
     records: Sequence[Record]
@@ -218,7 +218,7 @@ def _own_keys(subset: SubsetSpec) -> dict[str, Any]:
 
 
 def _place_name(subset: SubsetSpec) -> str:
-    """What the format knows a subset by: its metadata file, or its folder."""
+    """The name of a subset in ss_* metadata: its metadata file, or its folder."""
     return _name(subset.metadata_file or subset.place)
 
 

@@ -137,7 +137,7 @@ def _brace_tokens(line: str) -> list[str]:
 
 
 def _partners(tokens: Sequence[str]) -> dict[int, int] | None:
-    """Where the brace opened at each place is closed; None if some brace has no partner."""
+    """The index of the closing brace for each opening one; None if some brace has no partner."""
     opened, partners = [], {}
     for at, token in enumerate(tokens):
         if token == "{":

@@ -24,7 +24,7 @@ _MOST_PIXELS = 10**8  # of an image that is enlarged for its bucket
 
 
 class _Header(NamedTuple):
-    """What an image's header says; `reason` why it cannot be used."""
+    """The data of an image's header; `reason` why it cannot be used."""
 
     size: Size | None
     turned: bool = False

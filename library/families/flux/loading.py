@@ -62,7 +62,7 @@ CHANNELS = 16
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model came from, and what saving it in the same form needs to know."""
+    """The origin of a model, with what is needed to save it in the same form."""
 
     name: str  # path or hub id
     variant: str  # "dev" or "schnell"

@@ -94,7 +94,7 @@ def _encoder(models: Models, part: str) -> nn.Module:
 
 
 def _scheduler(variant: str) -> SchedulerMixin:
-    """What the published models sample with."""
+    """The scheduler of the published models."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     dev = variant == "dev"

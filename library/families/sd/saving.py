@@ -74,7 +74,7 @@ def save_model(
 def file_tensors(
     denoiser: nn.Module, text_encoder: nn.Module, vae: nn.Module, source: Source, dtype: torch.dtype | None
 ) -> FileTensors:
-    """Everything that the models hold, under a single file's names; each tensor is converted when it is written."""
+    """All tensors of the models under a single file's names; each is converted when it is written."""
     parts = (
         ("unet", map_of_config(denoiser.config), denoiser.state_dict()),
         ("vae", vae_map(len(vae.config.block_out_channels)), vae.state_dict()),

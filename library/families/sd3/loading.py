@@ -61,7 +61,7 @@ HUB_PARTS = ("transformer", "vae", "scheduler", *FOLDERS.values(), *TOKENIZERS.v
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model came from, and what saving it in the same form needs to know."""
+    """The origin of a model, with what is needed to save it in the same form."""
 
     name: str  # path or hub id
     vae_name: str  # where the VAE came from

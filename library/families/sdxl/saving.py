@@ -74,7 +74,7 @@ def save_model(
 
 
 def file_tensors(models: Models, vae: nn.Module, dtype: torch.dtype | None) -> FileTensors:
-    """Everything that the models hold, under a single file's names; each tensor is converted when it is written."""
+    """All tensors of the models under a single file's names; each is converted when it is written."""
     source: Source = models.source
     te1, te2 = models.text_encoders["te1"], models.text_encoders["te2"]
     parts = (

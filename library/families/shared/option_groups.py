@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CommonOptions(OptionGroup, group="family", title="Model family"):
-    """What every training script takes; a family says which of them mean something to it."""
+    """The family options of every training script; a family says which of them have an effect."""
 
     v2: bool = opt(False, "the base model is Stable Diffusion 2.x; has no effect on other families")
     v_parameterization: bool = opt(
@@ -56,7 +56,7 @@ _LOGIT_NORMAL = ("weighting_scheme=logit_normal",)
 
 @dataclass(frozen=True, kw_only=True)
 class FlowOptions(CommonOptions):
-    """What the rectified-flow families share: T5, and densities and weights of time."""
+    """The options that the rectified-flow families share: T5, timestep density and loss weighting."""
 
     clip_l: str | None = opt(None, "file of the text encoder CLIP-L", exists="file")
     t5xxl: str | None = opt(None, "file of the text encoder T5-XXL", exists="file")

@@ -40,7 +40,7 @@ S = TypeVar("S", bound="Source")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model came from, and what saving it in the same form needs to know."""
+    """The origin of a model, with what is needed to save it in the same form."""
 
     name: str  # path or hub id
     vae_name: str  # where the VAE came from
@@ -150,7 +150,7 @@ def file_kind(weights: Weights) -> str:
 
 
 def counters(weights: Weights) -> dict[str, int]:
-    """How long a .ckpt says that it was trained: epoch and global_step, as far as it has them."""
+    """The training counters of a .ckpt: epoch and global_step, as far as it has them."""
     return {name: value for name, value in getattr(weights, "extra", {}).items() if name in ("epoch", "global_step")}
 
 
@@ -229,7 +229,7 @@ def folder_dtypes(folder: Path, parts: Iterable[str]) -> dict[str, torch.dtype]:
 
 
 def vae_origin(given: str | None, model: str | None, flag: str = "--vae") -> str:
-    """Where a VAE that is loaded by itself comes from: the file that `flag` names, or the model.
+    """The origin of a VAE that is loaded alone: the file that `flag` names, or the model.
 
     Raises: UserError: neither is named.
     """

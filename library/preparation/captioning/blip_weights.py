@@ -115,7 +115,7 @@ def build_blip(tensors: Mapping[str, Tensor], special_tokens: Mapping[str, int],
 
 
 def word_count(tensors: Mapping[str, Tensor]) -> int:
-    """How many tokens original weights know."""
+    """The size of the vocabulary of original weights."""
     return tensors[_WORDS].shape[0]
 
 

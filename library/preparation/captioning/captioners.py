@@ -35,10 +35,10 @@ class Captioner(Protocol):
     """A model that is ready to caption."""
 
     def enough(self, size: Size) -> Size:
-        """How large an image of this size has to be decoded at least; see `images.read_reduced`."""
+        """The smallest size at which an image of this size must be decoded; see `images.read_reduced`."""
 
     def prepare(self, image: NDArray[np.uint8]) -> Any:
-        """What the model needs of an image (H, W, 3). Called in several threads."""
+        """The model's input of an image (H, W, 3). Called in several threads."""
 
     def caption(self, prepared: Sequence[Any], names: Sequence[str]) -> list[str]:
         """One line of text for each of a batch of images.
@@ -50,7 +50,7 @@ class Captioner(Protocol):
 
 @dataclass(frozen=True)
 class Search:
-    """How the words of a caption are found."""
+    """The decoding settings of captions: beam search, sampling or greedy search, and lengths."""
 
     max_length: int  # tokens
     min_length: int = 0
@@ -59,7 +59,7 @@ class Search:
     seed: int = 0
 
     def arguments(self, names: Sequence[str]) -> dict[str, Any]:
-        """For `generate` of transformers."""
+        """The arguments for `generate` of transformers."""
         from transformers import LogitsProcessorList
 
         found: dict[str, Any] = {"do_sample": False, "num_beams": self.num_beams}
@@ -101,7 +101,7 @@ class _Ours:
 
 
 class Blip(_Ours):
-    """BLIP goes on with a prompt."""
+    """BLIP, which continues a prompt."""
 
     def caption(self, prepared: Sequence[Tensor], names: Sequence[str]) -> list[str]:
         import torch
@@ -295,7 +295,7 @@ def _enough(image_processor: Any) -> Size:
 
 
 def _processor(name: str, config: Any = None) -> Any:
-    """What turns images and text into a model's inputs. Without torchvision, one that does so for no videos.
+    """The processor that makes a model's inputs of images and text; without torchvision, one without videos.
 
     Args:
         config: the model's, where it may be one for videos too.

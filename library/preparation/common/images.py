@@ -55,7 +55,7 @@ def warn_of_shared_names(images: Sequence[Path], kind: str) -> None:
 
 
 def require_room_beside(paths: Iterable[Path], kind: str) -> None:
-    """Before a model is loaded, which may take long: files have to be made in the folders of these.
+    """Checks that files can be made in the folders of these images, before a model is loaded.
 
     Args:
         kind: what is written there, e.g. "tag files".

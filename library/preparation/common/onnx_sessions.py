@@ -57,5 +57,5 @@ def is_on_gpu(session: InferenceSession) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of ONNX Runtime says, as far as users can do something with it."""
+    """The part of an ONNX Runtime error that is useful to users."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -112,7 +112,7 @@ def _names_in(folder: Path) -> frozenset[str]:
 
 
 def keys_of(images: Sequence[Path], entries: Mapping[str, Any], *, full_path: bool) -> dict[Path, str]:
-    """What each image is called in the metadata.
+    """The key of each image in the metadata.
 
     A path that `entries` have already stays as it is spelt there. Else it is the absolute path with `full_path`, as the
     next script may be started in another folder; and the stem without. Where several images of the folder share a

@@ -25,7 +25,7 @@ _KERAS = (".h5", ".keras", ".pb")
 
 @dataclass(frozen=True)
 class TaggerFiles:
-    """A tagger that is here."""
+    """The local files of a tagger."""
 
     kind: Kind  # "table": SmilingWolf's; "mapping": one with tag_mapping.json; "list": DeepDanbooru
     folder: Path
@@ -39,7 +39,7 @@ class TaggerFiles:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What --repo_id names at the hub."""
+    """The repository and folder at the hub that --repo_id names."""
 
     repo: str  # owner/model
     inside: str  # folder in the repository; "" for its root
