@@ -112,7 +112,7 @@ def make_environment() -> None:
             "error: this Python has neither pip nor ensurepip, which makes environments with pip; "
             f"on Debian and Ubuntu run: sudo apt install python{found}-venv"
         )
-    say(f".venv cannot be used, as {fault}; making it anew" if there else "making .venv")
+    say(f".venv cannot be used, as {fault}; rebuilding it" if there else "making .venv")
     if there and not VENV.is_dir():
         VENV.unlink()
     venv.create(VENV, clear=True, with_pip=has_ensurepip)
@@ -133,11 +133,11 @@ def install(requirements: str) -> None:
         say(f"installing {requirements} (a few minutes and some GB the first time)")
         run(["-m", "pip", "install", "--disable-pip-version-check", "-r", requirements])
         stamp.write_text(fingerprint)
-    mend_opencv()
+    repair_opencv()
 
 
-def mend_opencv() -> None:
-    """Exchanges an OpenCV that lacks libraries of a desktop for the build that needs none, of the same version."""
+def repair_opencv() -> None:
+    """Replaces an OpenCV that lacks desktop libraries by the headless build of the same version."""
     probe = "try: import cv2\nexcept ImportError as error: print(error)"
     reason = tried("-c", probe)
     if reason == "":

@@ -53,7 +53,7 @@ def check(opts: Options, family: FamilySpec, method: MethodSpec) -> list[Dataset
 
 
 def is_first_process() -> bool:
-    """As torch's launcher numbers them, before the processes have joined."""
+    """Whether this is the first process by torch's launcher, before the processes have joined."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

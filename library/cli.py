@@ -42,7 +42,7 @@ def run(family: str, method: str, argv: Sequence[str] | None = None, *, options:
 
 @contextmanager
 def ending_as_a_script() -> Iterator[None]:
-    """What a user's mistake and Ctrl-C become: one line, and the exit status."""
+    """Turns a user error and Ctrl-C into one line and the exit status."""
     try:
         require_here()
         yield
@@ -103,6 +103,6 @@ def _train(family_name: str, method_name: str, argv: Sequence[str] | None, optio
 
 
 def _optional_packages(opts: Options) -> set[str]:
-    """What diffusers cannot do without: its attention processors of xformers, and the integrals of its sampler lms."""
+    """The optional packages that diffusers must import: xformers for its attention, scipy for its sampler lms."""
     wanted = {"xformers": opts.memory.xformers, "scipy": opts.sampling.sample_prompts}
     return {name for name, use in wanted.items() if use}

@@ -99,7 +99,7 @@ def _options(args: Namespace, family: str, method: str) -> Options:
 
 
 def _value(option: Option, value: Any) -> Any:
-    """What a parser, a configuration file or a program may have put into a namespace, as the option's type."""
+    """A value of a namespace, from a parser, a configuration file or a program, as the option's type."""
     if isinstance(value, list | tuple):
         value = [str(item) if isinstance(item, Path) else item for item in value]
     elif isinstance(value, Path):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def latent_cache(opts: Options, family: Family, models: Models, data: TrainingData) -> Callable[[Encoder], None] | None:
-    """What caches the latents once it is given an encoder; None: images are encoded whenever they come up.
+    """A function that caches the latents with a given encoder; None: images are encoded in every step.
 
     Metadata data sets whose latents all lie beside the images use them without being asked to: preparing them is
     what they were prepared for.
@@ -50,7 +50,7 @@ def latent_cache(opts: Options, family: Family, models: Models, data: TrainingDa
 
 
 def latent_layout(traits: FamilyTraits) -> CacheLayout:
-    """How a family's files of latents look."""
+    """The layout of a family's latent files."""
     from library.types import CacheLayout
 
     return CacheLayout(traits.cache_suffix, traits.latent_channels, traits.cache_keys_by_size)
@@ -101,7 +101,7 @@ def text_cache(
     data: TrainingData,
     on_error: OnError | None = None,
 ) -> Callable[[Accelerator], None] | None:
-    """What caches the text encoders' outputs once they are in place; None: captions are encoded as they come up.
+    """A function that caches the text encoders' outputs; None: captions are encoded in every step.
 
     Args:
         on_error: see `text.cache_on_disk`.

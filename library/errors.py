@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""The exception for user errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class UserError(Exception):
         super().__init__("\n".join(self.problems))
 
     def render(self) -> str:
-        """As it is shown on a screen: a line for each problem."""
+        """The text for the screen: a line for each problem."""
         lines = list(map(shown, self.problems))
         if len(lines) == 1:
             text = f"error: {lines[0]}"

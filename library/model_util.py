@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def is_safetensors(path: str | Path) -> bool:
-    """By the name's ending, as these programs expect it. Our own readers look into the file."""
+    """Whether a file is named .safetensors, as these programs expect. Our own readers look into the file."""
     return Path(path).suffix.lower() == ".safetensors"

@@ -28,7 +28,7 @@ _secrets: set[str] = set()
 
 
 def hide(value: Any) -> None:
-    """From now on, no message shows this value of a secret option, or any text inside a value of the wrong type."""
+    """Hides in all further messages this value of a secret option, or any text inside a value of the wrong type."""
     if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
     if isinstance(value, list | tuple):

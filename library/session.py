@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -41,6 +41,7 @@ from library.types import Size
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor
 
     from library.data.sample.dataset import TrainingData
     from library.data.types import DatasetSpec
@@ -126,7 +127,7 @@ def open_data(
 
 
 def show_data(opts: Options, data: TrainingData, accelerator: Accelerator) -> None:
-    """--debug_dataset."""
+    """Writes and shows the contact sheets of --debug_dataset."""
     if not accelerator.is_main_process:
         return
     from library.data.report.contact_sheet import show, write_sheets
@@ -143,7 +144,7 @@ def show_data(opts: Options, data: TrainingData, accelerator: Accelerator) -> No
 
 @dataclass
 class Session:
-    """What a run is built from. Call `check`, `load`, `encode`, `place` and `build` in this order.
+    """Builds a run. Call `check`, `load`, `encode`, `place` and `build` in this order.
 
     `shards` shards the trained model over the processes; None: every process keeps all of it.
     """
@@ -266,8 +267,8 @@ class Session:
             shards=self.shards,
         )
 
-    def _metadata_maker(self, optimizer: Any) -> Callable[[Progress], dict[str, str]]:
-        """What makes a file's metadata at any point of the run."""
+    def _metadata_maker(self, optimizer: torch.optim.Optimizer) -> Callable[[Progress], dict[str, str]]:
+        """A function that makes a file's metadata at any point of the run."""
         options, data, run_plan = self.opts.optimizer, self.data, self.plan
         own_rate = {"ss_lr_scheduler": f"adafactor:{options.learning_rate}"} if sets_own_rate(options) else {}
         fixed = {
@@ -309,7 +310,9 @@ def _check_sizes(models: Models, data: TrainingData, preview: Preview) -> None:
         raise UserError(*(f"{place} is too large: this model takes {most} pixels on a side" for place in large))
 
 
-def _stepped_together(opts: Options, family: Family, models: Models, optimizer: Any) -> Any:
+def _stepped_together(
+    opts: Options, family: Family, models: Models, optimizer: torch.optim.Optimizer
+) -> list[list[Tensor]] | None:
     """The weights by the parts that are stepped inside the backward pass; None: they are not, or each by itself."""
     fused = opts.fused
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -320,15 +323,18 @@ def _stepped_together(opts: Options, family: Family, models: Models, optimizer: 
     return equal_parts(weights, fused.fused_optimizer_groups)
 
 
-def _ema(opts: Options, optimizer: Any) -> EMA | None:
-    """--ema."""
+def _ema(opts: Options, optimizer: torch.optim.Optimizer) -> EMA | None:
+    """The moving average of the trained weights, with --ema."""
     if not opts.training.ema:
         return None
     return EMA([p for group in optimizer.param_groups for p in group["params"]], opts.training.ema_decay)
 
 
 def _choose_start(opts: Options, run_plan: RunPlan) -> ResumePoint:
-    """Where the run begins; a state at the planned end has only its end to do. Raises: UserError: no step is left."""
+    """The point at which the run begins; a state at the planned end has only its end to do.
+
+    Raises: UserError: no step is left.
+    """
     progress = state_notes.read_progress(Path(opts.saving.resume)) if opts.saving.resume else None
     step, ended = (progress.step, progress.epoch_ended) if progress is not None else (None, True)
     start = plan.choose_start(run_plan, opts.training, step, epoch_ended=ended)

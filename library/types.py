@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from library.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 
@@ -21,7 +22,7 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class TextCond:
-    """What a family's denoiser takes from the text, by the family's own names; the batch is every tensor's first axis.
+    """The text conditioning of a denoiser, by the family's own names; the batch is every tensor's first axis.
 
     It is also what text-encoder-output caches hold.
     """
@@ -69,7 +70,7 @@ class Batch:
     keys: list[str] = field(default_factory=list)  # the images' paths, for messages
     network_multiplier: float = 1.0  # strength of a trained network for this batch
     attributes: list[Mapping[str, Any] | None] = field(default_factory=list)  # custom_attributes of the dataset config
-    guidance: float | None = None  # what distilled models are told; None: what the options say
+    guidance: float | None = None  # value fed to distilled models; None: the one of the options
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `change` applied to every tensor."""
@@ -81,12 +82,12 @@ class Batch:
 
         return replace(self, **{name: apply(value) for name, value in vars(self).items()})
 
-    def to(self, device: Any) -> Batch:
+    def to(self, device: torch.device | str) -> Batch:
         """Moves every tensor without waiting for it."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """What a DataLoader calls, so that `to` need not wait for pageable memory."""
+        """Pins every tensor, so that `to` need not wait for pageable memory. Called by DataLoader."""
         return self.map(lambda tensor: tensor.pin_memory())
 
 
@@ -122,7 +123,7 @@ class Models:
 
 @dataclass(frozen=True)
 class FilePlace:
-    """Where a layer is in the original model, whose structure files have, and live models may not."""
+    """The place of a layer in the original model, whose structure is that of files, and not always of live models."""
 
     path: str  # e.g. "double_blocks.0.img_attn.qkv"
     classes: tuple[tuple[str, str], ...] = ()  # (path, class name) of what contains it, in the original's code
@@ -148,7 +149,7 @@ class LoraTarget:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """How many blocks a U-Net has for block-wise lists. `edge` blocks before the first and after the last are fixed."""
+    """The number of blocks of a U-Net for block-wise lists. `edge` blocks at the start and at the end are fixed."""
 
     down: int
     mid: int
@@ -184,7 +185,7 @@ class FamilyTraits:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """How a family's files of cached latents are named, and what is in them."""
+    """The names and contents of a family's files of cached latents."""
 
     suffix: str  # of file names, e.g. "_sd.npz"
     channels: int  # of the latents
@@ -195,7 +196,7 @@ class CacheLayout:
 
 @dataclass(frozen=True)
 class TextLayout:
-    """How a family's files of cached text-encoder outputs look.
+    """The names and contents of a family's files of cached text-encoder outputs.
 
     Arrays are named as the tensors of its TextCond, one row each, without batch axis.
     """

@@ -46,7 +46,7 @@ def test_rows_of_the_models_run_at_tiny_size():
     assert float(rows["sdxl-full", "plain"]["TFLOP"]) > float(rows["sdxl-lora", "plain"]["TFLOP"])
 
 
-def test_preparing_images_runs_and_tells_its_ratios():
+def test_preparing_images_runs_and_shows_its_ratios():
     command = ["benchmarks/bench_preparation.py", "--photos=1", "--drawings=2", "--rounds=1"]
     run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -75,7 +75,7 @@ def test_a_row_without_memory_says_so_and_the_table_goes_on(bench_models):
     assert cells == ["flux-lora", "plain", *["-"] * 9, "out of memory"]
 
 
-def test_another_failure_is_told_and_counts(bench_models):
+def test_another_failure_is_reported_and_counts(bench_models):
     def run():
         raise ValueError("first line\nsecond line")
 

@@ -75,14 +75,14 @@ def _link_to_the_system(place: Path) -> None:
     "leave",
     [_nothing, _empty_folder, _file, _interrupted, _python_gone, _made_by_another_python, _link_to_the_system],
 )
-def test_an_environment_that_cannot_be_used_is_made_anew(place, monkeypatch, capsys, leave):
+def test_an_environment_that_cannot_be_used_is_made_again(place, monkeypatch, capsys, leave):
     leave(place)
     create = venv.create  # without pip, whose installation takes seconds and is tried below
     monkeypatch.setattr(quickstart.venv, "create", lambda folder, clear, with_pip: create(folder, clear=clear))
     quickstart.make_environment()
     assert quickstart.tried("-c", "import sys; print(sys.prefix)") == str(place)
     said = capsys.readouterr().out
-    assert ("making it anew" in said) == (leave is not _nothing)
+    assert ("rebuilding it" in said) == (leave is not _nothing)
 
 
 @pytest.mark.slow

@@ -53,6 +53,24 @@ ORIGINAL_KEYS = re.compile(
 )
 MAY_KNOW_ORIGINAL_KEYS = ("library/families/", "library/checkpoints/")
 
+# Words that the field has others for: image, report, shard, dtype, stochastic rounding, CPU memory, again.
+UNUSUAL = re.compile(
+    r"\b(pictures?|told|tells?|telling|spread(?:s|ing)?|number formats?|by chance|main memory|anew|mends?|mended"
+    r"|in its turn|older way|nobody|somebody|anybody|everybody)\b(?!\()",
+    re.IGNORECASE,
+)
+UNUSUAL_ALLOWED = {  # what is said to a model or stands in files, and so cannot be another word
+    "library/caching/latent_files.py": "picture",  # a key of the notes in cache files
+    "library/data/sample/dataset.py": "picture",  # the name of a random stream, on which results depend
+    "library/preparation/captioning/captioners.py": "picture",  # BLIP's prompt
+    "library/options/captioning.py": "picture",
+    "docs/captioning.md": "picture",
+    "docs/options/make_captions.md": "picture",
+    "library/preparation/metadata/cleaning_rules.py": "picture",  # words of captions
+    "docs/preprocessing.md": "picture",
+}
+UNUSUAL_NOT_SCANNED = ("networks/", "library/methods/")  # until they are rewritten; then empty
+
 OPTIONAL = {"pillow_jxl", "pip"}  # used where the user has it, missed by nobody
 DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python"}  # where the package is not called as its module
 
@@ -201,6 +219,15 @@ def key_faults(tree: ast.Module) -> Iterator[str]:
             yield f"{node.lineno}: {ORIGINAL_KEYS.search(node.value)[0]}"
 
 
+def wording_faults(text: str, allowed: str = "") -> Iterator[str]:
+    """`UNUSUAL` words in text or code, also as words of identifiers; `allowed` is one that may stand."""
+    for number, line in enumerate(text.splitlines(), 1):
+        spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", " ", line)
+        for found in UNUSUAL.finditer(spaced):
+            if found[0].lower() != allowed:
+                yield f"{number}: {found[0]}"
+
+
 def package_graph() -> dict[str, set[str]]:
     graph: dict[str, set[str]] = {}
     for file in code_files("library", "networks"):
@@ -280,6 +307,18 @@ def test_only_families_know_original_key_names():
         for file in code_files("library", "networks", "tools", "finetune")
         if not relative(file).startswith(MAY_KNOW_ORIGINAL_KEYS)
         for fault in key_faults(tree_of(file))
+    ]
+    assert not faults, "\n".join(faults)
+
+
+def test_names_messages_and_docs_use_the_words_of_the_field():
+    scanned = [*code_files("library", "networks", "tools", "finetune"), *ROOT.glob("*.py"), *ROOT.glob("*.md")]
+    scanned += (ROOT / "docs").rglob("*.md")
+    faults = [
+        f"{relative(file)}:{fault}"
+        for file in scanned
+        if not relative(file).startswith(UNUSUAL_NOT_SCANNED)
+        for fault in wording_faults(file.read_text(encoding="utf-8"), UNUSUAL_ALLOWED.get(relative(file), ""))
     ]
     assert not faults, "\n".join(faults)
 
@@ -415,6 +454,19 @@ def test_a_family_name_is_seen(source):
 @pytest.mark.parametrize("source", ['"""For SDXL and FLUX."""', "sdpa = fluxional = state_dict", "'ss_sd_model_name'"])
 def test_words_that_only_look_like_a_family_are_let_be(source):
     assert list(family_faults(ast.parse(source))) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["picture_ids = 1", "class SpreadWeights: ...", '"""In another number format."""', "f(x)  # rounds_by_chance"],
+)
+def test_an_unusual_word_is_seen(text):
+    assert list(wording_faults(text))
+
+
+def test_words_that_only_look_unusual_are_let_be():
+    assert list(wording_faults("stream.tell() + intelligent + widespread + recommend")) == []
+    assert list(wording_faults("picture", allowed="picture")) == []
 
 
 def test_an_original_key_is_seen():

@@ -29,7 +29,7 @@ def release_for(torch_version: str, cuda: str | None) -> tuple[str | None, str]:
     """The release of xformers for a build of torch, or None and the reason.
 
     Args:
-        torch_version: as torch tells it, such as "2.9.1+cu128".
+        torch_version: as torch reports it, such as "2.9.1+cu128".
         cuda: the CUDA that torch was built with, such as "12.8"; None: without.
     """
     if cuda is None:

@@ -29,7 +29,7 @@ _PANEL = (560, 330)  # of the plot itself
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 34, 58, 62  # around each plot
 _TITLE, _LETTERS = 17, 13
 _PAPER, _INK, _QUIET, _GRID = "#ffffff", "#1c1c1c", "#5f5f5b", "#e3e3df"
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00")  # told apart by the colour-blind, too
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00")  # distinguishable by the colour-blind, too
 
 
 @dataclass(frozen=True)

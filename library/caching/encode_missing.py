@@ -30,7 +30,7 @@ MOST_NAMED = 20  # files that are made again, or in the way, are named up to so 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What encodes a batch, and how the work is divided."""
+    """Encodes batches; also the batch size, the seed, and the processes that share the work."""
 
     encode: Callable[..., Any]  # see `latents.Encode` and `text.Encode`
     batch_size: int

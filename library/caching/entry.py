@@ -32,7 +32,7 @@ Arrays = dict[str, "NDArray[Any]"]
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """What one record needs of a latent cache. Records that need the same are equal."""
+    """The cache entry that a record needs. Records that need the same entry have equal requests."""
 
     image: Path  # its path, with an extension even where only latents are left of it
     present: bool  # whether the image is there
@@ -66,7 +66,7 @@ class CacheRequest:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What latents are made from. Digests are of contents."""
+    """Digests of the contents that latents are made from."""
 
     image: str | None  # None: the image is not there
     vae: str | None  # of the weights; None: any will do
@@ -74,7 +74,7 @@ class Fingerprint:
 
 
 class StoredArray(NamedTuple):
-    """Where one array lies."""
+    """The location of one array: file, name and shape."""
 
     file: Path
     name: str  # in the file
@@ -83,7 +83,7 @@ class StoredArray(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """Where the latents of one image lie on disk; read whenever they are needed. Small and picklable."""
+    """The latents of one image on disk, read whenever they are needed. Small and picklable."""
 
     arrays: Mapping[str, StoredArray]  # by our names
 

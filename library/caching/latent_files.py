@@ -64,7 +64,7 @@ class LatentCache:
     check: bool = True  # False: names of arrays are enough; numbers, notes, shapes and ages are not looked at
 
     def file(self, request: CacheRequest) -> Path:
-        """Where latents that are made now will lie."""
+        """The file to which new latents are written."""
         return files_of(request, self.layout)[-1]
 
     def find(self, request: CacheRequest) -> Entry | str | None:
@@ -205,7 +205,7 @@ class LatentCache:
 
 
 def files_of(request: CacheRequest, layout: CacheLayout) -> list[Path]:
-    """Where latents may lie, in the order in which earlier trainers look, or with `as_prepared` in the reverse order.
+    """The files that may hold latents, in the order of earlier trainers; with `as_prepared` in reverse order.
 
     The last one is where ours go. Where two images differ in the extension only, it stays in the name: earlier
     trainers mix such images up. A name that is too long is shortened.

@@ -72,7 +72,7 @@ def cache_in_memory(records: Sequence[Record], encoder: Encoder, layout: CacheLa
 
 
 class CacheResult(NamedTuple):
-    """What there is on disk afterwards; the same in every process."""
+    """The entries that are on disk afterwards; the same in every process."""
 
     entries: list[Entry | None]  # by record; None: `on_error` was called for it
     kept: int  # records whose latents were there and fit
@@ -113,7 +113,7 @@ def cache_on_disk(
     if not again:
         invalid = [entry for entry in found.values() if isinstance(entry, str)]
         report_missing("latents on disk", len(found) - len(missing), invalid, len(missing) - len(invalid))
-    processes.barrier()  # nobody writes while others still look
+    processes.barrier()  # no process writes while others still look
     mine = set(processes.shard(sorted({cache.file(one) for one in missing})))
     jobs = _in_order(one for one in missing if cache.file(one) in mine)
     refuse = None if on_error is None else lambda one, error: on_error(one.image, error.problems[0])
@@ -136,7 +136,7 @@ def without_files(records: Sequence[Record], index: FileIndex, layout: CacheLayo
 
 
 def requests_of(records: Sequence[Record]) -> list[CacheRequest]:
-    """What each record needs of a cache. Records that view an image in the same way need the same."""
+    """The request of each record. Records that view an image in the same way have equal ones."""
     shared = shared_stems(records)
     views = [_view(record, record.path in shared) for record in records]
     mirrored = {view for view, record in zip(views, records, strict=True) if record.flip}
@@ -232,7 +232,7 @@ def _encode(
         return
 
     def view(one: CacheRequest) -> View:
-        # The generator is never drawn from: build_specs refuses cached latents where images vary by chance.
+        # The generator is never drawn from: build_specs refuses cached latents where images vary at random.
         return render(owners[one], False, Random(0))
 
     def encode(group: list[CacheRequest], views: list[View]) -> list[dict[str, Tensor] | UserError]:

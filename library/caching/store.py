@@ -78,7 +78,7 @@ def read(
 
 
 def names(path: Path) -> list[str]:
-    """What the arrays are called, from the file's directory; the arrays are not looked at. Raises: as `read`."""
+    """The names of the arrays, from the file's directory alone. Raises: as `read`."""
     with _opened(path) as archive:
         return list(_members(archive))
 
@@ -103,7 +103,7 @@ def write(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 def summary(path: Path) -> dict[str, Any]:
-    """What is in a file, as JSON values, after reading and verifying all of it.
+    """A summary of a file as JSON values, after reading and verifying all of it.
 
     Returns: {"damaged": reason}, or
         "arrays": {name: [shape, dtype]}, e.g. {"latents": [[4, 64, 64], "float32"]}

@@ -43,7 +43,7 @@ _DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "
 
 @dataclass(frozen=True)
 class TextRequest:
-    """What one record needs of a text cache."""
+    """The cache entry that a record needs."""
 
     image: Path
     caption: str  # as training gives it to the encoder
@@ -83,7 +83,7 @@ class DiskStore:
 
 
 def requests_of(records: Sequence[Record]) -> list[TextRequest]:
-    """What each record needs of a cache. Their captions must not change, see `captions.changing`."""
+    """The request of each record. Captions must not change, see `captions.changing`."""
     shared = shared_stems(records)
     return [
         TextRequest(

@@ -36,7 +36,7 @@ def network_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
 
 
 def weights_fingerprint(module: nn.Module) -> str:
-    """32 hex digits that change when any weight of a model does; number formats that hold the same values are equal.
+    """32 hex digits that change when any weight of a model does; equal for dtypes that hold the same values.
 
     Caches are marked with it, as it identifies the VAE or text encoder that they came from.
     """

@@ -21,7 +21,7 @@ class HeaderError(ValueError):
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """What the header says of one tensor."""
+    """The entry of one tensor in the header."""
 
     dtype: str  # the format's own word: "F16", "BF16", "F32", "I64", ...
     shape: tuple[int, ...]

@@ -29,14 +29,14 @@ class KeyMapError(UserError):
 
 
 def first_few(keys: Sequence[str], count: int = 5) -> str:
-    """For messages: the first names, and how many more there are."""
+    """The first names for a message, and how many more there are."""
     more = f" and {len(keys) - count} more" if len(keys) > count else ""
     return ", ".join(list(keys)[:count]) + more
 
 
 @dataclass(frozen=True)
 class Rename:
-    """The same tensor under another name."""
+    """A rule for a tensor that has another name and is otherwise the same."""
 
     file: str
     model: str

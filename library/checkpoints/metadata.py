@@ -23,7 +23,7 @@ from library.runtime.files import read_bytes, reason
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from library.options.base import Options
+    from library.options.base import OptionGroup, Options
 
 _KEPT_WITHOUT_METADATA = (
     "ss_v2",
@@ -88,7 +88,7 @@ def training_metadata(
     data_meta: Mapping[str, Any],
     run_facts: Mapping[str, Any],
 ) -> dict[str, str]:
-    """Everything a file says about itself, except its hashes (see `finalise`). Honours --no_metadata.
+    """The metadata of a file, except its hashes (see `finalise`). Honours --no_metadata.
 
     Args:
         family_meta: `Writer.metadata`.
@@ -147,7 +147,7 @@ def finalise(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict
 
 
 def minimal(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What stays with --no_metadata: the kind of network and base model, modelspec and hashes."""
+    """The metadata that stays with --no_metadata: type of network and base model, modelspec and hashes."""
     return {
         key: value
         for key, value in metadata.items()
@@ -187,7 +187,7 @@ def _options_metadata(opts: Options) -> dict[str, Any]:
     return values
 
 
-def _named(options: Any, names: Iterable[str]) -> dict[str, Any]:
+def _named(options: OptionGroup, names: Iterable[str]) -> dict[str, Any]:
     pairs = [name.partition("=") for name in names]
     return {f"ss_{key}": getattr(options, option or key) for key, _, option in pairs}
 

@@ -37,7 +37,7 @@ _STORAGES = {
 
 
 def read_header(path: str | Path) -> tuple[dict[str, str], Header]:
-    """What a .safetensors file says about itself, without torch: (metadata, {key: (dtype, shape)}).
+    """The header of a .safetensors file, read without torch: (metadata, {key: (dtype, shape)}).
 
     Dtypes are the format's own words: "F16", "BF16", "F32", "I64", ...
 
@@ -215,7 +215,7 @@ def open_weights(path: str | Path) -> SafetensorsFile | TorchFile:
 
 
 def read_torch(path: str | Path) -> Any:
-    """What `torch.save` wrote into `path`, on the CPU. Nothing that the file names is imported or run.
+    """The content of a file of `torch.save`, on the CPU. Nothing that the file names is imported or run.
 
     Where it holds objects of other classes, empty stand-ins are in their places, and a line in the log names them.
 

@@ -40,7 +40,7 @@ class _Fixed(type):
 
 
 class StandIn(metaclass=_Fixed):
-    """What a pickle's instances of other classes, and results of other functions, become: nothing at all."""
+    """An empty stand-in for instances of other classes, and for results of other functions, in a pickle."""
 
     __slots__ = ()
 
@@ -73,7 +73,7 @@ class StandIn(metaclass=_Fixed):
 
 
 class TensorSpec(NamedTuple):
-    """What a pickle holds of a tensor besides its elements: dtype and shape."""
+    """The dtype and shape of a tensor in a pickle."""
 
     dtype: str  # the name of torch's storage class, such as HalfStorage
     shape: tuple[int, ...]
@@ -104,7 +104,7 @@ class SafeUnpickler(pickle.Unpickler):
 
 
 def load_tolerant(path: Path) -> tuple[Any, list[str]]:
-    """What `torch.save` wrote into `path`, on the CPU, and the names of the classes that were left out of it.
+    """The content of a file of `torch.save`, on the CPU, and the names of the classes that were left out of it.
 
     Raises: UserError: a program. HostilePickle: see there. Whatever torch and pickle raise: a damaged file.
     """
@@ -141,7 +141,7 @@ def load_torch(path: Path, **options: Any) -> Any:
 
 
 def is_zip(path: Path) -> bool:
-    """As torch decides it. Raises: OSError: no regular file that may be read."""
+    """Whether torch would read the file as a zip archive. Raises: OSError: no regular file that may be read."""
     with open_regular(path) as file:
         return file.read(len(_ZIP)) == _ZIP
 

@@ -84,7 +84,7 @@ class Record:
 
 @dataclass
 class ScanReport:
-    """What was found in the files of a data set, for the report."""
+    """The findings in the files of a data set, for the report."""
 
     dropped: list[tuple[Path, str]] = field(default_factory=list)  # and why
     turned: int = 0  # by EXIF orientation
@@ -121,7 +121,7 @@ class Sample:
 
 
 class ItemKey(NamedTuple):
-    """Where an item stands in the run."""
+    """The position of an item in the run: epoch, step and index."""
 
     epoch: int  # counted from 1
     step: int  # optimizer steps finished before it

@@ -62,7 +62,7 @@ class Latents(ABC):
 
 
 class TextEncoding(Role, ABC):
-    """Captions to conditioning."""
+    """The conversion of captions to conditioning."""
 
     @abstractmethod
     def encode(
@@ -77,7 +77,7 @@ class TextEncoding(Role, ABC):
         """
 
     def layout(self, models: Models | None = None) -> TextLayout | None:
-        """How files of cached text-encoder outputs look; None: this family has none.
+        """The layout of cache files of text-encoder outputs; None: this family has none.
 
         Args: models: the loaded model, where there is one: it decides lengths that no option gives.
         """
@@ -100,18 +100,18 @@ class Denoiser(Role, ABC):
 
     @abstractmethod
     def objective(self) -> Objective:
-        """What the denoiser is trained to do. Raises: UserError: options that contradict each other."""
+        """The training objective: noise, target and loss. Raises: UserError: options that contradict each other."""
 
     @abstractmethod
     def prediction_type(self) -> Literal["epsilon", "v_prediction", "flow"]:
-        """What the denoiser predicts."""
+        """The quantity that the denoiser predicts."""
 
     @abstractmethod
     def blocks(self, models: Models) -> list[nn.Module]:
         """The denoiser's repeated blocks in execution order: checkpointing, compiling and swapping work on these."""
 
     def block_number(self, models: Models, name: str) -> int | None:
-        """Which entry of `traits.block_layout` a tensor of the denoiser belongs to; None where there are no such."""
+        """The entry of `traits.block_layout` that a tensor of the denoiser belongs to; None: none."""
         return None
 
 
@@ -129,7 +129,7 @@ class Writer(Role, ABC):
         """Writes a whole model. `save_as`: ckpt, safetensors, diffusers, diffusers_safetensors. None keeps dtypes."""
 
     def extra_files(self, models: Models, path: Path) -> list[Path]:
-        """What `save` writes beside a model's file `path`: files of parts that it does not hold."""
+        """The files that `save` writes beside the model's file `path`, for parts that it does not hold."""
         return []
 
     @abstractmethod

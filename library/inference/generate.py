@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +20,7 @@ from library.runtime.logs import LOGGER
 from library.types import Batch, Denoise, Models, TextCond
 
 if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
     from PIL.Image import Image
     from torch import Tensor
 
@@ -84,7 +85,7 @@ def generate(
 
 
 def total_steps(prompts: Sequence[SamplePrompt]) -> int:
-    """What `progress` adds up to."""
+    """The number of steps that `progress` counts in all."""
     return sum(prompt.steps for prompt in prompts)
 
 
@@ -224,7 +225,7 @@ def _same_lengths(one: TextCond, other: TextCond) -> bool:
 
 
 def _sizes(prompts: Sequence[SamplePrompt], device: torch.device) -> Batch:
-    """What families that are told sizes and guidance hear: a whole image of the size asked for, not cropped."""
+    """The size and guidance conditioning of the images: uncropped, of the requested size."""
     sizes = torch.tensor([(prompt.width, prompt.height) for prompt in prompts], device=device)
     return Batch(
         captions=[prompt.prompt for prompt in prompts],
@@ -264,12 +265,12 @@ def _batches(prompts: Sequence[SamplePrompt], size: int) -> list[list[SampleProm
 
 
 def _step_ends(evaluations: int, steps: int) -> list[int]:
-    """For each look at the denoiser, how many steps it completes; they add up to `steps`."""
+    """The number of steps that each evaluation of the denoiser completes; they add up to `steps`."""
     done = [(index + 1) * steps // evaluations for index in range(evaluations)]
     return [now - before for now, before in zip(done, [0, *done], strict=False)]
 
 
-def _scheduler(family: Family, prompt: SamplePrompt, zero_terminal_snr: bool, device: torch.device) -> Any:
+def _scheduler(family: Family, prompt: SamplePrompt, zero_terminal_snr: bool, device: torch.device) -> SchedulerMixin:
     prediction_type = family.denoiser.prediction_type()
     if prediction_type == "flow":
         return make_flow_scheduler(steps=prompt.steps, shift=flow_shift(family.traits, prompt), device=device)

@@ -1,4 +1,4 @@
-"""Decoded pixels to PIL images, and PNG files that tell how they were made."""
+"""Decoded pixels to PIL images, and PNG files that record how they were made."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def to_images(pixels: Tensor) -> list[Image]:
 
 
 def png_text(prompt: SamplePrompt) -> dict[str, str]:
-    """What a PNG file says about its making."""
+    """The text of a PNG file about its generation."""
     asked_for = {"guidance": prompt.guidance, "flow-shift": prompt.flow_shift}
     return {
         "prompt": prompt.prompt,

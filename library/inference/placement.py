@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @contextmanager
@@ -49,5 +49,5 @@ def in_float32(module: nn.Module) -> Iterator[None]:
         module.to(home)
 
 
-def _first_weight(module: nn.Module) -> Any:
+def _first_weight(module: nn.Module) -> Tensor:
     return next(module.parameters())

@@ -63,7 +63,7 @@ class Preview:
         return cls(opts, family, prompts)
 
     def due(self, step: int, epoch_end: int | None = None) -> bool:
-        """Whether to render now.
+        """Whether to render sample images now.
 
         Args:
             step: optimizer steps done; 0 means before the first.
@@ -156,7 +156,7 @@ class Preview:
         return made
 
     def _path(self, step: int, epoch: int | None, index: int, now: str) -> Path:
-        """Of an image; a name that is too long is shortened."""
+        """The path of an image; a name that is too long is shortened."""
         folder, start = sample_place(self.opts.saving)
         moment = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
         seed = self.prompts[index].seed
@@ -171,7 +171,7 @@ class Preview:
 
 
 def _warn_of_sampler(opts: Options, traits: FamilyTraits) -> None:
-    """Says so once where a sampler was chosen that a flow model has no use for; the default is nobody's choice."""
+    """Warns if the user chose a sampler, which flow models do not use."""
     if traits.objective != "flow" or "sample_sampler" not in opts.explicit:
         return
     chosen = opts.sampling.sample_sampler

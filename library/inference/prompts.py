@@ -30,7 +30,7 @@ MAX_SEED = 2**64 - 1  # what torch's generators take
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """One image to make."""
+    """The prompt and settings of one image."""
 
     prompt: str
     negative_prompt: str
@@ -40,7 +40,7 @@ class SamplePrompt:
     steps: int  # denoising steps, 1..1000
     scale: float  # classifier-free guidance; 1 = none
     sampler: str  # one of SAMPLERS
-    guidance: float | None = None  # guidance that distilled flow models are told
+    guidance: float | None = None  # guidance value fed to distilled flow models
     flow_shift: float | None = None  # shift of a flow model's noise levels, above 0; None: the family's own
 
 
@@ -74,7 +74,7 @@ _KIND_NAMES = {int: "a whole number", float: "a number", str: "a text"}
 
 
 def default_prompt(traits: FamilyTraits, sampler: str) -> SamplePrompt:
-    """What holds where a prompt says nothing: the family's size, steps and scale, and --sample_sampler.
+    """The defaults of a prompt: the family's size, steps and scale, and --sample_sampler.
 
     Flow models have a sampler of their own, whatever `sampler` is.
     """

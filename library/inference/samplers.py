@@ -12,6 +12,7 @@ from library.runtime.packages import remedy
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import SchedulerMixin
 
 # Ratio left at the last timestep of a zero-terminal schedule: small enough to be noise, large enough that
 # sigma = sqrt((1 - a) / a) is finite. It is the smallest positive float16, as diffusers uses it.
@@ -45,7 +46,7 @@ def make_scheduler(
     prediction_type: str,
     zero_terminal_snr: bool = False,
     device: torch.device | str = "cpu",
-) -> Any:
+) -> SchedulerMixin:
     """A fresh diffusers scheduler whose timesteps are set, on `device`.
 
     Args:
@@ -86,7 +87,7 @@ def make_scheduler(
     return scheduler
 
 
-def make_flow_scheduler(*, steps: int, shift: float, device: torch.device | str = "cpu") -> Any:
+def make_flow_scheduler(*, steps: int, shift: float, device: torch.device | str = "cpu") -> SchedulerMixin:
     """A fresh Euler scheduler for models that predict the velocity of a rectified flow; timesteps are 1000 * sigma.
 
     Sigma goes from 1 to 0 in `steps` equal parts, each level then shifted to ``s sigma / (1 + (s - 1) sigma)``.

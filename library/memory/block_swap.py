@@ -169,7 +169,7 @@ class BlockSwap:
                 self._prefetch(self._upcoming(block.index, direction)[1:])
 
     def _saved_weight_hooks(self) -> saved_tensors_hooks:
-        """Within it autograd saves a reference to a swapped weight, not the weight.
+        """A context in which autograd saves a reference to a swapped weight, not the weight.
 
         It would save the memory of a buffer, which the next block overwrites. Its own check for that, the version
         counter, does not help: `.data` leaves the counter alone, and checkpointing keeps tensors past it.
@@ -445,7 +445,7 @@ def _dense(tensor: Tensor) -> bool:
 
 
 def _apply_without_moving(block: _Block, move: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """In place of `Module._apply`, by which a model is moved and cast. Raises: RuntimeError: it would be cast."""
+    """Replaces `Module._apply`, which moves and casts. Raises: RuntimeError: a cast."""
     for swapped in block.tensors:
         empty = swapped.tensor.new_empty(0)
         if move(empty).dtype != empty.dtype:

@@ -34,7 +34,7 @@ LEAST_SIGMA = 1 / NUM_TIMESTEPS
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """How a family trains its flow."""
+    """The flow-matching settings of a family."""
 
     sampling: Sampling  # where sigma comes from; "discrete": whole timesteps, drawn by the weighting scheme and shifted
     shift: float = 1.0  # above 1 more noise, below 1 less; for "sigma", "shift" and "discrete"
@@ -59,7 +59,7 @@ class FlowObjective(Objective):
         self.settings = settings
 
     def draw(self, latents: Tensor, generator: torch.Generator, timesteps: Tensor | None = None) -> NoiseDraw:
-        """See `Objective.draw`. Timesteps are 1000 * sigma: whole numbers for "discrete", else float32."""
+        """Draws sigma and noise. Timesteps are 1000 * sigma: whole numbers for "discrete", else float32."""
         clean = latents.float()
         noise = noises.standard_normal(clean, generator)
         input_noise = self.perturb(noise, generator)
@@ -72,7 +72,7 @@ class FlowObjective(Objective):
         return NoiseDraw(noisy=noisy, timesteps=timesteps, target=target, noise=noise)
 
     def to_target_space(self, prediction: Tensor, draw: NoiseDraw) -> Tensor:
-        """See `Objective.to_target_space`; for sigma_scaled the clean image that a velocity implies, float32."""
+        """The prediction in the target's space, float32; for sigma_scaled the clean image that a velocity implies."""
         if self.settings.prediction == "raw":
             return prediction
         if self.settings.prediction == "additive":
@@ -95,7 +95,7 @@ class FlowObjective(Objective):
         return low + sigma * (high - low)
 
     def _draw_sigma(self, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """(B,), float32, in [0, 1]."""
+        """Draws sigma, (B,), float32, in [0, 1]."""
         settings, count = self.settings, len(latents)
         if settings.sampling == "uniform":
             return _uniform(count, generator)

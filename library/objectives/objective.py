@@ -64,7 +64,7 @@ class Objective(ABC):
         return None
 
     def to_target_space(self, prediction: Tensor, draw: NoiseDraw) -> Tensor:
-        """What is compared with the target, (B, C, h, w)."""
+        """The prediction as it is compared with the target, (B, C, h, w)."""
         return prediction
 
     @abstractmethod

@@ -21,7 +21,7 @@ Kind = Literal["bool", "int", "float", "str", "Path", "int_or_float"]
 
 @dataclass(frozen=True, kw_only=True)
 class Details:
-    """What a field's annotation cannot say about its option."""
+    """The details of an option that its annotation cannot express."""
 
     help: str
     at_least: float | None = None
@@ -67,7 +67,7 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """What messages call it; a positional one has no dashes."""
+        """The option's name in messages; a positional one has no dashes."""
         return self.dest if self.details.positional else f"--{self.dest}"
 
     @property
@@ -242,7 +242,7 @@ def build_options(
 ) -> Options:
     """Defaults, overlaid with what was given; values that mean "off" or are ignored become the default.
 
-    So does a value out of range of an option that has no effect: nobody is to stumble over it.
+    So does a value out of range of an option that has no effect: it should not stop a run.
     An alias sets its target and keeps its own default, so that a value is found in one place only.
     """
     given = dict(given)

@@ -20,29 +20,33 @@ class BucketingOptions(OptionGroup, group="bucketing", title="Buckets and latent
     in_json: str = opt(None, "metadata file to read (.json or .jsonl)", positional=True, exists="file")
     out_json: str = opt(None, "metadata file to write; may be the one that is read", positional=True)
     model_name_or_path: str = opt(
-        None, "model whose VAE encodes: a file, a Diffusers folder or a hub id; or a VAE by itself", positional=True
+        None,
+        "model with the VAE that encodes the images: a file, a Diffusers folder or a hub id; or a VAE alone",
+        positional=True,
     )
-    v2: bool = opt(False, "the model is Stable Diffusion 2.x; not needed, as the file tells it")
-    full_path: bool = opt(False, "name images by their whole path in the metadata; for several folders")
-    recursive: bool = opt(False, "look into sub-folders too; needs --full_path")
+    v2: bool = opt(False, "the model is Stable Diffusion 2.x; not needed, as the file shows it")
+    full_path: bool = opt(False, "identify images by their full path in the metadata; for several folders")
+    recursive: bool = opt(False, "include sub-folders; needs --full_path")
     batch_size: int = opt(1, "images that the VAE encodes at once", at_least=1)
     max_data_loader_n_workers: int | None = opt(
-        None, "threads that read images ahead; as many as are useful if not given", at_least=0
+        None, "threads that read images ahead; chosen automatically if not given", at_least=0
     )
     max_resolution: str = opt(
-        "512,512", "size whose area buckets have at most: width,height in pixels, or one side of a square",
+        "512,512", "maximum area of a bucket, as width,height in pixels or one side of a square",
         comma_list=True,
     )  # fmt: skip
     min_bucket_reso: int = opt(256, "shortest side of a bucket in pixels", at_least=1)
     max_bucket_reso: int = opt(1024, "longest side of a bucket in pixels", at_least=1)
     bucket_reso_steps: int = opt(64, "sides of buckets are multiples of this many pixels", at_least=1)
     bucket_no_upscale: bool = opt(False, "never enlarge images; make buckets to fit them instead")
-    mixed_precision: Literal["no", "fp16", "bf16"] = opt("no", "number format of the VAE; no means float32")
-    flip_aug: bool = opt(False, "encode the mirrored images too; training then mirrors half of the time")
-    alpha_mask: str = opt("", "any text but no, 0 and false: keep the transparency too, for --alpha_mask in training")
-    skip_existing: bool = opt(False, "keep latents that are there and fit; without it all are made again")
+    mixed_precision: Literal["no", "fp16", "bf16"] = opt("no", "dtype of the VAE; no means float32")
+    flip_aug: bool = opt(False, "encode mirrored images too; training then mirrors half of the time")
+    alpha_mask: str = opt(
+        "", "store the transparency too, for --alpha_mask in training; any value except no, 0 and false"
+    )
+    skip_existing: bool = opt(False, "keep existing latents that are valid; without it all images are encoded again")
     seed: int = opt(
-        0, "start of the draws from the VAE's distribution; equal seeds give equal latents", at_least=0,
+        0, "seed for sampling from the VAE's distribution; equal seeds give equal latents", at_least=0,
         at_most=2**32 - 1,
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CachingOptions(MethodOptions, title="Caching"):
-    skip_existing: bool = opt(False, "no longer needed: files that fit are always kept, and others made again")
+    skip_existing: bool = opt(False, "has no effect: valid cache files are always kept, and others encoded again")
 
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.skip_existing:

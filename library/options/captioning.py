@@ -18,15 +18,15 @@ GIT_MODEL = "microsoft/git-large-textcaps"
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionFileOptions(OptionGroup, group="caption", title="Captions"):
-    """Which images, where their captions go, and how many are worked on at a time."""
+    """The images, the files of their captions, and the batch size."""
 
     train_data_dir: str | None = opt(None, "folder of the images", exists="folder", positional=True)
-    caption_extension: str = opt(".caption", "ending of the caption files, which are written beside the images")
-    recursive: bool = opt(False, "look into sub-folders too")
-    skip_existing: bool = opt(False, "leave images alone that have a caption file already")
+    caption_extension: str = opt(".caption", "extension of the caption files, which are written beside the images")
+    recursive: bool = opt(False, "include sub-folders")
+    skip_existing: bool = opt(False, "skip images that already have a caption file")
     batch_size: int = opt(1, "images per batch; more is faster and takes more memory", at_least=1)
     max_data_loader_n_workers: int | None = opt(
-        None, "threads that read images ahead; as many as are useful if not given", at_least=0
+        None, "threads that read images ahead; chosen automatically if not given", at_least=0
     )
     debug: bool = opt(False, "print every image's path and caption")
 
@@ -41,7 +41,7 @@ class CaptionFileOptions(OptionGroup, group="caption", title="Captions"):
 class CaptionOptions(CaptionFileOptions):
     caption_weights: str = opt(
         BLIP_WEIGHTS,
-        "BLIP model: hub id, folder, or the original .pth as a file or as an address to get it from once",
+        "BLIP model: hub id, folder, or the original .pth as a file or as a URL, from which it is downloaded once",
     )
     model: str | None = opt(
         None,
@@ -50,27 +50,27 @@ class CaptionOptions(CaptionFileOptions):
     )
     prompt: str | None = opt(
         None,
-        'what the model is asked or has to go on with, e.g. "Describe this image."; BLIP goes on with '
+        'question for the model, or text that it continues, e.g. "Describe this image."; BLIP continues '
         '"a picture of" if not given',
     )
     caption_extention: str | None = opt(
         None,
-        "misspelling of --caption_extension, still understood",
+        "misspelt form of --caption_extension",
         alias_of="caption_extension",
         deprecated="--caption_extension",
     )
-    beam_search: bool = opt(False, "search for the likeliest caption with --num_beams, instead of drawing words")
-    num_beams: int = opt(1, "captions that --beam_search follows at a time; 1 takes the likeliest word", at_least=1)
+    beam_search: bool = opt(False, "use beam search with --num_beams instead of sampling")
+    num_beams: int = opt(1, "number of beams of --beam_search; 1 means greedy search", at_least=1)
     top_p: float = opt(
         0.9,
-        "words are drawn from the likeliest ones that make up this share; with --model, only where given "
-        "(it takes the likeliest word otherwise)",
+        "nucleus sampling: sample from the likeliest tokens with this total probability; with --model "
+        "only where given (greedy search otherwise)",
         above=0,
         at_most=1,
     )
-    max_length: int = opt(75, "longest caption in tokens; for BLIP with the prompt", at_least=1)
-    min_length: int = opt(5, "shortest caption in tokens; for BLIP with the prompt", at_least=0)
-    seed: int = opt(42, "draws other words; each image draws its own, in whatever order and batches they come")
+    max_length: int = opt(75, "maximum caption length in tokens; for BLIP including the prompt", at_least=1)
+    min_length: int = opt(5, "minimum caption length in tokens; for BLIP including the prompt", at_least=0)
+    seed: int = opt(42, "seed of the sampling; an image's caption does not depend on order or batches")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from super().check(opts, traits)
@@ -90,7 +90,7 @@ class CaptionOptions(CaptionFileOptions):
 @dataclass(frozen=True, kw_only=True)
 class GitCaptionOptions(CaptionFileOptions):
     model_id: str = opt(GIT_MODEL, "GIT model: hub id or folder")
-    max_length: int = opt(50, "longest caption in tokens", at_least=1)
+    max_length: int = opt(50, "maximum caption length in tokens", at_least=1)
     remove_words: bool = opt(
-        False, 'take out what the model believes to be written in the image, e.g. "with the words ..."'
+        False, 'remove mentions of text in the image, e.g. "with the words ...", from the captions'
     )

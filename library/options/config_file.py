@@ -20,9 +20,9 @@ from library.screen import hide
 @dataclass(frozen=True, kw_only=True)
 class ConfigOptions(OptionGroup, group="config", title="Configuration file"):
     config_file: str | None = opt(
-        None, "TOML file with options; flags on the command line win over it, and .toml may be left out"
+        None, "TOML file with options; the command line takes precedence; .toml may be omitted"
     )
-    output_config: bool = opt(False, "write all options of this command to the file named by --config_file, and stop")
+    output_config: bool = opt(False, "write all options of this command to the file named by --config_file, and exit")
 
 
 _NOT_IN_FILES = tuple(option.dest for option in options_of(ConfigOptions))
@@ -34,7 +34,7 @@ def config_path(name: str) -> Path:
 
 @dataclass(frozen=True)
 class FileOptions:
-    """What a configuration file says to a script."""
+    """The options of a configuration file for one script."""
 
     name: str
     given: dict[str, Given]

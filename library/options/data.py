@@ -18,7 +18,7 @@ MOST_REPEATS = 1_000_000  # passes over one image in one epoch
 
 
 def ending_problem(ending: str) -> str | None:
-    """What is wrong with the ending of caption files, which is put behind the names of images."""
+    """The problem with an extension of caption files, which is added to the stems of images."""
     if not ending.strip(". ") or any(sign in ending for sign in "/\\\0") or not ending.isprintable():
         return f"must be an ending of file names, e.g. .txt, got {ending!r}"
     return None
@@ -35,10 +35,10 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
     )
     dataset_config: Path | None = opt(None, "TOML or JSON file that describes the data sets, in place of folders")
     dataset_repeats: int = opt(
-        1, "passes over each image per epoch, where the data set does not say", at_least=1, at_most=MOST_REPEATS
+        1, "repeats of each image per epoch, where the data set does not set them", at_least=1, at_most=MOST_REPEATS
     )
     dataset_class: str | None = opt(
-        None, "import path of a function or class of your own that makes the data, as in my_package.my_module.MyData"
+        None, "import path of your own function or class that builds the data, e.g. my_package.my_module.MyData"
     )
     conditioning_data_dir: str | None = opt(
         None,
@@ -46,55 +46,57 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
         exists="folder",
     )
     cache_info: bool = opt(
-        False, "keep sizes and captions in metadata_cache.json beside the images, and trust it from then on"
+        False, "store sizes and captions in metadata_cache.json beside the images, and use them from there from then on"
     )
     debug_dataset: bool = opt(
         False, "write contact sheets of images, masks and captions as training would see them, instead of training"
     )
-    strict: bool = opt(False, "stop where an image cannot be used, instead of leaving it out")
+    strict: bool = opt(False, "stop if an image cannot be used, instead of skipping it")
     data_index_dir: str | None = opt(
-        None, "folder that remembers sizes, captions and checksums between runs; the user's cache folder if not given"
+        None, "folder for the index of image sizes, captions and checksums; the user's cache folder if not given"
     )
     train_batch_size: int = opt(1, "images per batch and process", at_least=1)
     resolution: str | None = opt(
         None, "training size in pixels: one side of a square, or width,height", comma_list=True
     )
 
-    caption_extension: str = opt(".caption", "ending of the caption files beside the images, e.g. .txt")
+    caption_extension: str = opt(".caption", "extension of the caption files beside the images, e.g. .txt")
     caption_extention: str | None = opt(
         None,
-        "misspelling of --caption_extension, still understood",
+        "misspelt form of --caption_extension",
         alias_of="caption_extension",
         deprecated="--caption_extension",
     )
-    caption_separator: str = opt(",", "sign between the parts (tags) of a caption", verbatim=True)
+    caption_separator: str = opt(",", "separator between the parts (tags) of a caption", verbatim=True)
     secondary_separator: str | None = opt(
-        None, "sign between tags that are shuffled and dropped as one, e.g. ;;;", verbatim=True
+        None, "separator between tags that are shuffled and dropped together, e.g. ;;;", verbatim=True
     )
-    shuffle_caption: bool = opt(False, "shuffle the parts of a caption anew each time")
+    shuffle_caption: bool = opt(False, "shuffle the parts of a caption each time it is used")
     keep_tokens: int = opt(0, "number of leading caption parts that are neither shuffled nor dropped", at_least=0)
     keep_tokens_separator: str = opt(
         "",
-        "sign such as ||| that parts fixed parts of a caption from those that may be shuffled and dropped",
+        "separator, e.g. |||, between fixed parts of a caption and those that may be shuffled and dropped",
         verbatim=True,
     )
-    enable_wildcard: bool = opt(False, "choose one of {a|b|c}, and one line of captions with several lines, each time")
-    caption_prefix: str | None = opt(None, "text put before every caption", verbatim=True)
-    caption_suffix: str | None = opt(None, "text put after every caption", verbatim=True)
+    enable_wildcard: bool = opt(
+        False, "choose one of {a|b|c}, and one line of a multi-line caption, at random each time"
+    )
+    caption_prefix: str | None = opt(None, "text added before every caption", verbatim=True)
+    caption_suffix: str | None = opt(None, "text added after every caption", verbatim=True)
     caption_dropout_rate: float = opt(0.0, "share of images trained with an empty caption", at_least=0, at_most=1)
-    caption_dropout_every_n_epochs: int = opt(0, "every so many epochs, train without any caption; 0 = off", at_least=0)
-    caption_tag_dropout_rate: float = opt(0.0, "share of caption parts left out each time", at_least=0, at_most=1)
+    caption_dropout_every_n_epochs: int = opt(0, "train without captions in every N-th epoch; 0 = off", at_least=0)
+    caption_tag_dropout_rate: float = opt(0.0, "share of caption parts dropped each time", at_least=0, at_most=1)
     token_warmup_min: int = opt(
         1,
         "caption parts used at the start of the token warm-up",
         at_least=0,
         only_with=("token_warmup_step", "dataset_config"),
     )
-    token_warmup_step: float = opt(
-        0, "step from which whole captions are used; below 1 it is a share of the run", at_least=0
-    )
+    token_warmup_step: float = opt(0, "step from which full captions are used; below 1, a share of the run", at_least=0)
 
-    enable_bucket: bool = opt(False, "train at several aspect ratios, each image at the nearest one")
+    enable_bucket: bool = opt(
+        False, "aspect ratio bucketing: train at several aspect ratios, each image at the nearest one"
+    )
     min_bucket_reso: int = opt(256, "shortest side of a bucket in pixels", at_least=1, only_with=_BUCKETS)
     max_bucket_reso: int = opt(1024, "longest side of a bucket in pixels", at_least=1, only_with=_BUCKETS)
     bucket_reso_steps: int = opt(
@@ -102,26 +104,30 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
     )
     bucket_no_upscale: bool = opt(False, "never enlarge images; make buckets to fit them instead", only_with=_BUCKETS)
     resize_interpolation: Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"] | None = opt(
-        None, "how images are resized; by default area when shrinking and lanczos when enlarging"
+        None, "interpolation for resizing; by default area for shrinking and lanczos for enlarging"
     )
 
-    flip_aug: bool = opt(False, "mirror half of the images; not for subjects that are not symmetrical")
-    color_aug: bool = opt(False, "vary hue and tone a little")
-    random_crop: bool = opt(False, "cut at a random place instead of the centre")
+    flip_aug: bool = opt(False, "mirror images at random, half of the time; not for asymmetrical subjects")
+    color_aug: bool = opt(False, "vary hue and tone slightly")
+    random_crop: bool = opt(False, "crop at a random position instead of the centre")
     face_crop_aug_range: str | None = opt(
-        None, "cut around faces found in file names, at sizes between these two factors, e.g. 2.0,4.0", comma_list=True
+        None,
+        "crop around the face given in the file name, at a size between these two factors, e.g. 2.0,4.0",
+        comma_list=True,
     )
-    alpha_mask: bool = opt(False, "leave transparent parts of images out of the loss")
+    alpha_mask: bool = opt(False, "exclude transparent parts of images from the loss")
 
     cache_latents: bool = opt(False, "encode all images once before training and keep the latents in memory")
     cache_latents_to_disk: bool = opt(
         False, "encode all images once and keep the latents in files beside them, for this run and later ones"
     )
-    skip_cache_check: bool = opt(False, "trust latent files without looking into them")
+    skip_cache_check: bool = opt(False, "use latent files without checking their contents")
     vae_batch_size: int = opt(1, "images that the VAE encodes at once while caching", at_least=1, off=0)
 
-    max_data_loader_n_workers: int = opt(8, "most processes that load images; 0 loads them in the main one", at_least=0)
-    persistent_data_loader_workers: bool = opt(False, "keep loading processes from epoch to epoch; saves start-up time")
+    max_data_loader_n_workers: int = opt(
+        8, "maximum number of processes that load images; 0 loads them in the main process", at_least=0
+    )
+    persistent_data_loader_workers: bool = opt(False, "keep the loading processes between epochs; saves start-up time")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.dataset_class and not self.dataset_class.rpartition(".")[0]:
@@ -165,7 +171,7 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
                 yield f"--resolution: {self.resolution} is above --max_bucket_reso {self.max_bucket_reso}"
 
     def _bucket_limits(self) -> tuple[int, int]:
-        """As bucketing uses them: the least rounded down, the greatest rounded up to the step."""
+        """The limits of bucket sides: the smallest rounded down, the largest rounded up to the step."""
         step = self.bucket_reso_steps
         return self.min_bucket_reso // step * step, -(-self.max_bucket_reso // step) * step
 

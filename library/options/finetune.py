@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class WholeModelOptions(MethodOptions, title="Training"):
-    """What every script for whole models says to the method."""
+    """The options of every script that trains whole models."""
 
     trains_model: ClassVar[bool] = True
 
@@ -56,7 +56,7 @@ class WholeModelOptions(MethodOptions, title="Training"):
 
     @property
     def frozen_blocks(self) -> int:
-        """How many of the denoiser's last blocks are not trained."""
+        """The number of the denoiser's last blocks that are frozen."""
         return 0
 
 
@@ -83,7 +83,7 @@ class DreamBoothOptions(WholeModelOptions, title="DreamBooth"):
     stop_text_encoder_training: int | None = opt(
         None, "train only the denoiser from this optimizer step on; -1: the text encoders are never trained"
     )
-    no_token_padding: bool = opt(False, "leave captions as short as they are instead of padding them to 75 tokens")
+    no_token_padding: bool = opt(False, "do not pad captions to 75 tokens")
 
     @property
     def text_encoder_stop(self) -> int | None:
@@ -131,10 +131,10 @@ class WholeModelSaving(SavingOptions):
         None, "file or folder format of what is saved; that of the base model if not given"
     )
     save_precision: Literal["float", "fp16", "bf16"] | None = opt(
-        None, "number format of single files; that of the base model's file if not given"
+        None, "dtype of single files; that of the base model's file if not given"
     )
     use_safetensors: bool = opt(
-        False, "save as safetensors what would otherwise be .ckpt or .bin; --save_model_as decides where it is given"
+        False, "save as safetensors what would otherwise be .ckpt or .bin; --save_model_as takes precedence"
     )
 
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
@@ -166,10 +166,12 @@ DREAMBOOTH_GROUPS = (DreamBoothOptions, DreamBoothData, *_WHOLE_MODEL)
 @dataclass(frozen=True, kw_only=True)
 class TwoEncoderOptions(FinetuneOptions, without=("learning_rate_te",)):
     learning_rate_te1: float | None = opt(None, "learning rate of the first text encoder; --learning_rate if not given")
-    learning_rate_te2: float | None = opt(None, "the same of the second")
+    learning_rate_te2: float | None = opt(
+        None, "learning rate of the second text encoder; --learning_rate if not given"
+    )
     block_lr: str | None = opt(
         None,
-        "learning rates of the denoiser's blocks from input to output, with commas between them; 0 leaves one alone",
+        "learning rates of the denoiser's blocks from input to output, separated by commas; 0 freezes a block",
         comma_list=True,
     )
 
@@ -200,8 +202,12 @@ class TwoEncoderOptions(FinetuneOptions, without=("learning_rate_te",)):
 @dataclass(frozen=True, kw_only=True)
 class ThreeEncoderOptions(FinetuneOptions, without=("learning_rate_te", "diffusers_xformers")):
     learning_rate_te1: float | None = opt(None, "learning rate of the first text encoder; --learning_rate if not given")
-    learning_rate_te2: float | None = opt(None, "the same of the second")
-    learning_rate_te3: float | None = opt(None, "the same of the third, T5")
+    learning_rate_te2: float | None = opt(
+        None, "learning rate of the second text encoder; --learning_rate if not given"
+    )
+    learning_rate_te3: float | None = opt(
+        None, "learning rate of the third text encoder, T5; --learning_rate if not given"
+    )
     text_encoder_lr1: float | None = opt(
         None, "as --learning_rate_te1", alias_of="learning_rate_te1", deprecated="--learning_rate_te1"
     )
@@ -213,9 +219,7 @@ class ThreeEncoderOptions(FinetuneOptions, without=("learning_rate_te", "diffuse
     )
     train_t5xxl: bool = opt(False, "train T5 too; needs --train_text_encoder")
     use_t5xxl_cache_only: bool = opt(False, "cache T5's outputs only, so that the other text encoders can be trained")
-    num_last_block_to_freeze: int | None = opt(
-        None, "leave this many of the denoiser's last blocks as they are", at_least=0
-    )
+    num_last_block_to_freeze: int | None = opt(None, "freeze this many of the denoiser's last blocks", at_least=0)
 
     @property
     def frozen_blocks(self) -> int:
@@ -244,7 +248,7 @@ class ThreeEncoderOptions(FinetuneOptions, without=("learning_rate_te", "diffuse
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserOnlyOptions(FinetuneOptions, without=("learning_rate_te", "train_text_encoder", "diffusers_xformers")):
-    """No text encoder is trained."""
+    """Options of scripts that train no text encoder."""
 
 
 _T5 = 2  # its number among three text encoders
@@ -262,7 +266,7 @@ def _rates_of_untrained(options: FinetuneOptions, names: Iterable[str]) -> Itera
 
 
 class AnyData(DataOptions):
-    """Folders or a metadata file."""
+    """Data options of scripts that take folders or a metadata file."""
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         for line in super().check(opts, traits):
@@ -291,7 +295,7 @@ class CheckpointOffload(MemoryOptions, without=("fp8_base_unet", "quantize_base"
 
 @dataclass(frozen=True, kw_only=True)
 class EfficientSaving(WholeModelSaving):
-    mem_eff_save: bool = opt(False, "write one tensor after another without a copy of the model; always so here")
+    mem_eff_save: bool = opt(False, "save tensor by tensor, without a copy of the model in memory; always done")
 
 
 _LARGE = (NoPriorLoss, TextCacheOptions, FusedOptions)

@@ -20,22 +20,22 @@ class ResizingOptions(OptionGroup, group="resizing", title="Resizing"):
     dst_img_folder: str | None = opt(None, "folder for the resized images; made if missing", positional=True)
     max_resolution: str = opt(
         "512x512,384x384,256x256,128x128",
-        "sizes in pixels; every image is written once per size, with at most as many pixels, in its own proportions",
+        "sizes in pixels; every image is written once per size, with at most as many pixels, at its own aspect ratio",
         comma_list=True,
     )
-    divisible_by: int = opt(1, "cut both sides to a multiple of this many pixels, around the middle", at_least=1)
+    divisible_by: int = opt(1, "crop both sides to a multiple of this many pixels, around the centre", at_least=1)
     interpolation: Literal["area", "cubic", "lanczos4", "nearest", "linear", "box"] | None = opt(
-        None, "how images are resized; by default area. lanczos4 is Pillow's Lanczos, which makes no jagged edges"
+        None, "interpolation for resizing; by default area. lanczos4 is Pillow's Lanczos, which avoids jagged edges"
     )
     save_as_png: bool = opt(False, "write PNG, which loses nothing and keeps transparency, in place of JPEG")
     copy_associated_files: bool = opt(
         False,
-        "copy the files that belong to an image by name (captions, tags), under the new name; caches (.npz) stay "
-        "behind, as they are of the old size",
+        "copy the files that belong to an image by name (captions, tags), under the new name; caches "
+        "(.npz) are not copied, as they are of the old size",
     )
-    skip_existing: bool = opt(False, "leave out images whose results are there already")
+    skip_existing: bool = opt(False, "skip images whose results already exist")
     max_data_loader_n_workers: int | None = opt(
-        None, "images worked on at a time; by default one per processor core", at_least=0
+        None, "images processed at a time; by default one per processor core", at_least=0
     )
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
@@ -60,26 +60,26 @@ class FaceOptions(OptionGroup, group="faces", title="Faces"):
         exists="file",
     )
     score_threshold: float = opt(
-        0.9, "how sure the detector must be of a face; for YOLO models 0.5 is often better", above=0, at_most=1
+        0.9, "minimum confidence of a detected face; for YOLO models 0.5 is often better", above=0, at_most=1
     )
     rotate: bool = opt(
         False,
-        "turn each image about the face until the eyes are level; the corners are filled with the colours of the "
-        "edge. For models that find eyes, as YuNet does",
+        "rotate each image about the face until the eyes are level; the corners are filled with the "
+        "colours of the edge. Needs a model that finds eyes, such as YuNet",
     )
-    resize_fit: bool = opt(False, "with --crop_size: resize the image so that the cut takes all of its shorter side")
+    resize_fit: bool = opt(False, "with --crop_size: resize the image so that the crop covers its whole shorter side")
     resize_face_size: int | None = opt(
         None, "resize the image so that the face's longer side has this many pixels", at_least=1
     )
-    crop_size: str | None = opt(None, "cut width,height pixels around the face, e.g. 512,512", comma_list=True)
+    crop_size: str | None = opt(None, "crop width,height pixels around the face, e.g. 512,512", comma_list=True)
     crop_ratio: str | None = opt(
-        None, "cut width,height times the face's longer side around the face, e.g. 3,4", comma_list=True
+        None, "crop width,height times the face's longer side around the face, e.g. 3,4", comma_list=True
     )
-    min_size: int | None = opt(None, "leave out faces whose longer side has fewer pixels", at_least=0)
-    max_size: int | None = opt(None, "leave out faces whose longer side has as many pixels or more", at_least=1)
-    multiple_faces: bool = opt(False, "one result for each face of an image, in place of the largest one only")
-    debug: bool = opt(False, "draw the face's box, and the eyes where they are known, into the results")
-    skip_existing: bool = opt(False, "leave out images that have a result already")
+    min_size: int | None = opt(None, "skip faces whose longer side has fewer pixels", at_least=0)
+    max_size: int | None = opt(None, "skip faces whose longer side has this many pixels or more", at_least=1)
+    multiple_faces: bool = opt(False, "one result for each face of an image, instead of the largest face only")
+    debug: bool = opt(False, "draw the face's box, and the eyes if known, into the results")
+    skip_existing: bool = opt(False, "skip images that already have a result")
     max_data_loader_n_workers: int | None = opt(
         None, "images read ahead at a time; by default one per processor core", at_least=0
     )
@@ -138,8 +138,8 @@ class CannyOptions(OptionGroup, group="canny", title="Edges"):
     output: str | None = opt(
         None, "file for the edges, white on black; a folder, for a folder of images: PNG files of the same names"
     )
-    thres1: int = opt(32, "edges weaker than this are left out", at_least=0)
-    thres2: int = opt(224, "edges stronger than this are drawn, and weaker ones that touch them", at_least=0)
+    thres1: int = opt(32, "edges weaker than this are discarded", at_least=0)
+    thres2: int = opt(224, "edges stronger than this are drawn, and weaker ones connected to them", at_least=0)
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterator[str]:
         yield from _missing(self, "input", "output")

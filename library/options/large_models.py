@@ -19,7 +19,7 @@ _SPLIT_MODE_BLOCKS = 18
 @dataclass(frozen=True, kw_only=True)
 class LargeModelOptions(ModelOptions):
     disable_mmap_load_safetensors: bool = opt(
-        False, "read model files at once instead of mapping them; faster from network drives and under WSL"
+        False, "read model files completely instead of memory-mapping them; faster from network drives and under WSL"
     )
 
 
@@ -29,10 +29,10 @@ class TextCacheOptions(OptionGroup, group="text_cache", title="Text encoder outp
         False, "encode every caption once, before training, and free the text encoders; captions must not change"
     )
     cache_text_encoder_outputs_to_disk: bool = opt(
-        False, "the same, and keep the outputs in files beside the images for later runs"
+        False, "as --cache_text_encoder_outputs, and keep the outputs in files beside the images for later runs"
     )
     text_encoder_batch_size: int | None = opt(
-        None, "captions that are encoded at once while caching; the training batch size if not given", at_least=1, off=0
+        None, "captions encoded at a time while caching; the training batch size if not given", at_least=1, off=0
     )
 
     @property
@@ -47,12 +47,12 @@ class TextCacheOptions(OptionGroup, group="text_cache", title="Text encoder outp
 @dataclass(frozen=True, kw_only=True)
 class BlockSwapOptions(OptionGroup, group="swap", title="Block swap", always=True):
     blocks_to_swap: int | None = opt(
-        None, "keep this many of the denoiser's blocks in CPU memory and bring each to the GPU in its turn", at_least=0
+        None, "number of the denoiser's blocks to swap between CPU memory and GPU: less GPU memory, slower", at_least=0
     )
 
     @property
     def count(self) -> int:
-        """How many blocks are swapped."""
+        """The number of blocks to swap."""
         return self.blocks_to_swap or 0
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
@@ -82,10 +82,10 @@ class SplitModeOptions(BlockSwapOptions):
 @dataclass(frozen=True, kw_only=True)
 class OldBlockSwapOptions(BlockSwapOptions):
     double_blocks_to_swap: int | None = opt(
-        None, "double blocks to swap; now one number counts for all", at_least=0, deprecated="--blocks_to_swap"
+        None, "number of double blocks to swap", at_least=0, deprecated="--blocks_to_swap"
     )
     single_blocks_to_swap: int | None = opt(
-        None, "single blocks to swap, two of which count as one", at_least=0, deprecated="--blocks_to_swap"
+        None, "number of single blocks to swap; two of them count as one", at_least=0, deprecated="--blocks_to_swap"
     )
 
     @property
@@ -99,7 +99,8 @@ class OldBlockSwapOptions(BlockSwapOptions):
 class FusedOptions(OptionGroup, group="fused", title="Steps inside the backward pass", always=True):
     fused_optimizer_groups: int | None = opt(
         None,
-        "step the weights in this many groups inside the backward pass: less memory with more of them; 4 to 10",
+        "step the weights in this many groups inside the backward pass; more groups take less memory; 4 "
+        "to 10 are usual",
         at_least=1,
         off=0,
     )

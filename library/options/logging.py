@@ -28,9 +28,9 @@ _SECRETS_IN_ENVIRONMENT = {"wandb_api_key": "WANDB_API_KEY", "huggingface_token"
 @dataclass(frozen=True, kw_only=True)
 class ConsoleOptions(OptionGroup, group="console", title="Messages"):
     console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = opt(
-        None, "least importance of messages that are shown; INFO if not given"
+        None, "lowest level of messages that are shown; INFO if not given"
     )
-    console_log_file: str | None = opt(None, "file that messages go to instead of the console")
+    console_log_file: str | None = opt(None, "write messages to this file instead of the console")
     console_log_simple: bool = opt(False, "plain messages without time and level, for consoles such as Colab's")
 
 
@@ -38,30 +38,30 @@ class ConsoleOptions(OptionGroup, group="console", title="Messages"):
 class LoggingOptions(ConsoleOptions, group="logging", title="Messages and logs"):
     logging_dir: str | None = opt(None, "folder for logs; TensorBoard's have one sub-folder per run")
     log_with: Literal["tensorboard", "wandb", "all"] | None = opt(
-        None, "where curves go, all is both; tensorboard if only --logging_dir is given"
+        None, "where losses and rates are logged; all means both; tensorboard if only --logging_dir is given"
     )
-    log_prefix: str | None = opt(None, "text before the date and time in the name of the run's log folder")
+    log_prefix: str | None = opt(None, "prefix of the name of the run's log folder, before the date and time")
     log_tracker_name: str | None = opt(
         None, "name of the tracker inside the log folder, and of the project at Weights & Biases"
     )
-    log_config: bool = opt(False, "write the options into the log, without keys, folders and absolute paths")
+    log_config: bool = opt(False, "log the options, without API keys, folders and absolute paths")
     log_tracker_config: str | None = opt(
         None, "TOML file with a table of settings per tracker, [tensorboard] and [wandb]", exists="file"
     )
-    wandb_run_name: str | None = opt(None, "name of the run at Weights & Biases; made up there if not given")
+    wandb_run_name: str | None = opt(None, "name of the run at Weights & Biases; generated there if not given")
     wandb_api_key: str | None = opt(
         None, "key for Weights & Biases; best given in WANDB_API_KEY or a --config_file", secret=True
     )
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """Where curves go: any of "tensorboard" and "wandb"."""
+        """The trackers to log to: any of "tensorboard" and "wandb"."""
         if self.log_with is None:
             return ("tensorboard",) if self.logging_dir else ()
         return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)
 
     def folder_of_run(self, moment: str) -> Path:
-        """Where TensorBoard's logs of a run go that has begun at `moment`, a date and time of 14 digits."""
+        """The folder of TensorBoard's logs for a run that began at `moment`, a date and time of 14 digits."""
         return Path(self.logging_dir or "", f"{self.log_prefix or ''}{moment}")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
@@ -110,15 +110,15 @@ def read_tracker_config(path: str, trackers: Iterable[str] = ("tensorboard", "wa
 
 
 def absolute_paths(opts: Options) -> list[str]:
-    """One line if the command line, which Weights & Biases stores, tells where things lie on this machine."""
+    """One line if the command line, which Weights & Biases stores, holds absolute paths."""
     if "wandb" not in opts.logging.trackers:
         return []
     values = opts.flat()
-    told = [name for name in opts.given if opts.origin(name) == COMMAND_LINE and holds_absolute_path(values[name])]
-    if not told:
+    given = [name for name in opts.given if opts.origin(name) == COMMAND_LINE and holds_absolute_path(values[name])]
+    if not given:
         return []
-    flags = ", ".join(f"--{name}" for name in sorted(told))
-    return [f"{flags}: absolute paths, which Weights & Biases stores with the command line; relative ones tell less"]
+    flags = ", ".join(f"--{name}" for name in sorted(given))
+    return [f"{flags}: absolute paths, which Weights & Biases stores with the command line; relative ones reveal less"]
 
 
 def holds_absolute_path(value: Any) -> bool:

@@ -15,16 +15,20 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class NoiseOptions(OptionGroup, group="noise", title="Noise and timesteps"):
     noise_offset: float | None = opt(
-        None, "strength of an extra noise per channel, for darker and lighter images; 0.05 to 0.1", at_least=0, off=0
+        None,
+        "strength of extra noise that is constant within a channel, for darker and brighter images; 0.05"
+        " to 0.1 are usual",
+        at_least=0,
+        off=0,
     )
     noise_offset_random_strength: bool = opt(
-        False, "draw the noise offset between 0 and --noise_offset each time", only_with=("noise_offset",)
+        False, "draw the strength at random between 0 and --noise_offset each time", only_with=("noise_offset",)
     )
     adaptive_noise_scale: float | None = opt(
-        None, "adds this much of the latents' mean brightness to the noise offset", off=0
+        None, "add the absolute mean of the latents, times this, to the strength of the noise offset", off=0
     )
     multires_noise_iterations: int | None = opt(
-        None, "coarser layers of noise to add (pyramid noise), e.g. 6", at_least=1, off=0
+        None, "number of coarser layers of noise to add (pyramid noise), e.g. 6", at_least=1, off=0
     )
     multires_noise_discount: float = opt(
         0.3,
@@ -36,9 +40,11 @@ class NoiseOptions(OptionGroup, group="noise", title="Noise and timesteps"):
         None, "strength of input perturbation noise (arXiv:2301.11706), e.g. 0.1", at_least=0, off=0
     )
     ip_noise_gamma_random_strength: bool = opt(
-        False, "draw that strength between 0 and --ip_noise_gamma each time", only_with=("ip_noise_gamma",)
+        False, "draw the strength at random between 0 and --ip_noise_gamma each time", only_with=("ip_noise_gamma",)
     )
-    zero_terminal_snr: bool = opt(False, "noise schedule that ends in pure noise (arXiv:2305.08891)")
+    zero_terminal_snr: bool = opt(
+        False, "rescale the noise schedule to zero terminal SNR, so that it ends in pure noise (arXiv:2305.08891)"
+    )
     min_timestep: int | None = opt(None, "lowest timestep that is trained (0 if not given)", at_least=0, at_most=999)
     max_timestep: int | None = opt(
         None, "timesteps below this one are trained (1000 if not given)", at_least=1, at_most=1000
@@ -60,9 +66,9 @@ _HUBER = ("loss_type=huber", "loss_type=smooth_l1")
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions(OptionGroup, group="loss", title="Loss"):
-    loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = opt("l2", "distance between prediction and target")
+    loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = opt("l2", "loss function of prediction and target")
     huber_schedule: Literal["constant", "exponential", "snr"] = opt(
-        "snr", "how the switch point of huber and smooth_l1 depends on the noise", only_with=_HUBER
+        "snr", "how the switch point of huber and smooth_l1 depends on the noise level", only_with=_HUBER
     )
     huber_c: float = opt(
         0.1, "switch point of huber and smooth_l1, from squared to absolute distance", above=0, only_with=_HUBER
@@ -70,13 +76,13 @@ class LossOptions(OptionGroup, group="loss", title="Loss"):
     huber_scale: float = opt(1.0, "factor on the switch point", above=0, only_with=_HUBER)
     prior_loss_weight: float = opt(1.0, "weight of regularisation images in the loss", at_least=0)
     masked_loss: bool = opt(
-        False, "weigh the loss by masks: the images of --conditioning_data_dir, or transparency with --alpha_mask"
+        False, "weight the loss by masks: the images of --conditioning_data_dir, or transparency with --alpha_mask"
     )
     min_snr_gamma: float | None = opt(
-        None, "cap of the signal-to-noise weight (arXiv:2303.09556), 5 is usual; 0 = off", at_least=0, off=0
+        None, "gamma of min-SNR loss weighting (arXiv:2303.09556); 5 is usual; 0 = off", at_least=0, off=0
     )
-    scale_v_pred_loss_like_noise_pred: bool = opt(False, "weigh a v-prediction loss as if noise were predicted")
+    scale_v_pred_loss_like_noise_pred: bool = opt(False, "weight a v-prediction loss as if noise were predicted")
     v_pred_like_loss: float | None = opt(
-        None, "adds this much of a v-prediction-like loss to a noise prediction's", at_least=0, off=0
+        None, "add a v-prediction-like loss, times this, to the loss of a noise prediction", at_least=0, off=0
     )
-    debiased_estimation_loss: bool = opt(False, "weigh the loss by debiased estimation (arXiv:2310.08442)")
+    debiased_estimation_loss: bool = opt(False, "weight the loss by debiased estimation (arXiv:2310.08442)")

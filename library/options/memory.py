@@ -22,31 +22,33 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
     mem_eff_attn: bool = opt(False, "memory-efficient attention without extra packages; slower than xformers")
     xformers: bool = opt(False, "attention by the xformers package; torch's own where that does not work")
     sdpa: bool = opt(False, "attention by torch's scaled_dot_product_attention, which is also the default")
-    gradient_checkpointing: bool = opt(False, "compute activations again in the backward pass: less memory, slower")
+    gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, slower")
     mixed_precision: Literal["no", "fp16", "bf16"] = opt(
         "no",
         "dtype of the computation; no means float32",
         instead={"fp8": "--fp8_base keeps the weights that are not trained in 8 bits, with bf16 here"},
     )
-    lowram: bool = opt(False, "load the model straight to the GPU, for machines with little CPU memory")
-    highvram: bool = opt(False, "keep what fits on the GPU and do not empty its cache: faster")
+    lowram: bool = opt(False, "load the model directly to the GPU, for machines with little CPU memory")
+    highvram: bool = opt(False, "keep parts of the model on the GPU where they fit, and do not empty its cache: faster")
     torch_compile: bool = opt(False, "compile the denoiser's blocks: slow first steps, then faster ones")
     dynamo_backend: Literal[
         "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt", "onnxrt",
         "tensort", "ipex", "tvm", "no",
     ] = opt(
-        "inductor", "compiler behind --torch_compile, no: none; which of them work depends on the machine",
+        "inductor", "backend of --torch_compile; no disables it; which backends work depends on the machine",
         only_with=("torch_compile",), synonyms={"tensorrt": "tensort"},
     )  # fmt: skip
     full_fp16: bool = opt(False, "trained weights and gradients in fp16 too; needs --mixed_precision fp16")
     full_bf16: bool = opt(False, "trained weights and gradients in bf16 too; needs --mixed_precision bf16")
     stochastic_rounding: bool = opt(
-        False, "step on float32 copies and round back by chance, so that small steps are not lost; needs --full_bf16"
+        False, "write bf16 weights with stochastic rounding, so that small steps are not lost; needs --full_bf16"
     )
-    fp8_base: bool = opt(False, "keep the frozen base model's weights in 8-bit floats, text encoders too")
-    fp8_base_unet: bool = opt(False, "the same for the denoiser alone")
+    fp8_base: bool = opt(False, "store the frozen base model's weights in 8-bit floats, text encoders too")
+    fp8_base_unet: bool = opt(False, "store the frozen denoiser's weights in 8-bit floats, but not the text encoders'")
     quantize_base: Literal["fp8", "int8", "nf4"] | None = opt(
-        None, "keep the frozen base model's weights small, text encoders too; fp8 means --fp8_base, nf4 takes 4.5 bits"
+        None,
+        "quantize the frozen base model's weights, text encoders too; fp8 means --fp8_base, nf4 takes "
+        "4.5 bits per weight",
     )
     cpu_offload_checkpointing: bool = opt(
         False, "keep checkpointed activations in CPU memory; needs --gradient_checkpointing"
@@ -103,7 +105,7 @@ class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs")
         None, "minutes that processes wait for each other in a step; 10 if not given (30 on CPUs)", at_least=1, off=0
     )
     ddp_gradient_as_bucket_view: bool = opt(False, "let gradients share memory with the all-reduce buckets")
-    ddp_static_graph: bool = opt(False, "promise that every step uses the same parameters")
+    ddp_static_graph: bool = opt(False, "assume that every step uses the same parameters")
     deepspeed: bool = opt(False, "shard the trained model over the processes as --zero_stage says (with torch's FSDP2)")
     zero_stage: Literal[0, 1, 2, 3] = opt(
         2,

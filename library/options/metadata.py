@@ -11,7 +11,7 @@ from library.options.base import OptionGroup, Options, opt
 if TYPE_CHECKING:
     from library.types import FamilyTraits
 
-_ENDING = "what the names of {} files end with, behind the name of the image without its extension"
+_ENDING = "extension of the {} files, which replaces that of the image"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +19,12 @@ class MergeOptions(OptionGroup, group="merge", title="Metadata"):
     train_data_dir: str = opt(None, "folder of images", positional=True, exists="folder")
     out_json: str = opt(None, "metadata file to write (.json or .jsonl)", positional=True)
     in_json: str | None = opt(
-        None, "metadata file to start from; if not given, the file to write where that is there already", exists="file"
+        None, "metadata file to start from; if not given, the file to write, where it exists", exists="file"
     )
     caption_extension: str = opt(".caption", _ENDING.format("caption"))
-    full_path: bool = opt(False, "name images by their whole path in the metadata; for several folders")
-    recursive: bool = opt(False, "look into sub-folders too; needs --full_path")
-    debug: bool = opt(False, "show each image with what is written about it")
+    full_path: bool = opt(False, "identify images by their full path in the metadata; for several folders")
+    recursive: bool = opt(False, "include sub-folders; needs --full_path")
+    debug: bool = opt(False, "print each image with what is written about it")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.recursive and not self.full_path:
@@ -36,7 +36,7 @@ class MergeOptions(OptionGroup, group="merge", title="Metadata"):
 @dataclass(frozen=True, kw_only=True)
 class MergeCaptionsOptions(MergeOptions):
     caption_extention: str | None = opt(
-        None, "the same, misspelt", deprecated="--caption_extension", alias_of="caption_extension"
+        None, "misspelt form of --caption_extension", deprecated="--caption_extension", alias_of="caption_extension"
     )
 
 
@@ -49,4 +49,4 @@ class MergeTagsOptions(MergeOptions):
 class CleanOptions(OptionGroup, group="clean", title="Metadata"):
     in_json: str = opt(None, "metadata file to read (.json or .jsonl)", positional=True, exists="file")
     out_json: str = opt(None, "metadata file to write; may be the one that is read", positional=True)
-    debug: bool = opt(False, "show each image with what was changed")
+    debug: bool = opt(False, "print each image with what was changed")

@@ -22,7 +22,9 @@ class ModelOptions(OptionGroup, group="model", title="Model"):
     pretrained_model_name_or_path: str | None = opt(
         None, "base model: a checkpoint file, a Diffusers folder, or a hub id such as owner/model"
     )
-    tokenizer_cache_dir: str | None = opt(None, "folder in which tokenizers are kept, so that later runs work offline")
+    tokenizer_cache_dir: str | None = opt(
+        None, "folder in which tokenizers are stored, so that later runs work offline"
+    )
     vae: str | None = opt(None, "VAE to use in place of the model's own: checkpoint, VAE file, Diffusers VAE or hub id")
     no_half_vae: bool = opt(False, "run the VAE in float32 whatever the mixed precision, for VAEs that overflow fp16")
 

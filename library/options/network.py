@@ -33,12 +33,12 @@ class NetworkOptions(MethodOptions, title="Network"):
     network_dim: int | None = opt(
         None, "rank of the network; the module's own default if not given", at_least=1, at_most=LARGEST_RANK
     )
-    network_alpha: float = opt(1, "scale: the network acts with alpha / rank; 0 means alpha = rank", at_least=0)
-    network_dropout: float | None = opt(
-        None, "share of the network's inner values left out each step", at_least=0, below=1, off=0
+    network_alpha: float = opt(
+        1, "scale of the network, whose output is multiplied by alpha / rank; 0 means alpha = rank", at_least=0
     )
+    network_dropout: float | None = opt(None, "dropout probability inside the network", at_least=0, below=1, off=0)
     network_args: list[str] | None = opt(None, "further arguments of the network as name=value, e.g. conv_dim=4")
-    network_weights: str | None = opt(None, "weights of a network to go on training", exists="file")
+    network_weights: str | None = opt(None, "network file to continue training from", exists="file")
     dim_from_weights: bool = opt(False, "take the ranks from --network_weights")
     network_train_unet_only: bool = opt(False, "train only the denoiser's part of the network")
     network_train_text_encoder_only: bool = opt(False, "train only the text encoders' part of the network")
@@ -46,10 +46,10 @@ class NetworkOptions(MethodOptions, title="Network"):
     text_encoder_lr: list[float] | None = opt(
         None, "learning rate of the text encoders' part, one for all or one for each; --learning_rate if not given"
     )
-    scale_weight_norms: float | None = opt(None, "shrink weights whose norm grows above this, e.g. 1", above=0, off=0)
+    scale_weight_norms: float | None = opt(None, "scale down weights with a norm above this, e.g. 1", above=0, off=0)
     training_comment: str | None = opt(None, "comment in the file's metadata")
     base_weights: list[str] | None = opt(None, "networks merged into the base model first")
-    base_weights_multiplier: list[float] | None = opt(None, "their strengths")
+    base_weights_multiplier: list[float] | None = opt(None, "strengths of --base_weights, in the same order")
 
     @property
     def needs_common_rate(self) -> bool:

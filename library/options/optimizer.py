@@ -80,7 +80,7 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
     use_8bit_adam: bool = opt(False, "8-bit AdamW: less memory", deprecated="--optimizer_type AdamW8bit")
     use_lion_optimizer: bool = opt(False, "the Lion optimizer", deprecated="--optimizer_type Lion")
     learning_rate: float = opt(2e-6, "learning rate of every part that has none of its own")
-    max_grad_norm: float = opt(1.0, "gradients longer than this are cut to it; 0 = off", at_least=0)
+    max_grad_norm: float = opt(1.0, "clip the gradient norm to this; 0 = off", at_least=0)
     optimizer_args: list[str] | None = opt(
         None, 'arguments of the optimizer as name=value, e.g. weight_decay=0.01 "betas=0.9,0.99"'
     )
@@ -90,7 +90,7 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
     lr_scheduler_args: list[str] | None = opt(
         None, "arguments of the schedule as name=value, e.g. T_max=1000 or step_rules=1:500,0.1"
     )
-    lr_scheduler: str = opt("constant", f"how the rate changes during the run: {', '.join(SCHEDULES)}")
+    lr_scheduler: str = opt("constant", f"learning rate schedule: {', '.join(SCHEDULES)}")
     lr_warmup_steps: int | float = opt(
         0, "steps over which the rate rises from 0, or a share such as 0.1 or 10%", at_least=0
     )
@@ -98,13 +98,16 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
         0, "steps of the final decay of warmup_stable_decay, or a share such as 0.1 or 10%", at_least=0
     )
     lr_scheduler_num_cycles: int = opt(
-        1, "restarts of cosine_with_restarts; twice the cosine half-waves elsewhere", at_least=1, only_with=_CYCLIC
+        1,
+        "number of cycles of cosine_with_restarts, or of half waves of the other cosine schedules",
+        at_least=1,
+        only_with=_CYCLIC,
     )
     lr_scheduler_power: float = opt(
         1, "exponent of the polynomial schedule", at_least=0, only_with=("lr_scheduler=polynomial",)
     )
     fused_backward_pass: bool = opt(
-        False, "step each weight inside the backward pass, as soon as its gradient is there: less memory"
+        False, "step each weight inside the backward pass, as soon as its gradient is computed: less memory"
     )
     lr_scheduler_timescale: int | None = opt(
         None, "time scale of inverse_sqrt in steps; the warm-up's length if not given", at_least=1, off=0
@@ -312,7 +315,7 @@ def initial_rate(options: OptimizerOptions) -> float:
 
 
 def default_rate(opts: Options) -> str | None:
-    """A line about --learning_rate where nobody chose it and some part is trained with it; it is made for whole models.
+    """A line about --learning_rate where it was not given and some part is trained with it; it suits whole models.
 
     The method's group says with `usual_rate` what its kind of training usually wants, and with `needs_common_rate`
     whether a part is trained that has no rate of its own.

@@ -35,7 +35,7 @@ class OptionParser(argparse.ArgumentParser):
             self.exit(2, f"{error.render()}\n")
 
     def without_blanks(self, namespace: argparse.Namespace) -> argparse.Namespace:
-        """The same with the defaults in place of blank values."""
+        """The namespace with blank values replaced by the defaults."""
         values = vars(namespace)
         defaults = {dest: self.get_default(dest) for dest in values}
         return argparse.Namespace(**{**defaults, **dict(_not_blank(values))})
@@ -120,7 +120,7 @@ def with_file(groups: Sequence[type[OptionGroup]], file: FileOptions, flags: dic
 def _without_replaced(
     groups: Sequence[type[OptionGroup]], given: dict[str, Given], flags: dict[str, Given]
 ) -> dict[str, Given]:
-    """What the file gives, less the options whose older or newer spelling is on the command line."""
+    """The values of the file, without those whose older or newer spelling is on the command line."""
     from_file = dict(given)
     for group in groups:
         for option in options_of(group):

@@ -12,17 +12,17 @@ from library.options.logging import ConsoleOptions
 
 @dataclass(frozen=True, kw_only=True)
 class WorkOptions(ConsoleOptions, group="work", title="Messages and failures"):
-    strict: bool = opt(False, "end with status 1 if any image failed; without it, only if all of them did")
+    strict: bool = opt(False, "exit with status 1 if any image failed; without it, only if all of them did")
 
 
 def ending_problems(ending: str) -> Iterable[str]:
-    """What is wrong with a --caption_extension of files that are written."""
+    """The problems of a --caption_extension of files that are written."""
     fault = ending_problem(ending)
     if fault:
         yield f"--caption_extension {fault}"
 
 
 def ending_warnings(ending: str) -> Iterable[str]:
-    """What may be meant otherwise in one that can be used."""
+    """Warnings about a --caption_extension that can be used, but may not be meant."""
     if ending[:1].isalnum():
         yield f"--caption_extension {ending} begins with no dot: the file for dog.png will be dog{ending}"

@@ -21,11 +21,11 @@ class SamplingOptions(OptionGroup, group="sampling", title="Sample images"):
     sample_prompts: str | None = opt(
         None, "file of prompts for sample images: .txt, .toml or .json", exists="file", only_with=_OCCASIONS
     )
-    sample_at_first: bool = opt(False, "draw sample images before the first step too")
+    sample_at_first: bool = opt(False, "generate sample images before the first step too")
     sample_every_n_steps: int | None = opt(
-        None, "draw sample images every so many optimizer steps", at_least=1, lenient=True
+        None, "generate sample images every N optimizer steps", at_least=1, lenient=True
     )
-    sample_every_n_epochs: int | None = opt(None, "draw sample images every so many epochs", at_least=1, lenient=True)
+    sample_every_n_epochs: int | None = opt(None, "generate sample images every N epochs", at_least=1, lenient=True)
     sample_sampler: Literal[
         "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
         "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
@@ -49,20 +49,26 @@ class SamplingOptions(OptionGroup, group="sampling", title="Sample images"):
 @dataclass(frozen=True, kw_only=True)
 class ValidationOptions(OptionGroup, group="validation", title="Validation"):
     validation_seed: int | None = opt(
-        None, "seed of the choice of validation images and of their noise; --seed if not given", at_least=0
+        None, "seed that chooses the validation images and their noise; --seed if not given", at_least=0
     )
     validation_split: float = opt(
-        0.0, "share of the images kept out of training, to measure the loss on", at_least=0, at_most=1, lenient=True
+        0.0,
+        "share of the images held out from training, to measure the validation loss",
+        at_least=0,
+        at_most=1,
+        lenient=True,
     )
-    validate_every_n_steps: int | None = opt(None, "validate every so many optimizer steps", at_least=1, off=0)
+    validate_every_n_steps: int | None = opt(None, "validate every N optimizer steps", at_least=1, off=0)
     validate_every_n_epochs: int | None = opt(
         None,
-        "validate after every so many epochs; after each if neither this nor a number of steps is given",
+        "validate every N epochs; after each epoch if neither this nor --validate_every_n_steps is given",
         at_least=1,
         off=0,
     )
-    max_validation_steps: int | None = opt(None, "most batches per validation; all if not given", at_least=1)
-    save_best_validation: bool = opt(False, "keep the copy with the lowest validation loss as <output_name>-best")
+    max_validation_steps: int | None = opt(
+        None, "maximum number of batches per validation; all if not given", at_least=1
+    )
+    save_best_validation: bool = opt(False, "save the model with the lowest validation loss as <output_name>-best")
     early_stop_patience: int | None = opt(
-        None, "end the run when so many validations in a row have brought no lower loss", at_least=1, off=0
+        None, "stop the run after this many validations in a row without a lower loss", at_least=1, off=0
     )

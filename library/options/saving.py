@@ -35,42 +35,49 @@ _UPLOADING = ("huggingface_repo_id",)
 
 @dataclass(frozen=True, kw_only=True)
 class SavingOptions(OptionGroup, group="saving", title="Saving"):
-    output_dir: str | None = opt(None, "folder for everything that the run writes; made if it is missing")
-    output_name: str | None = opt(None, "file name without ending of what is saved; last if not given")
+    output_dir: str | None = opt(None, "folder for everything that the run writes; created if missing")
+    output_name: str | None = opt(None, "name of the saved files, without extension; last if not given")
     save_model_as: Literal["ckpt", "pt", "safetensors"] | None = opt("safetensors", "file format of what is saved")
     save_precision: Literal["float", "fp16", "bf16"] | None = opt(
-        None, "number format of what is saved; that of training if not given"
+        None, "dtype of what is saved; that of training if not given"
     )
-    save_every_n_epochs: int | None = opt(None, "save a copy every so many epochs", at_least=1, off=0)
-    save_every_n_steps: int | None = opt(None, "save a copy every so many optimizer steps", at_least=1, off=0)
-    save_n_epoch_ratio: int | None = opt(None, "save about this many copies over the run", at_least=1, off=0)
+    save_every_n_epochs: int | None = opt(None, "save a copy every N epochs", at_least=1, off=0)
+    save_every_n_steps: int | None = opt(None, "save a copy every N optimizer steps", at_least=1, off=0)
+    save_n_epoch_ratio: int | None = opt(None, "save about this many copies during the run", at_least=1, off=0)
     save_last_n_epochs: int | None = opt(
         None,
-        "keep only the last so many epoch copies",
+        "keep only the last N copies saved by epoch",
         at_least=1,
         off=0,
         only_with=("save_every_n_epochs", "save_n_epoch_ratio"),
     )
     save_last_n_steps: int | None = opt(
-        None, "keep only step copies of the last so many steps", at_least=1, off=0, only_with=("save_every_n_steps",)
+        None,
+        "keep only the copies saved by step that are from the last N steps",
+        at_least=1,
+        off=0,
+        only_with=("save_every_n_steps",),
     )
     save_last_n_epochs_state: int | None = opt(
-        None, "keep only the last so many epoch states; as many as copies if not given", at_least=1, off=0
+        None, "keep only the last N states saved by epoch; as many as copies if not given", at_least=1, off=0
     )
     save_last_n_steps_state: int | None = opt(
-        None, "keep only the states of the last so many steps; as copies if not given", at_least=1, off=0
+        None,
+        "keep only the states saved by step that are from the last N steps; as for copies if not given",
+        at_least=1,
+        off=0,
     )
     save_state: bool = opt(False, "save the training state with every copy and at the end, for --resume")
     save_state_on_train_end: bool = opt(False, "save the training state at the end, for --resume")
-    resume: str | None = opt(None, "state folder to go on from, exactly where the run was")
+    resume: str | None = opt(None, "state folder from which to continue a run, exactly where it was")
     huggingface_repo_id: str | None = opt(
-        None, "repository at Hugging Face, user/name, that everything saved is uploaded to; made if it is missing"
+        None, "repository at Hugging Face, user/name, to which everything saved is uploaded; created if missing"
     )
     huggingface_repo_type: str | None = opt(
-        None, "kind of that repository: model or dataset; model if not given", only_with=_UPLOADING
+        None, "type of that repository: model or dataset; model if not given", only_with=_UPLOADING
     )
     huggingface_path_in_repo: str | None = opt(
-        None, "folder in that repository; its top if not given", only_with=_UPLOADING
+        None, "folder in that repository; its root if not given", only_with=_UPLOADING
     )
     huggingface_token: str | None = opt(
         None,
@@ -79,13 +86,13 @@ class SavingOptions(OptionGroup, group="saving", title="Saving"):
         only_with=("huggingface_repo_id", "resume_from_huggingface"),
     )
     huggingface_repo_visibility: str | None = opt(
-        None, "public or private, for a repository that the run makes; private if not given", only_with=_UPLOADING
+        None, "public or private, for a repository that the run creates; private if not given", only_with=_UPLOADING
     )
-    save_state_to_huggingface: bool = opt(False, "upload the states that are saved, too")
+    save_state_to_huggingface: bool = opt(False, "upload the saved states too")
     resume_from_huggingface: bool = opt(
         False, "--resume names a state at Hugging Face: user/name/folder, then :revision or :revision:kind"
     )
-    async_upload: bool = opt(False, "upload while training goes on, instead of waiting for it", only_with=_UPLOADING)
+    async_upload: bool = opt(False, "upload in the background while training continues", only_with=_UPLOADING)
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if not self.output_dir:
@@ -181,6 +188,6 @@ class MetadataOptions(OptionGroup, group="metadata", title="Metadata"):
     metadata_usage_hint: str | None = opt(None, "usage hint in the file's metadata")
     metadata_thumbnail: str | None = opt(None, "small image in the file's metadata: an image file or a data: URL")
     metadata_merged_from: str | None = opt(None, "models that this one was merged from, in the file's metadata")
-    metadata_trigger_phrase: str | None = opt(None, "words that call up what was trained, in the file's metadata")
+    metadata_trigger_phrase: str | None = opt(None, "trigger words of what was trained, in the file's metadata")
     metadata_preprocessor: str | None = opt(None, "preprocessor in the file's metadata")
-    metadata_is_negative_embedding: str | None = opt(None, "whether it is a negative embedding, in the file's metadata")
+    metadata_is_negative_embedding: str | None = opt(None, "whether the file is a negative embedding, in its metadata")

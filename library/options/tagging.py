@@ -20,7 +20,7 @@ _BEST = ("rating", "quality")  # and those of which the likeliest is written
 
 
 def _threshold(kind: str) -> float | None:
-    return opt(None, f"the same for {kind} tags; --thresh if not given", at_least=0)
+    return opt(None, f"threshold of {kind} tags; --thresh if not given", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,31 +28,31 @@ class TaggingOptions(OptionGroup, group="tagging", title="Tagging"):
     train_data_dir: str = opt(None, "folder of images", exists="folder", positional=True)
     repo_id: str = opt(
         DEFAULT_TAGGER,
-        "tagger at Hugging Face: owner/model, or owner/model/folder; or a folder here that holds a tagger",
+        "tagger at Hugging Face: owner/model, or owner/model/folder; or a local folder that holds a tagger",
     )
-    model_dir: str = opt("wd14_tagger_model", "folder that keeps taggers, each in a sub-folder of its own")
-    force_download: bool = opt(False, "fetch the tagger again even if it is there")
-    onnx: bool = opt(False, "run the tagger's ONNX file, which is done in any case")
+    model_dir: str = opt("wd14_tagger_model", "folder for downloaded taggers, each in its own sub-folder")
+    force_download: bool = opt(False, "download the tagger again even if it exists")
+    onnx: bool = opt(False, "run the tagger's ONNX file; always done")
     batch_size: int = opt(1, "images per batch; more is faster and takes more memory", at_least=1)
     max_data_loader_n_workers: int | None = opt(
-        None, "threads that read images ahead; as many as are useful if not given", at_least=0
+        None, "threads that read images ahead; chosen automatically if not given", at_least=0
     )
     output_path: str | None = opt(
-        None, "write all tags into this one .json or .jsonl file, in place of a file beside each image"
+        None, "write all tags into this one .json or .jsonl file, instead of a file beside each image"
     )
-    caption_extension: str = opt(".txt", "ending of the tag files, which are written beside the images")
+    caption_extension: str = opt(".txt", "extension of the tag files, which are written beside the images")
     caption_extention: str | None = opt(
         None,
-        "misspelling of --caption_extension, still understood",
+        "misspelt form of --caption_extension",
         alias_of="caption_extension",
         deprecated="--caption_extension",
     )
-    recursive: bool = opt(False, "look into sub-folders too")
-    skip_existing: bool = opt(False, "leave images alone that have tags already")
-    append_tags: bool = opt(False, "keep the tags that are there, and add those that are missing")
+    recursive: bool = opt(False, "include sub-folders")
+    skip_existing: bool = opt(False, "skip images that already have tags")
+    append_tags: bool = opt(False, "keep existing tags, and add those that are missing")
     thresh: float = opt(
         0.35,
-        "tags with at least this probability are written; lower gives more tags, and more wrong ones",
+        "write tags with at least this probability; a lower value gives more tags, and more wrong ones",
         at_least=0,
     )
     general_threshold: float | None = _threshold("general")
@@ -63,14 +63,14 @@ class TaggingOptions(OptionGroup, group="tagging", title="Tagging"):
     artist_threshold: float | None = _threshold("artist")
     undesired_tags: str = opt("", "tags that are never written, separated by commas")
     always_first_tags: str | None = opt(
-        None, "tags that go to the front where they are found, separated by commas; the last of them comes first"
+        None, "tags that are moved to the front where they are found, separated by commas; the last of them comes first"
     )
     tag_replacement: str | None = opt(
         None, 'tags to write in place of others: "old,new;old,new"; a comma or semicolon in a tag is written \\, or \\;'
     )
     remove_underscore: bool = opt(False, "write spaces for the underscores in tags; faces such as ^_^ stay as they are")
     character_tag_expand: bool = opt(
-        False, "make two tags of a character with a series: name_(series) becomes name, series"
+        False, "split the tag of a character with a series into two: name_(series) becomes name, series"
     )
     character_tags_first: bool = opt(False, "write character tags before the others")
     use_rating_tags: bool = opt(False, "write the rating, as the first tag")

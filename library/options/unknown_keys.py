@@ -66,7 +66,7 @@ _OFF_WORDS = ("", "no", "none", "off", "false")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What happens to a key: it passes, with or without a warning, or ends the run."""
+    """The verdict on a key: it passes, with or without a warning, or ends the run."""
 
     kind: Literal["silent", "warning", "error"]
     text: str = ""
@@ -78,12 +78,12 @@ def is_off(value: Any) -> bool:
 
 
 def is_gui_default(name: str, value: Any) -> bool:
-    """Whether GUIs write this value of an option into every file, so that it tells nothing about what is wanted."""
+    """Whether GUIs write this value of an option into every file, so that it says nothing about the user's intent."""
     return any(known is _ANY or known == value for known in _GUI_DEFAULTS.get(name, ()))
 
 
 def judge(key: str, value: Any, known: Mapping[str, Option], elsewhere: Elsewhere) -> Verdict:
-    """What becomes of a key that is no option of the script. `known` are the script's options by their names."""
+    """The verdict on a key that is no option of the script. `known` are the script's options by their names."""
     if key in _OF_GUIS or (is_off(value) and key not in known):
         return Verdict("silent")
     if key in NOT_YET:
@@ -101,7 +101,7 @@ def judge(key: str, value: Any, known: Mapping[str, Option], elsewhere: Elsewher
 
 
 def judge_flag(flag: str, known: Mapping[str, Option], elsewhere: Elsewhere) -> str:
-    """What is said about an unknown flag of the command line, after its name."""
+    """The text about an unknown flag of the command line, after its name."""
     key = flag.lstrip("-")
     if key in NOT_YET:
         return ": not available yet"

@@ -125,7 +125,7 @@ def _number_text(option: Option, value: Any) -> str:
 
 
 def _quotes_hint(option: Option, value: Any) -> str:
-    """For `"1e-4"` where 1e-4 was meant."""
+    """A hint about quotes, for `"1e-4"` where 1e-4 was meant."""
     if not isinstance(value, str) or option.kind not in ("bool", "int", "float", "int_or_float"):
         return ""
     if option.kind == "bool":

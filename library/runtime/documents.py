@@ -255,7 +255,7 @@ _TOML_WORDS = (
 
 
 def _toml_problem(message: str, text: str) -> tuple[str, int | None, int | None]:
-    """What is wrong, in our words, and (line, column), both None at the end of the text."""
+    """The problem in our words, and (line, column), both None at the end of the text."""
     place = _PLACE.search(message)
     line, column = (int(place[1]), int(place[2])) if place and place[1] else (None, None)
     words = message[: place.start()] if place else message

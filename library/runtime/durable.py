@@ -238,7 +238,7 @@ def _new_temporary(path: Path, *, folder: bool) -> tuple[Path, int | None]:
             handle, name = tempfile.mkstemp(prefix=start, suffix=".tmp", dir=path.parent)
             os.close(handle)
         lock = _lock(Path(name), wait=True)
-        if os.path.lexists(name):  # else somebody took it for abandoned before it was locked
+        if os.path.lexists(name):  # else another process took it for abandoned before it was locked
             return Path(name), lock
         _release(lock)
 
@@ -259,7 +259,7 @@ def work_folder(path: Path) -> Iterator[Path]:
 def _lock(path: Path, *, wait: bool) -> int | None:
     """An open file with the lock on `path`; None: there are no locks here, or nothing of that name.
 
-    Raises: BlockingIOError: somebody has the lock, and this does not `wait`.
+    Raises: BlockingIOError: another process has the lock, and this does not `wait`.
     """
     if fcntl is None:
         return None
@@ -283,7 +283,7 @@ def _release(lock: int | None) -> None:
 
 
 def _cut(name: str, longest: int) -> str:
-    """As many signs from the start as take at most `longest` bytes."""
+    """As many characters from the start as take at most `longest` bytes."""
     while len(os.fsencode(name)) > longest:
         name = name[:-1]
     return name

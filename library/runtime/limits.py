@@ -41,7 +41,7 @@ def as_user_error(error: BaseException) -> UserError | None:
 
 
 def exhausted(error: BaseException) -> str | None:
-    """Which memory an error says to be exhausted."""
+    """The memory that an error reports as exhausted."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
         return "GPU memory"
     if isinstance(error, MemoryError):

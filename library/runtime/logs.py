@@ -8,12 +8,15 @@ import os
 import stat
 import sys
 import warnings
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from library.errors import UserError
 from library.runtime.files import reason
 from library.runtime.limits import as_user_error
 from library.screen import shown
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LOGGER = logging.getLogger("trainscripts")
 
@@ -118,7 +121,7 @@ def quiet_third_parties() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
-def progress(total: int | None, desc: str, unit: str = "it", **kwargs: Any) -> Any:
+def progress(total: int | None, desc: str, unit: str = "it", **kwargs: Any) -> tqdm:
     """A tqdm bar on stderr with rate and remaining time; a line now and then where stderr is no terminal."""
     from tqdm import tqdm
 
@@ -147,7 +150,7 @@ def fail(error: UserError) -> NoReturn:
 
 
 def fail_for_the_machine(error: Exception) -> NoReturn:
-    """Ends a script by an exception that nobody expected: in one line where the machine caused it.
+    """Ends a script by an unexpected exception: in one line where the machine caused it.
 
     Its traceback is in the log then, with --console_log_level=DEBUG. Any other exception goes on, as it may be a fault
     of the code.

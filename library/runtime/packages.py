@@ -25,7 +25,7 @@ THIRD_PARTIES = {"lycoris": "lycoris-lora", "prodigyplus": "prodigy-plus-schedul
 
 
 def remedy(module: str) -> str | None:
-    """ "run: ...", the command that installs what `module` is imported from; None where nobody knows."""
+    """ "run: ...", the command that installs what `module` is imported from; None: not known."""
     if module in EXTRAS:
         return f"run: {pip('install', '-r', _ROOT / 'requirements' / f'{EXTRAS[module]}.txt')}"
     if module in THIRD_PARTIES:

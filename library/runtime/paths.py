@@ -1,4 +1,4 @@
-"""Folders of the user's: where this toolkit may keep things, and whether a folder takes files."""
+"""The user's folders: the cache folder, and whether files can be written to a folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from library.version import NAME
 
 
 def cache_folder() -> Path:
-    """Where this toolkit may keep what it can make again; not made yet. TRAINSCRIPTS_CACHE names another place."""
+    """The folder for data that can be made again; it may not exist yet. TRAINSCRIPTS_CACHE names another place."""
     chosen = os.environ.get(f"{NAME.upper()}_CACHE")
     if chosen:
         return Path(chosen).expanduser()

@@ -14,12 +14,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def leave_interrupts_to_the_parent(*_: object) -> None:
-    """For the start of a worker process: a terminal sends Ctrl-C to it as well."""
+    """Ignores interrupts in a worker process, to which a terminal sends Ctrl-C as well. Call it at its start."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Interruption:
-    """Within its `with` block the first signal only sets `requested`; a second one ends the run at once."""
+    """A context in which the first signal only sets `requested`; a second one ends the run at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -27,7 +27,7 @@ class Interruption:
         self._process = os.getpid()
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # nobody else may handle signals
+        if threading.current_thread() is threading.main_thread():  # no other thread may handle signals
             self._before = {number: signal.signal(number, self._ask) for number in _SIGNALS}
         return self
 

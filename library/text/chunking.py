@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import CLIPTokenizer
 
 CHUNK = 75  # content tokens of a chunk; BOS and EOS make it 77, CLIP's own length
 TOKEN_LENGTHS = (75, 150, 225)
 
 
 def tokenize(
-    tokenizer: Any, captions: Sequence[str], max_token_length: int | None = None, *, pad: bool = True
+    tokenizer: CLIPTokenizer, captions: Sequence[str], max_token_length: int | None = None, *, pad: bool = True
 ) -> Tensor:
     """Token ids of captions, cut into chunks without regard to words or commas.
 
@@ -36,7 +37,7 @@ def tokenize(
     return torch.tensor([chunk_ids(ids, length, bos=bos, eos=eos, pad=filler) for ids in contents])
 
 
-def content_ids(tokenizer: Any, text: str, length: int) -> list[int]:
+def content_ids(tokenizer: CLIPTokenizer, text: str, length: int) -> list[int]:
     """The ids of a text without BOS and EOS, at most `length`."""
     return tokenizer(text, add_special_tokens=False, truncation=True, max_length=length).input_ids
 

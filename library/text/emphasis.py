@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.text.chunking import CHUNK, chunk_ids, content_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import CLIPTokenizer
 
 STEP = 1.1
 
@@ -55,7 +56,7 @@ def parse_emphasis(caption: str) -> list[tuple[str, float]]:
 
 
 def tokenize_weighted(
-    tokenizer: Any, captions: Sequence[str], max_token_length: int | None = None
+    tokenizer: CLIPTokenizer, captions: Sequence[str], max_token_length: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Token ids of weighted captions, and the weight of every position of the encoded sequence.
 

@@ -14,7 +14,9 @@ from library.runtime.files import read_bytes, reason
 from library.text.tokenizers import keep_tokenizer
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 T5_TOKENIZER = "google/t5-v1_1-xxl"
 T5_VOCABULARY = Path(__file__).parent / "t5_vocabulary" / "tokenizer.json.gz"
@@ -24,7 +26,9 @@ LENGTH = 512  # tokens; T5's own length
 _LARGEST = 256 << 20  # bytes; T5's own takes 2.4 million
 
 
-def t5_tokenizer(model: str | None = None, subfolder: str = "tokenizer_2", cache_dir: str | None = None) -> Any:
+def t5_tokenizer(
+    model: str | None = None, subfolder: str = "tokenizer_2", cache_dir: str | None = None
+) -> PreTrainedTokenizerBase:
     """T5's tokenizer, from the first place that has it.
 
     Those are: `cache_dir/google_t5-v1_1-xxl`, the model's own folder, and this package. A cache folder that has none is
@@ -49,14 +53,14 @@ def t5_tokenizer(model: str | None = None, subfolder: str = "tokenizer_2", cache
     return tokenizer
 
 
-def bundled_t5_tokenizer() -> Any:
+def bundled_t5_tokenizer() -> PreTrainedTokenizerBase:
     """The tokenizer of google/t5-v1_1-xxl from this package: 32,100 pieces, the last hundred of them sentinels."""
     from tokenizers import Tokenizer
 
     return _finished(Tokenizer.from_str(gzip.decompress(T5_VOCABULARY.read_bytes()).decode()))
 
 
-def read_t5_tokenizer(folder: Path) -> Any:
+def read_t5_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, from its tokenizer.json or its spiece.model.
 
     Raises: UserError: neither is there, or it cannot be read, or it is not T5's.
@@ -81,7 +85,7 @@ def read_t5_tokenizer(folder: Path) -> Any:
     return _finished(backend)
 
 
-def tokenize_t5(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+def tokenize_t5(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """Captions to ids and attention mask, each (B, length) int64: the caption's tokens, EOS, padding.
 
     What is beyond `length` is dropped. The mask is 1 for tokens and 0 for padding.
@@ -93,16 +97,16 @@ def tokenize_t5(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[T
 
 
 def _vocabulary(folder: Path) -> Path | None:
-    """What has the name of a vocabulary, be it a file that can be read or not.
+    """The path with the name of a vocabulary, whether or not it is a readable file.
 
-    Raises: UserError: nobody may look into the folder.
+    Raises: UserError: no permission to look into the folder.
     """
     if os.path.isdir(folder) and not os.access(folder, os.X_OK):
         raise UserError(f"{folder}: no permission to look for a T5 tokenizer in it")
     return next((folder / name for name in VOCABULARIES if os.path.exists(folder / name)), None)
 
 
-def _finished(backend: Any) -> Any:
+def _finished(backend: Tokenizer) -> PreTrainedTokenizerBase:
     """A tokenizer of the tokenizers library as transformers' class, which ends every text with EOS."""
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast

@@ -15,6 +15,7 @@ from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import CLIPTokenizer
 
 CLIP_VOCABULARY = Path(__file__).parent / "clip_vocabulary"
 _CLIP_FILES = (
@@ -24,7 +25,7 @@ _CLIP_FILES = (
 CLIP_LENGTH = 77  # positions, with BOS and EOS
 
 
-def bundled_clip_tokenizer(pad_token: str | None = None) -> Any:
+def bundled_clip_tokenizer(pad_token: str | None = None) -> CLIPTokenizer:
     """CLIP's tokenizer from this package; it pads with EOS unless another token is named."""
     from transformers import CLIPTokenizer
 
@@ -52,7 +53,7 @@ def check_token_ids(input_ids: Tensor, text_encoder: nn.Module) -> None:
         )
 
 
-def save_clip_tokenizer(tokenizer: Any, folder: Path) -> None:
+def save_clip_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Writes a tokenizer for every reader: transformers 5 leaves out the two files that older ones ask for."""
     tokenizer.save_pretrained(folder)
     for name in ("vocab.json", "merges.txt"):
@@ -60,7 +61,7 @@ def save_clip_tokenizer(tokenizer: Any, folder: Path) -> None:
             shutil.copyfile(CLIP_VOCABULARY / name, folder / name)
 
 
-def read_clip_tokenizer(folder: Path) -> Any:
+def read_clip_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer in `folder`. Raises: UserError: it cannot be read."""
     for name in _CLIP_FILES:
         problem = path_problem(folder / name, "file") if os.path.lexists(folder / name) else None
@@ -73,7 +74,7 @@ def read_clip_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder}: cannot be read as a CLIP tokenizer ({why})") from None
 
 
-def local_clip_tokenizer(name: str | Path, **options: Any) -> Any:
+def local_clip_tokenizer(name: str | Path, **options: Any) -> CLIPTokenizer:
     """A tokenizer from a folder or the hub's cache. Raises: OSError, ValueError: there is none."""
     from transformers import CLIPTokenizer
 

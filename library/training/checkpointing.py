@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def state_parts(run: Run) -> state.StateParts:
-    """What a state of the run holds."""
+    """The parts of a state of the run."""
     extra = {"best": run.best} if run.data.held_out is not None else {}
     if run.ema is not None:
         extra["average"] = run.ema
@@ -91,7 +91,7 @@ def save_interrupted(run: Run, progress: Progress) -> None:
 
 
 def _usable(run: Run, progress: Progress, folder: Path) -> str:
-    """Where the model as it is now is to be had without training on."""
+    """A sentence on how to get the current model without further training."""
     averaged = run.ema is not None or callable(getattr(run.optimizer.optimizer, "eval", None))
     if run.method.added() is not None and not averaged:
         return f"{folder / MODEL} can be used as it is, without metadata"

@@ -32,10 +32,10 @@ def join_processes(precision: str, minutes: int | None) -> Accelerator:
 
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a GPU, and torch finds none; use bf16 or no")
-    for engine in (USE_FSDP, USE_DEEPSPEED):  # what they stand for is known; accelerate's own part in it is not wanted
+    for engine in (USE_FSDP, USE_DEEPSPEED):  # we read them ourselves; accelerate's own sharding is not wanted
         os.environ.pop(engine, None)
     patience = [InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))] if minutes else []
-    # Told so, accelerate also joins several processes on CPUs; left to itself it would take each for the only one.
+    # With `cpu`, accelerate also joins several processes on CPUs; without it each would take itself for the only one.
     return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available(), kwargs_handlers=patience)
 
 

@@ -50,13 +50,13 @@ class Hub:
             self.upload(folder)
 
     def settle(self, path: Path) -> None:
-        """Waits until `path` is uploaded, if it is waiting for that: before it is deleted or written anew."""
+        """Waits until `path` is uploaded, if it is waiting for that: before it is deleted or written again."""
         pending = self._pending.pop(path, None)
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Waits for all uploads."""
+        """Waits until all uploads are done."""
         unfinished = sum(not pending.done() for pending in self._pending.values())
         if unfinished:
             LOGGER.info("waiting for %d upload%s to Hugging Face", unfinished, "" if unfinished == 1 else "s")
@@ -150,7 +150,7 @@ def _send(options: SavingOptions, path: Path, place: str) -> None:
 
 
 def fetch_state(opts: Options) -> Options:
-    """With --resume_from_huggingface: downloads the state that --resume names; the options then name its folder here.
+    """Downloads the state that --resume names, with --resume_from_huggingface; returns options with its local folder.
 
     What is in the hub's cache already is not downloaded again. Raises: UserError: there is no such state, or the hub
     cannot be reached.

@@ -151,7 +151,7 @@ def _update(run: Run, parameters: list[Tensor]) -> Tensor | None:
 
 
 def average_gradients(parameters: list[Tensor], world: int) -> None:
-    """Replaces every gradient by its mean over the processes, as one message per number format.
+    """Replaces every gradient by its mean over the processes, as one message per dtype.
 
     Adapters are reached through hooks and not through one wrapped forward, so this is done by hand.
     """

@@ -183,7 +183,7 @@ def _of_transformers(
 def _of_class(
     optimizer: torch.optim.Optimizer, options: OptimizerOptions, total_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """--lr_scheduler_type."""
+    """The schedule of --lr_scheduler_type."""
     name, arguments = options.lr_scheduler_type, schedule_args(options)
     path = name if "." in name else f"torch.optim.lr_scheduler.{name}"
     cls = import_class("--lr_scheduler_type", path, "torch.optim.lr_scheduler.LRScheduler")

@@ -91,7 +91,7 @@ def _check_values(
     """Raises: ValueError: what is known of one weight is not as the optimizer keeps it.
 
     Args:
-        wanted: shapes by name; empty: nobody knows them.
+        wanted: shapes by name; empty: not known.
         whole: the weight's.
         foreign: whether the state has settings that the optimizer does not know.
     """
@@ -119,7 +119,7 @@ class _Shapes:
         self._known: dict[Any, dict[str, set[tuple[int, ...]]]] = {}
 
     def of(self, group: Mapping[str, Any], weight: Tensor) -> dict[str, set[tuple[int, ...]]]:
-        """By name. Empty where no trial is possible."""
+        """The shapes of a weight's state by name. Empty where no trial is possible."""
         key = (tuple(weight.shape), weight.dtype, id(group))
         if key not in self._known:
             self._known[key] = self._tried(group, weight)

@@ -21,6 +21,7 @@ from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed.device_mesh import DeviceMesh
 
     from library.options.optimizer import OptimizerOptions
 
@@ -55,7 +56,7 @@ def make_optimizer(groups: list[dict[str, Any]], options: OptimizerOptions) -> t
     return optimizer
 
 
-def dry_run(options: OptimizerOptions, device: torch.device, mesh: Any | None = None) -> None:
+def dry_run(options: OptimizerOptions, device: torch.device, mesh: DeviceMesh | None = None) -> None:
     """Finds out, before anything large is read, whether the optimizer takes its arguments and can step on `device`.
 
     Args: mesh: of the processes that weights are sharded over, if they are.
@@ -69,7 +70,7 @@ def dry_run(options: OptimizerOptions, device: torch.device, mesh: Any | None = 
     if mesh is not None:
         from library.training.sharding import check_optimizer
 
-        def make(weights: list[torch.Tensor]) -> Any:
+        def make(weights: list[torch.Tensor]) -> torch.optim.Optimizer:
             made = construct(cls, name, "--optimizer_args", arguments, weights, lr=rate)
             optimizer_mode(made, training=True)
             return made
@@ -115,7 +116,7 @@ def optimizer_mode(optimizer: torch.optim.Optimizer, *, training: bool) -> None:
 
 @contextlib.contextmanager
 def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within the block the weights are the average of a schedule-free optimizer, afterwards exactly what they were.
+    """A context in which the weights are the average of a schedule-free optimizer; afterwards exactly what they were.
 
     Its own way back rounds: a run would depend on how often it saved, and processes would drift apart where only the
     first one samples. The copies lie in CPU memory. Nothing happens with other optimizers.

@@ -30,7 +30,7 @@ def has_trained_weights(module: nn.Module) -> bool:
 
 
 def loading(opts: Options, device: torch.device) -> AbstractContextManager:
-    """Within it models are loaded: with --lowram to `device`, which is then torch's default device, else to the CPU.
+    """A context for loading models: with --lowram to `device`, as torch's default device, else to the CPU.
 
     A model whose blocks are swapped is larger than the device, so it is loaded to the CPU all the same.
     """
@@ -98,7 +98,7 @@ def swaps(opts: Options, device: torch.device) -> bool:
 
 
 def swapped_blocks(family: Family, models: Models, opts: Options, device: torch.device) -> int:
-    """How many of the denoiser's blocks are to be swapped. Raises: UserError: more than can be."""
+    """The number of the denoiser's blocks to swap. Raises: UserError: more than possible."""
     if not swaps(opts, device):
         return 0
     from library.memory.block_swap import NUM_BUFFERS

@@ -18,7 +18,7 @@ class RunPlan:
     processes: int
     accumulation: int
     total_steps: int
-    by_default: bool  # nobody chose the length; it is the option's default
+    by_default: bool  # the length was not given; it is the option's default
 
     @property
     def batches_per_process(self) -> int:
@@ -45,7 +45,7 @@ def make_plan(
 
 
 class ResumePoint(NamedTuple):
-    """Where a run begins."""
+    """The point at which a run begins."""
 
     step: int = 0  # optimizer steps that count as done
     epochs: int = 0  # whole ones that count as done
@@ -53,7 +53,7 @@ class ResumePoint(NamedTuple):
 
 
 def start_at(plan: RunPlan, step: int, *, in_the_data: bool = True, epoch_ended: bool = True) -> ResumePoint:
-    """After `step` optimizer steps; `in_the_data`: also inside the epoch, else at its beginning.
+    """The point after `step` optimizer steps; `in_the_data`: also inside the epoch, else at its beginning.
 
     Where the step is an epoch's last and that epoch has not `epoch_ended`, the run starts behind all of its batches,
     so that it is validated and saved as it would have been.
@@ -67,7 +67,7 @@ def start_at(plan: RunPlan, step: int, *, in_the_data: bool = True, epoch_ended:
 def choose_start(
     plan: RunPlan, opts: TrainingOptions, saved_step: int | None, *, epoch_ended: bool = True
 ) -> ResumePoint:
-    """Where the options and the state that is resumed say.
+    """The point that the options and the resumed state give.
 
     A state alone means exactly where it was saved. --initial_step and --initial_epoch win over it; they count only,
     unless --skip_until_initial_step asks for the place in the data too.

@@ -19,8 +19,11 @@ from library.errors import UserError
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
+    import torch
+
     from library.data.sample.dataset import TrainingData
     from library.options.base import Options
+    from library.options.optimizer import OptimizerOptions
     from library.training.plan import RunPlan
 
 _NOT_SETTINGS = ("params", "lr", "initial_lr", "name")
@@ -47,7 +50,7 @@ class RunSettings:
         return values
 
 
-def settings_of(optimizer: Any, opts: Options, run_plan: RunPlan, data: TrainingData) -> RunSettings:
+def settings_of(optimizer: torch.optim.Optimizer, opts: Options, run_plan: RunPlan, data: TrainingData) -> RunSettings:
     """The settings of a run. Call it when optimizer and schedule are built and nothing is loaded or trained yet."""
     options = opts.optimizer
     by_default = "learning_rate" not in opts.explicit
@@ -88,7 +91,7 @@ def _plain(value: Any) -> Any:
     return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def _schedule_of(options: Any, total_steps: int) -> dict[str, Any]:
+def _schedule_of(options: OptimizerOptions, total_steps: int) -> dict[str, Any]:
     from library.options.optimizer import is_schedule_free, schedule_args, schedule_name, sets_own_rate
     from library.training.lr_schedules import as_steps
 
@@ -150,7 +153,13 @@ class SettingChanges:
         before: those of the state, as JSON; empty where it has none.
     """
 
-    def __init__(self, optimizer: Any, schedule: Any, now: RunSettings, before: Mapping[str, Any]):
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        now: RunSettings,
+        before: Mapping[str, Any],
+    ):
         self._optimizer, self._schedule, self._now, self._before = optimizer, schedule, now, before
         skipped = ("params",)
         self._fresh = [

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Progress:
-    """How far the run is; what metadata, names and logs are made from."""
+    """The progress of the run, from which metadata, names and logs are made."""
 
     step: int = 0  # optimizer steps done
     epoch: int = 0  # the epoch being trained, from 1
@@ -50,13 +50,13 @@ class Progress:
 
     @classmethod
     def at(cls, start: ResumePoint, plan: RunPlan) -> Progress:
-        """Of a run that begins at `start`: the next epoch has not begun."""
+        """The progress of a run that begins at `start`: the next epoch has not begun."""
         return cls(start.step, start.epochs, start.epochs * plan.batches_per_process + start.batches)
 
 
 @dataclass
 class Run:
-    """Everything a run consists of, built by `library.session`."""
+    """The parts of a run, built by `library.session`."""
 
     opts: Options
     seed: int
@@ -87,7 +87,7 @@ class Run:
 
     @contextmanager
     def as_used(self) -> Iterator[None]:
-        """Within the block the trained module is what is saved, sampled and validated."""
+        """A context in which the trained module holds the weights that are saved, sampled and validated."""
         self._refresh()
         with averaged_weights(self.optimizer), nullcontext() if self.ema is None else self.ema.in_place():
             yield

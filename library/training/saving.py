@@ -16,7 +16,7 @@ _OF_WRITING = ("inline_container", "iostream error", "PytorchStreamWriter")  # i
 
 
 class SaveRequest(NamedTuple):
-    """What to write at one moment, and what to delete when that is done."""
+    """The files to write at one point of the run, and those to delete afterwards."""
 
     path: Path
     obsolete: Path | None = None
@@ -50,7 +50,7 @@ class SavePlan:
         return self.folder / f"{self.name or 'last'}{self.suffix}"
 
     def best_path(self) -> Path:
-        """Of the copy with the lowest validation loss."""
+        """The path of the copy with the lowest validation loss."""
         return self.folder / f"{self.name or 'last'}-best{self.suffix}"
 
     def state_of(self, path: Path) -> Path:
@@ -58,7 +58,7 @@ class SavePlan:
         return path.with_name(f"{path.name.removesuffix(self.suffix)}-state")
 
     def after_epoch(self, epoch: int, epochs: int) -> SaveRequest | None:
-        """What to save after `epoch` of `epochs` and what to delete then; the last epoch is the final model's."""
+        """The request after `epoch` of `epochs`, or None; after the last epoch it is that of `final`."""
         if not self.every_epochs or epoch % self.every_epochs or epoch >= epochs:
             return None
 
@@ -69,7 +69,7 @@ class SavePlan:
         return self._request(self.epoch_path(epoch), before(self.last_epochs), before(self.last_epochs_state))
 
     def after_step(self, step: int) -> SaveRequest | None:
-        """What to save after `step` and what to delete then."""
+        """The request after `step`, or None."""
         if not self.every_steps or step % self.every_steps:
             return None
 
@@ -80,7 +80,7 @@ class SavePlan:
         return self._request(self.step_path(step), before(self.last_steps), before(self.last_steps_state))
 
     def final(self) -> SaveRequest:
-        """What to save at the end."""
+        """The request at the end."""
         path = self.final_path()
         return SaveRequest(path, None, self.state_of(path) if self.states or self.final_state else None)
 

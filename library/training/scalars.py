@@ -1,4 +1,4 @@
-"""Reading numbers off the device without making it wait."""
+"""Reads scalars from the device without making it wait."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ScalarQueue:
             self._waiting.append((step, list(values), stacked, None))
 
     def ready(self, wait: bool = False) -> list[tuple[int, dict[str, float]]]:
-        """Everything that has arrived, or with `wait` everything that was pushed."""
+        """The values that have arrived, or with `wait` all that were pushed."""
         arrived = []
         while self._waiting:
             step, names, host, event = self._waiting[0]

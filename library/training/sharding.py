@@ -5,7 +5,7 @@ Sharded weights are DTensors. What touches them outside the step must be done by
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +126,7 @@ def shard_like(value: Any, like: Any) -> Any:
     return value
 
 
-def shard_optimizer_state(state: Mapping[str, Any], optimizer: Any) -> Mapping[str, Any]:
+def shard_optimizer_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
     """An optimizer's state of full tensors, sharded like the weights they belong to."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     if not any(isinstance(weight, DTensor) for weight in weights) or "state" not in state:
@@ -150,7 +150,7 @@ def shard_optimizer_state(state: Mapping[str, Any], optimizer: Any) -> Mapping[s
     return {**state, "state": {number: of_weight(number, entries) for number, entries in state["state"].items()}}
 
 
-def check_optimizer(make: Any, name: str, mesh: DeviceMesh) -> None:
+def check_optimizer(make: Callable[[list[Tensor]], torch.optim.Optimizer], name: str, mesh: DeviceMesh) -> None:
     """Compares an optimizer's steps of sharded weights with those of full ones, before anything large is loaded.
 
     Args: make: from weights to the optimizer over them.

@@ -40,9 +40,9 @@ class StateParts:
     """What a state consists of: objects with state_dict and load_state_dict."""
 
     trained: nn.Module
-    optimizer: Any
-    schedule: Any
-    scaler: Any | None = None  # of fp16
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler | None = None  # of fp16
     extra: Mapping[str, Any] | None = None  # others by name; `restart` is called where a state lacks one
 
 

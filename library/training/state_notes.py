@@ -138,7 +138,7 @@ def _impossible(folder: Path, name: str, value: Any) -> UserError:
 
 
 def _invalid_reason(folder: Path, files: Mapping[str, Any]) -> str | None:
-    """What is wrong with the first file that is not as its entry says; None: all are as they were saved."""
+    """The problem with the first file that differs from its entry; None: all are as they were saved."""
     for name, notes in files.items():
         path = folder / Path(name).name
         wanted = (notes.get("bytes"), notes.get("sha256")) if isinstance(notes, dict) else (None, None)

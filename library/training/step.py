@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepParts:
-    """What a step needs: `denoise` computes the prediction, `grad_text` is whether text encoders get gradients."""
+    """The inputs of a step: `denoise` computes the prediction, `grad_text` says whether text encoders get gradients."""
 
     family: Family
     models: Models
@@ -49,7 +49,7 @@ def batch_text(parts: StepParts, batch: Batch) -> TextCond:
 
 
 class StepResult(NamedTuple):
-    """What a step gives."""
+    """The losses and timesteps of a step."""
 
     losses: Tensor  # per sample, (B,), float32
     timesteps: Tensor  # (B,), in the family's own units

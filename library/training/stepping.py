@@ -28,7 +28,7 @@ class OptimizerStepper:
         self,
         opts: Options,
         optimizer: torch.optim.Optimizer,
-        prepared: Any,
+        prepared: torch.optim.Optimizer,
         parts: Sequence[Sequence[Tensor]] | None = None,
     ):
         self._optimizer, self._prepared = optimizer, prepared

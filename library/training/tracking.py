@@ -70,7 +70,7 @@ class _SinkThread:
     def __init__(self, name: str, sink: Sink, most_waiting: int):
         self._name, self._sink = name, sink
         self._waiting: queue.Queue[Callable[[Sink], None] | None] = queue.Queue(most_waiting)
-        self._failed = self._told_slow = False
+        self._failed = self._warned_slow = False
         # A daemon: the interpreter does not wait for one that hangs.
         self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
         self._thread.start()
@@ -81,9 +81,9 @@ class _SinkThread:
         try:
             self._waiting.put_nowait(call)
         except queue.Full:
-            if not self._told_slow:
+            if not self._warned_slow:
                 LOGGER.warning("%s is too slow; some values of this run are not logged there", self._name)
-            self._told_slow = True
+            self._warned_slow = True
 
     def close(self, failed: bool, end: float) -> None:
         """`end` in seconds of `time.monotonic`."""

@@ -28,7 +28,7 @@ _TIMESTEPS, _RANGES = 1000, 4  # timesteps run from 0 to 999, whatever the famil
 
 
 class Validation:
-    """When to validate, and how."""
+    """Decides when to validate, and computes the validation loss."""
 
     def __init__(self, opts: Options, data: TrainingData | None, seed: int):
         self._data = data

@@ -387,7 +387,7 @@ def not_finite(value):
         ),
     ],
 )
-def test_entries_without_a_note_are_judged_by_what_they_tell(wanted, arrays, change, reason):
+def test_entries_without_a_note_are_judged_by_what_they_name(wanted, arrays, change, reason):
     wanted = replace(wanted, **change)
     theirs(named(wanted), wanted, **arrays)
     found = find(wanted, fingerprint=None)

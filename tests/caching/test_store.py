@@ -219,7 +219,7 @@ def test_a_failure_at_the_last_moment_leaves_the_old_file(file, monkeypatch, fun
     assert file.read_bytes() == before
 
 
-def test_the_summary_is_json_and_tells_all(tmp_path):
+def test_the_summary_is_json_and_shows_all(tmp_path):
     note = {"made_of": "ü", "number": 1.5, "none": None, "list": [1, 2]}
     arrays = ARRAYS | {
         "provenance": store.pack_note(note),

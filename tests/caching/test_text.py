@@ -518,7 +518,7 @@ def test_captions_that_break_the_encoder_are_named(items, tmp_path, number):
     assert cache_file(items[0], LAYOUT).exists()
 
 
-def test_what_one_image_lacks_is_told_and_the_others_are_written(items, tmp_path):
+def test_what_one_image_lacks_is_reported_and_the_others_are_written(items, tmp_path):
     encoder, told = Encoder(), {}
     with torch.no_grad():
         encoder.table.weight[ord("z")] = float("nan")

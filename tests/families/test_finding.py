@@ -62,7 +62,7 @@ def test_the_family_of_a_folder(tmp_path, class_name, parts, family):
     assert family_of(str(tmp_path)) == family
 
 
-def test_what_does_not_tell_its_family(tmp_path):
+def test_what_does_not_name_its_family(tmp_path):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL", "latent_channels": 16}')
     save_file({"decoder.conv_in.weight": torch.zeros(1, 16, 3, 3)}, tmp_path / "vae.safetensors")
@@ -116,7 +116,7 @@ def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
 
 
 @pytest.mark.parametrize("answer", [HfHubHTTPError("404", response=Mock()), ValueError("a mirror")])
-def test_a_hub_that_answers_and_does_not_tell(monkeypatch, answer):
+def test_a_hub_that_answers_and_does_not_name(monkeypatch, answer):
     def ask(self, name, **options):
         raise answer
 

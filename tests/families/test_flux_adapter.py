@@ -296,7 +296,7 @@ def test_the_objective_follows_the_options():
 
 
 @pytest.mark.parametrize("variant", ["dev", "schnell"])
-def test_what_files_tell(loaded, variant):
+def test_what_files_name(loaded, variant):
     facts = family(guidance_scale=1.0).writer.metadata(loaded[variant])
     assert facts["ss_base_model_version"] == "flux1"
     assert facts["modelspec.architecture"] == f"flux-1-{variant}"
@@ -353,7 +353,7 @@ def test_options_of_time_that_do_nothing_are_said():
 
 
 @pytest.mark.parametrize(("variant", "scale", "warned"), [("schnell", 1.0, 1), ("schnell", 3.5, 0), ("dev", 1.0, 0)])
-def test_schnell_is_told_no_guidance(tmp_path, parts, caplog, monkeypatch, variant, scale, warned):
+def test_schnell_gets_no_guidance(tmp_path, parts, caplog, monkeypatch, variant, scale, warned):
     monkeypatch.setattr(LOGGER, "propagate", True)
     FluxFamily(flux_options(write_flux(tmp_path, variant), **parts, guidance_scale=scale)).loader.load()
     assert caplog.text.count("--guidance_scale: has no effect on schnell") == warned

@@ -121,7 +121,7 @@ def test_scaled_positions_may_be_drawn_too(denoiser):
     assert max(high for _, high in seen) > SIDE - 2
 
 
-def test_the_options_reach_the_layer_and_tell_other_models(tmp_path, caplog):
+def test_the_options_reach_the_layer_and_name_other_models(tmp_path, caplog):
     path = write_tiny_sd3(tmp_path / "sd3.safetensors", "5-medium")
     models = Sd3Family(sd3_options(path, pos_emb_random_crop_rate=0.5, enable_scaled_pos_embed=True)).loader.load()
     assert models.denoiser.pos_embed.random_crop_rate == 0.5

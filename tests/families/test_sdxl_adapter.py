@@ -302,7 +302,7 @@ def options(*flags: str):
     return parse_options(groups_for("sdxl", "network"), [*base, "--train_data_dir=d", "--resolution=64", *flags])
 
 
-def test_flags_without_effect_are_told():
+def test_flags_without_effect_are_reported():
     told = list(warnings(options("--v2", "--clip_skip=2"), TRAITS))
     assert [line for line in told if line.startswith("--v2: has no effect on SDXL")]
     assert [line for line in told if line.startswith("--clip_skip: has no effect on SDXL")]

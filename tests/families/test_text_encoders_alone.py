@@ -104,7 +104,7 @@ def test_files_of_sd3s_text_encoders_need_no_model(tmp_path):
         (sd3_variants, sd3_options, {"clip_g": "clip_g"}, "--clip_l: needed where no model is named"),
     ],
 )
-def test_what_is_missing_is_told(check, options, given, said):
+def test_what_is_missing_is_reported(check, options, given, said):
     assert said in "\n".join(check.check_text_paths(options("", **given)))
 
 

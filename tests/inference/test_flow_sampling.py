@@ -135,7 +135,7 @@ def test_a_fixed_shift_by_its_definition(make):
     )
 
 
-def test_the_familys_shift_is_told_height_then_width(make):
+def test_the_familys_shift_is_given_height_then_width(make):
     seen = []
     family = make(shift=lambda *size: seen.append(size) or 1.0)
     sample_latents(family, MODELS, [PROMPT], CPU)
@@ -198,7 +198,7 @@ def test_the_zero_terminal_schedule_of_other_models_changes_nothing(make):
     assert torch.equal(one, sample_latents(other, MODELS, [PROMPT], CPU, zero_terminal_snr=True))
 
 
-def test_an_image_tells_its_guidance_and_shift():
+def test_an_image_shows_its_guidance_and_shift():
     text = png_text(replace(PROMPT, guidance=3.5, flow_shift=2.0))
     assert (text["guidance"], text["flow-shift"], text["sampler"]) == ("3.5", "2.0", "euler")
     assert {"guidance", "flow-shift"}.isdisjoint(png_text(PROMPT))

@@ -122,7 +122,7 @@ def test_files_have_the_agreed_names(make, models, tmp_path, changes, step, epoc
 
 
 @pytest.mark.rows("R282")
-def test_files_hold_the_images_and_tell_how_they_were_made(make, models, make_family):
+def test_files_hold_the_images_and_name_how_they_were_made(make, models, make_family):
     images = make().render(models, 12, None)
     expected = generate(make_family(), models, [p.prompt for p in images], "cpu")
     for made, image in zip(images, expected, strict=True):

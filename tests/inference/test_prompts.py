@@ -266,5 +266,5 @@ def test_what_the_reader_does_not_know_is_left_out_with_a_warning(
     assert warning in line
 
 
-def test_a_seed_of_minus_one_is_chosen_anew(traits):
+def test_a_seed_of_minus_one_is_chosen_again(traits):
     assert parse_prompt("a cat --d -1", traits, "ddim").seed is None

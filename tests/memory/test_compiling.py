@@ -131,7 +131,7 @@ def test_a_backend_that_is_not_there_is_named():
         require_backend("nvprims_nvfuser", CPU)
 
 
-def test_a_backend_that_does_not_work_is_told_in_one_line(monkeypatch):
+def test_a_backend_that_does_not_work_is_reported_in_one_line(monkeypatch):
     def broken(graph, inputs):
         raise RuntimeError("no compiler was found\nand more lines")
 

@@ -182,7 +182,7 @@ def test_trained_weights_are_refused(form):
         quantise_frozen_to(nn.Linear(2, 2), form)
 
 
-def test_a_library_that_does_not_work_is_told_in_one_line(form, monkeypatch):
+def test_a_library_that_does_not_work_is_reported_in_one_line(form, monkeypatch):
     name = {"int8": "dequantize_blockwise", "nf4": "dequantize_4bit"}[form]
 
     def broken(*args, **kwargs):

@@ -193,7 +193,7 @@ def test_shift_by_size_has_the_published_values(height, width, sigma):
     assert draw.timesteps.tolist() == pytest.approx([1000 * sigma] * 2, abs=0.005)
 
 
-def test_the_size_is_told_height_then_width():
+def test_the_size_is_given_height_then_width():
     seen = []
     make("flux_shift", shift_of=lambda *size: seen.append(size) or 1.0).draw(LATENTS, rng())
     assert seen == [(8, 12)]

@@ -195,12 +195,12 @@ def test_a_secret_where_none_belongs_is_not_repeated(words, capsys):
 
 
 @pytest.mark.rows("R238")
-def test_absolute_paths_on_the_command_line_are_told_with_wandb(valid, tmp_path, monkeypatch):
+def test_absolute_paths_on_the_command_line_are_reported_with_wandb(valid, tmp_path, monkeypatch):
     paths = ("--vae=/models/vae.pt", "--network_weights=C:\\lora.safetensors", "--reg_data_dir=images")
     (line,) = absolute_paths(valid("--log_with=wandb", *paths, "--network_args", "file=/x", "conv_dim=2"))
     flags, rest = line.split(": ")
     assert flags == "--network_args, --network_weights, --vae"
-    assert "relative ones tell less" in rest
+    assert "relative ones reveal less" in rest
     assert absolute_paths(valid("--logging_dir=logs", *paths)) == []
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.toml").write_text('vae = "/models/vae.pt"\n', encoding="utf-8")
@@ -266,7 +266,7 @@ def test_the_tracker_config_of_the_guide_is_one(tmp_path):
     assert read_tracker_config(str(file)).keys() == {"tensorboard", "wandb"}
 
 
-def test_a_folder_that_takes_no_files_is_told_before_training(valid, traits, tmp_path):
+def test_a_folder_that_takes_no_files_is_reported_before_training(valid, traits, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     for place in (file, file / "below" / "it"):
@@ -280,7 +280,7 @@ def test_a_folder_that_takes_no_files_is_told_before_training(valid, traits, tmp
 
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
-def test_a_folder_that_may_not_be_written_is_told_before_training(valid, traits, tmp_path, monkeypatch):
+def test_a_folder_that_may_not_be_written_is_reported_before_training(valid, traits, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     for place in (tmp_path, tmp_path / "new"):
         (line,) = problems(valid(f"--output_dir={place}"), traits)

@@ -102,7 +102,7 @@ def test_lists(parse):
     assert opts.method.network_args == ["conv_dim=4", "x=a=b"]
 
 
-def test_a_list_behind_an_equals_sign_is_told_how_to_be_written(parse):
+def test_a_list_behind_an_equals_sign_is_shown_how_to_be_written(parse):
     line = ("--text_encoder_lr=1e-4", "1e-5", "--seed=1")
     assert refused(parse, *line) == [
         "--text_encoder_lr: takes several values without an equals sign only, as in --text_encoder_lr A B"
@@ -220,7 +220,7 @@ def test_keep_tokens_in_the_form_with_an_equals_sign(parse):
     assert parse().data.shuffle_caption is False
 
 
-def test_everything_wrong_in_a_file_is_told_at_once(parse, tmp_path):
+def test_everything_wrong_in_a_file_is_reported_at_once(parse, tmp_path):
     file = write(
         tmp_path,
         'learning_rate = "1e-4"\nnetwork_dim = 4.5\nv2 = 2\nseed = true\nloss_type = "l3"\nxformers = "true"\n'

@@ -106,7 +106,7 @@ def test_scripts_that_train_nothing_do_not_care(monkeypatch):
         assert bool(list(group.warnings(opts, None))) == expected
 
 
-def test_what_is_done_otherwise_is_told():
+def test_what_is_done_otherwise_is_reported():
     assert "FSDP2" in next(warnings(options("--deepspeed"), {}))
     assert "version 2" in next(warnings(options(), FSDP | {"FSDP_VERSION": "1"}))
     assert not list(warnings(options(), FSDP))

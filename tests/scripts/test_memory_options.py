@@ -61,7 +61,7 @@ def test_a_whole_model_in_bf16(tmp_path: Path, run_script, train_arguments):
     assert all(value.isfinite().all() for value in weights.values())
 
 
-def test_a_backend_that_is_not_there_is_told_in_one_line(tmp_path: Path, run_script, train_arguments):
+def test_a_backend_that_is_not_there_is_reported_in_one_line(tmp_path: Path, run_script, train_arguments):
     done = run_script(*train_arguments(tmp_path, torch_compile=True, dynamo_backend="tensort", max_train_steps=2))
     assert done.returncode == 2
     assert "--dynamo_backend: torch" in done.stderr

@@ -155,7 +155,7 @@ def test_ctrl_c_is_answered_once(train_arguments, tmp_path):
     assert list(tmp_path.glob("lora-step*-state"))
 
 
-def test_what_cannot_be_resumed_is_told_at_once(whole, run_script, train_arguments, tmp_path):
+def test_what_cannot_be_resumed_is_reported_at_once(whole, run_script, train_arguments, tmp_path):
     def refused(**changes):
         done = run_script(*train_arguments(tmp_path, **OPTIONS | changes))
         assert done.returncode == 2, done.stderr[-2000:]
@@ -226,7 +226,7 @@ def test_a_state_at_the_planned_end_writes_the_final_files(whole, run_script, tr
         assert weights_hash(tmp_path) == hash_of(same)
 
 
-def test_a_changed_rate_counts_and_is_told(whole, run_script, train_arguments, tmp_path):
+def test_a_changed_rate_counts_and_is_reported(whole, run_script, train_arguments, tmp_path):
     state = whole / "lora-step00000008-state"
     done = run_script(*train_arguments(tmp_path, **OPTIONS | {"resume": state, "learning_rate": 1e-5}))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -128,7 +128,7 @@ def test_metadata(trained):
     assert json.loads(trained.metadata["ss_network_args"])["block_dims"] == DIMS
 
 
-def test_what_has_no_effect_is_told(trained):
+def test_what_has_no_effect_is_reported(trained):
     assert "--clip_skip: has no effect on SDXL" in trained.result.stderr
     assert "Traceback" not in trained.result.stderr
 

@@ -64,7 +64,7 @@ def test_processes_that_fill_a_cache_folder_at_once(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [folder.name], "temporary folders left"
 
 
-def test_a_cache_folder_that_cannot_be_filled_is_told_and_not_needed(tmp_path, caplog):
+def test_a_cache_folder_that_cannot_be_filled_is_reported_and_not_needed(tmp_path, caplog):
     (tmp_path / "file").touch()
     assert len(sd_tokenizer(v2=False, cache_dir=str(tmp_path / "file" / "cache"))) == 49408
     assert "--tokenizer_cache_dir" in caplog.text

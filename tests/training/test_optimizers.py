@@ -229,7 +229,7 @@ def test_the_first_rate_counts_for_all_groups(name, caplog):
 
 
 @pytest.mark.parametrize("name", [*ADAPTIVE, "prodigyplus.ProdigyPlusScheduleFree"])
-def test_rates_that_are_no_factor_are_told(name, caplog):
+def test_rates_that_are_no_factor_are_reported(name, caplog):
     with caplog.at_level(logging.WARNING):
         make_optimizer(groups(1.0), options(name))
         assert caplog.text == ""
@@ -268,7 +268,7 @@ def test_other_optimizers_have_no_rates_of_their_own():
         (["relative_step=False"], False, False),
     ],
 )
-def test_adafactor_sets_its_own_rate_unless_told_otherwise(arguments, relative, warm):
+def test_adafactor_sets_its_own_rate_unless_reported_otherwise(arguments, relative, warm):
     made = make_optimizer(groups(5e-4, 1e-3), options("AdaFactor", optimizer_args=arguments))
     assert [(g["relative_step"], g["warmup_init"]) for g in made.param_groups] == [(relative, warm)] * 2
     assert [g["lr"] for g in made.param_groups] == ([None, None] if relative else [5e-4, 1e-3])

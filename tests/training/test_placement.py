@@ -36,7 +36,7 @@ def formats(module: nn.Module) -> set[torch.dtype]:
 
 
 @pytest.mark.rows("R182")
-def test_what_is_trained_is_wide_unless_told_otherwise():
+def test_what_is_trained_is_wide_unless_reported_otherwise():
     for full, expected in ((False, torch.float32), (True, torch.bfloat16)):
         models = tiny_sd()
         models.denoiser.requires_grad_(True)
@@ -87,7 +87,7 @@ def test_which_parts_are_quantised(form):
 
 
 @pytest.mark.parametrize("unet_only", [False, True])
-def test_text_outputs_of_quantised_encoders_are_told_from_exact_ones(unet_only):
+def test_text_outputs_of_quantised_encoders_are_reported_from_exact_ones(unet_only):
     """Else a run with exact encoders would take the outputs of rounded ones from the disk."""
     models, opts = tiny_sd(), options(fp8_base_unet=unet_only, cache_text_encoder_outputs=True)
     family = SimpleNamespace(

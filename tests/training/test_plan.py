@@ -36,7 +36,7 @@ def test_the_default_length_is_announced():
     assert not any("default" in line for line in describe(chosen, 10, 0))
 
 
-def test_batches_that_come_twice_are_told():
+def test_batches_that_come_twice_are_reported():
     def lines(batches, processes):
         return describe(make_plan(batches, processes, 1, steps=10, epochs=None, by_default=False), 10, 0)
 

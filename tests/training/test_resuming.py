@@ -206,7 +206,7 @@ def test_another_optimizer_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("other", ["SGD", "Lion", "RMSprop", "AdaFactor"])
-def test_another_optimizer_is_seen_where_the_state_does_not_tell(tmp_path, other):
+def test_another_optimizer_is_seen_where_the_state_does_not_name(tmp_path, other):
     folder = Training().step(2).save(tmp_path / "s", notes=False)
     arguments = ["momentum=0.9"] if other == "SGD" else ["relative_step=False"] if other == "AdaFactor" else None
     with pytest.raises(UserError, match=r"optimizer\.bin does not fit --optimizer_type and --optimizer_args"):

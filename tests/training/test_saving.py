@@ -100,7 +100,7 @@ def test_states_only_where_they_are_asked_for():
 
 @pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
 @pytest.mark.parametrize("package", ["python", "safetensors", "torch"])
-def test_whoever_tells_of_a_full_disk_it_is_one_line(tmp_path, package):
+def test_whoever_shows_of_a_full_disk_it_is_one_line(tmp_path, package):
     import resource
 
     import torch

@@ -184,7 +184,7 @@ def options(name, *, fused=False, rounding=False, full=False):
         ("AdamW", True, True, False),
     ],
 )
-def test_adafactor_rounds_bf16_by_chance_inside_the_backward_pass(name, fused, full, rounded):
+def test_adafactor_rounds_bf16_stochastically_inside_the_backward_pass(name, fused, full, rounded):
     """A thousandth of the last bit of 1 is lost by rounding, and is there in the mean by chance."""
     opts = options(name, fused=fused, full=full)
     assert uses_stochastic_rounding(opts) == rounded

@@ -51,7 +51,7 @@ def test_nan_is_never_the_best():
     assert best.since == 1
 
 
-def test_options_without_images_to_validate_with_are_told(caplog, monkeypatch):
+def test_options_without_images_to_validate_with_are_reported(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("trainscripts"), "propagate", True)
     moments(None, 1, save_best_validation=True, early_stop_patience=3)
     (line,) = caplog.messages

@@ -92,7 +92,7 @@ class _Reader:
 
     def dataset(self, table: Mapping[str, Any], place: str, outer: list) -> DatasetSpec:
         tables = [(place, table), *outer]
-        unused = () if self.value("enable_bucket", tables) else OF_BUCKETS  # nobody judges a value without effect
+        unused = () if self.value("enable_bucket", tables) else OF_BUCKETS  # a value that has no effect is not checked
         names = (name for name, key in KEYS.items() if DATASET in key.levels)
         found = {name: KEYS[name].default if name in unused else self.value(name, tables) for name in names}
         if found["resolution"] is None:

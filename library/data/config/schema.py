@@ -67,9 +67,7 @@ KEYS: dict[str, Key] = {
     "caption_tag_dropout_rate": Key("float", 0.0, flag="--caption_tag_dropout_rate", low=0, high=1),
     "token_warmup_min": Key("int", 1, flag="--token_warmup_min", low=0),
     "token_warmup_step": Key("float", 0, flag="--token_warmup_step", low=0),
-    "custom_attributes": Key(
-        "table", None, help="values of your own; handed through to every batch, in `Batch.attributes`"
-    ),
+    "custom_attributes": Key("table", None, help="your own values; passed on with every batch, in `Batch.attributes`"),
     "cache_info": Key("bool", False, flag="--cache_info"),
     "alpha_mask": Key("bool", False, (SUBSET,), "--alpha_mask"),
     "metadata_file": Key("str", None, (SUBSET,), help="metadata file with captions and tags, as for `--in_json`"),

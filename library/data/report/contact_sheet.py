@@ -49,7 +49,7 @@ _RED = np.array((225, 20, 20), np.float32)  # laid over what a mask leaves out
 
 @dataclass(frozen=True)
 class Cell:
-    """What a sheet shows of one record."""
+    """The image, mask and captions of one record on a sheet."""
 
     record: Record
     image: NDArray[np.uint8] | None  # (bucket height, bucket width, 3), as in epoch 1; of repeats the first

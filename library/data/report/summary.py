@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class DataSummary(Protocol):
-    """What the report and the metadata are made from."""
+    """The data from which the report and the metadata are made."""
 
     specs: Sequence[DatasetSpec]
     records: Sequence[Record]
@@ -82,11 +82,12 @@ def _duplicate_lines(scan: ScanReport) -> list[str]:
         lines.append(f"and {len(groups) - _NAMED} more groups of equal files")
     if scan.alike is None:
         most = near_duplicates.MOST
-        lines.append(f"images were not decoded to see which are damaged or look alike, as they are more than {most}")
+        lines.append(f"images were not decoded to find damaged ones and near duplicates, as there are more than {most}")
         return lines
-    lines += [f"look almost the same: {_joined(group)}" for group in scan.alike[:_NAMED]]
-    if len(scan.alike) > _NAMED:
-        lines.append(f"and {len(scan.alike) - _NAMED} more groups of images that look alike")
+    if scan.alike:  # one line: similar images are usual, and no fault
+        count = f"{len(scan.alike)} group{'' if len(scan.alike) == 1 else 's'} of near duplicates"
+        more = "" if len(scan.alike) == 1 else "; --console_log_level=DEBUG lists them all"
+        lines.append(f"{count}, such as {_joined(scan.alike[0])}{more}")
     return lines
 
 
@@ -217,7 +218,7 @@ def _own_keys(subset: SubsetSpec) -> dict[str, Any]:
 
 
 def _place_name(subset: SubsetSpec) -> str:
-    """What the format knows a subset by: its metadata file, or its folder."""
+    """The name of a subset in ss_* metadata: its metadata file, or its folder."""
     return _name(subset.metadata_file or subset.place)
 
 

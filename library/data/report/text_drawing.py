@@ -78,7 +78,7 @@ def shorten(text: str, width: int, front: float = 1.0) -> str:
 
 
 def step(size: int) -> int:
-    """From line to line."""
+    """The distance from line to line in pixels."""
     return round(size * 1.35)
 
 

@@ -11,7 +11,7 @@ from library.types import Size
 
 
 class Fit(NamedTuple):
-    """Where an image goes: it is resized to `resized`, which covers `bucket`, then the overhang is cut off."""
+    """The bucket of an image, which is resized to `resized`, covering `bucket`, and then cropped to it."""
 
     bucket: Size
     resized: Size
@@ -96,7 +96,7 @@ def crop_ltrb(bucket: Size, image: Size) -> tuple[float, float, float, float]:
 
 
 def aspect_error(bucket: Size, image: Size) -> float:
-    """How far the bucket's width / height is from the image's."""
+    """The absolute difference of width / height between bucket and image."""
     return abs(bucket.width / bucket.height - image.width / image.height)
 
 

@@ -89,9 +89,9 @@ def make_caption(raw: str, options: CaptionOptions, rng: Random, epoch: int, ste
 
 def _is_dropped(options: CaptionOptions, rng: Random, epoch: int) -> bool:
     # The draw comes first, so that whether this is a "drop" epoch does not shift the item's later draws.
-    by_chance = options.caption_dropout_rate > 0 and rng.random() < options.caption_dropout_rate
+    at_random = options.caption_dropout_rate > 0 and rng.random() < options.caption_dropout_rate
     every = options.caption_dropout_every_n_epochs
-    return by_chance or (every > 0 and epoch % every == 0)
+    return at_random or (every > 0 and epoch % every == 0)
 
 
 def _choose_wildcards(caption: str, rng: Random) -> str:
@@ -137,7 +137,7 @@ def _brace_tokens(line: str) -> list[str]:
 
 
 def _partners(tokens: Sequence[str]) -> dict[int, int] | None:
-    """Where the brace opened at each place is closed; None if some brace has no partner."""
+    """The index of the closing brace for each opening one; None if some brace has no partner."""
     opened, partners = [], {}
     for at, token in enumerate(tokens):
         if token == "{":

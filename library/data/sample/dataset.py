@@ -186,7 +186,7 @@ class TrainingData:
         self._loader = None
 
     def set_latents(self, entries: Sequence[LatentEntry], *, in_memory: bool) -> None:
-        """From now on items carry these latents and no pixels: one entry per record, then per record held out."""
+        """Makes items carry these latents and no pixels: one entry per record, then per held-out record."""
         self.items.latents = entries[: len(self.records)]
         self._in_memory = in_memory
         self._loader = None
@@ -194,7 +194,7 @@ class TrainingData:
             self.held_out.set_latents(entries[len(self.records) :], in_memory=in_memory)
 
     def set_text(self, store: TextStore) -> None:
-        """From now on items carry these text-encoder outputs: of every record, then of every record held out."""
+        """Makes items carry these text-encoder outputs: of every record, then of every held-out record."""
         self.items.text, self._loader = store, None
         if self.held_out is not None:
             self.held_out.set_text(store)
@@ -241,7 +241,7 @@ class TrainingData:
         return loader
 
     def report(self) -> list[str]:
-        """What was found, in lines for the log: images, buckets, and everything that is left out and why."""
+        """The lines for the log: images, buckets, and everything that is left out, with the reason."""
         return summary.report(self)
 
     def metadata(self, processes: int = 1) -> dict[str, Any]:

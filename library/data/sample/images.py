@@ -64,7 +64,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Probe(NamedTuple):
-    """What the header of an image file says."""
+    """The size, orientation and frames in the header of an image file."""
 
     size: Size  # upright, as training sees it
     turned: bool  # EXIF says that the stored pixels are to be turned or mirrored
@@ -81,7 +81,7 @@ class FaceBox(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """Which part of an image is used: all of it is brought to `resized`, and `to` is taken from (left, top) on."""
+    """A resize and crop: the image is resized to `resized`, and a part of size `to` is taken at (left, top)."""
 
     resized: Size
     left: int
@@ -120,7 +120,7 @@ def describe(path: Path) -> list[Any] | str:
 
 
 def reason(error: OSError | ValueError) -> str:
-    """What `probe` or a `read_...` function found wrong with a file, in a few plain words without its path."""
+    """The reason why `probe` or a `read_...` function refused a file, in a few plain words without its path."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -142,7 +142,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     """The image upright, sRGB, uint8 (H, W, 3); of an animated one the first frame. Transparent parts become white.
 
     White is what taggers and viewers show behind a drawing; the colours stored under full transparency are left-overs
-    that nobody has seen.
+    that has not been seen.
 
     Raises: OSError or ValueError: no image, an unknown format, too large, or damaged. See `reason`.
     """
@@ -150,7 +150,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 
 
 def read_reduced(path: Path, enough: Callable[[Size], Size]) -> tuple[NDArray[np.uint8], Size]:
-    """As `read_image`, for who shrinks the image anyway: it may come smaller than it is, and has its own size beside.
+    """`read_image` for callers that shrink the image anyway: a possibly reduced image, and its original size.
 
     A JPEG file is decoded at a half, a quarter or an eighth of its size, the smallest that is enough. That takes half
     the time or less. Where `enough` is four times what the image is shrunk to, that is the same image to within
@@ -174,7 +174,7 @@ def _rgb_on_white(image: Image.Image, path: Path) -> NDArray[np.uint8]:
 
 
 def read_image_and_alpha(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """As `read_image`, but the colours (H, W, 3) as stored under whatever transparency, and the opacity (H, W).
+    """The colours (H, W, 3) as stored, whatever their transparency, and the opacity (H, W); see `read_image`.
 
     The opacity is 255 where nothing shines through; everywhere, if the image has no transparency.
 
@@ -198,7 +198,7 @@ def read_values(path: Path) -> NDArray[np.uint8]:
 
 
 def use_image(path: Path, use: Callable[[Image.Image, BinaryIO, int], T]) -> T:
-    """What `use` makes of an image whose header has been read, and of its file: the bytes, and how many they are.
+    """The result of `use` for an image whose header has been read, its file, and the file's length in bytes.
 
     Where the texts in a PNG file are too long for Pillow, `use` is called a second time, without them.
 
@@ -270,7 +270,7 @@ def _looks_whole(stream: BinaryIO, length: int) -> bool:
 
 
 def _boxes_end_well(file: BinaryIO, length: int) -> bool:
-    """For the box format of AVIF and JPEG XL: whether the outermost boxes end where the file does."""
+    """Whether the outermost boxes of an AVIF or JPEG XL file end where the file does."""
     position = 0
     while position < length:
         file.seek(position)
@@ -383,7 +383,7 @@ def _to_srgb(colours: Image.Image, profile: bytes | None, path: Path) -> Image.I
 
 @lru_cache(maxsize=8)
 def _transform(profile: bytes) -> ImageCmsTransform | None:
-    """From an ICC profile's colours to sRGB; None: they are the same, to within two of 255.
+    """The transform from an ICC profile's colours to sRGB; None: they are the same, to within two of 255.
 
     The intent is perceptual: what browsers use, and the one that printers' profiles are made with most care for.
     """
@@ -451,7 +451,7 @@ def apply_crop(image: NDArray[np.uint8], crop: Crop, interpolation: str | None =
 
 
 def apply_crop_to_mask(mask: NDArray[np.uint8], crop: Crop) -> NDArray[np.uint8]:
-    """As `apply_crop`, but no value is brighter or darker than those around it were: area, or linear to enlarge."""
+    """`apply_crop` for masks, by interpolation that creates no new extremes: area, or linear to enlarge."""
     return apply_crop(mask, crop, "area" if _fits_into(crop.resized, mask) else "linear")
 
 
@@ -478,7 +478,7 @@ def face_box(path: Path) -> FaceBox | None:
 def face_crop(
     size: Size, face: FaceBox, to: Size, span: tuple[float, float], rng: Random, anywhere: bool = False
 ) -> Crop:
-    """Shrinks the image by chance and cuts around the face.
+    """Shrinks the image by a random factor and crops around the face.
 
     Args:
         size: of the image; covers `to`.

@@ -107,7 +107,7 @@ def to_mask(plane: NDArray[np.uint8]) -> Tensor:
 
 
 def loss_mask(view: View) -> Tensor | None:
-    """How much each pixel counts, float32 (1, H, W) in [0, 1]; None: all of them do.
+    """The weight of each pixel in the loss, float32 (1, H, W) in [0, 1]; None: all are 1.
 
     It is the opacity, or the red channel of the conditioning image, or where both are there their product.
     """

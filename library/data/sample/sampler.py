@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class EpochPlan(Protocol):
-    """What a loader has to know of the data of a run."""
+    """The part of the data of a run that a loader needs."""
 
     items: Any  # a data set of samples, by ItemKey
     seed: int

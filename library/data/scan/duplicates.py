@@ -97,7 +97,7 @@ def _small_grey(path: Path) -> Image.Image:
 
 
 def _masks(hashes: NDArray[np.uint64], bands: int) -> Iterator[np.uint64]:
-    """For every three of the bands, the bits in them. Bits that distinguish images are distributed evenly.
+    """A mask of the bits in each three of the bands. Bits that distinguish images are distributed evenly.
 
     Neighbouring bits would make poor bands: the upper rows of many images are a plain background.
     """

@@ -52,7 +52,7 @@ def hold_out(
 
 
 def _plain(records: Sequence[Record]) -> list[Record]:
-    """Once each, and as they are: nothing varied by chance, so that losses of two moments can be compared."""
+    """Held-out records, once each and without random augmentation, so that losses can be compared over time."""
     subsets: dict[int, object] = {}
     plain = []
     for record in records:

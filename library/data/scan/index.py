@@ -160,7 +160,7 @@ class FileIndex:
 
 
 class _Folder:
-    """What is known about the files of one folder. An entry is [bytes, mtime in ns, {kind: value}], as in the JSON."""
+    """Facts about the files of one folder. An entry is [bytes, mtime in ns, {kind: value}], as in the JSON."""
 
     def __init__(self, path: str, place: Path | None):
         self.path = path  # resolved
@@ -254,7 +254,7 @@ class _Folder:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """For making many objects that all stay: looking for garbage among them takes a quarter of the time."""
+    """Pauses garbage collection while many permanent objects are made, which saves a quarter of the time."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -21,14 +21,14 @@ FILE_NAME = "metadata_cache.json"
 
 
 class Info(NamedTuple):
-    """What is kept of one image."""
+    """The caption and size of one image."""
 
     caption: str  # as the caption file says; several lines are several captions (enable_wildcard)
     size: Size
 
 
 def read(folder: Path) -> dict[Path, Info] | None:
-    """What the folder's file says, by ``folder / file name``; None: there is no such file.
+    """The entries of the folder's file, by ``folder / file name``; None: there is no such file.
 
     The file holds paths as they were written, perhaps in another place or on another system; only their file names
     count. Nothing is compared with the folder: images may have come, gone or changed since. Earlier trainers recorded

@@ -39,7 +39,7 @@ class Entry(NamedTuple):
 
 @collector_paused()
 def read_metadata(path: Path, *, may_be_empty: bool = False) -> dict[str, dict[str, Any]]:
-    """What the file says of each image: ``{key: {"caption", "tags", "image_size", "train_resolution", ...}}``.
+    """The entries of the file by image: ``{key: {"caption", "tags", "image_size", "train_resolution", ...}}``.
 
     A `.jsonl` file has one object per line, with the key as "image_path" or "file_name"; any other is one JSON object.
     The four named values are checked, and each may be missing or null; others are passed on as they are.
@@ -246,7 +246,7 @@ def _entry(key: str, said: Mapping[str, Any], found: _Found, caption: str) -> En
 
 
 def _find(key: str, places: _Places) -> _Found | str:
-    """What a key means, or why it means nothing. Images in any place go before latents."""
+    """The image or latents that a key names, or why there are none. Images in any place go before latents."""
     for folder, name in places.of(key):
         images = folder.images_of(name)
         if len(images) > 1:
@@ -281,7 +281,7 @@ class _Folder:
 
     @cached_property
     def images(self) -> dict[str, tuple[str, ...]]:
-        """File names by stem."""
+        """The file names of images by stem."""
         found: dict[str, tuple[str, ...]] = {}
         for name in filter(is_image, self.names):
             stem = _stem(name)

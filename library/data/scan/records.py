@@ -24,7 +24,7 @@ _MOST_PIXELS = 10**8  # of an image that is enlarged for its bucket
 
 
 class _Header(NamedTuple):
-    """What an image's header says; `reason` why it cannot be used."""
+    """The data of an image's header; `reason` why it cannot be used."""
 
     size: Size | None
     turned: bool = False
@@ -106,6 +106,8 @@ def _check_decoded(records: Sequence[Record], index: FileIndex, scan: ScanReport
     scan.copies = near_duplicates.copies(sizes, index)
     decoded = near_duplicates.decode_all(list(sizes), scan.copies, index)
     scan.alike = None if decoded is None else decoded.alike
+    for group in scan.alike or ():
+        LOGGER.debug("near duplicates: %s", ", ".join(map(str, group)))
     scan.dropped += decoded.damaged.items() if decoded is not None else ()
 
 

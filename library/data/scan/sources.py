@@ -34,7 +34,7 @@ class ImageEntry(NamedTuple):
 
 @dataclass
 class ScanLog:
-    """What came up while finding them."""
+    """Warnings, problems and counts from finding the images of a subset."""
 
     warnings: list[str]
     dropped: list[tuple[Path, str]]  # files, or the metadata file that names them, and why
@@ -84,7 +84,7 @@ def _of_folder(subset: SubsetSpec, index: FileIndex, log: ScanLog) -> list[Image
 
 
 def _read_captions(subset: SubsetSpec, files: Collection[str], index: FileIndex, log: ScanLog) -> dict[str | None, str]:
-    """By file name."""
+    """The captions of `files` by file name."""
     multiline = subset.captions.enable_wildcard
     kind = "caption lines" if multiline else "caption"
     places = [os.path.join(subset.image_dir, file) for file in files]

@@ -70,7 +70,7 @@ class FluxFamily(Family):
 
 class FluxLoader(Loader):
     def load(self, *, texts_only: bool = False) -> Models:
-        """See `Loader.load`. For texts alone the denoiser is a `meta_model`, or without the name of a model None."""
+        """Loads the model. With `texts_only` the denoiser is a `meta_model`, or None if no model is named."""
         model, options = self.opts.model, self.opts.family
         name, mapped = model.pretrained_model_name_or_path, not model.disable_mmap_load_safetensors
         files = encoder_file_options(options)
@@ -113,7 +113,7 @@ class FluxText(TextEncoding):
         return TextCond(tensors)
 
     def layout(self, models: Models | None = None) -> TextLayout:
-        """See `TextEncoding.layout`. The variant decides the length of captions that no option limits."""
+        """The layout of cache files. The variant decides the length of captions that no option limits."""
         from library.types import TextLayout
 
         length = self.opts.family.t5xxl_max_token_length

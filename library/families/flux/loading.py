@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.checkpoints.keymap import KeyMap, KeyMapError
 from library.checkpoints.reading import open_weights
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from library.families.flux.options import FluxOptions
     from library.families.shared.reading import TensorSpec, Weights
     from library.options.base import Options
 
@@ -61,7 +62,7 @@ CHANNELS = 16
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model came from, and what saving it in the same form needs to know."""
+    """The origin of a model, with what is needed to save it in the same form."""
 
     name: str  # path or hub id
     variant: str  # "dev" or "schnell"
@@ -126,7 +127,7 @@ def load_text_encoders(name: str | None, encoder_files: Mapping[str, str], *, ma
     return Parts(denoiser, encoders, None, source)
 
 
-def encoder_file_options(family: Any) -> dict[str, str]:
+def encoder_file_options(family: FluxOptions) -> dict[str, str]:
     """The files of text encoders that the options give, by part."""
     return {part: file for part, option in FLAGS.items() if (file := getattr(family, option))}
 

@@ -49,26 +49,29 @@ TRAITS = FamilyTraits(
 class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
     ae: str | None = opt(None, "file of the autoencoder", exists="file")
     controlnet_model_name_or_path: str | None = opt(
-        None, "a ControlNet that takes part in training; refused, as its images cannot be given here"
+        None, "ControlNet to apply during training; refused, as no conditioning images can be given here"
     )
     t5xxl_max_token_length: int | None = opt(
         None,
-        "longest caption for T5 in tokens; 512 for FLUX.1 dev and else 256 if not given; all are padded to it",
+        "maximum caption length for T5 in tokens, to which all captions are padded; if not given, 512 "
+        "for FLUX.1 dev, else 256",
         at_least=1,
         off=0,
     )
     guidance_scale: float = opt(3.5, "guidance value fed to FLUX.1 dev during training; 1 for new concepts")
     timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = opt(
-        "sigma", "distribution of the timesteps; shift and flux_shift (by image size) are those of sampling"
+        "sigma",
+        "distribution of the timesteps in training; shift and flux_shift (shifted by image size) match "
+        "image generation",
     )
     sigmoid_scale: float = opt(
         1.0,
-        "scale of --timestep_sampling sigmoid, shift and flux_shift: lower keeps to the middle timesteps",
+        "scale of --timestep_sampling sigmoid, shift and flux_shift: lower concentrates on the middle timesteps",
         above=0,
         only_with=("timestep_sampling=sigmoid", "timestep_sampling=shift", "timestep_sampling=flux_shift"),
     )
     model_prediction_type: Literal["raw", "additive", "sigma_scaled"] = opt(
-        "sigma_scaled", "how the loss reads the model's output; raw is right for FLUX"
+        "sigma_scaled", "how the loss interprets the model's output; raw is right for FLUX"
     )
     discrete_flow_shift: float = opt(
         3.0,
@@ -76,7 +79,9 @@ class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
         above=0,
         only_with=("timestep_sampling=sigma", "timestep_sampling=shift"),
     )
-    model_type: Literal["flux", "chroma"] = opt("flux", "kind of model; chroma is refused, as it is another network")
+    model_type: Literal["flux", "chroma"] = opt(
+        "flux", "type of model; chroma is refused, as it has another architecture"
+    )
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from super().check(opts, traits)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 
@@ -24,8 +25,8 @@ def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
     return patches.reshape(batch, numbers // 4, height, width)
 
 
-def image_ids(height: int, width: int, device: Any) -> Tensor:
-    """Where the tokens of latents of this size are: (0, row, column) of each, (h/2 * w/2, 3), float32."""
+def image_ids(height: int, width: int, device: torch.device) -> Tensor:
+    """The positions of the tokens of latents of this size: (0, row, column) of each, (h/2 * w/2, 3), float32."""
     import torch
 
     rows, columns = torch.meshgrid(
@@ -51,7 +52,7 @@ def attention_mask(text_mask: Tensor, image_tokens: int) -> Tensor:
 
 @contextmanager
 def unrounded_timesteps(denoiser: nn.Module, timesteps: Tensor, guidance: Tensor | None) -> Iterator[None]:
-    """Within it the denoiser embeds these timesteps and guidance in float32.
+    """A context in which the denoiser embeds these timesteps and guidance in float32, without rounding.
 
     diffusers rounds both to the dtype of the computation first: in bfloat16 timesteps are then off by up to 0.2%.
 

@@ -22,6 +22,7 @@ from library.text.tokenizers import save_clip_tokenizer
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import SchedulerMixin
     from torch import nn
 
     from library.types import Models
@@ -92,8 +93,8 @@ def _encoder(models: Models, part: str) -> nn.Module:
     return models.text_encoders[part] if part in models.text_encoders else load_encoder(models.source, part)
 
 
-def _scheduler(variant: str) -> Any:
-    """What the published models sample with."""
+def _scheduler(variant: str) -> SchedulerMixin:
+    """The scheduler of the published models."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     dev = variant == "dev"

@@ -42,7 +42,7 @@ def transformer_targets(denoiser: nn.Module) -> list[LoraTarget]:
 
 
 def _classes(name: str) -> tuple[tuple[str, str], ...]:
-    """What contains a layer, in the code of the model's authors."""
+    """The classes that contain a layer in the code of the model's authors."""
     block = ".".join(name.split(".")[:2])
     if name.startswith("single_blocks."):
         return ((block, "SingleStreamBlock"),)

@@ -61,7 +61,7 @@ def folder_problem(path: Path) -> str | None:
 
 
 def channels_problem(channels: int) -> str | None:
-    """What is wrong with a denoiser with so many input channels per patch; None for nothing."""
+    """The problem of a denoiser with this many input channels per patch, or None."""
     if channels == IN_CHANNELS:
         return None
     return (
@@ -128,7 +128,7 @@ def _ae_problem(path: Path) -> str | None:
 
 
 def _missing_parts(opts: Options, needed: Collection[str]) -> list[str]:
-    """Those of the `needed` parts that neither the model nor an option gives."""
+    """A line for each of the `needed` parts that neither the model nor an option gives."""
     path, family = Path(opts.model.pretrained_model_name_or_path), opts.family
     if path.is_dir():
         inside = {part for part, folder in (*FOLDERS.items(), ("vae", "vae")) if (path / folder).is_dir()}
@@ -149,7 +149,7 @@ def _missing_parts(opts: Options, needed: Collection[str]) -> list[str]:
 
 
 def encoder_prefix(keys: Iterable[str], part: str, *, inside: bool = False) -> str | None:
-    """What stands before transformers' names of an encoder in a file; None where the file has no such encoder.
+    """The prefix of an encoder's transformers names in a file; None: the file has no such encoder.
 
     Args:
         inside: the file is a whole model's, in which an encoder has a prefix.

@@ -45,7 +45,7 @@ class SdFamily(Family):
 
 class SdLoader(Loader):
     def load(self, *, texts_only: bool = False) -> Models:
-        """See `Loader.load`. It is the whole model always: nobody encodes texts of this family alone."""
+        """Loads the whole model, whatever `texts_only` says: no tool encodes only texts of this family."""
         model = self.opts.model
         parts = load_model(model.pretrained_model_name_or_path, self.opts.family.v2, model.vae)
         own = None if parts.source.is_file else parts.source.name

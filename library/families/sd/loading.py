@@ -38,7 +38,7 @@ SCALING_FACTOR = 0.18215
 
 @dataclass(frozen=True)
 class Source(reading.Source):
-    """Where a model came from, and what saving it in the same form needs to know."""
+    """The origin of a model, with what is needed to save it in the same form."""
 
     v2: bool = False
     text_model_level: bool = True  # of an SD 1.x file's names

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.families.sd.keymap import OPEN_CLIP, text_map
 from library.families.sd.loading import Source, load_vae
@@ -25,6 +25,7 @@ from library.text.tokenizers import save_clip_tokenizer
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import SchedulerMixin
     from torch import nn
 
     from library.families.shared.writing import FileTensors
@@ -73,7 +74,7 @@ def save_model(
 def file_tensors(
     denoiser: nn.Module, text_encoder: nn.Module, vae: nn.Module, source: Source, dtype: torch.dtype | None
 ) -> FileTensors:
-    """Everything that the models hold, under a single file's names; each tensor is converted when it is written."""
+    """All tensors of the models under a single file's names; each is converted when it is written."""
     parts = (
         ("unet", map_of_config(denoiser.config), denoiser.state_dict()),
         ("vae", vae_map(len(vae.config.block_out_channels)), vae.state_dict()),
@@ -117,7 +118,7 @@ def _fill_folder(models: Models, vae: nn.Module, v_prediction: bool, folder: Pat
     write_model_index(folder, "StableDiffusionPipeline", parts)
 
 
-def _ddim(v_prediction: bool) -> Any:
+def _ddim(v_prediction: bool) -> SchedulerMixin:
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(

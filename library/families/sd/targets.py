@@ -32,7 +32,7 @@ def unet_targets(denoiser: nn.Module) -> list[LoraTarget]:
 
 
 def block_index(path: str) -> int | None:
-    """Which of the 25 entries of a block-wise list a U-Net module belongs to (entry 0 is unused); None for none.
+    """The entry of 25 in a block-wise list that a U-Net module belongs to (entry 0 is unused); None: none.
 
     Levels count three each, a sampler is the third of its level; down starts at 1, the middle is 12, up starts at 13.
     """

@@ -57,7 +57,7 @@ class Sd3Family(Family):
 
 class Sd3Loader(Loader):
     def load(self, *, texts_only: bool = False) -> Models:
-        """See `Loader.load`. For texts alone the denoiser is a `meta_model`, or without the name of a model None."""
+        """Loads the model. With `texts_only` the denoiser is a `meta_model`, or None if no model is named."""
         model, options = self.opts.model, self.opts.family
         name, mapped = model.pretrained_model_name_or_path, not model.disable_mmap_load_safetensors
         files = encoder_file_options(options)
@@ -161,7 +161,7 @@ class Sd3Denoiser(Denoiser):
     def predict(
         self, models: Models, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch | None = None
     ) -> Tensor:
-        """See `Denoiser.predict`. While gradients are computed in train mode, encoders' outputs may be dropped."""
+        """Predicts the velocity. In train mode with gradients, encoders' outputs may be dropped."""
         import torch
 
         options, denoiser = self.opts.family, models.denoiser

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from library.families.sd3.options import Sd3Options
     from library.families.shared.reading import TensorSpec, Weights
     from library.options.base import Options
 
@@ -60,7 +61,7 @@ HUB_PARTS = ("transformer", "vae", "scheduler", *FOLDERS.values(), *TOKENIZERS.v
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model came from, and what saving it in the same form needs to know."""
+    """The origin of a model, with what is needed to save it in the same form."""
 
     name: str  # path or hub id
     vae_name: str  # where the VAE came from
@@ -332,6 +333,6 @@ def _encoder_from_folder(folder: Path, part: str, dtypes: Mapping[str, torch.dty
     return from_pretrained(CLIPTextModelWithProjection, str(folder), FOLDERS[part], dtype)
 
 
-def encoder_file_options(family: Any) -> dict[str, str]:
+def encoder_file_options(family: Sd3Options) -> dict[str, str]:
     """The files of text encoders that the options give, by part."""
     return {part: file for part, option in FLAGS.items() if (file := getattr(family, option))}

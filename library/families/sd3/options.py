@@ -42,13 +42,15 @@ _SAVED_APART = "networks hold what was trained of the text encoders; whole encod
 class Sd3Options(FlowOptions, group="family", title="Stable Diffusion 3/3.5"):
     clip_g: str | None = opt(None, "file of the text encoder CLIP-G", exists="file")
     save_clip: bool = opt(
-        False, "write CLIP-L and CLIP-G to files of their own, beside the model, even if they were not trained"
+        False, "save CLIP-L and CLIP-G as separate files beside the model, even if they were not trained"
     )
-    save_t5xxl: bool = opt(False, "the same of T5")
+    save_t5xxl: bool = opt(False, "save T5 as a separate file beside the model, even if it was not trained")
     t5xxl_device: str | None = opt(None, "deprecated; T5 is moved to the device while it is needed")
     t5xxl_dtype: str | None = opt(None, "deprecated; the dtype of T5 follows --mixed_precision and --fp8_base")
-    t5xxl_max_token_length: int = opt(256, "longest caption for T5 in tokens; all are padded to it", at_least=1, off=0)
-    apply_lg_attn_mask: bool = opt(False, "hide the padding of CLIP-L's and CLIP-G's captions from attention")
+    t5xxl_max_token_length: int = opt(
+        256, "maximum caption length for T5 in tokens, to which all captions are padded", at_least=1, off=0
+    )
+    apply_lg_attn_mask: bool = opt(False, "mask the padding tokens of CLIP-L and CLIP-G in attention")
     clip_l_dropout_rate: float = opt(
         0.0, "share of captions whose CLIP-L output is replaced by zeros in training", at_least=0, at_most=1
     )
@@ -60,18 +62,18 @@ class Sd3Options(FlowOptions, group="family", title="Stable Diffusion 3/3.5"):
     )
     pos_emb_random_crop_rate: float = opt(
         0.0,
-        "share of training steps in which an image lies anywhere on the table of positions, not in its middle; for "
-        "3.5 medium",
+        "share of training steps that crop the positional embedding at a random position instead of its "
+        "centre; for SD3.5 medium",
         at_least=0,
         at_most=1,
     )
     enable_scaled_pos_embed: bool = opt(
         False,
-        "scale positions so that images of every resolution span as much of the table as 1024 pixel ones do; for "
-        "3.5 medium",
+        "scale the positional embedding so that images of every resolution span as much of it as 1024 "
+        "pixel images do; for SD3.5 medium",
     )
     training_shift: float = opt(
-        1.0, "shift of the timesteps: below 1 towards the image, above 1 towards pure noise", above=0
+        1.0, "shift of the timestep distribution: above 1 towards more noise, below 1 towards less", above=0
     )
 
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:

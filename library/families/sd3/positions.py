@@ -37,7 +37,7 @@ class PlacedPatchEmbed(PatchEmbed):
         return table.transpose(0, 1).reshape(1, rows * columns, -1)
 
     def _draws(self) -> tuple[float, float] | None:
-        """Where on the table the image lies, each in [0, 1), or None for the middle."""
+        """The offset of the image on the table, each in [0, 1), or None for the centre."""
         if not (self.random_crop_rate and self.training and torch.is_grad_enabled()):
             return None
         chance, down, right = torch.rand(3, device="cpu").tolist()  # on the CPU, so that nothing waits for the GPU
@@ -52,7 +52,7 @@ def place_positions(denoiser: nn.Module, *, random_crop_rate: float, scaled: boo
 
 
 def _first_place(count: int, step: float, side: int, draw: float | None) -> float:
-    """Where `count` places, `step` apart, begin on one axis of a table of `side` entries.
+    """The first of `count` positions, `step` apart, on one axis of a table of `side` entries.
 
     Args:
         draw: chooses among the beginnings that fit; None is the middle, as diffusers has it at steps of 1.

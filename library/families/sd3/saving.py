@@ -80,7 +80,7 @@ def save_model(
 
 
 def file_tensors(models: Models, dtype: torch.dtype | None) -> FileTensors:
-    """What a single file holds of the models in memory; each tensor is converted when it is written."""
+    """All tensors of the models in memory under a single file's names; each is converted when it is written."""
     source: Source = models.source
     how = {"tensor_specs": source.tensor_specs, "dtype": dtype}
     keys = mmdit_map(models.denoiser.config.num_layers, source.prefix)

@@ -60,7 +60,7 @@ def mmdit_targets(denoiser: nn.Module) -> list[LoraTarget]:
 
 
 def _classes(name: str) -> tuple[tuple[str, str], ...]:
-    """What contains a layer, in the code that files come from."""
+    """The classes that contain a layer in the code of the model's authors."""
     return ((".".join(name.split(".")[:3]), "SingleDiTBlock"),) if BLOCK.fullmatch(name) else ()
 
 

@@ -45,7 +45,7 @@ def encode_projected_clip(text_encoder: nn.Module, ids: Tensor, mask: Tensor | N
 
 
 def context_of(cond: TextCond, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What the denoiser is given: CLIP's rows, filled up with zeros, then T5's (B, 77 + L, width), and pooled (B, P).
+    """The denoiser's text input: CLIP's rows, padded with zeros, then T5's (B, 77 + L, width), and pooled (B, P).
 
     Args:
         width: of T5's states.
@@ -85,7 +85,7 @@ def drop_encoders(cond: TextCond, rates: tuple[float, float, float], clip_l: tup
 
 
 def published_clip_l(cond: TextCond) -> tuple[int, int]:
-    """How many columns of `lg_out` and of `lg_pooled` are CLIP-L's in the published models: 768 of 2048 each."""
+    """The number of columns of `lg_out` and of `lg_pooled` that are CLIP-L's in the published models: 768 each."""
     return cond.tensors[LG_OUT].shape[-1] * 3 // 8, cond.tensors[LG_POOLED].shape[-1] * 3 // 8
 
 

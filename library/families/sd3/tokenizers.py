@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from library.families.sd3.variants import TOKENIZERS
 from library.families.shared.clip_tokenizer import PAD_ZERO, find_clip_tokenizer
 from library.text.t5_tokenizer import t5_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 IDS = {"te1": "openai/clip-vit-large-patch14", "te2": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"}
 
@@ -28,7 +31,7 @@ def load_tokenizers(parts: Iterable[str], folder: str | None = None, cache_dir: 
     }
 
 
-def _clip(part: str, folder: str | None, cache_dir: str | None) -> Any:
+def _clip(part: str, folder: str | None, cache_dir: str | None) -> CLIPTokenizer:
     tokenizer = find_clip_tokenizer(IDS[part], model=folder, subfolder=TOKENIZERS[part], cache_dir=cache_dir)
     if part == "te2":
         tokenizer.pad_token = PAD_ZERO  # the published one pads with EOS

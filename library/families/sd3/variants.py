@@ -112,7 +112,7 @@ def _encoder_file_problem(path: Path, part: str) -> str | None:
 
 
 def _missing_parts(opts: Options) -> list[str]:
-    """What neither the model nor an option gives, though training needs it."""
+    """A line for each part that training needs and neither the model nor an option gives."""
     parts = _parts_of(opts)
     if parts is None:
         return []
@@ -166,7 +166,7 @@ def missing_encoder(part: str) -> str:
 
 
 def encoder_prefix(keys: Iterable[str], part: str, *, inside: bool = False) -> str | None:
-    """What stands before transformers' names of an encoder in a file; None where the file has no such encoder.
+    """The prefix of an encoder's transformers names in a file; None: the file has no such encoder.
 
     Args:
         inside: the file is a whole model's, in which an encoder has a prefix.
@@ -195,7 +195,7 @@ def encoder_problem(shapes: Shapes, part: str) -> str | None:
 
 
 def mmdit_prefix(keys: Iterable[str]) -> str:
-    """What stands before the denoiser's names; files of the denoiser alone may have nothing there."""
+    """The prefix of the denoiser's names; it may be empty in files of the denoiser alone."""
     return MMDIT if any(key.startswith(MMDIT) for key in keys) else ""
 
 

@@ -89,7 +89,7 @@ class SdxlDenoiser(UnetDenoiser):
     def predict(
         self, models: Models, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch | None = None
     ) -> Tensor:
-        """See `Denoiser.predict`. Without a batch, sizes are those of uncropped images."""
+        """Predicts noise or velocity. Without a batch, the size conditioning is that of uncropped images."""
         import torch
 
         states = torch.cat([cond.tensors[key] for key in STATES.values()], dim=-1)

@@ -33,7 +33,7 @@ PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")  # of a Diffusers fold
 
 @dataclass(frozen=True)
 class Source(reading.Source):
-    """Where a model came from, and what saving it in the same form needs to know."""
+    """The origin of a model, with what is needed to save it in the same form."""
 
     projection: str = PROJECTION  # the file's name of the second text encoder's projection
 

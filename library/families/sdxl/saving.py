@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.families.sdxl.keymap import text1_map, text2_map
 from library.families.sdxl.loading import Source, load_vae
@@ -25,6 +25,7 @@ from library.text.tokenizers import save_clip_tokenizer
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import SchedulerMixin
     from torch import nn
 
     from library.families.shared.writing import FileTensors
@@ -73,7 +74,7 @@ def save_model(
 
 
 def file_tensors(models: Models, vae: nn.Module, dtype: torch.dtype | None) -> FileTensors:
-    """Everything that the models hold, under a single file's names; each tensor is converted when it is written."""
+    """All tensors of the models under a single file's names; each is converted when it is written."""
     source: Source = models.source
     te1, te2 = models.text_encoders["te1"], models.text_encoders["te2"]
     parts = (
@@ -124,7 +125,7 @@ def _fill_folder(
     write_model_index(folder, "StableDiffusionXLPipeline", parts)
 
 
-def _euler(v_prediction: bool, zero_terminal_snr: bool) -> Any:
+def _euler(v_prediction: bool, zero_terminal_snr: bool) -> SchedulerMixin:
     from diffusers import EulerDiscreteScheduler
 
     return EulerDiscreteScheduler(

@@ -39,7 +39,7 @@ def unet_targets(denoiser: nn.Module) -> list[LoraTarget]:
 
 
 def block_index(name: str) -> int | None:
-    """Which of the 23 entries of a block-wise list a module belongs to; None for none.
+    """The entry of 23 in a block-wise list that a U-Net module belongs to; None: none.
 
     The first entry is that of the embeddings, the last that of the output layer, which are not adapted.
 

@@ -96,5 +96,5 @@ def text_keys(keys: Iterable[str], prefix: str) -> list[str]:
 
 
 def projection_name(keys: Iterable[str]) -> str:
-    """What a file calls the projection of its second text encoder."""
+    """The name of the second text encoder's projection in a file."""
     return PROJECTION_LAYER if TE2 + PROJECTION_LAYER in keys else PROJECTION

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from library.text.tokenizers import (
     bundled_clip_tokenizer,
@@ -13,6 +13,9 @@ from library.text.tokenizers import (
     read_clip_tokenizer,
     save_clip_tokenizer,
 )
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 PAD_ZERO = "!"  # the token with id 0, with which encoders in OpenCLIP's layout are padded
 
@@ -24,7 +27,7 @@ def find_clip_tokenizer(
     model: str | None = None,
     subfolder: str = "tokenizer",
     cache_dir: str | None = None,
-) -> Any:
+) -> CLIPTokenizer:
     """The first tokenizer that exists.
 
     They are looked for in `cache_dir/<published with / as _>`, in the model's own folder (or its copy in the hub's

@@ -92,7 +92,7 @@ def _kind_of_folder(path: Path) -> ModelKind:
 
 
 def _kind_of_hub_model(name: str) -> ModelKind:
-    """From its index alone. A model without one, such as a VAE by itself, stays unknown."""
+    """The kind of a hub model, from its index alone. A model without one, such as a VAE alone, stays unknown."""
     from huggingface_hub import hf_hub_download
 
     for local in (True, False):

@@ -66,7 +66,7 @@ def _is_on(opts: Options, marker: str) -> bool:
 
 
 def _against(opts: Options, silent: Collection[str]) -> str | None:
-    """What of the options speaks against what the model says."""
+    """The options that contradict the markers of the model."""
     for marker in silent:
         if MARKERS[marker] in opts.explicit:
             return f"{MARKERS[marker]} is off in {opts.origin(MARKERS[marker])}"

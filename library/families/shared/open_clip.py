@@ -27,7 +27,7 @@ OPEN_CLIP_RULES = (
 
 
 def unused_layers(tensors: FileTensors, prefix: str, layers: int) -> FileTensors:
-    """What OpenCLIP has and a model that reads the layer before the last never runs: the last layer, the projection.
+    """The parts of OpenCLIP that a model never runs if it reads the layer before the last: last layer, projection.
 
     Readers count on their presence. The layer is a copy of the one before it.
 

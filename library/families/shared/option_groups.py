@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CommonOptions(OptionGroup, group="family", title="Model family"):
-    """What every training script takes; a family says which of them mean something to it."""
+    """The family options of every training script; a family says which of them have an effect."""
 
     v2: bool = opt(False, "the base model is Stable Diffusion 2.x; has no effect on other families")
     v_parameterization: bool = opt(
@@ -22,14 +22,15 @@ class CommonOptions(OptionGroup, group="family", title="Model family"):
     )
     clip_skip: int | None = opt(
         None,
-        "text features from this layer, counted from the end: 1 the last, 2 the one before; for 1.x models only",
+        "use the output of this layer of the text encoder, counted from the end (1: the last, 2: the one"
+        " before it); for SD 1.x only",
         at_least=1,
         off=0,
     )
     max_token_length: Literal[75, 150, 225] | None = opt(
-        None, "longest caption in tokens; 75 if not given", off=75, synonyms={255: 225}
+        None, "maximum caption length in tokens; 75 if not given", off=75, synonyms={255: 225}
     )
-    weighted_captions: bool = opt(False, "follow weights such as (word:1.2) and [word] in captions")
+    weighted_captions: bool = opt(False, "apply weights such as (word:1.2) and [word] in captions")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if opts.loss.scale_v_pred_loss_like_noise_pred and not self.v_parameterization:
@@ -55,11 +56,11 @@ _LOGIT_NORMAL = ("weighting_scheme=logit_normal",)
 
 @dataclass(frozen=True, kw_only=True)
 class FlowOptions(CommonOptions):
-    """What the rectified-flow families share: T5, and densities and weights of time."""
+    """The options that the rectified-flow families share: T5, timestep density and loss weighting."""
 
     clip_l: str | None = opt(None, "file of the text encoder CLIP-L", exists="file")
     t5xxl: str | None = opt(None, "file of the text encoder T5-XXL", exists="file")
-    apply_t5_attn_mask: bool = opt(False, "hide the padding of T5's captions from attention")
+    apply_t5_attn_mask: bool = opt(False, "mask the padding tokens of T5 in attention")
     weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"] = opt(
         "uniform", "timestep density (logit_normal, mode) or loss weighting (sigma_sqrt, cosmap)"
     )

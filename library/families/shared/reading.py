@@ -27,6 +27,7 @@ from library.runtime.files import open_regular
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import ModelMixin
     from torch import Tensor, nn
 
     from library.families.spec import ModelKind
@@ -39,7 +40,7 @@ S = TypeVar("S", bound="Source")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model came from, and what saving it in the same form needs to know."""
+    """The origin of a model, with what is needed to save it in the same form."""
 
     name: str  # path or hub id
     vae_name: str  # where the VAE came from
@@ -149,7 +150,7 @@ def file_kind(weights: Weights) -> str:
 
 
 def counters(weights: Weights) -> dict[str, int]:
-    """How long a .ckpt says that it was trained: epoch and global_step, as far as it has them."""
+    """The training counters of a .ckpt: epoch and global_step, as far as it has them."""
     return {name: value for name, value in getattr(weights, "extra", {}).items() if name in ("epoch", "global_step")}
 
 
@@ -197,7 +198,7 @@ def from_pretrained(
     )
 
 
-def meta_model_of_folder(model_class: Any, folder: str, subfolder: str) -> nn.Module:
+def meta_model_of_folder(model_class: type[ModelMixin], folder: str, subfolder: str) -> nn.Module:
     """`meta_model` of one of diffusers' models in a Diffusers folder. Raises: UserError: it cannot be read."""
     try:
         config = model_class.load_config(folder, subfolder=subfolder, local_files_only=True)
@@ -228,7 +229,7 @@ def folder_dtypes(folder: Path, parts: Iterable[str]) -> dict[str, torch.dtype]:
 
 
 def vae_origin(given: str | None, model: str | None, flag: str = "--vae") -> str:
-    """Where a VAE that is loaded by itself comes from: the file that `flag` names, or the model.
+    """The origin of a VAE that is loaded alone: the file that `flag` names, or the model.
 
     Raises: UserError: neither is named.
     """

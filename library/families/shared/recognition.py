@@ -41,7 +41,7 @@ FAMILY_OF = {kind: spec.name for spec in FAMILIES.values() for kind in spec.kind
 
 
 def recognise(keys: Iterable[str]) -> ModelKind:
-    """What a weight file is, from its key names; UNKNOWN where they fit nothing."""
+    """The kind of a weight file, from its key names; UNKNOWN where they fit nothing."""
     text = "\n".join(keys)
     kinds = (*_NO_MODELS, *FAMILY_OF, *_PARTS)
     return next((kind for kind in kinds if re.search(kind.keys, text, re.MULTILINE)), UNKNOWN)
@@ -83,7 +83,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def path_problem(flag: str, name: str, problem_of: Callable[[Path], str | None]) -> str | None:
-    """What is wrong with the path or hub id that `flag` names, or None.
+    """The problem with the path or hub id that `flag` names, or None.
 
     Args:
         problem_of: what is wrong with a file or folder that exists; may raise UserError.

@@ -72,7 +72,7 @@ def vae_rules(levels: int) -> tuple[Rule, ...]:
 
 
 def missing_vae(keys: Iterable[str]) -> str | None:
-    """What is wrong with a whole model's file that brings no VAE of its own; None when it has one."""
+    """The problem of a whole model's file without a VAE; None: it has one."""
     return None if any(key.startswith(VAE) for key in keys) else NO_VAE
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from library.families.shared.reading import TensorSpec
+    from library.families.shared.reading import Source, TensorSpec
 
     FileTensors = dict[str, Tensor | Deferred]
 
@@ -31,7 +31,7 @@ FORMATS = ("ckpt", "safetensors", "diffusers", "diffusers_safetensors")
 
 def write_model(
     path: Path,
-    source: Any,
+    source: Source,
     *,
     save_as: str,
     dtype: torch.dtype | None,

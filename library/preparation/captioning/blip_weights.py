@@ -15,7 +15,7 @@ from library.families.shared.building import build
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-HEAD_WIDTH = 64  # of every ViT and BERT that BLIP is built from; the shapes do not tell it
+HEAD_WIDTH = 64  # of every ViT and BERT that BLIP is built from; not known from shapes
 _PARTS = ("visual_encoder.", "text_decoder.")
 _TEXT = "text_decoder.bert."
 _WORDS = _TEXT + "embeddings.word_embeddings.weight"
@@ -115,7 +115,7 @@ def build_blip(tensors: Mapping[str, Tensor], special_tokens: Mapping[str, int],
 
 
 def word_count(tensors: Mapping[str, Tensor]) -> int:
-    """How many tokens original weights know."""
+    """The size of the vocabulary of original weights."""
     return tensors[_WORDS].shape[0]
 
 

@@ -1,4 +1,4 @@
-"""Models that tell what is on an image: BLIP, GIT, and whatever transformers loads as image-text-to-text."""
+"""Captioning models: BLIP, GIT, and whatever transformers loads as image-text-to-text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-BLIP_PROMPT = "a picture of "  # what BLIP's captions were trained to go on from
+BLIP_PROMPT = "a picture of "  # the prompt that BLIP was trained with
 ASKING = "Describe this picture in one sentence."
 BERT = "google-bert/bert-base-uncased"  # whose vocabulary the original BLIP files are for
 _SPARE = 2  # how many times as large as the model's image a decoded one is at least; it is shrunk well from there
@@ -35,22 +35,22 @@ class Captioner(Protocol):
     """A model that is ready to caption."""
 
     def enough(self, size: Size) -> Size:
-        """How large an image of this size has to be decoded at least; see `images.read_reduced`."""
+        """The smallest size at which an image of this size must be decoded; see `images.read_reduced`."""
 
     def prepare(self, image: NDArray[np.uint8]) -> Any:
-        """What the model needs of an image (H, W, 3). Called in several threads."""
+        """The model's input of an image (H, W, 3). Called in several threads."""
 
     def caption(self, prepared: Sequence[Any], names: Sequence[str]) -> list[str]:
         """One line of text for each of a batch of images.
 
         Args:
-            names: what tells these images from all others, for the draws.
+            names: one for each image, from which its random stream is derived.
         """
 
 
 @dataclass(frozen=True)
 class Search:
-    """How the words of a caption are found."""
+    """The decoding settings of captions: beam search, sampling or greedy search, and lengths."""
 
     max_length: int  # tokens
     min_length: int = 0
@@ -59,7 +59,7 @@ class Search:
     seed: int = 0
 
     def arguments(self, names: Sequence[str]) -> dict[str, Any]:
-        """For `generate` of transformers."""
+        """The arguments for `generate` of transformers."""
         from transformers import LogitsProcessorList
 
         found: dict[str, Any] = {"do_sample": False, "num_beams": self.num_beams}
@@ -101,7 +101,7 @@ class _Ours:
 
 
 class Blip(_Ours):
-    """BLIP goes on with a prompt."""
+    """BLIP, which continues a prompt."""
 
     def caption(self, prepared: Sequence[Tensor], names: Sequence[str]) -> list[str]:
         import torch
@@ -295,7 +295,7 @@ def _enough(image_processor: Any) -> Size:
 
 
 def _processor(name: str, config: Any = None) -> Any:
-    """What turns images and text into a model's inputs. Without torchvision, one that does so for no videos.
+    """The processor that makes a model's inputs of images and text; without torchvision, one without videos.
 
     Args:
         config: the model's, where it may be one for videos too.

@@ -116,7 +116,7 @@ def caption_folder(
 
 
 def caption_path(image: Path, given: CaptionFileOptions) -> Path:
-    """Where the caption of an image goes: the same name with another ending."""
+    """The caption file of an image: its name with another extension."""
     return image.with_name(image.stem + given.caption_extension)
 
 

@@ -12,7 +12,7 @@ _WORD = r"(?: \s+ (?! (?:on|in|with|and) \b ) \w [\w.'-]* )"
 _WHOSE = r"(?: (?: the|a|an|his|her|its|their ) \s+ )?"
 _THING = rf"\s+ {_WHOSE} \w+"
 _PLACE = rf"(?: \s* \b (?: (?: is|are|written|printed ) \s+ )* (?: on|in ) {_THING} (?: \s+ of {_THING} )? )"
-# Without quotation marks only one word is sure to belong to it, unless "on it" tells where it ends.
+# Without quotation marks only one word is sure to belong to it, unless "on it" marks where it ends.
 _WRITTEN = rf"(?: {_QUOTED} {_PLACE}? | {_WORD}{{1,6}}? \s+ (?: on|in ) \s+ it \b | {_WORD} {_PLACE}? | {_PLACE} )"
 
 _PHRASES = tuple(

@@ -20,7 +20,7 @@ from library.runtime.processes import Processes
 T = TypeVar("T")
 
 _SHOWN = 3  # names in a message about several files
-_WORKERS = 8  # at most, where nobody says how many; decoding scales no further
+_WORKERS = 8  # the default, at most; decoding scales no further
 
 
 def find_images(folder: Path, *, recursive: bool) -> list[Path]:
@@ -43,7 +43,7 @@ def find_images(folder: Path, *, recursive: bool) -> list[Path]:
 
 
 def warn_of_shared_names(images: Sequence[Path], kind: str) -> None:
-    """Tells of images that differ in nothing but the ending, where one file each is written beside them.
+    """Warns of images whose names differ only in the extension, where a file is written beside each.
 
     Args:
         kind: what is written, e.g. "tag file".
@@ -55,7 +55,7 @@ def warn_of_shared_names(images: Sequence[Path], kind: str) -> None:
 
 
 def require_room_beside(paths: Iterable[Path], kind: str) -> None:
-    """Before a model is loaded, which may take long: files have to be made in the folders of these.
+    """Checks that files can be made in the folders of these images, before a model is loaded.
 
     Args:
         kind: what is written there, e.g. "tag files".
@@ -71,7 +71,7 @@ def require_room_beside(paths: Iterable[Path], kind: str) -> None:
 
 
 def _closed(folder: Path) -> str | None:
-    """Why no file can be made in a folder. It is tried, as rights alone do not tell."""
+    """Why no file can be made in a folder. One is made to find out, as permissions alone do not show it."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return None
@@ -173,7 +173,7 @@ def processes() -> Processes:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what there is one of, and tells about the run."""
+    """Whether this is the process that writes single files, and reports on the run."""
     return processes().rank == 0
 
 

@@ -6,18 +6,21 @@ import contextlib
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.reading import require_file
 from library.errors import UserError
 from library.preparation.common.images import processes
 from library.runtime.packages import remedy
 
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
 _PROVIDERS = ("CUDAExecutionProvider", "ROCMExecutionProvider")  # on a GPU, best first
 _ONLY_FATAL = 4  # severity in ONNX Runtime's log; what goes wrong is raised as well
 
 
-def open_session(path: Path, hint: str | None = None) -> Any:
+def open_session(path: Path, hint: str | None = None) -> InferenceSession:
     """An `onnxruntime.InferenceSession`.
 
     Args:
@@ -25,7 +28,7 @@ def open_session(path: Path, hint: str | None = None) -> Any:
     Raises: UserError: no such file, no ONNX model, or no ONNX Runtime.
     """
     require_file(path)
-    # What it tells without being asked is about GPU libraries that are not there; then it runs on the CPU.
+    # Its warnings are about missing GPU libraries, without which it runs on the CPU.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             import onnxruntime
@@ -49,10 +52,10 @@ def open_session(path: Path, hint: str | None = None) -> Any:
             raise UserError(f"{path}: cannot be read as an ONNX model ({first_line(error)})", hint=hint) from None
 
 
-def is_on_gpu(session: Any) -> bool:
+def is_on_gpu(session: InferenceSession) -> bool:
     return session.get_providers()[0] in _PROVIDERS
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of ONNX Runtime says, as far as users can do something with it."""
+    """The part of an ONNX Runtime error that is useful to users."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -31,10 +31,10 @@ def run_script(
 ) -> None:
     """Runs one script. It returns when all went well; else it exits.
 
-    1: images failed, see `Outcome.status`. 2: the user has something to mend. 130: interrupted.
+    1: images failed, see `Outcome.status`. 2: a user error. 130: interrupted.
 
     Args:
-        work: what the script does. What it returns is added up over all processes and told at the end.
+        work: what the script does. What it returns is added up over all processes and reported at the end.
         groups: one of them with `strict` and the `console_log_...` options, such as `WorkOptions`.
         traits: those of the model family, where option groups of training are among `groups`.
     """
@@ -87,7 +87,7 @@ def _options(
 
 
 def _conclude(outcome: Outcome, opts: Options) -> int:
-    """Tells what came of the work in all processes, and gives the exit status."""
+    """Reports the outcome of all processes, and gives the exit status."""
     whole = Outcome.together(all_gather(outcome))
     for line in whole.lines():
         LOGGER.info("%s", line)

@@ -33,8 +33,8 @@ class Outcome:
     def lines(self) -> list[str]:
         """The summary: one line of numbers, then one per failure; of many failures the first ones by name."""
         counts = {"done": self.done, "skipped": self.skipped, "failed": len(self.failed)}
-        told = [f"{count} {name}" for name, count in counts.items() if count or name == "done"]
-        lines = [", ".join(told)]
+        parts = [f"{count} {name}" for name, count in counts.items() if count or name == "done"]
+        lines = [", ".join(parts)]
         lines += [f"failed: {path}: {self.failed[path]}" for path in sorted(self.failed)[:_NAMED]]
         if len(self.failed) > _NAMED:
             lines.append(f"failed: and {len(self.failed) - _NAMED} more, named above")
@@ -57,7 +57,7 @@ def counted(count: int, noun: str = "image", several: str | None = None) -> str:
 
 
 def show(line: str) -> None:
-    """Prints what a script is asked to tell about images. Signs that a console lacks show as others."""
+    """Prints a line to stdout. Characters that the console lacks are replaced."""
     if sys.stdout.isatty():
         clear_progress()  # or the line would stand behind a bar
     encoding = sys.stdout.encoding or "utf-8"

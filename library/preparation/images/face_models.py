@@ -40,7 +40,7 @@ class Face(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What a model's numbers say, in pixels of its input: boxes (N, 4) as left, top, right, bottom; scores (N,)."""
+    """Detected faces, in pixels of the model's input: boxes (N, 4) as left, top, right, bottom; scores (N,)."""
 
     boxes: NDArray[np.float32]
     scores: NDArray[np.float32]
@@ -109,7 +109,7 @@ class FaceModel:
 
 
 class Layout(NamedTuple):
-    """What a YOLO model's metadata says about its output; some say nothing."""
+    """The output layout of a YOLO model by its metadata, which may be missing."""
 
     classes: int | None = None
     faces: tuple[int, ...] | None = None  # the classes that are faces; None: all

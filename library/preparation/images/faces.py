@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 GROUPS = (FaceOptions, WorkOptions)
 _MOST_PIXELS = 10**8  # of an image that is enlarged for the sake of its face
 _LONGEST_TURNED = 32766  # pixels of a side: OpenCV counts them with 16 bits here
-_LEAST_SURE = 0.05  # below, it is not worth telling about
+_LEAST_SURE = 0.05  # below, it is not reported
 _BOX, _EYE = (255, 0, 0), (0, 0, 255)  # RGB of what --debug draws
 
 
 class Framing(NamedTuple):
-    """How a result is made of its image. At most one of `pixels` and `times` is given; without, nothing is cropped."""
+    """The resize and crop of a result. At most one of `pixels` and `times` is given; without, nothing is cropped."""
 
     face_side: int | None = None  # pixels of the face's longer side
     pixels: Size | None = None  # of the cut
@@ -101,7 +101,7 @@ def box_of(face: Face, size: Size) -> FaceBox:
 
 
 def tilt(eyes: tuple[tuple[float, float], tuple[float, float]]) -> float:
-    """By how many degrees the eye line falls to the right; 0 if it is level, -90..90."""
+    """The angle in degrees by which the eye line falls to the right; 0 if it is level, -90..90."""
     (left, top), (right, bottom) = eyes
     return math.degrees(math.atan2(bottom - top, right - left))
 
@@ -115,7 +115,7 @@ def turning(centre: tuple[float, float], degrees: float) -> NDArray[np.float64]:
 
 
 def frame(size: Size, face: FaceBox, framing: Framing) -> tuple[Crop, FaceBox]:
-    """Which part of an image becomes the result, and where the face is in it.
+    """The crop of an image that becomes the result, and the face's box in it.
 
     The crop has the face in its middle, or as near to that as the image's edges allow. An image that is too small
     for `framing.pixels` is enlarged, so that the result always has that size.
@@ -171,7 +171,7 @@ def _cut_file(path: Path, pixels: NDArray[np.uint8], model: FaceModel, given: Fa
 
 
 def _wanted_faces(path: Path, pixels: NDArray[np.uint8], model: FaceModel, given: FaceOptions) -> Iterator[Face]:
-    """The faces that a result is made for, largest first. Tells why, where there are none."""
+    """The faces that a result is made for, largest first. Logs why there are none."""
     height, width = pixels.shape[:2]
     candidates = model.find(pixels, min(_LEAST_SURE, given.score_threshold))
     sure = [face for face in candidates if face.score >= given.score_threshold]

@@ -60,7 +60,7 @@ def resize_images(opts: Options) -> Outcome:
 
 
 def fit(size: Size, most: Size, divisible_by: int) -> Crop:
-    """How an image of `size` comes to have at most as many pixels as `most`, in its own proportions.
+    """The resize and crop of an image of `size` to at most as many pixels as `most`, at its own aspect ratio.
 
     Raises: ValueError: nothing is left of one side that could be divided by `divisible_by`.
     """

@@ -40,7 +40,7 @@ _OUR_NAMES = {"--resolution:": "--max_resolution:", "--in_json:": "in_json:", "-
 @dataclass(frozen=True, kw_only=True)
 class ModelBucketingOptions(BucketingOptions):
     family: Literal[tuple(FAMILIES)] | None = opt(
-        None, "kind of model, where its file does not tell it: a VAE by itself, or a hub id that cannot be asked"
+        None, "model family, where its file does not show it: a VAE alone, or a hub id without network"
     )
 
 
@@ -251,7 +251,7 @@ def _load_vae(family: FamilySpec, training: Options) -> Models:
 def _with_unclear_flips(images: Sequence[Path]) -> set[Path]:
     """Images such as a.png and a_flip.png: the mirrored latents of one would be named as the latents of the other.
 
-    All of one stem together, as a.jpg and a.png have to be told apart as well.
+    All of one stem together, as a.jpg and a.png have to be distinguished as well.
     """
     bases: dict[Path, set[Path]] = {}
     for image in images:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _families() -> type[OptionGroup]:
-    """Which family, and the options of all of them: a command line for training may be given as it is.
+    """The choice of the family, and the options of all families: a training command line may be used as it is.
 
     Of options of one name the first family's is shown, without a default where families have several.
     """
@@ -68,7 +68,7 @@ def _family(opts: Options) -> FamilySpec:
 
 
 def traits_of(opts: Options) -> FamilyTraits:
-    """Those of the family that the options choose. Raises: UserError: they choose several."""
+    """The traits of the family that the options choose. Raises: UserError: they choose several."""
     return _family(opts).traits
 
 
@@ -157,7 +157,7 @@ def cache_latents(opts: Options) -> Outcome:
 
 
 class _NothingTrained:
-    """What `encoding` asks a method for."""
+    """The members of a method that `encoding` uses, for a script that trains nothing."""
 
     def text_fingerprint(self) -> dict[str, str]:
         return {}
@@ -194,7 +194,7 @@ def cache_texts(opts: Options) -> Outcome:
     require_room_beside((file for file, stamp in before.items() if stamp is None), "text encoder outputs")
     with placement.loading(opts, accelerator.device):
         models = adapter.loader.load(texts_only=True)
-    processes.barrier()  # nobody writes while others still look
+    processes.barrier()  # no process writes while others still look
     outcome = Outcome(failed=dict(data.scan.dropped))
     fill = encoding.text_cache(opts, adapter, _NothingTrained(), models, data, outcome.fail)
     placement.place_text_encoders(models, opts, accelerator.device, grad_text=False)

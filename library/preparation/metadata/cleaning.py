@@ -80,7 +80,7 @@ def _is(pattern: str, tag: str) -> bool:
 
 
 def _word_starts(tag: str) -> list[int]:
-    """Where words begin, the first one left out."""
+    """The positions at which words begin, without the first."""
     return [place + 1 for place, sign in enumerate(tag) if sign == " "]
 
 
@@ -122,7 +122,7 @@ def _steps(replacements: tuple[tuple[str, str], ...]) -> tuple[_Step, ...]:
 
 
 def _step(words: str, other: str) -> _Step:
-    """What finds the words, with an article in front, and writes the others in their place.
+    """A replacement of words, with an article before them, by others.
 
     Words that nothing is written for are only found in front of another word, and their space goes with them.
     """

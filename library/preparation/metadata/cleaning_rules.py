@@ -45,7 +45,7 @@ CAPTION_RULES = (
 )
 
 # Tags about one person. Where several persons are in the image and one of these patterns is found more than once,
-# nobody knows who is meant, so all that it finds are removed.
+# it is not known who is meant, so all that it finds are removed.
 ONE_PERSONS_TAGS = (
     r"(long|short|medium) hair",
     r"(bob|hime) cut",

@@ -53,9 +53,9 @@ def merge(options: MergeOptions, field: Field) -> Outcome:
     entries = _entries_before(options, target)
     images = find_images(Path(options.train_data_dir), recursive=options.recursive)
     texts = text_files(images, options.caption_extension)
-    _tell_missing(images, texts, options)
+    _report_missing(images, texts, options)
     keys = keys_of(images, entries, full_path=options.full_path)
-    _tell_two_names(keys, entries)
+    _report_two_names(keys, entries)
     outcome = Outcome(skipped=len(images) - len(texts))
     empty = 0
     reading = read_ahead(list(texts), lambda image: read_lines(texts[image]), outcome, workers=None, desc="merging")
@@ -112,11 +112,11 @@ def _names_in(folder: Path) -> frozenset[str]:
 
 
 def keys_of(images: Sequence[Path], entries: Mapping[str, Any], *, full_path: bool) -> dict[Path, str]:
-    """What each image is called in the metadata.
+    """The key of each image in the metadata.
 
     A path that `entries` have already stays as it is spelt there. Else it is the absolute path with `full_path`, as the
     next script may be started in another folder; and the stem without. Where several images of the folder share a
-    stem it is the file name, as nothing else tells them apart.
+    stem it is the file name, as nothing else distinguishes them.
     """
     known = {os.path.abspath(key): key for key in entries if is_image(os.path.basename(key))}
     shared = Counter(image.stem for image in images)
@@ -129,12 +129,12 @@ def keys_of(images: Sequence[Path], entries: Mapping[str, Any], *, full_path: bo
     return {image: known.get(os.path.abspath(image)) or name(image) for image in images}
 
 
-def _tell_missing(images: Sequence[Path], texts: Mapping[Path, Path], options: MergeOptions) -> None:
+def _report_missing(images: Sequence[Path], texts: Mapping[Path, Path], options: MergeOptions) -> None:
     extension, folder = options.caption_extension, options.train_data_dir
     if not texts:
         raise UserError(
             f"none of {counted(len(images))} in {folder} has a {extension} file beside it; "
-            f"name the ending of your files with --caption_extension{_others(images, extension)}"
+            f"give the extension of your files with --caption_extension{_others(images, extension)}"
         )
     missing = [image for image in images if image not in texts]
     if missing:
@@ -146,7 +146,7 @@ def _tell_missing(images: Sequence[Path], texts: Mapping[Path, Path], options: M
         )  # fmt: skip
 
 
-def _tell_two_names(keys: Mapping[Path, str], entries: Mapping[str, Any]) -> None:
+def _report_two_names(keys: Mapping[Path, str], entries: Mapping[str, Any]) -> None:
     twice = [
         other for image, key in keys.items() for other in (image.name, image.stem) if other in entries and key != other
     ]

@@ -29,7 +29,7 @@ def write_metadata(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> None
 
 
 def require_writable(path: Path, name: str) -> None:
-    """Before work is done that may take hours.
+    """Checks that `path` can be written, before work that may take hours.
 
     Args:
         name: what the user calls the file, e.g. "--output_path".

@@ -49,7 +49,7 @@ _BEHIND = 32  # images whose tags may still wait to be written
 
 @dataclass
 class _Found:
-    """What is told at the end, of this process's images."""
+    """The counts for the final report on this process's images."""
 
     images_by_tag: Counter[str] = field(default_factory=Counter)
     without_tags: int = 0

@@ -20,7 +20,7 @@ from library.types import Size
 
 
 class TagPlace(Protocol):
-    """What takes the tags of a run."""
+    """The destination of the tags of a run."""
 
     def has(self, image: Path) -> bool:
         """Whether there are tags for an image from an earlier run."""

@@ -26,7 +26,7 @@ Place = Literal["first", "last"]
 
 
 class Label(NamedTuple):
-    """What one output of a tagger stands for."""
+    """The tag and category of one output of a tagger."""
 
     name: str
     category: str  # one of `CATEGORIES`
@@ -34,7 +34,7 @@ class Label(NamedTuple):
 
 @dataclass(frozen=True)
 class TagRules:
-    """Which tags are written, and how. Tags that the user names are compared as `key` makes them."""
+    """The rules by which tags are chosen and written. Tags that the user names are compared as `key` makes them."""
 
     thresholds: Mapping[str, float] = field(default_factory=dict)  # least probability by category
     rating: Place | None = None  # where the rating is written
@@ -95,7 +95,7 @@ def spaced(tag: str) -> str:
 
 
 def key(tag: str) -> str:
-    """What is the same for both spellings of a tag, with underscores and with spaces."""
+    """The normalised form of a tag, equal for spellings with underscores and with spaces."""
     return spaced(tag.strip())
 
 
@@ -215,7 +215,7 @@ def _likeliest(probabilities: NDArray[np.float32], words: Vocabulary, category: 
 
 
 def probabilities_in_words(probabilities: NDArray[np.float32], words: Vocabulary) -> list[str]:
-    """What the tagger found, for people to read: one line per category, e.g. "general: long_hair 0.93, smile 0.41"."""
+    """The tagger's probabilities as text: one line per category, e.g. "general: long_hair 0.93, smile 0.41"."""
     lines = []
     for category in CATEGORIES:
         numbers = [n for n, label in enumerate(words.labels) if label.category == category]
@@ -223,8 +223,8 @@ def probabilities_in_words(probabilities: NDArray[np.float32], words: Vocabulary
             numbers = [n for n in numbers if probabilities[n] >= words.least[n]]
         numbers.sort(key=lambda n: -probabilities[n])
         if numbers:
-            told = (f"{words.labels[n].name} {probabilities[n]:.2f}" for n in numbers)
-            lines.append(f"{category}: {', '.join(told)}")
+            parts = (f"{words.labels[n].name} {probabilities[n]:.2f}" for n in numbers)
+            lines.append(f"{category}: {', '.join(parts)}")
     return lines
 
 

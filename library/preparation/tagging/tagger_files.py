@@ -13,7 +13,7 @@ from library.runtime.logs import LOGGER
 
 Kind = Literal["table", "mapping", "list"]
 
-# The file with the labels tells the kind of a tagger; usual names of its model come first.
+# The file with the labels shows the type of a tagger; usual names of its model come first.
 _KINDS: tuple[tuple[str, Kind, tuple[str, ...]], ...] = (
     ("selected_tags.csv", "table", ("model.onnx", "model_optimized.onnx")),
     ("tag_mapping.json", "mapping", ("model_optimized.onnx", "model.onnx")),
@@ -25,7 +25,7 @@ _KERAS = (".h5", ".keras", ".pb")
 
 @dataclass(frozen=True)
 class TaggerFiles:
-    """A tagger that is here."""
+    """The local files of a tagger."""
 
     kind: Kind  # "table": SmilingWolf's; "mapping": one with tag_mapping.json; "list": DeepDanbooru
     folder: Path
@@ -39,7 +39,7 @@ class TaggerFiles:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What --repo_id names at the hub."""
+    """The repository and folder at the hub that --repo_id names."""
 
     repo: str  # owner/model
     inside: str  # folder in the repository; "" for its root
@@ -91,7 +91,7 @@ def _at_hand(wanted: _Wanted, folder: Path) -> TaggerFiles | None:
 
     try:
         cached = Path(snapshot_download(wanted.repo, local_files_only=True)) / wanted.inside
-    except Exception:  # not there; or a name that cannot be: asking the hub tells why
+    except Exception:  # not there; or a name that cannot be: asking the hub shows why
         return None
     found = _in_folder(cached) if cached.is_dir() else None
     if found is not None:
@@ -114,7 +114,7 @@ def _names(folder: Path) -> list[str]:
 def recognise(names: Sequence[str], where: str) -> tuple[Kind, str, str] | None:
     """(kind, name of the model, name of the labels) among the files of one folder; None if it holds no whole tagger.
 
-    Raises: UserError: there are several models, and nothing tells which one belongs to the labels.
+    Raises: UserError: there are several models, and it is unclear which one belongs to the labels.
     """
     models = [name for name in names if name.lower().endswith(".onnx")]
     for labels, kind, usual in _KINDS:

@@ -86,7 +86,7 @@ def _side(side: int | str | None, kind: Kind) -> int:
 
 
 def read_labels(files: TaggerFiles) -> tuple[Label, ...]:
-    """What the outputs stand for, in their order. Raises: UserError: the file is damaged."""
+    """The labels of the outputs, in their order. Raises: UserError: the file is damaged."""
     path = files.folder / files.labels
     readers = {"table": _from_table, "mapping": _from_mapping, "list": _from_list}
     labels = [Label(name, category.lower()) for name, category in readers[files.kind](_read(path), path)]
@@ -197,7 +197,7 @@ def _laid_out(image: NDArray[np.uint8], channels: Sequence[int], planes: bool) -
 
 
 def _squared(image: NDArray[np.uint8], whole: Size) -> NDArray[np.uint8]:
-    """In the middle of a white square; of an odd number of rows or columns, the one more is below or to the right."""
+    """The image at the centre of a white square; an odd row or column of padding is below or to the right."""
     height, width = image.shape[:2]
     if height == width:
         return image

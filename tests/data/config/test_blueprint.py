@@ -383,7 +383,7 @@ def test_folders_and_images_are_shown_without_control_characters(tmp_path, draw,
 
 
 @pytest.mark.parametrize("mode", [0, 0o111])
-def test_folders_that_may_not_be_listed_are_told_with_their_option(
+def test_folders_that_may_not_be_listed_are_reported_with_their_option(
     tmp_path, draw, make_opts, write_config, traits, mode
 ):
     inner = draw(tmp_path / "train" / "2_cat" / "a.png").parent
@@ -413,7 +413,7 @@ def test_nothing_said_at_all(make_opts, traits):
 @pytest.mark.parametrize(
     "given", [{"train_batch_size": 0}, {"in_json": "x.json"}, {"conditioning_data_dir": "none"}, {"dataset_class": "x"}]
 )
-def test_wrong_flags_are_told_once_and_as_the_options_tell_them(tmp_path, draw, make_opts, traits, given):
+def test_wrong_flags_are_reported_once_and_as_the_options_name_them(tmp_path, draw, make_opts, traits, given):
     draw(tmp_path / "1_a" / "a.png")
     opts = make_opts(train_data_dir=str(tmp_path), resolution="512", **given)
     found = problems(opts, traits)

@@ -374,7 +374,7 @@ def test_long_file_names_keep_both_ends(tmp_path, draw, load, texts):
     assert name.endswith("_(2).png")
 
 
-def test_characters_that_no_font_has_are_told(tmp_path, draw, load, faces, caplog, monkeypatch, texts):
+def test_characters_that_no_font_has_are_reported(tmp_path, draw, load, faces, caplog, monkeypatch, texts):
     monkeypatch.setattr(logs.LOGGER, "propagate", True)
     faces("no such face.ttf")
     draw(tmp_path / "1_x" / "a.png", caption="plain words")

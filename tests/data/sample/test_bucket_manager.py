@@ -58,7 +58,7 @@ def test_one_size_without_buckets(folder):
     assert counted_steps(manager, folder, repeats=1, batch_size=3) == math.ceil(len(SIZES) / 3)
 
 
-def test_what_is_told_of_an_image():
+def test_what_is_said_of_an_image():
     manager = BucketManager(False, (128, 128), 64, 256, 64)
     manager.make_buckets()
     assert manager.select_bucket(300, 100) == ((192, 64), (192, 64), 0.0)

@@ -521,7 +521,7 @@ def test_txt_files_beside_caption_files_are_not_passed_over_in_silence(tmp_path,
     assert "2 of the images without .caption file have a .txt file, which is not read" in warnings.text
 
 
-def test_report_tells_what_is_missing(tmp_path, draw, load, warnings):
+def test_report_shows_what_is_missing(tmp_path, draw, load, warnings):
     draw(tmp_path / "1_" / "a.png")
     draw(tmp_path / "1_" / "b.png", caption="")
     exif = Image.Exif()

@@ -302,7 +302,7 @@ def test_put_for_a_file_removed_in_the_run(folder, place):
         lambda text: json.dumps({**json.loads(text), "files": {"a.txt": [1, 2, []]}}),
     ],
 )
-def test_a_damaged_or_foreign_index_is_built_anew(folder, place, log, damage):
+def test_a_damaged_or_foreign_index_is_built_again(folder, place, log, damage):
     file = write(folder / "a.txt", "a")
     reader = Reader()
     learn(place, "text", [file], reader)

@@ -120,7 +120,7 @@ def test_a_key_that_stands_there_twice_and_says_the_same_is_no_problem(write):
     assert read_metadata(write(lines, "meta.jsonl")) == {"a": {"caption": "x"}}
 
 
-def test_every_wrong_line_is_told(write):
+def test_every_wrong_line_is_reported(write):
     path = write(
         '{"image_path": "a", "caption": "x"}\n'
         '{"x": 1, "x": 2}, {"image_path": "b", caption}\n'

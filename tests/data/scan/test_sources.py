@@ -185,7 +185,7 @@ def test_a_broken_mask_leaves_its_image_out(masked, load, tmp_path):
     assert any("its mask" in line and "the file is empty" in line for line in data.report())
 
 
-def test_a_mask_of_another_shape_is_told(masked, load, tmp_path):
+def test_a_mask_of_another_shape_is_reported(masked, load, tmp_path):
     Image.new("RGB", (64, 32), "white").save(tmp_path / "masks" / "a.png")
     assert any(line.startswith("1 masks of another shape") for line in load(**masked).report())
 
@@ -303,7 +303,7 @@ def test_in_large_sets_damaged_pixels_are_named_when_they_are_met(tmp_path, draw
     damage_pixels(draw(tmp_path / "1_x" / "bad.png"))
     data = load(train_data_dir=str(tmp_path))
     assert len(data.records) == 2
-    assert "images were not decoded to see which are damaged or look alike, as they are more than 1" in data.report()
+    assert "images were not decoded to find damaged ones and near duplicates, as there are more than 1" in data.report()
     with pytest.raises(UserError, match=r"bad\.png: the image cannot be read"):
         list(data.loader(1))
 
@@ -328,7 +328,7 @@ def test_the_second_start_looks_into_nothing(tmp_path, draw, load, monkeypatch):
 # ---- what looks the same
 
 
-def test_equal_and_alike_images_are_told(tmp_path, load):
+def test_equal_and_alike_images_are_reported(tmp_path, load):
     folder = tmp_path / "1_x"
     folder.mkdir()
     waves = np.random.default_rng(5).standard_normal((8, 8, 3))
@@ -340,13 +340,13 @@ def test_equal_and_alike_images_are_told(tmp_path, load):
     Image.fromarray(np.random.default_rng(6).integers(0, 255, (64, 64, 3), np.uint8)).save(folder / "other.png")
     lines = load(train_data_dir=str(tmp_path)).report()
     assert f"the same image: {folder / 'a.png'}, {folder / 'again.png'}" in lines
-    assert f"look almost the same: {folder / 'a.png'}, {folder / 'saved.jpg'}" in lines
+    assert f"1 group of near duplicates, such as {folder / 'a.png'}, {folder / 'saved.jpg'}" in lines
     assert not any("other.png" in line for line in lines)
 
 
 @pytest.mark.parametrize("length", [1_000, 200_000])
 def test_copies_are_found_among_files_of_one_length(tmp_path, length):
-    """Larger files are told apart by their ends first; what then looks equal is compared in full."""
+    """Larger files are distinguished by their ends first; what then looks equal is compared in full."""
 
     def write(name, start, end):
         content = bytes([start]) + bytes(length - 2) + bytes([end])

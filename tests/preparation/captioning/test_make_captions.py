@@ -395,7 +395,7 @@ def test_a_caption_that_cannot_be_written_is_named(models, images, tmp_path):
     assert "cannot be written" in outcome.failed[tmp_path / "a.png"]
 
 
-def test_images_that_share_a_caption_file_are_told(tmp_path, caplog):
+def test_images_that_share_a_caption_file_are_reported(tmp_path, caplog):
     LOGGER.propagate = True
     for name in ("a.png", "a.jpg", "b.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
@@ -431,7 +431,7 @@ def test_options_that_make_no_sense_are_refused(tmp_path, arguments, message):
     assert any(message in line.replace(": must", " must") for line in problems(options(tmp_path, *arguments), None))
 
 
-def test_an_ending_without_a_dot_is_told_of(tmp_path):
+def test_an_ending_without_a_dot_is_reported(tmp_path):
     (told,) = warnings(options(tmp_path, "--caption_extension=txt"), None)
     assert "will be dogtxt" in told
     assert not list(warnings(options(tmp_path, "--caption_extension=_tags.txt"), None))

@@ -71,7 +71,7 @@ def test_what_is_no_folder_or_has_no_images_is_refused(tmp_path):
         find_images(tmp_path, recursive=True)
 
 
-def test_images_of_other_kinds_are_told_of(tmp_path, caplog):
+def test_images_of_other_kinds_are_reported(tmp_path, caplog):
     LOGGER.propagate = True
     touch(tmp_path, "a.png", "b.tiff", "c.GIF", "d.gif")
     with caplog.at_level(logging.WARNING, LOGGER.name):
@@ -237,7 +237,7 @@ def closed(monkeypatch):
     return folders
 
 
-def test_folders_that_cannot_be_written_to_are_told_in_one_line(tmp_path, closed):
+def test_folders_that_cannot_be_written_to_are_reported_in_one_line(tmp_path, closed):
     images = [tmp_path / place / "a.png" for place in "abc"]
     for image in images:
         image.parent.mkdir()

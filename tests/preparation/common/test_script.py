@@ -40,7 +40,7 @@ def run(work, *line: str) -> int:
     return 0
 
 
-def test_the_work_gets_its_options_and_the_summary_is_told(capsys):
+def test_the_work_gets_its_options_and_the_summary_is_reported(capsys):
     seen = []
 
     def work(opts):
@@ -72,7 +72,7 @@ def test_failures_decide_the_status(capsys, done, flags, status):
         (["x", "--sise=3"], "error: unknown option --sise; did you mean '--size'?\n"),
     ],
 )
-def test_wrong_options_are_told_before_the_work(capsys, line, told):
+def test_wrong_options_are_reported_before_the_work(capsys, line, told):
     def work(opts):
         raise AssertionError("must not begin")
 
@@ -80,7 +80,7 @@ def test_wrong_options_are_told_before_the_work(capsys, line, told):
     assert capsys.readouterr().err == told
 
 
-def test_an_older_spelling_counts_and_is_told_of(capsys):
+def test_an_older_spelling_counts_and_is_reported(capsys):
     sizes = []
     assert run(lambda opts: sizes.append(opts.trial.size), "x", "--length=5") == 0
     assert sizes == [5]
@@ -103,7 +103,7 @@ def test_an_interruption_is_no_traceback(capsys):
     assert capsys.readouterr().err == "interrupted; what was written before is whole\n"
 
 
-def test_an_interruption_tells_of_skip_existing_where_there_is_such_an_option(capsys):
+def test_an_interruption_shows_of_skip_existing_where_there_is_such_an_option(capsys):
     def work(opts):
         raise KeyboardInterrupt
 
@@ -181,7 +181,7 @@ def run_two(code: str) -> list[subprocess.CompletedProcess]:
     ]
 
 
-def test_processes_tell_one_summary_of_all():
+def test_processes_name_one_summary_of_all():
     first, other = run_two(WORK_OF_TWO)
     assert (first.returncode, other.returncode) == (0, 0), first.stderr + other.stderr
     assert (first.stdout, other.stdout) == ("0 2 4 1 3\n", "")
@@ -205,7 +205,7 @@ run_script(work, (WorkOptions,), [], description="Two.")
 """
 
 
-def test_what_the_first_process_cannot_do_is_told_once():
+def test_what_the_first_process_cannot_do_is_reported_once():
     first, other = run_two(TROUBLE_OF_TWO.format(work="by_the_first(find)"))
     assert (first.returncode, other.returncode) == (2, 2)
     assert first.stderr.splitlines()[-1] == "error: no such tagger"

@@ -41,7 +41,7 @@ def test_of_very_many_failures_the_first_are_named():
     assert lines[20:] == ["failed: 019.png: broken", "failed: and 30 more, named above"]
 
 
-def test_a_failure_is_told_at_once_and_its_path_once(caplog):
+def test_a_failure_is_reported_at_once_and_its_path_once(caplog):
     LOGGER.propagate = True
     outcome, path = Outcome(), Path("x") / "a.png"
     with caplog.at_level(logging.WARNING, LOGGER.name):

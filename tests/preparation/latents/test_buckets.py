@@ -257,7 +257,7 @@ def test_sub_folders_need_whole_paths(run):
         run("--recursive")
 
 
-def test_equal_stems_are_told_apart_by_their_extensions(run, folder):
+def test_equal_stems_are_distinguished_by_their_extensions(run, folder):
     shutil.copy(folder / "square.png", folder / "square.webp")
     shutil.copy(folder / "square.png", folder / "new.png")
     shutil.copy(folder / "square.png", folder / "new.bmp")

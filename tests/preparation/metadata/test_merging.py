@@ -159,7 +159,7 @@ def test_images_of_faces_share_a_caption(tmp_path):
     assert load(tmp_path / "meta.json") == {"a_10_20_30_40": {"caption": "shared"}}
 
 
-def test_names_without_a_folder_beside_paths_are_told_of(folder, tmp_path, caplog):
+def test_names_without_a_folder_beside_paths_are_reported(folder, tmp_path, caplog):
     LOGGER.propagate = True
     file = tmp_path / "meta.json"
     file.write_text('{"b": {"tags": "x"}, "elsewhere": {"tags": "y"}}', encoding="utf-8")

@@ -70,7 +70,7 @@ def test_a_file_of_unknown_encoding_stays(tmp_path, images):
     assert (tmp_path / "a.txt").read_bytes() == b"caf\xe9"
 
 
-def test_images_that_share_a_tag_file_are_told(tmp_path, caplog):
+def test_images_that_share_a_tag_file_are_reported(tmp_path, caplog):
     LOGGER.propagate = True
     with caplog.at_level(logging.WARNING):
         place_of([tmp_path / "a.png", tmp_path / "a.jpg", tmp_path / "b.png"])
@@ -126,7 +126,7 @@ def test_an_interrupted_run_leaves_an_earlier_file(tmp_path, images):
     assert target.read_text() == '{"a": {"tags": "x"}}'
 
 
-def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path, images):
+def test_a_file_that_cannot_be_written_is_reported_before_the_work(tmp_path, images):
     (tmp_path / "folder").write_bytes(b"")
     with pytest.raises(UserError, match=r"--output_path: .* cannot be written"):
         place_of(images, output_path=str(tmp_path / "folder" / "tags.json"))

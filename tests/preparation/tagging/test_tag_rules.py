@@ -311,7 +311,7 @@ def test_a_threshold_out_of_reach_leaves_out_a_category(more):
     assert not list(given.tagging.check(given, None))
 
 
-def test_options_without_effect_are_told():
+def test_options_without_effect_are_reported():
     given = options(
         use_rating_tags=True, use_rating_tags_as_last_tag=True, output_path="a.json", caption_extension=".t"
     )

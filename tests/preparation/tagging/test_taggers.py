@@ -74,7 +74,7 @@ def blocks(height: int, width: int, seed: int = 1) -> tuple[np.ndarray, np.ndarr
         (["selected_tags.csv", "saved_model.pb"], None),
     ],
 )
-def test_the_files_of_a_folder_tell_the_kind(names, expected):
+def test_the_files_of_a_folder_name_the_kind(names, expected):
     assert recognise(names, "here") == expected
 
 
@@ -118,7 +118,7 @@ def test_a_name_that_can_be_no_tagger(tmp_path, name, monkeypatch):
         (["model.onnx"], "no selected_tags.csv, tag_mapping.json or tags.txt"),
     ],
 )
-def test_what_a_folder_lacks_is_told(tmp_path, names, reason):
+def test_what_a_folder_lacks_is_reported(tmp_path, names, reason):
     for name in names:
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(UserError, match=reason) as refused:
@@ -132,7 +132,7 @@ def test_a_folder_is_not_fetched_again(tmp_path):
         find_tagger(str(tmp_path), tmp_path, force=True)
 
 
-def test_without_the_network_the_reason_is_told(tmp_path):
+def test_without_the_network_the_reason_is_reported(tmp_path):
     with pytest.raises(UserError, match=r"me/absent is not in .* and cannot be fetched: .*offline") as refused:
         find_tagger("me/absent", tmp_path)
     assert len(refused.value.problems) == 1
@@ -166,7 +166,7 @@ def test_labels_of_a_table(tmp_path):
     )
 
 
-def test_categories_that_are_not_known_count_as_general_and_are_told(tmp_path, caplog):
+def test_categories_that_are_not_known_count_as_general_and_are_reported(tmp_path, caplog):
     (tmp_path / "t.csv").write_text("tag_id,name,category,count\n1,a,General,1\n2,b,character,1\n3,c,lore,1\n4,d,7,1\n")
     found = read_labels(TaggerFiles("table", tmp_path, "m", "t.csv"))
     assert found == (Label("a", "general"), Label("b", "character"), Label("c", "general"), Label("d", "general"))
