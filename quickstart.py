@@ -24,7 +24,7 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 MODEL = "examples/tiny_model/tiny-sd.safetensors"
 OUT = "demo_out"
-STEPS = 250
+STEPS = 200
 TRAIN = [
     "train_network.py",
     f"--pretrained_model_name_or_path={MODEL}",

@@ -1,7 +1,7 @@
 """The denoiser as files have it: for modules of others that choose and name layers by the original model's structure.
 
 Where the live model's layers are cut or named otherwise than those of files, what such a module finds in the live
-model could be saved under no name that anybody reads. Here it sees the original's blocks, by class and by path, and in
+model would be saved under names that no reader knows. Here it sees the original's blocks, by class and by path, and in
 them the layers that files have.
 """
 
@@ -60,7 +60,7 @@ class Linear(nn.Linear):
         return self._in_file_order(outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1), -1)
 
     def take_over(self) -> None:
-        """Makes the live modules give their rows of this layer's output, if somebody has changed its forward."""
+        """Makes the live modules give their rows of this layer's output, where its forward has been replaced."""
         if "forward" not in vars(self) and not self._forward_hooks:
             return
         for index, module in enumerate(self._live):

@@ -1,4 +1,4 @@
-"""What the names in a network file tell: whose format it is, and which parts of a model it is for. No torch here."""
+"""Format and model parts of a network file, by the names of its tensors. No torch here."""
 
 from __future__ import annotations
 

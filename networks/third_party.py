@@ -226,7 +226,7 @@ class ThirdPartyNetwork(TrainableNetwork):
         for name, layer in found.items():
             own = layer.state_dict()
             _check_entry(file.path, self._names.public(name), own, entries[name])
-            # Some modules compute in the file's number format while they load.
+            # Some modules compute in the file's dtype while they load.
             layer.load_state_dict({key: value.to(own[key]) for key, value in entries[name].items()}, strict=False)
         return len(found)
 
@@ -281,7 +281,7 @@ class ThirdPartyBuilder(NetworkBuilder):
 
     def __init__(self, module: ModuleType):
         self.name, self._module = module.__name__, module
-        _mend_lycoris(module)
+        _patch_presets(module)
 
     def read(self, path: str | Path) -> NetworkFile:
         return files.read(path)
@@ -363,19 +363,21 @@ class ThirdPartyBuilder(NetworkBuilder):
         return applied
 
 
-def _mend_lycoris(module: ModuleType) -> None:
+def _patch_presets(module: ModuleType) -> None:
     """lycoris 4.1 lists the time embedding by class and by name, and then refuses its layers as duplicates."""
 
-    def mended(classes: list[str], names: list[str]) -> list[str]:
+    def without_duplicates(classes: list[str], names: list[str]) -> list[str]:
         listed = "time_embedding.linear_1" in names
         return [name for name in classes if not (listed and name == "TimestepEmbedding")]
 
     for preset in getattr(module, "PRESET", {}).values():
         if "unet_target_module" in preset:
-            preset["unet_target_module"] = mended(preset["unet_target_module"], preset.get("unet_target_name", []))
+            preset["unet_target_module"] = without_duplicates(
+                preset["unet_target_module"], preset.get("unet_target_name", [])
+            )
     network = getattr(module, "LycorisNetworkKohya", None)
     if network is not None:  # what it starts from before a preset is chosen
-        network.UNET_TARGET_REPLACE_MODULE = mended(
+        network.UNET_TARGET_REPLACE_MODULE = without_duplicates(
             network.UNET_TARGET_REPLACE_MODULE, network.UNET_TARGET_REPLACE_NAME
         )
 

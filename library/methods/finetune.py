@@ -27,7 +27,7 @@ FOLDERS = ("diffusers", "diffusers_safetensors")
 
 
 class FinetuneMethod(Method):
-    """Full fine-tuning and DreamBooth; `opts.method.text_encoder_stop` tells how long text encoders are trained."""
+    """Full fine-tuning and DreamBooth; text encoders are frozen from step `opts.method.text_encoder_stop` on."""
 
     def __init__(self, opts: Options):
         super().__init__(opts)

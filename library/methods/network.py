@@ -98,7 +98,7 @@ class NetworkMethod(Method):
             loaded, missing, unused = self._builder.load(network, file)
         LOGGER.log(
             logging.WARNING if missing or unused else logging.INFO,
-            "%s: %d layers loaded; %d layers of the network are not in the file and start anew; "
+            "%s: %d layers loaded; %d layers of the network are not in the file and start fresh; "
             "%d layers of the file are not used",
             *(file.path, loaded, missing, unused),
         )
@@ -186,7 +186,7 @@ class NetworkMethod(Method):
         }
         if self._args:
             values["ss_network_args"] = json.dumps(self._args)
-        if self.opts.memory.quantize_base:  # of our own, so only where it has something to tell
+        if self.opts.memory.quantize_base:  # a key of our own, so only where it is set
             values["ss_quantize_base"] = self.opts.memory.quantize_base
         return values
 

@@ -25,7 +25,7 @@ DEFAULT_DIM = 4  # the rank where none is given
 
 
 def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str]:
-    """One line for each thing to mend; arguments that have no effect are logged as warnings."""
+    """One line for each mistake; arguments that have no effect are logged as warnings."""
     options, problems = opts.method, []
     for path in filter(None, [options.network_weights, *(options.base_weights or [])]):
         try:
