@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from library.errors import UserError
 from library.runtime.logs import LOGGER
 from library.runtime.seeds import generator
@@ -18,7 +16,7 @@ from networks.file_names import require_types
 from networks.files import Entries, NetworkFile, read
 from networks.network import Network
 from networks.registry import type_of
-from networks.targets import add_to_weights, live_modules, weight_of, weight_shape
+from networks.targets import add_to_weights, file_modules, layer_of, weight_of, weight_shape
 
 if TYPE_CHECKING:
     from library.types import BlockLayout, LoraTarget, Models
@@ -31,11 +29,10 @@ class DeclaredBuilder(NetworkBuilder):
 
     def __init__(self, module: NetworkModule):
         self.module = module
-        self._layer: type[AdapterLayer] = module.type.layer.load()
 
     def read(self, path: str | Path) -> NetworkFile:
         file = read(path)
-        require_types(file.path, file.flat(), [self.module.type])
+        require_types(file.path, file.flat(), self.module.types)
         return file
 
     def create(
@@ -55,13 +52,14 @@ class DeclaredBuilder(NetworkBuilder):
         parsed.selection.check_targets(targets, self.module.name)
         layers: dict[str, AdapterLayer] = {}
         for target in targets:
-            modules = live_modules(models, target)
-            chosen = parsed.selection.rank_and_alpha(target, dim, alpha, kernel=_has_kernel(modules[0]))
+            chosen = parsed.selection.choose(layer_of(models, target), dim, alpha)
             if chosen is None:
                 continue
+            own = self.module.parse({**args, **chosen.overrides}, dropout, layout) if chosen.overrides else parsed
             with _named(target.key):
-                layers[target.key] = self._layer.build(modules, *chosen, parsed.layer)
-            layers[target.key].init_weights(generator("cpu", seed, "network", target.key))
+                layer = own.type.layer.load().build(file_modules(models, target), chosen.rank, chosen.alpha, own.layer)
+            layer.init_weights(generator("cpu", seed, "network", target.key))
+            layers[target.key] = layer
         if not layers:
             raise UserError("--network_args: these arguments leave no layer to train")
         return _made(layers, targets, parsed)
@@ -82,7 +80,8 @@ class DeclaredBuilder(NetworkBuilder):
         layers: dict[str, AdapterLayer] = {}
         for key, entry in self._entries(file, targets, parsed).items():
             with _named(key):
-                layers[key] = self._layer.rebuild(live_modules(models, by_key[key]), entry, parsed.layer)
+                kind = self.module.type_of_entry(entry, parsed).layer.load()
+                layers[key] = kind.rebuild(file_modules(models, by_key[key]), entry, parsed.layer)
         return _made(layers, targets, parsed)
 
     def load(self, network: Network, file: NetworkFile) -> tuple[int, int, int]:
@@ -135,7 +134,3 @@ def _named(key: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(*(f"{key}: {problem}" for problem in error.problems), hint=error.hint) from error
-
-
-def _has_kernel(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and tuple(module.kernel_size) != (1, 1)

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from networks.arguments import ArgumentGroup
 
 if TYPE_CHECKING:
     from library.types import LoraTarget
+
+
+@dataclass(frozen=True)
+class TargetLayer:
+    """A layer that may be adapted."""
+
+    target: LoraTarget
+    kernel: bool = False  # whether it is a convolution with a kernel larger than 1 x 1
+    path: str = ""  # of its module, in the original model where files have that structure
+    classes: tuple[tuple[str, str], ...] = ()  # (path, class name) of the modules that contain it, the outermost first
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a layer gets. `overrides`: --network_args for this layer alone."""
+
+    rank: int
+    alpha: float | None
+    overrides: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -27,15 +46,8 @@ class Selection(ArgumentGroup):
     def check_rank(self, dim: int, module: str) -> None:
         """Raises: UserError: the arguments of `module` do not go with this --network_dim."""
 
-    def rank_and_alpha(
-        self, target: LoraTarget, dim: int, alpha: float | None, *, kernel: bool
-    ) -> tuple[int, float | None] | None:
-        """Rank and alpha of one layer, or None where it gets no adapter.
-
-        Args:
-            dim, alpha: of --network_dim and --network_alpha.
-            kernel: whether the layer is a convolution with a kernel larger than 1 x 1.
-        """
+    def choose(self, layer: TargetLayer, dim: int, alpha: float | None) -> Choice | None:
+        """What one layer gets, or None where it gets no adapter. Args: of --network_dim and --network_alpha."""
         raise NotImplementedError
 
     def lr_factor(self, target: LoraTarget) -> float | None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from library.entry_points import EntryPoint
-from library.errors import UserError
 from networks.arguments import LoraPlus, Reader, ignored
 from networks.layer_args import LayerArgs
 from networks.selection import Selection
@@ -39,6 +38,7 @@ class NetworkType(Generic[A]):
 class NetworkArgs:
     """The parsed --network_args."""
 
+    type: NetworkType[Any]
     selection: Selection
     plus: LoraPlus
     layer: LayerArgs
@@ -59,6 +59,19 @@ class NetworkModule:
         plus = LoraPlus.NAMES if self.lora_plus else ()
         return [*self.selection.NAMES, *self.type.args.NAMES, *plus]
 
+    @property
+    def types(self) -> Sequence[NetworkType[Any]]:
+        """The types that files may have from which a network of this module continues."""
+        return [self.type]
+
+    def type_of_entry(self, tensors: Iterable[str], args: NetworkArgs) -> NetworkType[Any]:
+        """The type of a layer that is read from a file with these tensors."""
+        return args.type
+
+    def type_for(self, reader: Reader) -> NetworkType[Any]:
+        """The type that the arguments ask for."""
+        return self.type
+
     def parse(
         self, args: Mapping[str, str], dropout: float | None = None, layout: BlockLayout | None = None
     ) -> NetworkArgs:
@@ -69,15 +82,11 @@ class NetworkModule:
             layout: the family's blocks, for block-wise lists.
         Raises: UserError: every problem at once.
         """
-        if dropout and "dropout" not in self.type.args.NAMES:
-            raise UserError(f"--network_dropout: {self.name} has none; leave it out")
         given = {**({} if dropout is None else {"dropout": str(dropout)}), **args}
         reader = Reader(given, self.argument_names, module=self.name, layout=layout)
-        parsed = NetworkArgs(
-            self.selection.read(reader),
-            LoraPlus.read(reader) if self.lora_plus else LoraPlus(),
-            self.type.args.read(reader),
-        )
+        kind = self.type_for(reader)
+        plus = LoraPlus.read(reader) if self.lora_plus else LoraPlus()
+        parsed = NetworkArgs(kind, self.selection.read(reader), plus, kind.args.read(reader))
         reader.raise_problems()
         return parsed
 
@@ -98,6 +107,8 @@ class NetworkModule:
         if not ranks_from_file:
             parsed.selection.check_rank(dim, self.name)
         lines = ignored(args, self.argument_names, self.name)
+        if dropout and "dropout" not in self.argument_names:
+            lines.append(f"--network_dropout has no effect in {self.name}")
         for group in (parsed.selection, parsed.plus, parsed.layer):
             lines += group.warnings(args, module=self.name, ranks_from_file=ranks_from_file)
         return lines

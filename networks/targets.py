@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from networks.selection import TargetLayer
+
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
@@ -15,10 +17,49 @@ if TYPE_CHECKING:
     from networks.layer import AdapterLayer
 
 
+ORIGINAL_CLASSES = {"Attention": "CrossAttention", "CLIPSdpaAttention": "CLIPAttention"}  # by the live ones
+
+
 def live_modules(models: Models, target: LoraTarget) -> list[nn.Module]:
     """The modules that a target covers."""
     part = models.denoiser if target.part == "denoiser" else models.text_encoders[target.part]
     return [part.get_submodule(path) for path in target.modules]
+
+
+def layer_of(models: Models, target: LoraTarget) -> TargetLayer:
+    """What selections see of a target. Containers have the class names of the original code where they differ."""
+    module = live_modules(models, target)[0]
+    kernel = isinstance(module, nn.Conv2d) and tuple(module.kernel_size) != (1, 1)
+    if target.place is not None:
+        return TargetLayer(target, kernel, target.place.path, target.place.classes)
+    part = models.denoiser if target.part == "denoiser" else models.text_encoders[target.part]
+    names = target.modules[0].split(".")
+    paths = [".".join(names[:length]) for length in range(1, len(names))]
+    classes = ((path, type(part.get_submodule(path)).__name__) for path in paths)
+    return TargetLayer(target, kernel, target.modules[0], tuple((p, ORIGINAL_CLASSES.get(c, c)) for p, c in classes))
+
+
+def file_modules(models: Models, target: LoraTarget) -> list[nn.Module]:
+    """The target's modules, with their output rows as files have them."""
+    modules = live_modules(models, target)
+    return [InFileOrder(module) for module in modules] if target.swap_halves else modules
+
+
+class InFileOrder(nn.Linear):
+    """A linear layer whose two halves of output rows are the other way round in files. It keeps no weights."""
+
+    def __init__(self, module: nn.Linear):
+        nn.Module.__init__(self)
+        self._live = [module]  # a list, so that it is not part of this one
+        self.in_features, self.out_features = module.in_features, module.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        return _swap_halves(self._live[0].weight, 0)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self._live[0].bias is None else _swap_halves(self._live[0].bias, 0)
 
 
 def hook(models: Models, target: LoraTarget, layer: AdapterLayer) -> list[RemovableHandle]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from library.errors import UserError
 from library.runtime.logs import LOGGER
 from networks.arguments import Reader, from_file_warnings
-from networks.selection import Selection
+from networks.selection import Choice, Selection, TargetLayer
 
 if TYPE_CHECKING:
     from library.types import LoraTarget
@@ -136,10 +136,9 @@ class DitSelection(Selection):
         if self.train_t5xxl and not any(target.optional and target.part != DENOISER for target in targets):
             LOGGER.warning("--network_args: train_t5xxl has no effect: T5 is not given, or not trained")
 
-    def rank_and_alpha(
-        self, target: LoraTarget, dim: int, alpha: float | None, *, kernel: bool
-    ) -> tuple[int, float | None] | None:
+    def choose(self, layer: TargetLayer, dim: int, alpha: float | None) -> Choice | None:
         """See `Selection`. `network_reg_dims` counts first, then the type's own argument, then `dim`."""
+        target = layer.target
         extra = target.optional and target.part == DENOISER
         if target.optional and not extra and not self.train_t5xxl:
             return None
@@ -151,4 +150,4 @@ class DitSelection(Selection):
         if extra and not rank:
             return None
         rank = rank if own_dim is None else own_dim
-        return (rank, alpha) if rank else None
+        return Choice(rank, alpha) if rank else None

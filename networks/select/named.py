@@ -6,13 +6,10 @@ import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from networks.arguments import Reader, from_file_warnings
 from networks.select.unet import UnetSelection
-
-if TYPE_CHECKING:
-    from library.types import LoraTarget
+from networks.selection import Choice, TargetLayer
 
 Patterns = tuple[re.Pattern[str], ...]
 
@@ -54,16 +51,15 @@ class NamedSelection(UnetSelection):
             lines.append("--network_args: include_patterns has no effect without exclude_patterns")
         return lines + (from_file_warnings(given) if ranks_from_file else [])
 
-    def rank_and_alpha(
-        self, target: LoraTarget, dim: int, alpha: float | None, *, kernel: bool
-    ) -> tuple[int, float | None] | None:
-        names = (target.key, *target.modules, *([target.place.path] if target.place else []))
+    def choose(self, layer: TargetLayer, dim: int, alpha: float | None) -> Choice | None:
+        target = layer.target
+        names = (target.key, layer.path, *target.modules)
         if _fits(self.exclude, names) and not _fits(self.include, names):
             return None
         if target.optional and target.part != "denoiser" and self.train_t5xxl:
             own_dim = self.own_dim(target.key)
-            return ((dim if own_dim is None else own_dim), alpha) if own_dim != 0 else None
-        return super().rank_and_alpha(target, dim, alpha, kernel=kernel)
+            return None if own_dim == 0 else Choice(own_dim or dim, alpha)
+        return super().choose(layer, dim, alpha)
 
 
 def _fits(patterns: Patterns, names: tuple[str, ...]) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from networks.arguments import Reader, from_file_warnings
-from networks.selection import Selection
+from networks.selection import Choice, Selection, TargetLayer
 
 if TYPE_CHECKING:
     from library.types import LoraTarget
@@ -89,24 +89,22 @@ class UnetSelection(Selection):
         if max(numbers) >= count:
             raise UserError(f"{what}: the lists are for {count} blocks, and this model has {max(numbers) + 1}")
 
-    def rank_and_alpha(
-        self, target: LoraTarget, dim: int, alpha: float | None, *, kernel: bool
-    ) -> tuple[int, float | None] | None:
+    def choose(self, layer: TargetLayer, dim: int, alpha: float | None) -> Choice | None:
         """See `Selection`. What is chosen by pattern goes before what is chosen by block."""
-        convs = self.conv_dim is not None or self.conv_block_dims is not None
-        if target.optional or ((target.conv_only or kernel) and not convs):
+        target, convs = layer.target, self.conv_dim is not None or self.conv_block_dims is not None
+        if target.optional or ((target.conv_only or layer.kernel) and not convs):
             return None
         own_lr, own_dim = self.own_lr(target.key), self.own_dim(target.key)
         if own_lr[1] == 0 if own_lr else self.lr_factor(target) == 0:
             return None
         if own_dim is not None:
-            return (own_dim, alpha) if own_dim else None
-        if kernel:
+            return Choice(own_dim, alpha) if own_dim else None
+        if layer.kernel:
             rank = _at(self.conv_block_dims, target.block, self.conv_dim or 0)
             strength = _at(self.conv_block_alphas, target.block, self.conv_alpha)
         else:
             rank, strength = _at(self.block_dims, target.block, dim), _at(self.block_alphas, target.block, alpha)
-        return (rank, strength) if rank else None
+        return Choice(rank, strength) if rank else None
 
     def lr_factor(self, target: LoraTarget) -> float | None:
         if target.block is None or target.part != "denoiser" or self.block_weights is None:
@@ -129,11 +127,9 @@ class OneRankSelection(UnetSelection):
         if self.conv_dim not in (None, dim):
             raise UserError(f"--network_args: conv_dim={self.conv_dim}: must be --network_dim, {dim}, in {module}")
 
-    def rank_and_alpha(
-        self, target: LoraTarget, dim: int, alpha: float | None, *, kernel: bool
-    ) -> tuple[int, float | None] | None:
-        chosen = super().rank_and_alpha(target, dim, alpha, kernel=kernel)
-        return chosen and (dim, alpha)
+    def choose(self, layer: TargetLayer, dim: int, alpha: float | None) -> Choice | None:
+        chosen = super().choose(layer, dim, alpha)
+        return chosen and Choice(dim, alpha)
 
 
 def _at(entries: tuple[Any, ...] | None, block: int | None, default: Any) -> Any:

@@ -9,6 +9,7 @@ import pytest
 from library.errors import UserError
 from library.types import BlockLayout, LoraTarget
 from networks.lora import MODULE
+from networks.selection import TargetLayer
 
 
 def parse(args, layout=None):
@@ -147,7 +148,8 @@ def test_what_has_no_effect_is_said():
 
 def choose(args, *, key="lora_unet_x", block=5, kernel=False, conv_only=False):
     target = LoraTarget(key, "denoiser", ("x",), conv_only=conv_only, block=block)
-    return select(args).rank_and_alpha(target, 4, 1.0, kernel=kernel)
+    chosen = select(args).choose(TargetLayer(target, kernel), 4, 1.0)
+    return chosen and (chosen.rank, chosen.alpha)
 
 
 def test_ranks_by_block():

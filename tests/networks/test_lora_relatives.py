@@ -171,7 +171,6 @@ def test_lora_plus_in_dylora(models, targets):
         ({"args": {"unit": "9" * 30}}, "must be at least 1, at most 32768"),
         ({"args": {"conv_dim": "-4"}}, "conv_dim=-4: must be at least 0, at most 32768"),
         ({"args": {"conv_dim": "9" * 30}}, "must be at least 0, at most 32768"),
-        ({"dropout": 0.1}, "networks.dylora has none"),
     ],
 )
 def test_what_dylora_refuses(models, targets, given, message):
@@ -206,5 +205,7 @@ def test_arguments_are_known_without_a_model():
     ]
     assert "conv_alpha has no effect" in dylora.module.check({"conv_alpha": "1"}, dim=4, ranks_from_file=False)[0]
     assert dylora.module.check({"unit": "2"}, dim=4, ranks_from_file=False) == []
+    (line,) = dylora.module.check({}, 0.1, dim=4, ranks_from_file=False)
+    assert line == "--network_dropout has no effect in networks.dylora"
     with pytest.raises(UserError, match="conv_dim=1: must be --network_dim, 8"):
         dylora.module.check({"conv_dim": "1"}, dim=8, ranks_from_file=False)
