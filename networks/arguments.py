@@ -84,7 +84,7 @@ class Reader:
         self.problems: list[str] = []
         for name, meaning_lora in _OTHER_TYPES.items():
             if name not in known and args.get(name, meaning_lora[0]).strip().lower() not in meaning_lora:
-                why = f"{module} trains no such network; --network_module lycoris.kohya does"
+                why = f"{module} trains no such network; --network_module networks.lycoris does"
                 self.problems.append(f"--network_args: {name}={args[name]}: {why}")
 
     def raise_problems(self) -> None:

@@ -112,11 +112,14 @@ def merge(targets: Sequence[LoraTarget], models: Models, file: NetworkFile, mult
             raise UserError(f"{file.path}: {key}: {', '.join(sorted(entry))} are of no type that is known here")
         try:
             shape, weight = weight_shape(models, by_key[key]), partial(weight_of, models, by_key[key])
-            change = kind.layer.load().weight_change(entry, shape, weight)
+            layer = kind.layer.load()
+            change, bias = layer.weight_change(entry, shape, weight), layer.bias_change(entry)
         except UserError as error:
             problems = (f"{file.path}: {key}: {problem}" for problem in error.problems)
             raise UserError(*problems, hint="was it made for another model?") from error
         add_to_weights(models, by_key[key], change * multiplier)
+        if bias is not None:
+            add_to_weights(models, by_key[key], bias * multiplier, name="bias")
     return len(entries), len(file.entries) - len(entries)
 
 

@@ -12,7 +12,7 @@ from networks.registry import TYPES
 from networks.spec import NetworkType
 
 SHOWN = 3  # of many names, in messages
-_LYCORIS = "--network_module=lycoris.kohya takes it in --network_weights"
+_LYCORIS = "--network_module=networks.lycoris continues from it"
 _CONVERT = "convert it to the kohya layout with the program that made it"
 # The first pattern that is found in any name decides: the format, and what can be done.
 FORMATS = (
@@ -67,7 +67,7 @@ def require_types(path: Path, names: Iterable[str], types: Sequence[NetworkType]
         return
     shown = ", ".join(others[:SHOWN]) or "nothing"
     foreign = foreign_format(names)
-    why = f": this is {foreign[0]}, which is not available here yet; {foreign[1]}" if foreign else ""
+    why = f": this is {foreign[0]}; {foreign[1]}" if foreign else ""
     labels = " or ".join(dict.fromkeys(kind.label for kind in types))
     raise UserError(f"{path}: holds {shown}, which is not {labels} of this kind{why}")
 

@@ -19,6 +19,20 @@ if TYPE_CHECKING:
 Entries = dict[str, dict[str, Tensor]]  # for each layer its tensors, by what stands behind the layer's name
 
 
+PREFIXES = ("lora", "oft", "lycoris")  # of layers' names, by who wrote the file and for which type
+
+
+def names_of(target: LoraTarget) -> list[str]:
+    """Every name that a layer may have in files."""
+    own = [name for name in (target.key, target.alias) if name]
+    return [name.replace("lora", prefix, 1) for prefix in PREFIXES for name in own]
+
+
+def names_in_files(targets: Iterable[LoraTarget]) -> set[str]:
+    """Every name that any of these layers may have in files."""
+    return {name for target in targets for name in names_of(target)}
+
+
 @dataclass(frozen=True)
 class NetworkFile:
     """A network file of any type. Tensors are as in the file."""
@@ -34,7 +48,7 @@ class NetworkFile:
         targets = list(targets)
         found: Entries = {}
         for target in targets:
-            name = next((name for name in (target.key, target.alias) if name in self.entries), None)
+            name = next((name for name in names_of(target) if name in self.entries), None)
             if name is not None:
                 found[target.key] = self.entries[name]
         if not found:

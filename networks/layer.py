@@ -53,6 +53,11 @@ class AdapterLayer(nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def bias_change(cls, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """What a file's entry adds to a bias at multiplier 1, float32; None: nothing."""
+        return None
+
     def adapt(self, index: int, x: Tensor, output: Tensor) -> Tensor:
         """The output that the `index`-th module of the layer shall have for input `x`, instead of `output`."""
         raise NotImplementedError

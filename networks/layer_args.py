@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Container
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+from library.errors import UserError
 from networks.arguments import ArgumentGroup, Reader
+from networks.factors import factors
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ class ChangeArgs(LayerArgs):
     decompose_both: bool = False
     full_matrix: bool = False
     unbalanced_factorization: bool = False
+    train_on_input: bool = False  # (IA)^3 scales input channels
 
     @classmethod
     def read(cls, reader: Reader) -> ChangeArgs:
@@ -136,7 +142,7 @@ _CHANGE_READERS: dict[str, Callable[[Reader], Any]] = {
         name: _flag(name)
         for name in (
             *("rank_dropout_scale", "use_tucker", "use_scalar", "rs_lora", "dora_wd"),
-            *("decompose_both", "full_matrix", "unbalanced_factorization"),
+            *("decompose_both", "full_matrix", "unbalanced_factorization", "train_on_input"),
         )
     },
 }
@@ -156,3 +162,88 @@ class LokrArgs(LohaArgs):
     """As `LohaArgs`, with the factor."""
 
     NAMES = (*LohaArgs.NAMES, "factor")
+
+
+_DROPOUTS = ("dropout", "rank_dropout", "rank_dropout_scale", "module_dropout")
+_DORA = ("use_scalar", "rs_lora", "dora_wd", "wd_on_output")
+
+
+@dataclass(frozen=True)
+class LyLoconArgs(ChangeArgs):
+    """As LyCORIS has them for LoCon, LoHa and GLoRA."""
+
+    NAMES = (*_DROPOUTS, *_DORA, "use_tucker")
+
+
+@dataclass(frozen=True)
+class LyLokrArgs(ChangeArgs):
+    """As LyCORIS has them for LoKr."""
+
+    NAMES = (
+        *(*_DROPOUTS, *_DORA, "use_tucker"),
+        *("factor", "decompose_both", "full_matrix", "unbalanced_factorization"),
+    )
+
+
+@dataclass(frozen=True)
+class WholeArgs(ChangeArgs):
+    """Of types without a rank."""
+
+    NAMES = ("rank_dropout", "rank_dropout_scale", "module_dropout", "train_on_input")
+
+
+@dataclass(frozen=True)
+class OftArgs(LayerArgs):
+    """`constraint`: of the rotation's norm, by row; 0 limits nothing. `rescaled`: rows have trained factors too."""
+
+    NAMES = ("constraint", "rescaled", "module_dropout")
+
+    constraint: float = 0.0
+    rescaled: bool = False
+    module_dropout: float | None = None
+    listed: bool = False  # blocks have numbers in files even where there is one group of them
+
+    @classmethod
+    def read(cls, reader: Reader) -> OftArgs:
+        if "constraint" not in cls.NAMES:
+            return cls()
+        return cls(
+            constraint=reader.number("constraint", float, least=0) or 0.0,
+            rescaled=reader.flag("rescaled"),
+            module_dropout=reader.number("module_dropout", float, least=0, most=1),
+        )
+
+    def cut(self, rows: int, rank: int) -> tuple[int, int]:
+        """Number and size of the blocks of a layer with that many output rows. Raises: UserError: it is impossible."""
+        size, count = factors(rows, rank)
+        return count, size
+
+    def alpha_of(self, alpha: float | None) -> float:
+        """What files have as alpha. Args: --network_alpha."""
+        return self.constraint
+
+    def of_file(self, tensors: Container[str]) -> Self:
+        """The arguments for a layer with these tensors in a file."""
+        return replace(self, rescaled="rescale" in tensors)
+
+
+@dataclass(frozen=True)
+class KohyaOftArgs(OftArgs):
+    """--network_dim is the number of blocks, --network_alpha the constraint."""
+
+    NAMES = ()
+
+    def cut(self, rows: int, rank: int) -> tuple[int, int]:
+        if rows % rank:
+            raise UserError(f"its {rows} output rows cannot be cut into {rank} blocks; give another --network_dim")
+        return rank, rows // rank
+
+    def alpha_of(self, alpha: float | None) -> float:
+        return 1e-3 if alpha is None else alpha
+
+
+@dataclass(frozen=True)
+class NumberedOftArgs(KohyaOftArgs):
+    """As `KohyaOftArgs`; blocks have numbers in every file."""
+
+    listed: bool = True

@@ -113,7 +113,7 @@ class Network(TrainableNetwork):
 
     def file_state(self) -> dict[str, Tensor]:
         return {
-            f"{key}.{name}": tensor
+            f"{key.replace('lora', self.args.type.prefix, 1)}.{name}": tensor
             for key, layer in self.layers().items()
             for name, tensor in layer.file_state().items()
         }

@@ -9,7 +9,20 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from library.entry_points import EntryPoint
-from networks.layer_args import ChangeArgs, DyLoraArgs, LohaArgs, LokrArgs, LoraArgs, PerturbedLoraArgs, SplitLoraArgs
+from networks.layer_args import (
+    DyLoraArgs,
+    KohyaOftArgs,
+    LohaArgs,
+    LokrArgs,
+    LoraArgs,
+    LyLoconArgs,
+    LyLokrArgs,
+    NumberedOftArgs,
+    OftArgs,
+    PerturbedLoraArgs,
+    SplitLoraArgs,
+    WholeArgs,
+)
 from networks.spec import NetworkType
 
 LORA = NetworkType(
@@ -33,7 +46,7 @@ _DORA = r"(dora_scale )?"
 LOCON = NetworkType(
     label="LoCon",
     tensors=_DORA + r"lora_down\.weight (lora_mid\.weight )?lora_up\.weight",
-    args=ChangeArgs,
+    args=LyLoconArgs,
     layer=EntryPoint("networks.types.locon:LoconLayer"),
 )
 LOHA = NetworkType(
@@ -49,7 +62,44 @@ LOKR = NetworkType(
     layer=EntryPoint("networks.types.lokr:LokrLayer"),
 )
 
-TYPES = (LORA, LOCON, LOHA, LOKR)  # one for each layout that layers have in files
+LOHA_FULL = replace(LOHA, args=LyLoconArgs)  # with every argument of LyCORIS
+LOKR_FULL = replace(LOKR, args=LyLokrArgs)
+FULL = NetworkType(
+    label="full weight differences",
+    tensors=r"diff( diff_b)?",
+    args=WholeArgs,
+    layer=EntryPoint("networks.types.full:FullLayer"),
+)
+NORM = NetworkType(
+    label="trained norms",
+    tensors=r"(b_norm )?w_norm",
+    args=WholeArgs,
+    layer=EntryPoint("networks.types.full:NormLayer"),
+)
+IA3 = NetworkType(
+    label="(IA)^3",
+    tensors=r"on_input weight",
+    args=WholeArgs,
+    layer=EntryPoint("networks.types.scaled:Ia3Layer"),
+)
+GLORA = NetworkType(
+    label="GLoRA",
+    tensors=r"a1\.weight a2\.weight b1\.weight b2\.weight",
+    args=LyLoconArgs,
+    layer=EntryPoint("networks.types.scaled:GloraLayer"),
+)
+OFT = NetworkType(
+    label="OFT",
+    tensors=r"(oft_blocks|oft_blocks\.0( oft_blocks\.\d+)*)( rescale)?",
+    args=OftArgs,
+    layer=EntryPoint("networks.types.oft:OftLayer"),
+)
+BOFT = replace(OFT, label="BOFT", layer=EntryPoint("networks.types.oft:BoftLayer"))
+# Of sd-scripts: other arguments, and other prefixes of layers' names.
+KOHYA_OFT = replace(OFT, args=KohyaOftArgs, prefix="oft")
+NUMBERED_OFT = replace(OFT, args=NumberedOftArgs, prefix="oft")
+
+TYPES = (LORA, LOCON, LOHA, LOKR, FULL, NORM, IA3, GLORA, OFT)  # one for each layout that layers have in files
 
 
 def type_of(names: Iterable[str]) -> NetworkType | None:

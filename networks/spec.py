@@ -26,6 +26,7 @@ class NetworkType(Generic[A]):
     tensors: str  # pattern of the names of one layer's tensors in files: sorted, joined by spaces, without "alpha"
     args: type[A]
     layer: EntryPoint[..., Any]  # the subclass of AdapterLayer
+    prefix: str = "lora"  # of layers' names in files, before "_unet_" and "_te_"
     # (entries, targets, args) -> entries: corrects what other trainers wrote otherwise than files of this type are read
     correct: EntryPoint[..., dict[str, Any]] | None = None
 

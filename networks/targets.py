@@ -83,17 +83,16 @@ def weight_of(models: Models, target: LoraTarget) -> Tensor:
 
 
 @torch.no_grad()
-def add_to_weights(models: Models, target: LoraTarget, change: Tensor) -> None:
-    """Adds `change` to the target's weights for good.
+def add_to_weights(models: Models, target: LoraTarget, change: Tensor, name: str = "weight") -> None:
+    """Adds `change` to the target's weights, or to the parameter called `name`, for good.
 
     Args: change: rows over all its modules, in the file's order, (sum of out, in, ...).
     """
     modules = live_modules(models, target)
     rows = [module.weight.shape[0] for module in modules]
     for module, part in zip(modules, change.split(rows), strict=True):
-        part = _swap_halves(part, 0) if target.swap_halves else part
-        summed = module.weight.float() + part.to(module.weight.device, torch.float32).reshape(module.weight.shape)
-        module.weight.copy_(summed)
+        own, part = getattr(module, name), _swap_halves(part, 0) if target.swap_halves else part
+        own.copy_(own.float() + part.to(own.device, torch.float32).reshape(own.shape))
 
 
 def _hook(layer: AdapterLayer, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:

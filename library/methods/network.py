@@ -17,10 +17,11 @@ from library.checkpoints.writing import write_safetensors, write_torch
 from library.errors import UserError
 from library.methods.base import Method
 from library.methods.network_spec import DEFAULT_DIM, require_network_module, split_args
+from library.options.network import resolved_module
 from library.runtime.logs import LOGGER
 from networks.build import DeclaredBuilder, merge
 from networks.file_names import require_places, require_types
-from networks.files import read
+from networks.files import names_in_files, names_of, read
 from networks.spec import NetworkModule
 
 if TYPE_CHECKING:
@@ -58,11 +59,11 @@ class NetworkMethod(Method):
         self._rates = part_rates(self.opts, family.traits.text_encoders)
         file = self._builder.read(options.network_weights) if options.network_weights else None
         if file is not None:
-            require_places(file.path, file.entries, _names(targets))
+            require_places(file.path, file.entries, names_in_files(targets))
         # A part at rate 0 has a place in the network only where a file gives it values: they act, and are saved again.
         kept = file.entries if file else {}
         wanted = [
-            t for t in targets if self._rates.get(t.part) or (t.part in self._rates and {t.key, t.alias} & kept.keys())
+            t for t in targets if self._rates.get(t.part) or (t.part in self._rates and kept.keys() & names_of(t))
         ]
         if not wanted:
             raise UserError(_nothing_trained(self._rates))
@@ -110,7 +111,7 @@ class NetworkMethod(Method):
             multiplier = multipliers[index] if index < len(multipliers) else 1.0
             file = read(path)
             require_types(file.path, file.flat())
-            require_places(file.path, file.entries, _names(targets))
+            require_places(file.path, file.entries, names_in_files(targets))
             merged, unused = merge(targets, models, file, multiplier)
             LOGGER.log(
                 logging.WARNING if unused else logging.INFO,
@@ -206,11 +207,6 @@ class NetworkMethod(Method):
             write_safetensors(path, tensors, None if metadata is None else finalise(metadata, tensors))
 
 
-def _names(targets: list[LoraTarget]) -> set[str]:
-    """Every name that a layer of the model has in files."""
-    return {name for target in targets for name in (target.key, target.alias) if name}
-
-
 def _for_file(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
 
@@ -229,6 +225,7 @@ def network_builder(name: str | None) -> NetworkBuilder:
     Raises: UserError: missing, not a network, or not importable.
     """
     require_network_module(name)
+    name = resolved_module(name)
     try:
         module = importlib.import_module(name)
     except Exception as error:  # another's code may raise anything

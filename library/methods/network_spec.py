@@ -12,7 +12,7 @@ from library.checkpoints.reading import file_format, read_header, require_weight
 from library.entry_points import EntryPoint
 from library.errors import UserError
 from library.methods.spec import MethodSpec
-from library.options.network import LARGEST_RANK, NetworkOptions, find_module
+from library.options.network import LARGEST_RANK, NetworkOptions, find_module, resolved_module
 from library.runtime.logs import LOGGER
 from networks.file_names import require_types
 from networks.spec import NetworkModule
@@ -36,7 +36,7 @@ def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str
             problems += error.problems
     try:
         require_network_module(options.network_module)
-        args, module = split_args(options.network_args), declared_module(options.network_module)
+        args, module = split_args(options.network_args), declared_module(resolved_module(options.network_module))
         if module is None:
             return problems + list(_endless_rank(args.get("conv_dim", "")))
         dim, layout = options.network_dim or DEFAULT_DIM, traits.block_layout if traits else None
@@ -75,7 +75,7 @@ def _endless_rank(text: str) -> Iterator[str]:
 
 def require_network_module(name: str | None) -> None:
     """Raises: UserError: there is no such module."""
-    if not name or not find_module(name):
+    if not name or not find_module(resolved_module(name)):
         raise UserError(f"--network_module: there is no module named {name!r}; networks.lora trains LoRA")
 
 

@@ -71,7 +71,7 @@ class NetworkOptions(MethodOptions, title="Network"):
             yield "--network_module: missing; networks.lora trains a LoRA"
         elif name in _OURS and not find_module(name):
             yield f"--network_module: not available yet ({name})"
-        elif not find_module(name):
+        elif not find_module(resolved_module(name)):
             what_to_do = remedy(name.split(".")[0]) or "check the name, or install its package"
             yield f"--network_module: there is no module {name!r}; {what_to_do}"
 
@@ -85,6 +85,9 @@ class NetworkOptions(MethodOptions, title="Network"):
 
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from repeated("--network_args", self.network_args)
+        name = self.network_module
+        if name and resolved_module(name) != name:
+            yield f"--network_module: {name} is not installed; {resolved_module(name)} is used in its place"
         encoders, rates = len(traits.text_encoders), self.text_encoder_lr or []
         if any(rate != rates[encoders - 1] for rate in rates[encoders:]):
             yield (
@@ -97,6 +100,14 @@ class NetworkOptions(MethodOptions, title="Network"):
             yield "--text_encoder_lr: has no effect with --network_train_unet_only"
         if self.network_train_text_encoder_only and self.unet_lr is not None:
             yield "--unet_lr: has no effect with --network_train_text_encoder_only"
+
+
+NATIVE_MODULES = {"lycoris.kohya": "networks.lycoris"}  # ours, which take the same arguments
+
+
+def resolved_module(name: str) -> str:
+    """The network module that is used for a name: ours in place of one that is not installed."""
+    return NATIVE_MODULES[name] if name in NATIVE_MODULES and not find_module(name) else name
 
 
 def find_module(name: str) -> bool:

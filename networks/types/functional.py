@@ -5,7 +5,6 @@ Source: Hu et al. 2021 (arXiv:2106.09685), sec. 4.1; for convolutions the down m
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -73,22 +72,6 @@ def kronecker(first: Tensor, second: Tensor) -> Tensor:
     return torch.kron(expanded, second.contiguous())
 
 
-def factors(dimension: int, factor: int = -1) -> tuple[int, int]:
-    """Two factors of `dimension`, the smaller one first.
-
-    One of them is `factor` where that divides the dimension. Otherwise the smaller one is the largest divisor up to
-    `factor`, or with -1 up to the root, so that both are as close as they can be.
-
-    Source: the rule of LyCORIS for LoKr, OFT.
-    """
-    if factor > 0 and dimension % factor == 0:
-        small = factor
-    else:
-        most = dimension if factor < 0 else factor
-        small = max(n for n in range(1, math.isqrt(dimension) + 1) if dimension % n == 0 and n <= max(most, 1))
-    return min(small, dimension // small), max(small, dimension // small)
-
-
 class Hadamard(torch.autograd.Function):
     """``(a1 @ b1) * (a2 @ b2)``, of which only the four factors are kept for the backward pass."""
 
@@ -105,3 +88,12 @@ class Hadamard(torch.autograd.Function):
         del first
         second = gradient * (a1 @ b1)
         return (*grads, second @ b2.T, a2.T @ second)
+
+
+def cayley(skew: Tensor) -> Tensor:
+    """Rotations ``(I + Q) (I - Q)^-1`` of skew-symmetric matrices Q, (..., b, b).
+
+    With Q skew the transpose of the result is the solution X of ``(I + Q) X = I - Q``.
+    """
+    identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    return torch.linalg.solve(identity + skew, identity - skew).mT

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from networks.factors import factors
 from networks.types.change import ChangeLayer
-from networks.types.functional import factors, kronecker, tucker
+from networks.types.functional import kronecker, tucker
 
 
 class LokrLayer(ChangeLayer):
@@ -21,17 +22,20 @@ class LokrLayer(ChangeLayer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._without_rank()
+        if self._without_rank():
+            self.alpha.fill_(self.rank)  # what readers divide by the rank
+        self.register_load_state_dict_post_hook(lambda layer, _keys: layer._without_rank())
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         super().load(tensors)
         self._without_rank()
 
-    def _without_rank(self) -> None:
-        """Neither matrix is a product: the scale is 1."""
-        if "lokr_w1" in self.names and "lokr_w2" in self.names:
-            self.alpha.fill_(self.rank)
+    def _without_rank(self) -> bool:
+        """Whether neither matrix is a product: then the scale is 1, whatever alpha is."""
+        full = "lokr_w1" in self.names and "lokr_w2" in self.names
+        if full:
             self.scale = 1.0
+        return full
 
     def tensor_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         out, width, *kernel = self.shape

@@ -69,7 +69,7 @@ def test_layout_with_fixed_ends():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"algo": "loha"}, "algo=loha: networks.lora trains no such network; --network_module lycoris.kohya does"),
+        ({"algo": "loha"}, "algo=loha: networks.lora trains no such network; --network_module networks.lycoris does"),
         ({"dora_wd": "True"}, "dora_wd=True: networks.lora trains no such network"),
         ({"conv_dim": "4.5"}, "conv_dim=4.5: is not a whole number"),
         ({"conv_dim": "-1"}, "conv_dim=-1: must be at least 0"),

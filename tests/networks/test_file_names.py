@@ -24,7 +24,7 @@ FOREIGN = {
     "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": "LoRA with ComfyUI's names (diffusion_model.*)",
     "diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight": "LoRA with ComfyUI's names (diffusion_model.*)",
     "double_blocks.0.img_attn.qkv.lora_A.weight": "LoRA with FLUX's own names",
-    "lora_unet_x.hada_w1_a": "LoHa, which is not available here yet; --network_module=lycoris.kohya",
+    "lora_unet_x.hada_w1_a": "LoHa; --network_module=networks.lycoris",
     "lora_unet_x.lokr_w1": "LoKr",
     "lora_unet_x.lokr_w1_a": "LoKr",
     "lora_unet_x.oft_blocks": "OFT",

@@ -227,9 +227,20 @@ def test_a_missing_package_is_named_before_anything_is_loaded(valid, traits, mon
 
 def test_the_package_of_a_network_module_is_named(valid, traits, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    (line,) = (line for line in problems(valid("--network_module=lycoris.kohya"), traits) if "network_module" in line)
-    assert line.startswith("--network_module: there is no module 'lycoris.kohya'; run: ")
+    (line,) = (line for line in problems(valid("--network_module=lycoris.other"), traits) if "network_module" in line)
+    assert line.startswith("--network_module: there is no module 'lycoris.other'; run: ")
     assert line.endswith("-m pip install lycoris-lora")
+
+
+def test_ours_stands_for_a_network_module_that_is_not_installed(valid, traits, monkeypatch):
+    from library.options import network
+
+    monkeypatch.setattr(network, "find_module", lambda name: name.startswith("networks."))
+    opts = valid("--network_module=lycoris.kohya")
+    assert not [line for line in problems(opts, traits) if "network_module" in line]
+    assert [line for line in opts.method.warnings(opts, traits) if "network_module" in line] == [
+        "--network_module: lycoris.kohya is not installed; networks.lycoris is used in its place"
+    ]
 
 
 @pytest.mark.rows("C25", "C26", "C27", "C33", "C36", "C41", "C86", "C87", "C89", "C90", "C91", "C93")

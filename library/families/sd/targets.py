@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from library.families.shared.targets import CONV_CONTAINERS, UNET_CONTAINERS, clip_targets, layers, lora_key
+from library.families.shared.targets import CONV_CONTAINERS, UNET_CONTAINERS, clip_targets, layers, lora_key, norms
 from library.types import LoraTarget
 
 if TYPE_CHECKING:
     from torch import nn
 
+ENDS = ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
 PER_LEVEL, SAMPLER_PLACE = 3, 2
 FIRST_DOWN_BLOCK, MID_BLOCK, FIRST_UP_BLOCK = 1, 12, 13
 
@@ -24,11 +25,24 @@ def text_targets(text_encoder: nn.Module) -> list[LoraTarget]:
 
 
 def unet_targets(denoiser: nn.Module) -> list[LoraTarget]:
-    """The layers of transformers and, marked `conv_only`, those of resnets and samplers."""
-    return [
+    """The layers of transformers and, marked `conv_only`, those of resnets and samplers.
+
+    Then, marked `optional`, the layers at both ends and the norms, which LyCORIS adapts.
+    """
+    containers = UNET_CONTAINERS + CONV_CONTAINERS
+    inside = [
         LoraTarget(lora_key("unet", path), "denoiser", (path,), container in CONV_CONTAINERS, block_index(path))
-        for container, path in layers(denoiser, UNET_CONTAINERS + CONV_CONTAINERS)
+        for container, path in layers(denoiser, containers)
     ]
+    ends = [LoraTarget(lora_key("unet", path), "denoiser", (path,), optional=True) for path in ENDS]
+    return (
+        inside
+        + ends
+        + [
+            LoraTarget(lora_key("unet", path), "denoiser", (path,), optional=True, norm=True)
+            for _, path in norms(denoiser, containers)
+        ]
+    )
 
 
 def block_index(path: str) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from library.families.shared.targets import CONV_CONTAINERS, UNET_CONTAINERS, layers, lora_key
+from library.families.shared.targets import CONV_CONTAINERS, UNET_CONTAINERS, layers, lora_key, norms
 from library.families.shared.unet import map_of_config
 from library.types import LoraTarget
 
@@ -19,7 +19,7 @@ FIRST_BLOCKS = {"input_blocks": 1, "middle_block": 10, "output_blocks": 13}  # i
 def unet_targets(denoiser: nn.Module) -> list[LoraTarget]:
     """The layers of transformers and, marked `conv_only`, those of resnets and samplers.
 
-    Their aliases are diffusers' names, which some trainers write.
+    Then, marked `optional`, the norms, which LyCORIS adapts. Aliases are diffusers' names, which some trainers write.
     """
     keys = map_of_config(denoiser.config, prefix="")
     targets = []
@@ -35,6 +35,9 @@ def unet_targets(denoiser: nn.Module) -> list[LoraTarget]:
                 alias=lora_key("unet", path),
             )
         )
+    for _, path in norms(denoiser, UNET_CONTAINERS + CONV_CONTAINERS):
+        key, alias = lora_key("unet", keys.file_name(path)), lora_key("unet", path)
+        targets.append(LoraTarget(key, "denoiser", (path,), alias=alias, optional=True, norm=True))
     return targets
 
 

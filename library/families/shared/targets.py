@@ -32,11 +32,25 @@ def layers(model: nn.Module, containers: tuple[str, ...]) -> Iterator[tuple[str,
     """(class name of the container, path of a Linear or Conv2d below it), each path once, in the model's order."""
     from torch import nn
 
+    return _inside(model, containers, (nn.Linear, nn.Conv2d))
+
+
+def norms(model: nn.Module, containers: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(class name of the container, path of a layer norm or group norm with weights below it)."""
+    from torch import nn
+
+    found = _inside(model, containers, (nn.LayerNorm, nn.GroupNorm))
+    return ((name, path) for name, path in found if model.get_submodule(path).weight is not None)
+
+
+def _inside(
+    model: nn.Module, containers: tuple[str, ...], kinds: tuple[type[nn.Module], ...]
+) -> Iterator[tuple[str, str]]:
     for outer, container in model.named_modules():
         name = type(container).__name__
         if name in containers:
             for inner, layer in container.named_modules():
-                if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                if isinstance(layer, kinds):
                     yield name, f"{outer}.{inner}"
 
 

@@ -1,0 +1,110 @@
+"""Differences of whole weights: of linear layers and convolutions (LyCORIS' full), and of norms (train_norm)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from library.errors import UserError
+from networks.layer import AdapterLayer
+from networks.layer_args import ChangeArgs
+from networks.types.change import ChangeLayer
+
+
+class FullLayer(ChangeLayer):
+    """``diff`` is added to the weight, ``diff_b`` to the bias."""
+
+    def __init__(self, modules: Sequence[nn.Module], rank: int, alpha: float | None, args: ChangeArgs, shapes=None):
+        super().__init__(modules, 1, 1.0, args, shapes)
+
+    def tensor_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        biased = {"diff_b": (self.shape[0],)} if self._live[0].bias is not None else {}
+        return {"diff": tuple(self.shape), **biased}
+
+    @classmethod
+    def rank_of(cls, tensors: Mapping[str, Tensor]) -> int:
+        return 1
+
+    @classmethod
+    def product(cls, tensors: Mapping[str, Tensor], rows: slice = slice(None)) -> Tensor:
+        return tensors["diff"][rows]
+
+    def init_weights(self, rng: torch.Generator) -> None:
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def changed(self, x: Tensor, index: int, factor: float) -> Tensor:
+        change = super().changed(x, index, factor)
+        if "diff_b" not in self.names:
+            return change
+        start, axis = sum(self.rows[:index]), [-1] if self.geometry is None else [-1, 1, 1]
+        return change + self.diff_b[start : start + self.rows[index]].reshape(axis) * factor
+
+    @classmethod
+    def bias_change(cls, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        return tensors["diff_b"].float() if "diff_b" in tensors else None
+
+    def file_state(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in super().file_state().items() if name != "alpha"}
+
+
+class NormLayer(AdapterLayer):
+    """``w_norm`` is added to the weight of a layer norm or group norm, ``b_norm`` to its bias."""
+
+    def __init__(self, modules: Sequence[nn.Module], rank: int, alpha: float | None, args: ChangeArgs):
+        super().__init__()
+        self._live = list(modules)
+        self.w_norm = nn.Parameter(torch.zeros_like(modules[0].weight, dtype=torch.get_default_dtype(), device="cpu"))
+        self.b_norm = None if modules[0].bias is None else nn.Parameter(torch.zeros_like(self.w_norm))
+        self._module_dropout = args.module_dropout
+
+    @classmethod
+    def rebuild(cls, modules: Sequence[nn.Module], tensors: Mapping[str, Tensor], args: ChangeArgs) -> NormLayer:
+        layer = cls(modules, 1, None, args)
+        layer.load(tensors)
+        return layer
+
+    @property
+    def rank(self) -> int:
+        return 1
+
+    def init_weights(self, rng: torch.Generator) -> None:
+        """Zeros: nothing is changed yet."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        own = {"w_norm": self.w_norm} if self.b_norm is None else {"w_norm": self.w_norm, "b_norm": self.b_norm}
+        for name, tensor in tensors.items():
+            if name not in own or tensor.shape != own[name].shape:
+                raise UserError(f"{name}: shape {tuple(tensor.shape)} does not fit {tuple(self.w_norm.shape)}")
+            own[name].data.copy_(tensor)
+
+    def adapt(self, index: int, x: Tensor, output: Tensor) -> Tensor:
+        module, x = self._live[0], x.to(self.w_norm.dtype)
+        weight = self.w_norm * self.multiplier
+        bias = None if self.b_norm is None else self.b_norm * self.multiplier
+        if isinstance(module, nn.GroupNorm):
+            change = F.group_norm(x, module.num_groups, weight, bias, module.eps)
+        else:
+            change = F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+        if self.training and self._module_dropout:
+            change = change * (torch.rand((), device=change.device) >= self._module_dropout)
+        return output + change.to(output.dtype)
+
+    @classmethod
+    def weight_change(cls, tensors: Mapping[str, Tensor], shape: torch.Size, weight: Callable[[], Tensor]) -> Tensor:
+        if tensors["w_norm"].shape != shape:
+            raise UserError(f"w_norm: shape {tuple(tensors['w_norm'].shape)} does not fit {tuple(shape)}")
+        return tensors["w_norm"].float()
+
+    @classmethod
+    def bias_change(cls, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        return tensors["b_norm"].float() if "b_norm" in tensors else None
+
+    @torch.no_grad()
+    def limit_norm(self, limit: float) -> None:
+        norm = self.w_norm.float().norm().clamp(min=limit / 2)
+        for parameter in self.parameters():
+            parameter.mul_((limit / norm).clamp(max=1).to(parameter.dtype))
