@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,6 +194,17 @@ def test_templates_average_validation_and_memory(run_script, arguments, tmp_path
     (vectors,) = load_file(tmp_path / "zwx.safetensors").values()
     assert vectors.dtype == torch.float16
     assert vectors.isfinite().all()
+
+
+def test_the_recipe_of_the_guide(run_script, tmp_path):
+    """As it is printed, but for fewer steps and another place."""
+    (printed,) = re.findall(r"```\n(python train_textual.*?)```", Path("docs/textual_inversion.md").read_text(), re.S)
+    _, *words = shlex.split(printed.replace("\\\n", " "))
+    short = [f"--output_dir={tmp_path}", "--max_train_steps=2", "--sample_every_n_steps=2", "--sample_prompts"]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a sks flower --w 64 --h 64 --s 2 --d 1\n")
+    ran(run_script, [*words, *short, str(prompts)])
+    assert load_file(tmp_path / "sks.safetensors")["emb_params"].shape == (8, 64)
 
 
 # ---- mistakes
