@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from library.checkpoints.embeddings import names_by_part, read_embedding, write_embedding
+from library.checkpoints.hashes import weights_fingerprint
 from library.errors import UserError
 from library.methods.base import Method
 from library.methods.embedding_spec import trained_keys
@@ -130,6 +131,11 @@ class EmbeddingMethod(Method):
 
     def trained_text_encoders(self) -> list[str]:
         return list(self._keys)
+
+    def text_fingerprint(self) -> dict[str, str]:
+        """In place of the encoders' own: what they give for the word is of no use to a run that does not know it."""
+        rows = weights_fingerprint(self._attached())
+        return dict.fromkeys(self._keys, f"{rows} for {self.opts.method.caption_word}")
 
     def _attached(self) -> nn.ParameterDict:
         if self._rows is None:

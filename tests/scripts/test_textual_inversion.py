@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -207,6 +208,22 @@ def test_the_recipe_of_the_guide(run_script, tmp_path):
     assert load_file(tmp_path / "sks.safetensors")["emb_params"].shape == (8, 64)
 
 
+def test_cached_outputs_of_the_word_are_no_other_runs(run_script, arguments, large, tmp_path):
+    """T5's are shared, but what CLIP gave for the new word must not reach a run that does not know it."""
+    options = {**large["flux"], "max_train_steps": 1, "cache_text_encoder_outputs_to_disk": True}
+    data = shutil.copytree("examples/concept", tmp_path / "data")
+    _, *words = arguments(tmp_path / "out", **options, train_data_dir=data)
+    files = len(list(data.glob("*/*.png")))
+    said = ran(run_script, ["flux_train_textual_inversion.py", *words])
+    assert f"text encoder outputs on disk: 0 used as they are, 0 made again, {files} new" in said
+    said = ran(run_script, ["flux_train_textual_inversion.py", *words, "--seed=2", "--init_word=red"])
+    assert f"text encoder outputs on disk: {files} used as they are" in said
+    network = [word for word in words if not word.startswith(("--token_string", "--init_word", "--num_vectors"))]
+    network += ["--network_module=networks.lora_flux", "--network_train_unet_only", "--output_name=lora"]
+    said = ran(run_script, ["flux_train_network.py", *network])
+    assert f"text encoder outputs on disk: 0 used as they are, {files} made again" in said
+
+
 # ---- mistakes
 
 
@@ -259,10 +276,11 @@ def large(tmp_path_factory) -> dict[str, dict[str, object]]:
     }
 
 
+@pytest.mark.rows("R332")
 @pytest.mark.parametrize(
     ("family", "given", "keys"),
     [
-        ("sdxl", {}, {"clip_l": 64, "clip_g": 128}),
+        ("sdxl", {"disable_mmap_load_safetensors": True}, {"clip_l": 64, "clip_g": 128}),
         ("sd3", {"cache_text_encoder_outputs": True}, {"clip_l": 64, "clip_g": 64}),
         ("sd3", {"train_t5xxl": True}, {"clip_l": 64, "clip_g": 64, "t5xxl": 160}),
         ("flux", {"cache_text_encoder_outputs": True}, {"clip_l": 64}),
