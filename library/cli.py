@@ -91,7 +91,7 @@ def _train(family_name: str, method_name: str, argv: Sequence[str] | None, optio
     level = opts.logging.console_log_level if checking.is_first_process() else "ERROR"  # the others report errors only
     logs.setup_logging(level, opts.logging.console_log_file, opts.logging.console_log_simple)
     family, method = registry.FAMILIES[family_name], registry.METHODS[method_name]
-    opts = family.complete_options(opts)
+    opts = method.complete_options(family.complete_options(opts))
     specs = checking.check(opts, family, method)
     opts = checking.check_resumed(opts)
     if argv is None and options is None:  # the process is the script's own

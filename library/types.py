@@ -178,6 +178,8 @@ class FamilyTraits:
     sample_scale: float
     latent_stride: int = 8  # pixels per latent position, each way
     cache_keys_by_size: bool = False  # arrays in latent cache files are named by the size of the latents
+    # By text encoder: the name of its vectors in files of Textual Inversion embeddings.
+    embedding_keys: Mapping[str, str] = field(default_factory=dict)
     block_layout: BlockLayout | None = None  # how block-wise lists of networks are divided; None: there are no such
     blocks_per_swap: float = 1.0  # that --blocks_to_swap counts as one
     # Flow models: (height, width) of the latents -> s; sampling takes sigma' = s sigma / (1 + (s - 1) sigma).

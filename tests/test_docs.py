@@ -40,6 +40,7 @@ GUIDES = (
     "fine_tuning.md",
     "logging.md",
     "timesteps.md",
+    "textual_inversion.md",
     "sdxl.md",
     "sd3.md",
     "flux.md",

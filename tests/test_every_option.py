@@ -34,6 +34,7 @@ TRAINING = [
 PREPARATION = {f"{script.parent.name}/{script.stem}": script for script in preparation_scripts()}
 EXITS = ("output_config",)  # writes a file and ends the script
 CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
+OF_METHOD = {"network": ["--network_module=networks.lora"], "embedding": ["--token_string=zwx"]}
 IN_A_MODEL = (  # what a Stable Diffusion 1.x file is recognised by; few names, as thousands of cases read them
     "model.diffusion_model.input_blocks.0.0.weight",
     "cond_stage_model.transformer.text_model.final_layer_norm.weight",
@@ -140,7 +141,7 @@ def base_words(places: dict[str, Path], method: str) -> list[str]:
         f"--train_data_dir={places['data']}", "--resolution=64", "--max_train_steps=1", "--learning_rate=1e-3",
         "--enable_bucket", "--min_bucket_reso=64", "--max_data_loader_n_workers=0", "--seed=1",
     ]  # fmt: skip
-    return [*words, "--network_module=networks.lora"] if method == "network" else words
+    return [*words, *OF_METHOD.get(method, ())]
 
 
 def test_no_value_of_a_training_option_ends_in_a_traceback(places, monkeypatch):
@@ -156,8 +157,8 @@ def test_no_value_of_a_training_option_ends_in_a_traceback(places, monkeypatch):
 
         def check(words, parser=parser, family=family, method=method, traits=traits) -> None:
             options = parsing.parse_options(parser, [*base_words(places, method), *words], elsewhere=dict)
-            spec = registry.FAMILIES[family]
-            checking.check(spec.complete_options(options), spec, registry.METHODS[method])
+            spec, way = registry.FAMILIES[family], registry.METHODS[method]
+            checking.check(way.complete_options(spec.complete_options(options)), spec, way)
 
         counts = run_all(table(fresh, places), check)
         taken, refused = taken + counts[0], refused + counts[1]
@@ -184,8 +185,8 @@ def test_no_value_of_a_configuration_file_ends_in_a_traceback(places, monkeypatc
             given = [word for word in base_words(places, method) if not word.startswith(f"--{line.split()[0]}=")]
             with cli.ending_as_a_script():
                 options = parsing.parse_options(parser, [*given, f"--config_file={file}"], elsewhere=dict)
-                spec = registry.FAMILIES[family]
-                checking.check(spec.complete_options(options), spec, registry.METHODS[method])
+                spec, way = registry.FAMILIES[family], registry.METHODS[method]
+                checking.check(way.complete_options(spec.complete_options(options)), spec, way)
 
         for line in (line for option in fresh for line in lines_of(option)):
             status: Any = 0

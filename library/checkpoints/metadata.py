@@ -79,6 +79,8 @@ _IMAGE_TYPES = {
 }
 _LARGEST_THUMBNAIL = 16 << 20  # bytes; it becomes part of the header, which may have 100 MB
 _TITLES = {"/lora": "LoRA", "/textual-inversion": "TextualInversion"}
+# What the ancestor writes of embeddings where networks of the same family say "diffusers".
+_EMBEDDING_IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 
 
 def training_metadata(
@@ -121,6 +123,8 @@ def with_modelspec(metadata: Mapping[str, str], opts: Options, facts: Mapping[st
     """
     given = {key.removeprefix("modelspec."): value for key, value in facts.items() if key.startswith("modelspec.")}
     suffix = given.pop("suffix", "")
+    if suffix == "/textual-inversion" and given.get("implementation") == "diffusers":
+        given["implementation"] = _EMBEDDING_IMPLEMENTATION
     moment = float(metadata.get("ss_training_finished_at") or datetime.now().timestamp())
     options = opts.metadata
     spec: dict[str, Any] = {

@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.runtime.logs import LOGGER
+from library.text.added_word import word_pattern
 
 if TYPE_CHECKING:
     from library.data.sample.dataset import TrainingData
-    from library.data.types import DatasetSpec
+    from library.data.types import DatasetSpec, Record
     from library.options.base import Options
     from library.runtime.processes import Processes
     from library.types import FamilyTraits
@@ -32,7 +33,31 @@ def read_data(specs: list[DatasetSpec], opts: Options, traits: FamilyTraits, pro
         processes.barrier()
     for line in data.report():
         LOGGER.info("%s", line)
+    if opts.method.caption_word and not opts.data.debug_dataset:
+        _require_word(data, opts.method.caption_word)
     return data
+
+
+def _require_word(data: TrainingData, word: str) -> None:
+    """Raises: UserError: no caption holds the word that is to be trained; some that do not are a warning."""
+    pattern = word_pattern(word)
+    records = [record for record in data.records if not record.subset.is_reg]
+    without = [record.path for record in records if not any(map(pattern.search, _texts(record)))]
+    hint = f"write {word!r} into the captions, or add --use_object_template or --use_style_template"
+    if records and len(without) == len(records):
+        raise UserError(f"--token_string: no caption holds {word!r}, so nothing would be learned; {hint}")
+    if without:
+        LOGGER.warning(
+            "the captions of %d of %d images do not hold %r and teach it nothing, such as that of %s; %s",
+            *(len(without), len(records), word, without[0], hint),
+        )
+
+
+def _texts(record: Record) -> Sequence[str]:
+    """What the caption of an image is made from: templates, or its own words with what is put around them."""
+    options = record.subset.captions
+    own = (options.caption_prefix, record.caption, options.caption_suffix)
+    return options.templates or (" ".join(part for part in own if part),)
 
 
 def _data_builder(name: str | None) -> Callable[..., TrainingData]:

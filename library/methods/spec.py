@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from library.types import FamilyTraits
 
 
+def _as_given(opts: Options) -> Options:
+    return opts
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodSpec:
     """A training method. Raises: TypeError: on construction, where a part is missing."""
@@ -25,6 +29,7 @@ class MethodSpec:
     groups: tuple[type[OptionGroup], ...]  # the method's own group, and others in place of shared ones
     method: EntryPoint[[Options], Method]
     check: Callable[[Options, FamilyTraits], list[str]]  # problems that options and file headers show
+    complete_options: Callable[[Options], Options] = _as_given  # by what other options say
 
     def __post_init__(self) -> None:
         if not any(issubclass(group, MethodOptions) for group in self.groups):

@@ -17,3 +17,5 @@ class MethodOptions(OptionGroup, group="method", title="Method", always=True):
     no_token_padding = False
     network_train_unet_only = True
     train_t5xxl = False
+    caption_word = None  # what captions must hold for anything to be learned from them
+    caption_templates = ()  # texts that replace the captions of training images

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 
 import pytest
 
@@ -27,7 +27,7 @@ def parts(**changes):
 
 
 def test_no_part_may_be_missing():
-    for name in parts():
+    for name in (field.name for field in fields(MethodSpec) if field.default is MISSING):
         with pytest.raises(TypeError, match=name):
             MethodSpec(**{key: value for key, value in parts().items() if key != name})
 

@@ -26,18 +26,31 @@ COUNTS = {
     "sdxl_train": 176,
     "sd3_train": 201,
     "flux_train": 194,
+    "train_textual_inversion": 169,
+    "sdxl_train_textual_inversion": 170,
+    "sd3_train_textual_inversion": 194,
+    "flux_train_textual_inversion": 190,
 }
 # options that earlier trainers do not have
 OURS = {"strict", "data_index_dir", "ema", "ema_decay", "stochastic_rounding"}
 OURS |= {"save_best_validation", "early_stop_patience"}
 VALIDATION = {"validation_split", "validation_seed", "max_validation_steps"}
 VALIDATION |= {"validate_every_n_steps", "validate_every_n_epochs"}
+OF_NETWORKS = {  # what earlier trainers offer for networks alone
+    *("caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "weighted_captions"),
+    *("cpu_offload_checkpointing", "fp8_base_unet", "quantize_base", "no_metadata"),
+    *("initial_epoch", "initial_step", "skip_until_initial_step"),
+}
 OURS_OF = {  # of one method, or of one script
     "network": {"quantize_base"},
     "finetune": VALIDATION,
     "dreambooth": VALIDATION,
+    "embedding": VALIDATION | OF_NETWORKS,
     "sdxl_train_network": {"text_encoder_batch_size", "blocks_to_swap"},
     "sd3_train": {"text_encoder_lr1", "text_encoder_lr2", "text_encoder_lr3"},  # as guides print them
+    "sdxl_train_textual_inversion": {"blocks_to_swap"},
+    "sd3_train_textual_inversion": {"train_t5xxl"},
+    "flux_train_textual_inversion": {"train_t5xxl"},
     "sdxl_train": {"text_encoder_batch_size", "blocks_to_swap", "blockwise_fused_optimizers"},
 }
 ROOT = Path(__file__).parents[2]

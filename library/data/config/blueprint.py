@@ -143,8 +143,10 @@ class _Reader:
     def subset(self, table: Mapping[str, Any], place: str, outer: list) -> SubsetSpec:
         tables = [(place, table), *outer]
         found = {name: self.value(name, tables) for name, key in KEYS.items() if SUBSET in key.levels}
-        captions = CaptionOptions(**{field.name: found[field.name] for field in fields(CaptionOptions)})
         own = {field.name: found[field.name] for field in fields(SubsetSpec) if field.name in KEYS}
+        templates = () if own["is_reg"] else self.opts.method.caption_templates
+        named = {field.name: found[field.name] for field in fields(CaptionOptions) if field.name in KEYS}
+        captions = CaptionOptions(**named, templates=templates)
         for name in ("image_dir", "metadata_file", "conditioning_data_dir"):
             own[name] = Path(own[name]).expanduser() if own[name] else None
         own["class_tokens"] = own["class_tokens"] or None

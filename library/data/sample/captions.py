@@ -34,6 +34,7 @@ class CaptionOptions:
     caption_tag_dropout_rate: float = 0.0  # probability in [0, 1], for each token that is not kept
     token_warmup_min: int = 1
     token_warmup_step: float = 0  # optimizer steps; below 1, a fraction of the whole run
+    templates: tuple[str, ...] = ()  # one of them, drawn each time, replaces the caption
 
     @property
     def splits(self) -> bool:
@@ -60,6 +61,7 @@ def changing(captions: CaptionOptions, place: str) -> Iterable[str]:
         "enable_wildcard": captions.enable_wildcard,
         "caption_dropout_rate": captions.caption_dropout_rate > 0,
         "caption_dropout_every_n_epochs": captions.caption_dropout_every_n_epochs > 0,
+        "a template (--use_object_template, --use_style_template)": bool(captions.templates),
     }
     for name, in_use in changing.items():
         if in_use:
@@ -77,6 +79,8 @@ def make_caption(raw: str, options: CaptionOptions, rng: Random, epoch: int, ste
         epoch: counted from 1.
         step: optimizer steps finished so far; only token warm-up asks.
     """
+    if options.templates:
+        return rng.choice(options.templates)
     caption = " ".join(part for part in (options.caption_prefix, raw, options.caption_suffix) if part)
     if _is_dropped(options, rng, epoch):
         return ""

@@ -39,6 +39,7 @@ TRAITS = FamilyTraits(
     default_resolution=512,
     sample_steps=20,
     sample_scale=1.0,
+    embedding_keys={"te1": "clip_l", "te3": "t5xxl"},
     cache_keys_by_size=True,
     blocks_per_swap=1.5,  # two of the smaller single blocks count as one
     flow_shift=resolution_shift,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from library.entry_points import EntryPoint
 from library.families.flux.options import TRAITS, FluxOptions
 from library.families.spec import FamilySpec, ModelKind
+from library.options.embedding import T5_EMBEDDING_GROUPS
 from library.options.finetune import DENOISER_ONLY_GROUPS
 from library.options.large_models import LargeModelOptions, SplitModeOptions, TextCacheOptions
 
@@ -26,10 +27,15 @@ SPEC = FamilySpec(
     name="flux",
     traits=TRAITS,
     options=FluxOptions,
-    scripts={"flux_train_network": "network", "flux_train": "finetune"},
+    scripts={
+        "flux_train_network": "network",
+        "flux_train": "finetune",
+        "flux_train_textual_inversion": "embedding",
+    },
     groups={
         "network": (LargeModelOptions, TextCacheOptions, SplitModeOptions),
         "finetune": DENOISER_ONLY_GROUPS,
+        "embedding": T5_EMBEDDING_GROUPS,
     },
     kinds=(FLUX,),
     adapter=EntryPoint("library.families.flux.adapter:FluxFamily"),

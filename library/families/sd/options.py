@@ -22,6 +22,7 @@ TRAITS = FamilyTraits(
     default_resolution=512,
     sample_steps=30,
     sample_scale=7.5,
+    embedding_keys={"te": "emb_params"},
     block_layout=BlockLayout(12, 1, 12),
 )
 

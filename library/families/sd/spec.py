@@ -13,7 +13,12 @@ SPEC = FamilySpec(
     name="sd",
     traits=TRAITS,
     options=SdOptions,
-    scripts={"train_network": "network", "train_db": "dreambooth", "fine_tune": "finetune"},
+    scripts={
+        "train_network": "network",
+        "train_db": "dreambooth",
+        "fine_tune": "finetune",
+        "train_textual_inversion": "embedding",
+    },
     kinds=(SD1, SD2),
     adapter=EntryPoint("library.families.sd.adapter:SdFamily"),
     check_paths=EntryPoint("library.families.sd.variants:check_paths"),

@@ -31,6 +31,7 @@ TRAITS = FamilyTraits(
     default_resolution=512,
     sample_steps=30,
     sample_scale=7.5,
+    embedding_keys={"te1": "clip_l", "te2": "clip_g", "te3": "t5xxl"},
     cache_keys_by_size=True,
     flow_shift=_sampling_shift,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from library.entry_points import EntryPoint
 from library.families.sd3.options import TRAITS, Sd3Options
 from library.families.spec import FamilySpec, ModelKind
+from library.options.embedding import T5_EMBEDDING_GROUPS
 from library.options.finetune import THREE_ENCODER_GROUPS
 from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
 
@@ -14,8 +15,16 @@ SPEC = FamilySpec(
     name="sd3",
     traits=TRAITS,
     options=Sd3Options,
-    scripts={"sd3_train_network": "network", "sd3_train": "finetune"},
-    groups={"network": (LargeModelOptions, TextCacheOptions, BlockSwapOptions), "finetune": THREE_ENCODER_GROUPS},
+    scripts={
+        "sd3_train_network": "network",
+        "sd3_train": "finetune",
+        "sd3_train_textual_inversion": "embedding",
+    },
+    groups={
+        "network": (LargeModelOptions, TextCacheOptions, BlockSwapOptions),
+        "finetune": THREE_ENCODER_GROUPS,
+        "embedding": T5_EMBEDDING_GROUPS,
+    },
     kinds=(SD3,),
     adapter=EntryPoint("library.families.sd3.adapter:Sd3Family"),
     check_paths=EntryPoint("library.families.sd3.variants:check_paths"),

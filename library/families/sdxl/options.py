@@ -22,6 +22,7 @@ TRAITS = FamilyTraits(
     default_resolution=1024,
     sample_steps=30,
     sample_scale=7.5,
+    embedding_keys={"te1": "clip_l", "te2": "clip_g"},
     block_layout=BlockLayout(9, 3, 9, edge=1),
 )
 

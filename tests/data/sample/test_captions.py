@@ -289,6 +289,12 @@ def test_a_line_separator_inside_a_caption_reaches_the_caption(tmp_path):
     assert outcomes(whole, enable_wildcard=True) == {"a cat\u2028on a mat, hat", "second"}
 
 
+def test_a_template_replaces_the_caption_whatever_else_is_asked():
+    templates = ("a photo of zwx", "a zwx, large")
+    rest = {"caption_prefix": "p", "shuffle_caption": True, "caption_dropout_rate": 1, "enable_wildcard": True}
+    assert outcomes("a cat", templates=templates, **rest) == set(templates)
+
+
 # ---- captions that change
 
 
@@ -314,6 +320,11 @@ def test_captions_that_change_are_refused(name, value):
     (line,) = changing(CaptionOptions(**{name: value}), "data.toml, [[datasets]] 1")
     assert line.startswith(f"data.toml, [[datasets]] 1: {name} changes the caption")
     assert f"remove {name}" in line
+
+
+def test_templates_are_refused_by_their_options():
+    (line,) = changing(CaptionOptions(templates=("a zwx",)), "here")
+    assert "--use_object_template" in line
 
 
 def test_every_reason_has_its_line():
