@@ -87,7 +87,7 @@ class EmbeddingMethod(Method):
             path = self.opts.method.weights
             names = names_by_part(self._file, self._keys, path)
             for part in names.keys() ^ self._keys.keys():
-                LOGGER.warning("%s: holds no %s, whose vectors start anew", path, self._keys[part])
+                LOGGER.warning("%s: holds no %s, whose vectors start as new ones", path, self._keys[part])
             for part, name in names.items():
                 width = tables[part].shape[1]
                 if self._file[name].shape[1] != width:

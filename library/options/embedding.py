@@ -59,11 +59,11 @@ class EmbeddingOptions(MethodOptions, title="Textual Inversion"):
         elif not self.caption_word.isprintable():
             yield f"--token_string: must be a word, got {self.token_string!r}"
 
-    def advise(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.use_object_template and self.use_style_template:
-            yield "--use_style_template: no effect with --use_object_template"
+            yield "--use_style_template: has no effect with --use_object_template"
         if self.weights and self.init_word:
-            yield "--init_word: no effect with --weights, whose vectors are the start"
+            yield "--init_word: has no effect with --weights, whose vectors are the start"
         if any(sign in (self.token_string or "") for sign in _IN_PROMPTS):
             yield f"--token_string: {self.token_string} has brackets, which weigh words in prompts; choose another word"
 

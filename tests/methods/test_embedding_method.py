@@ -250,11 +250,11 @@ def test_weights_are_the_start(given, tmp_path):
     assert len(models.tokenizers["te"](WORD, add_special_tokens=False).input_ids) == 2
 
 
-def test_a_text_encoder_that_the_file_lacks_starts_anew(places, tmp_path, messages):
+def test_a_text_encoder_that_the_file_lacks_starts_fresh(places, tmp_path, messages):
     save_file({"clip_g": torch.ones(3, 128)}, tmp_path / "a.safetensors")
     run = attached("sdxl", **places["sdxl"], weights=str(tmp_path / "a.safetensors"))
     assert torch.equal(run.rows["te2"], torch.ones(3, 128))
-    assert [line for line in messages if "holds no clip_l, whose vectors start anew" in line]
+    assert [line for line in messages if "holds no clip_l, whose vectors start as new ones" in line]
 
 
 # ---- mistakes
