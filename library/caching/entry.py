@@ -171,7 +171,7 @@ def read_arrays(file: Path, names: Sequence[str], what: str, shapes: Mapping[str
 
 def unusable(file: Path, what: str, reason: str) -> UserError:
     why = f"the cached {what} cannot be used ({reason})"
-    return UserError(f"{file}: {why}; delete the file, or leave out --skip_cache_check, to have them made again")
+    return UserError(f"{file}: {why}; delete the file, or leave out --skip_cache_check, to encode again")
 
 
 def _float32(stored: StoredArray, array: NDArray[Any]) -> NDArray[np.float32]:

@@ -199,7 +199,7 @@ def _open_cache(
         foreign_vae = sum(not one.present and vae not in made_by[one] for one in noted)
         if foreign_vae:
             LOGGER.warning(
-                "%d images are not there, and their latents were made by another VAE; they are used", foreign_vae
+                "%d images do not exist, and their latents were made by another VAE; they are used", foreign_vae
             )
     return cache
 

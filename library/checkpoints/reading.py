@@ -246,7 +246,7 @@ def read_torch(path: str | Path) -> Any:
         raise UserError(f"{path}: cannot be read as a torch checkpoint ({first_line}); get the file again") from None
     if unknown:
         names = ", ".join(unknown[:_SHOWN]) + (f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else "")
-        LOGGER.info("%s: read without its objects of %s; nothing of them was run", path, names)
+        LOGGER.info("%s: read without its objects of %s; none of their code was run", path, names)
     return content
 
 

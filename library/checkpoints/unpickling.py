@@ -132,7 +132,9 @@ def load_torch(path: Path, **options: Any) -> Any:
     zipped = is_zip(path)
     if zipped and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
         # torch.load would hand it to TorchScript, which runs it.
-        raise UserError(f"{path}: this is a TorchScript program, not a file of weights; get the weights by themselves")
+        raise UserError(
+            f"{path}: this is a TorchScript program, not a file of weights; get a file of the weights alone"
+        )
     if path.name.endswith(".safetensors"):  # torch goes by the name, and gives it to the other library
         with open_regular(path) as file:
             return torch.load(file, map_location="cpu", **options)

@@ -79,7 +79,7 @@ def generate(
         pixels = decode(family, models, latents, torch.float32 if vae_float32 else dtype, widen=vae_float32)
         for prompt, finite in zip(group, pixels.isfinite().flatten(1).all(1).tolist(), strict=True):
             if not finite:
-                LOGGER.warning(f"the image of {prompt.prompt!r} holds values that are no numbers (overflow?)")
+                LOGGER.warning(f"the image of {prompt.prompt!r} holds NaN or infinite values (overflow?)")
         images += to_images(pixels)
     return images
 

@@ -140,7 +140,7 @@ class Preview:
             memory = exhausted(error)
             if memory is None:
                 raise
-            LOGGER.warning("no sample images: the %s does not suffice; choose smaller ones in --sample_prompts", memory)
+            LOGGER.warning("no sample images: not enough %s; choose smaller ones in --sample_prompts", memory)
             return []
         if not write:
             return []

@@ -83,7 +83,7 @@ def make_scheduler(
     scheduler = getattr(diffusers, class_name)(**settings)
     scheduler.set_timesteps(steps, device=device)
     if not scheduler.timesteps.isfinite().all():  # differences of sigmas, rounded below zero
-        raise UserError(f"the sampler {name} cannot make an image in {steps} steps with this schedule: take more")
+        raise UserError(f"the sampler {name} cannot make an image in {steps} steps with this schedule; use more")
     return scheduler
 
 

@@ -31,7 +31,7 @@ class CachingOptions(MethodOptions, title="Caching"):
 
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.skip_existing:
-            yield "--skip_existing: no longer needed; files that fit are always kept, and others are made again"
+            yield "--skip_existing: has no effect; valid files are always kept, and others are made again"
 
 
 class CachedModel(LargeModelOptions):
@@ -41,7 +41,7 @@ class CachedModel(LargeModelOptions):
 class CachedData(AnyData):
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.debug_dataset:
-            yield "--debug_dataset: has no effect here; the training scripts show the data set"
+            yield "--debug_dataset: has no effect here; the training scripts do this"
 
 
 class CachedTexts(TextCacheOptions):

@@ -187,7 +187,7 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
             flag = "--cache_latents" if self.cache_latents else "--cache_latents_to_disk"
             for name in ("color_aug", "random_crop", "face_crop_aug_range"):
                 if getattr(self, name):
-                    yield f"{flag}: cannot be used with --{name}, which makes every image new each time; drop one"
+                    yield f"{flag}: cannot be used with --{name}, which changes the image each time; use one of them"
 
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.skip_cache_check and not self.cache_latents_to_disk and not self.in_json and not self.dataset_config:

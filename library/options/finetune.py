@@ -140,7 +140,7 @@ class WholeModelSaving(SavingOptions):
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from super().warnings(opts, traits)
         if self.use_safetensors and self.save_model_as:
-            yield "--use_safetensors: has no effect, --save_model_as decides"
+            yield "--use_safetensors: has no effect with --save_model_as"
 
 
 class WholeModelTraining(TrainingOptions, without=("skip_until_initial_step", "initial_epoch", "initial_step")):
@@ -189,7 +189,7 @@ class TwoEncoderOptions(FinetuneOptions, without=("learning_rate_te",)):
         try:
             rates = self.block_rates or ()
         except ValueError:
-            yield f"--block_lr: must be numbers with commas between them, got {self.block_lr}"
+            yield f"--block_lr: must be numbers separated by commas, got {self.block_lr}"
             return
         if rates and len(rates) != wanted:
             yield f"--block_lr: needs {wanted} rates, got {len(rates)}"
@@ -256,7 +256,7 @@ _T5 = 2  # its number among three text encoders
 
 def _cached_and_trained(trained: bool, opts: Options) -> Iterable[str]:
     if trained and opts.text_cache.in_use:
-        yield "--cache_text_encoder_outputs: a text encoder whose outputs are cached cannot be trained; drop one"
+        yield "--cache_text_encoder_outputs: a text encoder whose outputs are cached cannot be trained; use one of them"
 
 
 def _rates_of_untrained(options: FinetuneOptions, names: Iterable[str]) -> Iterable[str]:

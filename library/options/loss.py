@@ -52,7 +52,7 @@ class NoiseOptions(OptionGroup, group="noise", title="Noise and timesteps"):
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.noise_offset is not None and self.multires_noise_iterations is not None:
-            yield "--noise_offset: cannot be used with --multires_noise_iterations; drop one"
+            yield "--noise_offset: cannot be used with --multires_noise_iterations; use one of them"
         if self.adaptive_noise_scale is not None and self.noise_offset is None:
             yield "--adaptive_noise_scale: needs --noise_offset, which it changes"
         low = 0 if self.min_timestep is None else self.min_timestep

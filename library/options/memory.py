@@ -66,12 +66,12 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.full_fp16 and self.full_bf16:
-            yield "--full_fp16: cannot be used with --full_bf16; drop one"
+            yield "--full_fp16: cannot be used with --full_bf16; use one of them"
         for flag, given, needed in (("--full_fp16", self.full_fp16, "fp16"), ("--full_bf16", self.full_bf16, "bf16")):
             if given and self.mixed_precision != needed:
                 yield f"{flag}: needs --mixed_precision {needed}, got {self.mixed_precision}"
         if self.stochastic_rounding and not self.full_bf16:
-            yield "--stochastic_rounding: needs --full_bf16; float32 weights lose nothing that it could save"
+            yield "--stochastic_rounding: needs --full_bf16; float32 weights need no stochastic rounding"
         elif self.stochastic_rounding and is_schedule_free(opts.optimizer):
             yield f"--stochastic_rounding: {optimizer_name(opts.optimizer)} averages its weights, which must be float32"
         if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
@@ -80,7 +80,7 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
             if given and opts.method.trains_model:
                 yield f"{flag}: only weights that are not trained can be kept in 8 bits; this script trains them all"
             if given and self.quantize_base not in (None, "fp8"):
-                yield f"--quantize_base: {self.quantize_base} cannot be used with {flag}, which asks for fp8; drop one"
+                yield f"--quantize_base: {self.quantize_base} cannot be used with {flag}, which means fp8; use one"
         if self.quantize_base not in (None, "fp8"):
             lack = _lack_of_bitsandbytes()
             if lack:
@@ -139,7 +139,7 @@ class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs")
             return
         yield from sharding.problems(opts)
         if os.environ.get("ACCELERATE_USE_MEGATRON_LM", "false").lower() in ("1", "true"):
-            yield "accelerate was launched with Megatron-LM, which is not supported; choose FSDP in its place"
+            yield "accelerate was launched with Megatron-LM, which is not supported; choose FSDP instead"
 
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         for name in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):

@@ -61,7 +61,7 @@ class NetworkOptions(MethodOptions, title="Network"):
         yield from self._check_module()
         yield from not_pairs("--network_args", self.network_args)
         if self.network_train_unet_only and self.network_train_text_encoder_only:
-            yield "--network_train_unet_only: cannot be used with --network_train_text_encoder_only; drop one"
+            yield "--network_train_unet_only: cannot be used with --network_train_text_encoder_only; use one of them"
         if self.dim_from_weights and not self.network_weights:
             yield "--dim_from_weights: needs --network_weights, the file to take the ranks from"
 
@@ -95,7 +95,7 @@ class NetworkOptions(MethodOptions, title="Network"):
                 f"first {f'{encoders} rates count' if encoders > 1 else 'rate counts'} of {len(rates)}"
             )
         if len(self.base_weights_multiplier or ()) > len(self.base_weights or ()):
-            yield "--base_weights_multiplier: there are more values than --base_weights; the first ones count"
+            yield "--base_weights_multiplier: there are more values than --base_weights; the first ones are used"
         if self.network_train_unet_only and self.text_encoder_lr:
             yield "--text_encoder_lr: has no effect with --network_train_unet_only"
         if self.network_train_text_encoder_only and self.unet_lr is not None:

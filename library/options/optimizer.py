@@ -248,7 +248,7 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
         if not sets_own_rate(self):
             return
         if given.get("warmup_init") and not given.get("relative_step", True):
-            yield "--optimizer_args: warmup_init=True goes with relative_step=True only, which is used"
+            yield "--optimizer_args: warmup_init=True needs relative_step=True, which is used"
         own = "AdaFactor with relative_step sets the rate itself"
         if "lr_scheduler" in opts.explicit and schedule_name(self) != "adafactor":
             yield f"--lr_scheduler: has no effect; {own}"
@@ -390,7 +390,7 @@ def repeated(flag: str, entries: Sequence[str] | None) -> Iterator[str]:
         name, _, text = entry.partition("=")
         values.setdefault(name.strip(), set()).add(text.strip())
     for name in (name for name, given in values.items() if len(given) > 1):
-        yield f"{flag}: {name} is given several times; the last one counts"
+        yield f"{flag}: {name} is given several times; the last one is used"
 
 
 def not_pairs(flag: str, entries: Sequence[str] | None, *, literals: bool = False) -> Iterator[str]:

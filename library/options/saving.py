@@ -122,9 +122,9 @@ class SavingOptions(OptionGroup, group="saving", title="Saving"):
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.huggingface_repo_id and self.huggingface_repo_visibility not in (None, "public", "private"):
             given = self.huggingface_repo_visibility
-            yield f"--huggingface_repo_visibility: {given!r} is not public, so it counts as private"
+            yield f"--huggingface_repo_visibility: {given!r} is not public, so private is used"
         if self.save_n_epoch_ratio and self.save_every_n_epochs:
-            yield "--save_every_n_epochs: has no effect, --save_n_epoch_ratio decides"
+            yield "--save_every_n_epochs: has no effect with --save_n_epoch_ratio"
         if self.save_state_to_huggingface and not (self.save_state or self.save_state_on_train_end):
             yield "--save_state_to_huggingface: no state is saved without --save_state or --save_state_on_train_end"
 

@@ -68,7 +68,7 @@ def problems(opts: Options, environ: Mapping[str, str] = os.environ) -> Iterator
         yield f"{by} shards a whole model that is trained; here leave it out and use accelerate launch --multi_gpu"
         return
     if memory.mixed_precision == "fp16" or memory.full_fp16:
-        yield f"{by} cannot be used with fp16, which overflows apart in every process; use --mixed_precision bf16"
+        yield f"{by} cannot be used with fp16, which overflows differently in each process; use --mixed_precision bf16"
     others = {
         "--blocks_to_swap": opts.swap.count > 0,
         "--stochastic_rounding": memory.stochastic_rounding,
@@ -100,7 +100,7 @@ def warnings(opts: Options, environ: Mapping[str, str] = os.environ) -> Iterator
 
 def _zero(asked_by: str, stage: int, *devices: str | None) -> Sharding | None:
     if "nvme" in devices:
-        raise UserError(f"{asked_by}: weights cannot be kept on disk (nvme); offload to cpu, or not at all")
+        raise UserError(f"{asked_by}: weights cannot be kept on disk (nvme); use cpu, or do not offload")
     return Sharding(asked_by, stage == 3, "cpu" in devices) if stage else None
 
 

@@ -90,7 +90,7 @@ class TaggingOptions(OptionGroup, group="tagging", title="Tagging"):
         if self.output_path is not None and Path(self.output_path).suffix.lower() not in JSON_ENDINGS:
             yield f"--output_path must end in .json or .jsonl, got {self.output_path!r}"
         if self.skip_existing and self.append_tags:
-            yield "--skip_existing leaves existing tags alone and --append_tags adds to them; give one of them"
+            yield "--skip_existing skips images that have tags and --append_tags adds to them; use one of them"
         if self._writes_nothing():
             yield f"--thresh: no tag has a probability above 1, so none would be written, got {self.thresh}"
 

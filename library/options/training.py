@@ -44,4 +44,4 @@ class TrainingOptions(OptionGroup, group="training", title="Training"):
 
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.max_train_epochs is not None and "max_train_steps" in opts.explicit:
-            yield f"--max_train_steps {self.max_train_steps}: has no effect, --max_train_epochs decides the length"
+            yield f"--max_train_steps {self.max_train_steps}: has no effect with --max_train_epochs"

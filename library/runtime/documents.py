@@ -121,7 +121,7 @@ def parse_json(text: str, place: str | Path) -> Any:
         raise UserError(f"{place} is not valid JSON: {error}") from None
     _require_shallow(value, place)
     for key in repeated:
-        LOGGER.warning("%s: %r stands there more than once with different values; the last one counts", place, key)
+        LOGGER.warning("%s: %r stands there more than once with different values; the last one is used", place, key)
     return value
 
 

@@ -29,7 +29,7 @@ def as_user_error(error: BaseException) -> UserError | None:
     what = exhausted(error)
     if what:
         return UserError(
-            f"the {what} does not suffice ({_first_line(error)}); use smaller images, batches or network dimensions, "
+            f"not enough {what} ({_first_line(error)}); use smaller images, batches or network dimensions, "
             "or the options of docs/memory.md"
         )
     if not isinstance(error, OSError) or error.errno is None:

@@ -42,4 +42,4 @@ class Interruption:
             raise KeyboardInterrupt
         self.requested = True
         name = signal.Signals(number).name
-        LOGGER.warning("%s: finishing the step, then saving; once more ends it at once", name)
+        LOGGER.warning("%s: finishing the step, then saving; a second signal stops at once", name)

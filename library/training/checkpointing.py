@@ -27,7 +27,7 @@ def state_parts(run: Run) -> state.StateParts:
 
 
 def save(run: Run, progress: Progress, due: saving.SaveRequest) -> None:
-    """Raises: UserError: no room, no permission, or broken weights; what was saved before is whole."""
+    """Raises: UserError: no room, no permission, or broken weights; earlier files are intact."""
     _check_weights(run, progress)
     parts = state_parts(run)
     needed = state.needed_bytes(parts) if due.state else state.size_of(parts.trained.state_dict())
@@ -85,7 +85,7 @@ def save_interrupted(run: Run, progress: Progress) -> None:
     folder = run.saves.state_of(run.saves.step_path(progress.step))
     _save_state(run, progress, folder)
     LOGGER.warning(
-        "interrupted after step %d; --resume=%s goes on from there; %s",
+        "interrupted after step %d; --resume=%s continues from there; %s",
         *(progress.step, folder, _usable(run, progress, folder)),
     )
 

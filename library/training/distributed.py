@@ -74,7 +74,7 @@ def agreed_seed(opts: Options, accelerator: Accelerator) -> int:
     if opts.training.seed is not None:
         if saved not in (None, opts.training.seed):
             LOGGER.warning(
-                "--seed %d is not that of the resumed run, %d: the data comes in another order",
+                "--seed %d is not that of the resumed run, %d: the order of the data differs",
                 opts.training.seed,
                 saved,
             )
@@ -84,7 +84,7 @@ def agreed_seed(opts: Options, accelerator: Accelerator) -> int:
     from accelerate.utils import broadcast_object_list
 
     (seed,) = broadcast_object_list([random.SystemRandom().randrange(2**32)])
-    LOGGER.info("--seed was not given; this run's is %d", seed)
+    LOGGER.info("--seed was not given; this run uses %d", seed)
     return seed
 
 

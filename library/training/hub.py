@@ -160,7 +160,7 @@ def fetch_state(opts: Options) -> Options:
     from huggingface_hub import HfApi
 
     wanted = parse_hub_folder(opts.saving.resume)
-    LOGGER.info("fetching the state %s of %s from Hugging Face", wanted.path, wanted.repo)
+    LOGGER.info("downloading the state %s of %s from Hugging Face", wanted.path, wanted.repo)
     try:
         snapshot = HfApi().snapshot_download(
             wanted.repo,
@@ -170,7 +170,7 @@ def fetch_state(opts: Options) -> Options:
             token=opts.saving.huggingface_token,
         )
     except Exception as error:  # of several packages, one of which changes with the hub client's version
-        raise UserError(f"--resume: {opts.saving.resume} cannot be fetched: {_reason(error)}") from None
+        raise UserError(f"--resume: {opts.saving.resume} cannot be downloaded: {_reason(error)}") from None
     folder = Path(snapshot, wanted.path)
     if not folder.is_dir():
         raise UserError(f"--resume: there is no state {wanted.path} in {wanted.repo} at Hugging Face")

@@ -32,19 +32,19 @@ def clear(options: SavingOptions) -> None:
     for stem in stems:
         for state in _replaced(folder, stem):
             if durable.recover(state):
-                LOGGER.warning("%s has its name back; a killed run was replacing it", state)
+                LOGGER.warning("%s has been restored; a killed run was replacing it", state)
     for leftover in durable.abandoned(folder, concerns):
         size = _size(leftover.path)
         restored = _restored(leftover)
         try:
             durable.remove(leftover.path)
         except OSError as error:
-            LOGGER.warning("%s: a killed run has left it, and it cannot be removed (%s)", leftover.path, error.strerror)
+            LOGGER.warning("%s: was left by a killed run, and cannot be removed (%s)", leftover.path, error.strerror)
             continue
         if restored:
-            LOGGER.warning("%s is whole and has its name now; a killed run had not come to that", leftover.target)
+            LOGGER.warning("%s was complete and has been renamed; a killed run had not done so", leftover.target)
         else:
-            LOGGER.warning("removed %s (%.1f MiB), which a killed run has left", leftover.path, size / 2**20)
+            LOGGER.warning("removed %s (%.1f MiB), which a killed run had left", leftover.path, size / 2**20)
     samples, start = sample_place(options)
     for leftover in durable.abandoned(samples, lambda name: name.startswith(start) and name.endswith(".png")):
         durable.remove(leftover.path)

@@ -203,7 +203,7 @@ def _validate(run: Run, parts: StepParts, progress: Progress, report: Report) ->
         checkpointing.save(run, progress, saving.SaveRequest(run.saves.best_path()))
     progress.stopped = options.early_stop_patience is not None and run.best.since >= options.early_stop_patience
     if progress.stopped:
-        LOGGER.warning("stopping at step %d: %d validations brought nothing better", progress.step, run.best.since)
+        LOGGER.warning("stopping at step %d: %d validations without improvement", progress.step, run.best.since)
     return loss
 
 

@@ -107,9 +107,9 @@ def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
         "diffusers.AutoencoderKL.from_pretrained",
         lambda name, *, local_files_only, **options: fetch(name, "", local_files_only=local_files_only),
     )
-    with pytest.raises(UserError, match=r"what kind of model this is \(nobody there\); set --family"):
+    with pytest.raises(UserError, match=r"for the kind of model \(nobody there\); set --family"):
         family_of("owner/model")
-    with pytest.raises(UserError, match=r"owner/model/vae: .* the hub did not give it \(nobody there\)"):
+    with pytest.raises(UserError, match=r"owner/model/vae: .* the hub does not provide it \(nobody there\)"):
         from_pretrained(AutoencoderKL, "owner/model", "vae")
     assert asked == ["owner/model"] * 2
     assert all(fetched)

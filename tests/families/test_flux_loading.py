@@ -325,7 +325,7 @@ def test_other_weights_with_scales_are_named(tmp_path, parts):
 
 def test_encoders_of_another_width(tmp_path, parts):
     tensors = {**flux_tensors(), "txt_in.weight": torch.ones(WIDTH, 40)}
-    with pytest.raises(UserError, match="T5 has width 48, the model asks for 40"):
+    with pytest.raises(UserError, match="T5 has width 48, the model needs 40"):
         load(write(tmp_path / "model.safetensors", tensors), parts)
 
 
@@ -366,7 +366,7 @@ def test_a_model_that_is_nowhere(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "no such file or folder" in problems_of("nothing.safetensors", {})
     assert problems_of("someone/not-in-the-cache", {}) == ""
-    with pytest.raises(UserError, match="the hub did not give it"):
+    with pytest.raises(UserError, match="the hub does not provide it"):
         load("someone/not-in-the-cache", {})
 
 

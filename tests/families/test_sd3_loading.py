@@ -236,10 +236,10 @@ def test_parts_that_do_not_fit_together_are_refused(bare, encoder_files, tmp_pat
     tensors = clip_tensors(tiny_clip("te2"))
     tensors["text_projection.weight"] = tensors["text_projection.weight"][:80].clone()
     save_file(tensors, tmp_path / "g.safetensors")
-    with pytest.raises(UserError, match="pooled vectors of width 144 together, the model asks for 160"):
+    with pytest.raises(UserError, match="pooled vectors of width 144 together, the model needs 160"):
         load_model(str(bare), {"te1": str(encoder_files["te1"]), "te2": str(tmp_path / "g.safetensors")})
     save_file(t5_weights(tiny_t5(32)), tmp_path / "t5.safetensors")
-    with pytest.raises(UserError, match="T5 gives states of width 32, the model asks for 160"):
+    with pytest.raises(UserError, match="T5 gives states of width 32, the model needs 160"):
         load_model(str(bare), {"te3": str(tmp_path / "t5.safetensors")})
 
 

@@ -385,7 +385,7 @@ def test_missing_model_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no such file or folder"):
         load_model(str(tmp_path / "nothing.safetensors"), False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"someone/nothing.*nor in the hub's cache, and the hub did not give it"):
+    with pytest.raises(UserError, match=r"someone/nothing.*nor in the hub's cache, and the hub does not provide it"):
         load_model("someone/nothing", False)
     os.makedirs(tmp_path / "empty")
     with pytest.raises(UserError, match=r"unet/config\.json is missing"):

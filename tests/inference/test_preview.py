@@ -195,7 +195,7 @@ def test_images_that_no_memory_holds_are_one_warning_and_the_run_goes_on(make, m
     models.denoiser.mid_block.register_forward_hook(lambda *_: torch.empty(1 << 50))
     assert make().render(models, 1, None) == []
     assert [record.getMessage() for record in said.records] == [
-        "no sample images: the CPU memory does not suffice; choose smaller ones in --sample_prompts"
+        "no sample images: not enough CPU memory; choose smaller ones in --sample_prompts"
     ]
     assert models.denoiser.training
     assert not (tmp_path / "out" / "sample").exists()

@@ -185,9 +185,9 @@ def test_the_last_of_several_counts(read):
     assert (opts.family.clip_skip, opts.method.network_dim) == (2, 4)
     assert list(opts.remarks) == ["key 'clip_skip' in gui.toml: given in several sections; the last one counts"]
     repeated = said(read, {"network_args": ["conv_dim=1", "conv_alpha=1", "conv_dim=2", "conv_alpha=1"]})
-    assert repeated == ["--network_args: conv_dim is given several times; the last one counts (from gui.toml)"]
+    assert repeated == ["--network_args: conv_dim is given several times; the last one is used (from gui.toml)"]
     repeated = said(read, {"optimizer_args": ["weight_decay=0.1", "weight_decay=0.2"]})
-    assert repeated == ["--optimizer_args: weight_decay is given several times; the last one counts (from gui.toml)"]
+    assert repeated == ["--optimizer_args: weight_decay is given several times; the last one is used (from gui.toml)"]
 
 
 def test_surplus_rates_are_left_alone(read):

@@ -69,7 +69,7 @@ def test_refused(valid, traits, tmp_path, monkeypatch, flags, problem):
 def test_what_is_not_public_is_private(valid, traits):
     opts = valid("--huggingface_repo_id=a/b", "--huggingface_repo_visibility=secret")
     assert problems(opts, traits) == []
-    assert "'secret' is not public, so it counts as private" in "".join(warnings(opts, traits))
+    assert "'secret' is not public, so private is used" in "".join(warnings(opts, traits))
     assert problems(valid("--huggingface_repo_visibility=secret", "--huggingface_repo_type=space"), traits) == []
 
 

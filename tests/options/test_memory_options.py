@@ -16,7 +16,7 @@ REFUSED = [
     ("--stochastic_rounding", "--stochastic_rounding: needs --full_bf16"),
     (f"{BF16} --stochastic_rounding --optimizer_type=RAdamScheduleFree", "--stochastic_rounding: RAdamScheduleFree av"),
     ("--cpu_offload_checkpointing", "--cpu_offload_checkpointing: needs --gradient_checkpointing"),
-    ("--quantize_base=nf4 --fp8_base", "--quantize_base: nf4 cannot be used with --fp8_base, which asks for fp8"),
+    ("--quantize_base=nf4 --fp8_base", "--quantize_base: nf4 cannot be used with --fp8_base, which means fp8"),
     ("--quantize_base=int8 --fp8_base_unet", "--quantize_base: int8 cannot be used with --fp8_base_unet, which"),
     ("--fused_backward_pass --optimizer_type=Prodigy", "--fused_backward_pass: Prodigy cannot step weights one by one"),
     ("--fused_backward_pass --gradient_accumulation_steps=2", "--fused_backward_pass: cannot be used with --gradient_"),

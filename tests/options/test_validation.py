@@ -278,7 +278,7 @@ def test_the_list_of_torch_schedules_is_complete():
 
 
 WARNED = [
-    ("--v2 --clip_skip=2", "--clip_skip: 2.x models use"),
+    ("--v2 --clip_skip=2", "--clip_skip: 2.x models always use"),
     ("--zero_terminal_snr", "--zero_terminal_snr: meant for --v_parameterization"),
     ("--zero_terminal_snr --min_snr_gamma=5", "--zero_terminal_snr: meant for --v_parameterization"),
     ("--sample_every_n_steps=-1", "--sample_every_n_steps: must be at least 1, got -1; ignored"),
@@ -311,7 +311,7 @@ WARNED = [
     ("--optimizer_type=AdaFactor --max_grad_norm=0 --lr_warmup_steps=9", "--lr_warmup_steps: has no effect; AdaFactor"),
     (
         "--optimizer_type=AdaFactor --max_grad_norm=0 --optimizer_args warmup_init=True relative_step=False",
-        "--optimizer_args: warmup_init=True goes with relative_step=True only, which is used",
+        "--optimizer_args: warmup_init=True needs relative_step=True, which is used",
     ),
     ("--network_train_unet_only --text_encoder_lr 1e-5", "--text_encoder_lr: has no effect"),
     ("--network_train_text_encoder_only --unet_lr=1e-5", "--unet_lr: has no effect"),

@@ -137,5 +137,5 @@ class TestJson:
         with caplog.at_level(logging.WARNING):
             assert parse_json('{"a": 1, "b": 2, "b": 2, "a": 3}', "f") == {"a": 3, "b": 2}
         assert [record.getMessage() for record in caplog.records] == [
-            "f: 'a' stands there more than once with different values; the last one counts"
+            "f: 'a' stands there more than once with different values; the last one is used"
         ]

@@ -579,7 +579,7 @@ def test_a_whole_model_that_no_longer_improves_is_not_trained_on(standing, tmp_p
     assert [line.partition(" at ")[2] for line in said] == [
         "step 3",
         "step 6",
-        "step 6: 1 validations brought nothing better",
+        "step 6: 1 validations without improvement",
     ]
     assert copies(tmp_path) == ["", "-000001", "-000002", "-best"]
 

@@ -144,6 +144,6 @@ def test_without_network_the_default_weights_are_asked_for_in_one_line(run_scrip
     found = run_script("finetune/make_captions.py", str(tmp_path))
     assert found.returncode == 2
     (error,) = [line for line in found.stderr.splitlines() if line.startswith("error:")]
-    assert "model_large_caption.pth: cannot be fetched" in error
+    assert "model_large_caption.pth: cannot be downloaded" in error
     assert str(tmp_path / "cache" / "weights" / "model_large_caption.pth") in error
     assert "Traceback" not in found.stderr

@@ -118,7 +118,7 @@ def test_a_signal_ends_the_run_with_a_state(whole, train_arguments, start_script
     done = script.result()
     assert done.returncode == 0, done.stderr[-3000:]
     (state,) = tmp_path.glob("lora-step*-state")
-    assert f"--resume={state} goes on from there; {state / 'model.safetensors'} can be used as it is" in done.stderr
+    assert f"--resume={state} continues from there; {state / 'model.safetensors'} can be used as it is" in done.stderr
     assert not (tmp_path / "lora.safetensors").exists()
     done = run_script(*train_arguments(tmp_path, **OPTIONS | {"resume": state}))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -248,7 +248,7 @@ def test_names_are_tried_and_leftovers_cleared_away_before_anything_is_loaded(ru
 
 @pytest.mark.rows("R148", "R150", "R151")
 def test_counting_from_another_step(run_script, train_arguments, whole, tmp_path):
-    """--initial_step counts only; with --skip_until_initial_step the data goes on from there too."""
+    """--initial_step counts only; with --skip_until_initial_step the data continues from there too."""
     weights = whole / "lora-step00000008.safetensors"
     options = OPTIONS | {"network_weights": weights, "initial_step": 7, "save_every_n_steps": None, "save_state": None}
     hashes = []

@@ -186,10 +186,10 @@ def test_states_are_fetched_without_pickles(hub, run):
     assert good == with_revision == sorted(STATE)
     assert of_set == ["optimizer.bin"]
     assert no_folder == "--resume: there is no state runs/b in me/style at Hugging Face"
-    assert no_revision.startswith("--resume: me/style/runs/a[1]/lora-state:v2 cannot be fetched: ")
-    assert no_repository.startswith("--resume: me/nothing/s cannot be fetched: ")
+    assert no_revision.startswith("--resume: me/style/runs/a[1]/lora-state:v2 cannot be downloaded: ")
+    assert no_repository.startswith("--resume: me/nothing/s cannot be downloaded: ")
 
 
 def test_a_state_without_the_network(run):
     result = run("WANTED = '[\"me/style/s\"]'" + FETCH, HF_HUB_OFFLINE="1")
-    assert json.loads(result.stdout)[0].startswith("--resume: me/style/s cannot be fetched: ")
+    assert json.loads(result.stdout)[0].startswith("--resume: me/style/s cannot be downloaded: ")

@@ -50,7 +50,7 @@ def test_half_files_and_states_of_this_output_are_named_and_removed(tmp_path, me
     clear(tmp_path, name)
     assert names(folder) == sorted(others)
     assert len(messages()) == 3
-    assert all(line.startswith("removed ") and "which a killed run has left" in line for line in messages())
+    assert all(line.startswith("removed ") and "which a killed run had left" in line for line in messages())
 
 
 def test_what_is_being_written_stays(tmp_path, messages):
@@ -71,7 +71,7 @@ def test_a_whole_state_without_a_name_gets_it_if_nobody_has_it(tmp_path, message
     assert state_notes.is_whole(target)
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
     (line,) = messages()
-    assert line.startswith("removed" if there else f"{target} is whole and has its name now")
+    assert line.startswith("removed" if there else f"{target} was complete and has been renamed")
 
 
 def test_a_state_with_a_wrong_checksum_is_not_restored(tmp_path):

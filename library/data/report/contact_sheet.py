@@ -111,7 +111,7 @@ def write_sheets(data: TrainingData, folder: Path, *, epochs: int = 3, most: int
         raise UserError(f"{folder}: the contact sheets cannot be written ({error.strerror or error})") from None
     if strange:
         LOGGER.warning(
-            "contact sheets: no font here has %s; they are boxes on the sheets, and reach training as they should",
+            "contact sheets: no font on this machine has %s; they are boxes on the sheets, and correct in training",
             " ".join(sorted(strange)[:20]),
         )
     return sheets

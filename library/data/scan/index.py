@@ -295,7 +295,7 @@ def _read(file: Path, folder: str) -> dict[str, Entry]:
         files = content.get("files")
         if isinstance(files, dict) and all(map(_is_entry, files.values())):
             return files
-    LOGGER.info(f"{file}: the file index is rebuilt (it is of another version or folder)")
+    LOGGER.info(f"{file}: the file index is rebuilt (its version or folder differs)")
     return {}
 
 

@@ -58,7 +58,7 @@ def read_metadata(path: Path, *, may_be_empty: bool = False) -> dict[str, dict[s
         raise UserError(*problems)
     if not entries and not may_be_empty:
         raise UserError(
-            f"{path}: there are no images in it; write captions into it with merge_captions_to_metadata.py, "
+            f"{path}: there are no images in it; add captions with merge_captions_to_metadata.py, "
             "or tags with merge_dd_tags_to_metadata.py"
         )
     return entries
@@ -137,7 +137,7 @@ def _check_entry(entry: Any, path: Path, place: str) -> Iterator[str]:
         if value is not None and not isinstance(value, str):
             yield f"{path}: {place}: {name} must be text, got {reprlib.repr(value)}"
         elif value and not _is_whole_text(value):
-            yield f"{path}: {place}: {name} holds half of a character (a lone surrogate); write it again"
+            yield f"{path}: {place}: {name} holds an incomplete character (a lone surrogate); write it again"
     for name in ("image_size", "train_resolution"):
         value = entry.get(name)
         if value is not None and as_size(value) is None:

@@ -140,7 +140,7 @@ def _check_widths(denoiser: nn.Module, encoders: Mapping[str, nn.Module]) -> Non
     ):
         if width != wanted:
             raise UserError(
-                f"{TITLES[part]} has width {width}, the model asks for {wanted}; give the {TITLES[part]} that "
+                f"{TITLES[part]} has width {width}, the model needs {wanted}; give the {TITLES[part]} that "
                 f"belongs to it with --{FLAGS[part]}"
             )
 

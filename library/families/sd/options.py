@@ -31,4 +31,4 @@ class SdOptions(CommonOptions, group="family", title="Stable Diffusion 1.x/2.x")
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from super().warnings(opts, traits)
         if self.v2 and self.clip_skip is not None:
-            yield "--clip_skip: 2.x models use the layer before the last by themselves; leave it out for them"
+            yield "--clip_skip: 2.x models always use the layer before the last; leave it out"

@@ -198,12 +198,12 @@ def _check_widths(parts: Parts) -> None:
         pooled = encoders["te1"].config.projection_dim + encoders["te2"].config.projection_dim
         if pooled != config.pooled_projection_dim:
             raise UserError(
-                f"CLIP-L and CLIP-G give pooled vectors of width {pooled} together, the model asks for "
+                f"CLIP-L and CLIP-G give pooled vectors of width {pooled} together, the model needs "
                 f"{config.pooled_projection_dim}; give the text encoders that belong to it"
             )
     if "te3" in encoders and encoders["te3"].config.d_model != config.joint_attention_dim:
         raise UserError(
-            f"T5 gives states of width {encoders['te3'].config.d_model}, the model asks for "
+            f"T5 gives states of width {encoders['te3'].config.d_model}, the model needs "
             f"{config.joint_attention_dim}; give the T5 that belongs to it"
         )
 

@@ -28,7 +28,7 @@ def build(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], what: st
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise UserError(
-                f"{what}: {name} has shape {tuple(tensor.shape)}, but the rest of the model asks for "
+                f"{what}: {name} has shape {tuple(tensor.shape)}, but the rest of the model needs "
                 f"{tuple(wanted[name].shape)}"
             )
     model.load_state_dict(dict(tensors), strict=True, assign=True)

@@ -98,7 +98,7 @@ def _kind_of_hub_model(name: str) -> ModelKind:
     for local in (True, False):
         why = None if local else hub.no_answer(name)
         if why:
-            raise UserError(f"{name}: the hub cannot be asked what kind of model this is ({why}); set --family")
+            raise UserError(f"{name}: the hub could not be asked for the kind of model ({why}); set --family")
         try:
             index = Path(hf_hub_download(name, _INDEX, local_files_only=local))
         except Exception:  # whatever the hub's client and the network may raise; loading the model reports it

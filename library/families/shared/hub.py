@@ -59,7 +59,8 @@ def hub_folder(
     except Exception as error:  # whatever the hub's client and the network may raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{name}: neither a file or folder here, nor in the hub's cache, and the hub did not give it ({reason})"
+            f"{name}: neither a local file or folder, nor in the hub's cache, "
+            f"and the hub does not provide it ({reason})"
         ) from None
     lacking = _without_weights(folder, whole)
     if lacking:  # without network, the hub's client gives what there is

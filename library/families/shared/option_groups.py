@@ -40,7 +40,7 @@ class CommonOptions(OptionGroup, group="family", title="Model family"):
 
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if opts.noise.zero_terminal_snr and not self.v_parameterization:
-            yield "--zero_terminal_snr: meant for --v_parameterization; predicting noise in pure noise teaches little"
+            yield "--zero_terminal_snr: meant for --v_parameterization; predicting noise from pure noise trains little"
 
 
 # Options of the scripts whose objective is Stable Diffusion's, by group; with rectified flow they do nothing.

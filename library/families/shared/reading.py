@@ -194,7 +194,7 @@ def from_pretrained(
     if Path(name).is_dir():
         raise UserError(f"{where}: cannot be loaded ({reason})")
     raise UserError(
-        f"{where}: neither a file or folder here, nor in the hub's cache, and the hub did not give it ({reason})"
+        f"{where}: neither a local file or folder, nor in the hub's cache, and the hub does not provide it ({reason})"
     )
 
 

@@ -312,7 +312,7 @@ def _processor(name: str, config: Any = None) -> Any:
     processor = load(name, without_code, "a processor of images and text")
     for part in ("tokenizer", "image_processor"):
         if not hasattr(processor, part):
-            raise UserError(f"{name}: its files describe no {part}, so it cannot be given images and text")
+            raise UserError(f"{name}: its files have no {part}, so it cannot be given images and text")
     return processor
 
 

@@ -58,7 +58,7 @@ def load(name: str, loader: Callable[..., T], what: str) -> T:
     except Exception as error:
         why = _first_line(error)
     raise UserError(
-        f"{name}: neither a folder here, nor whole in the hub's cache, and the hub did not give it as {what} ({why})"
+        f"{name}: neither a local folder, nor whole in the hub's cache, and the hub did not give it as {what} ({why})"
     )
 
 
@@ -91,7 +91,7 @@ def fetched(address: str) -> Path:
 
     Every process calls this, and the first one fetches. A file that was cut short on its way is not kept.
 
-    Raises: UserError: it cannot be fetched.
+    Raises: UserError: it cannot be downloaded.
     """
     path = cache_folder() / "weights" / (unquote(urlsplit(address).path).rpartition("/")[2] or "weights.pth")
 
@@ -122,7 +122,7 @@ def _fetch(address: str, path: Path) -> None:
                 raise OSError(f"cut short, {size:,} of {length:,} bytes")
     except (OSError, ValueError, HTTPException) as error:  # URLError is an OSError
         raise UserError(
-            f"{address}: cannot be fetched ({_first_line(error)}); get the file in another way and put it at {path}, "
+            f"{address}: cannot be downloaded ({_first_line(error)}); get the file otherwise and put it at {path}, "
             "or name a file, folder or hub id here"
         ) from None
 

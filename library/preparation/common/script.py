@@ -62,7 +62,7 @@ def run_script(
 def _after_a_stop(groups: Sequence[type[OptionGroup]]) -> str:
     whole = "what was written before is whole"
     names = {option.dest for group in groups for option in options_of(group)}
-    return f"{whole}, and --skip_existing goes on from there" if "skip_existing" in names else whole
+    return f"{whole}, and --skip_existing continues from there" if "skip_existing" in names else whole
 
 
 def _options(

@@ -33,7 +33,7 @@ def draw_edges(opts: Options) -> Outcome:
         paths = my_share(without_namesakes(find_images(source, recursive=False), outcome))
         results = {path: target / f"{path.stem}.png" for path in paths}
         if target.samefile(source):
-            raise UserError(f"{target}: the results need a folder of their own, or they would replace the images")
+            raise UserError(f"{target}: give another folder for the results, or they would replace the images")
     else:
         results = {source: _result_file(source, target)}
 

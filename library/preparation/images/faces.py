@@ -58,7 +58,7 @@ def cut_faces(opts: Options) -> Outcome:
     paths = find_images(source, recursive=False)
     make_folder(target)
     if target.samefile(source):
-        raise UserError(f"--dst_dir={target}: the results need a folder of their own, or the next run would cut them")
+        raise UserError(f"--dst_dir={target}: give another folder for the results, or the next run would cut them")
     model = FaceModel(given.model)
     if given.rotate and not model.finds_eyes:
         raise UserError(f"--rotate needs a model that finds eyes, as YuNet does; {given.model} finds boxes only")

@@ -38,7 +38,7 @@ def resize_images(opts: Options) -> Outcome:
     images = find_images(source, recursive=False)
     make_folder(target)
     if target.samefile(source):
-        raise UserError(f"{target}: the results need a folder of their own, or the next run would resize them too")
+        raise UserError(f"{target}: give another folder for the results, or the next run would resize them too")
     names = sorted(entry.name for entry in os.scandir(source) if entry.is_file())
     sizes = parse_sizes(given.max_resolution)
     outcome = Outcome()

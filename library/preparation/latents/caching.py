@@ -63,7 +63,7 @@ GROUPS = (*groups.BEFORE_FAMILIES, FamiliesOptions, *groups.AFTER_FAMILIES)
 def _family(opts: Options) -> FamilySpec:
     chosen = [name for name in _others() if getattr(opts.family, name)]
     if len(chosen) > 1:
-        raise UserError(f"{' and '.join(f'--{name}' for name in chosen)} cannot both be; choose one kind of model")
+        raise UserError(f"{' and '.join(f'--{name}' for name in chosen)} exclude each other; choose one family")
     return FAMILIES[chosen[0]] if chosen else next(iter(FAMILIES.values()))
 
 

@@ -85,7 +85,7 @@ def _entries_before(options: MergeOptions, target: Path) -> dict[str, dict[str, 
     if options.in_json is None:
         if not os.path.exists(source):
             return {}
-        LOGGER.info("%s is there already: what it says of other things stays", source)
+        LOGGER.info("%s exists: its other entries are kept", source)
     return read_metadata(source, may_be_empty=True)
 
 

@@ -121,7 +121,7 @@ class OneFile:
         # Several processes are stopped in several places; and a whole file is better than the beginning of another.
         if self._new and processes().world == 1 and (self._keep or not self._path.exists()):
             self._write(self._new)
-            LOGGER.info("%s: %s so far; --skip_existing goes on from there", self._path, counted(len(self._new)))
+            LOGGER.info("%s: %s so far; --skip_existing continues from there", self._path, counted(len(self._new)))
 
     def _write(self, new: dict[str, dict[str, Any]]) -> None:
         entries = {key: new.get(full, entry) for full, (key, entry) in self._before.items()}

@@ -53,14 +53,14 @@ def find_tagger(repo_id: str, model_dir: Path, *, force: bool = False) -> Tagger
 
     Args:
         force: fetch them, whatever is here.
-    Raises: UserError: they are not here and cannot be fetched, or are of a kind that is not known; or `repo_id` is a
+    Raises: UserError: they are not here and cannot be downloaded, or are of a kind that is not known; or `repo_id` is a
         folder here and `force` is set.
     """
     if Path(repo_id).is_dir():
         if force:
             raise UserError(
-                f"--force_download: nothing is fetched for --repo_id {repo_id}, as it is a folder here; leave one of "
-                "the two out, or start from another folder"
+                f"--force_download: nothing is downloaded for --repo_id {repo_id}, as it is a local "
+                "folder; leave one of the two out, or start from another folder"
             )
         return _local(Path(repo_id))
     wanted = _parse(repo_id)
@@ -79,7 +79,7 @@ def _local(folder: Path) -> TaggerFiles:
 def _parse(repo_id: str) -> _Wanted:
     parts = repo_id.replace("\\", "/").strip("/").split("/")
     if len(parts) < 2 or not all(parts) or ".." in parts or "." in parts:
-        raise UserError(f"--repo_id: {repo_id!r} is no folder here and no name of the form owner/model")
+        raise UserError(f"--repo_id: {repo_id!r} is neither a local folder nor a name of the form owner/model")
     return _Wanted("/".join(parts[:2]), "/".join(parts[2:]))
 
 
@@ -139,9 +139,9 @@ def _what_is_missing(where: str, names: Iterable[str]) -> str:
 def _fetch(wanted: _Wanted, folder: Path, force: bool) -> TaggerFiles:
     from huggingface_hub import HfApi, hf_hub_download
 
-    failure = f"the tagger {wanted.repo} is not in {folder} and cannot be fetched"
+    failure = f"the tagger {wanted.repo} is not in {folder} and cannot be downloaded"
     if force:
-        failure = f"the tagger {wanted.repo} cannot be fetched"
+        failure = f"the tagger {wanted.repo} cannot be downloaded"
     about = _or_fail(lambda: HfApi().model_info(wanted.repo), failure)
     paths = [PurePosixPath(file.rfilename) for file in about.siblings or ()]
     names = [path.name for path in paths if path.parent == PurePosixPath(wanted.inside)]
@@ -150,7 +150,7 @@ def _fetch(wanted: _Wanted, folder: Path, force: bool) -> TaggerFiles:
     if found is None:
         raise UserError(f"--repo_id: {_what_is_missing(at_hub, names)}")
     kind, model, labels = found
-    LOGGER.info("fetching the tagger %s into %s", wanted.repo, folder)
+    LOGGER.info("downloading the tagger %s into %s", wanted.repo, folder)
     # Weights beyond what one ONNX file can hold lie beside it, under a name that starts with the model's.
     parts = [name for name in names if name != model and (name.startswith(model) or name in (labels, *_BESIDE))]
     for name in [*parts, model]:  # the model last: a folder without one is seen to be not complete

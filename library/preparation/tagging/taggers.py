@@ -94,7 +94,7 @@ def read_labels(files: TaggerFiles) -> tuple[Label, ...]:
     if unknown:
         more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
         LOGGER.warning(
-            "%s: tags of categories that are not known here count as general: %s%s",
+            "%s: tags of unknown categories are treated as general: %s%s",
             path, ", ".join(unknown[:_SHOWN]), more,
         )  # fmt: skip
     return tuple(label if label.category in CATEGORIES else Label(label.name, "general") for label in labels)
@@ -106,14 +106,14 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None
     except NotTextError as error:
-        raise UserError(f"{path}: {error}; get the tagger again") from None
+        raise UserError(f"{path}: {error}; download the tagger again") from None
 
 
 def _from_table(text: str, path: Path) -> Iterable[Label]:
     """tag_id,name,category,count"""
     for row in csv.DictReader(io.StringIO(text, newline="")):
         if not row.get("name") or row.get("category") is None:
-            raise UserError(f"{path}: every line needs a name and a category; get the tagger again")
+            raise UserError(f"{path}: every line needs a name and a category; download the tagger again")
         number = row["category"].strip()
         yield Label(row["name"], _BY_NUMBER.get(number, number))
 
@@ -126,10 +126,10 @@ def _from_mapping(text: str, path: Path) -> Iterable[Label]:
             raise TypeError("a tag and a category are words")
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(
-            f'{path}: must hold an object {{"0": {{"tag": ..., "category": ...}}, ...}}; get the tagger again'
+            f'{path}: must hold an object {{"0": {{"tag": ..., "category": ...}}, ...}}; download the tagger again'
         ) from None
     if sorted(rows) != list(range(len(rows))):
-        raise UserError(f"{path}: its numbers are not 0 to {len(rows) - 1}; get the tagger again")
+        raise UserError(f"{path}: its numbers are not 0 to {len(rows) - 1}; download the tagger again")
     for number in range(len(rows)):
         tag, category = rows[number]
         yield Label(tag, category)

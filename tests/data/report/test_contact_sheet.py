@@ -385,7 +385,7 @@ def test_characters_that_no_font_has_are_reported(tmp_path, draw, load, faces, c
         data.records[0] = replace(data.records[0], caption="the 猫 caption")
         write_sheets(data, tmp_path / "out")
     (message,) = caplog.messages
-    assert "no font here has 猫;" in message
+    assert "no font on this machine has 猫;" in message
     assert texts[-1] == "the 猫 caption"
 
 

@@ -83,7 +83,7 @@ def test_a_file_of_json_lines(write, mark, name):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no images in it; write captions into it with merge_captions_to_metadata.py"),
+        (b"", "no images in it; add captions with merge_captions_to_metadata.py"),
         (b" \n", "no images in it"),
         (b"{}", "no images in it"),
         ('{"a": {"caption": "猫"}}'.encode("shift_jis"), "not UTF-8 text (byte 19)"),
@@ -94,7 +94,7 @@ def test_a_file_of_json_lines(write, mark, name):
         (b'{"a": "a cat"}', "'a': must be an object such as {\"caption\": "),
         (b'{"a": {"caption": 5}}', "'a': caption must be text, got 5"),
         (b'{"a": {"tags": ["x", "y"]}}', "'a': tags must be text, got ['x', 'y']"),
-        (rb'{"a": {"caption": "cut \ud83d"}}', "'a': caption holds half of a character"),
+        (rb'{"a": {"caption": "cut \ud83d"}}', "'a': caption holds an incomplete character"),
         (
             b'{"a": {"image_size": [512]}}',
             "'a': image_size must be [width, height], whole numbers from 1 up, got [512]",

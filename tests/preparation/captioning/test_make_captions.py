@@ -497,7 +497,7 @@ def test_weights_behind_an_address_are_fetched_once(server, models, blip, images
 def test_a_fetch_that_breaks_off_leaves_nothing_behind(server, tmp_path):
     server.files["/model.pth"] = b"PK" * 1000
     server.missing = 500
-    with pytest.raises(UserError, match=r"cannot be fetched \(.*\); get the file .* put it at .*model\.pth"):
+    with pytest.raises(UserError, match=r"cannot be downloaded \(.*\); get the file .* put it at .*model\.pth"):
         pretrained.fetched(f"{server.address}/model.pth")
     assert list((tmp_path / "cache" / "weights").iterdir()) == []
 
@@ -506,7 +506,7 @@ def test_without_a_network_one_line_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("TRAINSCRIPTS_CACHE", str(tmp_path))
     for name in ("HTTPS_PROXY", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="cannot be fetched") as caught:
+    with pytest.raises(UserError, match="cannot be downloaded") as caught:
         load_blip(CaptionOptions().caption_weights, SEARCHES["greedy"], None)
     assert str(tmp_path / "weights" / "model_large_caption.pth") in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -525,7 +525,7 @@ def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
         raise OSError("not in the cache")
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", ask)
-    with pytest.raises(UserError, match=r"the hub did not give it as a model \(nobody there\)"):
+    with pytest.raises(UserError, match=r"the hub does not provide it as a model \(nobody there\)"):
         pretrained.load("a/b", loader, "a model")
     assert asked == ["a/b"]
 

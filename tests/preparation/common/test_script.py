@@ -113,7 +113,7 @@ def test_an_interruption_shows_of_skip_existing_where_there_is_such_an_option(ca
 
     with pytest.raises(SystemExit):
         run_script(work, (Skipping, WorkOptions), [], description="x")
-    assert capsys.readouterr().err.endswith("--skip_existing goes on from there\n")
+    assert capsys.readouterr().err.endswith("--skip_existing continues from there\n")
 
 
 def test_a_bug_keeps_its_traceback():

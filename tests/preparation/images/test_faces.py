@@ -290,7 +290,7 @@ def test_a_full_disk_ends_the_run(work, monkeypatch):
 
 def test_results_need_a_folder_of_their_own(work):
     draw(work.source / "a.png")
-    with pytest.raises(UserError, match="a folder of their own"):
+    with pytest.raises(UserError, match="another folder for the results"):
         work(f"--dst_dir={work.source}")
 
 

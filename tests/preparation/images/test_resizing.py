@@ -217,7 +217,7 @@ def test_a_second_run_goes_on_where_the_first_one_ended(folders):
 def test_results_need_a_folder_of_their_own(folders):
     source, _ = folders
     Image.fromarray(image(64, 64)).save(source / "a.png")
-    with pytest.raises(UserError, match="a folder of their own"):
+    with pytest.raises(UserError, match="another folder for the results"):
         resize(source, source)
 
 

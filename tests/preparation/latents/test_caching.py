@@ -40,7 +40,7 @@ def test_the_options_of_every_family_are_taken(family):
 @pytest.mark.parametrize(
     ("work", "arguments", "said"),
     [
-        (cache_latents, ("--sdxl", "--flux"), "--sdxl and --flux cannot both be; choose one kind of model"),
+        (cache_latents, ("--sdxl", "--flux"), "--sdxl and --flux exclude each other; choose one family"),
         (cache_latents, ("--color_aug",), "cannot be used with --color_aug"),
         (cache_latents, ("--sdxl",), "this is a Stable Diffusion 1.x model; a VAE, or an SDXL model, is needed here"),
         (cache_latents, ("--in_json=gone.json",), "--in_json: there is no file 'gone.json'"),

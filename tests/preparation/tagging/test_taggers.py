@@ -105,7 +105,7 @@ def test_a_name_that_can_be_no_tagger(tmp_path, name, monkeypatch):
         with pytest.raises(UserError):
             find_tagger(name, tmp_path)
     else:
-        with pytest.raises(UserError, match="no folder here and no name"):
+        with pytest.raises(UserError, match="neither a local folder nor a name"):
             find_tagger(name, tmp_path)
 
 
@@ -128,12 +128,12 @@ def test_what_a_folder_lacks_is_reported(tmp_path, names, reason):
 
 def test_a_folder_is_not_fetched_again(tmp_path):
     write_files(tmp_path, "table")
-    with pytest.raises(UserError, match=r"--force_download: nothing is fetched for --repo_id"):
+    with pytest.raises(UserError, match=r"--force_download: nothing is downloaded for --repo_id"):
         find_tagger(str(tmp_path), tmp_path, force=True)
 
 
 def test_without_the_network_the_reason_is_reported(tmp_path):
-    with pytest.raises(UserError, match=r"me/absent is not in .* and cannot be fetched: .*offline") as refused:
+    with pytest.raises(UserError, match=r"me/absent is not in .* and cannot be downloaded: .*offline") as refused:
         find_tagger("me/absent", tmp_path)
     assert len(refused.value.problems) == 1
 
@@ -145,7 +145,7 @@ def test_a_tagger_in_the_cache_of_the_hub(tmp_path, monkeypatch):
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text(commit)
     assert find_tagger("me/cached/v1", tmp_path / "models").folder == place / "snapshots" / commit / "v1"
-    with pytest.raises(UserError, match="me/cached cannot be fetched"):
+    with pytest.raises(UserError, match="me/cached cannot be downloaded"):
         find_tagger("me/cached/v1", tmp_path / "models", force=True)
     with pytest.raises(UserError, match="me/cached is not in"):
         find_tagger("me/cached/v2", tmp_path / "models")
@@ -171,7 +171,7 @@ def test_categories_that_are_not_known_count_as_general_and_are_reported(tmp_pat
     found = read_labels(TaggerFiles("table", tmp_path, "m", "t.csv"))
     assert found == (Label("a", "general"), Label("b", "character"), Label("c", "general"), Label("d", "general"))
     (message,) = caplog.messages
-    assert message.endswith("t.csv: tags of categories that are not known here count as general: lore, 7")
+    assert message.endswith("t.csv: tags of unknown categories are treated as general: lore, 7")
 
 
 def test_labels_of_a_mapping_are_in_the_order_of_their_numbers(tmp_path):
@@ -202,7 +202,7 @@ def test_labels_of_a_list(tmp_path):
 )
 def test_damaged_labels(tmp_path, kind, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name}.*get the tagger again"):
+    with pytest.raises(UserError, match=f"{name}.*download the tagger again"):
         read_labels(TaggerFiles(kind, tmp_path, "m", name))
 
 
