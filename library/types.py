@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+# What the images of `conditioning_data_dir` are to a method: weights of the loss, or what a ControlNet reads.
+ImageRole = Literal["mask", "control"]
+
+
 class Size(NamedTuple):
     """Pixels, always (width, height). Tensors are (..., height, width)."""
 
@@ -70,6 +74,7 @@ class Batch:
     network_multiplier: float = 1.0  # strength of a trained network for this batch
     attributes: list[Mapping[str, Any] | None] = field(default_factory=list)  # custom_attributes of the dataset config
     guidance: float | None = None  # what distilled models are told; None: what the options say
+    control: Tensor | None = None  # (B, 3, H, W) in [0, 1], RGB: what a ControlNet reads, cut as the images are
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `change` applied to every tensor."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from library.entry_points import EntryPoint
     from library.methods.base import Method
     from library.options.base import OptionGroup, Options
-    from library.types import FamilyTraits
+    from library.types import FamilyTraits, ImageRole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ class MethodSpec:
     groups: tuple[type[OptionGroup], ...]  # the method's own group, and others in place of shared ones
     method: EntryPoint[[Options], Method]
     check: Callable[[Options, FamilyTraits], list[str]]  # problems that options and file headers show
+    image_role: ImageRole = "mask"  # what the images of `conditioning_data_dir` are to it
 
     def __post_init__(self) -> None:
         if not any(issubclass(group, MethodOptions) for group in self.groups):

@@ -450,9 +450,12 @@ def apply_cut(image: NDArray[np.uint8], cut: Cut, interpolation: str | None = No
     return image[cut.top : cut.top + cut.to.height, cut.left : cut.left + cut.to.width]
 
 
-def apply_cut_to_mask(mask: NDArray[np.uint8], cut: Cut) -> NDArray[np.uint8]:
-    """As `apply_cut`, but no value is brighter or darker than those around it were: area, or linear to enlarge."""
-    return apply_cut(mask, cut, "area" if _fits_into(cut.resized, mask) else "linear")
+def apply_cut_to_values(values: NDArray[np.uint8], cut: Cut) -> NDArray[np.uint8]:
+    """As `apply_cut`, for masks and control images, where a number means what it says.
+
+    No value is brighter or darker than those around it were: area, or linear to enlarge.
+    """
+    return apply_cut(values, cut, "area" if _fits_into(cut.resized, values) else "linear")
 
 
 def centre_cut(resized: Size, to: Size) -> Cut:

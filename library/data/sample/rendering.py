@@ -1,4 +1,4 @@
-"""A record's files to what the model is to see: the image, its transparency and the image that belongs to it."""
+"""A record's files to what the model is to see: the image, its transparency, its mask and its control image."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class View(NamedTuple):
 
     pixels: NDArray[np.uint8]  # (bucket height, bucket width, 3)
     alpha: NDArray[np.uint8] | None  # (bucket height, bucket width): opacity; only with alpha_mask
-    extra: NDArray[np.uint8] | None  # (bucket height, bucket width, 3): conditioning image, where the record has one
+    mask: NDArray[np.uint8] | None  # (bucket height, bucket width, 3), where the record has one
+    control: NDArray[np.uint8] | None  # (bucket height, bucket width, 3), where the record has one
 
 
 def render(record: Record, flip: bool, rng: Random) -> View:
@@ -46,7 +47,7 @@ def render(record: Record, flip: bool, rng: Random) -> View:
     Raises: UserError: a file cannot be read, or the image has another size than the record says.
     """
     subset = record.subset
-    alpha = extra = None
+    alpha = None
     cut = _cut(record, rng)
     if subset.alpha_mask:
         pixels, alpha = _read(images.read_image_and_alpha, record.path)
@@ -64,13 +65,27 @@ def render(record: Record, flip: bool, rng: Random) -> View:
         )
     pixels = images.apply_cut(pixels, cut, subset.resize_interpolation)
     if alpha is not None:
-        alpha = images.apply_cut_to_mask(alpha, cut)
-    if record.conditioning is not None:
-        extra = images.apply_cut_to_mask(_read(images.read_values, record.conditioning), cut)
+        alpha = images.apply_cut_to_values(alpha, cut)
+    mask, control = (_values(path, cut) for path in (record.mask, record.control))
     if subset.color_aug:
         pixels = images.vary_colours(pixels, rng)
-    view = View(pixels, alpha, extra)
+    view = View(pixels, alpha, mask, control)
     return View(*(None if part is None else part[:, ::-1] for part in view)) if flip else view
+
+
+def render_control(record: Record, flip: bool) -> NDArray[np.uint8] | None:
+    """The control image alone, (bucket height, bucket width, 3), as `render` gives it where no cut is left to chance.
+
+    That is so wherever latents are cached: `build_specs` refuses cuts by chance there.
+
+    Raises: UserError: the file cannot be read.
+    """
+    control = _values(record.control, _cut(record, Random(0)))
+    return control[:, ::-1] if control is not None and flip else control
+
+
+def _values(path: Path | None, cut: Cut) -> NDArray[np.uint8] | None:
+    return None if path is None else images.apply_cut_to_values(_read(images.read_values, path), cut)
 
 
 def _read(read: Callable[[Path], Read], path: Path) -> Read:
@@ -106,13 +121,20 @@ def to_mask(plane: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(plane.astype(np.float32, order="C"))[None].div_(255)
 
 
+def to_control(image: NDArray[np.uint8]) -> Tensor:
+    """uint8 (H, W, 3) to float32 (3, H, W) in [0, 1]."""
+    import torch
+
+    return torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32, order="C")).div_(255)
+
+
 def loss_mask(view: View) -> Tensor | None:
     """How much each pixel counts, float32 (1, H, W) in [0, 1]; None: all of them do.
 
-    It is the opacity, or the red channel of the conditioning image, or where both are there their product.
+    It is the opacity, or the red channel of the mask, or where both are there their product.
     """
     alpha = None if view.alpha is None else to_mask(view.alpha)
-    red = None if view.extra is None else to_mask(view.extra[..., 0])
+    red = None if view.mask is None else to_mask(view.mask[..., 0])
     if alpha is None or red is None:
         return red if alpha is None else alpha
     return alpha * red
