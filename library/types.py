@@ -100,6 +100,10 @@ class Batch:
 Denoise = Callable[["Tensor", "Tensor", TextCond, Batch], "Tensor"]
 
 
+# What a ControlNet adds to the denoiser's hidden states, in the family's own order and shapes. See `Control.residuals`.
+Residuals = tuple["Tensor", ...]
+
+
 @dataclass(frozen=True)
 class NoiseDraw:
     """One draw of noise and time for a batch of clean latents."""

@@ -78,7 +78,7 @@ _IMAGE_TYPES = {
     ".gif": "image/gif",
 }
 _LARGEST_THUMBNAIL = 16 << 20  # bytes; it becomes part of the header, which may have 100 MB
-_TITLES = {"/lora": "LoRA", "/textual-inversion": "TextualInversion"}
+_TITLES = {"/lora": "LoRA", "/textual-inversion": "TextualInversion", "/controlnet": "ControlNet"}
 
 
 def training_metadata(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library.inference.control_images import control_batch
 from library.inference.images import to_images
 from library.inference.placement import in_float32
 from library.inference.prompts import SamplePrompt
@@ -224,7 +225,7 @@ def _same_lengths(one: TextCond, other: TextCond) -> bool:
 
 
 def _sizes(prompts: Sequence[SamplePrompt], device: torch.device) -> Batch:
-    """What families that are told sizes and guidance hear: a whole image of the size asked for, not cropped."""
+    """Sizes, guidance and control images for those that take them: whole images of the size asked for, not cropped."""
     sizes = torch.tensor([(prompt.width, prompt.height) for prompt in prompts], device=device)
     return Batch(
         captions=[prompt.prompt for prompt in prompts],
@@ -236,6 +237,7 @@ def _sizes(prompts: Sequence[SamplePrompt], device: torch.device) -> Batch:
         crop_top_lefts=torch.zeros_like(sizes),
         target_sizes=sizes,
         guidance=prompts[0].guidance,
+        control=control_batch(prompts, device),
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from library.methods.control_net_spec import CONTROL_NET
 from library.methods.finetune_spec import DREAMBOOTH, FINETUNE
 from library.methods.network_spec import NETWORK
 
-METHODS = {spec.name: spec for spec in (NETWORK, FINETUNE, DREAMBOOTH)}
+METHODS = {spec.name: spec for spec in (NETWORK, FINETUNE, DREAMBOOTH, CONTROL_NET)}

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from library.types import FamilyTraits, ImageRole
 
 
+def _no_problems(opts: Options, traits: FamilyTraits) -> list[str]:
+    return []
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodSpec:
     """A training method. Raises: TypeError: on construction, where a part is missing."""
@@ -24,7 +28,8 @@ class MethodSpec:
     tracker: str  # name of the folder or project that logs go to, where --log_tracker_name gives none
     groups: tuple[type[OptionGroup], ...]  # the method's own group, and others in place of shared ones
     method: EntryPoint[[Options], Method]
-    check: Callable[[Options, FamilyTraits], list[str]]  # problems that options and file headers show
+    # Problems that options and file headers show, beside those that the groups find.
+    check: Callable[[Options, FamilyTraits], list[str]] = _no_problems
     image_role: ImageRole = "mask"  # what the images of `conditioning_data_dir` are to it
 
     def __post_init__(self) -> None:

@@ -17,3 +17,4 @@ class MethodOptions(OptionGroup, group="method", title="Method", always=True):
     no_token_padding = False
     network_train_unet_only = True
     train_t5xxl = False
+    controlnet_model_name_or_path = None

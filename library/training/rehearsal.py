@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _SMALLEST_NETWORK = 1 << 20  # bytes; about what rank 1 of the smallest model takes
 _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".bin")
 _LONGEST_COMPANION = "_t5xxl"  # of the endings of files beside a model
-_OF_A_MODEL = ("model_index.json",)  # a folder with one of these may be replaced
+_OF_A_MODEL = ("model_index.json", "config.json")  # a folder with one of these may be replaced
 _OF_A_STATE = (MODEL, OPTIMIZER, SCHEDULE, PROGRESS, "pytorch_model.bin")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 
 import pytest
 
@@ -27,9 +27,15 @@ def parts(**changes):
 
 
 def test_no_part_may_be_missing():
-    for name in parts():
+    for name in (field.name for field in fields(MethodSpec) if field.default is MISSING):
         with pytest.raises(TypeError, match=name):
             MethodSpec(**{key: value for key, value in parts().items() if key != name})
+
+
+def test_images_beside_images_are_masks_and_nothing_more_is_checked_where_a_spec_says_nothing():
+    spec = MethodSpec(**{name: value for name, value in parts().items() if name not in ("image_role", "check")})
+    assert spec.image_role == "mask"
+    assert spec.check(None, None) == []
 
 
 def test_a_method_needs_a_group_of_its_own():

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from library.data.report import summary
 from library.data.sample import buckets, images
 from library.data.sample.captions import make_caption
-from library.data.sample.rendering import loss_mask, recorded_crop, render, render_control, to_control
+from library.data.sample.rendering import loss_mask, recorded_crop, render, render_control
 from library.data.sample.sampler import BatchLoader, make_loader
 from library.data.scan.index import FileIndex, collector_paused
 from library.data.scan.records import read_records
@@ -78,7 +78,7 @@ class ItemDataset(Dataset[Sample]):
             network_multiplier=self.multipliers[record.dataset],
             attributes=record.subset.custom_attributes,
             text=None if self.text is None else self.text.get(self.first_text + number),
-            control=None if control is None else to_control(control),
+            control=None if control is None else images.to_unit(control),
         )
 
     def caption_at(self, key: ItemKey) -> str:

@@ -437,6 +437,14 @@ def resize(image: NDArray[np.uint8], to: Size, interpolation: str | None = None)
     return cv2.resize(image, to, interpolation=flags[interpolation])
 
 
+def resize_values(values: NDArray[np.uint8], to: Size) -> NDArray[np.uint8]:
+    """As `resize`, for masks and control images, where a number means what it says.
+
+    No value is brighter or darker than those around it were: area, or linear to enlarge.
+    """
+    return resize(values, to, "area" if _fits_into(to, values) else "linear")
+
+
 def _fits_into(to: Size, image: NDArray[np.uint8]) -> bool:
     return to.width <= image.shape[1] and to.height <= image.shape[0]
 
@@ -446,16 +454,16 @@ def apply_cut(image: NDArray[np.uint8], cut: Cut, interpolation: str | None = No
 
     An image of another size than the one the cut was made for is thought of as laid over all of that one.
     """
-    image = resize(image, cut.resized, interpolation)
+    return _cut_out(resize(image, cut.resized, interpolation), cut)
+
+
+def _cut_out(image: NDArray[np.uint8], cut: Cut) -> NDArray[np.uint8]:
     return image[cut.top : cut.top + cut.to.height, cut.left : cut.left + cut.to.width]
 
 
 def apply_cut_to_values(values: NDArray[np.uint8], cut: Cut) -> NDArray[np.uint8]:
-    """As `apply_cut`, for masks and control images, where a number means what it says.
-
-    No value is brighter or darker than those around it were: area, or linear to enlarge.
-    """
-    return apply_cut(values, cut, "area" if _fits_into(cut.resized, values) else "linear")
+    """As `apply_cut`, for masks and control images; see `resize_values`."""
+    return _cut_out(resize_values(values, cut.resized), cut)
 
 
 def centre_cut(resized: Size, to: Size) -> Cut:
@@ -526,6 +534,13 @@ def vary_colours(image: NDArray[np.uint8], rng: Random) -> NDArray[np.uint8]:
     levels = np.arange(256) / 255
     table = np.round(255 * levels ** rng.uniform(0.95, 1.05)).astype(np.uint8)
     return table[image]
+
+
+def to_unit(image: NDArray[np.uint8]) -> Tensor:
+    """uint8 (H, W, 3) to float32 (3, H, W) in [0, 1]."""
+    import torch
+
+    return torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32, order="C")).div_(255)
 
 
 def to_pixels(image: NDArray[np.uint8]) -> Tensor:

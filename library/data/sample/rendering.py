@@ -121,13 +121,6 @@ def to_mask(plane: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(plane.astype(np.float32, order="C"))[None].div_(255)
 
 
-def to_control(image: NDArray[np.uint8]) -> Tensor:
-    """uint8 (H, W, 3) to float32 (3, H, W) in [0, 1]."""
-    import torch
-
-    return torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32, order="C")).div_(255)
-
-
 def loss_mask(view: View) -> Tensor | None:
     """How much each pixel counts, float32 (1, H, W) in [0, 1]; None: all of them do.
 
