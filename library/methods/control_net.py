@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.errors import UserError
 from library.memory.attention import set_attention
 from library.methods.base import Method
+from library.runtime import seeds
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
@@ -39,19 +39,25 @@ class ControlNetMethod(Method):
         control = family.control
         assert control is not None, "a family that offers this method has ControlNets"
         name = self.opts.method.controlnet_model_name_or_path
-        net = control.load(models, name) if name else control.build(models)
+        net = control.load(models, name) if name else self._build(control, models)
         self._control, self._net = control, net
-        rates = self._rates()
-        for weight, rate in zip(net.parameters(), rates, strict=True):
-            weight.requires_grad_(bool(rate))
-        if not any(rates):
-            raise UserError("nothing would be trained with a learning rate of 0; set --learning_rate above 0")
+        for weight, rate in zip(net.parameters(), self._rates(), strict=True):
+            weight.requires_grad_(bool(rate))  # the options have made sure that one of the rates is not 0
         set_attention(net, self.opts.memory)
         if self.opts.memory.gradient_checkpointing:
             net.enable_gradient_checkpointing()
         count = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
         source = f"read from {name}" if name else "with copies of the base model's weights"
         LOGGER.info("ControlNet %s: %.1f million weights are trained", source, count / 1e6)
+
+    def _build(self, control: Control, models: Models) -> nn.Module:
+        """A new one; the layers that the denoiser does not have begin as the run's seed says, in every process."""
+        import torch
+
+        seed = self.opts.training.seed
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed() if seed is None else seeds.derive(seed, "controlnet"))
+            return control.build(models)
 
     def trainable(self) -> nn.Module:
         return self._attached()

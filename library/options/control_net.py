@@ -35,6 +35,10 @@ class ControlNetOptions(MethodOptions, title="ControlNet"):
         """The learning rate of the layers that the base model does not have; None: the common one."""
         return None
 
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if not (opts.optimizer.learning_rate or self.added_rate):
+            yield "--learning_rate: nothing would be trained with a rate of 0; set it above 0"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TwoRateControlNetOptions(ControlNetOptions):
