@@ -67,7 +67,7 @@ class ControlNetMethod(Method):
 
     def denoise(self, family: Family, models: Models) -> Denoise:
         """The family's denoiser with the ControlNet's residuals; alone where the batch has no control images."""
-        return partial(_denoise, family, models, self._attached())
+        return partial(denoise_with, family, models, self._attached())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         net, by_name = self._attached(), {}
@@ -110,7 +110,7 @@ class ControlNetMethod(Method):
         return self.opts.saving.save_model_as or "safetensors"
 
 
-def _denoise(
+def denoise_with(
     family: Family,
     models: Models,
     net: nn.Module,
@@ -119,6 +119,10 @@ def _denoise(
     cond: TextCond,
     batch: Batch,
 ) -> Tensor:
+    """The prediction, shaped like `noisy`, with the residuals of a ControlNet where `batch` has control images.
+
+    See `Denoiser.predict` and `Control.residuals`.
+    """
     residuals = None
     if batch.control is not None:
         residuals = family.control.residuals(net, noisy, timesteps, cond, batch)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,6 +157,7 @@ def test_two_processes_train_as_one_that_accumulates(train, tmp_path):
     assert furthest(one.weights, two.weights) < 1e-6
 
 
+@pytest.mark.rows("R334")
 def test_training_goes_on_from_a_file_or_folder(plain, train, tmp_path):
     """With a rate that changes nothing much, what is read is what is saved again; float16 halves the file."""
     kept = {"learning_rate": 1e-12, "max_train_steps": 1, "controlnet_model_name_or_path": plain.file}
@@ -168,6 +171,7 @@ def test_training_goes_on_from_a_file_or_folder(plain, train, tmp_path):
     assert furthest(from_folder.weights, {k: v.half().float() for k, v in plain.weights.items()}) < 1e-9
 
 
+@pytest.mark.rows("R335")
 def test_the_old_name_says_so_and_does_the_same(train, tmp_path):
     new = train(tmp_path / "new", max_train_steps=1)
     old = train(tmp_path / "old", script="train_controlnet.py", max_train_steps=1, gradient_checkpointing=True)
@@ -192,6 +196,25 @@ def test_mistakes_are_one_line_before_the_model_is_read(train, pairs, tmp_path):
     (tmp_path / "prompts.txt").write_text("a --cn gone.png\n")
     (error,) = line(sample_prompts=tmp_path / "prompts.txt", sample_at_first=True)
     assert error == "error: --cn gone.png: the control image cannot be read (No such file or directory)"
+
+
+def test_the_recipe_of_the_guide_runs(run_script, tmp_path):
+    """As printed, but in another folder, with fewer images and steps."""
+    guide = Path("docs/controlnet.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```\n(python examples/.*?)```", guide, flags=re.DOTALL)
+    changes = {"pairs/": f"{tmp_path}/", "--count=800": "--count=8", "--max_train_steps=600": "--max_train_steps=1"}
+    changes["--sheet="] = "--count=2 --steps=2 --sheet="
+    for old, new in changes.items():
+        assert old in block
+        block = block.replace(old, new)
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line)
+        if "train_control_net.py" in words:
+            words.append("--max_data_loader_n_workers=0")
+        done = run_script(*words[1:])
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"with the ControlNet: edges agree to 0\.\d\d; \d of 2 shapes are right", done.stdout)
+    assert Image.open(tmp_path / "sheet.png").width > 100
 
 
 # ---- a large family
