@@ -38,7 +38,7 @@ class SubsetSpec:
     resize_interpolation: str | None  # None: area when shrinking, lanczos when enlarging
     alpha_mask: bool  # transparency weighs the loss
     custom_attributes: Mapping[str, Any] | None  # for code of the user's own
-    image_role: ImageRole = "mask"  # of the images in `conditioning_data_dir`
+    image_role: ImageRole | None = "mask"  # of the images in `conditioning_data_dir`; None: they do not matter
 
     @property
     def place(self) -> Path:

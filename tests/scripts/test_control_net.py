@@ -149,6 +149,22 @@ def test_cached_latents_give_the_same(train, pairs, tmp_path, how):
     assert furthest(cached.weights, encoded.weights) < 1e-3 * moved
 
 
+def test_the_caching_tool_prepares_such_a_dataset(run_script, train, model, pairs, tmp_path):
+    """Its latents are those of the images, whatever belongs to them."""
+    config = tmp_path / "pairs.toml"
+    subset = f'image_dir = "{pairs}/images"\nconditioning_data_dir = "{pairs}/edges"\nflip_aug = true\n'
+    config.write_text(f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{subset}")
+    given = {"pretrained_model_name_or_path": model, "dataset_config": config}
+    done = run_script("tools/cache_latents.py", *as_words(given))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "4 done" in done.stderr
+    more = {"dataset_config": config, "train_data_dir": None, "conditioning_data_dir": None, "max_train_steps": 1}
+    said = train(tmp_path / "out", cache_latents_to_disk=True, **more).said
+    for file in (pairs / "images").glob("*.npz"):
+        file.unlink()
+    assert "latents on disk: 4 used as they are, 0 made again, 0 new" in said
+
+
 def test_two_processes_train_as_one_that_accumulates(train, tmp_path):
     common = {"max_train_steps": 2, "cache_latents": True, "optimizer_type": "SGD", "learning_rate": 0.1}
     one = train(tmp_path / "one", gradient_accumulation_steps=2, **common)

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from library.types import FamilyTraits, ImageRole
 
 
-def build_specs(opts: Options, traits: FamilyTraits, image_role: ImageRole = "mask") -> list[DatasetSpec]:
+def build_specs(opts: Options, traits: FamilyTraits, image_role: ImageRole | None = "mask") -> list[DatasetSpec]:
     """The datasets of a run, from --dataset_config or from the data flags.
 
     A value is looked for in the subset, the dataset, the general table, the command line, and the built-in default.
 
-    Args: image_role: what the images of conditioning_data_dir are to the method.
+    Args: image_role: what the images of conditioning_data_dir are to the method; None: they do not matter.
 
     Raises: UserError: with every problem found: of the data flags (in the very lines of `library.options.validation`),
         unknown keys, wrong values, missing or empty folders, combinations that cannot work.
@@ -52,8 +52,8 @@ def build_specs(opts: Options, traits: FamilyTraits, image_role: ImageRole = "ma
         spec = reader.dataset(table, place, [(general_place, config["general"])])
         if spec.subsets:
             specs.append(spec)
-    check_partners = _check_masks if image_role == "mask" else _check_control_images
-    reader.problems += check_partners(specs, opts)
+    if image_role is not None:
+        reader.problems += (_check_masks if image_role == "mask" else _check_control_images)(specs, opts)
     if not specs and not reader.problems:
         reader.problems += reader.left_out or ["no images: the data set names no folder"]
     if reader.problems:
@@ -66,7 +66,7 @@ def build_specs(opts: Options, traits: FamilyTraits, image_role: ImageRole = "ma
 class _Reader:
     """Looks values up level by level, and collects every problem on the way."""
 
-    def __init__(self, opts: Options, traits: FamilyTraits, image_role: ImageRole):
+    def __init__(self, opts: Options, traits: FamilyTraits, image_role: ImageRole | None):
         self.opts, self.traits, self.image_role, self.flags = opts, traits, image_role, opts.flat()
         self.problems = validation.problems(base.Options([opts.data], opts.given), traits)
         # What the flags alone say is checked there already; a file may combine them with something else.
@@ -277,7 +277,7 @@ def _check_augmentation(subset: SubsetSpec, buckets: bool, opts: Options, place:
         LOGGER.warning(f"{place}: face_crop_aug_range has no effect on images in buckets (enable_bucket)")
 
 
-def _subsets_of_flags(opts: Options, image_role: ImageRole, problems: list[str]) -> list[dict[str, Any]]:
+def _subsets_of_flags(opts: Options, image_role: ImageRole | None, problems: list[str]) -> list[dict[str, Any]]:
     """The data flags as subset tables: a metadata file, images with masks or control images, or repeated folders."""
     options = opts.data
     if image_role == "control":

@@ -54,7 +54,7 @@ def find_images(subset: SubsetSpec, index: FileIndex, log: ScanLog) -> list[Imag
     found = _of_cached_info(subset) if subset.cache_info else None
     if found is None:
         found = _of_folder(subset, index, log)
-    if subset.conditioning_data_dir is not None:
+    if subset.conditioning_data_dir is not None and subset.image_role is not None:
         found = list(_with_conditioning(found, subset, subset.conditioning_data_dir, index, log))
     return found
 
