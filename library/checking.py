@@ -36,7 +36,11 @@ def check(opts: Options, family: FamilySpec, method: MethodSpec) -> list[Dataset
             leftovers.clear(opts.saving)
         problems += method.check(opts, traits)
         problems += family.check_paths(opts)
-        for look in (lambda: specs.extend(build_specs(opts, traits)), lambda: distributed.seed_of_state(opts), opencv):
+        for look in (
+            lambda: specs.extend(build_specs(opts, traits, method.image_role)),
+            lambda: distributed.seed_of_state(opts),
+            opencv,
+        ):
             try:
                 look()
             except UserError as error:

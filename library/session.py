@@ -70,7 +70,7 @@ def run_session(opts: Options, family: FamilySpec, method: MethodSpec, specs: li
         show_data(opts, data, accelerator)
     else:
         session = Session(opts, family.adapter(opts), method.method(opts), data, run_plan, accelerator, shards)
-        session.check(family.missing_encoders(opts))
+        session.check(family.missing_encoders(opts), takes_control=method.image_role == "control")
         session.load()
         session.encode()
         session.place()
@@ -165,13 +165,15 @@ class Session:
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    def check(self, missing_encoders: Sequence[str] = ()) -> None:
+    def check(self, missing_encoders: Sequence[str] = (), *, takes_control: bool = False) -> None:
         """Finds where the run begins and what it samples, and whether it can do so with the given files.
 
-        Args: missing_encoders: a line for each text encoder that the options do not give.
+        Args:
+            missing_encoders: a line for each text encoder that the options do not give.
+            takes_control: whether what is trained reads control images.
         """
         self.start = _choose_start(self.opts, self.plan)
-        self.preview = Preview.from_options(self.opts, self.family)
+        self.preview = Preview.from_options(self.opts, self.family, takes_control=takes_control)
         samples = bool(self.preview.prompts)
         encoding.require_texts(self.opts, self.family, missing_encoders, self.data, samples=samples)
 

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+# What the images of `conditioning_data_dir` are to a method: weights of the loss, or what a ControlNet reads.
+ImageRole = Literal["mask", "control"]
+
+
 class Size(NamedTuple):
     """Pixels, always (width, height). Tensors are (..., height, width)."""
 
@@ -71,6 +75,7 @@ class Batch:
     network_multiplier: float = 1.0  # strength of a trained network for this batch
     attributes: list[Mapping[str, Any] | None] = field(default_factory=list)  # custom_attributes of the dataset config
     guidance: float | None = None  # value fed to distilled models; None: the one of the options
+    control: Tensor | None = None  # (B, 3, H, W) in [0, 1], RGB: what a ControlNet reads, cropped as the images are
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `change` applied to every tensor."""
@@ -94,6 +99,10 @@ class Batch:
 # Noisy latents (B, C, h, w), timesteps (B,) in the family's own units, conditioning and batch to the prediction, shaped
 # like the noisy latents. A method makes it (`Method.denoise`); steps, validation and sample images call the same one.
 Denoise = Callable[["Tensor", "Tensor", TextCond, Batch], "Tensor"]
+
+
+# What a ControlNet adds to the denoiser's hidden states, in the family's own order and shapes. See `Control.residuals`.
+Residuals = tuple["Tensor", ...]
 
 
 @dataclass(frozen=True)

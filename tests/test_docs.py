@@ -44,6 +44,7 @@ GUIDES = (
     "sdxl.md",
     "sd3.md",
     "flux.md",
+    "controlnet.md",
     "preprocessing.md",
     "captioning.md",
     "tagging.md",
@@ -280,8 +281,9 @@ def test_flags_and_commands_exist(guide):
         for script, method in registry.FAMILIES[family].scripts.items()
     }
     groups |= {script.stem: preparation_groups(script) for script in preparation_scripts()}
-    # Of accelerate launch, and of tensorboard.
-    known = {"--num_cpu_threads_per_process", "--multi_gpu", "--num_processes", "--logdir"}
+    # Of accelerate launch, of tensorboard, of prompt lines, and of the bundled model's scripts.
+    known = {"--num_cpu_threads_per_process", "--multi_gpu", "--num_processes", "--logdir", "--cn"}
+    known |= {"--scenes", "--count", "--controlnet", "--sheet"}
     for own in groups.values():
         known |= set(parsing.build_parser(own, prog="x", description="x")._option_string_actions)
     assert set(re.findall(r"--\w+", text)) - known == set()

@@ -336,7 +336,7 @@ def line_count(file: Path) -> int:
     return len(file.read_text(encoding="utf-8").splitlines())
 
 
-ROLES = ("Loader", "Latents", "TextEncoding", "Denoiser", "Targets", "Writer")
+ROLES = ("Loader", "Latents", "TextEncoding", "Denoiser", "Targets", "Writer", "Control")
 
 
 @pytest.mark.parametrize(

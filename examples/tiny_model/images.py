@@ -5,6 +5,7 @@ words, and `read` goes the other way without any learned part, so that it can ju
 
     python examples/tiny_model/images.py --preview scenes.png       # a sheet of random scenes
     python examples/tiny_model/images.py --concept examples/concept # the new concept that quickstart.py teaches
+    python examples/tiny_model/images.py --scenes pairs/images      # images whose edges a ControlNet can learn from
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import colorsys
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -338,6 +339,17 @@ def write_regularisation(folder: Path, count: int = 48, seed: int = 8) -> None:
         (target / f"figure_{i:02d}.caption").write_text(full_caption(scene) + "\n", encoding="utf-8")
 
 
+def write_scenes(folder: Path, count: int, seed: int = 9) -> None:
+    """Writes random scenes with captions that say colour, shape and background; size and place are for edges to say."""
+    rng = Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        scene = replace(random_scene(rng), texture="plain")
+        draw(scene, rng).save(folder / f"scene_{i:04d}.png")
+        text = f"a {scene.color} {scene.shape} on a {scene.background} background\n"
+        (folder / f"scene_{i:04d}.txt").write_text(text, encoding="utf-8")
+
+
 def sheet(images: list[Image.Image], columns: int, scale: int = 2) -> Image.Image:
     side = SIZE * scale
     rows = math.ceil(len(images) / columns)
@@ -353,7 +365,11 @@ def main() -> None:
     parser.add_argument("--preview", type=Path, help="write a sheet of random scenes to this file")
     parser.add_argument("--concept", type=Path, help="write the concept's images and captions to this folder")
     parser.add_argument("--regularisation", type=Path, help="write regularisation images to this folder")
+    parser.add_argument("--scenes", type=Path, help="write random scenes and captions to this folder")
+    parser.add_argument("--count", type=int, default=800, help="of these scenes")
     args = parser.parse_args()
+    if args.scenes:
+        write_scenes(args.scenes, args.count)
     if args.regularisation:
         write_regularisation(args.regularisation)
     if args.preview:

@@ -165,7 +165,7 @@ def _view(record: Record, shared_stem: bool) -> CacheRequest:
         interpolation=record.subset.resize_interpolation,
         flip=False,
         alpha=record.subset.alpha_mask,
-        mask=record.conditioning,
+        mask=record.mask,
     )
 
 
@@ -233,7 +233,7 @@ def _encode(
 
     def view(one: CacheRequest) -> View:
         # The generator is never drawn from: build_specs refuses cached latents where images vary at random.
-        return render(owners[one], False, Random(0))
+        return render(replace(owners[one], control=None), False, Random(0))
 
     def encode(group: list[CacheRequest], views: list[View]) -> list[dict[str, Tensor] | UserError]:
         pixels = [images.to_pixels(one.pixels) for one in views]

@@ -78,7 +78,7 @@ _IMAGE_TYPES = {
     ".gif": "image/gif",
 }
 _LARGEST_THUMBNAIL = 16 << 20  # bytes; it becomes part of the header, which may have 100 MB
-_TITLES = {"/lora": "LoRA", "/textual-inversion": "TextualInversion"}
+_TITLES = {"/lora": "LoRA", "/textual-inversion": "TextualInversion", "/controlnet": "ControlNet"}
 # What the ancestor writes of embeddings where networks of the same family say "diffusers".
 _EMBEDDING_IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 

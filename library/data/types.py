@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from library.types import Size
+from library.types import ImageRole, Size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,7 @@ class SubsetSpec:
     resize_interpolation: str | None  # None: area when shrinking, lanczos when enlarging
     alpha_mask: bool  # transparency weighs the loss
     custom_attributes: Mapping[str, Any] | None  # for code of the user's own
+    image_role: ImageRole | None = "mask"  # of the images in `conditioning_data_dir`; None: they do not matter
 
     @property
     def place(self) -> Path:
@@ -78,7 +79,8 @@ class Record:
     repeats: int
     present: bool = True  # whether there is an image, and not only its latents
     flip: bool = False  # mirrored half of the time
-    conditioning: Path | None = None  # an image that belongs to it: its mask
+    mask: Path | None = None  # an image that weighs the loss
+    control: Path | None = None  # an image that a ControlNet reads
     tags: str | None = None  # of a metadata file, apart from the caption that has them joined
 
 
@@ -98,7 +100,8 @@ class ScanReport:
     copies: dict[Path, Path] = field(default_factory=dict)  # files with the same bytes -> the first of them
     alike: list[list[Path]] | None = field(default_factory=list)  # images that look the same; None: not looked for
     cut: list[Path] = field(default_factory=list)  # images that lose more than half of their area to the bucket
-    other_shapes: list[Path] = field(default_factory=list)  # masks of another aspect ratio than their image's
+    # masks and control images of another aspect ratio than their image's
+    other_shapes: list[Path] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -118,6 +121,7 @@ class Sample:
     network_multiplier: float
     attributes: Mapping[str, Any] | None
     text: Mapping[str, Tensor] | None = None  # cached text-encoder outputs, without batch axis
+    control: Tensor | None = None  # (3, H, W) in [0, 1]; see Batch
 
 
 class ItemKey(NamedTuple):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from library.objectives.objective import Objective
     from library.options.base import Options
-    from library.types import Batch, LoraTarget, Models, TextCond, TextLayout
+    from library.types import Batch, LoraTarget, Models, Residuals, TextCond, TextLayout
 
 
 class Role:
@@ -89,13 +89,20 @@ class Denoiser(Role, ABC):
 
     @abstractmethod
     def predict(
-        self, models: Models, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch | None = None
+        self,
+        models: Models,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: TextCond,
+        batch: Batch | None = None,
+        residuals: Residuals | None = None,
     ) -> Tensor:
         """The denoiser's output, same shape as `noisy`, (B, C, h, w); usable under autocast and torch.no_grad.
 
         Args:
             timesteps: (B,), in the units of the family's objective.
             batch: carries sizes for families with size conditioning, and the guidance of distilled models.
+            residuals: what a ControlNet adds to the hidden states, see `Control.residuals`.
         """
 
     @abstractmethod
@@ -141,8 +148,46 @@ class Writer(Role, ABC):
         """
 
 
+class Control(Role, ABC):
+    """ControlNets: networks that read an image beside the latents and add to the denoiser's hidden states.
+
+    Zhang et al. 2023, arXiv:2302.05543.
+    """
+
+    @abstractmethod
+    def build(self, models: Models) -> nn.Module:
+        """A new ControlNet with copies of the denoiser's weights; all that it adds is zero until it is trained."""
+
+    @abstractmethod
+    def load(self, models: Models, name: str) -> nn.Module:
+        """Reads a ControlNet for the denoiser, in float32 on the CPU, frozen and in eval mode.
+
+        Args: name: a file in any layout of the family's ControlNets, a Diffusers folder of one, or its hub id.
+        Raises: UserError: missing, unreadable, or made for another model.
+        """
+
+    @abstractmethod
+    def residuals(self, net: nn.Module, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch) -> Residuals:
+        """What `Denoiser.predict` takes, from `batch.control` and what it is itself given; differentiable."""
+
+    @abstractmethod
+    def save(
+        self, net: nn.Module, path: Path, *, save_as: str, dtype: torch.dtype | None, metadata: dict[str, str]
+    ) -> None:
+        """Writes a ControlNet in the layout that programs read.
+
+        Args:
+            save_as: safetensors, ckpt, pt, or diffusers for a folder.
+            dtype: of every tensor; None: as in memory.
+            metadata: modelspec.* values, for .safetensors files of families whose ControlNets have some.
+        """
+
+
 class Family:
-    """A model family, made from the options of a run: one object for each role."""
+    """A model family, made from the options of a run: one object for each role.
+
+    `control` is None where there are no ControlNets for it here.
+    """
 
     traits: FamilyTraits
 
@@ -156,6 +201,7 @@ class Family:
         denoiser: Denoiser,
         targets: Targets,
         writer: Writer,
+        control: Control | None = None,
     ):
         self.opts = opts
         self.loader = loader
@@ -164,3 +210,4 @@ class Family:
         self.denoiser = denoiser
         self.targets = targets
         self.writer = writer
+        self.control = control

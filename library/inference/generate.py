@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from library.inference.control_images import control_batch
 from library.inference.images import to_images
 from library.inference.placement import in_float32
 from library.inference.prompts import SamplePrompt
@@ -52,7 +53,7 @@ def generate(
     Args:
         models: with denoiser, text encoders and VAE on `device`, in eval mode.
         dtype: computing precision; another than float32 turns autocast on. Latents between steps stay float32.
-        batch_size: how many neighbours are made at once; they may differ in texts and seed only.
+        batch_size: how many neighbours are made at once; they may differ in texts, seed and control image only.
         vae_float32: decodes in float32, for VAEs that overflow in half precision.
         zero_terminal_snr: the model was trained with that schedule.
         cached: the conditioning of every text, as `encode_texts` gave it, where `models` lacks text encoders by now.
@@ -102,7 +103,7 @@ def sample_latents(
     denoise: Denoise | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Denoised latents of prompts that differ in texts and seed only: (B, C, H/8, W/8), float32, scaled."""
+    """Denoised latents, (B, C, H/8, W/8), float32, scaled; of prompts as `_batches` puts them together."""
     first = prompts[0]
     scheduler = _scheduler(family, first, zero_terminal_snr, device)
     generators = [torch.Generator("cpu").manual_seed(with_seed(prompt).seed) for prompt in prompts]
@@ -225,7 +226,7 @@ def _same_lengths(one: TextCond, other: TextCond) -> bool:
 
 
 def _sizes(prompts: Sequence[SamplePrompt], device: torch.device) -> Batch:
-    """The size and guidance conditioning of the images: uncropped, of the requested size."""
+    """The size, guidance and control conditioning of the images: uncropped, of the requested size."""
     sizes = torch.tensor([(prompt.width, prompt.height) for prompt in prompts], device=device)
     return Batch(
         captions=[prompt.prompt for prompt in prompts],
@@ -237,6 +238,7 @@ def _sizes(prompts: Sequence[SamplePrompt], device: torch.device) -> Batch:
         crop_top_lefts=torch.zeros_like(sizes),
         target_sizes=sizes,
         guidance=prompts[0].guidance,
+        control=control_batch(prompts, device),
     )
 
 
@@ -252,8 +254,8 @@ def _doubled(batch: Batch) -> Batch:
 def _batches(prompts: Sequence[SamplePrompt], size: int) -> list[list[SamplePrompt]]:
     """Runs of neighbours that can be made together, `size` at most; seeds are filled in."""
 
-    def settings(prompt: SamplePrompt) -> SamplePrompt:
-        return replace(prompt, prompt="", negative_prompt="", seed=0)
+    def settings(prompt: SamplePrompt) -> tuple[SamplePrompt, bool]:
+        return replace(prompt, prompt="", negative_prompt="", seed=0, control=None), prompt.control is not None
 
     batches: list[list[SamplePrompt]] = []
     for prompt in map(with_seed, prompts):

@@ -33,6 +33,7 @@ def png_text(prompt: SamplePrompt) -> dict[str, str]:
         "sampler": prompt.sampler,
         "steps": str(prompt.steps),
         "scale": str(prompt.scale),
+        **({} if prompt.control is None else {"control-image": str(prompt.control.path)}),
         **{name: str(value) for name, value in asked_for.items() if value is not None},
     }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from library.errors import UserError
+from library.inference.control_images import with_control
 from library.inference.images import png_text, save_png
 from library.inference.placement import evaluating, on_device
 from library.inference.prompts import FLOW_SAMPLER, SamplePrompt, flow_sampler_note, load_prompts
@@ -50,16 +51,18 @@ class Preview:
         self.every_n_epochs = opts.sampling.sample_every_n_epochs
 
     @classmethod
-    def from_options(cls, opts: Options, family: Family) -> Preview:
+    def from_options(cls, opts: Options, family: Family, *, takes_control: bool = False) -> Preview:
         """Reads --sample_prompts; without that option, or any occasion for images, the preview is never due.
 
-        Raises: UserError: a bad prompt file.
+        Args: takes_control: whether what is trained reads control images, those of --cn.
+        Raises: UserError: a bad prompt file, or a control image that cannot be read.
         """
         sampling = opts.sampling
         prompts = []
         if sampling.draws:
             _warn_of_sampler(opts, family.traits)
             prompts = load_prompts(sampling.sample_prompts, family.traits, sampling.sample_sampler)
+            prompts = _with_control_images(prompts, sampling.sample_prompts, takes_control=takes_control)
         return cls(opts, family, prompts)
 
     def due(self, step: int, epoch_end: int | None = None) -> bool:
@@ -177,6 +180,19 @@ def _warn_of_sampler(opts: Options, traits: FamilyTraits) -> None:
     chosen = opts.sampling.sample_sampler
     if chosen.removeprefix("k_") != FLOW_SAMPLER:
         LOGGER.warning(f"--sample_sampler {chosen} has no effect: {flow_sampler_note(traits)}")
+
+
+def _with_control_images(prompts: list[SamplePrompt], file: str, *, takes_control: bool) -> list[SamplePrompt]:
+    """Reads the control images where they are used, and says where they are missing or have no effect."""
+    given = sum(prompt.control is not None for prompt in prompts)
+    if not takes_control:
+        if given:
+            LOGGER.warning("%s: --cn (controlnet_image) has no effect, as no ControlNet is trained here", file)
+        return [replace(prompt, control=None) for prompt in prompts]
+    if given < len(prompts):
+        missing = len(prompts) - given
+        LOGGER.warning("%s: %d of %d prompts have no --cn; they show the base model alone", file, missing, len(prompts))
+    return [with_control(prompt) for prompt in prompts]
 
 
 def _mixed_precision(name: str | None) -> torch.dtype:

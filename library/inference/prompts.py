@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,9 @@ from library.runtime.documents import parse_json, parse_toml, read_text
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from library.types import FamilyTraits
 
 SAMPLERS = (
@@ -26,6 +29,14 @@ MAX_SIDE = 8192  # pixels; larger images fit into no memory
 MAX_STEPS = 1000
 RANDOM_SEED = -1  # as in web interfaces: another one each time
 MAX_SEED = 2**64 - 1  # what torch's generators take
+
+
+@dataclass(frozen=True)
+class ControlImage:
+    """The image of --cn; `control_images.with_control` reads it."""
+
+    path: Path
+    pixels: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)  # (height, width, 3), as sampled
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class SamplePrompt:
     sampler: str  # one of SAMPLERS
     guidance: float | None = None  # guidance value fed to distilled flow models
     flow_shift: float | None = None  # shift of a flow model's noise levels, above 0; None: the family's own
+    control: ControlImage | None = None  # what a ControlNet reads
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,7 @@ _OPTIONS = (
     _Option("l", "scale", "scale", float),
     _Option("g", "guidance_scale", "guidance", float),
     _Option("ss", "sample_sampler", "sampler"),
-    _Option("cn", "controlnet_image", None),
+    _Option("cn", "controlnet_image", "control"),
     _Option("ctr", "cfg_trunc_ratio", None),
     _Option("rcfg", "renorm_cfg", None),
     _Option("fs", "flow_shift", "flow_shift", float),
@@ -208,6 +220,8 @@ def _available(option: _Option, name: str, where: str) -> str:
 
 
 def _finish(base: SamplePrompt, changes: dict[str, Any], traits: FamilyTraits, where: str) -> SamplePrompt:
+    if "control" in changes:
+        changes = {**changes, "control": ControlImage(Path(changes["control"]).expanduser())}
     prompt = replace(base, **changes)
     if prompt.sampler not in SAMPLERS:
         raise UserError(f"{where}: unknown sampler {prompt.sampler!r}; choose one of {', '.join(SAMPLERS)}")

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from library.entry_points import EntryPoint
     from library.methods.base import Method
     from library.options.base import OptionGroup, Options
-    from library.types import FamilyTraits
+    from library.types import FamilyTraits, ImageRole
+
+
+def _no_problems(opts: Options, traits: FamilyTraits) -> list[str]:
+    return []
 
 
 def _as_given(opts: Options) -> Options:
@@ -28,7 +32,9 @@ class MethodSpec:
     tracker: str  # name of the folder or project that logs go to, where --log_tracker_name gives none
     groups: tuple[type[OptionGroup], ...]  # the method's own group, and others in place of shared ones
     method: EntryPoint[[Options], Method]
-    check: Callable[[Options, FamilyTraits], list[str]]  # problems that options and file headers show
+    # Problems that options and file headers show, beside those that the groups find.
+    check: Callable[[Options, FamilyTraits], list[str]] = _no_problems
+    image_role: ImageRole = "mask"  # what the images of `conditioning_data_dir` are to it
     complete_options: Callable[[Options], Options] = _as_given  # by what other options say
 
     def __post_init__(self) -> None:

@@ -19,3 +19,4 @@ class MethodOptions(OptionGroup, group="method", title="Method", always=True):
     train_t5xxl = False
     caption_word = None  # what captions must hold for anything to be learned from them
     caption_templates = ()  # texts that replace the captions of training images
+    controlnet_model_name_or_path = None

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _SMALLEST_NETWORK = 1 << 20  # bytes; about what rank 1 of the smallest model takes
 _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".bin")
 _LONGEST_EXTRA_FILE = "_t5xxl"  # the longest ending of a file that is saved beside a model
-_MODEL_PARTS = ("model_index.json",)  # a folder that holds one of these may be replaced
+_MODEL_PARTS = ("model_index.json", "config.json")  # a folder that holds one of these may be replaced
 _STATE_PARTS = (MODEL, OPTIMIZER, SCHEDULE, PROGRESS, "pytorch_model.bin")
 
 

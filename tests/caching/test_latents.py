@@ -72,16 +72,16 @@ class Bar:
 def load(tmp_path):
     """TrainingData of dataset tables."""
 
-    def build(*datasets, workers=0):
+    def build(*datasets, workers=0, image_role="mask"):
         general = {"enable_bucket": True, "min_bucket_reso": 64, "max_bucket_reso": 256}
         file = tmp_path / "data.json"
         file.write_text(json.dumps({"general": general, "datasets": list(datasets)}))
         masked = any("conditioning_data_dir" in subset for dataset in datasets for subset in dataset["subsets"])
         given = {"dataset_config": file, "cache_latents": True, "max_data_loader_n_workers": workers}
-        given |= {"masked_loss": masked, "data_index_dir": str(tmp_path / "index")}
+        given |= {"masked_loss": masked and image_role == "mask", "data_index_dir": str(tmp_path / "index")}
         groups = (DataOptions, LossOptions, TrainingOptions)
         opts = build_options(groups, {name: Given(value, "command line") for name, value in given.items()})
-        return build_training_data(build_specs(opts, TRAITS), opts, TRAITS, 1)
+        return build_training_data(build_specs(opts, TRAITS, image_role), opts, TRAITS, 1)
 
     return build
 
@@ -136,11 +136,34 @@ def same_batches(left, right, epochs=(1, 2)):
             assert torch.allclose(encode(plain.pixels), cached.latents, atol=1e-6)  # float32 sums in another batch
             assert plain.captions == cached.captions
             assert torch.equal(plain.crop_top_lefts, cached.crop_top_lefts)
+            assert (plain.control is None) == (cached.control is None)
+            assert plain.control is None or torch.equal(plain.control, cached.control)
             assert (plain.masks is None) == (cached.masks is None)
             if plain.masks is not None:
                 small = torch.nn.functional.adaptive_avg_pool2d(plain.masks, cached.latents.shape[-2:])
                 large = torch.nn.functional.adaptive_avg_pool2d(cached.masks, cached.latents.shape[-2:])
                 assert torch.allclose(small, large, atol=1e-6)
+
+
+def test_control_images_stay_out_of_caches(folder, load, tmp_path):
+    """They come with cached latents too, and a cache is the same one with them and without, or with others."""
+    control = tmp_path / "control"
+    control.mkdir()
+    for path in folder.iterdir():
+        Image.open(path).rotate(180).save(control / path.name)
+    pairs = table(folder, flip_aug=True, conditioning_data_dir=str(control))
+    del pairs["subsets"][0]["class_tokens"]
+    cached, in_ram = (load(pairs, image_role="control") for _ in range(2))
+    assert on_disk(cached) == 0
+    in_memory(in_ram)
+    plain = load(pairs, image_role="control")
+    same_batches(plain, cached)
+    same_batches(plain, in_ram)
+    assert all(batch.control is not None and batch.masks is None for batch in cached.loader(1))
+    assert on_disk(load(table(folder, flip_aug=True))) == 5
+    for path in control.iterdir():
+        Image.open(path).rotate(90).save(path)
+    assert on_disk(load(pairs, image_role="control")) == 5
 
 
 @pytest.mark.rows("R180", "R181")

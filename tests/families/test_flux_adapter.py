@@ -149,6 +149,28 @@ def test_prediction_equals_a_step_of_diffusers_pipeline(loaded, variant):
 
 
 @torch.no_grad()
+def test_residuals_are_added_behind_the_blocks_with_two_streams(loaded):
+    models, latents, adapter = loaded["dev"], noise(2, 16, 4, 4), family()
+    blocks = models.denoiser.transformer_blocks
+    cond, times = adapter.text.encode(models, CAPTIONS), torch.tensor([100.0, 900.0])
+    width = models.denoiser.config.num_attention_heads * models.denoiser.config.attention_head_dim
+    residuals = tuple(0.1 * noise(2, 4, width) + number for number in range(len(blocks)))
+    actual = adapter.denoiser.predict(models, latents, times, cond, None, residuals)
+
+    def add(residual):
+        return lambda _block, _inputs, output: (output[0], output[1] + residual)
+
+    hooks = [block.register_forward_hook(add(one)) for block, one in zip(blocks, residuals, strict=True)]
+    try:
+        expected = adapter.denoiser.predict(models, latents, times, cond)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert_close(actual, expected, atol=0, rtol=0)
+    assert (actual - adapter.denoiser.predict(models, latents, times, cond)).abs().max() > 1e-3
+
+
+@torch.no_grad()
 def test_every_image_has_its_own_time(loaded):
     models, latents, adapter = loaded["dev"], noise(2, 16, 4, 4), family()
     cond = adapter.text.encode(models, CAPTIONS)

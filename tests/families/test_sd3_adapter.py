@@ -306,6 +306,29 @@ def test_prediction_is_that_of_diffusers(variant, single_file, cache):
     assert_close(ours, theirs, **CLOSE)
 
 
+@torch.no_grad()
+def test_residuals_are_added_behind_the_blocks_but_the_last(loaded):
+    family, models = loaded
+    cond, times, denoiser = family.text.encode(models, PROMPTS), torch.tensor([17, 980]), models.denoiser
+    blocks, noisy = denoiser.transformer_blocks, latents()
+    tokens, width = noisy.shape[-1] * noisy.shape[-2] // 4, denoiser.config.num_attention_heads * 64
+    generator = torch.Generator().manual_seed(5)
+    residuals = tuple(torch.randn(2, tokens, width, generator=generator) for _ in blocks)
+    actual = family.denoiser.predict(models, noisy, times, cond, None, residuals)
+
+    def add(residual):
+        return lambda _block, _inputs, output: (output[0], output[1] + residual)
+
+    hooks = [block.register_forward_hook(add(one)) for block, one in zip(blocks[:-1], residuals, strict=False)]
+    try:
+        expected = family.denoiser.predict(models, noisy, times, cond)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert_close(actual, expected, atol=0, rtol=0)
+    assert (actual - family.denoiser.predict(models, noisy, times, cond)).abs().max() > 1e-3
+
+
 def test_latents_are_raw_in_caches_and_scaled_for_the_denoiser(loaded):
     family, models = loaded
     pixels = torch.rand(2, 3, 64, 96) * 2 - 1

@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields
 import pytest
 
 from library.entry_points import EntryPoint
-from library.families.base import Denoiser, Family, Latents, Loader, Targets, TextEncoding, Writer
+from library.families.base import Control, Denoiser, Family, Latents, Loader, Targets, TextEncoding, Writer
 from library.families.registry import FAMILIES
 from library.families.spec import FamilySpec
 from library.options.parsing import parse_options
@@ -33,9 +33,10 @@ def test_every_entry_point_can_be_called(spec):
     assert issubclass(adapter, Family)
     assert adapter.traits is spec.traits
     family = adapter(parse_options(groups_for(spec.name, "network"), []))
-    roles = {name: role for name, role in vars(family).items() if name != "opts"}
+    roles = {name: role for name, role in vars(family).items() if name not in ("opts", "control")}
     assert roles.keys() == ROLES.keys()
     assert all(isinstance(role, ROLES[name]) for name, role in roles.items())
+    assert isinstance(family.control, Control) == ("control_net" in spec.scripts.values())
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(FamilySpec) if field.default_factory is MISSING])

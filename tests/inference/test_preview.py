@@ -90,6 +90,49 @@ def test_prompts_come_from_the_option(tmp_path, make_family, said):
         assert not any(preview.due(step) for step in range(10))
 
 
+@pytest.fixture
+def with_edges(tmp_path, make_family):
+    """A preview of prompts of which one has a control image of 32x32: white on the left, black on the right."""
+    edges = Image.new("RGB", (32, 32))
+    edges.paste((255, 255, 255), (0, 0, 16, 32))
+    edges.save(tmp_path / "edges.png")
+    text = f"a cat --w 64 --h 96 --s 1 --d 3 --cn {tmp_path / 'edges.png'}\na cat --w 64 --h 64 --s 1 --d 3\n"
+    (tmp_path / "prompts.txt").write_text(text)
+    opts = options(tmp_path, sample_prompts=str(tmp_path / "prompts.txt"), sample_at_first=True)
+    return lambda **more: Preview.from_options(opts, make_family(), **more)
+
+
+def test_control_images_are_read_once_and_come_with_the_batch(with_edges, models, tmp_path, said):
+    preview = with_edges(takes_control=True)
+    assert said.text.count("1 of 2 prompts have no --cn") == 1
+    (tmp_path / "edges.png").unlink()
+    seen = []
+
+    def denoise(noisy, timesteps, cond, batch):
+        seen.append(batch.control)
+        return preview.family.predict(models, noisy, timesteps, cond, batch)
+
+    images = preview.render(models, 1, None, denoise=denoise)
+    assert seen[1] is None
+    assert seen[0].shape == (2, 3, 96, 64)  # with guidance, for both halves
+    assert (seen[0][..., :31] == 1).all()
+    assert (seen[0][..., 33:] == 0).all()
+    assert Image.open(images[0].path).text["control-image"].endswith("edges.png")
+    assert "control-image" not in Image.open(images[1].path).text
+
+
+def test_control_images_without_a_controlnet_have_no_effect(with_edges, tmp_path, said):
+    (tmp_path / "edges.png").unlink()
+    assert all(prompt.control is None for prompt in with_edges().prompts)
+    assert said.text.count("--cn (controlnet_image) has no effect") == len(said.records) == 1
+
+
+def test_a_control_image_that_cannot_be_read_is_named(with_edges, tmp_path):
+    (tmp_path / "edges.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"--cn .*edges\.png: the control image cannot be read \(the file is empty\)"):
+        with_edges(takes_control=True)
+
+
 @pytest.mark.parametrize(
     ("chosen", "warnings"), [(None, 0), ("euler", 0), ("k_euler", 0), ("ddim", 1), ("dpmsolver++", 1)]
 )

@@ -5,11 +5,12 @@ import logging
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from library.errors import UserError
-from library.inference.prompts import SamplePrompt, default_prompt, load_prompts, parse_prompt
+from library.inference.prompts import ControlImage, SamplePrompt, default_prompt, load_prompts, parse_prompt
 from library.runtime.logs import LOGGER
 
 C94 = (
@@ -103,6 +104,18 @@ def test_options_are_case_insensitive_and_may_stand_first(traits):
     assert (prompt.prompt, prompt.negative_prompt, prompt.width, prompt.sampler) == ("", "ugly", 128, "euler_a")
 
 
+def test_a_control_image_is_a_path(traits, tmp_path, monkeypatch):
+    assert parse_prompt("a cat --cn my edges/1.png --s 3", traits, "ddim").control == ControlImage(
+        Path("my edges/1.png")
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps([{"prompt": "a cat", "controlnet_image": "~/1.png"}, {"prompt": "a cat"}]))
+    named, plain = load_prompts(file, traits, "ddim")
+    assert named.control.path == tmp_path / "1.png"
+    assert plain.control is None
+
+
 def test_a_negative_prompt_may_be_empty(traits):
     assert parse_prompt("a cat --n --s 3", traits, "ddim").negative_prompt == ""
 
@@ -140,7 +153,7 @@ def test_steps_are_clamped(given, kept, traits):
         ("x --w 8193", r"line 2: the width must be at most 8192 pixels, got 8193"),
         ("x --h 1000000000", r"line 2: the height must be at most 8192 pixels"),
         ("x --ss plms", r"line 2: unknown sampler 'plms'"),
-        ("x --cn control.png", r"line 2: --cn \(controlnet_image\) is not available yet"),
+        ("x --cn", r"line 2: --cn needs a value"),
         ("x --rcfg 1", r"line 2: --rcfg \(renorm_cfg\) is not available yet"),
         ("x --g inf", r"line 2: the guidance must be a finite number"),
         ("x --fs 0", r"line 2: the flow shift must be a finite number above 0, got 0.0"),

@@ -32,6 +32,12 @@ def test_no_part_may_be_missing():
             MethodSpec(**{key: value for key, value in parts().items() if key != name})
 
 
+def test_images_beside_images_are_masks_and_nothing_more_is_checked_where_a_spec_says_nothing():
+    spec = MethodSpec(**{name: value for name, value in parts().items() if name not in ("image_role", "check")})
+    assert spec.image_role == "mask"
+    assert spec.check(None, None) == []
+
+
 def test_a_method_needs_a_group_of_its_own():
     with pytest.raises(TypeError, match="none of its groups is its own"):
         MethodSpec(**parts(groups=(LossOptions,)))

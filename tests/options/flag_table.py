@@ -37,8 +37,12 @@ def expected(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple]:
     }
 
 
-def described(actions: Mapping[str, Action]) -> dict[str, tuple]:
-    """By dest: flags, required, default, nargs, the type's name (True: a flag without a value), choices."""
+def described(actions: Mapping[str, Action], added: Mapping[str, set[Any]] = ADDED_CHOICES) -> dict[str, tuple]:
+    """By dest: flags, required, default, nargs, the type's name (True: a flag without a value), choices.
+
+    `added`: choices that only ours have, beside those of `ADDED_CHOICES`.
+    """
+    added = {**ADDED_CHOICES, **added}
     return {
         dest: (
             tuple(action.option_strings),
@@ -46,7 +50,7 @@ def described(actions: Mapping[str, Action]) -> dict[str, tuple]:
             _value(action.default),
             action.nargs,
             action.const if action.nargs == 0 else action.type.__name__,
-            frozenset(action.choices or ()) - {None} - ADDED_CHOICES.get(dest, set()),
+            frozenset(action.choices or ()) - {None} - added.get(dest, set()),
         )
         for dest, action in actions.items()
     }

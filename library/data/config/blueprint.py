@@ -24,18 +24,20 @@ from library.types import Size
 
 if TYPE_CHECKING:
     from library.options.base import Options
-    from library.types import FamilyTraits
+    from library.types import FamilyTraits, ImageRole
 
 
-def build_specs(opts: Options, traits: FamilyTraits) -> list[DatasetSpec]:
+def build_specs(opts: Options, traits: FamilyTraits, image_role: ImageRole | None = "mask") -> list[DatasetSpec]:
     """The datasets of a run, from --dataset_config or from the data flags.
 
     A value is looked for in the subset, the dataset, the general table, the command line, and the built-in default.
 
+    Args: image_role: what the images of conditioning_data_dir are to the method; None: they do not matter.
+
     Raises: UserError: with every problem found: of the data flags (in the very lines of `library.options.validation`),
         unknown keys, wrong values, missing or empty folders, combinations that cannot work.
     """
-    reader = _Reader(opts, traits)
+    reader = _Reader(opts, traits, image_role)
     if opts.data.dataset_config:
         file = Path(opts.data.dataset_config)
         config, general_place = read_config(file), f"{file}, [general]"
@@ -43,14 +45,15 @@ def build_specs(opts: Options, traits: FamilyTraits) -> list[DatasetSpec]:
         _warn_about_ignored(opts, folders, "--dataset_config says where the images are")
     else:
         file, general_place = None, ""
-        config = {"general": {}, "datasets": [{"subsets": _subsets_of_flags(opts, reader.problems)}]}
+        config = {"general": {}, "datasets": [{"subsets": _subsets_of_flags(opts, image_role, reader.problems)}]}
     specs = []
     for number, table in enumerate(config["datasets"], 1):
         place = f"{file}, [[datasets]] {number}" if file else _flag_of_data(opts)
         spec = reader.dataset(table, place, [(general_place, config["general"])])
         if spec.subsets:
             specs.append(spec)
-    reader.problems += _check_masks(specs, opts)
+    if image_role is not None:
+        reader.problems += (_check_masks if image_role == "mask" else _check_control_images)(specs, opts)
     if not specs and not reader.problems:
         reader.problems += reader.left_out or ["no images: the data set names no folder"]
     if reader.problems:
@@ -63,8 +66,8 @@ def build_specs(opts: Options, traits: FamilyTraits) -> list[DatasetSpec]:
 class _Reader:
     """Looks values up level by level, and collects every problem on the way."""
 
-    def __init__(self, opts: Options, traits: FamilyTraits):
-        self.opts, self.traits, self.flags = opts, traits, opts.flat()
+    def __init__(self, opts: Options, traits: FamilyTraits, image_role: ImageRole | None):
+        self.opts, self.traits, self.image_role, self.flags = opts, traits, image_role, opts.flat()
         self.problems = validation.problems(base.Options([opts.data], opts.given), traits)
         # What the flags alone say is checked there already; a file may combine them with something else.
         self.combine = bool(opts.data.dataset_config) or not self.problems
@@ -153,7 +156,7 @@ class _Reader:
         own["face_crop_aug_range"] = tuple(own["face_crop_aug_range"]) if own["face_crop_aug_range"] else None
         extension = own["caption_extension"]
         own["caption_extension"] = extension if extension.startswith(".") else "." + extension
-        return SubsetSpec(captions=captions, **own)
+        return SubsetSpec(captions=captions, image_role=self.image_role, **own)
 
 
 def _parse_numbers(text: str, *, whole: bool) -> Any:
@@ -250,6 +253,18 @@ def _check_masks(specs: Sequence[DatasetSpec], opts: Options) -> Iterable[str]:
         yield "--masked_loss: there are no masks; name their folder in conditioning_data_dir, or set alpha_mask"
 
 
+def _check_control_images(specs: Sequence[DatasetSpec], opts: Options) -> Iterable[str]:
+    subsets = [subset for spec in specs for subset in spec.subsets]
+    for subset in subsets:
+        if not subset.conditioning_data_dir:
+            yield f"{subset.place}: it has no control images; name their folder in conditioning_data_dir"
+    if opts.loss.masked_loss and not any(subset.alpha_mask for subset in subsets):
+        yield (
+            "--masked_loss: there are no masks, as the images of conditioning_data_dir are control images here; "
+            "set alpha_mask, or leave --masked_loss out"
+        )
+
+
 def _check_augmentation(subset: SubsetSpec, buckets: bool, opts: Options, place: str) -> Iterable[str]:
     if opts.data.cache_latents or opts.data.cache_latents_to_disk:
         for name in ("color_aug", "random_crop", "face_crop_aug_range"):
@@ -264,15 +279,17 @@ def _check_augmentation(subset: SubsetSpec, buckets: bool, opts: Options, place:
         LOGGER.warning(f"{place}: face_crop_aug_range has no effect on images in buckets (enable_bucket)")
 
 
-def _subsets_of_flags(opts: Options, problems: list[str]) -> list[dict[str, Any]]:
-    """The data flags as subset tables: a metadata file, a folder with its masks, or folders that say their repeats."""
+def _subsets_of_flags(opts: Options, image_role: ImageRole | None, problems: list[str]) -> list[dict[str, Any]]:
+    """The data flags as subset tables: a metadata file, images with masks or control images, or repeated folders."""
     options = opts.data
-    if options.in_json:
+    if image_role == "control":
+        _warn_about_ignored(opts, ("in_json",), "control images belong to folders of images")
+    elif options.in_json:
         _warn_about_ignored(opts, ("reg_data_dir", "conditioning_data_dir"), "--in_json says which images are used")
         return [{"metadata_file": options.in_json, "image_dir": options.train_data_dir}]
     if options.train_data_dir and options.conditioning_data_dir:
         _warn_about_ignored(opts, ("reg_data_dir",), "masks have none for regularisation images")
-        return _folders_with_masks(options.train_data_dir, options.conditioning_data_dir, problems)
+        return _folders_with_partners(options.train_data_dir, options.conditioning_data_dir, problems)
     tables = []
     for flag, is_reg in (("train_data_dir", False), ("reg_data_dir", True)):
         if getattr(options, flag):
@@ -321,19 +338,22 @@ def _no_folder(path: Path) -> str:
     return why.removeprefix("it ") if why.startswith("it cannot") else "is no folder"
 
 
-def _folders_with_masks(images: str, masks: str, problems: list[str]) -> list[dict[str, Any]]:
-    """One folder of images, or <repeats>_<class tokens> folders; masks lie in `masks` or its sub-folders so named."""
+def _folders_with_partners(images: str, partners: str, problems: list[str]) -> list[dict[str, Any]]:
+    """One folder of images, or <repeats>_<class tokens> folders.
+
+    Their masks or control images lie in the folder `partners`, or in its sub-folders of the same names.
+    """
     folder = Path(images).expanduser()
     try:
         is_plain = os.path.isdir(folder) and has_images(folder)
     except OSError:
         is_plain = False  # what is wrong with it is reported below
     if is_plain:
-        return [{"image_dir": images, "conditioning_data_dir": masks}]
+        return [{"image_dir": images, "conditioning_data_dir": partners}]
     tables = _repeating(images, "train_data_dir", problems)
     for table in tables:
-        own = Path(masks).expanduser() / Path(table["image_dir"]).name
-        table["conditioning_data_dir"] = str(own) if os.path.isdir(own) else masks
+        own = Path(partners).expanduser() / Path(table["image_dir"]).name
+        table["conditioning_data_dir"] = str(own) if os.path.isdir(own) else partners
     return tables
 
 

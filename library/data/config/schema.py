@@ -72,7 +72,10 @@ KEYS: dict[str, Key] = {
     "alpha_mask": Key("bool", False, (SUBSET,), "--alpha_mask"),
     "metadata_file": Key("str", None, (SUBSET,), help="metadata file with captions and tags, as for `--in_json`"),
     "conditioning_data_dir": Key(
-        "str", None, (SUBSET,), help="folder of images that belong to these by name: masks, for `--masked_loss`"
+        "str",
+        None,
+        (SUBSET,),
+        help="folder of images that belong to these by name: masks, for `--masked_loss`; a ControlNet's control images",
     ),
 }
 

@@ -26,6 +26,7 @@ from library.types import Size
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from library.data.sample.dataset import TrainingData
     from library.data.types import Record
@@ -54,6 +55,7 @@ class Cell:
     record: Record
     image: NDArray[np.uint8] | None  # (bucket height, bucket width, 3), as in epoch 1; of repeats the first
     mask: NDArray[np.float32] | None  # (bucket height, bucket width) in [0, 1]; None: all of the image counts
+    control: NDArray[np.uint8] | None  # (bucket height, bucket width, 3): what a ControlNet reads
     captions: tuple[str, ...]  # of epoch 1, 2, ...
     mirrored: bool
     problem: str = ""  # why there is no image
@@ -139,14 +141,20 @@ def cells_of(data: TrainingData, numbers: Sequence[int], epochs: int) -> Iterato
 def _cell(data: TrainingData, record: Record, moments: Sequence[ItemKey]) -> Cell:
     captions = tuple(data.items.caption_at(moment) for moment in moments)
     if not record.present:
-        return Cell(record, None, None, captions, False, "no image here, only its latents")
+        return Cell(record, None, None, None, captions, False, "no image here, only its latents")
     try:
         sample = data.items[moments[0]]
     except UserError as error:
-        return Cell(record, None, None, captions, False, str(error).removeprefix(f"{record.path}: "))
-    image = ((sample.pixels + 1) * 127.5).round().byte().numpy().transpose(1, 2, 0)
+        return Cell(record, None, None, None, captions, False, str(error).removeprefix(f"{record.path}: "))
+    image = as_image((sample.pixels + 1) / 2)
     mask = None if sample.mask is None else sample.mask[0].numpy()
-    return Cell(record, image, mask, captions, data.items.is_mirrored_at(moments[0]))
+    control = None if sample.control is None else as_image(sample.control)
+    return Cell(record, image, mask, control, captions, data.items.is_mirrored_at(moments[0]))
+
+
+def as_image(values: Tensor) -> NDArray[np.uint8]:
+    """(3, H, W) in [0, 1] to (H, W, 3)."""
+    return (values * 255).round().byte().numpy().transpose(1, 2, 0)
 
 
 # ---- which images, on which page
@@ -206,6 +214,8 @@ def _notes(there: Sequence[Record], shown: int, batch_size: int, epochs: int, pr
         how = "Images and captions as in epoch 1."
     if any(_has_mask(record) for record in there):
         how += " The second copy shows the mask: red does not count in the loss."
+    if any(record.control is not None for record in there):
+        how += " The control image stands last."
     part = [f"A part only: {shown} of the {len(there)} images of this bucket."] if shown < len(there) else []
     return [f"{counts}; batch size {batch_size}", *part, how]
 
@@ -221,13 +231,14 @@ def _times(size: Size) -> str:
 
 
 def _has_mask(record: Record) -> bool:
-    return record.conditioning is not None or record.subset.alpha_mask
+    return record.mask is not None or record.subset.alpha_mask
 
 
 def _slots(record: Record) -> int:
-    """Columns that a record takes: two where there is a mask, and both copies do not fit into one."""
-    both = 2 * _shown_size(record.bucket).width + _CLOSE
-    return 2 if _has_mask(record) and both > _slot_width(record.bucket) else 1
+    """Columns that a record takes: as many as its image, the copy with the mask and the control image need."""
+    panels = 1 + _has_mask(record) + (record.control is not None)
+    width = panels * (_shown_size(record.bucket).width + _CLOSE) - _CLOSE
+    return 1 if width <= _slot_width(record.bucket) else panels
 
 
 def _shown_size(bucket: Size) -> Size:
@@ -309,14 +320,15 @@ def _draw(page: _Page, rows: Sequence[Sequence[Cell]]) -> Image.Image:
 
 
 def _cell_width(cell: Cell, slot: int) -> int:
-    return slot if _slots(cell.record) == 1 else 2 * slot + _GAP
+    return _slots(cell.record) * (slot + _GAP) - _GAP
 
 
 def _panels(cell: Cell) -> list[NDArray[np.uint8] | None]:
-    if cell.image is None or cell.mask is None:
-        return [cell.image]
-    cover = 0.65 * (1 - cell.mask[..., None])
-    return [cell.image, np.round(cell.image * (1 - cover) + _RED * cover).astype(np.uint8)]
+    panels = [cell.image]
+    if cell.image is not None and cell.mask is not None:
+        cover = 0.65 * (1 - cell.mask[..., None])
+        panels.append(np.round(cell.image * (1 - cover) + _RED * cover).astype(np.uint8))
+    return panels if cell.control is None else [*panels, cell.control]
 
 
 def _put(

@@ -59,7 +59,8 @@ def report(data: DataSummary) -> list[str]:
     cut = list(dict.fromkeys(scan.cut))
     lines += _named(cut, f"{_images(len(cut))} of an odd shape, of which more than half is cut off")
     shapes = scan.other_shapes
-    lines += _named(shapes, f"{len(shapes)} masks of another shape than their images, stretched to fit")
+    what = "control images" if any(record.control for record in data.records) else "masks"
+    lines += _named(shapes, f"{len(shapes)} {what} of another shape than their images, stretched to fit")
     return lines
 
 

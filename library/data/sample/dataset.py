@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from library.data.report import summary
 from library.data.sample import buckets, images
 from library.data.sample.captions import make_caption
-from library.data.sample.rendering import loss_mask, recorded_crop, render
+from library.data.sample.rendering import loss_mask, recorded_crop, render, render_control
 from library.data.sample.sampler import BatchLoader, make_loader
 from library.data.scan.index import FileIndex, collector_paused
 from library.data.scan.records import read_records
@@ -61,9 +61,10 @@ class ItemDataset(Dataset[Sample]):
         pixels = latents = None
         if self.latents is None:
             view = render(record, flip, look)
-            pixels, mask = images.to_pixels(view.pixels), loss_mask(view)
+            pixels, mask, control = images.to_pixels(view.pixels), loss_mask(view), view.control
         else:
             latents, mask = self.latents[number].load(flip)
+            control = render_control(record, flip)
         return Sample(
             caption=self.caption_at(key),
             pixels=pixels,
@@ -77,6 +78,7 @@ class ItemDataset(Dataset[Sample]):
             network_multiplier=self.multipliers[record.dataset],
             attributes=record.subset.custom_attributes,
             text=None if self.text is None else self.text.get(self.first_text + number),
+            control=None if control is None else images.to_unit(control),
         )
 
     def caption_at(self, key: ItemKey) -> str:
@@ -115,6 +117,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         network_multiplier=samples[0].network_multiplier,
         attributes=[sample.attributes for sample in samples],
         text=None if samples[0].text is None else TextCond.stack([sample.text for sample in samples]),
+        control=stack([sample.control for sample in samples]),
     )
 
 

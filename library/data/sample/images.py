@@ -437,6 +437,14 @@ def resize(image: NDArray[np.uint8], to: Size, interpolation: str | None = None)
     return cv2.resize(image, to, interpolation=flags[interpolation])
 
 
+def resize_values(values: NDArray[np.uint8], to: Size) -> NDArray[np.uint8]:
+    """As `resize`, for masks and control images, where a number means what it says.
+
+    No value is brighter or darker than those around it were: area, or linear to enlarge.
+    """
+    return resize(values, to, "area" if _fits_into(to, values) else "linear")
+
+
 def _fits_into(to: Size, image: NDArray[np.uint8]) -> bool:
     return to.width <= image.shape[1] and to.height <= image.shape[0]
 
@@ -446,13 +454,16 @@ def apply_crop(image: NDArray[np.uint8], crop: Crop, interpolation: str | None =
 
     An image of another size than the one that the crop was computed for is taken as a resized copy of that one.
     """
-    image = resize(image, crop.resized, interpolation)
+    return _inside(resize(image, crop.resized, interpolation), crop)
+
+
+def _inside(image: NDArray[np.uint8], crop: Crop) -> NDArray[np.uint8]:
     return image[crop.top : crop.top + crop.to.height, crop.left : crop.left + crop.to.width]
 
 
-def apply_crop_to_mask(mask: NDArray[np.uint8], crop: Crop) -> NDArray[np.uint8]:
-    """`apply_crop` for masks, by interpolation that creates no new extremes: area, or linear to enlarge."""
-    return apply_crop(mask, crop, "area" if _fits_into(crop.resized, mask) else "linear")
+def apply_crop_to_values(values: NDArray[np.uint8], crop: Crop) -> NDArray[np.uint8]:
+    """As `apply_crop`, for masks and control images; see `resize_values`."""
+    return _inside(resize_values(values, crop.resized), crop)
 
 
 def centre_crop(resized: Size, to: Size) -> Crop:
@@ -523,6 +534,13 @@ def vary_colours(image: NDArray[np.uint8], rng: Random) -> NDArray[np.uint8]:
     levels = np.arange(256) / 255
     table = np.round(255 * levels ** rng.uniform(0.95, 1.05)).astype(np.uint8)
     return table[image]
+
+
+def to_unit(image: NDArray[np.uint8]) -> Tensor:
+    """uint8 (H, W, 3) to float32 (3, H, W) in [0, 1]."""
+    import torch
+
+    return torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32, order="C")).div_(255)
 
 
 def to_pixels(image: NDArray[np.uint8]) -> Tensor:

@@ -1,4 +1,4 @@
-"""A record's files to what the model is to see: the image, its transparency and the image that belongs to it."""
+"""A record's files to what the model is to see: the image, its transparency, its mask and its control image."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class View(NamedTuple):
 
     pixels: NDArray[np.uint8]  # (bucket height, bucket width, 3)
     alpha: NDArray[np.uint8] | None  # (bucket height, bucket width): opacity; only with alpha_mask
-    extra: NDArray[np.uint8] | None  # (bucket height, bucket width, 3): conditioning image, where the record has one
+    mask: NDArray[np.uint8] | None  # (bucket height, bucket width, 3), where the record has one
+    control: NDArray[np.uint8] | None  # (bucket height, bucket width, 3), where the record has one
 
 
 def render(record: Record, flip: bool, rng: Random) -> View:
@@ -46,7 +47,7 @@ def render(record: Record, flip: bool, rng: Random) -> View:
     Raises: UserError: a file cannot be read, or the image has another size than the record says.
     """
     subset = record.subset
-    alpha = extra = None
+    alpha = None
     crop = _crop(record, rng)
     if subset.alpha_mask:
         pixels, alpha = _read(images.read_image_and_alpha, record.path)
@@ -64,13 +65,27 @@ def render(record: Record, flip: bool, rng: Random) -> View:
         )
     pixels = images.apply_crop(pixels, crop, subset.resize_interpolation)
     if alpha is not None:
-        alpha = images.apply_crop_to_mask(alpha, crop)
-    if record.conditioning is not None:
-        extra = images.apply_crop_to_mask(_read(images.read_values, record.conditioning), crop)
+        alpha = images.apply_crop_to_values(alpha, crop)
+    mask, control = (_values(path, crop) for path in (record.mask, record.control))
     if subset.color_aug:
         pixels = images.vary_colours(pixels, rng)
-    view = View(pixels, alpha, extra)
+    view = View(pixels, alpha, mask, control)
     return View(*(None if part is None else part[:, ::-1] for part in view)) if flip else view
+
+
+def render_control(record: Record, flip: bool) -> NDArray[np.uint8] | None:
+    """The control image alone, (bucket height, bucket width, 3), as `render` gives it where nothing is random.
+
+    That is so wherever latents are cached: `build_specs` refuses random crops there.
+
+    Raises: UserError: the file cannot be read.
+    """
+    control = _values(record.control, _crop(record, Random(0)))
+    return control[:, ::-1] if control is not None and flip else control
+
+
+def _values(path: Path | None, crop: Crop) -> NDArray[np.uint8] | None:
+    return None if path is None else images.apply_crop_to_values(_read(images.read_values, path), crop)
 
 
 def _read(read: Callable[[Path], Read], path: Path) -> Read:
@@ -109,10 +124,10 @@ def to_mask(plane: NDArray[np.uint8]) -> Tensor:
 def loss_mask(view: View) -> Tensor | None:
     """The weight of each pixel in the loss, float32 (1, H, W) in [0, 1]; None: all are 1.
 
-    It is the opacity, or the red channel of the conditioning image, or where both are there their product.
+    It is the opacity, or the red channel of the mask, or where both are there their product.
     """
     alpha = None if view.alpha is None else to_mask(view.alpha)
-    red = None if view.extra is None else to_mask(view.extra[..., 0])
+    red = None if view.mask is None else to_mask(view.mask[..., 0])
     if alpha is None or red is None:
         return red if alpha is None else alpha
     return alpha * red

@@ -13,7 +13,7 @@ from library.data.sample.buckets import Fit
 from library.data.scan import info_cache, near_duplicates
 from library.data.scan.holdout import hold_out
 from library.data.scan.index import FileIndex
-from library.data.scan.sources import ImageEntry, ScanLog, find_images
+from library.data.scan.sources import ROLE_NAMES, ImageEntry, ScanLog, find_images
 from library.data.types import DatasetSpec, Record, ScanReport, SubsetSpec
 from library.errors import UserError
 from library.runtime.logs import LOGGER
@@ -67,7 +67,7 @@ def read_records(
                 _keep_info(subset, [one.record for one in found])
             seen += found
     records = [one.record for one in seen]
-    _check_masks(records, index, scan)
+    _check_partners(records, index, scan)
     _check_decoded(records, index, scan)
     if strict:
         log.problems += [f"{path}: {reason} (--strict)" for path, reason in scan.dropped]
@@ -88,16 +88,17 @@ def read_records(
     return balanced, held_out, scan
 
 
-def _check_masks(records: Sequence[Record], index: FileIndex, scan: ScanReport) -> None:
-    """Drops the images whose masks cannot be used, and notes masks of another shape than their image's."""
-    masked = {record.conditioning: record for record in records if record.conditioning is not None}
-    seen = index.learn("image", list(masked), images.describe)
-    for (mask, record), described in zip(masked.items(), seen, strict=True):
+def _check_partners(records: Sequence[Record], index: FileIndex, scan: ScanReport) -> None:
+    """Drops images whose mask or control image cannot be used, and notes those of another shape than their image."""
+    partners = {partner: record for record in records if (partner := record.mask or record.control) is not None}
+    seen = index.learn("image", list(partners), images.describe)
+    for (partner, record), described in zip(partners.items(), seen, strict=True):
         header = _as_header(described)
         if header.size is None:
-            scan.dropped.append((record.path, f"its mask {mask} cannot be used: {header.reason}"))
+            what = ROLE_NAMES[record.subset.image_role]
+            scan.dropped.append((record.path, f"its {what} {partner} cannot be used: {header.reason}"))
         elif abs(buckets.aspect_error(header.size, record.size)) > 0.02 * record.size.width / record.size.height:
-            scan.other_shapes.append(mask)
+            scan.other_shapes.append(partner)
 
 
 def _check_decoded(records: Sequence[Record], index: FileIndex, scan: ScanReport) -> None:
@@ -164,7 +165,8 @@ def _usable(
                 repeats=subset.num_repeats,
                 present=one.present,
                 flip=subset.flip_aug or one.flip_file,
-                conditioning=one.conditioning,
+                mask=one.conditioning if subset.image_role == "mask" else None,
+                control=one.conditioning if subset.image_role == "control" else None,
                 tags=one.tags,
             )
             seen.append(_Seen(record, header.turned, header.frames > 1, one.caption is not None))

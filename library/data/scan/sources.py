@@ -16,7 +16,9 @@ from library.data.scan.folders import is_image, is_other_image
 from library.data.scan.index import FileIndex
 from library.data.types import SubsetSpec
 from library.errors import UserError
-from library.types import Size
+from library.types import ImageRole, Size
+
+ROLE_NAMES: dict[ImageRole, str] = {"mask": "mask", "control": "control image"}  # for messages
 
 
 class ImageEntry(NamedTuple):
@@ -27,7 +29,7 @@ class ImageEntry(NamedTuple):
     present: bool = True  # whether there is an image, and not only its latents
     size: Size | None = None  # known without looking
     bucket: Size | None = None  # what the latents were made for, as a metadata file says
-    conditioning: Path | None = None
+    conditioning: Path | None = None  # the image of conditioning_data_dir, whatever its role
     tags: str | None = None  # see Record
     flip_file: bool = False  # a file of mirrored latents lies beside it
 
@@ -52,8 +54,8 @@ def find_images(subset: SubsetSpec, index: FileIndex, log: ScanLog) -> list[Imag
     found = _of_cached_info(subset) if subset.cache_info else None
     if found is None:
         found = _of_folder(subset, index, log)
-    if subset.conditioning_data_dir is not None:
-        found = list(_with_conditioning(found, subset.conditioning_data_dir, index, log))
+    if subset.conditioning_data_dir is not None and subset.image_role is not None:
+        found = list(_with_conditioning(found, subset, subset.conditioning_data_dir, index, log))
     return found
 
 
@@ -133,7 +135,7 @@ def _of_entry(entry: metadata_files.Entry, prepared: Prepared) -> ImageEntry:
 
 
 def _with_conditioning(
-    found: Sequence[ImageEntry], folder: Path, index: FileIndex, log: ScanLog
+    found: Sequence[ImageEntry], subset: SubsetSpec, folder: Path, index: FileIndex, log: ScanLog
 ) -> Iterable[ImageEntry]:
     by_stem: dict[str, list[str]] = {}
     for name in sorted(index.listing(folder)):
@@ -148,7 +150,8 @@ def _with_conditioning(
         yield one._replace(conditioning=folder / (one.path.name if one.path.name in names else names[0]))
     if missing:
         names = ", ".join(path.name for path in missing[:5]) + (", ..." if len(missing) > 5 else "")
-        log.problems.append(f"{folder}: no mask for {len(missing)} images of {missing[0].parent}: {names}")
+        what = ROLE_NAMES[subset.image_role]
+        log.problems.append(f"{folder}: no {what} for {len(missing)} images of {missing[0].parent}: {names}")
     surplus = by_stem.keys() - {one.path.stem for one in found}
     if surplus:
         log.warnings.append(f"{folder}: {len(surplus)} images belong to no image of the data set")

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from library.objectives.objective import Objective
     from library.options.base import Options
-    from library.types import Batch, TextLayout
+    from library.types import Batch, Residuals, TextLayout
 
 ORIGINAL_CODE = "https://github.com/black-forest-labs/flux"
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
@@ -133,9 +133,18 @@ class FluxText(TextEncoding):
 
 class FluxDenoiser(Denoiser):
     def predict(
-        self, models: Models, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch | None = None
+        self,
+        models: Models,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: TextCond,
+        batch: Batch | None = None,
+        residuals: Residuals | None = None,
     ) -> Tensor:
-        """The velocity, see `Denoiser.predict`. `batch.guidance`, where it is given, replaces --guidance_scale."""
+        """The velocity, see `Denoiser.predict`. `batch.guidance`, where it is given, replaces --guidance_scale.
+
+        Residuals, (B, h/2 * w/2, width) each, are distributed evenly over the blocks with two streams.
+        """
         denoiser, text = models.denoiser, cond.tensors
         height, width = noisy.shape[-2:]
         tokens = pack_latents(noisy)
@@ -158,6 +167,7 @@ class FluxDenoiser(Denoiser):
                 txt_ids=text[TXT_IDS][0].float(),
                 guidance=guidance,
                 joint_attention_kwargs=attention,
+                controlnet_block_samples=residuals,
             ).sample
         return unpack_latents(output, height, width)
 

@@ -12,6 +12,7 @@ from library.families.sd.saving import save_model
 from library.families.sd.targets import text_targets, unet_targets
 from library.families.sd.tokenizer import sd_tokenizer
 from library.families.shared.clip import encode_clip
+from library.families.shared.controlnet import UnetControl
 from library.families.shared.roles import UnetDenoiser, VaeLatents
 from library.text.chunking import tokenize
 from library.text.emphasis import tokenize_weighted
@@ -32,14 +33,16 @@ class SdFamily(Family):
     traits = TRAITS
 
     def __init__(self, opts: Options):
+        denoiser = SdDenoiser(opts)
         super().__init__(
             opts,
             loader=SdLoader(opts),
             latents=VaeLatents(SCALING_FACTOR),
             text=SdText(opts),
-            denoiser=SdDenoiser(opts),
+            denoiser=denoiser,
             targets=SdTargets(opts),
             writer=SdWriter(opts),
+            control=UnetControl(opts, denoiser, original_names=True),
         )
 
 
@@ -68,10 +71,8 @@ class SdText(TextEncoding):
 
 
 class SdDenoiser(UnetDenoiser):
-    def predict(
-        self, models: Models, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch | None = None
-    ) -> Tensor:
-        return models.denoiser(noisy, timesteps, encoder_hidden_states=cond.tensors[CONTEXT]).sample
+    def inputs(self, noisy: Tensor, cond: TextCond, batch: Batch | None) -> dict[str, Any]:
+        return {"encoder_hidden_states": cond.tensors[CONTEXT]}
 
 
 class SdTargets(Targets):

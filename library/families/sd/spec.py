@@ -18,6 +18,8 @@ SPEC = FamilySpec(
         "train_db": "dreambooth",
         "fine_tune": "finetune",
         "train_textual_inversion": "embedding",
+        "train_control_net": "control_net",
+        "train_controlnet": "control_net",
     },
     kinds=(SD1, SD2),
     adapter=EntryPoint("library.families.sd.adapter:SdFamily"),

@@ -11,6 +11,7 @@ from library.families.sd.keymap import CLIP, OPEN_CLIP
 from library.families.sd.spec import SD1, SD2
 from library.families.sdxl.spec import SDXL
 from library.families.shared.recognition import (
+    controlnet_problem,
     file_shapes,
     missing_vae_folder,
     path_problem,
@@ -42,7 +43,7 @@ def mismatch(kind: ModelKind, v2: bool) -> str | None:
 
 
 def check_paths(opts: Options) -> list[str]:
-    """Every problem with the paths of model and VAE that can be seen without loading anything.
+    """Every problem with the paths of model, VAE and ControlNet that can be seen without loading anything.
 
     Reads only the names in files and the small JSON files of Diffusers folders.
     """
@@ -52,6 +53,7 @@ def check_paths(opts: Options) -> list[str]:
     problems = [path_problem(flag, model, lambda path: _model_problem(path, opts.family.v2, needs_vae=not vae))]
     if vae:
         problems.append(path_problem("--vae", vae, lambda path: vae_problem(path, VAE_SOURCES)))
+    problems.append(controlnet_problem(opts))
     return [problem for problem in problems if problem]
 
 

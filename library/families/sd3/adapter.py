@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from library.objectives.objective import Objective
     from library.options.base import Options
-    from library.types import Batch, TextLayout
+    from library.types import Batch, Residuals, TextLayout
 
 ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
 
@@ -159,9 +159,18 @@ class Sd3Text(TextEncoding):
 
 class Sd3Denoiser(Denoiser):
     def predict(
-        self, models: Models, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch | None = None
+        self,
+        models: Models,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: TextCond,
+        batch: Batch | None = None,
+        residuals: Residuals | None = None,
     ) -> Tensor:
-        """Predicts the velocity. In train mode with gradients, encoders' outputs may be dropped."""
+        """Predicts the velocity. In train mode with gradients, encoders' outputs may be dropped.
+
+        Residuals, (B, h/2 * w/2, width) each, are distributed evenly over the blocks but the last.
+        """
         import torch
 
         options, denoiser = self.opts.family, models.denoiser
@@ -169,7 +178,13 @@ class Sd3Denoiser(Denoiser):
             rates = (options.clip_l_dropout_rate, options.clip_g_dropout_rate, options.t5_dropout_rate)
             cond = text.drop_encoders(cond, rates, models.source.clip_l or text.published_clip_l(cond))
         context, pooled = text.context_of(cond, denoiser.config.joint_attention_dim, noisy.dtype)
-        return denoiser(noisy, encoder_hidden_states=context, pooled_projections=pooled, timestep=timesteps).sample
+        return denoiser(
+            noisy,
+            encoder_hidden_states=context,
+            pooled_projections=pooled,
+            timestep=timesteps,
+            block_controlnet_hidden_states=residuals,
+        ).sample
 
     def objective(self) -> Objective:
         from library.objectives.flow import FlowObjective, FlowSettings

@@ -12,6 +12,7 @@ from library.families.sdxl.saving import save_model
 from library.families.sdxl.targets import block_index, unet_targets
 from library.families.sdxl.tokenizers import sdxl_tokenizers
 from library.families.shared.clip import encode_penultimate, project_first_eos
+from library.families.shared.controlnet import UnetControl
 from library.families.shared.roles import UnetDenoiser, VaeLatents
 from library.families.shared.targets import clip_targets
 from library.families.shared.unet import map_of_config
@@ -38,14 +39,16 @@ class SdxlFamily(Family):
     traits = TRAITS
 
     def __init__(self, opts: Options):
+        denoiser = SdxlDenoiser(opts)
         super().__init__(
             opts,
             loader=SdxlLoader(opts),
             latents=VaeLatents(SCALING_FACTOR),
             text=SdxlText(opts),
-            denoiser=SdxlDenoiser(opts),
+            denoiser=denoiser,
             targets=SdxlTargets(opts),
             writer=SdxlWriter(opts),
+            control=UnetControl(opts, denoiser, original_names=False),
         )
 
 
@@ -86,15 +89,13 @@ class SdxlText(TextEncoding):
 
 
 class SdxlDenoiser(UnetDenoiser):
-    def predict(
-        self, models: Models, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch | None = None
-    ) -> Tensor:
-        """Predicts noise or velocity. Without a batch, the size conditioning is that of uncropped images."""
+    def inputs(self, noisy: Tensor, cond: TextCond, batch: Batch | None) -> dict[str, Any]:
+        """See `UnetDenoiser.inputs`. Without a batch, sizes are those of uncropped images."""
         import torch
 
         states = torch.cat([cond.tensors[key] for key in STATES.values()], dim=-1)
         added = {"text_embeds": cond.tensors[POOLED], "time_ids": _time_ids(noisy, batch)}
-        return models.denoiser(noisy, timesteps, encoder_hidden_states=states, added_cond_kwargs=added).sample
+        return {"encoder_hidden_states": states, "added_cond_kwargs": added}
 
     def block_number(self, models: Models, name: str) -> int:
         key = map_of_config(models.denoiser.config, prefix="").by_model(name).file

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from library.families.sdxl.keymap import PROJECTION, PROJECTION_LAYER, TE1, TE2
 from library.families.sdxl.spec import SDXL
 from library.families.shared.recognition import (
+    controlnet_problem,
     file_shapes,
     missing_vae_folder,
     path_problem,
@@ -29,7 +30,7 @@ UNUSED_TEXT = ("logit_scale", "attn_mask", "position_ids")  # ends of names belo
 
 
 def check_paths(opts: Options) -> list[str]:
-    """Every problem with the paths of model and VAE that can be seen without loading anything.
+    """Every problem with the paths of model, VAE and ControlNet that can be seen without loading anything.
 
     Reads only the names in files and the small JSON files of Diffusers folders.
     """
@@ -37,6 +38,7 @@ def check_paths(opts: Options) -> list[str]:
     problems = _model_problems(opts, needs_vae=not vae)
     if vae:
         problems.append(path_problem("--vae", vae, lambda path: vae_problem(path, VAE_SOURCES)))
+    problems.append(controlnet_problem(opts))
     return [problem for problem in problems if problem]
 
 

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.reading import read_names
 from library.errors import UserError
@@ -16,9 +16,13 @@ from library.families.spec import ModelKind
 from library.runtime import files
 from library.runtime.documents import parse_json, read_text
 
+if TYPE_CHECKING:
+    from library.options.base import Options
+
 VAE_ONLY = ModelKind(
     "a VAE", keys=r"^(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|conv_in|down_blocks|mid_block)"
 )
+CONTROLNET = ModelKind("a ControlNet", keys=r"^control_model\.|^input_hint_block\.|^controlnet_")
 UNKNOWN = ModelKind("not a model that is known here", keys=r"(?!)")
 
 # The first kind whose pattern is found in any key names the file.
@@ -28,7 +32,7 @@ _NO_MODELS = (
         keys=r"^lora_|\.lora_(down|up|A|B)\.|\.hada_w1_a$|\.lokr_w1|\.oft_(blocks|diag)$",
     ),
     ModelKind("a Textual Inversion embedding", keys=r"^emb_params$|^clip_[lg]$|^string_to_param"),
-    ModelKind("a ControlNet", keys=r"^control_model\.|^input_hint_block\.|^controlnet_"),
+    CONTROLNET,
 )
 _PARTS = (
     ModelKind("a U-Net without a text encoder", keys=r"^model\.diffusion_model\.|^input_blocks\."),
@@ -128,6 +132,23 @@ def vae_kind_problem(kind: ModelKind, kinds: tuple[ModelKind, ...]) -> str | Non
     if kind in (*kinds, VAE_ONLY):
         return None
     return f"this is {kind}; a VAE, or {' or '.join(map(str, kinds))}, is needed here"
+
+
+def controlnet_problem(opts: Options) -> str | None:
+    """What is wrong with the ControlNet that the options name, as far as names show; None where they name none."""
+    name = opts.method.controlnet_model_name_or_path
+    return path_problem("--controlnet_model_name_or_path", name, _no_controlnet) if name else None
+
+
+def _no_controlnet(path: Path) -> str | None:
+    if path.is_dir():
+        config = path / "config.json"
+        if not config.is_file():
+            return "not the Diffusers folder of a ControlNet: config.json is missing"
+        name = read_json(config).get("_class_name")
+        return None if name == "ControlNetModel" else f"this is a {name}; a ControlNetModel is needed here"
+    kind = recognise_file(path)
+    return None if kind in (None, CONTROLNET) else f"this is {kind}; a ControlNet is needed here"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, Literal
 
 from library.families.base import Denoiser, Latents
 from library.families.shared.unet import unet_blocks
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from library.objectives.objective import Objective
-    from library.types import Models
+    from library.types import Batch, Models, Residuals, TextCond
 
 
 class VaeLatents(Latents):
@@ -45,7 +46,27 @@ def _vae(models: Models) -> nn.Module:
 
 
 class UnetDenoiser(Denoiser):
-    """U-Nets trained by DDPM; families add `predict`."""
+    """U-Nets trained by DDPM; families add `inputs`."""
+
+    @abstractmethod
+    def inputs(self, noisy: Tensor, cond: TextCond, batch: Batch | None) -> dict[str, Any]:
+        """What the U-Net, and a ControlNet of it, take beside latents and timesteps, by the names of diffusers."""
+
+    def predict(
+        self,
+        models: Models,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: TextCond,
+        batch: Batch | None = None,
+        residuals: Residuals | None = None,
+    ) -> Tensor:
+        """See `Denoiser.predict`. The last of the residuals is for the middle block."""
+        inputs = self.inputs(noisy, cond, batch)
+        if residuals is not None:
+            *down, middle = residuals
+            inputs |= {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        return models.denoiser(noisy, timesteps, **inputs).sample
 
     def objective(self) -> Objective:
         return DdpmObjective(self.prediction_type(), self.opts.noise, self.opts.loss)

@@ -91,9 +91,10 @@ def _check(opts: Options, family: FamilySpec, problems: Sequence[str] = ()) -> l
     from library.data.config.blueprint import build_specs
 
     traits = family.traits
+    role = "mask" if opts.loss.masked_loss else None  # control images have no part in what is cached
     found, specs = [*opts.family.check(opts, traits), *problems], []
     try:
-        specs = build_specs(opts, traits)
+        specs = build_specs(opts, traits, role)
     except UserError as error:
         found += error.problems
     if found:

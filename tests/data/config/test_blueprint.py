@@ -284,6 +284,33 @@ def test_masks_and_masked_loss_need_each_other(tmp_path, draw, make_opts, traits
     assert "its images are masks for --masked_loss" in line
 
 
+def test_control_images_are_no_masks(tmp_path, draw, make_opts, traits):
+    draw(tmp_path / "p" / "a.png")
+    folder = {"train_data_dir": str(tmp_path / "p"), "resolution": "64"}
+    both = {**folder, "conditioning_data_dir": str(tmp_path)}
+    ((subset,),) = [spec.subsets for spec in build_specs(make_opts(**both), traits, "control")]
+    assert (subset.image_role, subset.conditioning_data_dir) == ("control", tmp_path)
+
+    def line(options):
+        with pytest.raises(UserError) as error:
+            build_specs(make_opts(**options), traits, "control")
+        return error.value.problems[0] if len(error.value.problems) == 1 else error.value.problems
+
+    assert line({**both, "masked_loss": True}).startswith("--masked_loss: there are no masks, as the images of cond")
+    assert build_specs(make_opts(**both, masked_loss=True, alpha_mask=True), traits, "control")
+
+
+def test_every_subset_needs_control_images(tmp_path, draw, make_opts, traits, write_config):
+    for name in ("p", "q"):
+        draw(tmp_path / name / "a.png")
+    with_partner = {"image_dir": str(tmp_path / "p"), "conditioning_data_dir": str(tmp_path)}
+    subsets = [with_partner, {"image_dir": str(tmp_path / "q")}]
+    file = write_config({"datasets": [{"resolution": 64, "subsets": subsets}]})
+    with pytest.raises(UserError, match="q: it has no control images; name their folder") as error:
+        build_specs(make_opts(dataset_config=file), traits, "control")
+    assert len(error.value.problems) == 1
+
+
 def test_mixed_styles(images, write_config, make_opts, traits):
     file = write_config({"datasets": [{"subsets": [{"image_dir": str(images)}, {"metadata_file": "m.json"}]}]})
     assert any("two datasets" in line for line in problems(make_opts(dataset_config=file, resolution="512"), traits))

@@ -226,6 +226,26 @@ def test_masks_are_seen(tmp_path, draw, load, write_config, side):
     assert np.corrcoef(out[..., 1].ravel(), cell.image[:, : side // 2, 1].ravel())[0, 1] > 0.99
 
 
+@pytest.mark.parametrize("side", [64, 192])
+def test_control_images_are_seen(tmp_path, draw, make_opts, traits, texts, side):
+    for folder in ("p", "c"):
+        draw(tmp_path / folder / "a.png", (side, side))
+    Image.open(tmp_path / "p" / "a.png").transpose(Image.Transpose.ROTATE_90).save(tmp_path / "c" / "a.png")
+    opts = make_opts(
+        train_data_dir=str(tmp_path / "p"), conditioning_data_dir=str(tmp_path / "c"), resolution=str(side)
+    )
+    data = build_training_data(build_specs(opts, traits, "control"), opts, traits, 1)
+    (cell,) = all_cells(data)
+    assert np.array_equal(cell.control, np.rot90(cell.image))
+    (sheet,) = write_sheets(data, tmp_path / "out")
+    page = pixels_of(sheet)
+    ((top, left),) = places_of(cell.image, page)
+    ((top_of_control, left_of_control),) = places_of(np.ascontiguousarray(cell.control), page)
+    assert top_of_control == top
+    assert left_of_control >= left + side
+    assert any("The control image stands last." in text for text in texts)
+
+
 def test_transparency_is_a_mask_where_it_is_used(tmp_path, load, texts):
     rgba = np.random.default_rng(0).integers(0, 256, (64, 64, 4), np.uint8)
     (tmp_path / "1_x").mkdir()

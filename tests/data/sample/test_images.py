@@ -220,16 +220,16 @@ def test_masks_are_cut_as_images_are_and_make_no_new_values(resized):
     mask = np.zeros((24, 40), np.uint8)
     mask[6:18, 10:30] = 200
     cut = images.Crop(resized, resized.width // 4, resized.height // 4, Size(resized.width // 2, resized.height // 2))
-    inside = images.apply_crop_to_mask(mask, cut)
+    inside = images.apply_crop_to_values(mask, cut)
     assert inside.shape == (cut.to.height, cut.to.width)
     assert (inside[1:-1, 1:-1] == 200).all()  # the bright part is just what is cut out; its edges may mix
     noise = np.where(np.random.default_rng(2).random((24, 40)) < 0.5, 50, 200).astype(np.uint8)
-    whole = images.apply_crop_to_mask(noise, images.Crop(resized, 0, 0, resized))
+    whole = images.apply_crop_to_values(noise, images.Crop(resized, 0, 0, resized))
     assert whole.min() >= 50
     assert whole.max() <= 200
     doubled = images.resize(mask, Size(80, 48), "nearest")  # of another size: it lies over the same image
-    assert close(images.apply_crop_to_mask(doubled, cut), inside, 110)
-    assert np.array_equal(images.apply_crop_to_mask(doubled, cut)[1:-1, 1:-1], inside[1:-1, 1:-1])
+    assert close(images.apply_crop_to_values(doubled, cut), inside, 110)
+    assert np.array_equal(images.apply_crop_to_values(doubled, cut)[1:-1, 1:-1], inside[1:-1, 1:-1])
 
 
 def test_face_box(tmp_path):

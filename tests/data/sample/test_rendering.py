@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from library.data.sample import buckets, images
-from library.data.sample.rendering import View, loss_mask, recorded_crop, render, to_mask
+from library.data.sample.rendering import View, loss_mask, recorded_crop, render, render_control, to_mask
 from library.errors import UserError
 from library.types import Size
 
@@ -26,14 +26,15 @@ SUBSET = {
 }
 
 
-def record(path: Path, size, bucket, resized, conditioning=None, **subset):
+def record(path: Path, size, bucket, resized, mask=None, control=None, **subset):
     assert subset.keys() <= SUBSET.keys()
     return SimpleNamespace(
         path=path,
         size=Size(*size),
         bucket=Size(*bucket),
         resized=None if resized is None else Size(*resized),
-        conditioning=conditioning,
+        mask=mask,
+        control=control,
         subset=SimpleNamespace(**{**SUBSET, **subset}),
     )
 
@@ -59,7 +60,7 @@ def test_image_in_the_middle(scene):
     resized = np.asarray(images.resize(images.read_image(scene[0]), Size(96, 64)))
     view = render(record(scene[0], (120, 80), (64, 64), (96, 64)), False, Random(0))
     assert np.array_equal(view.pixels, resized[:, 16:80])
-    assert view[1:] == (None, None)
+    assert view[1:] == (None, None, None)
 
 
 @pytest.mark.parametrize("kept_whole", [{}, {"resize_interpolation": "lanczos"}, {"alpha_mask": True}])
@@ -101,11 +102,12 @@ def test_all_parts_have_the_same_cut(scene, tmp_path, cut, flip):
         image = image.rename(tmp_path / "a_70_30_12_16.png")
     corners = set()
     for seed in range(20):
-        one = record(image, (120, 80), (48, 40), resized, mask, **subset)
+        one = record(image, (120, 80), (48, 40), resized, mask, mask, **subset)
         view = render(one, flip, Random(seed))
-        assert view.pixels.shape == view.extra.shape == (40, 48, 3)
+        assert view.pixels.shape == view.mask.shape == (40, 48, 3)
         assert view.alpha.shape == (40, 48)
-        assert np.array_equal(view.pixels, view.extra)
+        assert np.array_equal(view.pixels, view.mask)
+        assert np.array_equal(view.pixels, view.control)
         assert np.abs(255 - view.alpha.astype(int) - view.pixels[..., 0]).max() <= 1  # area rounds both
         steps = np.diff(view.pixels[0, :, 0].astype(int))
         assert (steps <= 0).all() if flip else (steps >= 0).all()
@@ -119,11 +121,24 @@ def test_mask_of_another_size_lies_over_the_whole_image(scene, tmp_path):
     mask[5:15, 10:20] = 255  # the middle third of 120 columns, the middle half of 80 rows
     Image.fromarray(mask).save(tmp_path / "small.png")
     view = render(record(image, (120, 80), (80, 80), (120, 80), tmp_path / "small.png"), False, Random(0))
-    assert (view.extra[24:56, 24:56] == 255).all()  # 20 columns are cut off on the left
-    assert (view.extra[:, :16] == 0).all()
-    assert (view.extra[:, 64:] == 0).all()
-    assert (view.extra[:16] == 0).all()
-    assert (view.extra[64:] == 0).all()
+    assert (view.mask[24:56, 24:56] == 255).all()  # 20 columns are cut off on the left
+    assert (view.mask[:, :16] == 0).all()
+    assert (view.mask[:, 64:] == 0).all()
+    assert (view.mask[:16] == 0).all()
+    assert (view.mask[64:] == 0).all()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("resized", [(96, 64), None])
+def test_a_control_image_alone_is_as_beside_its_image_and_no_mask(scene, flip, resized):
+    """As with cached latents, where the image is not read at all."""
+    image, partner = scene
+    one = record(image, (120, 80), (64, 64), resized, control=partner)
+    view = render(one, flip, Random(3))
+    assert loss_mask(view) is None
+    image.unlink()
+    assert np.array_equal(render_control(one, flip), view.control)
+    assert render_control(record(image, (120, 80), (64, 64), resized), flip) is None
 
 
 def test_random_draws(scene):
@@ -148,7 +163,7 @@ def test_colours_vary_in_the_image_alone(scene):
             for aug, rng in ((False, Random(seed)), (True, Random(seed)))
         ]
         assert np.array_equal(views[0].alpha, views[1].alpha)
-        assert np.array_equal(views[0].extra, views[1].extra)
+        assert np.array_equal(views[0].mask, views[1].mask)
         changed += not np.array_equal(views[0].pixels, views[1].pixels)
     assert 3 < changed < 20
 
@@ -209,7 +224,7 @@ def test_loss_mask():
     pixels = np.zeros((1, 3, 3), np.uint8)
     alpha = np.array([[255, 51, 102]], np.uint8)
     extra = np.array([[[255, 0, 9], [255, 1, 9], [0, 255, 9]]], np.uint8)
-    assert loss_mask(View(pixels, None, None)) is None
-    assert loss_mask(View(pixels, alpha, None)).tolist() == [[pytest.approx([1, 0.2, 0.4])]]
-    assert loss_mask(View(pixels, None, extra)).tolist() == [[pytest.approx([1, 1, 0])]]  # the red channel
-    assert loss_mask(View(pixels, alpha, extra)).tolist() == [[pytest.approx([1, 0.2, 0])]]
+    assert loss_mask(View(pixels, None, None, None)) is None
+    assert loss_mask(View(pixels, alpha, None, None)).tolist() == [[pytest.approx([1, 0.2, 0.4])]]
+    assert loss_mask(View(pixels, None, extra, None)).tolist() == [[pytest.approx([1, 1, 0])]]  # the red channel
+    assert loss_mask(View(pixels, alpha, extra, None)).tolist() == [[pytest.approx([1, 0.2, 0])]]

@@ -23,9 +23,9 @@ from library.types import Size
 def load(make_opts, traits, tmp_path):
     """TrainingData by flags, 64x64."""
 
-    def build(seed=1, **options):
+    def build(seed=1, image_role="mask", **options):
         opts = make_opts(**{"resolution": "64", "data_index_dir": str(tmp_path / "index"), **options})
-        return build_training_data(build_specs(opts, traits), opts, traits, seed)
+        return build_training_data(build_specs(opts, traits, image_role), opts, traits, seed)
 
     return build
 
@@ -188,6 +188,65 @@ def test_a_broken_mask_leaves_its_image_out(masked, load, tmp_path):
 def test_a_mask_of_another_shape_is_reported(masked, load, tmp_path):
     Image.new("RGB", (64, 32), "white").save(tmp_path / "masks" / "a.png")
     assert any(line.startswith("1 masks of another shape") for line in load(**masked).report())
+
+
+# ---- control images
+
+
+@pytest.fixture
+def controlled(tmp_path, draw):
+    """Two images of 96x64 and as control images copies of them, one in another format and half the size."""
+    for name in ("a.png", "b.png"):
+        image = Image.open(draw(tmp_path / "images" / name, (96, 64)))
+        (tmp_path / "control").mkdir(exist_ok=True)
+        image.save(tmp_path / "control" / name)
+    image.resize((48, 32), Image.Resampling.NEAREST).save(tmp_path / "control" / "b.bmp")
+    (tmp_path / "control" / "b.png").unlink()
+    folders = {"train_data_dir": str(tmp_path / "images"), "conditioning_data_dir": str(tmp_path / "control")}
+    return {**folders, "resolution": "64,64", "enable_bucket": True, "min_bucket_reso": 64, "image_role": "control"}
+
+
+def test_a_control_image_comes_with_its_image_and_weighs_nothing(controlled, load):
+    for batch in load(**controlled).loader(1):
+        assert batch.control.shape == batch.pixels.shape
+        assert batch.masks is None
+        assert 0 <= batch.control.min() < 0.1
+        assert 0.9 < batch.control.max() <= 1
+        if batch.keys[0].endswith("a.png"):
+            assert torch.allclose(batch.control, (batch.pixels + 1) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("cut", [{}, {"random_crop": True}])
+def test_control_images_are_cut_and_mirrored_with_their_images(controlled, load, cut):
+    data = load(**controlled, flip_aug=True, resize_interpolation="area", **cut)
+    seen = set()
+    for epoch in range(1, 7):
+        for batch in data.loader(epoch):
+            if batch.keys[0].endswith("a.png"):
+                assert torch.allclose(batch.control, (batch.pixels + 1) / 2, atol=1e-6)
+                seen.add(batch.control.numpy().tobytes())
+    assert len(seen) > 1
+
+
+def test_an_image_without_a_control_image_is_an_error(controlled, load, tmp_path, draw):
+    draw(tmp_path / "images" / "c.png")
+    with pytest.raises(UserError, match=r"control: no control image for 1 images of .*images: c\.png") as error:
+        load(**controlled)
+    assert len(error.value.problems) == 1
+
+
+def test_a_broken_control_image_leaves_its_image_out(controlled, load, tmp_path):
+    (tmp_path / "control" / "a.png").write_bytes(b"")
+    data = load(**controlled)
+    assert [record.path.name for record in data.records] == ["b.png"]
+    assert any("its control image" in line and "the file is empty" in line for line in data.report())
+
+
+def test_a_control_image_of_another_shape_is_stretched_and_told(controlled, load, tmp_path):
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "control" / "a.png")
+    data = load(**controlled)
+    assert any(line.startswith("1 control images of another shape") for line in data.report())
+    assert {batch.control.shape for batch in data.loader(1)} == {batch.pixels.shape for batch in data.loader(1)}
 
 
 @pytest.mark.rows("R255", "R271")

@@ -1,0 +1,106 @@
+"""Training of a ControlNet: the options of its scripts, and how the shared groups differ from those of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from library.options.base import Options, opt
+from library.options.data import DataOptions
+from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
+from library.options.loss import LossOptions
+from library.options.memory import MemoryOptions
+from library.options.method import MethodOptions
+from library.options.models import ModelOptions
+from library.options.saving import MetadataOptions, SavingOptions
+from library.options.training import TrainingOptions
+
+if TYPE_CHECKING:
+    from library.types import FamilyTraits
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetOptions(MethodOptions, title="ControlNet"):
+    usual_rate: ClassVar[str] = "it is made for whole models, a ControlNet usually wants 1e-5 to 1e-4"
+    needs_common_rate: ClassVar[bool] = True
+
+    controlnet_model_name_or_path: str | None = opt(
+        None,
+        "ControlNet to go on training, a file or a Diffusers folder; made from the base model if not given",
+    )
+
+    @property
+    def added_rate(self) -> float | None:
+        """The learning rate of the layers that the base model does not have; None: the common one."""
+        return None
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if not (opts.optimizer.learning_rate or self.added_rate):
+            yield "--learning_rate: nothing would be trained with a rate of 0; set it above 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoRateControlNetOptions(ControlNetOptions):
+    control_net_lr: float = opt(
+        1e-4,
+        "learning rate of the layers that the base model does not have; --learning_rate is that of the copied ones",
+    )
+
+    @property
+    def added_rate(self) -> float | None:
+        return self.control_net_lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetData(DataOptions, without=("reg_data_dir",)):
+    conditioning_data_dir: str | None = opt(
+        None, "folder of the control images of those in --train_data_dir, with the same names", exists="folder"
+    )
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from super().check(opts, traits)
+        if not (self.conditioning_data_dir or self.dataset_config or self.dataset_class):
+            yield (
+                "--conditioning_data_dir: missing; name the folder of control images, or set it for each subset in a "
+                "--dataset_config"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetSaving(SavingOptions):
+    save_model_as: Literal["ckpt", "pt", "safetensors", "diffusers"] | None = opt(
+        "safetensors", "file format of what is saved; diffusers: a folder for ControlNetModel.from_pretrained"
+    )
+
+
+class ControlNetLoss(LossOptions, without=("prior_loss_weight", "masked_loss")):
+    pass
+
+
+class ControlNetModelOptions(ModelOptions, without=("no_half_vae",)):
+    pass
+
+
+class ControlNetTraining(TrainingOptions, without=("skip_until_initial_step", "initial_epoch", "initial_step")):
+    pass
+
+
+class ControlNetMemory(MemoryOptions, without=("fp8_base_unet", "cpu_offload_checkpointing")):
+    pass
+
+
+class NoMetadata(MetadataOptions, without=[field.name for field in fields(MetadataOptions)]):
+    pass
+
+
+class AllMetadata(MetadataOptions, without=("no_metadata",)):
+    pass
+
+
+_SHARED = (ControlNetData, ControlNetSaving, ControlNetLoss, ControlNetTraining, ControlNetMemory)
+CONTROL_NET_GROUPS = (ControlNetOptions, ControlNetModelOptions, NoMetadata, *_SHARED)
+LARGE_CONTROL_NET_GROUPS = (
+    *(TwoRateControlNetOptions, LargeModelOptions, AllMetadata),
+    *(TextCacheOptions, BlockSwapOptions),
+)
