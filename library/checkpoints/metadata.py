@@ -105,7 +105,10 @@ def training_metadata(
     }
     for source in (family_meta, method_meta, data_meta, run_facts):
         values.update({key: value for key, value in source.items() if key.startswith("ss_")})
-    metadata = {key: _text(value) for key, value in values.items()}
+    metadata = {}
+    for key, value in values.items():
+        is_table = isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
+        metadata[key] = json.dumps(value) if isinstance(value, dict) or is_table else str(value)
     metadata = with_modelspec(metadata, opts, {**family_meta, **method_meta})
     return minimal(metadata) if opts.metadata.no_metadata else metadata
 
@@ -122,7 +125,8 @@ def with_modelspec(metadata: Mapping[str, str], opts: Options, facts: Mapping[st
     given = {key.removeprefix("modelspec."): value for key, value in facts.items() if key.startswith("modelspec.")}
     suffix = given.pop("suffix", "")
     moment = float(metadata.get("ss_training_finished_at") or datetime.now().timestamp())
-    options = opts.metadata
+    options, low, high = opts.metadata, opts.noise.min_timestep, opts.noise.max_timestep
+    timesteps = f"{0 if low is None else low},{1000 if high is None else high}"
     spec: dict[str, Any] = {
         "sai_model_spec": "1.0.1",
         **given,
@@ -130,7 +134,7 @@ def with_modelspec(metadata: Mapping[str, str], opts: Options, facts: Mapping[st
         "title": options.metadata_title or opts.saving.output_name or f"{_TITLES.get(suffix, 'Checkpoint')}@{moment}",
         "date": datetime.fromtimestamp(moment).replace(microsecond=0).isoformat(),
         "implementation_version": f"{version.NAME}/{version.VERSION}",
-        "timestep_range": _timestep_range(opts),
+        "timestep_range": None if low is None and high is None else timesteps,
         "encoder_layer": getattr(opts.family, "clip_skip", None),
         **{name: getattr(options, f"metadata_{name}") for name in _SPEC_OPTIONS},
     }
@@ -212,24 +216,9 @@ def _file_hashes(path: str, _mtime: int, _size: int) -> tuple[str, str]:
     return hashes.legacy_file_hash(path), hashes.file_hash(path)
 
 
-def _timestep_range(opts: Options) -> str | None:
-    low, high = opts.noise.min_timestep, opts.noise.max_timestep
-    if low is None and high is None:
-        return None
-    return f"{0 if low is None else low},{1000 if high is None else high}"
-
-
 def _size(resolution: Any) -> tuple[int, int]:
     """--resolution, "512" or "512,768" or the numbers themselves, as (width, height)."""
     numbers = [int(number) for number in re.findall(r"\d+", str(resolution))]
     if len(numbers) not in (1, 2):
         raise UserError(f"--resolution: {resolution!r} is neither a side nor width,height")
     return numbers[0], numbers[-1]
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict) or _is_table(value) else str(value)
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
