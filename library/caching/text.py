@@ -297,10 +297,9 @@ def _reason_to_make(
     file: Path, request: TextRequest, layout: TextLayout, made_by: Mapping[str, str], check: bool
 ) -> str | None:
     """Why the file cannot be used, or `_ABSENT`; None: it is there and fits, or is trusted without a `check`."""
-    if not os.path.isfile(file):  # Path.is_file raises over names that are too long
-        return _ABSENT
-    if not check:
-        return None
+    is_there = os.path.isfile(file)  # Path.is_file raises over names that are too long
+    if not is_there or not check:
+        return None if is_there else _ABSENT
     contents = store.summary(file)
     if "damaged" in contents:
         return f"damaged ({contents['damaged']})"

@@ -98,11 +98,16 @@ def training_metadata(
     The later mappings overrule the earlier ones, and all of them the options.
     Raises: UserError: the thumbnail cannot be read, or --resolution is no size.
     """
-    values: dict[str, Any] = {
-        "ss_sd_scripts_commit_hash": version.commit(),
-        **_options_metadata(opts),
-        **_model_files(opts),
-    }
+    values: dict[str, Any] = {"ss_sd_scripts_commit_hash": version.commit(), **_options_metadata(opts)}
+    for name, key in ((opts.model.pretrained_model_name_or_path, "sd_model"), (opts.model.vae, "vae")):
+        if not name:
+            continue
+        values[f"ss_{key}_name"] = name
+        if os.path.exists(name):
+            values[f"ss_{key}_name"] = os.path.basename(os.path.normpath(name))
+            stat = os.stat(name)
+            legacy, whole = _file_hashes(name, stat.st_mtime_ns, stat.st_size)
+            values[f"ss_{key}_hash"], values[f"ss_new_{key}_hash"] = legacy, whole
     for source in (family_meta, method_meta, data_meta, run_facts):
         values.update({key: value for key, value in source.items() if key.startswith("ss_")})
     metadata = {}
@@ -194,20 +199,6 @@ def _options_metadata(opts: Options) -> dict[str, Any]:
 def _named(options: OptionGroup, names: Iterable[str]) -> dict[str, Any]:
     pairs = [name.partition("=") for name in names]
     return {f"ss_{key}": getattr(options, option or key) for key, _, option in pairs}
-
-
-def _model_files(opts: Options) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, key in ((opts.model.pretrained_model_name_or_path, "sd_model"), (opts.model.vae, "vae")):
-        if not name:
-            continue
-        values[f"ss_{key}_name"] = name
-        if os.path.exists(name):
-            values[f"ss_{key}_name"] = os.path.basename(os.path.normpath(name))
-            stat = os.stat(name)
-            legacy, whole = _file_hashes(name, stat.st_mtime_ns, stat.st_size)
-            values[f"ss_{key}_hash"], values[f"ss_new_{key}_hash"] = legacy, whole
-    return values
 
 
 @lru_cache(maxsize=8)
