@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 
 from library.data.sample import buckets, images
-from library.data.sample.images import Crop
 from library.errors import UserError
 from library.types import Size
 
@@ -47,7 +46,15 @@ def render(record: Record, flip: bool, rng: Random) -> View:
     """
     subset = record.subset
     alpha = extra = None
-    crop = _crop(record, rng)
+    face = images.face_box(record.path) if subset.face_crop_aug_range and record.resized is None else None
+    resized = record.resized or record.size
+    if face is not None:
+        span = subset.face_crop_aug_range
+        crop = images.face_crop(record.size, face, record.bucket, span, rng, subset.random_crop)
+    elif subset.random_crop:
+        crop = images.random_crop(resized, record.bucket, rng)
+    else:
+        crop = images.centre_crop(resized, record.bucket)
     if subset.alpha_mask:
         pixels, alpha = _read(images.read_image_and_alpha, record.path)
         size = Size(*pixels.shape[1::-1])
@@ -78,18 +85,6 @@ def _read(read: Callable[[Path], Read], path: Path) -> Read:
         return read(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: the image cannot be read ({images.reason(error)}); replace or remove it") from None
-
-
-def _crop(record: Record, rng: Random) -> Crop:
-    subset = record.subset
-    face = images.face_box(record.path) if subset.face_crop_aug_range and record.resized is None else None
-    if face is not None:
-        span = subset.face_crop_aug_range
-        return images.face_crop(record.size, face, record.bucket, span, rng, subset.random_crop)
-    resized = record.resized or record.size
-    if subset.random_crop:
-        return images.random_crop(resized, record.bucket, rng)
-    return images.centre_crop(resized, record.bucket)
 
 
 def recorded_crop(record: Record, flip: bool) -> tuple[int, int]:
