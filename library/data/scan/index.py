@@ -182,9 +182,11 @@ class _Folder:
             LOGGER.info(f"{file}: the file index is rebuilt ({error})")
             return {}
         if isinstance(content, dict) and content.get("version") == VERSION and content.get("folder") == self.path:
-            files, kinds = content.get("files"), [int, int, dict]
-            entries = files.values() if isinstance(files, dict) else [None]
-            if all(type(entry) is list and [*map(type, entry)] == kinds for entry in entries):
+            files = content.get("files")
+            if isinstance(files, dict) and all(
+                type(one) is list and len(one) == 3 and type(one[0]) is type(one[1]) is int and type(one[2]) is dict
+                for one in files.values()
+            ):
                 return files
         LOGGER.info(f"{file}: the file index is rebuilt (it is of another version or folder)")
         return {}
