@@ -141,38 +141,31 @@ def write_files(
     files = list(files)
     discard_abandoned(files)
     written: dict[Job, Result] = {}
-    waiting: deque[tuple[Job, Future[Result]]] = deque()
+    waiting: deque[tuple[Job, Path, Future[Result]]] = deque()
 
     def settle() -> None:
-        job, future = waiting.popleft()
+        job, file, future = waiting.popleft()
         try:
             written[job] = future.result()
-        except NameTooLongError as error:
+        except OSError as error:
+            what = f"{file}: the cache file cannot be written ({error.strerror or error})"
+            if error.errno != errno.ENAMETOOLONG:
+                remedy = "free some space or make the folder writable, or cache in memory"
+                raise UserError(what, hint=remedy) from None
+            too_long = NameTooLongError(what, hint="shorten the image's name, or cache in memory")
             if on_error is None:
-                raise
-            on_error(job, error)
+                raise too_long from None
+            on_error(job, too_long)
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         for job, file, write in todo:
-            waiting.append((job, pool.submit(_write, file, write)))
+            waiting.append((job, file, pool.submit(write)))
             if len(waiting) > most_waiting:
                 settle()
         while waiting:
             settle()
     flush_file_systems({file.parent for file in files})
     return written
-
-
-def _write(file: Path, write: Callable[[], Result]) -> Result:
-    try:
-        return write()
-    except OSError as error:
-        too_long = error.errno == errno.ENAMETOOLONG
-        remedy = "shorten the image's name" if too_long else "free some space or make the folder writable"
-        raise (NameTooLongError if too_long else UserError)(
-            f"{file}: the cache file cannot be written ({error.strerror or error})",
-            hint=f"{remedy}, or cache in memory",
-        ) from None
 
 
 def report_missing(what: str, kept: int, invalid: Sequence[str], new: int) -> None:

@@ -102,7 +102,14 @@ class Entry:
             here = [one for one in wanted if one.file == file]
             arrays = read_arrays(file, [one.name for one in here], "latents", {one.name: one.shape for one in here})
             read |= {one: arrays[one.name] for one in here}
-        return {name: _float32(one, read[one]) for name, one in zip(names, wanted, strict=True)}
+        for one in wanted:
+            array = read[one]
+            if array.shape != one.shape:
+                problem = f"{one.name} has the shape {times(array.shape)}, not {times(one.shape)}"
+                raise unusable(one.file, "latents", problem)
+            if str(array.dtype) not in _FLOATS:
+                raise unusable(one.file, "latents", f"{one.name} is of type {array.dtype}")
+        return {name: read[one].astype(np.float32, copy=False) for name, one in zip(names, wanted, strict=True)}
 
 
 class CachedLatents(NamedTuple):
@@ -172,13 +179,3 @@ def read_arrays(file: Path, names: Sequence[str], what: str, shapes: Mapping[str
 def unusable(file: Path, what: str, reason: str) -> UserError:
     why = f"the cached {what} cannot be used ({reason})"
     return UserError(f"{file}: {why}; delete the file, or leave out --skip_cache_check, to encode again")
-
-
-def _float32(stored: StoredArray, array: NDArray[Any]) -> NDArray[np.float32]:
-    if array.shape != stored.shape:
-        raise unusable(
-            stored.file, "latents", f"{stored.name} has the shape {times(array.shape)}, not {times(stored.shape)}"
-        )
-    if str(array.dtype) not in _FLOATS:
-        raise unusable(stored.file, "latents", f"{stored.name} is of type {array.dtype}")
-    return array.astype(np.float32, copy=False)

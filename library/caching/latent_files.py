@@ -121,7 +121,11 @@ class LatentCache:
         new = given | origin | {_NOTE: store.pack_note(note)}
         store.write(file, kept | {name + suffix: array for name, array in new.items()})
         if self.layout.as_prepared and file == _oldest_file(request.image):
-            _save_flip_file(request, {LATENTS: given[FLIPPED], **origin} if request.flip else None)
+            flip_file = _flip_file(request.image)
+            if request.flip:
+                store.write(flip_file, {LATENTS: given[FLIPPED], **origin})
+            elif os.path.lexists(flip_file):  # to ask so is no error where the name would be too long
+                flip_file.unlink(missing_ok=True)  # another run on the same folder may have done it meanwhile
         return Entry({name: StoredArray(file, name + suffix, shape) for name, shape in shapes.items()})
 
     def _examine(self, file: Path, request: CacheRequest) -> Entry | str:
@@ -225,14 +229,6 @@ def _oldest_file(image: Path) -> Path:
 
 def _flip_file(image: Path) -> Path:
     return image.with_name(fitting(image.stem, "_flip.npz"))
-
-
-def _save_flip_file(request: CacheRequest, arrays: Mapping[str, NDArray[Any]] | None) -> None:
-    file = _flip_file(request.image)
-    if arrays is not None:
-        store.write(file, arrays)
-    elif os.path.lexists(file):  # there is none where its name would be too long, and to ask so is no error
-        file.unlink(missing_ok=True)  # another run on the same folder may have done it meanwhile
 
 
 def _size_suffix(shape: Shape) -> str:

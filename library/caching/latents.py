@@ -65,9 +65,16 @@ def cache_in_memory(records: Sequence[Record], encoder: Encoder, layout: CacheLa
     requests = requests_of(records)
     owners = dict(zip(requests, records, strict=True))
     jobs, shapes = _in_order(owners), partial(CacheRequest.shapes, layout=layout, in_memory=True)
-    encoded = dict(_encode(encoder.processes.shard(jobs), owners, encoder, shapes))
-    if encoder.processes.world > 1:
-        encoded = _gather(jobs, encoded, shapes, encoder.processes)
+    processes = encoder.processes
+    encoded = dict(_encode(processes.shard(jobs), owners, encoder, shapes))
+    if processes.world > 1:
+        processes.barrier()
+        shares = [Processes(rank, processes.world).shard(jobs) for rank in range(processes.world)]
+        sizes = [[shape for one in share for shape in shapes(one).values()] for share in shares]
+        sent = [tensor for arrays in encoded.values() for tensor in arrays.values()]
+        for share, tensors in zip(shares, processes.broadcast_all(sent, sizes), strict=True):
+            rest = iter(tensors)
+            encoded |= {one: {name: next(rest) for name in shapes(one)} for one in share}
     return [CachedLatents(encoded[one]) for one in requests]
 
 
@@ -109,7 +116,11 @@ def cache_on_disk(
     cache = _open_cache(index, layout, vae, [] if again else list(owners), check)
     found = {one: None if again else cache.find(one) for one in owners}
     missing = [one for one, entry in found.items() if not isinstance(entry, Entry)]
-    _refuse_lost_images(missing, found)
+    lost = [one for one in missing if not one.present]
+    if lost:
+        lines = [f"{found[one] or f'{one.image.with_suffix(str())}: no latents'}; there is no image" for one in lost]
+        more = [f"and {len(lost) - MOST_NAMED} more like these"] if len(lost) > MOST_NAMED else []
+        raise UserError(*lines[:MOST_NAMED], *more, hint="bring the images back, or remove their entries")
     if not again:
         invalid = [entry for entry in found.values() if isinstance(entry, str)]
         report_missing("latents on disk", len(found) - len(missing), invalid, len(missing) - len(invalid))
@@ -138,7 +149,22 @@ def without_files(records: Sequence[Record], index: FileIndex, layout: CacheLayo
 def requests_of(records: Sequence[Record]) -> list[CacheRequest]:
     """The request of each record. Records that view an image in the same way have equal ones."""
     shared = shared_stems(records)
-    views = [_view(record, record.path in shared) for record in records]
+    views = [
+        CacheRequest(
+            image=image_of(record),
+            present=record.present,
+            shared_stem=record.path in shared,
+            size=record.size,
+            bucket=record.bucket,
+            resized=record.resized,
+            crop_ltrb=buckets.crop_ltrb(record.bucket, record.size if record.resized is not None else record.bucket),
+            interpolation=record.subset.resize_interpolation,
+            flip=False,
+            alpha=record.subset.alpha_mask,
+            mask=record.mask,
+        )
+        for record in records
+    ]
     mirrored = {view for view, record in zip(views, records, strict=True) if record.flip}
     variants: dict[Any, dict[CacheRequest, str]] = {}
     for view in views:
@@ -150,23 +176,6 @@ def requests_of(records: Sequence[Record]) -> list[CacheRequest]:
         replace(view, flip=view in mirrored, variant=variants[view.image, view.present, view.bucket][view])
         for view in views
     ]
-
-
-def _view(record: Record, shared_stem: bool) -> CacheRequest:
-    frame = record.size if record.resized is not None else record.bucket
-    return CacheRequest(
-        image=image_of(record),
-        present=record.present,
-        shared_stem=shared_stem,
-        size=record.size,
-        bucket=record.bucket,
-        resized=record.resized,
-        crop_ltrb=buckets.crop_ltrb(record.bucket, frame),
-        interpolation=record.subset.resize_interpolation,
-        flip=False,
-        alpha=record.subset.alpha_mask,
-        mask=record.mask,
-    )
 
 
 def _open_cache(
@@ -202,14 +211,6 @@ def _open_cache(
                 "%d images do not exist, and their latents were made by another VAE; they are used", foreign_vae
             )
     return cache
-
-
-def _refuse_lost_images(missing: Sequence[CacheRequest], found: Mapping[CacheRequest, Entry | str | None]) -> None:
-    lost = [one for one in missing if not one.present]
-    if lost:
-        lines = [f"{found[one] or f'{one.image.with_suffix(str())}: no latents'}; there is no image" for one in lost]
-        more = [f"and {len(lost) - MOST_NAMED} more like these"] if len(lost) > MOST_NAMED else []
-        raise UserError(*lines[:MOST_NAMED], *more, hint="bring the images back, or remove their entries")
 
 
 # ---- encoding
@@ -271,21 +272,3 @@ def _arrays(
     if MASK in shapes:
         made[MASK] = functional.adaptive_avg_pool2d(loss_mask(view), plain.shape[-2:])[0]
     return {name: made[name] for name in shapes}
-
-
-def _gather(
-    jobs: Sequence[CacheRequest],
-    own: Mapping[CacheRequest, Mapping[str, Tensor]],
-    shapes: Callable[[CacheRequest], dict[str, Shape]],
-    processes: Processes,
-) -> dict[CacheRequest, dict[str, Tensor]]:
-    """The latents of all processes, in each of them."""
-    processes.barrier()
-    shares = [Processes(rank, processes.world).shard(jobs) for rank in range(processes.world)]
-    sizes = [[shape for one in share for shape in shapes(one).values()] for share in shares]
-    sent = [tensor for arrays in own.values() for tensor in arrays.values()]
-    gathered: dict[CacheRequest, dict[str, Tensor]] = {}
-    for share, tensors in zip(shares, processes.broadcast_all(sent, sizes), strict=True):
-        rest = iter(tensors)
-        gathered |= {one: {name: next(rest) for name in shapes(one)} for one in share}
-    return gathered

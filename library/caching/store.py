@@ -97,7 +97,9 @@ def write(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
             member = ZipInfo(name + _EXTENSION, _LONG_AGO)
             member.create_system = _UNIX
             member.external_attr = 0o644 << 16
-            archive.writestr(member, _pack(arrays[name]))
+            packed = io.BytesIO()
+            np.lib.format.write_array(packed, np.asarray(arrays[name], order="C"), allow_pickle=False)
+            archive.writestr(member, packed.getvalue())
     with replacing(path, flush=False) as temporary, open(temporary, "wb") as file:
         file.write(content.getbuffer())
 
@@ -149,7 +151,13 @@ def _opened(path: Path) -> Iterator[ZipFile]:
         with open_regular(path) as file:
             try:
                 with ZipFile(file) as archive:
-                    _check_count(file, archive)
+                    # One wrong byte can make members vanish from the directory, and nothing else notices.
+                    file.seek(-(_END.size + len(archive.comment)), io.SEEK_END)
+                    mark, count = _END.unpack(file.read(_END.size))
+                    if mark != b"PK\5\6" or (count != _MANY and count != len(archive.filelist)):
+                        raise CacheDamaged("its directory is damaged")
+                    if not archive.filelist:
+                        raise CacheDamaged("there is nothing in it")
                     yield archive
             except (BadZipFile, EOFError, struct.error) as error:
                 raise CacheDamaged(_why_no_zip(file, error)) from None
@@ -174,16 +182,6 @@ def _why_no_zip(file: BinaryIO, error: Exception) -> str:
     return "the file is cut off" if start == b"PK\3\4" else "it is no .npz file"
 
 
-def _check_count(file: BinaryIO, archive: ZipFile) -> None:
-    """One wrong byte can make members vanish from the directory, and nothing else notices."""
-    file.seek(-(_END.size + len(archive.comment)), io.SEEK_END)
-    mark, count = _END.unpack(file.read(_END.size))
-    if mark != b"PK\5\6" or (count != _MANY and count != len(archive.filelist)):
-        raise CacheDamaged("its directory is damaged")
-    if not archive.filelist:
-        raise CacheDamaged("there is nothing in it")
-
-
 def _members(archive: ZipFile) -> dict[str, ZipInfo]:
     for name in archive.NameToInfo:
         if not name.endswith(_EXTENSION):
@@ -195,14 +193,10 @@ def _members(archive: ZipFile) -> dict[str, ZipInfo]:
     return {name.removesuffix(_EXTENSION): member for name, member in archive.NameToInfo.items()}
 
 
-def _pack(array: NDArray[Any]) -> bytes:
-    content = io.BytesIO()
-    np.lib.format.write_array(content, np.asarray(array, order="C"), allow_pickle=False)
-    return content.getvalue()
-
-
 def _unpack(name: str, content: bytes) -> NDArray[Any]:
-    length = _header_length(content)
+    # Bytes before the numbers: a mark of 6, the version in 2, the header's length in 2 or 4, the header.
+    width = 2 if content[6:7] == b"\1" else 4
+    length = 8 + width + int.from_bytes(content[8 : 8 + width], "little")
     try:
         header = _header(content[:length])
     except Exception:  # numpy evaluates headers as Python literals, which fails in many ways
@@ -214,12 +208,6 @@ def _unpack(name: str, content: bytes) -> NDArray[Any]:
     order = "F" if header.fortran else "C"
     # Copied, because arrays over bytes are read-only.
     return np.ndarray(header.shape, header.dtype, content, length, order=order).copy()
-
-
-def _header_length(content: bytes) -> int:
-    """Bytes before the numbers: a mark of 6, the version in 2, the header's length in 2 or 4, the header."""
-    width = 2 if content[6:7] == b"\1" else 4
-    return 8 + width + int.from_bytes(content[8 : 8 + width], "little")
 
 
 @lru_cache(maxsize=256)  # files of one kind have few different headers, and numpy evaluates them as Python literals

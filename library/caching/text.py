@@ -296,14 +296,10 @@ def _note(caption: str, made_by: Mapping[str, str]) -> dict[str, Any]:
 def _reason_to_make(
     file: Path, request: TextRequest, layout: TextLayout, made_by: Mapping[str, str], check: bool
 ) -> str | None:
-    """None: the file is there and fits."""
-    if not os.path.isfile(file):  # Path.is_file raises over names that are too long
-        return _ABSENT
-    return _invalid_reason(file, request, layout, made_by) if check else None
-
-
-def _invalid_reason(file: Path, request: TextRequest, layout: TextLayout, made_by: Mapping[str, str]) -> str | None:
-    """Why a file that is there cannot be used, or None."""
+    """Why the file cannot be used, or `_ABSENT`; None: it is there and fits, or is trusted without a `check`."""
+    is_there = os.path.isfile(file)  # Path.is_file raises over names that are too long
+    if not is_there or not check:
+        return None if is_there else _ABSENT
     contents = store.summary(file)
     if "damaged" in contents:
         return f"damaged ({contents['damaged']})"

@@ -33,27 +33,21 @@ def weight_format(path: str | Path) -> Format:
     path = Path(path)
     with open_regular(path) as file:
         start = file.read(_ENOUGH)
-    if _is_safetensors(start):
+    # A length of 8 bytes, then a JSON object. Looked for first: a header may be as long as a pickle's first bytes.
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LARGEST_HEADER:
         return "safetensors"
     if start.startswith(_TORCH_STARTS):
         return "torch"
-    what = next((text for sign, text in _OTHERS if start.lstrip().startswith(sign)), None) or _json_file(path, start)
-    if what is None:
+    what = next((text for sign, text in _OTHERS if start.lstrip().startswith(sign)), None)
+    if start.lstrip().startswith(b"{"):
+        what = "this is a JSON file, not a weight file; of a Diffusers model, give the folder"
+        if path.name.endswith(".index.json"):
+            what = (
+                "this is the index of weights that are cut into several files; give the Diffusers folder of the model"
+            )
+        elif path.name == "model_index.json":
+            what = f"this is the index of a Diffusers model; give its folder, {path.parent}"
+    elif what is None:
         size = path.stat().st_size
         what = f"cannot be read: neither a safetensors file nor a torch checkpoint ({size:,} bytes); get the file again"
     raise UserError(f"{path}: {what}")
-
-
-def _is_safetensors(start: bytes) -> bool:
-    """A length of 8 bytes, then a JSON object. Looked for first: a header may be as long as a pickle's first bytes."""
-    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LARGEST_HEADER
-
-
-def _json_file(path: Path, start: bytes) -> str | None:
-    if not start.lstrip().startswith(b"{"):
-        return None
-    if path.name.endswith(".index.json"):
-        return "this is the index of weights that are cut into several files; give the Diffusers folder of the model"
-    if path.name == "model_index.json":
-        return f"this is the index of a Diffusers model; give its folder, {path.parent}"
-    return "this is a JSON file, not a weight file; of a Diffusers model, give the folder"

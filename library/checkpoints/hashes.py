@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from library.runtime.files import open_regular
 
@@ -68,13 +68,8 @@ def _hash_from(path: str | Path, start: int, size: int | None) -> str:
     digest = hashlib.sha256()
     with open_regular(path) as file:
         file.seek(start)
-        for piece in _pieces(file, size):
+        left = size
+        while piece := file.read(_PIECE if left is None else min(_PIECE, left)):
             digest.update(piece)
+            left = None if left is None else left - len(piece)
     return digest.hexdigest()
-
-
-def _pieces(file: IO[bytes], size: int | None) -> Iterator[bytes]:
-    left = size
-    while piece := file.read(_PIECE if left is None else min(_PIECE, left)):
-        yield piece
-        left = None if left is None else left - len(piece)

@@ -54,7 +54,19 @@ def parse_header(content: bytes) -> ParsedHeader:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise HeaderError("its __metadata__ is not texts by name")
-    tensors = {name: _entry(name, entry) for name, entry in header.items()}
+    tensors: dict[str, TensorEntry] = {}
+    for name, entry in header.items():
+        if not isinstance(entry, dict):
+            raise HeaderError(f"the entry of {name!r} is not an object")
+        dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+        if not isinstance(dtype, str) or not _are_counts(shape):
+            raise HeaderError(f"the entry of {name!r} has no dtype and shape")
+        if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+            raise HeaderError(f"the data_offsets of {name!r} are not a start and an end")
+        size = offsets[1] - offsets[0]
+        if dtype in WIDTHS and math.prod(shape) * WIDTHS[dtype] != size:
+            raise HeaderError(f"the tensor {name!r} has {size:,} bytes, which is not its shape {shape} in {dtype}")
+        tensors[name] = TensorEntry(dtype, tuple(shape), *offsets)
     position = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if tensor.start != position:
@@ -62,20 +74,6 @@ def parse_header(content: bytes) -> ParsedHeader:
             raise HeaderError(f"the tensor {name!r} {what}")
         position = tensor.end
     return ParsedHeader(metadata, tensors)
-
-
-def _entry(name: str, entry: Any) -> TensorEntry:
-    if not isinstance(entry, dict):
-        raise HeaderError(f"the entry of {name!r} is not an object")
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or not _are_counts(shape):
-        raise HeaderError(f"the entry of {name!r} has no dtype and shape")
-    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise HeaderError(f"the data_offsets of {name!r} are not a start and an end")
-    start, end = offsets
-    if dtype in WIDTHS and math.prod(shape) * WIDTHS[dtype] != end - start:
-        raise HeaderError(f"the tensor {name!r} has {end - start:,} bytes, which is not its shape {shape} in {dtype}")
-    return TensorEntry(dtype, tuple(shape), start, end)
 
 
 def _are_counts(value: Any) -> bool:

@@ -100,14 +100,22 @@ def training_metadata(
     The later mappings overrule the earlier ones, and all of them the options.
     Raises: UserError: the thumbnail cannot be read, or --resolution is no size.
     """
-    values: dict[str, Any] = {
-        "ss_sd_scripts_commit_hash": version.commit(),
-        **_options_metadata(opts),
-        **_model_files(opts),
-    }
+    values: dict[str, Any] = {"ss_sd_scripts_commit_hash": version.commit(), **_options_metadata(opts)}
+    for name, key in ((opts.model.pretrained_model_name_or_path, "sd_model"), (opts.model.vae, "vae")):
+        if not name:
+            continue
+        values[f"ss_{key}_name"] = name
+        if os.path.exists(name):
+            values[f"ss_{key}_name"] = os.path.basename(os.path.normpath(name))
+            stat = os.stat(name)
+            legacy, whole = _file_hashes(name, stat.st_mtime_ns, stat.st_size)
+            values[f"ss_{key}_hash"], values[f"ss_new_{key}_hash"] = legacy, whole
     for source in (family_meta, method_meta, data_meta, run_facts):
         values.update({key: value for key, value in source.items() if key.startswith("ss_")})
-    metadata = {key: _text(value) for key, value in values.items()}
+    metadata = {}
+    for key, value in values.items():
+        is_table = isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
+        metadata[key] = json.dumps(value) if isinstance(value, dict) or is_table else str(value)
     metadata = with_modelspec(metadata, opts, {**family_meta, **method_meta})
     return minimal(metadata) if opts.metadata.no_metadata else metadata
 
@@ -126,7 +134,8 @@ def with_modelspec(metadata: Mapping[str, str], opts: Options, facts: Mapping[st
     if suffix == "/textual-inversion" and given.get("implementation") == "diffusers":
         given["implementation"] = _EMBEDDING_IMPLEMENTATION
     moment = float(metadata.get("ss_training_finished_at") or datetime.now().timestamp())
-    options = opts.metadata
+    options, low, high = opts.metadata, opts.noise.min_timestep, opts.noise.max_timestep
+    timesteps = f"{0 if low is None else low},{1000 if high is None else high}"
     spec: dict[str, Any] = {
         "sai_model_spec": "1.0.1",
         **given,
@@ -134,7 +143,7 @@ def with_modelspec(metadata: Mapping[str, str], opts: Options, facts: Mapping[st
         "title": options.metadata_title or opts.saving.output_name or f"{_TITLES.get(suffix, 'Checkpoint')}@{moment}",
         "date": datetime.fromtimestamp(moment).replace(microsecond=0).isoformat(),
         "implementation_version": f"{version.NAME}/{version.VERSION}",
-        "timestep_range": _timestep_range(opts),
+        "timestep_range": None if low is None and high is None else timesteps,
         "encoder_layer": getattr(opts.family, "clip_skip", None),
         **{name: getattr(options, f"metadata_{name}") for name in _SPEC_OPTIONS},
     }
@@ -196,31 +205,10 @@ def _named(options: OptionGroup, names: Iterable[str]) -> dict[str, Any]:
     return {f"ss_{key}": getattr(options, option or key) for key, _, option in pairs}
 
 
-def _model_files(opts: Options) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, key in ((opts.model.pretrained_model_name_or_path, "sd_model"), (opts.model.vae, "vae")):
-        if not name:
-            continue
-        values[f"ss_{key}_name"] = name
-        if os.path.exists(name):
-            values[f"ss_{key}_name"] = os.path.basename(os.path.normpath(name))
-            stat = os.stat(name)
-            legacy, whole = _file_hashes(name, stat.st_mtime_ns, stat.st_size)
-            values[f"ss_{key}_hash"], values[f"ss_new_{key}_hash"] = legacy, whole
-    return values
-
-
 @lru_cache(maxsize=8)
 def _file_hashes(path: str, _mtime: int, _size: int) -> tuple[str, str]:
     """A base model is hashed once in a run, not at every save, and again if it changes."""
     return hashes.legacy_file_hash(path), hashes.file_hash(path)
-
-
-def _timestep_range(opts: Options) -> str | None:
-    low, high = opts.noise.min_timestep, opts.noise.max_timestep
-    if low is None and high is None:
-        return None
-    return f"{0 if low is None else low},{1000 if high is None else high}"
 
 
 def _size(resolution: Any) -> tuple[int, int]:
@@ -229,11 +217,3 @@ def _size(resolution: Any) -> tuple[int, int]:
     if len(numbers) not in (1, 2):
         raise UserError(f"--resolution: {resolution!r} is neither a side nor width,height")
     return numbers[0], numbers[-1]
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict) or _is_table(value) else str(value)
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(entry, dict) for entry in value)

@@ -108,11 +108,16 @@ def load_tolerant(path: Path) -> tuple[Any, list[str]]:
 
     Raises: UserError: a program. HostilePickle: see there. Whatever torch and pickle raise: a damaged file.
     """
+    import torch
+
     unknown: list[str] = []
+
+    def rebuild(storage: Any, offset: int, size: Any, stride: Any, *_others: Any) -> Any:
+        return torch._utils._rebuild_tensor(storage, offset, tuple(size), tuple(stride))
 
     class Unpickler(SafeUnpickler):
         def __init__(self, file: IO[bytes], **options: Any):
-            super().__init__(file, _rebuilding(), unknown, **options)
+            super().__init__(file, _rebuilding(rebuild), unknown, **options)
 
     class PickleModule:  # what torch.load takes in the place of Python's pickle
         UnpicklingError = pickle.UnpicklingError
@@ -148,13 +153,8 @@ def is_zip(path: Path) -> bool:
         return file.read(len(_ZIP)) == _ZIP
 
 
-def _rebuilding() -> dict[str, Any]:
-    """The names that tensors need, and what is called for them."""
-    import torch
-
-    def rebuild(storage: Any, offset: int, size: Any, stride: Any, *_others: Any) -> Any:
-        return torch._utils._rebuild_tensor(storage, offset, tuple(size), tuple(stride))
-
+def _rebuilding(rebuild: Callable[..., Any]) -> dict[str, Any]:
+    """The names that tensors need, and what is called for them; `rebuild` makes one of (storage, offset, size, ...)."""
     return {
         "torch._utils._rebuild_tensor": _called(rebuild),
         "torch._utils._rebuild_tensor_v2": _called(rebuild),
@@ -198,17 +198,7 @@ class _SpecUnpickler(SafeUnpickler):
         def spec(storage: Any, _offset: Any, size: Any, *_others: Any) -> TensorSpec:
             return TensorSpec(storage.kind, tuple(int(side) for side in size))
 
-        super().__init__(
-            file,
-            {
-                "torch._utils._rebuild_tensor": _called(spec),
-                "torch._utils._rebuild_tensor_v2": _called(spec),
-                "torch._utils._rebuild_parameter": _called(lambda data, *_: data),
-                "torch._utils._rebuild_parameter_with_state": _called(lambda data, *_: data),
-                "torch._tensor._rebuild_from_type_v2": _called(lambda make, _kind, args, _state: make(*args)),
-                "torch.Size": _called(tuple),
-            },
-        )
+        super().__init__(file, _rebuilding(spec))
 
     def find_class(self, module: str, name: str) -> Any:
         is_storage = module in ("torch", "torch.storage") and name.endswith("Storage")

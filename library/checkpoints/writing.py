@@ -35,13 +35,22 @@ def write_safetensors(
 
     Raises: OSError: the disk is full or the folder cannot be written. TypeError: a metadata value is not a string.
     """
-    order = sorted(tensors, key=lambda name: (_rank(tensors[name].dtype), name))
+    import torch
+
+    widest_first = list(reversed(safetensors_dtypes()))
+    order = sorted(tensors, key=lambda name: (widest_first.index(tensors[name].dtype), name))
     header = _header(order, tensors, metadata)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for name in order:
-            _write_tensor(file, name, tensors[name])
+            value = tensors[name]
+            tensor = materialise(value)
+            if tensor.dtype != value.dtype or tuple(tensor.shape) != tuple(value.shape):
+                raise RuntimeError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} is not what its header says")
+            if tensor.numel():
+                file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            del tensor  # before the next one is made
 
 
 def write_torch(path: str | Path, obj: Any) -> None:
@@ -87,10 +96,6 @@ def materialise(value: Tensor | Deferred) -> Tensor:
     return tensor.detach().cpu().contiguous()
 
 
-def _rank(dtype: torch.dtype) -> int:
-    return list(reversed(safetensors_dtypes())).index(dtype)
-
-
 def _header(order: list[str], tensors: Mapping[str, Tensor | Deferred], metadata: Mapping[str, str] | None) -> bytes:
     import torch
 
@@ -112,13 +117,3 @@ def _header(order: list[str], tensors: Mapping[str, Tensor | Deferred], metadata
         start += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return text + b" " * (-len(text) % 8)
-
-
-def _write_tensor(file: IO[bytes], name: str, value: Tensor | Deferred) -> None:
-    import torch
-
-    tensor = materialise(value)
-    if tensor.dtype != value.dtype or tuple(tensor.shape) != tuple(value.shape):
-        raise RuntimeError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} is not what its header says")
-    if tensor.numel():
-        file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))

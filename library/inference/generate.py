@@ -21,7 +21,6 @@ from library.runtime.logs import LOGGER
 from library.types import Batch, Denoise, Models, TextCond
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
     from PIL.Image import Image
     from torch import Tensor
 
@@ -104,10 +103,19 @@ def sample_latents(
     progress: Progress | None = None,
 ) -> Tensor:
     """Denoised latents, (B, C, H/8, W/8), float32, scaled; of prompts as `_batches` puts them together."""
-    first = prompts[0]
-    scheduler = _scheduler(family, first, zero_terminal_snr, device)
+    first, prediction_type = prompts[0], family.denoiser.prediction_type()
+    if prediction_type == "flow":
+        scheduler = make_flow_scheduler(steps=first.steps, shift=flow_shift(family.traits, first), device=device)
+    else:
+        scheduler = make_scheduler(
+            first.sampler,
+            steps=first.steps,
+            prediction_type=prediction_type,
+            zero_terminal_snr=zero_terminal_snr,
+            device=device,
+        )
     generators = [torch.Generator("cpu").manual_seed(with_seed(prompt).seed) for prompt in prompts]
-    step_extras = {"generator": generators} if _takes_generator(scheduler) else {}
+    step_extras = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     latents = initial_noise(prompts, family.traits, generators).to(device)
     # The scheduler for flow has neither: it starts from plain noise, and the denoiser takes latents as they are.
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -116,13 +124,13 @@ def sample_latents(
         guidance = _Guidance.of(
             family, models, prompts, device, cached, denoise or partial(family.denoiser.predict, models)
         )
-        # Some samplers look at the denoiser more than once per step.
-        ends = _step_ends(len(scheduler.timesteps), first.steps)
+        evaluations = len(scheduler.timesteps)  # of the denoiser; some samplers need more than one per step
         for index, timestep in enumerate(scheduler.timesteps):
             prediction = guidance.predict(as_input(latents, timestep), timestep)
             latents = scheduler.step(prediction, timestep, latents, **step_extras).prev_sample.float()
-            if progress is not None and ends[index]:
-                progress(ends[index] * len(prompts))
+            completed = (index + 1) * first.steps // evaluations - index * first.steps // evaluations
+            if progress is not None and completed:
+                progress(completed * len(prompts))
     return latents
 
 
@@ -186,6 +194,7 @@ class _Guidance:
     negative: TextCond | None  # None: scale 1, where the unconditional half would cancel out
     scale: float
     sizes: Batch
+    sizes_twice: Batch  # for both halves in one pass
 
     @staticmethod
     def of(
@@ -201,15 +210,17 @@ class _Guidance:
         negative = None
         if scale != 1.0:
             negative = _conditioning(family, models, [prompt.negative_prompt for prompt in prompts], device, cached)
-        return _Guidance(denoise, positive, negative, scale, _sizes(prompts, device))
+        sizes, sizes_twice = _sizes(prompts, device), _sizes([*prompts, *prompts], device)
+        return _Guidance(denoise, positive, negative, scale, sizes, sizes_twice)
 
     def predict(self, noisy: Tensor, timestep: Tensor) -> Tensor:
         """float32, (B, C, h, w)."""
         if self.negative is None:
             return self._predict(noisy, timestep, self.positive, self.sizes)
-        if _same_lengths(self.negative, self.positive):
+        negative, positive = self.negative.tensors, self.positive.tensors
+        if all(value.shape[1:] == positive[name].shape[1:] for name, value in negative.items()):
             both = TextCond.cat([self.negative, self.positive])
-            prediction = self._predict(torch.cat([noisy, noisy]), timestep, both, _doubled(self.sizes))
+            prediction = self._predict(torch.cat([noisy, noisy]), timestep, both, self.sizes_twice)
             without, with_text = prediction.chunk(2)
         else:
             without = self._predict(noisy, timestep, self.negative, self.sizes)
@@ -219,10 +230,6 @@ class _Guidance:
     def _predict(self, noisy: Tensor, timestep: Tensor, cond: TextCond, sizes: Batch) -> Tensor:
         timesteps = timestep.to(noisy.device).expand(len(noisy))
         return self.denoise(noisy, timesteps, cond, sizes).float()
-
-
-def _same_lengths(one: TextCond, other: TextCond) -> bool:
-    return all(value.shape[1:] == other.tensors[name].shape[1:] for name, value in one.tensors.items())
 
 
 def _sizes(prompts: Sequence[SamplePrompt], device: torch.device) -> Batch:
@@ -242,15 +249,6 @@ def _sizes(prompts: Sequence[SamplePrompt], device: torch.device) -> Batch:
     )
 
 
-def _doubled(batch: Batch) -> Batch:
-    def twice(value: object) -> object:
-        if isinstance(value, torch.Tensor):
-            return torch.cat([value, value])
-        return value * 2 if isinstance(value, list) else value
-
-    return replace(batch, **{name: twice(value) for name, value in vars(batch).items()})
-
-
 def _batches(prompts: Sequence[SamplePrompt], size: int) -> list[list[SamplePrompt]]:
     """Runs of neighbours that can be made together, `size` at most; seeds are filled in."""
 
@@ -264,29 +262,6 @@ def _batches(prompts: Sequence[SamplePrompt], size: int) -> list[list[SampleProm
         else:
             batches.append([prompt])
     return batches
-
-
-def _step_ends(evaluations: int, steps: int) -> list[int]:
-    """The number of steps that each evaluation of the denoiser completes; they add up to `steps`."""
-    done = [(index + 1) * steps // evaluations for index in range(evaluations)]
-    return [now - before for now, before in zip(done, [0, *done], strict=False)]
-
-
-def _scheduler(family: Family, prompt: SamplePrompt, zero_terminal_snr: bool, device: torch.device) -> SchedulerMixin:
-    prediction_type = family.denoiser.prediction_type()
-    if prediction_type == "flow":
-        return make_flow_scheduler(steps=prompt.steps, shift=flow_shift(family.traits, prompt), device=device)
-    return make_scheduler(
-        prompt.sampler,
-        steps=prompt.steps,
-        prediction_type=prediction_type,
-        zero_terminal_snr=zero_terminal_snr,
-        device=device,
-    )
-
-
-def _takes_generator(scheduler: object) -> bool:
-    return "generator" in inspect.signature(scheduler.step).parameters
 
 
 def _precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:

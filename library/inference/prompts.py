@@ -109,13 +109,11 @@ def load_prompts(path: str | Path, traits: FamilyTraits, sampler: str) -> list[S
     Raises: UserError: an unreadable file, another type, or a bad entry, with the file and the line or entry.
     """
     path = Path(path)
-    readers = {".txt": _read_txt, ".toml": _read_toml, ".json": _read_json}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
+    if path.suffix.lower() not in (".txt", ".toml", ".json"):
         raise UserError(f"{path}: a prompt file must be .txt, .toml or .json")
     base = default_prompt(traits, sampler)
     prompts = []
-    for where, entry in reader(path, read_text(path, "the prompt file")):
+    for where, entry in _entries(path, read_text(path, "the prompt file")):
         changes = _parse_line(entry, where) if isinstance(entry, str) else _parse_table(entry, where)
         prompts.append(_finish(base, changes, traits, where))
     if not prompts:
@@ -136,28 +134,25 @@ def parse_prompt(line: str, traits: FamilyTraits, sampler: str, where: str = "pr
     return _finish(default_prompt(traits, sampler), _parse_line(line, where), traits, where)
 
 
-def _read_txt(path: Path, text: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        line = line.strip()
-        if line and not line.startswith("#"):
-            yield f"{path}, line {number}", line
-
-
-def _read_toml(path: Path, text: str) -> Iterator[tuple[str, dict]]:
-    shared = parse_toml(text, path).get("prompt")
-    if not isinstance(shared, dict):
-        raise UserError(f"{path}: needs a [prompt] table, with [[prompt.subset]] tables for several prompts")
-    subsets = shared.pop("subset", [{}])
-    if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
-        raise UserError(f"{path}: `subset` must be [[prompt.subset]] tables")
-    for number, subset in enumerate(subsets, start=1):
-        yield f"{path}, prompt {number}", {**shared, **subset}
-
-
-def _read_json(path: Path, text: str) -> Iterator[tuple[str, str | dict]]:
-    entries = parse_json(text, path)
-    if not isinstance(entries, list):
-        raise UserError(f"{path}: must hold a list of prompt lines or tables")
+def _entries(path: Path, text: str) -> Iterator[tuple[str, str | dict[str, Any]]]:
+    """(place for messages, prompt line or table) of each prompt in a file."""
+    if path.suffix.lower() == ".txt":
+        for number, line in enumerate(map(str.strip, text.split("\n")), start=1):
+            if line and not line.startswith("#"):
+                yield f"{path}, line {number}", line
+        return
+    if path.suffix.lower() == ".toml":
+        shared = parse_toml(text, path).get("prompt")
+        if not isinstance(shared, dict):
+            raise UserError(f"{path}: needs a [prompt] table, with [[prompt.subset]] tables for several prompts")
+        subsets = shared.pop("subset", [{}])
+        if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
+            raise UserError(f"{path}: `subset` must be [[prompt.subset]] tables")
+        entries = [{**shared, **subset} for subset in subsets]
+    else:
+        entries = parse_json(text, path)
+        if not isinstance(entries, list):
+            raise UserError(f"{path}: must hold a list of prompt lines or tables")
     for number, entry in enumerate(entries, start=1):
         where = f"{path}, prompt {number}"
         if not isinstance(entry, (str, dict)):

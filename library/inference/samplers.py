@@ -74,7 +74,9 @@ def make_scheduler(
         "prediction_type": prediction_type,
     }
     if zero_terminal_snr:
-        settings["trained_betas"] = _zero_terminal_betas()
+        alpha_bar = ddpm.zero_terminal(ddpm.alpha_bars(ddpm.scaled_linear_betas()))
+        alpha_bar[-1] = _LAST_ALPHA_BAR
+        settings["trained_betas"] = ddpm.betas_of(alpha_bar).tolist()
     leading, multistep = settings.get("timestep_spacing") == "leading", "Multistep" in class_name
     # "leading" stops short of the last timestep, where a zero-terminal model begins. With every timestep in use, its
     # offset would reach past the last, and the multistep solvers' "linspace" would name one timestep twice.
@@ -104,9 +106,3 @@ def make_flow_scheduler(*, steps: int, shift: float, device: torch.device | str 
     scheduler.set_timesteps(sigmas=numpy.linspace(1, 1 / steps, steps), device=device)
     scheduler.set_begin_index(0)  # otherwise it looks for its place by timestep, which waits for the device
     return scheduler
-
-
-def _zero_terminal_betas() -> list[float]:
-    alpha_bar = ddpm.zero_terminal(ddpm.alpha_bars(ddpm.scaled_linear_betas()))
-    alpha_bar[-1] = _LAST_ALPHA_BAR
-    return ddpm.betas_of(alpha_bar).tolist()

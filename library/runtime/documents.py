@@ -163,8 +163,17 @@ def parse_toml(text: str, place: str | Path) -> dict[str, Any]:
     try:
         tables = _load_toml(text)
     except tomllib.TOMLDecodeError as error:
-        problem, line, column = _toml_problem(str(error), text)
-        where = "at its end" if line is None else f"line {line}, column {column}"
+        found = _PLACE.search(str(error))
+        words, where = (str(error)[: found.start()] if found else str(error)), "at its end"
+        problem = _in_our_words(words, _TOML_WORDS)
+        if found and found[1]:
+            line, column = int(found[1]), int(found[2])
+            before = text.split("\n")[line - 1][: column - 1]
+            if words.startswith(("Unescaped '\\'", "Invalid hex value", "Escaped character")):
+                problem, column = _BACKSLASH, before.rfind("\\") + 1 or column
+            elif before.endswith(('\\"', "\\")):  # "C:\dir\" does not end at its last quote
+                problem += f"; {_BACKSLASH}"
+            where = f"line {line}, column {column}"
         raise UserError(f"{place} is not valid TOML: {where}: {problem}") from None
     except RecursionError:
         raise UserError(f"{place}: {_TOO_DEEP}") from None
@@ -252,21 +261,6 @@ _TOML_WORDS = (
     ("Cannot mutate immutable", "a table that is complete already; put its keys together"),
     ("Invalid date or datetime", "no date; texts need quotes"),
 )
-
-
-def _toml_problem(message: str, text: str) -> tuple[str, int | None, int | None]:
-    """The problem in our words, and (line, column), both None at the end of the text."""
-    place = _PLACE.search(message)
-    line, column = (int(place[1]), int(place[2])) if place and place[1] else (None, None)
-    words = message[: place.start()] if place else message
-    if line is None or column is None:
-        return _in_our_words(words, _TOML_WORDS), None, None
-    before = text.split("\n")[line - 1][: column - 1]
-    if words.startswith(("Unescaped '\\'", "Invalid hex value", "Escaped character")):
-        return _BACKSLASH, line, before.rfind("\\") + 1 or column
-    ours = _in_our_words(words, _TOML_WORDS)
-    # "C:\dir\" does not end at its last quote.
-    return (f"{ours}; {_BACKSLASH}" if before.endswith(('\\"', "\\")) else ours), line, column
 
 
 # ---- both

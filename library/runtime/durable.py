@@ -77,7 +77,22 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     with work_folder(path) as fresh:
         yield fresh
         _flush_tree(fresh)
-        _put_in_place(fresh, path)
+        # What has the name is in the place of `fresh` afterwards, or gone.
+        if not os.path.lexists(path):
+            os.rename(fresh, path)
+        elif not _exchange(fresh, path):
+            backup = backup_of(path)
+            remove(backup)
+            os.rename(path, backup)
+            flush_folder(path.parent)
+            try:
+                os.rename(fresh, path)
+            except OSError:
+                os.rename(backup, path)
+                raise
+            flush_folder(path.parent)
+            remove(backup)
+        flush_folder(path.parent)
 
 
 @contextmanager
@@ -339,25 +354,6 @@ def _flush_file_system(folder: Path) -> None:
         os.close(handle)
 
 
-def _put_in_place(fresh: Path, path: Path) -> None:
-    """Gives `fresh` the name `path`. What had it is in the place of `fresh` afterwards, or gone."""
-    if not os.path.lexists(path):
-        os.rename(fresh, path)
-    elif not _exchange(fresh, path):
-        backup = backup_of(path)
-        remove(backup)
-        os.rename(path, backup)
-        flush_folder(path.parent)
-        try:
-            os.rename(fresh, path)
-        except OSError:
-            os.rename(backup, path)
-            raise
-        flush_folder(path.parent)
-        remove(backup)
-    flush_folder(path.parent)
-
-
 def _exchange(left: Path, right: Path) -> bool:
     """Exchanges two names in one step; False: this system or file system cannot."""
     call = getattr(_system(), "renameat2", None)
@@ -382,10 +378,5 @@ def _system() -> ctypes.CDLL | None:
         return None
 
 
-def _read_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-_UMASK = _read_umask()  # once and here: it can only be read by changing it, which other threads would see
+_UMASK = os.umask(0)  # once and here: it can only be read by changing it, which other threads would see
+os.umask(_UMASK)

@@ -48,8 +48,11 @@ def open_regular(path: str | Path) -> BinaryIO:
         raise OSError(errno.EINVAL, str(error), os.fspath(path)) from None
     except OSError as error:
         # Windows refuses to open a folder, and a socket cannot be opened anywhere: say so, rather than how.
-        _refuse_other_kinds(path)
-        raise error from None
+        try:
+            mode = os.stat(path).st_mode
+        except OSError:
+            raise error from None
+        raise (error if stat.S_ISREG(mode) else NotRegularError(path, mode)) from None
     try:
         mode = os.fstat(number).st_mode
         if not stat.S_ISREG(mode):
@@ -97,12 +100,3 @@ def path_problem(path: str | Path, kind: Literal["file", "folder"]) -> str | Non
     if not stat.S_ISREG(mode):
         return NotRegularError(path, mode).strerror
     return None if os.access(path, os.R_OK) else "no permission to read it"
-
-
-def _refuse_other_kinds(path: str | Path) -> None:
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return
-    if not stat.S_ISREG(mode):
-        raise NotRegularError(path, mode) from None

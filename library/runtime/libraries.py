@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Set
 
 # Optional packages that transformers and diffusers import wherever they are installed.
 _OPTIONAL = frozenset({"bitsandbytes", "gguf", "modelopt", "optimum", "peft", "scipy", "torchao", "xformers"})
@@ -21,35 +20,20 @@ def import_libraries(used: Set[str]) -> None:
     Args:
         used: the optional packages through which diffusers is to work.
     """
-    with _no_collection(), _hidden(_OPTIONAL - used):
+    hidden = [name for name in _OPTIONAL - used if name not in sys.modules]
+    collected = gc.isenabled()
+    gc.disable()  # it would search the growing heap over and over, and modules are never garbage
+    sys.modules.update(dict.fromkeys(hidden))  # with None there they cannot be found, as the import system defines it
+    try:
         import accelerate  # noqa: F401
         import diffusers.models.autoencoders
         import diffusers.models.transformers
         import diffusers.models.unets  # noqa: F401
         import transformers.modeling_utils
         import transformers.optimization  # noqa: F401
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection: it would search the growing heap over and over, and modules are never garbage."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if enabled:
-            gc.enable()
-
-
-@contextmanager
-def _hidden(packages: Set[str]) -> Iterator[None]:
-    """Packages that are not imported yet cannot be found: None in `sys.modules`, as the import system defines it."""
-    hidden = [name for name in packages if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))
-    try:
-        yield
     finally:
         for name in hidden:
             del sys.modules[name]
+        gc.freeze()
+        if collected:
+            gc.enable()

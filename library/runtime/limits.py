@@ -28,8 +28,9 @@ def as_user_error(error: BaseException) -> UserError | None:
     """One line for what a user can act on; None for what may be a fault of the code, whose traceback is wanted."""
     what = exhausted(error)
     if what:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0].removeprefix("[enforce fail at ")
         return UserError(
-            f"not enough {what} ({_first_line(error)}); use smaller images, batches or network dimensions, "
+            f"not enough {what} ({line[:200]}); use smaller images, batches or network dimensions, "
             "or the options of docs/memory.md"
         )
     if not isinstance(error, OSError) or error.errno is None:
@@ -50,8 +51,3 @@ def exhausted(error: BaseException) -> str | None:
         return None
     text = str(error)
     return next((what for words, what in _ALLOCATORS if words in text), None)
-
-
-def _first_line(error: BaseException) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line.removeprefix("[enforce fail at ")[:200]

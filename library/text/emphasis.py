@@ -52,7 +52,13 @@ def parse_emphasis(caption: str) -> list[tuple[str, float]]:
             runs.append((match["escaped"] or text, 1.0))
     for bracket, since in reversed(opened):
         scale(since, STEP if bracket == "(" else 1 / STEP)
-    return _merged(runs)
+    merged: list[tuple[str, float]] = []
+    for text, weight in runs:
+        if merged and merged[-1][1] == weight:
+            merged[-1] = (merged[-1][0] + text, weight)
+        else:
+            merged.append((text, weight))
+    return merged
 
 
 def tokenize_weighted(
@@ -84,13 +90,3 @@ def tokenize_weighted(
         ids.append(chunk_ids(content, length, **special))
         weights.append([1.0, *strengths] + [1.0] * (length - len(strengths) + 1))
     return torch.tensor(ids), torch.tensor(weights)
-
-
-def _merged(runs: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    merged: list[tuple[str, float]] = []
-    for text, weight in runs:
-        if merged and merged[-1][1] == weight:
-            merged[-1] = (merged[-1][0] + text, weight)
-        else:
-            merged.append((text, weight))
-    return merged

@@ -16,27 +16,6 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises: UserError: the file is missing, malformed, or has unknown keys, wrong types or no datasets.
     """
-    config = _with_values_as_meant(_parse(path))
-    problems = [f"{path}: unknown table '{name}'; known are general, datasets" for name in config.keys() - _TABLES]
-    general, datasets = config.get("general", {}), config.get("datasets", [])
-    if isinstance(general, Mapping):
-        problems += check_table(general, GENERAL, f"{path}, [general]")
-    else:
-        problems.append(f"{path}: general must be a table, [general]")
-    if not _are_tables(datasets):
-        problems.append(f"{path}: no datasets; write at least one [[datasets]] with one [[datasets.subsets]]")
-        datasets = []
-    for number, dataset in enumerate(datasets, 1):
-        problems += _check_dataset(dataset, f"{path}, [[datasets]] {number}")
-    if problems:
-        raise UserError(*problems)
-    return {"general": general, "datasets": datasets}
-
-
-_TABLES = {"general", "datasets"}
-
-
-def _parse(path: Path) -> dict[str, Any]:
     suffix = path.suffix.lower()
     if suffix not in (".toml", ".json"):
         raise UserError(f"--dataset_config: {path} must be a .toml or a .json file")
@@ -44,20 +23,27 @@ def _parse(path: Path) -> dict[str, Any]:
     config = parse_toml(text, path) if suffix == ".toml" else parse_json(text, path)
     if not isinstance(config, dict):
         raise UserError(f"{path}: must hold one object with general and datasets")
-    return config
+    problems = [f"{path}: unknown table '{name}'; known are general, datasets" for name in config.keys() - _TABLES]
+    general, datasets = config.get("general", {}), config.get("datasets", [])
+    if isinstance(general, Mapping):
+        general = as_meant(general)
+        problems += check_table(general, GENERAL, f"{path}, [general]")
+    else:
+        problems.append(f"{path}: general must be a table, [general]")
+    if not _are_tables(datasets):
+        problems.append(f"{path}: no datasets; write at least one [[datasets]] with one [[datasets.subsets]]")
+        datasets = []
+    datasets = [as_meant(dataset) for dataset in datasets]
+    for number, dataset in enumerate(datasets, 1):
+        if _are_tables(dataset.get("subsets")):
+            dataset["subsets"] = [as_meant(subset) for subset in dataset["subsets"]]
+        problems += _check_dataset(dataset, f"{path}, [[datasets]] {number}")
+    if problems:
+        raise UserError(*problems)
+    return {"general": general, "datasets": datasets}
 
 
-def _with_values_as_meant(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with the values of its tables put right; what is no table stays, for the check of its shape."""
-    config = dict(config)
-    if isinstance(config.get("general"), Mapping):
-        config["general"] = as_meant(config["general"])
-    if _are_tables(config.get("datasets")):
-        config["datasets"] = [as_meant(dataset) for dataset in config["datasets"]]
-        for dataset in config["datasets"]:
-            if _are_tables(dataset.get("subsets")):
-                dataset["subsets"] = [as_meant(subset) for subset in dataset["subsets"]]
-    return config
+_TABLES = {"general", "datasets"}
 
 
 def _are_tables(value: Any) -> bool:

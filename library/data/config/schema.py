@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,16 +88,6 @@ NOT_IN_STYLE = {
     "conditioning_data_dir": ("is_reg", "class_tokens"),
 }
 
-_KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text in quotes",
-    "size": "a whole number, or two as [width, height]",
-    "range": "two numbers as [low, high]",
-    "table": "a table",
-}
-
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
@@ -107,16 +97,19 @@ def _is_number(value: Any) -> bool:
     return _is_int(value) or isinstance(value, float)
 
 
-def _has_kind(value: Any, kind: str) -> bool:
-    if kind == "int":
-        return _is_int(value)
-    if kind == "float":
-        return _is_number(value)
-    if kind in ("size", "range"):
-        test = _is_int if kind == "size" else _is_number
-        pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(test, value))
-        return pair or (kind == "size" and _is_int(value))
-    return isinstance(value, {"bool": bool, "str": str, "table": Mapping}[kind])
+def _is_pair(value: Any, test: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(test, value))
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what a value must be, in words and as a test
+    "int": ("a whole number", _is_int),
+    "float": ("a number", _is_number),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "str": ("text in quotes", lambda value: isinstance(value, str)),
+    "size": ("a whole number, or two as [width, height]", lambda value: _is_int(value) or _is_pair(value, _is_int)),
+    "range": ("two numbers as [low, high]", lambda value: _is_pair(value, _is_number)),
+    "table": ("a table", lambda value: isinstance(value, Mapping)),
+}
 
 
 def as_meant(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,22 +137,14 @@ def check_table(table: Mapping[str, Any], level: str, place: str) -> Iterator[st
         elif key is None and name in NOT_YET:
             continue
         elif key is None:
-            yield f"{place}: unknown key '{name}'{_suggestion(name, level)}"
+            known = [candidate for candidate, one in KEYS.items() if level in one.levels]
+            near = difflib.get_close_matches(name.lower(), known, n=1)
+            yield f"{place}: unknown key '{name}'" + (f"; did you mean '{near[0]}'?" if near else "")
         elif level not in key.levels:
-            allowed = " or ".join(_heading(one) for one in key.levels)
+            allowed = " or ".join(f"[{one}]" if one == GENERAL else f"[[{one}]]" for one in key.levels)
             yield f"{place}: '{name}' cannot stand here; it belongs in {allowed}"
-        elif not _has_kind(value, key.kind):
-            yield f"{place}: {name} must be {_KINDS[key.kind]}, got {value!r}"
-
-
-def _suggestion(name: str, level: str) -> str:
-    known = [candidate for candidate, key in KEYS.items() if level in key.levels]
-    near = difflib.get_close_matches(name.lower(), known, n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
-
-
-def _heading(level: str) -> str:
-    return f"[{level}]" if level == GENERAL else f"[[{level}]]"
+        elif not _KINDS[key.kind][1](value):
+            yield f"{place}: {name} must be {_KINDS[key.kind][0]}, got {value!r}"
 
 
 def check_value(name: str, value: Any, source: str) -> Iterator[str]:

@@ -31,6 +31,7 @@ class DataSummary(Protocol):
 
 
 _NAMED = 10  # files of one kind that are named one by one
+_AS_GIVEN = ("color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens")
 
 
 def report(data: DataSummary) -> list[str]:
@@ -53,7 +54,19 @@ def report(data: DataSummary) -> list[str]:
     )
     lines += [f"{_images(count)} {text}" for count, text in notes if count]
     lines += [f"left out: {path}: {reason}" for path, reason in scan.dropped]
-    lines += _duplicate_lines(scan)
+    groups: dict[Path, list[Path]] = {}
+    for path, first in scan.copies.items():
+        groups.setdefault(first, []).append(path)
+    lines += [f"the same image: {_joined(group)}" for group in list(groups.values())[:_NAMED]]
+    if len(groups) > _NAMED:
+        lines.append(f"and {len(groups) - _NAMED} more groups of equal files")
+    if scan.alike is None:
+        most = near_duplicates.MOST
+        lines.append(f"images were not decoded to find damaged ones and near duplicates, as there are more than {most}")
+    elif scan.alike:  # one line: similar images are usual, and no fault
+        count = f"{len(scan.alike)} group{'' if len(scan.alike) == 1 else 's'} of near duplicates"
+        more = "" if len(scan.alike) == 1 else "; --console_log_level=DEBUG lists them all"
+        lines.append(f"{count}, such as {_joined(scan.alike[0])}{more}")
     forgotten = list(dict.fromkeys(scan.forgotten))
     lines += _named(forgotten, f"{_images(len(forgotten))} without a caption where most of the folder have one")
     cut = list(dict.fromkeys(scan.cut))
@@ -72,24 +85,6 @@ def _named(paths: Sequence[Path], text: str) -> list[str]:
     """ "text: a, b, ..." where there are any."""
     shown = ", ".join(str(path) for path in paths[:_NAMED])
     return [f"{text}: {shown}{', ...' if len(paths) > _NAMED else ''}"] if paths else []
-
-
-def _duplicate_lines(scan: ScanReport) -> list[str]:
-    groups: dict[Path, list[Path]] = {}
-    for path, first in scan.copies.items():
-        groups.setdefault(first, []).append(path)
-    lines = [f"the same image: {_joined(group)}" for group in list(groups.values())[:_NAMED]]
-    if len(groups) > _NAMED:
-        lines.append(f"and {len(groups) - _NAMED} more groups of equal files")
-    if scan.alike is None:
-        most = near_duplicates.MOST
-        lines.append(f"images were not decoded to find damaged ones and near duplicates, as there are more than {most}")
-        return lines
-    if scan.alike:  # one line: similar images are usual, and no fault
-        count = f"{len(scan.alike)} group{'' if len(scan.alike) == 1 else 's'} of near duplicates"
-        more = "" if len(scan.alike) == 1 else "; --console_log_level=DEBUG lists them all"
-        lines.append(f"{count}, such as {_joined(scan.alike[0])}{more}")
-    return lines
 
 
 def _joined(group: Sequence[Path]) -> str:
@@ -132,32 +127,12 @@ def metadata(data: DataSummary, processes: int) -> dict[str, Any]:
         "ss_face_crop_aug_range": options.face_crop_aug_range,
         "ss_resize_interpolation": options.resize_interpolation,
     }
-    return values | (_of_config(data) if options.dataset_config else _of_folders(data, processes))
-
-
-def _of_config(data: DataSummary) -> dict[str, Any]:
-    datasets = [
-        _describe(spec, [record for record in data.records if record.dataset == number])
-        for number, spec in enumerate(data.specs)
-    ]
-    frequency: dict[str, Counter[str]] = {}
-    for dataset in datasets:
-        for name, counts in dataset["tag_frequency"].items():
-            # The same folder at several resolutions has the same captions; they count once.
-            frequency.setdefault(name, counts)
-    subsets = [(spec, subset) for spec in data.specs for subset in spec.subsets if not subset.is_reg]
-    return {
-        "ss_datasets": json.dumps(datasets, ensure_ascii=False),
-        "ss_tag_frequency": json.dumps(frequency, ensure_ascii=False),
-        "ss_dataset_dirs": json.dumps(_folders(subsets, data.records), ensure_ascii=False),
-    }
-
-
-def _of_folders(data: DataSummary, processes: int) -> dict[str, Any]:
-    spec, options = data.specs[0], data.opts.data
+    if options.dataset_config:
+        return values | _of_config(data)
+    spec = data.specs[0]
     train = [(spec, subset) for subset in spec.subsets if not subset.is_reg]
     regular = [(spec, subset) for subset in spec.subsets if subset.is_reg]
-    return {
+    return values | {
         "ss_batch_size_per_device": spec.batch_size,
         "ss_total_batch_size": spec.batch_size * processes,
         "ss_resolution": str(tuple(spec.resolution)),
@@ -173,29 +148,44 @@ def _of_folders(data: DataSummary, processes: int) -> dict[str, Any]:
     }
 
 
-_AS_GIVEN = ("color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens")
-
-
-def _describe(spec: DatasetSpec, records: Sequence[Record]) -> dict[str, Any]:
-    """One entry of ss_datasets."""
+def _of_config(data: DataSummary) -> dict[str, Any]:
+    datasets = []
+    for number, spec in enumerate(data.specs):
+        records = [record for record in data.records if record.dataset == number]
+        datasets.append(
+            {
+                "is_dreambooth": not any(subset.metadata_file for subset in spec.subsets),
+                "batch_size_per_device": spec.batch_size,
+                "num_train_images": sum(record.repeats for record in records if not record.subset.is_reg),
+                "num_reg_images": sum(record.repeats for record in records if record.subset.is_reg),
+                "resolution": list(spec.resolution),
+                "enable_bucket": spec.enable_bucket,
+                "min_bucket_reso": spec.min_bucket_reso,
+                "max_bucket_reso": spec.max_bucket_reso,
+                "tag_frequency": _tag_frequency(records),
+                "bucket_info": _bucket_info(spec, records),
+                "resize_interpolation": spec.resize_interpolation,
+                "subsets": [_describe_subset(subset, records) for subset in spec.subsets],
+            }
+        )
+    frequency: dict[str, Counter[str]] = {}
+    for dataset in datasets:
+        for name, counts in dataset["tag_frequency"].items():
+            # The same folder at several resolutions has the same captions; they count once.
+            frequency.setdefault(name, counts)
+    subsets = [(spec, subset) for spec in data.specs for subset in spec.subsets if not subset.is_reg]
     return {
-        "is_dreambooth": not any(subset.metadata_file for subset in spec.subsets),
-        "batch_size_per_device": spec.batch_size,
-        "num_train_images": sum(record.repeats for record in records if not record.subset.is_reg),
-        "num_reg_images": sum(record.repeats for record in records if record.subset.is_reg),
-        "resolution": list(spec.resolution),
-        "enable_bucket": spec.enable_bucket,
-        "min_bucket_reso": spec.min_bucket_reso,
-        "max_bucket_reso": spec.max_bucket_reso,
-        "tag_frequency": _tag_frequency(records),
-        "bucket_info": _bucket_info(spec, records),
-        "resize_interpolation": spec.resize_interpolation,
-        "subsets": [_describe_subset(subset, records) for subset in spec.subsets],
+        "ss_datasets": json.dumps(datasets, ensure_ascii=False),
+        "ss_tag_frequency": json.dumps(frequency, ensure_ascii=False),
+        "ss_dataset_dirs": json.dumps(_folders(subsets, data.records), ensure_ascii=False),
     }
 
 
 def _describe_subset(subset: SubsetSpec, records: Sequence[Record]) -> dict[str, Any]:
     captions = subset.captions
+    own: dict[str, Any] = {"class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
+    if subset.metadata_file is not None:
+        own = {"metadata_file": _name(subset.metadata_file)}
     names = ("shuffle_caption", "keep_tokens", "keep_tokens_separator", "secondary_separator", "enable_wildcard")
     return {
         "img_count": sum(record.subset is subset for record in records),
@@ -208,14 +198,8 @@ def _describe_subset(subset: SubsetSpec, records: Sequence[Record]) -> dict[str,
         "caption_suffix": captions.caption_suffix,
         "resize_interpolation": subset.resize_interpolation,
         "image_dir": subset.image_dir and _name(subset.image_dir),
-        **_own_keys(subset),
+        **own,
     }
-
-
-def _own_keys(subset: SubsetSpec) -> dict[str, Any]:
-    if subset.metadata_file is not None:
-        return {"metadata_file": _name(subset.metadata_file)}
-    return {"class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
 
 
 def _place_name(subset: SubsetSpec) -> str:

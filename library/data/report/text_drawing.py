@@ -50,20 +50,14 @@ def wrap(text: str, width: int, most: int) -> list[str]:
         if lines and length(f"{lines[-1]} {word}", TEXT) <= width:
             lines[-1] += f" {word}"
         else:
-            lines += _break(word, width)
+            lines.append("")
+            for char in word:  # one line, or several where the language has no spaces or the word is very long
+                if lines[-1] and length(lines[-1] + char, TEXT) > width:
+                    lines.append("")
+                lines[-1] += char
         if len(lines) > most:
             return [*lines[: most - 1], shorten(f"{lines[most - 1]} {lines[most]}", width)]
     return lines
-
-
-def _break(word: str, width: int) -> list[str]:
-    """One line, or several where the language has no spaces or the word is very long."""
-    pieces = [""]
-    for char in word:
-        if pieces[-1] and length(pieces[-1] + char, TEXT) > width:
-            pieces.append("")
-        pieces[-1] += char
-    return pieces
 
 
 def shorten(text: str, width: int, front: float = 1.0) -> str:
@@ -98,7 +92,9 @@ def _runs(text: str) -> list[tuple[str, str]]:
     runs: list[tuple[str, str]] = []
     for char in text:
         belongs = runs and (char.isspace() or unicodedata.category(char)[0] in "MC")
-        face = runs[-1][0] if belongs else _face_of(char) or _first_face()
+        face = runs[-1][0] if belongs else _face_of(char)
+        if face is None:  # an empty box, from the first face that is installed
+            face = next(one for one in (*_FACES, _OWN_FACE) if _typeface(one, TEXT) is not None)
         if runs and runs[-1][0] == face:
             runs[-1] = (face, runs[-1][1] + char)
         else:
@@ -124,11 +120,6 @@ def _face_of(char: str) -> str | None:
 def _look(font: ImageFont.FreeTypeFont, char: str) -> tuple[tuple[int, int], bytes]:
     mask = font.getmask(char)
     return mask.size, bytes(mask)
-
-
-@cache
-def _first_face() -> str:
-    return next(face for face in (*_FACES, _OWN_FACE) if _typeface(face, TEXT) is not None)
 
 
 @cache

@@ -55,25 +55,22 @@ def choose_no_upscale(image: Size, resolution: Size, step: int) -> Fit | None:
     Returns: None where a side of the image is below `step`, so that no bucket is small enough.
     """
     resized = image
-    area = resolution.width * resolution.height
+    area, aspect = resolution.width * resolution.height, image.width / image.height
     if image.width * image.height > area:
-        resized = _shrink(image.width / image.height, area, step)
-    if resized is None or min(resized) < step:
+        # One side is a multiple of `step` exactly: the one that keeps the aspect ratio better.
+        width = _round(math.sqrt(area * aspect)) // step * step
+        height = _round(area / math.sqrt(area * aspect)) // step * step
+        height_of_width = _round(width / aspect) // step * step
+        width_of_height = _round(height * aspect) // step * step
+        if 0 in (width, height, height_of_width):
+            return None
+        if abs(width / height_of_width - aspect) < abs(width_of_height / height - aspect):
+            resized = Size(width, _round(width / aspect))
+        else:
+            resized = Size(_round(height * aspect), height)
+    if min(resized) < step:
         return None
     return Fit(Size(resized.width // step * step, resized.height // step * step), resized)
-
-
-def _shrink(aspect: float, area: int, step: int) -> Size | None:
-    """Fits one side to a multiple of `step` exactly: the one that keeps the aspect ratio better."""
-    width = _round(math.sqrt(area * aspect)) // step * step
-    height = _round(area / math.sqrt(area * aspect)) // step * step
-    height_of_width = _round(width / aspect) // step * step
-    width_of_height = _round(height * aspect) // step * step
-    if 0 in (width, height, height_of_width):
-        return None
-    if abs(width / height_of_width - aspect) < abs(width_of_height / height - aspect):
-        return Size(width, _round(width / aspect))
-    return Size(_round(height * aspect), height)
 
 
 def _round(value: float) -> int:

@@ -82,20 +82,21 @@ def make_caption(raw: str, options: CaptionOptions, rng: Random, epoch: int, ste
     if options.templates:
         return rng.choice(options.templates)
     caption = " ".join(part for part in (options.caption_prefix, raw, options.caption_suffix) if part)
-    if _is_dropped(options, rng, epoch):
+    # The draw comes first, so that whether this is a "drop" epoch does not shift the item's later draws.
+    at_random = options.caption_dropout_rate > 0 and rng.random() < options.caption_dropout_rate
+    every, mark = options.caption_dropout_every_n_epochs, options.keep_tokens_separator
+    if at_random or (every > 0 and epoch % every == 0):
         return ""
     caption = _choose_wildcards(caption, rng) if options.enable_wildcard else caption.split("\n", 1)[0]
-    caption = _rearrange(caption, options, rng, step) if options.splits else _without_marks(caption, options)
+    if options.splits:
+        caption = _rearrange(caption, options, rng, step)
+    elif mark and mark in caption:
+        # An instruction to us; earlier trainers let it through to the tokenizer when nothing was shuffled.
+        pieces = (piece.strip(options.caption_separator + " ") for piece in caption.split(mark))
+        caption = ", ".join(piece for piece in pieces if piece)
     if options.secondary_separator:
         caption = caption.replace(options.secondary_separator, options.caption_separator)
     return caption
-
-
-def _is_dropped(options: CaptionOptions, rng: Random, epoch: int) -> bool:
-    # The draw comes first, so that whether this is a "drop" epoch does not shift the item's later draws.
-    at_random = options.caption_dropout_rate > 0 and rng.random() < options.caption_dropout_rate
-    every = options.caption_dropout_every_n_epochs
-    return at_random or (every > 0 and epoch % every == 0)
 
 
 def _choose_wildcards(caption: str, rng: Random) -> str:
@@ -130,8 +131,14 @@ def _brace_tokens(line: str) -> list[str]:
     ``{a|{b|c}}`` are groups within groups. Where they do not pair up, every ``{{`` and ``}}`` is plain: ``{:{{|:)}``.
     """
     tokens = re.findall(r"[{}|]|[^{}|]+", line)
-    partners = _partners(tokens)
-    if partners is None:
+    opened: list[int] = []
+    partners: dict[int, int] = {}  # the index of the closing brace for each opening one
+    for at, token in enumerate(tokens):
+        if token == "{":
+            opened.append(at)
+        elif token == "}" and opened:
+            partners[opened.pop()] = at
+    if opened or len(partners) < tokens.count("}"):  # some brace has no partner
         return re.findall(r"\{\{|\}\}|[{}|]|[^{}|]+", line)
     for opening, closing in sorted(partners.items()):
         if tokens[opening] == "{" and partners.get(opening + 1) == closing - 1:
@@ -140,21 +147,15 @@ def _brace_tokens(line: str) -> list[str]:
     return tokens
 
 
-def _partners(tokens: Sequence[str]) -> dict[int, int] | None:
-    """The index of the closing brace for each opening one; None if some brace has no partner."""
-    opened, partners = [], {}
-    for at, token in enumerate(tokens):
-        if token == "{":
-            opened.append(at)
-        elif token == "}":
-            if not opened:
-                return None
-            partners[opened.pop()] = at
-    return None if opened else partners
-
-
 def _rearrange(caption: str, options: CaptionOptions, rng: Random, step: int) -> str:
-    fixed, flexible, tail = _split_tokens(caption, options)
+    mark, separator = options.keep_tokens_separator, options.caption_separator
+    if mark and mark in caption:
+        head, middle, *rest = caption.split(mark)
+        parts = (head, middle, separator.join(rest))
+        fixed, flexible, tail = ([t for t in map(str.strip, part.split(separator)) if t] for part in parts)
+    else:
+        tokens = [token.strip() for token in caption.split(separator)]  # with empty ones, as earlier trainers had it
+        fixed, flexible, tail = tokens[: options.keep_tokens], tokens[options.keep_tokens :], []
     if step < options.token_warmup_step:
         grown = step * (len(flexible) - options.token_warmup_min) / options.token_warmup_step
         flexible = flexible[: math.floor(grown) + options.token_warmup_min]
@@ -163,31 +164,6 @@ def _rearrange(caption: str, options: CaptionOptions, rng: Random, step: int) ->
     if options.caption_tag_dropout_rate > 0:
         flexible = [token for token in flexible if rng.random() >= options.caption_tag_dropout_rate]
     return ", ".join(fixed + flexible + tail)
-
-
-def _split_tokens(caption: str, options: CaptionOptions) -> tuple[list[str], list[str], list[str]]:
-    """Tokens that stay first, tokens that may move, tokens that stay last."""
-    mark = options.keep_tokens_separator
-    if mark and mark in caption:
-        head, middle, *tail = caption.split(mark)
-        parts = (head, middle, options.caption_separator.join(tail))
-        fixed, flexible, last = ([t for t in _tokens(part, options) if t] for part in parts)
-        return fixed, flexible, last
-    tokens = _tokens(caption, options)  # empty ones stay here, as earlier trainers had it
-    return tokens[: options.keep_tokens], tokens[options.keep_tokens :], []
-
-
-def _tokens(text: str, options: CaptionOptions) -> list[str]:
-    return [token.strip() for token in text.split(options.caption_separator)]
-
-
-def _without_marks(caption: str, options: CaptionOptions) -> str:
-    """The mark is an instruction to us; earlier trainers let it through to the tokenizer when nothing was shuffled."""
-    mark = options.keep_tokens_separator
-    if not mark or mark not in caption:
-        return caption
-    ends = options.caption_separator + " "
-    return ", ".join(part for part in (piece.strip(ends) for piece in caption.split(mark)) if part)
 
 
 def caption_name(image: str, extension: str, names: Collection[str]) -> str | None:

@@ -101,6 +101,15 @@ class ItemDataset(Dataset[Sample]):
 def collate(samples: Sequence[Sample]) -> Batch:
     """Samples of one bucket of one dataset to a batch."""
 
+    # (B, 1, H, W). Subsets with masks and without may meet in a batch; cached masks may be smaller than others.
+    masks = [sample.mask for sample in samples if sample.mask is not None]
+    if masks:
+        shape = min((mask.shape for mask in masks), key=lambda shape: shape.numel())
+        masks = [
+            torch.ones(shape) if sample.mask is None else functional.adaptive_avg_pool2d(sample.mask, shape[-2:])
+            for sample in samples
+        ]
+
     def stack(tensors: list[Tensor | None]) -> Tensor | None:
         return None if tensors[0] is None else torch.stack(tensors)
 
@@ -109,7 +118,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         latents=stack([sample.latents for sample in samples]),
         pixels=stack([sample.pixels for sample in samples]),
         loss_weights=torch.tensor([sample.loss_weight for sample in samples]),
-        masks=_stack_masks(samples),
+        masks=torch.stack(masks) if masks else None,
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
         crop_top_lefts=torch.tensor([sample.crop_top_left for sample in samples]),
         target_sizes=torch.tensor([sample.target_size for sample in samples]),
@@ -119,19 +128,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
         text=None if samples[0].text is None else TextCond.stack([sample.text for sample in samples]),
         control=stack([sample.control for sample in samples]),
     )
-
-
-def _stack_masks(samples: Sequence[Sample]) -> Tensor | None:
-    """(B, 1, H, W). Subsets with masks and without may meet in a batch; cached masks may be smaller than others."""
-    masks = [sample.mask for sample in samples if sample.mask is not None]
-    if not masks:
-        return None
-    shape = min((mask.shape for mask in masks), key=lambda shape: shape.numel())
-    reduced = [
-        torch.ones(shape) if sample.mask is None else functional.adaptive_avg_pool2d(sample.mask, shape[-2:])
-        for sample in samples
-    ]
-    return torch.stack(reduced)
 
 
 class TrainingData:

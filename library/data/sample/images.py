@@ -248,25 +248,21 @@ def _ends_well(stream: BinaryIO, length: int) -> bool:
     """
     position = stream.tell()
     try:
-        return _looks_whole(stream, length)
+        stream.seek(0)
+        head = stream.read(8)
+        if head[4:] in (b"ftyp", b"JXL "):
+            return _boxes_end_well(stream, length)
+        if head[:4] == b"RIFF":
+            return int.from_bytes(head[4:], "little") + 8 <= length
+        if head[:2] == b"BM":
+            return int.from_bytes(head[2:6], "little") <= length
+        stream.seek(max(0, length - _TAIL))
+        tail = stream.read()
+        if head[:2] == b"\xff\xd8":
+            return b"\xff\xd9" in tail  # JPEG's end mark; cannot occur inside compressed data
+        return b"IEND" in tail if head[:4] == b"\x89PNG" else True
     finally:
         stream.seek(position)
-
-
-def _looks_whole(stream: BinaryIO, length: int) -> bool:
-    stream.seek(0)
-    head = stream.read(8)
-    if head[4:] in (b"ftyp", b"JXL "):
-        return _boxes_end_well(stream, length)
-    if head[:4] == b"RIFF":
-        return int.from_bytes(head[4:], "little") + 8 <= length
-    if head[:2] == b"BM":
-        return int.from_bytes(head[2:6], "little") <= length
-    stream.seek(max(0, length - _TAIL))
-    tail = stream.read()
-    if head[:2] == b"\xff\xd8":
-        return b"\xff\xd9" in tail  # JPEG's end mark; cannot occur inside compressed data
-    return b"IEND" in tail if head[:4] == b"\x89PNG" else True
 
 
 def _boxes_end_well(file: BinaryIO, length: int) -> bool:
@@ -323,8 +319,12 @@ def _upright(path: Path, enough: Callable[[Size], Size] | None = None) -> tuple[
 
 def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """(colours in mode L, RGB or CMYK as stored, opacity in mode L or None)."""
-    if image.mode.startswith("I"):
-        image = _from_16_bit(image)
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips, which turns nearly everything white
+        grey, transparent = np.asarray(image).astype(np.uint32), image.info.get("transparency")
+        image = Image.fromarray(((np.minimum(grey, 65535) + 128) // 257).astype(np.uint8))
+        if isinstance(transparent, int):
+            alpha = Image.fromarray(np.where(grey == transparent, 0, 255).astype(np.uint8))
+            image = Image.merge("LA", (image, alpha))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         colours = rgba.getchannel("R") if image.mode in _GREY else rgba.convert("RGB")
@@ -332,17 +332,6 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     if image.mode in ("L", "RGB", "CMYK"):
         return image, None
     return image.convert("L" if image.mode in _GREY else "RGB"), None
-
-
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8 bits; Pillow's own conversion clips, which turns nearly everything white."""
-    grey = np.asarray(image).astype(np.uint32)
-    scaled = Image.fromarray(((np.minimum(grey, 65535) + 128) // 257).astype(np.uint8))
-    transparent = image.info.get("transparency")
-    if not isinstance(transparent, int):
-        return scaled
-    alpha = Image.fromarray(np.where(grey == transparent, 0, 255).astype(np.uint8))
-    return Image.merge("LA", (scaled, alpha))
 
 
 def _to_array(rgb: Image.Image) -> NDArray[np.uint8]:
@@ -398,15 +387,14 @@ def _transform(profile: bytes) -> ImageCmsTransform | None:
     )
     if mode == "CMYK":
         return transform
-    levels = np.arange(256, dtype=np.uint8)[None] if mode == "L" else _colour_grid()
+    if mode == "L":
+        levels = np.arange(256, dtype=np.uint8)[None]
+    else:
+        steps = np.linspace(0, 255, 9).round().astype(np.uint8)
+        levels = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
     before = Image.fromarray(levels)
     change = np.asarray(transform.apply(before)).astype(int) - np.asarray(before.convert("RGB"))
     return transform if np.abs(change).max() > 2 else None
-
-
-def _colour_grid() -> NDArray[np.uint8]:
-    steps = np.linspace(0, 255, 9).round().astype(np.uint8)
-    return np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
 
 
 # ---- geometry

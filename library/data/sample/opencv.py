@@ -20,19 +20,15 @@ def opencv() -> ModuleType:
     try:
         import cv2
     except ImportError as error:
+        from importlib import metadata  # here, as it imports many modules that are seldom needed
+
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        command = pip("install", "--force-reinstall", "--no-deps", _replacement())
+        try:  # the build that needs no desktop, of the version that is installed
+            build = f"{HEADLESS}=={metadata.version(WITH_WINDOWS)}"
+        except metadata.PackageNotFoundError:
+            build = HEADLESS
+        command = pip("install", "--force-reinstall", "--no-deps", build)
         raise UserError(f"OpenCV cannot be imported ({reason}); run: {command}") from None
     # Its thread pool does not survive a fork, and in many data workers at once it only fights over the cores.
     cv2.setNumThreads(0)
     return cv2
-
-
-def _replacement() -> str:
-    """The build that needs no desktop, of the version that is installed."""
-    from importlib import metadata  # here, as it imports many modules that are seldom needed
-
-    try:
-        return f"{HEADLESS}=={metadata.version(WITH_WINDOWS)}"
-    except metadata.PackageNotFoundError:
-        return HEADLESS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from contextlib import suppress
 from io import BytesIO
 from typing import BinaryIO
 
@@ -36,7 +37,14 @@ def without_texts(stream: BinaryIO, length: int) -> tuple[BytesIO, bytes | None]
         size, kind = struct.unpack(">I4s", head)
         body = stream.read(size + 4)  # with its checksum
         if kind == b"iCCP":
-            profile, left_out = _profile(body[:-4]), True
+            profile, left_out = None, True
+            # The profile's name, a zero, the kind of compression, which is 0, and the packed profile.
+            _, zero, packed = body[:-4].partition(b"\0")
+            unpacking = zlib.decompressobj()
+            with suppress(zlib.error):
+                unpacked = unpacking.decompress(packed[1:], LARGEST_PROFILE)
+                if zero and packed[:1] == b"\0" and not unpacking.unconsumed_tail:
+                    profile = unpacked
         elif kind in _TEXTS and not (size <= _SHORT and body.startswith(_EXIF)):
             left_out = True
         else:
@@ -45,16 +53,3 @@ def without_texts(stream: BinaryIO, length: int) -> tuple[BytesIO, bytes | None]
             break
     kept.seek(0)
     return (kept, profile) if left_out else None
-
-
-def _profile(body: bytes) -> bytes | None:
-    """The profile in an iCCP chunk: its name, a zero, the kind of compression, which is 0, and the packed profile."""
-    _, zero, packed = body.partition(b"\0")
-    if not zero or packed[:1] != b"\0":
-        return None
-    unpacking = zlib.decompressobj()
-    try:
-        profile = unpacking.decompress(packed[1:], LARGEST_PROFILE)
-    except zlib.error:
-        return None
-    return None if unpacking.unconsumed_tail else profile

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from library.data.scan.index import available_cores
 from library.data.types import ItemKey
 from library.errors import UserError
 from library.runtime.signals import leave_interrupts_to_the_parent
@@ -95,7 +95,7 @@ def make_loader(
 ) -> BatchLoader:
     """A loader over `data`; `loader.batches.start` chooses the epoch."""
     batches = EpochBatches(data, rank, world, accumulation)
-    workers = max(0, min(workers, _cores(), batches.per_process))
+    workers = max(0, min(workers, available_cores(), batches.per_process))
     loader = BatchLoader(
         _Guarded(data.items, collate),
         batch_sampler=batches,
@@ -113,8 +113,3 @@ def make_loader(
 
 def _as_is(batch: Any) -> Any:
     return batch
-
-
-def _cores() -> int:
-    """Cores that this process may use, which containers and batch systems limit."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -33,20 +33,18 @@ class Prepared:
     def size(self, base: Path) -> Size | None:
         """Width and height of an image that is gone, from the name of its latents or from what is in them."""
         named = self._sizes(base.parent).get(base.name)
-        return named or _recorded_size(base.with_name(f"{base.name}.npz"))
+        if named is not None:
+            return named
+        try:
+            with open_regular(base.with_name(f"{base.name}.npz")) as opened, zipfile.ZipFile(opened) as archive:
+                if archive.getinfo("original_size.npy").file_size > _LONGEST:
+                    return None
+                with archive.open("original_size.npy") as member:
+                    width, height = (int(side) for side in np.lib.format.read_array(member, allow_pickle=False))
+        except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
+            return None  # whether the file can be used is found out where it is
+        return Size(width, height) if width > 0 and height > 0 else None
 
     def _sizes_of(self, folder: Path) -> dict[str, Size]:
         matches = (_NAME.fullmatch(name) for name in self._listing(folder))
         return {match[1]: Size(int(match[2]), int(match[3])) for match in matches if match}
-
-
-def _recorded_size(file: Path) -> Size | None:
-    try:
-        with open_regular(file) as opened, zipfile.ZipFile(opened) as archive:
-            if archive.getinfo("original_size.npy").file_size > _LONGEST:
-                return None
-            with archive.open("original_size.npy") as member:
-                width, height = (int(side) for side in np.lib.format.read_array(member, allow_pickle=False))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
-        return None  # whether the file can be used is found out where it is
-    return Size(width, height) if width > 0 and height > 0 else None

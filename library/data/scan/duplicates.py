@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,8 +45,17 @@ def difference_hash(path: Path) -> int | None:
         would have the same hash.
     Raises: OSError or ValueError: the file is no whole image.
     """
+
+    def small(image: Image.Image, *_: Any) -> Image.Image | None:
+        if image.format not in ("JPEG", "MPO"):
+            return None
+        image.draft("L", _DRAFT)
+        return ImageOps.exif_transpose(image).convert("L")
+
     try:
-        fields = np.asarray(_small_grey(path))
+        grey = use_image(path, small) or Image.fromarray(read_image(path)).convert("L")
+        # As floats: means rounded to whole levels would make steps where there are none.
+        fields = np.asarray(grey.convert("F").resize((_COLUMNS, _ROWS), Image.Resampling.BOX))
     except (SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from None  # what Pillow raises for a broken file
     steps = np.diff(fields, axis=1).ravel()
@@ -77,35 +86,19 @@ def similar(hashes: Sequence[int | None], distance: int = DISTANCE) -> list[list
     )
     labels = np.arange(len(distinct))
     if distance > 0 and len(distinct) > 1:
-        for mask in _masks(distinct, distance + _SHARED_BANDS):
-            labels = _join_equal_under(mask, distinct, labels, distance)
-    return _groups(indices, labels[group_of.reshape(-1)])
-
-
-def _small_grey(path: Path) -> Image.Image:
-    """The upright image as 9x8 mean grey values, 0 to 255, float."""
-
-    def small(image: Image.Image, *_: Any) -> Image.Image | None:
-        if image.format not in ("JPEG", "MPO"):
-            return None
-        image.draft("L", _DRAFT)
-        return ImageOps.exif_transpose(image).convert("L")
-
-    grey = use_image(path, small) or Image.fromarray(read_image(path)).convert("L")
-    # As floats: means rounded to whole levels would make steps where there are none.
-    return grey.convert("F").resize((_COLUMNS, _ROWS), Image.Resampling.BOX)
-
-
-def _masks(hashes: NDArray[np.uint64], bands: int) -> Iterator[np.uint64]:
-    """A mask of the bits in each three of the bands. Bits that distinguish images are distributed evenly.
-
-    Neighbouring bits would make poor bands: the upper rows of many images are a plain background.
-    """
-    ones = np.array([np.count_nonzero(hashes >> np.uint64(bit) & np.uint64(1)) for bit in range(64)])
-    order = np.argsort(np.abs(ones - len(hashes) / 2), kind="stable").tolist()
-    parts = [sum(1 << bit for bit in order[start::bands]) for start in range(bands)]
-    for chosen in combinations(parts, _SHARED_BANDS):
-        yield np.uint64(sum(chosen))
+        # Bits that distinguish images are distributed evenly. Neighbouring bits would make poor bands: the upper rows
+        # of many images are a plain background.
+        ones = np.array([np.count_nonzero(distinct >> np.uint64(bit) & np.uint64(1)) for bit in range(64)])
+        order = np.argsort(np.abs(ones - len(distinct) / 2), kind="stable").tolist()
+        bands = [
+            sum(1 << bit for bit in order[at :: distance + _SHARED_BANDS]) for at in range(distance + _SHARED_BANDS)
+        ]
+        for chosen in combinations(bands, _SHARED_BANDS):
+            labels = _join_equal_under(np.uint64(sum(chosen)), distinct, labels, distance)
+    labels = labels[group_of.reshape(-1)]
+    by_label = np.argsort(labels, kind="stable")
+    starts = np.flatnonzero(np.diff(labels[by_label])) + 1
+    return sorted(group.tolist() for group in np.split(indices[by_label], starts) if len(group) > 1)
 
 
 def _join_equal_under(
@@ -124,32 +117,16 @@ def _join_equal_under(
         first = first[first + offset < len(keys)]
         first = first[keys[first] == keys[first + offset]]
         differing = sorted_hashes[first] ^ sorted_hashes[first + offset]
-        close = first[_count_bits(differing) <= distance]
-        labels = _join(labels, order[close], order[close + offset])
+        bits = _BITS_SET[differing.view(np.uint16).reshape(-1, 4)].sum(axis=1, dtype=np.int64)
+        close = first[bits <= distance]
+        one, other = labels[order[close]], labels[order[close + offset]]
+        apart = one != other
+        if apart.any():  # the groups of the two become one
+            from scipy.sparse import coo_array  # slow to import, and seldom needed
+            from scipy.sparse.csgraph import connected_components
+
+            size = int(labels.max()) + 1
+            graph = coo_array((np.ones(np.count_nonzero(apart)), (one[apart], other[apart])), shape=(size, size))
+            labels = connected_components(graph, directed=False)[1].astype(np.int64)[labels]
         offset += 1
     return labels
-
-
-def _count_bits(values: NDArray[np.uint64]) -> NDArray[np.int64]:
-    return _BITS_SET[values.view(np.uint16).reshape(-1, 4)].sum(axis=1, dtype=np.int64)
-
-
-def _join(labels: NDArray[np.int64], one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Labels after the groups of the hashes `one` and of their partners `other` have become one each."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    apart = labels[one] != labels[other]
-    if not apart.any():
-        return labels
-    one, other = labels[one[apart]], labels[other[apart]]
-    size = int(labels.max()) + 1
-    graph = coo_array((np.ones(len(one)), (one, other)), shape=(size, size))
-    return connected_components(graph, directed=False)[1].astype(np.int64)[labels]
-
-
-def _groups(indices: NDArray[np.int64], labels: NDArray[np.int64]) -> list[list[int]]:
-    order = np.argsort(labels, kind="stable")
-    starts = np.flatnonzero(np.diff(labels[order])) + 1
-    groups = [group.tolist() for group in np.split(indices[order], starts) if len(group) > 1]
-    return sorted(groups)

@@ -33,13 +33,9 @@ def image_extensions() -> frozenset[str]:
 
 
 @cache
-def _endings() -> tuple[str, ...]:
-    return tuple(image_extensions())
-
-
-@cache
-def _other_endings() -> tuple[str, ...]:
-    return tuple(_OTHER_KINDS - image_extensions())
+def _endings() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The extensions of images that are read, and of those that are not."""
+    return tuple(image_extensions()), tuple(_OTHER_KINDS - image_extensions())
 
 
 @cache
@@ -55,12 +51,12 @@ def register_jpeg_xl() -> bool:
 
 def is_other_image(name: str) -> bool:
     """Whether a file name has the extension of an image of a kind that is not read here."""
-    return name.lower().endswith(_other_endings()) and not name.startswith("._")
+    return name.lower().endswith(_endings()[1]) and not name.startswith("._")
 
 
 def is_image(name: str) -> bool:
     """Whether a file name has an image's extension, in any case (`.Png` too)."""
-    if not name.lower().endswith(_endings()):
+    if not name.lower().endswith(_endings()[0]):
         return False
     return not name.startswith(".") or (os.path.splitext(name)[1] != "" and not name.startswith("._"))
 
@@ -76,16 +72,9 @@ def repeat_folders(parent: Path) -> tuple[list[RepeatFolder], list[Path]]:
     for path in sorted(parent.iterdir()):
         if path.name.startswith("."):
             continue
-        folder = _parse(path) if path.is_dir() else None
-        if folder is not None:
-            found.append(folder)
+        number, _, class_tokens = path.name.partition("_")
+        if path.is_dir() and number.strip().isdecimal() and int(number) > 0:
+            found.append(RepeatFolder(path, int(number), class_tokens.strip()))
         elif path.is_dir() or is_image(path.name):
             ignored.append(path)
     return found, ignored
-
-
-def _parse(path: Path) -> RepeatFolder | None:
-    number, _, class_tokens = path.name.partition("_")
-    if not number.strip().isdecimal() or int(number) < 1:
-        return None
-    return RepeatFolder(path, int(number), class_tokens.strip())

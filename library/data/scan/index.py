@@ -111,7 +111,7 @@ class FileIndex:
                 values[position] = value
         if unknown:
             todo = [files[positions[0]] for positions in unknown.values()]
-            with closing(_compute_all(compute, todo, kind, self._workers)) as batches:
+            with closing(self._workers.values(compute, todo, kind)) as batches:
                 for value, ((path, name), positions) in zip(chain.from_iterable(batches), unknown.items(), strict=True):
                     self._folders[path].record(name, kind, value)
                     for position in positions:
@@ -165,10 +165,31 @@ class _Folder:
     def __init__(self, path: str, place: Path | None):
         self.path = path  # resolved
         self.listed: dict[str, Stamp] | None = None  # None: not in this run
-        self._kept: dict[str, Entry] = {} if place is None else _read(_index_file(place, path), path)
+        self._kept: dict[str, Entry] = {} if place is None else self._load(place)
         self._seen: dict[str, Entry] = {}  # in this run; entries of `_kept`, and of `_loose`
         self._loose: set[str] = set()  # names whose facts are good for this run only
         self._changed = False
+
+    def _load(self, place: Path) -> dict[str, Entry]:
+        """The entries by file name; none where the index file is missing, damaged or not ours."""
+        file = _index_file(place, self.path)
+        try:
+            with collector_paused():
+                content = load_json(unseal(read_bytes(file)))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (OSError, ValueError) as error:
+            LOGGER.info(f"{file}: the file index is rebuilt ({error})")
+            return {}
+        if isinstance(content, dict) and content.get("version") == VERSION and content.get("folder") == self.path:
+            files = content.get("files")
+            if isinstance(files, dict) and all(
+                type(one) is list and len(one) == 3 and type(one[0]) is type(one[1]) is int and type(one[2]) is dict
+                for one in files.values()
+            ):
+                return files
+        LOGGER.info(f"{file}: the file index is rebuilt (its version or folder differs)")
+        return {}
 
     def list(self) -> None:
         listed = {}
@@ -281,70 +302,35 @@ def unseal(sealed: bytes) -> bytes:
     return content
 
 
-def _read(file: Path, folder: str) -> dict[str, Entry]:
-    """The entries by file name; none where the file is missing, damaged or not ours."""
-    try:
-        with collector_paused():
-            content = load_json(unseal(read_bytes(file)))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError) as error:
-        LOGGER.info(f"{file}: the file index is rebuilt ({error})")
-        return {}
-    if isinstance(content, dict) and content.get("version") == VERSION and content.get("folder") == folder:
-        files = content.get("files")
-        if isinstance(files, dict) and all(map(_is_entry, files.values())):
-            return files
-    LOGGER.info(f"{file}: the file index is rebuilt (its version or folder differs)")
-    return {}
-
-
-def _is_entry(entry: Any) -> bool:
-    return (
-        type(entry) is list
-        and len(entry) == 3
-        and type(entry[0]) is int
-        and type(entry[1]) is int
-        and type(entry[2]) is dict
-    )
-
-
-def _compute_all(
-    compute: Callable[[Path], Any], files: Sequence[Path | str], kind: str, workers: _Workers
-) -> Iterator[list[Any]]:
-    """The values of all files, as JSON gives them back, some at a time and in order."""
-    size = max(1, min(CHUNK, len(files) // (4 * _cores())))
-    chunks = [files[start : start + size] for start in range(0, len(files), size)]
-    many = len(files) >= MANY
-    ways = [workers.run, _in_threads] if many and _may_start_workers(compute) else [_in_threads]
-    with progress(len(files), f"new files ({kind})", unit="file") if many else nullcontext() as bar:
-        done = 0
-        for way in ways:
-            with closing(way(compute, chunks[done:])) as results:
-                for values in results:
-                    done += 1
-                    yield values
-                    if bar is not None:
-                        bar.update(len(values))
-
-
-def _may_start_workers(compute: Callable[[Path], Any]) -> bool:
-    if _cores() < 2 or multiprocessing.current_process().daemon:
-        return False
-    try:
-        ForkingPickler.dumps(compute)
-    except Exception as error:  # what cannot be pickled says so by any exception
-        LOGGER.debug(f"{compute!r} cannot run in another process ({error})")
-        return False
-    return True
-
-
 class _Workers:
     """Processes that compute, started when there is something for them."""
 
     def __init__(self) -> None:
         self.stay = False  # for the next run
         self._pool: ProcessPoolExecutor | None = None
+
+    def values(self, compute: Callable[[Path], Any], files: Sequence[Path | str], kind: str) -> Iterator[list[Any]]:
+        """The values of all files, as JSON gives them back, some at a time and in order; of few files, in threads."""
+        cores = available_cores()
+        size = max(1, min(CHUNK, len(files) // (4 * cores)))
+        chunks = [files[start : start + size] for start in range(0, len(files), size)]
+        many = len(files) >= MANY
+        ways = [_in_threads]
+        if many and cores > 1 and not multiprocessing.current_process().daemon:
+            try:
+                ForkingPickler.dumps(compute)
+                ways = [self.run, _in_threads]
+            except Exception as error:  # what cannot be pickled says so by any exception
+                LOGGER.debug(f"{compute!r} cannot run in another process ({error})")
+        with progress(len(files), f"new files ({kind})", unit="file") if many else nullcontext() as bar:
+            done = 0
+            for way in ways:
+                with closing(way(compute, chunks[done:])) as results:
+                    for values in results:
+                        done += 1
+                        yield values
+                        if bar is not None:
+                            bar.update(len(values))
 
     def run(self, compute: Callable[[Path], Any], chunks: Sequence[Sequence[Path | str]]) -> Iterator[list[Any]]:
         """One list for each chunk; ends early where workers cannot be started, one dies, or `compute` fails."""
@@ -373,13 +359,13 @@ class _Workers:
         if self._pool is None:
             # Not by fork: this process may have threads, or have CUDA in use.
             context = multiprocessing.get_context("spawn")
-            count = min(_cores(), 61)  # more do not work on Windows
+            count = min(available_cores(), 61)  # more do not work on Windows
             self._pool = ProcessPoolExecutor(count, context, initializer=leave_interrupts_to_the_parent)
         return self._pool
 
 
 def _in_threads(compute: Callable[[Path], Any], chunks: Sequence[Sequence[Path | str]]) -> Iterator[list[Any]]:
-    with ThreadPoolExecutor(_cores()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         for values in pool.map(lambda chunk: [compute(Path(file)) for file in chunk], chunks):
             yield json.loads(json.dumps(values))
 
@@ -398,6 +384,6 @@ def _attempt(compute: Callable[[Path], Any], files: Sequence[str]) -> str:
         return "[]"
 
 
-def _cores() -> int:
-    """The number that this process may use."""
+def available_cores() -> int:
+    """The number of cores that this process may use, which containers and batch systems limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,7 +7,7 @@ import ntpath
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from library.data.scan.metadata_files import as_size
 from library.errors import UserError
@@ -47,7 +47,16 @@ def read(folder: Path) -> dict[Path, Info] | None:
         raise _damaged(file, "no JSON text in UTF-8") from None
     if not isinstance(content, dict):
         raise _damaged(file, "not one object")
-    return {folder / _file_name(key, folder): _info(value, key, file) for key, value in content.items()}
+    infos: dict[Path, Info] = {}
+    for key, value in content.items():
+        said = value if isinstance(value, dict) else {}
+        caption, size = said.get("caption"), as_size(said.get("resolution"))
+        if not isinstance(caption, str) or size is None:
+            raise _damaged(file, f"'{key}' has no caption and resolution")
+        # Both separators may stand in one path. Only in a path of this very folder a backslash may be part of the name.
+        head, name = os.path.split(key)
+        infos[folder / (name if head == str(folder) else ntpath.basename(key))] = Info(caption, size)
+    return infos
 
 
 def write(folder: Path, infos: Mapping[Path, Info]) -> bool:
@@ -63,20 +72,6 @@ def write(folder: Path, infos: Mapping[Path, Info]) -> bool:
         LOGGER.warning(f"{file}: cannot be written ({error.strerror}); sizes and captions are not kept for next time")
         return False
     return True
-
-
-def _file_name(key: str, folder: Path) -> str:
-    head, name = os.path.split(key)
-    # Both separators may stand in one path. Only in a path of this very folder a backslash may be part of the name.
-    return name if head == str(folder) else ntpath.basename(key)
-
-
-def _info(value: Any, key: str, file: Path) -> Info:
-    said = value if isinstance(value, dict) else {}
-    caption, size = said.get("caption"), as_size(said.get("resolution"))
-    if not isinstance(caption, str) or size is None:
-        raise _damaged(file, f"'{key}' has no caption and resolution")
-    return Info(caption, size)
 
 
 def _damaged(file: Path, reason: str) -> UserError:

@@ -21,6 +21,7 @@ from library.types import Size
 _LARGEST = 4 << 30  # bytes; millions of images
 _SHOWN = 10  # problems of one file that are named one by one
 _KEY_NAMES = ("image_path", "file_name")  # of a JSON Lines entry; the first one there counts
+_SURROGATE = re.compile("[\ud800-\udfff]")  # what an escape such as \ud83d alone leaves, which no tokenizer takes
 _CACHE = re.compile(r"(.+)_\d+x\d+_.+\.npz", re.DOTALL)  # <stem>_<width>x<height>_<what it is for>.npz
 
 
@@ -51,7 +52,8 @@ def read_metadata(path: Path, *, may_be_empty: bool = False) -> dict[str, dict[s
         raise UserError(f"there is no metadata file {path}; check --in_json, or metadata_file")
     text = read_text(path, "the metadata file", limit=_LARGEST)
     problems: list[str] = []
-    entries = _parse_lines(text, path, problems) if _has_lines(path) else _parse_object(text, path, problems)
+    parse = _parse_lines if path.suffix.lower() == ".jsonl" else _parse_object
+    entries = parse(text, path, problems)
     if len(problems) > _SHOWN:
         problems[_SHOWN:] = [f"{path}: and {len(problems) - _SHOWN} more problems"]
     if problems:
@@ -71,10 +73,6 @@ def as_size(value: Any) -> Size | None:
     width, height = value
     whole = type(width) is int and type(height) is int  # True is an int to isinstance
     return Size(width, height) if whole and width > 0 and height > 0 else None
-
-
-def _has_lines(path: Path) -> bool:
-    return path.suffix.lower() == ".jsonl"
 
 
 def _parse_object(text: str, path: Path, problems: list[str]) -> dict[str, dict[str, Any]]:
@@ -112,19 +110,15 @@ def _parse_lines(text: str, path: Path, problems: list[str]) -> dict[str, dict[s
         found = list(_check_entry(entry, path, place))
         found += [f"{path}: {place}: '{name}' stands there twice; keep one" for name in repeated]
         problems += found
-        if not found:
-            _add_line(entry, entries, f"{path}: {place}", problems)
+        if found:
+            continue
+        key = next((entry[name] for name in _KEY_NAMES if name in entry), None)
+        rest = {name: value for name, value in entry.items() if name not in _KEY_NAMES}
+        if not isinstance(key, str) or not key:
+            problems.append(f'{path}: {place}: no image is named; write "image_path": "<file>"')
+        elif entries.setdefault(key, rest) != rest:
+            problems.append(f"{path}: {place}: '{key}' stands there twice and says different things; keep one")
     return entries
-
-
-def _add_line(entry: dict[str, Any], entries: dict[str, dict[str, Any]], place: str, problems: list[str]) -> None:
-    key = next((entry[name] for name in _KEY_NAMES if name in entry), None)
-    if not isinstance(key, str) or not key:
-        problems.append(f'{place}: no image is named; write "image_path": "<file>"')
-        return
-    rest = {name: value for name, value in entry.items() if name not in _KEY_NAMES}
-    if entries.setdefault(key, rest) != rest:
-        problems.append(f"{place}: '{key}' stands there twice and says different things; keep one")
 
 
 def _check_entry(entry: Any, path: Path, place: str) -> Iterator[str]:
@@ -136,24 +130,13 @@ def _check_entry(entry: Any, path: Path, place: str) -> Iterator[str]:
         value = entry.get(name)
         if value is not None and not isinstance(value, str):
             yield f"{path}: {place}: {name} must be text, got {reprlib.repr(value)}"
-        elif value and not _is_whole_text(value):
+        elif value and not value.isascii() and _SURROGATE.search(value):
             yield f"{path}: {place}: {name} holds an incomplete character (a lone surrogate); write it again"
     for name in ("image_size", "train_resolution"):
         value = entry.get(name)
         if value is not None and as_size(value) is None:
             shown = reprlib.repr(value)
             yield f"{path}: {place}: {name} must be [width, height], whole numbers from 1 up, got {shown}"
-
-
-def _is_whole_text(text: str) -> bool:
-    """False for what an escape such as ``\\ud83d`` alone leaves, which no tokenizer takes."""
-    if text.isascii():
-        return True
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def join_caption(caption: str | None, tags: str | None, separator: str, wildcard: bool) -> str:
@@ -211,7 +194,7 @@ def resolve(
     first: dict[tuple[tuple[str, ...], str], Entry] = {}
     problems = []
     for key, said in entries.items():
-        found = _find(key, places)
+        found = places.find(key)
         if isinstance(found, str):
             problems.append(f"{file}: {found}")
             continue
@@ -220,8 +203,17 @@ def resolve(
             where = os.path.join(found.folder.path, address[1])
             problems.append(f"{file}: '{first[address].key}' and '{key}' are both {where}; remove one of them")
             continue
-        caption = join_caption(said.get("caption"), said.get("tags"), separator, wildcard)
-        first[address] = _entry(key, said, found, caption)
+        folder = found.folder.path
+        first[address] = Entry(
+            key=key,
+            image=None if found.image is None else folder / found.image,
+            base=folder / found.stem,
+            caption=join_caption(said.get("caption"), said.get("tags"), separator, wildcard),
+            captioned=said.get("caption") is not None or said.get("tags") is not None,
+            tags=said.get("tags"),
+            image_size=as_size(said.get("image_size")),
+            train_resolution=as_size(said.get("train_resolution")),
+        )
     return [entry for _, entry in sorted(first.items())], problems
 
 
@@ -229,37 +221,6 @@ class _Found(NamedTuple):
     folder: _Folder
     image: str | None  # file name
     stem: str
-
-
-def _entry(key: str, said: Mapping[str, Any], found: _Found, caption: str) -> Entry:
-    folder = found.folder.path
-    return Entry(
-        key=key,
-        image=None if found.image is None else folder / found.image,
-        base=folder / found.stem,
-        caption=caption,
-        captioned=said.get("caption") is not None or said.get("tags") is not None,
-        tags=said.get("tags"),
-        image_size=as_size(said.get("image_size")),
-        train_resolution=as_size(said.get("train_resolution")),
-    )
-
-
-def _find(key: str, places: _Places) -> _Found | str:
-    """The image or latents that a key names, or why there are none. Images in any place go before latents."""
-    for folder, name in places.of(key):
-        images = folder.images_of(name)
-        if len(images) > 1:
-            return f"'{key}' may be {' or '.join(sorted(images))} in {folder.path}; write it with its extension"
-        if images:
-            return _Found(folder, images[0], _stem(images[0]))
-    for folder, name in places.of(key):
-        stem = _stem(name) if is_image(name) else name
-        # Where another image has this stem, the latents are that image's.
-        if stem in folder.latents and stem not in folder.images:
-            return _Found(folder, None, stem)
-    advice = "" if places.image_dir else "; say where the images are with --train_data_dir, or image_dir"
-    return f"no image for '{key}' in {folder.path}{advice}"
 
 
 def _stem(image: str) -> str:
@@ -316,7 +277,23 @@ class _Places:
         self._folders: dict[str, _Folder] = {}
         self._below: dict[str, _Folder] = {}
 
-    def of(self, key: str) -> Iterator[tuple[_Folder, str]]:
+    def find(self, key: str) -> _Found | str:
+        """The image or latents that a key names, or why there are none. Images in any place go before latents."""
+        for folder, name in self._of(key):
+            images = folder.images_of(name)
+            if len(images) > 1:
+                return f"'{key}' may be {' or '.join(sorted(images))} in {folder.path}; write it with its extension"
+            if images:
+                return _Found(folder, images[0], _stem(images[0]))
+        for folder, name in self._of(key):
+            stem = _stem(name) if is_image(name) else name
+            # Where another image has this stem, the latents are that image's.
+            if stem in folder.latents and stem not in folder.images:
+                return _Found(folder, None, stem)
+        advice = "" if self.image_dir else "; say where the images are with --train_data_dir, or image_dir"
+        return f"no image for '{key}' in {folder.path}{advice}"
+
+    def _of(self, key: str) -> Iterator[tuple[_Folder, str]]:
         """(folder, file name or stem), at least one."""
         head, name = os.path.split(key)
         for folder in self._candidates(head):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,15 +36,11 @@ def copies(sizes: Mapping[Path, Size], index: FileIndex) -> dict[Path, Path]:
     for (length, _), group in suspects.items():
         if len(group) > 1:
             (large if length > _SMALL else read).extend(group)
-    read += _with_equal_ends(large, index)
+    ends = index.learn("end", large, _end_checksum)
+    counts = Counter(ends)
+    read += [path for path, end in zip(large, ends, strict=True) if counts[end] > 1]
     groups = duplicates.exact(index.learn("digest", read, images.content_digest))
     return {read[member]: read[group[0]] for group in groups for member in group}
-
-
-def _with_equal_ends(paths: Sequence[Path], index: FileIndex) -> Iterator[Path]:
-    ends = index.learn("end", paths, _end_checksum)
-    counts = Counter(ends)
-    return (path for path, end in zip(paths, ends, strict=True) if counts[end] > 1)
 
 
 def _end_checksum(path: Path) -> int:

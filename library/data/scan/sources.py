@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,8 +51,10 @@ def find_images(subset: SubsetSpec, index: FileIndex, log: ScanLog) -> list[Imag
     """
     if subset.metadata_file is not None:
         return _of_metadata(subset, subset.metadata_file, index, log)
-    found = _of_cached_info(subset) if subset.cache_info else None
-    if found is None:
+    infos = info_cache.read(subset.image_dir) if subset.cache_info else None
+    if infos is not None:
+        found = [ImageEntry(path, info.caption, size=info.size) for path, info in sorted(infos.items())]
+    else:
         found = _of_folder(subset, index, log)
     if subset.conditioning_data_dir is not None and subset.image_role is not None:
         found = list(_with_conditioning(found, subset, subset.conditioning_data_dir, index, log))
@@ -80,19 +82,13 @@ def _of_folder(subset: SubsetSpec, index: FileIndex, log: ScanLog) -> list[Image
             f"{subset.image_dir}: {passed_over} of the images without {extension} file have a .txt file, which is "
             "not read; in one folder all captions have one ending"
         )
-    captions = _read_captions(subset, dict.fromkeys(filter(None, files)), index, log)
-    folder = subset.image_dir
+    folder, multiline = subset.image_dir, subset.captions.enable_wildcard
+    places = {file: os.path.join(folder, file) for file in files if file}
+    kind, learn = "caption lines" if multiline else "caption", partial(_caption_or_problem, multiline=multiline)
+    read = index.learn(kind, list(places.values()), learn)
+    log.problems += [problem for _, problem in read if problem]
+    captions = {file: caption for file, (caption, _) in zip(places, read, strict=True)}
     return [ImageEntry(folder / name, captions.get(file)) for name, file in zip(images, files, strict=True)]
-
-
-def _read_captions(subset: SubsetSpec, files: Collection[str], index: FileIndex, log: ScanLog) -> dict[str | None, str]:
-    """The captions of `files` by file name."""
-    multiline = subset.captions.enable_wildcard
-    kind = "caption lines" if multiline else "caption"
-    places = [os.path.join(subset.image_dir, file) for file in files]
-    read = index.learn(kind, places, partial(_caption_or_problem, multiline=multiline))
-    log.problems += [problem for caption, problem in read if problem]
-    return {file: caption for file, (caption, _) in zip(files, read, strict=True)}
 
 
 def _caption_or_problem(file: Path, multiline: bool) -> tuple[str, str]:
@@ -100,13 +96,6 @@ def _caption_or_problem(file: Path, multiline: bool) -> tuple[str, str]:
         return read_caption(file, multiline=multiline), ""
     except UserError as error:
         return "", error.problems[0]
-
-
-def _of_cached_info(subset: SubsetSpec) -> list[ImageEntry] | None:
-    infos = info_cache.read(subset.image_dir)
-    if infos is None:
-        return None
-    return [ImageEntry(path, info.caption, size=info.size) for path, info in sorted(infos.items())]
 
 
 def _of_metadata(subset: SubsetSpec, file: Path, index: FileIndex, log: ScanLog) -> list[ImageEntry]:
@@ -121,17 +110,20 @@ def _of_metadata(subset: SubsetSpec, file: Path, index: FileIndex, log: ScanLog)
     )
     log.dropped += [(file, problem.removeprefix(f"{file}: ")) for problem in problems]
     prepared = Prepared(index.listing)
-    return [_of_entry(entry, prepared) for entry in entries]
-
-
-def _of_entry(entry: metadata_files.Entry, prepared: Prepared) -> ImageEntry:
-    caption = entry.caption if entry.captioned else None
-    flip_file = prepared.has_flip_file(entry.base)
-    if entry.image is not None:
-        bucket = entry.train_resolution
-        return ImageEntry(entry.image, caption, bucket=bucket, tags=entry.tags, flip_file=flip_file)
-    size = entry.image_size or prepared.size(entry.base) or entry.train_resolution
-    return ImageEntry(entry.base, caption, False, size, entry.train_resolution, tags=entry.tags, flip_file=flip_file)
+    found = []
+    for entry in entries:
+        one = ImageEntry(
+            path=entry.base if entry.image is None else entry.image,
+            caption=entry.caption if entry.captioned else None,
+            present=entry.image is not None,
+            bucket=entry.train_resolution,
+            tags=entry.tags,
+            flip_file=prepared.has_flip_file(entry.base),
+        )
+        if entry.image is None:
+            one = one._replace(size=entry.image_size or prepared.size(entry.base) or entry.train_resolution)
+        found.append(one)
+    return found
 
 
 def _with_conditioning(

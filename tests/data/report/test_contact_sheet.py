@@ -56,7 +56,7 @@ def faces(monkeypatch):
     """Chooses the faces that are looked for."""
 
     def forget():
-        for function in (text_drawing._face_of, text_drawing._first_face, text_drawing._typeface):
+        for function in (text_drawing._face_of, text_drawing._typeface):
             function.cache_clear()
 
     def choose(*names):

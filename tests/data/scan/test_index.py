@@ -386,7 +386,7 @@ def crowd(folder):
 
 @pytest.fixture
 def two_cores(monkeypatch):
-    monkeypatch.setattr(index, "_cores", lambda: 2)
+    monkeypatch.setattr(index, "available_cores", lambda: 2)
 
 
 @pytest.fixture
@@ -416,7 +416,7 @@ def helpers(tmp_path, monkeypatch):
         def learn(files, queue):
             from library.data.scan import index
 
-            index._cores = lambda: 2
+            index.available_cores = lambda: 2
             queue.put((index.FileIndex(None).learn("who", files, who), os.getpid()))
     """
     (tmp_path / "index_helpers.py").write_text(textwrap.dedent(source))
@@ -480,7 +480,7 @@ def test_a_script_with_or_without_a_main_guard(crowd, helpers, tmp_path, guard):
     script.write_text(
         "import sys, os\nfrom pathlib import Path\n"
         f"sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]\n"
-        "import index_helpers\nfrom library.data.scan import index\nindex._cores = lambda: 2\n"
+        "import index_helpers\nfrom library.data.scan import index\nindex.available_cores = lambda: 2\n"
         f"files = sorted(Path({str(crowd[0].parent)!r}).iterdir())\n"
         f"{guard}found = index.FileIndex(None).learn('who', files, index_helpers.who); "
         "print(len(found), len({process for process, _ in found} - {os.getpid()}) > 0)\n"
