@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from library.families.base import Family
     from library.methods.base import Method
     from library.options.base import Options
-    from library.types import CacheLayout, FamilyTraits, Models, TextCond, TextLayout
+    from library.types import CacheLayout, FamilyTraits, Models, TextCond
 
 
 def latent_cache(opts: Options, family: Family, models: Models, data: TrainingData) -> Callable[[Encoder], None] | None:
@@ -126,39 +126,29 @@ def text_cache(
     made_by = {part: weights_fingerprint(module) + rounded for part, module in sorted(models.text_encoders.items())}
     made_by |= method.text_fingerprint()
     made_by |= {name: str(value) for name, value in sorted(layout.settings.items())}
-    return partial(_cache_text, opts, family, method, models, data, layout, made_by, on_error)
 
+    def fill(accelerator: Accelerator) -> None:
+        from library.caching import text
+        from library.caching.encode_missing import Encoder
+        from library.runtime.processes import Processes
 
-def _cache_text(
-    opts: Options,
-    family: Family,
-    method: Method,
-    models: Models,
-    data: TrainingData,
-    layout: TextLayout,
-    made_by: dict[str, str],
-    on_error: OnError | None,
-    accelerator: Accelerator,
-) -> None:
-    from library.caching import text
-    from library.caching.encode_missing import Encoder
-    from library.runtime.processes import Processes
+        def encode(captions: list[str]) -> TextCond:
+            with accelerator.autocast():
+                return family.text.encode(models, captions)
 
-    def encode(captions: list[str]) -> TextCond:
-        with accelerator.autocast():
-            return family.text.encode(models, captions)
+        requests = text.requests_of(data.all_records)
+        encoder = Encoder(
+            encode,
+            options.text_encoder_batch_size or opts.data.train_batch_size,
+            processes=Processes(accelerator.process_index, accelerator.num_processes),
+            progress=partial(logs.progress, disable=not accelerator.is_main_process),
+        )
+        if not options.cache_text_encoder_outputs_to_disk:
+            data.set_text(text.cache_in_memory(requests, encoder))
+            return
+        check, skip = not opts.data.skip_cache_check, method.live_text_encoders()
+        data.set_text(
+            text.cache_on_disk(requests, layout, encoder, made_by, skip_encoders=skip, check=check, on_error=on_error)
+        )
 
-    requests = text.requests_of(data.all_records)
-    encoder = Encoder(
-        encode,
-        opts.text_cache.text_encoder_batch_size or opts.data.train_batch_size,
-        processes=Processes(accelerator.process_index, accelerator.num_processes),
-        progress=partial(logs.progress, disable=not accelerator.is_main_process),
-    )
-    if not opts.text_cache.cache_text_encoder_outputs_to_disk:
-        data.set_text(text.cache_in_memory(requests, encoder))
-        return
-    check, skip = not opts.data.skip_cache_check, method.live_text_encoders()
-    data.set_text(
-        text.cache_on_disk(requests, layout, encoder, made_by, skip_encoders=skip, check=check, on_error=on_error)
-    )
+    return fill
