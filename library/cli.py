@@ -95,14 +95,10 @@ def _train(family_name: str, method_name: str, argv: Sequence[str] | None, optio
     specs = checking.check(opts, family, method)
     opts = checking.check_resumed(opts)
     if argv is None and options is None:  # the process is the script's own
-        libraries.import_libraries(_optional_packages(opts))
+        # Optional packages that diffusers must import: xformers for its attention, scipy for its sampler lms.
+        wanted = {"xformers": opts.memory.xformers, "scipy": opts.sampling.sample_prompts}
+        libraries.import_libraries({name for name, use in wanted.items() if use})
 
     from library.session import run_session
 
     run_session(opts, family, method, specs)
-
-
-def _optional_packages(opts: Options) -> set[str]:
-    """The optional packages that diffusers must import: xformers for its attention, scipy for its sampler lms."""
-    wanted = {"xformers": opts.memory.xformers, "scipy": opts.sampling.sample_prompts}
-    return {name for name, use in wanted.items() if use}

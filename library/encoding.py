@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from library.families.base import Family
     from library.methods.base import Method
     from library.options.base import Options
-    from library.types import CacheLayout, FamilyTraits, Models, TextCond, TextLayout
+    from library.types import CacheLayout, FamilyTraits, Models, TextCond
 
 
 def latent_cache(opts: Options, family: Family, models: Models, data: TrainingData) -> Callable[[Encoder], None] | None:
@@ -93,6 +93,23 @@ def require_texts(opts: Options, family: Family, missing: Sequence[str], data: T
         raise UserError(*(f"{line}: {file} would have to be made ({why}){more}" for line in missing))
 
 
+def text_made_by(opts: Options, family: Family, method: Method, models: Models) -> dict[str, str]:
+    """What decides the text encoders' outputs beside the captions, by name: weights, what changes them, settings."""
+    from library.checkpoints.hashes import weights_fingerprint
+    from library.training import placement
+
+    # The weights as read are at hand, those that encode may be smaller. Outputs of fp8 are shared with exact ones.
+    stored = placement.text_encoder_storage(opts)
+    rounded = f" in {stored}" if stored not in (None, "fp8") else ""
+    made_by = {part: weights_fingerprint(module) + rounded for part, module in sorted(models.text_encoders.items())}
+    # What changes an encoder is part of its own fingerprint, so that runs without it do not take these outputs.
+    for part, change in method.text_fingerprint().items():
+        made_by[part] = f"{made_by.get(part, '')} with {change}"
+    layout = family.text.layout(models)
+    assert layout is not None, "a family with these options has such files"
+    return made_by | {name: str(value) for name, value in sorted(layout.settings.items())}
+
+
 def text_cache(
     opts: Options,
     family: Family,
@@ -110,9 +127,6 @@ def text_cache(
     options = opts.text_cache
     if not options.in_use:
         return None
-    from library.checkpoints.hashes import weights_fingerprint
-    from library.training import placement
-
     if set(family.traits.text_encoders) <= set(method.live_text_encoders()):
         raise UserError(
             "--cache_text_encoder_outputs: every text encoder is trained, so nothing can be cached; drop this option, "
@@ -120,45 +134,30 @@ def text_cache(
         )
     layout = family.text.layout(models)
     assert layout is not None, "a family with these options has such files"
-    # The weights as read are at hand, those that encode may be smaller. Outputs of fp8 are shared with exact ones.
-    stored = placement.text_encoder_storage(opts)
-    rounded = f" in {stored}" if stored not in (None, "fp8") else ""
-    made_by = {part: weights_fingerprint(module) + rounded for part, module in sorted(models.text_encoders.items())}
-    made_by |= method.text_fingerprint()
-    made_by |= {name: str(value) for name, value in sorted(layout.settings.items())}
-    return partial(_cache_text, opts, family, method, models, data, layout, made_by, on_error)
+    made_by = text_made_by(opts, family, method, models)
 
+    def fill(accelerator: Accelerator) -> None:
+        from library.caching import text
+        from library.caching.encode_missing import Encoder
+        from library.runtime.processes import Processes
 
-def _cache_text(
-    opts: Options,
-    family: Family,
-    method: Method,
-    models: Models,
-    data: TrainingData,
-    layout: TextLayout,
-    made_by: dict[str, str],
-    on_error: OnError | None,
-    accelerator: Accelerator,
-) -> None:
-    from library.caching import text
-    from library.caching.encode_missing import Encoder
-    from library.runtime.processes import Processes
+        def encode(captions: list[str]) -> TextCond:
+            with accelerator.autocast():
+                return family.text.encode(models, captions)
 
-    def encode(captions: list[str]) -> TextCond:
-        with accelerator.autocast():
-            return family.text.encode(models, captions)
+        requests = text.requests_of(data.all_records)
+        encoder = Encoder(
+            encode,
+            options.text_encoder_batch_size or opts.data.train_batch_size,
+            processes=Processes(accelerator.process_index, accelerator.num_processes),
+            progress=partial(logs.progress, disable=not accelerator.is_main_process),
+        )
+        if not options.cache_text_encoder_outputs_to_disk:
+            data.set_text(text.cache_in_memory(requests, encoder))
+            return
+        check, skip = not opts.data.skip_cache_check, method.live_text_encoders()
+        data.set_text(
+            text.cache_on_disk(requests, layout, encoder, made_by, skip_encoders=skip, check=check, on_error=on_error)
+        )
 
-    requests = text.requests_of(data.all_records)
-    encoder = Encoder(
-        encode,
-        opts.text_cache.text_encoder_batch_size or opts.data.train_batch_size,
-        processes=Processes(accelerator.process_index, accelerator.num_processes),
-        progress=partial(logs.progress, disable=not accelerator.is_main_process),
-    )
-    if not opts.text_cache.cache_text_encoder_outputs_to_disk:
-        data.set_text(text.cache_in_memory(requests, encoder))
-        return
-    check, skip = not opts.data.skip_cache_check, method.live_text_encoders()
-    data.set_text(
-        text.cache_on_disk(requests, layout, encoder, made_by, skip_encoders=skip, check=check, on_error=on_error)
-    )
+    return fill

@@ -53,8 +53,5 @@ def escaped(text: str) -> str:
 
 def shown(text: str) -> str:
     """One line for the screen: secrets hidden, characters escaped, and words of thousands of letters cut."""
-    return _ENDLESS.sub(_shortened, escaped(without_secrets(text)))
-
-
-def _shortened(word: re.Match[str]) -> str:
-    return f"{word[0][:_BEGINNING]}... ({len(word[0]):,} letters)"
+    text = escaped(without_secrets(text))
+    return _ENDLESS.sub(lambda word: f"{word[0][:_BEGINNING]}... ({len(word[0]):,} letters)", text)

@@ -168,22 +168,44 @@ class Session:
     def check(self, missing_encoders: Sequence[str] = (), *, takes_control: bool = False) -> None:
         """Finds where the run begins and what it samples, and whether it can do so with the given files.
 
+        A state at the planned end has only its end to do.
+
         Args:
             missing_encoders: a line for each text encoder that the options do not give.
             takes_control: whether what is trained reads control images.
+        Raises: UserError: no step is left, or a text encoder is needed and not given.
         """
-        self.start = _choose_start(self.opts, self.plan)
+        resume, steps = self.opts.saving.resume, self.plan.total_steps
+        progress = state_notes.read_progress(Path(resume)) if resume else None
+        step, ended = (progress.step, progress.epoch_ended) if progress is not None else (None, True)
+        self.start = plan.choose_start(self.plan, self.opts.training, step, epoch_ended=ended)
+        if self.start.step >= steps:
+            over = f"{self.start.step} steps are done already, and the run has {steps}"
+            more = "raise --max_train_steps or --max_train_epochs, which count from the very beginning"
+            if progress is None or self.start.step != progress.step:
+                raise UserError(f"{over}; {more}")
+            LOGGER.warning("%s: nothing is trained, and the final files are written; to train on, %s", over, more)
+        if resume and progress is None and not self.start.step:
+            LOGGER.warning("%s has no step count, so it starts at 0; set --initial_step", resume)
         self.preview = Preview.from_options(self.opts, self.family, takes_control=takes_control)
         samples = bool(self.preview.prompts)
         encoding.require_texts(self.opts, self.family, missing_encoders, self.data, samples=samples)
 
     def load(self) -> None:
-        """Reads the model, and checks what the options ask of it."""
+        """Reads the model, and checks what the options ask of it.
+
+        Raises: UserError: the model cannot be read, or images to train on, or to make, are larger than it can take.
+        """
         started = time.time()
         with placement.loading(self.opts, self.device):
             self.models = self.family.loader.load()
         LOGGER.info("loaded %s in %.1f s", self.opts.model.pretrained_model_name_or_path, time.time() - started)
-        _check_sizes(self.models, self.data, self.preview)
+        most = self.models.longest_side
+        sizes = {Size(*record.bucket): "a bucket of" for record in self.data.all_records}
+        sizes |= {Size(prompt.width, prompt.height): "--sample_prompts: an image of" for prompt in self.preview.prompts}
+        large = [f"{what} {size.width}x{size.height}" for size, what in sizes.items() if most and max(size) > most]
+        if large:
+            raise UserError(*(f"{place} is too large: this model takes {most} pixels on a side" for place in large))
         placement.swapped_blocks(self.family, self.models, self.opts, self.device)  # too many are refused here
 
     def encode(self) -> None:
@@ -227,6 +249,7 @@ class Session:
         """The run, with optimizer and schedule over what is trained. `tracker` names the logs' folder or project."""
         opts, family, method, models, data = self.opts, self.family, self.method, self.models, self.data
         optimizer = optimizers.make_optimizer(method.parameter_groups(), opts.optimizer)
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         if self.swap is not None:
             self.swap.manage_optimizer(optimizer)
         schedule = lr_schedules.make_schedule(optimizer, opts.optimizer, self.plan.total_steps)
@@ -253,7 +276,7 @@ class Session:
             plan=self.plan,
             accelerator=self.accelerator,
             optimizer=prepared,
-            stepper=OptimizerStepper(opts, optimizer, prepared, _stepped_together(opts, family, models, optimizer)),
+            stepper=OptimizerStepper(opts, optimizer, prepared, _stepped_together(opts, family, models, weights)),
             schedule=schedule,
             saves=saves,
             preview=self.preview,
@@ -265,7 +288,7 @@ class Session:
             start=self.start,
             settings=settings,
             resume=Path(opts.saving.resume) if opts.saving.resume else None,
-            ema=_ema(opts, optimizer),
+            ema=EMA(weights, opts.training.ema_decay) if opts.training.ema else None,
             shards=self.shards,
         )
 
@@ -300,52 +323,13 @@ class Session:
         return make
 
 
-def _check_sizes(models: Models, data: TrainingData, preview: Preview) -> None:
-    """Raises: UserError: images to train on, or to make, are larger than the model can take."""
-    most = models.longest_side
-    if most is None:
-        return
-    sizes = {Size(*record.bucket): "a bucket of" for record in data.all_records}
-    sizes |= {Size(prompt.width, prompt.height): "--sample_prompts: an image of" for prompt in preview.prompts}
-    large = [f"{what} {size.width}x{size.height}" for size, what in sizes.items() if max(size) > most]
-    if large:
-        raise UserError(*(f"{place} is too large: this model takes {most} pixels on a side" for place in large))
-
-
 def _stepped_together(
-    opts: Options, family: Family, models: Models, optimizer: torch.optim.Optimizer
+    opts: Options, family: Family, models: Models, weights: list[Tensor]
 ) -> list[list[Tensor]] | None:
     """The weights by the parts that are stepped inside the backward pass; None: they are not, or each by itself."""
     fused = opts.fused
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     if not fused.in_use:
         return None
     if fused.blockwise_fused_optimizers:
         return parts_by_block(weights, family.denoiser.blocks(models))
     return equal_parts(weights, fused.fused_optimizer_groups)
-
-
-def _ema(opts: Options, optimizer: torch.optim.Optimizer) -> EMA | None:
-    """The moving average of the trained weights, with --ema."""
-    if not opts.training.ema:
-        return None
-    return EMA([p for group in optimizer.param_groups for p in group["params"]], opts.training.ema_decay)
-
-
-def _choose_start(opts: Options, run_plan: RunPlan) -> ResumePoint:
-    """The point at which the run begins; a state at the planned end has only its end to do.
-
-    Raises: UserError: no step is left.
-    """
-    progress = state_notes.read_progress(Path(opts.saving.resume)) if opts.saving.resume else None
-    step, ended = (progress.step, progress.epoch_ended) if progress is not None else (None, True)
-    start = plan.choose_start(run_plan, opts.training, step, epoch_ended=ended)
-    if start.step >= run_plan.total_steps:
-        over = f"{start.step} steps are done already, and the run has {run_plan.total_steps}"
-        more = "raise --max_train_steps or --max_train_epochs, which count from the very beginning"
-        if progress is None or start.step != progress.step:
-            raise UserError(f"{over}; {more}")
-        LOGGER.warning("%s: nothing is trained, and the final files are written; to train on, %s", over, more)
-    if opts.saving.resume and progress is None and not start.step:
-        LOGGER.warning("%s has no step count, so it starts at 0; set --initial_step", opts.saving.resume)
-    return start

@@ -29,14 +29,6 @@ class ModelKind:
         return self.label
 
 
-def _as_given(opts: Options) -> Options:
-    return opts
-
-
-def _no_messages(opts: Options) -> list[str]:
-    return []
-
-
 @dataclass(frozen=True, kw_only=True)
 class FamilySpec:
     """All that a model family offers. Fields without a default are what every family must have.
@@ -56,8 +48,8 @@ class FamilySpec:
     # Problems with the files that the options name, as far as names, headers and small JSON files show them.
     check_paths: Callable[[Options], list[str]]
     check_text_paths: Callable[[Options], list[str]]  # the same where only text encoders are needed
-    missing_encoders: Callable[[Options], list[str]] = _no_messages  # one message for each encoder that is not given
-    complete_options: Callable[[Options], Options] = _as_given  # by what the model's file says about its training
+    missing_encoders: Callable[[Options], list[str]] = lambda opts: []  # one message for each encoder that is not given
+    complete_options: Callable[[Options], Options] = lambda opts: opts  # by what the model's file says of its training
     load_vae: EntryPoint[[Options], nn.Module]  # the VAE alone, as `Loader.load` would return it
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ are stepped inside the backward pass are written back to CPU memory at once.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -57,8 +58,11 @@ class BlockSwap:
         self.device = device
         self.bytes_moved = 0  # to the device
         self.bytes_written_back = 0
-        chosen = set(_evenly_spaced(len(blocks), count + NUM_BUFFERS)) if count else set()
-        shared = _shared_tensors(blocks)
+        total = count + NUM_BUFFERS if count else 0
+        # At even distances: blocks that stay on the device give the copies time.
+        chosen = {(2 * number + 1) * len(blocks) // (2 * total) for number in range(total)}
+        having = Counter(one for block in blocks for one in {id(tensor) for tensor in _tensors(block)})
+        shared = {one for one, number in having.items() if number > 1}  # these stay on the device
         self._resident = [block for index, block in enumerate(blocks) if index not in chosen] if count else []
         modules = [block for index, block in enumerate(blocks) if index in chosen]
         self._blocks = [_Block(index, module, shared) for index, module in enumerate(modules)]
@@ -363,7 +367,7 @@ class _Block:
         for tensor in _tensors(module):
             if id(tensor) in shared:
                 continue
-            stride = tensor.stride() if _dense(tensor) else tensor.contiguous().stride()
+            stride = torch.empty_like(tensor, device="meta").stride()  # without gaps; channels_last stays so
             self.tensors.append(_SwappedTensor(len(self.tensors), tensor, self.size, stride))
             self.size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         self.trained = any(swapped.tensor.requires_grad for swapped in self.tensors)
@@ -412,36 +416,9 @@ class _Block:
         return [swapped.tensor._version for swapped in self.tensors]
 
 
-def _evenly_spaced(blocks: int, count: int) -> list[int]:
-    """`count` of `blocks` indices at even distances: blocks that stay on the device give the copies time."""
-    return [(2 * number + 1) * blocks // (2 * count) for number in range(count)]
-
-
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-
-
-def _shared_tensors(blocks: Sequence[nn.Module]) -> set[int]:
-    """The ids of tensors that several blocks have; they stay on the device."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for block in blocks:
-        own = {id(tensor) for tensor in _tensors(block)}
-        shared |= own & seen
-        seen |= own
-    return shared
-
-
-def _dense(tensor: Tensor) -> bool:
-    """Whether it fills its memory, in whatever order: channels_last does."""
-    dims = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1)
-    expected = 1
-    for stride, size in dims:
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _apply_without_moving(block: _Block, move: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

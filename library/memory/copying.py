@@ -54,7 +54,8 @@ def host_buffer(size: int, device: torch.device) -> Tensor:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
     except RuntimeError as error:
         LOGGER.warning("CPU memory cannot be pinned (%s); swapping blocks will be slower", error)
-        _forget_error(device)
+        with suppress(RuntimeError):  # clears CUDA's last error, which the next kernel would report again
+            torch.zeros(1, device=device)
     return buffer
 
 
@@ -62,12 +63,6 @@ def release_host_buffer(buffer: Tensor, device: torch.device) -> None:
     """Unpins the buffer. The memory itself lives as long as tensors use it."""
     if device.type == "cuda" and buffer.is_pinned():
         torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
-
-
-def _forget_error(device: torch.device) -> None:
-    """Clears CUDA's last error, which would be reported again by the next kernel."""
-    with suppress(RuntimeError):
-        torch.zeros(1, device=device)
 
 
 class _DeviceCopyStream:

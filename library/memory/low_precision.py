@@ -66,7 +66,9 @@ def quantise_frozen(part: nn.Module, quantise: Quantise, kinds: Mapping[type, ty
     quantised = 0
     for module in part.modules():
         kind = kinds.get(type(module))
-        if kind is None or (isinstance(module, nn.Conv2d) and not _plain(module)):
+        if kind is None:
+            continue
+        if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
             continue
         if module.weight.requires_grad:
             raise ValueError("quantised weights cannot be trained")
@@ -193,10 +195,6 @@ class _Conv2d(torch.autograd.Function):
         bits, scale = ctx.saved_tensors
         weight = _dequantise_again(ctx.dequantise, bits, scale, ctx.shape, gradient.dtype)
         return nn.grad.conv2d_input(ctx.input, weight, gradient, *ctx.geometry), *[None] * 9
-
-
-def _plain(conv: nn.Conv2d) -> bool:
-    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
 def _computing(x: Tensor) -> torch.dtype:

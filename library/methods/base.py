@@ -42,7 +42,7 @@ class Method(ABC):
         return partial(family.denoiser.predict, models)
 
     def text_fingerprint(self) -> dict[str, str]:
-        """Names and checksums of what changes frozen text encoders' outputs, for the notes of their cache files."""
+        """By text encoder, a checksum of what changes its outputs while it is frozen, for the notes of cache files."""
         return {}
 
     @abstractmethod

@@ -133,7 +133,6 @@ class EmbeddingMethod(Method):
         return list(self._keys)
 
     def text_fingerprint(self) -> dict[str, str]:
-        """In place of the encoders' own: what they give for the word is of no use to a run that does not know it."""
         rows = weights_fingerprint(self._attached())
         return dict.fromkeys(self._keys, f"{rows} for {self.opts.method.caption_word}")
 

@@ -128,7 +128,8 @@ class NetworkMethod(Method):
     def text_fingerprint(self) -> dict[str, str]:
         if not self.opts.method.network_weights or self.opts.method.network_train_unet_only:
             return {}  # a network that has learned nothing leaves the encoders' outputs as they are
-        return {"network": weights_fingerprint(self._attached())}
+        adapted = [part for part in self._attached().parts() if part != "denoiser"]
+        return dict.fromkeys(adapted, f"network {weights_fingerprint(self._attached())}") if adapted else {}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups = self._attached().parameter_groups(self._rates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,13 @@ def read_config(name: str, groups: Iterable[type[OptionGroup]], elsewhere: Elsew
     wrong: dict[str, tuple[Any, str]] = {}
     remarks: list[str] = []
     problems: list[str] = []
-    tables = _load(path)
+    tables = read_toml(path, "the configuration file", option="--config_file")
+    pairs: list[tuple[str, Any]] = []
     for key, value in tables.items():
         if isinstance(value, dict) and key in known and known[key].details.secret:
             hide(value)  # a table in place of a text reads as a section, whose keys messages name
-    for key, value in _keys(tables):
+        pairs += value.items() if isinstance(value, dict) else [(key, value)]
+    for key, value in pairs:
         if key in _NOT_IN_FILES:
             if not is_off(value):
                 remarks.append(f"key {key!r} in {path.name}: ignored; it belongs on the command line")
@@ -109,15 +111,3 @@ def write_config(options: Options) -> Path:
     except OSError as error:
         raise UserError(f"--output_config: cannot write {path}: {error.strerror}") from None
     return path
-
-
-def _load(path: Path) -> dict[str, Any]:
-    return read_toml(path, "the configuration file", option="--config_file")
-
-
-def _keys(tables: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in tables.items():
-        if isinstance(value, dict):
-            yield from value.items()
-        else:
-            yield key, value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal
@@ -84,7 +84,15 @@ class LoggingOptions(ConsoleOptions, group="logging", title="Messages and logs")
         for name in ("wandb_run_name", "wandb_api_key") if "wandb" not in self.trackers else ():
             if getattr(self, name):
                 yield f"--{name}: has no effect without --log_with wandb or all"
-        yield from _visible_secrets(opts)
+        for name in secrets(opts):
+            if opts.origin(name) == COMMAND_LINE:
+                variable = _SECRETS_IN_ENVIRONMENT.get(name)
+                other = f", or set {variable} in the environment" if variable else ""
+                stored = ", and Weights & Biases stores command lines" if "wandb" in self.trackers else ""
+                yield (
+                    f"--{name}: others can see it on the command line (process list, shell history{stored}); "
+                    f"put it into a --config_file{other}"
+                )
 
 
 def read_tracker_config(path: str, trackers: Iterable[str] = ("tensorboard", "wandb")) -> dict[str, dict[str, Any]]:
@@ -98,7 +106,11 @@ def read_tracker_config(path: str, trackers: Iterable[str] = ("tensorboard", "wa
         if name not in ("tensorboard", "wandb") or not isinstance(table, dict):
             problems.append(f"--log_tracker_config: {name!r} in {path} is no tracker; use [tensorboard] and [wandb]")
         elif name in trackers:
-            known = TENSORBOARD_KEYS if name == "tensorboard" else _wandb_keys()
+            known = TENSORBOARD_KEYS
+            if name == "wandb":
+                import wandb
+
+                known = tuple(inspect.signature(wandb.init).parameters)
             problems += [
                 f"--log_tracker_config: unknown key {key!r} in [{name}] of {path}{did_you_mean(key, known)}"
                 for key in table
@@ -141,18 +153,6 @@ def secrets(opts: Options) -> dict[str, str]:
     return {name: values[name] for name in found if values[name]}
 
 
-def _visible_secrets(opts: Options) -> Iterator[str]:
-    for name in secrets(opts):
-        if opts.origin(name) == COMMAND_LINE:
-            variable = _SECRETS_IN_ENVIRONMENT.get(name)
-            other = f", or set {variable} in the environment" if variable else ""
-            stored = ", and Weights & Biases stores command lines" if "wandb" in opts.logging.trackers else ""
-            yield (
-                f"--{name}: others can see it on the command line (process list, shell history{stored}); "
-                f"put it into a --config_file{other}"
-            )
-
-
 def _wandb_is_installed() -> bool:
     """A folder ./wandb, which wandb makes for its logs, is not the package."""
     try:
@@ -160,9 +160,3 @@ def _wandb_is_installed() -> bool:
     except (ImportError, ValueError):
         return False
     return spec is not None and spec.origin is not None
-
-
-def _wandb_keys() -> tuple[str, ...]:
-    import wandb
-
-    return tuple(inspect.signature(wandb.init).parameters)

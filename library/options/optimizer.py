@@ -202,7 +202,8 @@ class OptimizerOptions(OptionGroup, group="optimizer", title="Optimizer and lear
             yield f"--lr_scheduler_args: --lr_scheduler {name} takes none"
         if name == "piecewise_constant":
             rules = _rules(self)
-            if rules is None or not _RULES.fullmatch(rules) or not _all_numbers(rules):
+            factors = [] if rules is None else [part.partition(":")[0] for part in rules.split(",")]
+            if rules is None or not _RULES.fullmatch(rules) or not all(map(_is_number, factors)):
                 yield (
                     "--lr_scheduler_args: piecewise_constant needs step_rules=factor:step,...,factor, "
                     f"e.g. step_rules=1:500,0.1:800,0.01{'' if rules is None else f'; got {rules!r}'}"
@@ -349,10 +350,6 @@ def _without_rules(options: OptimizerOptions) -> list[str]:
     return [entry for entry in entries if entry.partition("=")[0].strip() != "step_rules"]
 
 
-def _all_numbers(rules: str) -> bool:
-    return all(_is_number(part.partition(":")[0]) for part in rules.split(","))
-
-
 def _is_number(text: str) -> bool:
     try:
         return math.isfinite(float(text))
@@ -399,13 +396,8 @@ def not_pairs(flag: str, entries: Sequence[str] | None, *, literals: bool = Fals
         name, equals, text = entry.partition("=")
         if not equals or not name.strip():
             yield f"{flag}: {entry!r} is not name=value"
-        elif literals and not _is_literal(text.strip()):
-            yield f"{flag}: the value in {entry!r} must be a number, True, False, None, a list or text in quotes"
-
-
-def _is_literal(text: str) -> bool:
-    try:
-        ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return False
-    return True
+        elif literals:
+            try:
+                ast.literal_eval(text.strip())
+            except (ValueError, SyntaxError):
+                yield f"{flag}: the value in {entry!r} must be a number, True, False, None, a list or text in quotes"

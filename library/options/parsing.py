@@ -83,7 +83,13 @@ def parse_options(
     """
     if not isinstance(parser, OptionParser):
         parser = build_parser(parser, prog, description)
-    flags = _from_command_line(parser, argv, elsewhere)
+    # argparse leaves alone what a namespace already has: what is still _ABSENT afterwards was not given
+    blank = argparse.Namespace(**{option.dest: _ABSENT for g in parser.groups for option in options_of(g)})
+    words = sys.argv[1:] if argv is None else list(argv)
+    values, unknown = parser.parse_known_args(words, blank)
+    if unknown:
+        raise UserError(*_unknown_problems(parser, words, unknown, elsewhere))
+    flags = {dest: Given(value, COMMAND_LINE) for dest, value in _not_blank(vars(values))}
     file = flags["config_file"].value if "config_file" in flags else None
     writing = "output_config" in flags
     if file is None or writing:
@@ -101,10 +107,18 @@ def with_file(groups: Sequence[type[OptionGroup]], file: FileOptions, flags: dic
 
     Raises: UserError: a value of the file that is wrong, of an option that has an effect.
     """
-    given = {**_without_replaced(groups, file.given, flags), **flags}
+    all_options = [option for group in groups for option in options_of(group)]
+    from_file = dict(file.given)
+    for option in all_options:  # the file has no say where an older or newer spelling is on the command line
+        target = option.details.alias_of
+        if target and option.dest in flags:
+            from_file.pop(target, None)
+        if target and target in flags:
+            from_file.pop(option.dest, None)
+    given = {**from_file, **flags}
     options = build_options(groups, given)
     remarks, problems = list(file.remarks), []
-    for option in (option for group in groups for option in options_of(group)):
+    for option in all_options:
         value, why = file.wrong.get(option.dest, (None, ""))
         if not why or option.dest in flags:
             continue
@@ -115,31 +129,6 @@ def with_file(groups: Sequence[type[OptionGroup]], file: FileOptions, flags: dic
     if problems:
         raise UserError(*problems)
     return build_options(groups, given, remarks)
-
-
-def _without_replaced(
-    groups: Sequence[type[OptionGroup]], given: dict[str, Given], flags: dict[str, Given]
-) -> dict[str, Given]:
-    """The values of the file, without those whose older or newer spelling is on the command line."""
-    from_file = dict(given)
-    for group in groups:
-        for option in options_of(group):
-            target = option.details.alias_of
-            if target and option.dest in flags:
-                from_file.pop(target, None)
-            if target and target in flags:
-                from_file.pop(option.dest, None)
-    return from_file
-
-
-def _from_command_line(parser: OptionParser, argv: Sequence[str] | None, elsewhere: Elsewhere) -> dict[str, Given]:
-    # argparse leaves alone what a namespace already has: what is still _ABSENT afterwards was not given
-    blank = argparse.Namespace(**{option.dest: _ABSENT for g in parser.groups for option in options_of(g)})
-    words = sys.argv[1:] if argv is None else list(argv)
-    values, unknown = parser.parse_known_args(words, blank)
-    if unknown:
-        raise UserError(*_unknown_problems(parser, words, unknown, elsewhere))
-    return {dest: Given(value, COMMAND_LINE) for dest, value in _not_blank(vars(values))}
 
 
 def _not_blank(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -155,30 +144,18 @@ def _unknown_problems(
     known = {option.dest: option for g in parser.groups for option in options_of(g) if not option.details.positional}
     flags = [text.split("=", 1)[0] for text in unknown if text.startswith("-") and text != "--"]
     if not flags:
-        flag = _list_behind_equals_sign(parser, words, unknown)
-        if flag:
-            return [f"{flag}: takes several values without an equals sign only, as in {flag} A B"]
+        lists = {option.flag for group in parser.groups for option in options_of(group) if option.many}
+        for before, after in pairwise(words):
+            flag, equals, _ = before.partition("=")
+            if equals and flag in lists and after == unknown[0]:  # argparse takes no further values then
+                return [f"{flag}: takes several values without an equals sign only, as in {flag} A B"]
         alone = _positional(parser.groups)
         rule = f"beside {' and '.join(alone)} " if alone else ""
-        words = " ".join(map(_stray, unknown))
-        return [f"unexpected value {words!r}: {rule}every value needs its option before it"]
+        # Long mixtures of letters and digits are keys more than words.
+        key = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w+=-]{20,}", re.ASCII)
+        stray = " ".join(HIDDEN if key.fullmatch(word) else word for word in unknown)
+        return [f"unexpected value {stray!r}: {rule}every value needs its option before it"]
     return [f"unknown option {flag}{judge_flag(flag, known, elsewhere)}" for flag in flags]
-
-
-def _stray(word: str) -> str:
-    """A word that belongs to no option, for a message. Long mixtures of letters and digits are keys more than words."""
-    is_key = re.fullmatch(r"(?=.*\d)(?=.*[A-Za-z])[\w+=-]{20,}", word, re.ASCII)
-    return HIDDEN if is_key else word
-
-
-def _list_behind_equals_sign(parser: OptionParser, words: Sequence[str], unknown: Sequence[str]) -> str | None:
-    """The option of a list whose first value stands behind "=": argparse takes no further ones then."""
-    lists = {option.flag for group in parser.groups for option in options_of(group) if option.many}
-    for before, after in pairwise(words):
-        flag, equals, _ = before.partition("=")
-        if equals and flag in lists and after == unknown[0]:
-            return flag
-    return None
 
 
 def _positional(groups: Iterable[type[OptionGroup]]) -> list[str]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from library.options.base import COMMAND_LINE, Option, Options, options_of
+from library.options.base import COMMAND_LINE, Options, options_of
 from library.options.unknown_keys import is_gui_default, is_off
 from library.runtime.files import path_problem
 
@@ -21,9 +20,19 @@ def problems(options: Options, traits: FamilyTraits) -> list[str]:
     for group in options.groups:
         for option in filter(options.has_effect, options_of(type(group))):
             value = getattr(group, option.dest)
-            lines += [f"{option.flag}: {problem}" for problem in _of_value(option, value)]
-            if option.range_problem(value):
+            problem = option.range_problem(value)
+            if problem:
                 outside[option.dest] = option.default
+            if value == option.default:
+                continue
+            if problem:
+                lines.append(f"{option.flag}: {problem}")
+            wanted = option.details.exists
+            fault = path_problem(value, wanted) if wanted else None
+            if fault:
+                shown = repr(str(value))
+                missing = fault == f"no such {wanted}"
+                lines.append(f"{option.flag}: " + (f"there is no {wanted} {shown}" if missing else f"{shown}: {fault}"))
     sound = options.replaced(**outside) if outside else options
     for group in sound.groups:
         lines += group.check(sound, traits)
@@ -35,42 +44,26 @@ def warnings(options: Options, traits: FamilyTraits) -> list[str]:
 
     Nothing is said of what a GUI writes into every configuration file, wanted or not.
     """
-    lines = []
+    lines: list[str] = []
     for group in options.groups:
         for option in options_of(type(group)):
-            if option.dest in options.given:
-                lines += [f"{option.flag}: {line}" for line in _warnings_of(option, options)]
+            if option.dest not in options.given or is_off(options.given[option.dest].value):
+                continue
+            value = options.given[option.dest].value
+            if option.details.deprecated and value != option.default:
+                lines.append(f"{option.flag}: deprecated; use {option.details.deprecated}")
+            if option.details.lenient and option.range_problem(value):
+                lines.append(f"{option.flag}: {option.range_problem(value)}; ignored")
+            if value != option.default and not options.has_effect(option):
+                lines.append(f"{option.flag}: has no effect without {option.required}")
         lines += group.warnings(options, traits)
-    wanted = [line for line in dict.fromkeys(lines) if not _is_of_a_gui(line, options)]
-    return [*options.remarks, *(_with_origin(line, options) for line in wanted)]
-
-
-def _of_value(option: Option, value: Any) -> Iterator[str]:
-    if value == option.default:
-        return
-    problem = option.range_problem(value)
-    if problem:
-        yield problem
-    wanted = option.details.exists
-    fault = path_problem(value, wanted) if wanted else None
-    if fault:
-        yield f"there is no {wanted} {str(value)!r}" if fault == f"no such {wanted}" else f"{str(value)!r}: {fault}"
-
-
-def _warnings_of(option: Option, options: Options) -> Iterator[str]:
-    value = options.given[option.dest].value
-    if option.details.deprecated and value != option.default and not is_off(value):
-        yield f"deprecated; use {option.details.deprecated}"
-    if option.details.lenient and option.range_problem(value) and not is_off(value):
-        yield f"{option.range_problem(value)}; ignored"
-    if value != option.default and not is_off(value) and not options.has_effect(option):
-        yield f"has no effect without {option.required}"
-
-
-def _is_of_a_gui(line: str, options: Options) -> bool:
-    name = _option_of(line)
-    given = options.given.get(name)
-    return given is not None and given.source != COMMAND_LINE and is_gui_default(name, given.value)
+    found = list(options.remarks)
+    for line in dict.fromkeys(lines):
+        name = _option_of(line)
+        given = options.given.get(name)
+        if given is None or given.source == COMMAND_LINE or not is_gui_default(name, given.value):
+            found.append(_with_origin(line, options))
+    return found
 
 
 def _option_of(line: str) -> str:

@@ -84,16 +84,11 @@ def save_interrupted(run: Run, progress: Progress) -> None:
     _check_weights(run, progress)
     folder = run.saves.state_of(run.saves.step_path(progress.step))
     _save_state(run, progress, folder)
-    LOGGER.warning(
-        "interrupted after step %d; --resume=%s continues from there; %s",
-        *(progress.step, folder, _usable(run, progress, folder)),
-    )
-
-
-def _usable(run: Run, progress: Progress, folder: Path) -> str:
-    """A sentence on how to get the current model without further training."""
+    # How to get the current model without further training.
     averaged = run.ema is not None or callable(getattr(run.optimizer.optimizer, "eval", None))
     if run.method.added() is not None and not averaged:
-        return f"{folder / MODEL} can be used as it is, without metadata"
-    final = run.saves.final_path().name
-    return f"with --max_train_steps={progress.step} beside it, only {final} of this step is written"
+        usable = f"{folder / MODEL} can be used as it is, without metadata"
+    else:
+        final = run.saves.final_path().name
+        usable = f"with --max_train_steps={progress.step} beside it, only {final} of this step is written"
+    LOGGER.warning("interrupted after step %d; --resume=%s continues from there; %s", progress.step, folder, usable)

@@ -29,12 +29,14 @@ def clear(options: SavingOptions) -> None:
             cut and any(s.startswith(name) or name.startswith(s) for s in stems)
         )
 
-    for stem in stems:
-        for state in _replaced(folder, stem):
-            if durable.recover(state):
-                LOGGER.warning("%s has been restored; a killed run was replacing it", state)
+    ending = durable.backup_of(Path("x")).name.removeprefix("x")  # where two names cannot be exchanged
+    names = [entry.name.removesuffix(ending) for entry in folder.glob(f"*{ending}") if entry.is_dir()]
+    for name in names:
+        if ours.fullmatch(name) and durable.recover(folder / name):
+            LOGGER.warning("%s has been restored; a killed run was replacing it", folder / name)
     for leftover in durable.abandoned(folder, concerns):
-        size = _size(leftover.path)
+        files = leftover.path.rglob("*") if leftover.path.is_dir() else [leftover.path]
+        size = sum(file.lstat().st_size for file in files if file.is_file())
         restored = _restored(leftover)
         try:
             durable.remove(leftover.path)
@@ -48,14 +50,6 @@ def clear(options: SavingOptions) -> None:
     samples, start = sample_place(options)
     for leftover in durable.abandoned(samples, lambda name: name.startswith(start) and name.endswith(".png")):
         durable.remove(leftover.path)
-
-
-def _replaced(folder: Path, stem: str) -> list[Path]:
-    """The folders of a run that were being replaced where two names cannot be exchanged."""
-    ending = durable.backup_of(Path("x")).name.removeprefix("x")
-    ours = re.compile(re.escape(stem) + _KINDS, re.DOTALL)
-    names = (entry.name.removesuffix(ending) for entry in folder.glob(f"*{ending}") if entry.is_dir())
-    return [folder / name for name in names if ours.fullmatch(name)]
 
 
 def _restored(leftover: durable.Leftover) -> bool:
@@ -72,9 +66,3 @@ def _restored(leftover: durable.Leftover) -> bool:
         return False
     durable.flush_folder(leftover.target.parent)
     return True
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.lstat().st_size for file in files if file.is_file())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 
@@ -26,7 +25,30 @@ def train(run: Run) -> Progress:
     Ctrl-C and SIGTERM end it after the step at hand, with a state to go on from. In the last step they change nothing.
     """
     with Interruption() as interruption:
-        progress = _steps(run, interruption)
+        grad_text = bool(run.method.trained_text_encoders())
+        parts = StepParts(run.family, run.models, run.denoise, run.objective, grad_text)
+        placement.training_modes(run.models, run.method.trainable(), grad_text=grad_text)
+        if run.resume is not None:
+            saved, sharded = checkpointing.state_parts(run), run.shards is not None
+            state.load_state(run.resume, saved, settings=run.settings, sharded=sharded)
+            LOGGER.info("resumed from %s after step %d", run.resume, run.start.step)
+        progress = Progress.at(run.start, run.plan)
+        report = Report(run)
+        if run.takes_part and progress.step == 0 and run.preview.due(0):
+            _sample(run, progress, epoch_end=False)
+        first_batch = run.start.batches
+        end_of_epoch_missing = first_batch == run.plan.batches_per_process
+        while (
+            (progress.step < run.plan.total_steps or end_of_epoch_missing)
+            and not progress.interrupted
+            and not progress.stopped
+        ):
+            progress.epoch += 1
+            progress.epoch_ended = False
+            run.method.start_epoch(progress.epoch)
+            _epoch(run, parts, progress, report, interruption, first_batch)
+            first_batch, end_of_epoch_missing = 0, False
+        report.close(progress)
         if run.takes_part:
             if progress.interrupted:
                 checkpointing.save_interrupted(run, progress)
@@ -35,40 +57,13 @@ def train(run: Run) -> Progress:
     return progress
 
 
-def _steps(run: Run, interruption: Interruption) -> Progress:
-    grad_text = bool(run.method.trained_text_encoders())
-    parts = StepParts(run.family, run.models, run.denoise, run.objective, grad_text)
-    placement.training_modes(run.models, run.method.trainable(), grad_text=grad_text)
-    if run.resume is not None:
-        state.load_state(
-            run.resume, checkpointing.state_parts(run), settings=run.settings, sharded=run.shards is not None
-        )
-        LOGGER.info("resumed from %s after step %d", run.resume, run.start.step)
-    progress = Progress.at(run.start, run.plan)
-    report = Report(run)
-    if run.takes_part and progress.step == 0 and run.preview.due(0):
-        _sample(run, progress, epoch_end=False)
-    first_batch = run.start.batches
-    end_of_epoch_missing = first_batch == run.plan.batches_per_process
-    while (
-        (progress.step < run.plan.total_steps or end_of_epoch_missing)
-        and not progress.interrupted
-        and not progress.stopped
-    ):
-        progress.epoch += 1
-        progress.epoch_ended = False
-        run.method.start_epoch(progress.epoch)
-        _epoch(run, parts, progress, report, interruption, first_batch)
-        first_batch, end_of_epoch_missing = 0, False
-    report.close(progress)
-    return progress
-
-
 def _epoch(
     run: Run, parts: StepParts, progress: Progress, report: Report, interruption: Interruption, first_batch: int
 ) -> None:
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    for group in _groups_of(_batches(run, progress.epoch, first_batch), run.plan.accumulation):
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    batches = iter(run.data.loader(progress.epoch, first_batch, rank=rank, world=world))
+    while group := list(islice(batches, run.plan.accumulation)):  # the last one of an epoch may be shorter
         run.method.start_step(progress.step)
         run.stepper.start(progress.step)
         losses = _accumulate(run, parts, group, progress)
@@ -82,7 +77,7 @@ def _epoch(
         if run.validation.due(progress.step):
             _validate(run, parts, progress, report)
         if run.takes_part:
-            _after_step(run, progress, report)
+            _save_and_sample(run, progress, report, epoch_end=False)
         # All processes must leave at the same step, whichever of them the signal has reached.
         requested = bool(run.processes.all_max(int(interruption.requested)))
         over = progress.stopped or progress.step >= run.plan.total_steps
@@ -99,26 +94,14 @@ def _epoch(
     lr_schedules.end_epoch(run.schedule, loss, partial(run.accelerator.reduce, reduction="mean"))
     progress.epoch_ended = True
     if run.takes_part:
-        _after_epoch(run, progress, report)
-
-
-def _batches(run: Run, epoch: int, first_batch: int) -> Iterator[Batch]:
-    accelerator = run.accelerator
-    loader = run.data.loader(epoch, first_batch, rank=accelerator.process_index, world=accelerator.num_processes)
-    for batch in loader:
-        yield batch.to(accelerator.device)
-
-
-def _groups_of(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
-    """Lists of `size` batches; the last one of an epoch may be shorter."""
-    while group := list(islice(batches, size)):
-        yield group
+        _save_and_sample(run, progress, report, epoch_end=True)
 
 
 def _accumulate(run: Run, parts: StepParts, group: list[Batch], progress: Progress) -> list[Tensor]:
     """Forward and backward over the batches of one optimizer step; the gradient is their mean."""
     losses = []
     for batch in group:
+        batch = batch.to(run.accelerator.device)
         # The number of the batch among those of all processes: two processes see what one sees that accumulates two.
         number = progress.micro_step * run.accelerator.num_processes + run.accelerator.process_index
         torch.manual_seed(seeds.derive(run.seed, "layers", number))  # dropout inside the modules
@@ -170,22 +153,15 @@ def average_gradients(parameters: list[Tensor], world: int) -> None:
             gradient.copy_(mean)
 
 
-def _after_step(run: Run, progress: Progress, report: Report) -> None:
-    due = run.saves.after_step(progress.step)
+def _save_and_sample(run: Run, progress: Progress, report: Report, *, epoch_end: bool) -> None:
+    """What is due after a step, or at the end of an epoch."""
+    saves, epoch = run.saves, progress.epoch
+    due = saves.after_epoch(epoch, run.plan.epochs) if epoch_end else saves.after_step(progress.step)
     if due:
         report.drain(wait=True)
         checkpointing.save(run, progress, due)
-    if run.preview.due(progress.step):
-        _sample(run, progress, epoch_end=False)
-
-
-def _after_epoch(run: Run, progress: Progress, report: Report) -> None:
-    due = run.saves.after_epoch(progress.epoch, run.plan.epochs)
-    if due:
-        report.drain(wait=True)
-        checkpointing.save(run, progress, due)
-    if run.preview.due(progress.step, progress.epoch):
-        _sample(run, progress, epoch_end=True)
+    if run.preview.due(progress.step, epoch if epoch_end else None):
+        _sample(run, progress, epoch_end=epoch_end)
 
 
 def _validate(run: Run, parts: StepParts, progress: Progress, report: Report) -> float:

@@ -5,11 +5,10 @@ Kernels take the shapes of an optimizer's tensors for granted, and read and writ
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,7 +38,9 @@ def check(saved: Any, optimizer: torch.optim.Optimizer) -> None:
     groups = _groups(saved, optimizer)
     shapes = _Shapes(optimizer)
     for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
-        _check_settings(group, saved_group)
+        for name, value in group.items():
+            if name != "params" and name in saved_group and not alike(value, saved_group[name]):
+                raise ValueError(f"its {name} is {str(saved_group[name])[:40]!r}")
         foreign = saved_group.keys() - group.keys() - _ANY_OPTIMIZERS
         for weight, number in zip(group["params"], saved_group["params"], strict=True):
             values = saved["state"].get(number)
@@ -63,13 +64,6 @@ def _groups(saved: Any, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]
 
 def _listed(counts: list[int]) -> str:
     return " + ".join(map(str, counts)) or "0"
-
-
-def _check_settings(group: Mapping[str, Any], saved_group: Mapping[str, Any]) -> None:
-    """Raises: ValueError: a setting such as the rate is of another kind than the optimizer has it."""
-    for name, value in group.items():
-        if name != "params" and name in saved_group and not alike(value, saved_group[name]):
-            raise ValueError(f"its {name} is {str(saved_group[name])[:40]!r}")
 
 
 def alike(ours: Any, theirs: Any) -> bool:
@@ -142,7 +136,7 @@ class _Shapes:
         if weight in self._optimizer.state:  # some make it when they are made
             trial.state[probe] = copy.deepcopy(self._optimizer.state[weight])
         trial.param_groups = [{**copy.deepcopy({k: v for k, v in group.items() if k != "params"}), "params": [probe]}]
-        with _apart(device):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             try:
                 for _ in range(_STEPS):
                     probe.grad = torch.full_like(probe, 1e-3)
@@ -150,9 +144,3 @@ class _Shapes:
             except Exception:  # of any package: then the file's words are all that is known
                 return {}
         return trial.state.get(probe, {})
-
-
-@contextlib.contextmanager
-def _apart(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield

@@ -39,15 +39,9 @@ def make_optimizer(groups: list[dict[str, Any]], options: OptimizerOptions) -> t
     Raises: UserError: the class is not there, refuses its arguments, or cannot run on this device.
     """
     cls, name, arguments = _chosen(options)
-    groups = [{"lr": options.learning_rate, **group} for group in groups]
-    package = optimizer_path(options).split(".")[0]
-    if sets_own_rate(options):
-        groups, rate = _without_rates(groups, name), None
-    else:
-        if package in _ONE_RATE:
-            groups = _with_one_rate(groups, name)
-        if package in _RATE_OF_ONE:
-            _check_factor(groups, name)
+    groups = _with_fitting_rates([{"lr": options.learning_rate, **group} for group in groups], options, name)
+    rate = None
+    if not sets_own_rate(options):
         # classes refuse a default below 0, though they follow such a rate in a group
         rate = abs(options.learning_rate) or max(abs(group["lr"]) for group in groups)
     _try(cls, name, arguments, rate, groups[0]["params"][0])
@@ -85,7 +79,7 @@ def optimizer_class(options: OptimizerOptions) -> type:
 
 
 def _chosen(options: OptimizerOptions) -> tuple[type, str, dict[str, Any]]:
-    """The class, the name that it was chosen by, and its arguments but for the rate."""
+    """The class, the name that it was chosen by, and its arguments but for the rate: the user's, then our defaults."""
     name, path = optimizer_name(options), optimizer_path(options)
     cls = optimizer_class(options)
     arguments = literal_args("--optimizer_args", options.optimizer_args)
@@ -93,7 +87,11 @@ def _chosen(options: OptimizerOptions) -> tuple[type, str, dict[str, Any]]:
         raise UserError("--optimizer_args: the rate is not given here; use --learning_rate")
     if sets_own_rate(options):
         arguments["relative_step"] = True
-    return cls, name, {**_defaults(name, path, arguments), **arguments}
+    if path == "torch.optim.AdamW" and not {"foreach", "differentiable"} & arguments.keys():
+        arguments = {"fused": True, **arguments}  # one kernel per step on CUDA, one pass over memory on CPU
+    elif name.lower().startswith("sgdnesterov"):
+        arguments = {"nesterov": True, "momentum": 0.9, **arguments}
+    return cls, name, arguments
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer, options: OptimizerOptions) -> str:
@@ -187,15 +185,6 @@ def construct(cls: Callable[..., T], name: str, flag: str, arguments: dict[str, 
         raise UserError(f"{flag}: {name} refuses {given}: {_first_line(error)}") from error
 
 
-def _defaults(name: str, path: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that an optimizer gets where the user says nothing."""
-    if path == "torch.optim.AdamW" and not {"foreach", "differentiable"} & given.keys():
-        return {"fused": True}  # one kernel per step on CUDA, one pass over memory on CPU
-    if name.lower().startswith("sgdnesterov"):
-        return {"nesterov": True, "momentum": 0.9}
-    return {}
-
-
 def _try(cls: type, name: str, arguments: dict[str, Any], rate: float | None, like: torch.Tensor) -> None:
     """One step on a small tensor of the device that is trained on: some classes fail there only then.
 
@@ -239,38 +228,32 @@ def _first_line(error: Exception) -> str:
 # ---- rates
 
 
-def _without_rates(groups: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    rates = _distinct(groups)
-    if len(rates) > 1:
-        LOGGER.warning("%s sets the rate itself (relative_step): the rates %s are not used", name, _text(rates))
-    return [{key: value for key, value in group.items() if key != "lr"} for group in groups]
+def _with_fitting_rates(groups: list[dict[str, Any]], options: OptimizerOptions, name: str) -> list[dict[str, Any]]:
+    """The groups with the rates that the optimizer can use: their own, one for all, or none. Warns of those unused.
 
-
-def _with_one_rate(groups: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    first = groups[0]["lr"]
-    rates = _distinct(groups)
-    if len(rates) > 1:
-        LOGGER.warning(
-            "%s takes one rate for everything: %g, that of %s, counts; of %s the others are not used",
-            *(name, first, groups[0].get("name", "the first group"), _text(rates)),
-        )
-    return [{**group, "lr": first} for group in groups]
-
-
-def _check_factor(groups: list[dict[str, Any]], name: str) -> None:
-    lowest = min(group["lr"] for group in groups)
-    if lowest <= 0:
-        raise UserError(f"--learning_rate: {name} needs a rate above 0, about 1, got {lowest:g}")
-    if lowest < _LOW_FACTOR:
-        LOGGER.warning(
-            "%s finds the rate itself and multiplies it by the one given, usually 1; with %g it will learn little",
-            *(name, lowest),
-        )
-
-
-def _distinct(groups: list[dict[str, Any]]) -> list[float]:
-    return list(dict.fromkeys(group["lr"] for group in groups))
-
-
-def _text(rates: list[float]) -> str:
-    return ", ".join(f"{rate:g}" for rate in rates)
+    Raises: UserError: a rate of 0 or below where it is a factor.
+    """
+    package = optimizer_path(options).split(".")[0]
+    rates = list(dict.fromkeys(group["lr"] for group in groups))
+    listed = ", ".join(f"{rate:g}" for rate in rates)
+    if sets_own_rate(options):
+        if len(rates) > 1:
+            LOGGER.warning("%s sets the rate itself (relative_step): the rates %s are not used", name, listed)
+        return [{key: value for key, value in group.items() if key != "lr"} for group in groups]
+    if package in _ONE_RATE:
+        if len(rates) > 1:
+            LOGGER.warning(
+                "%s takes one rate for everything: %g, that of %s, counts; of %s the others are not used",
+                *(name, rates[0], groups[0].get("name", "the first group"), listed),
+            )
+        groups = [{**group, "lr": rates[0]} for group in groups]
+    if package in _RATE_OF_ONE:
+        lowest = min(group["lr"] for group in groups)
+        if lowest <= 0:
+            raise UserError(f"--learning_rate: {name} needs a rate above 0, about 1, got {lowest:g}")
+        if lowest < _LOW_FACTOR:
+            LOGGER.warning(
+                "%s finds the rate itself and multiplies it by the one given, usually 1; with %g it will learn little",
+                *(name, lowest),
+            )
+    return groups

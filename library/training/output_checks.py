@@ -33,7 +33,13 @@ def problems(opts: Options) -> list[str]:
     if opts.sampling.sample_prompts:
         folder, start = sample_place(opts.saving)
         found += _try_to_make(folder / fitting(start, "e000000_00_00000000000000_0000000000.png"), folder=False)
-    found += _log_folder_problems(opts)
+    if "tensorboard" in opts.logging.trackers:
+        run = opts.logging.folder_of_run("0" * 14)  # as long as the date and time
+        folders = [("--logging_dir", Path(opts.logging.logging_dir)), ("--log_prefix", run)]
+        if opts.logging.log_tracker_name:
+            folders.append(("--log_tracker_name", run / opts.logging.log_tracker_name))
+        tried = ([*_try_to_make(folder, folder=True, option=option)] for option, folder in folders)
+        found += next(filter(None, tried), [])  # of the first that cannot be made, from the outermost on
     if not found:
         try:
             check_space(output_place(opts.saving)[0], _smallest_copy(opts), "a copy of what is trained")
@@ -79,19 +85,6 @@ def _name_problems(opts: Options, plan: SavePlan) -> Iterator[str]:
     yield from _of_wrong_kind(plan)
 
 
-def _log_folder_problems(opts: Options) -> Iterator[str]:
-    """A line for the first of TensorBoard's log folders, from the outermost on, that cannot be made."""
-    options = opts.logging
-    if "tensorboard" not in options.trackers:
-        return
-    run = options.folder_of_run("0" * 14)  # as long as the date and time
-    folders = [("--logging_dir", Path(options.logging_dir)), ("--log_prefix", run)]
-    if options.log_tracker_name:
-        folders.append(("--log_tracker_name", run / options.log_tracker_name))
-    tried = ([*_try_to_make(folder, folder=True, option=option)] for option, folder in folders)
-    yield from next(filter(None, tried), [])
-
-
 def _try_to_make(path: Path, *, folder: bool, option: str = "--output_name") -> Iterator[str]:
     """Makes a file or folder of this name, with its parents, and removes all of it again; a line if that fails.
 
@@ -107,7 +100,9 @@ def _try_to_make(path: Path, *, folder: bool, option: str = "--output_name") -> 
             probe.mkdir() if folder else probe.touch(exist_ok=False)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         why = getattr(error, "strerror", None) or error
-        yield f"{option}: {_shown(path)} cannot be made ({why}); choose another name"
+        fits = len(path.name.encode("utf-8", "replace")) <= LONGEST_NAME
+        shown = path if fits else f"{path.parent / path.name[:40]}..."
+        yield f"{option}: {shown} cannot be made ({why}); choose another name"
     finally:
         for one in reversed(made):
             one.rmdir()
@@ -122,11 +117,6 @@ def _make_missing(folder: Path, made: list[Path]) -> None:
         _make_missing(folder.parent, made)
     folder.mkdir()
     made.append(folder)
-
-
-def _shown(path: Path) -> str:
-    text = str(path)
-    return text if len(path.name.encode("utf-8", "replace")) <= LONGEST_NAME else f"{path.parent / path.name[:40]}..."
 
 
 def _of_wrong_kind(plan: SavePlan) -> Iterator[str]:

@@ -86,10 +86,11 @@ def place_denoiser(models: Models, opts: Options, device: torch.device, *, shard
             denoiser, opts, device, _storage_format(opts), home=torch.device("cpu") if swaps(opts, device) else device
         )
     if opts.memory.gradient_checkpointing:
-        if _offloads(opts, device):
-            denoiser.enable_gradient_checkpointing(offloading_checkpoint(device))
-        else:
-            denoiser.enable_gradient_checkpointing()
+        offloads = opts.memory.cpu_offload_checkpointing
+        if offloads and device.type == "cpu":
+            LOGGER.warning("--cpu_offload_checkpointing: has no effect on a CPU; activations are in CPU memory anyway")
+            offloads = False
+        denoiser.enable_gradient_checkpointing(offloading_checkpoint(device) if offloads else None)
 
 
 def swaps(opts: Options, device: torch.device) -> bool:
@@ -156,29 +157,15 @@ def _place(
     trained = has_trained_weights(part)
     if storage_format is not None and not trained:
         # Before it is cast or moved, so that it is rounded once, and small when it arrives.
-        LOGGER.info(
-            "%s: the weights of %d layers are kept in %s",
-            type(part).__name__,
-            _quantise(part, storage_format, device),
-            storage_format,
-        )
+        if storage_format == "fp8":
+            layers = quantise_to_fp8(part)
+        else:
+            from library.memory.quantised import quantise_frozen_to
+
+            layers = quantise_frozen_to(part, storage_format, device)  # a GPU does it many times faster
+        LOGGER.info("%s: the weights of %d layers are kept in %s", type(part).__name__, layers, storage_format)
     dtype = trained_dtype(opts) if trained else WEIGHT_DTYPES[opts.memory.mixed_precision]
     part.to(home or device, dtype)
-
-
-def _quantise(part: nn.Module, storage_format: str, device: torch.device) -> int:
-    if storage_format == "fp8":
-        return quantise_to_fp8(part)
-    from library.memory.quantised import quantise_frozen_to
-
-    return quantise_frozen_to(part, storage_format, device)  # a GPU does it many times faster
-
-
-def _offloads(opts: Options, device: torch.device) -> bool:
-    if opts.memory.cpu_offload_checkpointing and device.type == "cpu":
-        LOGGER.warning("--cpu_offload_checkpointing: has no effect on a CPU; activations are in CPU memory anyway")
-        return False
-    return opts.memory.cpu_offload_checkpointing
 
 
 def place_trained(trained: nn.Module, opts: Options, device: torch.device) -> None:

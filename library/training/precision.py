@@ -52,7 +52,9 @@ class StochasticRounding:
         self._indices = {id(weight): index for index, weight in enumerate(weights)}
         self._copied: list[tuple[Tensor, Tensor, Tensor | None]] = []  # (weight, its bf16 values, its gradient)
         for state in optimizer.state.values():  # some optimizers create it before the first step
-            state.update({name: _float32(value) for name, value in state.items()})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
+                    state[name] = value.float()
         optimizer.register_step_pre_hook(self._copy_stepped)
         optimizer.register_step_post_hook(self._round_back)
         # An optimizer casts a loaded state to the dtype of its weights.
@@ -89,7 +91,3 @@ class StochasticRounding:
             weight.grad = None
             weight.data, weight.grad = bf16, gradient
         self._copied.clear()
-
-
-def _float32(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value

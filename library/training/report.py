@@ -60,10 +60,6 @@ class Report:
         self._bar.close()
         seconds = time.time() - progress.started
         steps = progress.step - self._run.start.step
-        LOGGER.info("%d steps in %s, %.2f steps/s", steps, _clock(seconds), steps / max(seconds, 1e-9))
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+        hours, rest = divmod(int(seconds), 3600)
+        clock = f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+        LOGGER.info("%d steps in %s, %.2f steps/s", steps, clock, steps / max(seconds, 1e-9))

@@ -54,10 +54,23 @@ def settings_of(optimizer: torch.optim.Optimizer, opts: Options, run_plan: RunPl
     """The settings of a run. Call it when optimizer and schedule are built and nothing is loaded or trained yet."""
     options = opts.optimizer
     by_default = "learning_rate" not in opts.explicit
-    groups = [_settings(group) for group in optimizer.param_groups]
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        values = {name: _plain(value) for name, value in group.items() if name not in _NOT_SETTINGS}
+        simple = {name: value for name, value in values.items() if isinstance(value, str | int | float | list | None)}
+        rate = _plain(group.get("initial_lr", group.get("lr")))
+        groups.append({"name": group.get("name", ""), "lr": rate, **simple})
     given = [not (by_default and group["lr"] == options.learning_rate) for group in groups]
     schedule = _schedule_of(options, run_plan.total_steps)
-    return RunSettings(class_name(type(optimizer)), groups, schedule, _data_of(data, run_plan), given)
+    files = sorted(f"{one.path.name}/{one.size}/{one.bucket}/{one.repeats}" for one in data.all_records)
+    digest = hashlib.sha256(b"".join(file.encode("utf-8", "surrogatepass") + b"\n" for file in files))
+    counts = {
+        "images": data.num_train_images,
+        "reg_images": data.num_reg_images,
+        "batches_per_epoch": run_plan.batches_per_epoch,
+        "files": digest.hexdigest(),
+    }
+    return RunSettings(class_name(type(optimizer)), groups, schedule, counts, given)
 
 
 def class_name(cls: type) -> str:
@@ -77,12 +90,6 @@ def require_optimizer(folder: Path, settings: Mapping[str, Any], cls: type) -> N
 def _short(name: str) -> tuple[str, str]:
     """Package and class: modules inside a package may move from version to version."""
     return name.partition(".")[0], name.rpartition(".")[2]
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    values = {name: _plain(value) for name, value in group.items() if name not in _NOT_SETTINGS}
-    simple = {name: value for name, value in values.items() if isinstance(value, str | int | float | list | None)}
-    return {"name": group.get("name", ""), "lr": _plain(group.get("initial_lr", group.get("lr"))), **simple}
 
 
 def _plain(value: Any) -> Any:
@@ -113,20 +120,6 @@ def _schedule_of(options: OptimizerOptions, total_steps: int) -> dict[str, Any]:
         if name.startswith(_OVER_THE_RUN):
             values["steps"] = total_steps
     return values | {f"lr_scheduler_args {name}": _plain(value) for name, value in schedule_args(options).items()}
-
-
-def _data_of(data: TrainingData, run_plan: RunPlan) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for line in sorted(
-        f"{record.path.name}/{record.size}/{record.bucket}/{record.repeats}" for record in data.all_records
-    ):
-        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
-    return {
-        "images": data.num_train_images,
-        "reg_images": data.num_reg_images,
-        "batches_per_epoch": run_plan.batches_per_epoch,
-        "files": digest.hexdigest(),
-    }
 
 
 # ---- what differs

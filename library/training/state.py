@@ -101,8 +101,20 @@ def load_state(folder: Path, parts: StateParts, *, settings: RunSettings | None 
         tensors = load_file(folder / MODEL)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--resume: {folder / MODEL} cannot be read ({error}); choose an earlier state") from None
-    shard_like, shard_optimizer_state = _shard_functions() if sharded else (_first, _first)
-    _fill(parts.trained, tensors, folder, shard_like)
+    shard_like, shard_optimizer_state = _first, _first
+    if sharded:
+        from library.training import sharding
+
+        shard_like, shard_optimizer_state = sharding.shard_like, sharding.shard_optimizer_state
+    wanted = {name: tuple(tensor.shape) for name, tensor in parts.trained.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != found:
+        different = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise UserError(
+            f"--resume: {folder} is the state of another network or model: {len(different)} of {len(wanted)} tensors "
+            f"are missing or of another shape, the first is {different[0]}; give the options of the run that saved it"
+        )
+    parts.trained.load_state_dict(shard_like(tensors, parts.trained.state_dict()))
     _load_optimizer(folder, parts, settings, shard_optimizer_state)
     if parts.scaler is not None and (folder / SCALER).is_file():
         _load(parts.scaler, folder / SCALER, "--mixed_precision")
@@ -175,26 +187,8 @@ def _unchanged(value: Any) -> Any:
     return value
 
 
-def _shard_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    from library.training.sharding import shard_like, shard_optimizer_state
-
-    return shard_like, shard_optimizer_state
-
-
 def _first(value: Any, _: Any) -> Any:
     return value
-
-
-def _fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path, shard_like: Callable[..., Any]) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if wanted != found:
-        different = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise UserError(
-            f"--resume: {folder} is the state of another network or model: {len(different)} of {len(wanted)} tensors "
-            f"are missing or of another shape, the first is {different[0]}; give the options of the run that saved it"
-        )
-    module.load_state_dict(shard_like(tensors, module.state_dict()))
 
 
 def _load(part: Any, file: Path, options: str, prepare: Callable[[Any], Any] = _unchanged) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +147,18 @@ def parts_by_block(weights: Sequence[Tensor], blocks: Sequence[nn.Module]) -> li
 
 def step_chunked(optimizer: torch.optim.Optimizer, most: int = _CHUNK) -> None:
     """``optimizer.step()`` over at most `most` elements at a time, or one weight where that is larger."""
-    for part in list(_chunks(optimizer.param_groups, most)):
+    parts: list[dict[int, list[Tensor]]] = [{}]
+    size = 0
+    for number, group in enumerate(optimizer.param_groups):
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            if parts[-1] and size + weight.numel() > most:
+                parts.append({})
+                size = 0
+            parts[-1].setdefault(number, []).append(weight)
+            size += weight.numel()
+    for part in filter(None, parts):
         step_subset(optimizer, part)
 
 
@@ -159,19 +170,3 @@ def step_subset(optimizer: torch.optim.Optimizer, chosen: Mapping[int, Sequence[
         optimizer.step()
     finally:
         optimizer.param_groups = groups
-
-
-def _chunks(groups: Sequence[Mapping[str, Any]], most: int) -> Iterator[dict[int, list[Tensor]]]:
-    part: dict[int, list[Tensor]] = {}
-    size = 0
-    for number, group in enumerate(groups):
-        for weight in group["params"]:
-            if weight.grad is None:
-                continue
-            if part and size + weight.numel() > most:
-                yield part
-                part, size = {}, 0
-            part.setdefault(number, []).append(weight)
-            size += weight.numel()
-    if part:
-        yield part

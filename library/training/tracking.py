@@ -10,8 +10,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -186,8 +185,14 @@ class WeightsAndBiases:
         chosen["settings"] = {**limits, **chosen.get("settings", {})}
         if options.log_config:
             chosen["config"] = {**loggable(opts), **chosen.get("config", {})}
-        with _command_line_without(secrets(opts).values()):
+        before, shown = sys.argv, list(sys.argv)
+        for value in secrets(opts).values():
+            shown = [argument.replace(value, "***") for argument in shown]
+        sys.argv = shown  # wandb stores it
+        try:
             self._run = wandb.init(**chosen)
+        finally:
+            sys.argv = before
         self._run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -210,19 +215,6 @@ def loggable(opts: Options) -> dict[str, Any]:
         for name, value in opts.flat().items()
         if value is not None and name not in hidden and not name.endswith("_dir") and not holds_absolute_path(value)
     }
-
-
-@contextmanager
-def _command_line_without(values: Iterable[str]) -> Iterator[None]:
-    """wandb stores sys.argv; within the block there are stars in it where a secret is."""
-    before, hidden = sys.argv, list(sys.argv)
-    for value in values:
-        hidden = [argument.replace(value, "***") for argument in hidden]
-    sys.argv = hidden
-    try:
-        yield
-    finally:
-        sys.argv = before
 
 
 def _reason(error: Exception) -> str:

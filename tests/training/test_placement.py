@@ -97,10 +97,20 @@ def test_text_outputs_of_quantised_encoders_are_reported_from_exact_ones(unet_on
     made_by = {}
     method = SimpleNamespace(text_fingerprint=dict, live_text_encoders=list)
     for form in (None, "fp8", "int8", "nf4"):
-        prepared = encoding.text_cache(opts.replaced(quantize_base=form), family, method, models, None).args
-        made_by[form] = next(one for one in prepared if isinstance(one, dict))["te"]
+        made_by[form] = encoding.text_made_by(opts.replaced(quantize_base=form), family, method, models)["te"]
     assert made_by["fp8"] == made_by[None] == weights_fingerprint(models.text_encoders["te"])
     assert len(set(made_by.values())) == (1 if unet_only else 3)
+
+
+def test_text_outputs_of_changed_encoders_are_of_no_use_to_runs_without_the_change():
+    models, opts = tiny_sd(), options(cache_text_encoder_outputs=True)
+    family = SimpleNamespace(text=SimpleNamespace(layout=lambda models: SimpleNamespace(settings={"length": 75})))
+    plain, changed = (
+        encoding.text_made_by(opts, family, SimpleNamespace(text_fingerprint=lambda change=change: change), models)
+        for change in ({}, {"te": "network 1a2b"})
+    )
+    assert changed == {"te": f"{plain['te']} with network 1a2b", "length": "75"}
+    assert not plain.items() <= changed.items()
 
 
 def test_a_part_that_is_trained_is_not_quantised():

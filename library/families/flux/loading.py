@@ -251,33 +251,26 @@ def load_encoder(source: Source, part: str, *, mapped: bool = True) -> nn.Module
 def _load_encoder(origin: Path, part: str, *, mapped: bool, is_model: bool = False) -> nn.Module:
     """`is_model`: the file is the one that the denoiser is in."""
     if origin.is_dir():
-        return _encoder_from_folder(origin, part)
+        from transformers import CLIPTextModel
+
+        dtype = folder_dtype(origin / FOLDERS[part])
+        if part == "te3":
+            return t5_from_folder(origin, FOLDERS[part], dtype)
+        return from_pretrained(CLIPTextModel, str(origin), FOLDERS[part], dtype)
     with error_prefix(origin):
         weights = open_model(origin, mapped=mapped)
         prefix = encoder_prefix(weights, part, inside=is_model)
         if prefix is None:
             problem = encoder_problem(weights, part)
             raise UserError(f"holds no {TITLES[part]}; give its file with --{FLAGS[part]}" if is_model else problem)
-        return _encoder_from_file(_Inside(weights, prefix), part)
-
-
-def _encoder_from_file(weights: _Inside, part: str) -> nn.Module:
-    reader = Reader(weights, None)
-    if part == "te3":
-        return build_t5(reader.take(t5_keys(weights)), "T5")
-    names = [key for key in weights if public_name(key).startswith("text_model.") and not key.endswith("position_ids")]
-    tensors = {public_name(key): tensor for key, tensor in reader.take(names).items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return build_clip(tensors, clip_config(shapes, hidden_act="quick_gelu", pad_id=49407), "CLIP-L")
-
-
-def _encoder_from_folder(folder: Path, part: str) -> nn.Module:
-    from transformers import CLIPTextModel
-
-    dtype = folder_dtype(folder / FOLDERS[part])
-    if part == "te3":
-        return t5_from_folder(folder, FOLDERS[part], dtype)
-    return from_pretrained(CLIPTextModel, str(folder), FOLDERS[part], dtype)
+        inside = _Inside(weights, prefix)
+        reader = Reader(inside, None)
+        if part == "te3":
+            return build_t5(reader.take(t5_keys(inside)), "T5")
+        names = [k for k in inside if public_name(k).startswith("text_model.") and not k.endswith("position_ids")]
+        tensors = {public_name(key): tensor for key, tensor in reader.take(names).items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return build_clip(tensors, clip_config(shapes, hidden_act="quick_gelu", pad_id=49407), "CLIP-L")
 
 
 def load_vae_alone(opts: Options) -> nn.Module:

@@ -22,7 +22,6 @@ from library.text.tokenizers import save_clip_tokenizer
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import SchedulerMixin
     from torch import nn
 
     from library.types import Models
@@ -69,7 +68,12 @@ def _fill_folder(models: Models, folder: Path, safe: bool) -> None:
     Args:
         safe: .safetensors weights, else .bin.
     """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
     source: Source = models.source
+    dev = source.variant == "dev"
+    published = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+    published |= {"shift": 3.0 if dev else 1.0, "use_dynamic_shifting": dev}
     parts: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
     models.denoiser.save_pretrained(folder / "transformer", safe_serialization=safe)
     vae = models.vae if models.vae is not None else load_ae(source)
@@ -78,7 +82,9 @@ def _fill_folder(models: Models, folder: Path, safe: bool) -> None:
     save_t5(_encoder(models, "te3"), folder / FOLDERS["te3"], safe=safe)
     save_clip_tokenizer(models.tokenizers["te1"], folder / TOKENIZERS["te1"])
     models.tokenizers["te3"].save_pretrained(folder / TOKENIZERS["te3"])
-    scheduler = save_scheduler(source.folder or "", folder / "scheduler", lambda: _scheduler(source.variant))
+    scheduler = save_scheduler(
+        source.folder or "", folder / "scheduler", lambda: FlowMatchEulerDiscreteScheduler(**published)
+    )
     parts["transformer"] = ("diffusers", "FluxTransformer2DModel")
     parts["vae"] = ("diffusers", "AutoencoderKL")
     parts[FOLDERS["te1"]] = ("transformers", "CLIPTextModel")
@@ -91,18 +97,3 @@ def _fill_folder(models: Models, folder: Path, safe: bool) -> None:
 
 def _encoder(models: Models, part: str) -> nn.Module:
     return models.text_encoders[part] if part in models.text_encoders else load_encoder(models.source, part)
-
-
-def _scheduler(variant: str) -> SchedulerMixin:
-    """The scheduler of the published models."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    dev = variant == "dev"
-    return FlowMatchEulerDiscreteScheduler(
-        shift=3.0 if dev else 1.0,
-        use_dynamic_shifting=dev,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-    )

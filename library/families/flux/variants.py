@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,27 +97,26 @@ def check_text_paths(opts: Options) -> list[str]:
 
 def _text_problems(opts: Options) -> list[str]:
     """Problems with the paths of model and text encoders that are named."""
+
+    def of_model(path: Path) -> str | None:
+        if path.is_dir():
+            return folder_problem(path)
+        shapes = file_shapes(path)
+        if shapes is None:
+            return None
+        return mismatch(shapes) or channels_problem(flux_shape(shapes).in_channels)
+
+    def of_encoder(path: Path, part: str) -> str | None:
+        shapes = file_shapes(path)
+        return None if shapes is None else encoder_problem(shapes, part)
+
     name = opts.model.pretrained_model_name_or_path
-    problems = [path_problem("--pretrained_model_name_or_path", name, _model_problem)] if name else []
+    problems = [path_problem("--pretrained_model_name_or_path", name, of_model)] if name else []
     for part, option in FLAGS.items():
         file = getattr(opts.family, option)
         if file:
-            problems.append(path_problem(f"--{option}", file, lambda path, part=part: _encoder_problem(path, part)))
+            problems.append(path_problem(f"--{option}", file, partial(of_encoder, part=part)))
     return [problem for problem in problems if problem]
-
-
-def _model_problem(path: Path) -> str | None:
-    if path.is_dir():
-        return folder_problem(path)
-    shapes = file_shapes(path)
-    if shapes is None:
-        return None
-    return mismatch(shapes) or channels_problem(flux_shape(shapes).in_channels)
-
-
-def _encoder_problem(path: Path, part: str) -> str | None:
-    shapes = file_shapes(path)
-    return None if shapes is None else encoder_problem(shapes, part)
 
 
 def _ae_problem(path: Path) -> str | None:

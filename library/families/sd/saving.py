@@ -25,7 +25,6 @@ from library.text.tokenizers import save_clip_tokenizer
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import SchedulerMixin
     from torch import nn
 
     from library.families.shared.writing import FileTensors
@@ -99,11 +98,16 @@ def _fill_folder(models: Models, vae: nn.Module, v_prediction: bool, folder: Pat
         v_prediction: for the scheduler, unless the source is a folder with a scheduler of its own.
         safe: .safetensors weights, else .bin.
     """
+    from diffusers import DDIMScheduler
+
+    published = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    published |= {"clip_sample": False, "set_alpha_to_one": False}
+    published |= {"prediction_type": "v_prediction" if v_prediction else "epsilon"}
     models.denoiser.save_pretrained(folder / "unet", safe_serialization=safe)
     vae.save_pretrained(folder / "vae", safe_serialization=safe)
     save_clip(models.text_encoders["te"], folder / "text_encoder", safe=safe)
     save_clip_tokenizer(models.tokenizers["te"], folder / "tokenizer")
-    scheduler = save_scheduler(models.source.name, folder / "scheduler", lambda: _ddim(v_prediction))
+    scheduler = save_scheduler(models.source.name, folder / "scheduler", lambda: DDIMScheduler(**published))
     parts = {
         "feature_extractor": None,
         "image_encoder": None,
@@ -116,17 +120,3 @@ def _fill_folder(models: Models, vae: nn.Module, v_prediction: bool, folder: Pat
         "vae": ("diffusers", "AutoencoderKL"),
     }
     write_model_index(folder, "StableDiffusionPipeline", parts)
-
-
-def _ddim(v_prediction: bool) -> SchedulerMixin:
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="v_prediction" if v_prediction else "epsilon",
-    )

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from library.families.sd3.options import Sd3Options
-    from library.families.shared.reading import TensorSpec, Weights
+    from library.families.shared.reading import TensorSpec
     from library.options.base import Options
 
 SCALING_FACTOR, SHIFT_FACTOR = 1.5305, 0.0609
@@ -132,18 +132,33 @@ def load_text_encoders(name: str | None, encoder_files: Mapping[str, str], *, ma
 
 
 def _load(name: str, encoder_files: Mapping[str, str], skip: Collection[str], mapped: bool) -> Parts:
-    """`skip`: parts that are not read, of "denoiser", which is a meta model then, and "vae"."""
+    """`skip`: parts that are not read, of "denoiser", which is a meta model then, and "vae".
+
+    Raises: UserError: as `load_model`; encoders of other widths than the denoiser asks for.
+    """
     skip = frozenset(encoder_files) | frozenset(skip)
     parts = _load_file(name, skip, mapped=mapped) if Path(name).is_file() else _load_folder(name, skip)
     for part, file in encoder_files.items():
         parts.text_encoders[part], tensor_specs = load_encoder(file, part, mapped=mapped)
         source = _with_specs(parts.source, ENCODERS[part], tensor_specs, FOLDERS[part])
         parts.source = replace(source, encoder_names=source.encoder_names | {part: file})
-    _check_widths(parts)
-    if "te1" in parts.text_encoders:
-        config = parts.text_encoders["te1"].config
+    encoders = parts.text_encoders = {part: parts.text_encoders[part] for part in TITLES if part in parts.text_encoders}
+    wanted = parts.denoiser.config
+    if "te1" in encoders and "te2" in encoders:
+        pooled = encoders["te1"].config.projection_dim + encoders["te2"].config.projection_dim
+        if pooled != wanted.pooled_projection_dim:
+            raise UserError(
+                f"CLIP-L and CLIP-G give pooled vectors of width {pooled} together, the model needs "
+                f"{wanted.pooled_projection_dim}; give the text encoders that belong to it"
+            )
+    if "te3" in encoders and encoders["te3"].config.d_model != wanted.joint_attention_dim:
+        raise UserError(
+            f"T5 gives states of width {encoders['te3'].config.d_model}, the model needs "
+            f"{wanted.joint_attention_dim}; give the T5 that belongs to it"
+        )
+    if "te1" in encoders:
+        config = encoders["te1"].config
         parts.source = replace(parts.source, clip_l=(config.hidden_size, config.projection_dim))
-    parts.text_encoders = {part: parts.text_encoders[part] for part in TITLES if part in parts.text_encoders}
     return parts
 
 
@@ -191,23 +206,6 @@ def _with_specs(source: Source, prefix: str, tensor_specs: Mapping[str, TensorSp
     return replace(source, tensor_specs=kept | dict(tensor_specs), part_dtypes=dtypes)
 
 
-def _check_widths(parts: Parts) -> None:
-    """Raises: UserError: encoders of other widths than the denoiser asks for."""
-    config, encoders = parts.denoiser.config, parts.text_encoders
-    if "te1" in encoders and "te2" in encoders:
-        pooled = encoders["te1"].config.projection_dim + encoders["te2"].config.projection_dim
-        if pooled != config.pooled_projection_dim:
-            raise UserError(
-                f"CLIP-L and CLIP-G give pooled vectors of width {pooled} together, the model needs "
-                f"{config.pooled_projection_dim}; give the text encoders that belong to it"
-            )
-    if "te3" in encoders and encoders["te3"].config.d_model != config.joint_attention_dim:
-        raise UserError(
-            f"T5 gives states of width {encoders['te3'].config.d_model}, the model needs "
-            f"{config.joint_attention_dim}; give the T5 that belongs to it"
-        )
-
-
 # --- single files -----------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +225,9 @@ def _load_file(name: str, skip: frozenset[str], *, mapped: bool) -> Parts:
         if "denoiser" in skip:
             denoiser = meta_model(make)
         else:
-            tensors = mmdit_map(shape.depth, prefix).to_model(reader.take(_mmdit_keys(weights, prefix)))
+            others = () if prefix else (VAE, *ENCODERS.values())
+            keys = [key for key in weights if key.startswith(prefix) and not key.startswith(others)]
+            tensors = mmdit_map(shape.depth, prefix).to_model(reader.take(keys))
             denoiser = build(make, tensors, "the denoiser")
         inside = {part for part in ENCODERS if encoder_prefix(weights, part, inside=True) is not None}
         encoders = {
@@ -253,30 +253,16 @@ def _load_file(name: str, skip: frozenset[str], *, mapped: bool) -> Parts:
     return Parts(denoiser, encoders, vae, source)
 
 
-def _mmdit_keys(weights: Weights, prefix: str) -> list[str]:
-    others = () if prefix else (VAE, *ENCODERS.values())
-    return [key for key in weights if key.startswith(prefix) and not key.startswith(others)]
-
-
 def _encoder_from_file(reader: Reader, part: str, prefix: str) -> nn.Module:
+    import torch
+
     names = [key.removeprefix(prefix) for key in reader.weights if key.startswith(prefix)]
     if part == "te3":
         return build_t5(_taken(reader, prefix, t5_keys(names)), "T5")
     used = [name for name in names if name.startswith("text_model.") and not name.endswith("position_ids")]
     tensors = _taken(reader, prefix, [*used, PROJECTION] if PROJECTION in names else used)
-    return _build_clip(tensors, part)
-
-
-def _taken(reader: Reader, prefix: str, names: list[str]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): tensor for key, tensor in reader.take(prefix + name for name in names).items()}
-
-
-def _build_clip(tensors: dict[str, Tensor], part: str) -> nn.Module:
-    """CLIP with its projection. Files of CLIP-L often lack it: what is pooled is then taken as it is."""
-    import torch
-
     is_l = part == "te1"
-    if PROJECTION not in tensors:
+    if PROJECTION not in tensors:  # files of CLIP-L often lack it: what is pooled is then taken as it is
         if not is_l:
             raise UserError(f"{TITLES[part]} lacks the tensor {PROJECTION}")
         like = tensors["text_model.final_layer_norm.weight"]
@@ -284,6 +270,10 @@ def _build_clip(tensors: dict[str, Tensor], part: str) -> nn.Module:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     config = clip_config(shapes, hidden_act="quick_gelu" if is_l else "gelu", pad_id=49407 if is_l else 0)
     return build_clip(tensors, config, TITLES[part])
+
+
+def _taken(reader: Reader, prefix: str, names: list[str]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in reader.take(prefix + name for name in names).items()}
 
 
 # --- Diffusers folders and the hub ------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from library.text.tokenizers import save_clip_tokenizer
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from library.families.shared.writing import FileTensors
     from library.types import Models
@@ -100,31 +100,22 @@ def _encoder_tensors(
     encoder: nn.Module, part: str, source: Source, prefix: str, dtype: torch.dtype | None
 ) -> FileTensors:
     """A text encoder under `prefix`, as far as its source had the names."""
-    state = _encoder_state(encoder, part, source)
-    keys = KeyMap(Each(prefix, "", Rename("{rest}", "{rest}"))) if prefix else KeyMap(Rename("{rest}", "{rest}"))
     inside = ENCODERS[part]
-    tensor_specs = {
-        prefix + key.removeprefix(inside): f for key, f in source.tensor_specs.items() if key.startswith(inside)
-    }
-    return deferred_part(
-        keys, state, tensor_specs=tensor_specs, folder_dtype=source.part_dtypes.get(FOLDERS[part]), dtype=dtype
-    )
-
-
-def _encoder_state(encoder: nn.Module, part: str, source: Source) -> dict[str, Tensor]:
-    inside = ENCODERS[part]
-    had = {key.removeprefix(inside) for key in source.tensor_specs if key.startswith(inside)}
+    had = {key.removeprefix(inside): spec for key, spec in source.tensor_specs.items() if key.startswith(inside)}
     if part == "te3":
         state = t5_state(encoder)
         if COPY in had:  # files may have the embedding under either name, or under both
             state[COPY] = state[EMBEDDING]
             if EMBEDDING not in had:
                 del state[EMBEDDING]
-        return state
-    state = public_state(encoder)
-    if had and PROJECTION not in had:
-        del state[PROJECTION]  # it was made when the file was read, and does nothing
-    return state
+    else:
+        state = public_state(encoder)
+        if had and PROJECTION not in had:
+            del state[PROJECTION]  # it was made when the file was read, and does nothing
+    keys = KeyMap(Each(prefix, "", Rename("{rest}", "{rest}"))) if prefix else KeyMap(Rename("{rest}", "{rest}"))
+    tensor_specs = {prefix + name: spec for name, spec in had.items()}
+    folder_dtype = source.part_dtypes.get(FOLDERS[part])
+    return deferred_part(keys, state, tensor_specs=tensor_specs, folder_dtype=folder_dtype, dtype=dtype)
 
 
 def encoder_path(path: Path, part: str) -> Path:
@@ -179,7 +170,9 @@ def _fill_folder(models: Models, folder: Path, safe: bool) -> None:
         parts[place] = parts[TOKENIZERS[part]] = None
         if part not in source.encoder_names:
             continue
-        encoder, tokenizer = _encoder(models, part), models.tokenizers[part]
+        encoder, tokenizer = models.text_encoders.get(part), models.tokenizers[part]
+        if encoder is None:
+            encoder, _ = load_encoder(source.encoder_names[part], part)
         if part == "te3":
             save_t5(encoder, folder / place, safe=safe)
             tokenizer.save_pretrained(folder / TOKENIZERS[part])
@@ -193,9 +186,3 @@ def _fill_folder(models: Models, folder: Path, safe: bool) -> None:
     )
     parts["scheduler"] = ("diffusers", name)
     write_model_index(folder, "StableDiffusion3Pipeline", parts)
-
-
-def _encoder(models: Models, part: str) -> nn.Module:
-    if part in models.text_encoders:
-        return models.text_encoders[part]
-    return load_encoder(models.source.encoder_names[part], part)[0]

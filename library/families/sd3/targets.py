@@ -40,31 +40,26 @@ def mmdit_targets(denoiser: nn.Module) -> list[LoraTarget]:
     keys = mmdit_map(denoiser.config.num_layers, prefix="")
     layers = [name for name, module in denoiser.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     groups = keys.groups(layers)
-    in_blocks = sorted((name for name in groups if BLOCK.fullmatch(name)), key=_place)
+    matches = sorted(
+        filter(None, map(BLOCK.fullmatch, groups)),
+        key=lambda match: (int(match[1]), SIDES.index(match[2]), LAYERS.index(match[3])),
+    )
+    in_blocks = [match[0] for match in matches]
     outside = sorted((name for name in groups if not BLOCK.fullmatch(name)), key=EMBEDDINGS.index)
     targets = []
     for name in (*in_blocks, *outside):
         entry = keys.by_file(f"{name}.weight")
         assert entry is not None
+        # The classes that contain a layer in the code of the model's authors.
+        classes = ((".".join(name.split(".")[:3]), "SingleDiTBlock"),) if name in in_blocks else ()
         targets.append(
             LoraTarget(
                 lora_key("unet", name),
                 "denoiser",
                 groups[name],
                 swap_halves=isinstance(entry.rule, SwapHalves),
-                optional=not BLOCK.fullmatch(name),
-                place=FilePlace(name, _classes(name)),
+                optional=name in outside,
+                place=FilePlace(name, classes),
             )
         )
     return targets
-
-
-def _classes(name: str) -> tuple[tuple[str, str], ...]:
-    """The classes that contain a layer in the code of the model's authors."""
-    return ((".".join(name.split(".")[:3]), "SingleDiTBlock"),) if BLOCK.fullmatch(name) else ()
-
-
-def _place(name: str) -> tuple[int, int, int]:
-    match = BLOCK.fullmatch(name)
-    assert match is not None
-    return int(match[1]), SIDES.index(match[2]), LAYERS.index(match[3])

@@ -10,7 +10,7 @@ from library.families.shared.clip_tokenizer import PAD_ZERO, find_clip_tokenizer
 from library.text.t5_tokenizer import t5_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    pass
 
 IDS = {"te1": "openai/clip-vit-large-patch14", "te2": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"}
 
@@ -25,14 +25,13 @@ def load_tokenizers(parts: Iterable[str], folder: str | None = None, cache_dir: 
         cache_dir: --tokenizer_cache_dir; a folder in it that is missing is given what was found.
     Raises: UserError: one that exists but cannot be read.
     """
-    return {
-        part: t5_tokenizer(folder, TOKENIZERS[part], cache_dir) if part == "te3" else _clip(part, folder, cache_dir)
-        for part in parts
-    }
-
-
-def _clip(part: str, folder: str | None, cache_dir: str | None) -> CLIPTokenizer:
-    tokenizer = find_clip_tokenizer(IDS[part], model=folder, subfolder=TOKENIZERS[part], cache_dir=cache_dir)
-    if part == "te2":
-        tokenizer.pad_token = PAD_ZERO  # the published one pads with EOS
-    return tokenizer
+    found: dict[str, Any] = {}
+    for part in parts:
+        place = TOKENIZERS[part]
+        if part == "te3":
+            found[part] = t5_tokenizer(folder, place, cache_dir)
+            continue
+        found[part] = find_clip_tokenizer(IDS[part], model=folder, subfolder=place, cache_dir=cache_dir)
+        if part == "te2":
+            found[part].pad_token = PAD_ZERO  # the published one pads with EOS
+    return found

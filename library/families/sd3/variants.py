@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,23 @@ def check_paths(opts: Options) -> list[str]:
     if not opts.model.pretrained_model_name_or_path:
         return [_NO_MODEL]
     vae = opts.model.vae and path_problem("--vae", opts.model.vae, lambda path: vae_problem(path, (SD3,)))
-    return [problem for problem in (*_text_problems(opts), vae) if problem] or _missing_parts(opts)
+    problems = [problem for problem in (*_text_problems(opts), vae) if problem]
+    parts = None if problems else _parts_of(opts)
+    if parts is None:
+        return problems
+    if "vae" not in parts:
+        path = opts.model.pretrained_model_name_or_path
+        problems.append(f"--vae: missing, and {path} brings no VAE of its own")
+    if not opts.text_cache.cache_text_encoder_outputs_to_disk:  # all captions' outputs may lie beside the images
+        problems += missing_encoders(opts)
+    asked = {"train_t5xxl": opts.method.train_t5xxl}
+    if opts.method.trains_model:  # a network has no use for it, and says so
+        asked["save_t5xxl"] = opts.family.save_t5xxl
+    if "te3" not in parts:
+        problems += [
+            f"--{name}: the model brings no T5; give its file with --t5xxl" for name, given in asked.items() if given
+        ]
+    return problems
 
 
 def check_text_paths(opts: Options) -> list[str]:
@@ -86,49 +103,26 @@ def check_text_paths(opts: Options) -> list[str]:
 
 def _text_problems(opts: Options) -> list[str]:
     """Problems with the paths of model and text encoders that are named."""
+
+    def of_model(path: Path) -> str | None:
+        if path.is_dir():
+            return folder_problem(path)
+        kind = recognise_file(path)
+        return None if kind is None else mismatch(kind)
+
+    def of_encoder(path: Path, part: str) -> str | None:
+        if path.is_dir():
+            return "is a folder; the encoder's file is needed here"
+        shapes = file_shapes(path)
+        return None if shapes is None else encoder_problem(shapes, part)
+
     name = opts.model.pretrained_model_name_or_path
-    problems = [path_problem("--pretrained_model_name_or_path", name, _model_problem)] if name else []
+    problems = [path_problem("--pretrained_model_name_or_path", name, of_model)] if name else []
     for part, option in FLAGS.items():
         file = getattr(opts.family, option)
         if file:
-            problems.append(
-                path_problem(f"--{option}", file, lambda path, part=part: _encoder_file_problem(path, part))
-            )
+            problems.append(path_problem(f"--{option}", file, partial(of_encoder, part=part)))
     return [problem for problem in problems if problem]
-
-
-def _model_problem(path: Path) -> str | None:
-    if path.is_dir():
-        return folder_problem(path)
-    kind = recognise_file(path)
-    return None if kind is None else mismatch(kind)
-
-
-def _encoder_file_problem(path: Path, part: str) -> str | None:
-    if path.is_dir():
-        return "is a folder; the encoder's file is needed here"
-    shapes = file_shapes(path)
-    return None if shapes is None else encoder_problem(shapes, part)
-
-
-def _missing_parts(opts: Options) -> list[str]:
-    """A line for each part that training needs and neither the model nor an option gives."""
-    parts = _parts_of(opts)
-    if parts is None:
-        return []
-    cached = opts.text_cache.cache_text_encoder_outputs_to_disk
-    path = opts.model.pretrained_model_name_or_path
-    problems = [] if "vae" in parts else [f"--vae: missing, and {path} brings no VAE of its own"]
-    if not cached:  # all captions' outputs may lie beside the images already
-        problems += missing_encoders(opts)
-    asked = {"train_t5xxl": opts.method.train_t5xxl}
-    if opts.method.trains_model:  # a network has no use for it, and says so
-        asked["save_t5xxl"] = opts.family.save_t5xxl
-    if "te3" not in parts:
-        problems += [
-            f"--{name}: the model brings no T5; give its file with --t5xxl" for name, given in asked.items() if given
-        ]
-    return problems
 
 
 def missing_encoders(opts: Options) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,11 +93,19 @@ def load_vae_alone(opts: Options) -> nn.Module:
 
 def _load_file(name: str, *, mapped: bool, with_vae: bool) -> Parts:
     """`with_vae`: False leaves the file's VAE unread, whatever it is."""
+    from diffusers import UNet2DConditionModel
+
     vae, vae_specs = None, {}
     with error_prefix(name):
         weights = _open_file(Path(name), mapped)
         reader = Reader(weights, None)
-        denoiser = _unet_from_file(reader)
+        shape = unet_shape(weights.shapes)
+        if shape.added is None:
+            raise UserError(f"the U-Net lacks the tensor {UNET}label_emb.0.0.weight of the size conditioning")
+        keys = unet_map(shape.layers, shape.attention, added=True)
+        make = partial(UNet2DConditionModel, **shape.diffusers_config(sample_size=SAMPLE_SIZE))
+        unet_keys = [key for key in weights if key.startswith(UNET)]
+        denoiser = build(make, keys.to_model(reader.take(unet_keys)), "the U-Net")
         text_encoders = _text_encoders(reader)
         if with_vae:
             vae, vae_specs = reading.vae_of_model_file(weights, SCALING_FACTOR)
@@ -120,18 +129,6 @@ def _open_file(path: Path, mapped: bool) -> Weights:
     if problem:
         raise UserError(problem)
     return weights
-
-
-def _unet_from_file(reader: Reader) -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    shape = unet_shape(reader.weights.shapes)
-    if shape.added is None:
-        raise UserError(f"the U-Net lacks the tensor {UNET}label_emb.0.0.weight of the size conditioning")
-    keys = unet_map(shape.layers, shape.attention, added=True)
-    tensors = keys.to_model(reader.take([key for key in reader.weights if key.startswith(UNET)]))
-    config = shape.diffusers_config(sample_size=SAMPLE_SIZE)
-    return build(lambda: UNet2DConditionModel(**config), tensors, "the U-Net")
 
 
 def _text_encoders(reader: Reader) -> dict[str, nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,6 @@ from library.text.tokenizers import save_clip_tokenizer
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import SchedulerMixin
     from torch import nn
 
     from library.families.shared.writing import FileTensors
@@ -57,17 +56,20 @@ def save_model(
             None: the file keeps the markers of its source.
     Raises: UserError: an unknown format. OSError: it cannot be written.
     """
+    import torch
+
     source: Source = models.source
     vae = models.vae if models.vae is not None else load_vae(source.vae_name)[0]
     facts = {V_PRED: v_prediction, ZTSNR: zero_terminal_snr}
-    markers = [marker for marker, is_true in facts.items() if is_true]
+    # Empty tensors, by whose names user interfaces know how to sample the model.
+    markers = {marker: torch.zeros(0) for marker, is_true in facts.items() if is_true}
     write_model(
         path,
         source,
         save_as=save_as,
         dtype=dtype,
         metadata=metadata,
-        tensors=lambda: file_tensors(models, vae, dtype) | _markers(markers),
+        tensors=lambda: file_tensors(models, vae, dtype) | markers,
         fill=partial(_fill_folder, models, vae, bool(v_prediction), bool(zero_terminal_snr)),
         copied=without_markers(source.preserved, facts),
     )
@@ -90,24 +92,24 @@ def file_tensors(models: Models, vae: nn.Module, dtype: torch.dtype | None) -> F
     return tensors
 
 
-def _markers(names: Iterable[str]) -> FileTensors:
-    """Empty tensors, by whose names user interfaces know how to sample the model."""
-    import torch
-
-    return {name: torch.zeros(0) for name in names}
-
-
 def _fill_folder(
     models: Models, vae: nn.Module, v_prediction: bool, zero_terminal_snr: bool, folder: Path, safe: bool
 ) -> None:
     """Writes what StableDiffusionXLPipeline.from_pretrained loads."""
+    from diffusers import EulerDiscreteScheduler
+
+    published = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    published |= {"prediction_type": "v_prediction" if v_prediction else "epsilon"}
+    published |= {"timestep_spacing": "leading", "rescale_betas_zero_snr": zero_terminal_snr}
+    if zero_terminal_snr:
+        published["timestep_spacing"] = "trailing"  # only this one begins in pure noise
     source: Source = models.source
     models.denoiser.save_pretrained(folder / "unet", safe_serialization=safe)
     vae.save_pretrained(folder / "vae", safe_serialization=safe)
     for name, subfolder in FOLDERS.items():
         save_clip(models.text_encoders[name], folder / subfolder, safe=safe)
         save_clip_tokenizer(models.tokenizers[name], folder / subfolder.replace("text_encoder", "tokenizer"))
-    scheduler = save_scheduler(source.name, folder / "scheduler", lambda: _euler(v_prediction, zero_terminal_snr))
+    scheduler = save_scheduler(source.name, folder / "scheduler", lambda: EulerDiscreteScheduler(**published))
     index = Path(source.name) / "model_index.json"
     old = read_json(index) if index.is_file() else {}
     parts = {
@@ -123,17 +125,3 @@ def _fill_folder(
         "vae": ("diffusers", "AutoencoderKL"),
     }
     write_model_index(folder, "StableDiffusionXLPipeline", parts)
-
-
-def _euler(v_prediction: bool, zero_terminal_snr: bool) -> SchedulerMixin:
-    from diffusers import EulerDiscreteScheduler
-
-    return EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        timestep_spacing="trailing" if zero_terminal_snr else "leading",  # only the former begins in pure noise
-        prediction_type="v_prediction" if v_prediction else "epsilon",
-        rescale_betas_zero_snr=zero_terminal_snr,
-    )

@@ -20,6 +20,8 @@ def build(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], what: st
         what: the part, for messages.
     Raises: UserError: a tensor is missing, is too many or has another shape than the configuration says.
     """
+    import torch
+
     from library.errors import UserError
 
     model = meta_model(make)
@@ -32,7 +34,13 @@ def build(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], what: st
                 f"{tuple(wanted[name].shape)}"
             )
     model.load_state_dict(dict(tensors), strict=True, assign=True)
-    _fill_position_ids(model)
+    # CLIP numbers its positions in a buffer that no file holds, so the meta device left it empty.
+    for path, module in model.named_modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                assert name == "position_ids", f"{path}.{name} has no weights"
+                ids = torch.arange(buffer.shape[-1]).expand(buffer.shape)
+                module.register_buffer(name, ids, persistent=False)
     return freeze(model)
 
 
@@ -47,15 +55,3 @@ def meta_model(make: Callable[[], nn.Module]) -> nn.Module:
 def freeze(model: nn.Module) -> nn.Module:
     """Nothing trainable, eval mode: how families hand models over."""
     return model.requires_grad_(False).eval()
-
-
-def _fill_position_ids(model: nn.Module) -> None:
-    """CLIP numbers its positions in a buffer that no file holds, so the meta device left it empty."""
-    import torch
-
-    for path, module in model.named_modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_meta:
-                assert name == "position_ids", f"{path}.{name} has no weights"
-                ids = torch.arange(buffer.shape[-1]).expand(buffer.shape)
-                module.register_buffer(name, ids, persistent=False)

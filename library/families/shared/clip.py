@@ -96,7 +96,18 @@ def encode_clip(text_encoder: nn.Module, input_ids: Tensor, clip_skip: int | Non
     Returns: (B, n * (length - 2) + 2, width).
     Raises: UserError: clip_skip is larger than the number of layers.
     """
-    return _in_chunks(input_ids, text_encoder, lambda flat: _states(text_encoder, flat, clip_skip))
+
+    def states(flat: Tensor) -> Tensor:
+        if clip_skip in (None, 1):
+            return text_encoder(flat).last_hidden_state
+        layers = text_encoder.config.num_hidden_layers
+        if not 1 <= clip_skip <= layers:
+            raise UserError(f"--clip_skip {clip_skip}: the text encoder has {layers} layers; give 1 to {layers}")
+        hidden = text_encoder(flat, output_hidden_states=True).hidden_states  # the embeddings, then every layer
+        assert len(hidden) == layers + 1, "transformers changed what hidden_states holds"
+        return final_layer_norm(text_encoder)(hidden[layers + 1 - clip_skip])
+
+    return _in_chunks(input_ids, text_encoder, states)
 
 
 def encode_penultimate(text_encoder: nn.Module, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,14 +154,3 @@ def _in_chunks(input_ids: Tensor, text_encoder: nn.Module, states_of: Callable[[
     states = states_of(flat).reshape(batch, chunks, length, -1)
     inner = states[:, :, 1:-1].flatten(1, 2)
     return torch.cat([states[:, 0, :1], inner, states[:, -1, -1:]], dim=1)
-
-
-def _states(text_encoder: nn.Module, input_ids: Tensor, clip_skip: int | None) -> Tensor:
-    if clip_skip in (None, 1):
-        return text_encoder(input_ids).last_hidden_state
-    layers = text_encoder.config.num_hidden_layers
-    if not 1 <= clip_skip <= layers:
-        raise UserError(f"--clip_skip {clip_skip}: the text encoder has {layers} layers; give 1 to {layers}")
-    hidden = text_encoder(input_ids, output_hidden_states=True).hidden_states  # the embeddings, then every layer
-    assert len(hidden) == layers + 1, "transformers changed what hidden_states holds"
-    return final_layer_norm(text_encoder)(hidden[layers + 1 - clip_skip])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.text.tokenizers import (
     bundled_clip_tokenizer,
@@ -44,19 +45,15 @@ def find_clip_tokenizer(
     cached = Path(cache_dir) / published.replace("/", "_") if cache_dir else None
     if cached is not None and os.path.isdir(cached):
         return read_clip_tokenizer(cached)
-    tokenizer = _own_tokenizer(model, subfolder) if model else None
+    tokenizer = None
+    if model and os.path.isdir(model):
+        if os.path.isdir(Path(model) / subfolder):
+            tokenizer = read_clip_tokenizer(Path(model) / subfolder)
+    elif model:
+        with suppress(OSError, ValueError):  # not in the hub's cache; the bundled vocabulary is the same
+            tokenizer = local_clip_tokenizer(model, subfolder=subfolder)
     if tokenizer is None:
         tokenizer = bundled_clip_tokenizer(pad_token)
     if cached is not None:
         keep_tokenizer(cached, lambda folder: save_clip_tokenizer(tokenizer, folder))
     return tokenizer
-
-
-def _own_tokenizer(model: str, subfolder: str) -> Any | None:
-    if os.path.isdir(model):
-        folder = Path(model) / subfolder
-        return read_clip_tokenizer(folder) if os.path.isdir(folder) else None
-    try:
-        return local_clip_tokenizer(model, subfolder=subfolder)
-    except (OSError, ValueError):
-        return None  # not in the hub's cache; the bundled vocabulary is the same

@@ -38,9 +38,21 @@ def kind_of(name: str) -> ModelKind:
     path = Path(name)
     if os.path.isfile(name):
         with error_prefix(path):
-            return recognise_file(path) or _kind_of_pickle(path)
+            kind = recognise_file(path)
+            if kind is None:
+                from library.checkpoints.reading import open_weights
+
+                kind = recognise(open_weights(path))
+            return kind
     if os.path.isdir(name):
-        return _kind_of_folder(path)
+        kind = pipeline_kind(path)
+        if kind is not None:
+            return kind
+        if (path / "unet" / "config.json").is_file():
+            return SDXL if (path / "text_encoder_2").is_dir() else SD1
+        config = path / "config.json"
+        is_vae = config.is_file() and read_json(config).get("_class_name") == "AutoencoderKL"
+        return VAE_ONLY if is_vae else UNKNOWN
     if not is_hub_id(name):
         raise UserError(f"{name}: no such file or folder (and not a hub id of the form owner/model)")
     return _kind_of_hub_model(name)
@@ -58,37 +70,17 @@ def family_of(name: str) -> str:
         return FAMILY_OF[kind]
     if kind == UNKNOWN and not os.path.exists(name):
         raise UserError(f"{name}: the hub does not say what kind of model this is; set --family")
-    if kind == VAE_ONLY and _latent_channels(Path(name)) == TRAITS.latent_channels:
-        return FAMILY_OF[SD1]  # what a VAE by itself has always meant
     if kind == VAE_ONLY:
+        if os.path.isdir(name):
+            channels = read_json(Path(name, "config.json")).get("latent_channels", TRAITS.latent_channels)
+        else:
+            shapes = file_shapes(Path(name)) or {}
+            shape = next((shape for key, shape in shapes.items() if key.endswith("decoder.conv_in.weight")), ())
+            channels = shape[1] if len(shape) > 1 else None
+        if channels == TRAITS.latent_channels:
+            return FAMILY_OF[SD1]  # what a VAE by itself has always meant
         raise UserError(f"{name}: this is {kind}, which may belong to several families; choose one with --family")
     raise UserError(f"{name}: this is {kind}; give a whole model, or a VAE together with --family")
-
-
-def _latent_channels(path: Path) -> int | None:
-    """The channels of the latents of a VAE's file or folder; None where names do not show it."""
-    if path.is_dir():
-        return read_json(path / "config.json").get("latent_channels", TRAITS.latent_channels)
-    shapes = file_shapes(path) or {}
-    shape = next((shape for key, shape in shapes.items() if key.endswith("decoder.conv_in.weight")), ())
-    return shape[1] if len(shape) > 1 else None
-
-
-def _kind_of_pickle(path: Path) -> ModelKind:
-    from library.checkpoints.reading import open_weights
-
-    return recognise(open_weights(path))
-
-
-def _kind_of_folder(path: Path) -> ModelKind:
-    kind = pipeline_kind(path)
-    if kind is not None:
-        return kind
-    if (path / "unet" / "config.json").is_file():
-        return SDXL if (path / "text_encoder_2").is_dir() else SD1
-    config = path / "config.json"
-    is_vae = config.is_file() and read_json(config).get("_class_name") == "AutoencoderKL"
-    return VAE_ONLY if is_vae else UNKNOWN
 
 
 def _kind_of_hub_model(name: str) -> ModelKind:

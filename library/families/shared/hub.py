@@ -69,13 +69,14 @@ def hub_folder(
 
 
 def _without_weights(folder: Path, parts: Iterable[str]) -> list[str]:
-    return [part for part in parts if _lacks_weights(folder / part)]
-
-
-def _lacks_weights(part: Path) -> bool:
-    """Whether a model's subfolder is not whole: its download was stopped, or only its configuration was needed."""
-    if not (part / "config.json").is_file():
-        return False  # no model, such as a tokenizer, or none at all
-    files = {path.name for path in part.glob("*.safetensors")}
-    shards = {shard for index in part.glob(_INDEX) for shard in read_json(index).get("weight_map", {}).values()}
-    return not files or not shards <= files
+    """The subfolders that are not whole: a download was stopped, or only the configuration was needed."""
+    found = []
+    for part in parts:
+        place = folder / part
+        if not (place / "config.json").is_file():
+            continue  # no model, such as a tokenizer, or none at all
+        files = {path.name for path in place.glob("*.safetensors")}
+        shards = {shard for index in place.glob(_INDEX) for shard in read_json(index).get("weight_map", {}).values()}
+        if not files or not shards <= files:
+            found.append(part)
+    return found

@@ -36,8 +36,14 @@ def follow(opts: Options) -> Options:
         return opts
     if EDM_FOUND in found:
         LOGGER.warning("%s: was trained with an EDM noise schedule, which is not available: trained without it", name)
-    silent = [marker for marker in MARKERS if marker in found and not _is_on(opts, marker)]
-    against = _against(opts, silent)
+    groups = {V_PRED: opts.family, ZTSNR: opts.noise}
+    silent = [marker for marker in MARKERS if marker in found and not getattr(groups[marker], MARKERS[marker])]
+    against = ""  # what of the options contradicts the markers
+    off = [MARKERS[marker] for marker in silent if MARKERS[marker] in opts.explicit]
+    if off:
+        against = f"{off[0]} is off in {opts.origin(off[0])}"
+    elif V_PRED in silent and opts.loss.v_pred_like_loss is not None:
+        against = "--v_pred_like_loss is for models that predict noise"
     if against:
         LOGGER.warning("%s: %s, but %s; it is trained as the options say", name, _words(found, where), against)
     elif silent:
@@ -58,21 +64,6 @@ def _stated(path: Path) -> tuple[set[str], str]:
     names = (read_names(path) or {}) if path.is_file() else {}
     found = {marker for marker in MARKERS if marker in names}
     return found | ({EDM_FOUND} if any(key in names for key in EDM) else set()), "its markers say"
-
-
-def _is_on(opts: Options, marker: str) -> bool:
-    group = opts.family if marker == V_PRED else opts.noise
-    return bool(getattr(group, MARKERS[marker]))
-
-
-def _against(opts: Options, silent: Collection[str]) -> str | None:
-    """The options that contradict the markers of the model."""
-    for marker in silent:
-        if MARKERS[marker] in opts.explicit:
-            return f"{MARKERS[marker]} is off in {opts.origin(MARKERS[marker])}"
-    if V_PRED in silent and opts.loss.v_pred_like_loss is not None:
-        return "--v_pred_like_loss is for models that predict noise"
-    return None
 
 
 def _words(found: Collection[str], where: str) -> str:

@@ -76,7 +76,11 @@ class FlowOptions(CommonOptions):
                 f"--huber_schedule: snr does not exist for {traits.label}, which has no such ratio; "
                 "choose constant or exponential"
             )
-        if opts.text_cache.in_use and _trains_t5(opts.method):
+        arguments = (entry.partition("=") for entry in getattr(opts.method, "network_args", None) or ())
+        trains_t5 = not getattr(opts.method, "network_train_unet_only", True) and any(
+            name.strip() == "train_t5xxl" and value.strip().lower() == "true" for name, _, value in arguments
+        )
+        if opts.text_cache.in_use and trains_t5:
             yield (
                 "--cache_text_encoder_outputs: T5 cannot be trained when its outputs are cached; drop this option or "
                 "train_t5xxl=True in --network_args"
@@ -87,11 +91,3 @@ class FlowOptions(CommonOptions):
             for name in names:
                 if getattr(getattr(opts, group), name):
                     yield f"--{name}: has no effect on {traits.label}"
-
-
-def _trains_t5(method: OptionGroup) -> bool:
-    """Whether a network is to have trained layers in T5."""
-    if getattr(method, "network_train_unet_only", True):
-        return False
-    arguments = (entry.partition("=") for entry in getattr(method, "network_args", None) or ())
-    return any(name.strip() == "train_t5xxl" and value.strip().lower() == "true" for name, _, value in arguments)

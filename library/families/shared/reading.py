@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     TensorSpec = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor in a file
 
 S = TypeVar("S", bound="Source")
+# Diffusers' names of the attention in VAE files: old and new.
+_OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,9 @@ def load_vae(
         scaling_factor, shift_factor: for a file, which does not hold them.
     Raises: UserError: missing, unreadable, or without such a VAE.
     """
-    path = Path(name)
+    from diffusers import AutoencoderKL
+
+    path, tensor_specs = Path(name), {}
     if path.is_file():
         with error_prefix(path):
             weights = open_weights(path)
@@ -283,23 +287,16 @@ def load_vae(
             if problem:
                 raise UserError(problem)
             vae, tensor_specs = vae_from_file(weights, scaling_factor, shift_factor)
+    elif path.is_dir():
+        vae = from_pretrained(AutoencoderKL, name, "vae" if (path / "vae").is_dir() else None)
     else:
-        vae, tensor_specs = _vae_from_folder(name), {}
+        try:
+            vae = from_pretrained(AutoencoderKL, name, "vae")
+        except UserError:
+            vae = from_pretrained(AutoencoderKL, name, None)
     if vae.config.latent_channels != channels:
         raise UserError(f"{name}: this VAE's latents have {vae.config.latent_channels} channels; {channels} are needed")
     return vae, tensor_specs
-
-
-def _vae_from_folder(name: str) -> nn.Module:
-    from diffusers import AutoencoderKL
-
-    path = Path(name)
-    if path.is_dir():
-        return from_pretrained(AutoencoderKL, name, "vae" if (path / "vae").is_dir() else None)
-    try:
-        return from_pretrained(AutoencoderKL, name, "vae")
-    except UserError:
-        return from_pretrained(AutoencoderKL, name, None)
 
 
 def vae_from_file(
@@ -321,21 +318,15 @@ def vae_from_file(
     tensor_specs = {VAE + key.removeprefix(prefix): form for key, form in reader.tensor_specs.items()}
     if any(key.startswith("encoder.down_blocks.") for key in tensors):
         dtype = next(iter(tensor_specs.values()))[0]
-        tensors = _to_ldm_names(tensors)
+        renamed = {}  # Diffusers' names, old ones to new, then to those of latent diffusion
+        for key, tensor in tensors.items():
+            for old, new in _OLD_ATTENTION.items():
+                key = key.replace(old, new)
+            renamed[key] = tensor
+        levels = 1 + max(int(key.split(".")[2]) for key in renamed if key.startswith("encoder.down_blocks."))
+        tensors = vae_map(levels, prefix="").to_file(renamed)
         tensor_specs = {VAE + key: (dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     shapes = vae_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     config = vae_config(shapes, scaling_factor, shift_factor)
     keys = vae_map(len(config["block_out_channels"]), prefix="")
     return build(lambda: AutoencoderKL(**config), keys.to_model(tensors), "the VAE"), tensor_specs
-
-
-def _to_ldm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A VAE file with Diffusers' names, new or old, under latent-diffusion names."""
-    old = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-    renamed = {}
-    for key, tensor in tensors.items():
-        for was, now in old.items():
-            key = key.replace(was, now)
-        renamed[key] = tensor
-    levels = 1 + max(int(key.split(".")[2]) for key in renamed if key.startswith("encoder.down_blocks."))
-    return vae_map(levels, prefix="").to_file(renamed)

@@ -46,7 +46,8 @@ def write_model(
         source: where the model came from: its `name`, its `counters`, and `preserved`, the keys that it does not use.
         save_as: one of `FORMATS`.
         dtype: what --save_precision says; a Diffusers folder has the formats of the models in memory all the same.
-        metadata: goes into a .safetensors file; a .ckpt has only its `ss_epoch` and `ss_steps`.
+        metadata: goes into a .safetensors file; a .ckpt has only its `ss_epoch` and `ss_steps`,
+            added to the counters of the source.
         tensors: what the models hold, under a single file's names.
         fill: writes all parts into a new folder; its second argument: .safetensors weights, else .bin.
         copied: keys of the source file that a single file has as they are, where `tensors` has them not; `preserved`
@@ -63,7 +64,12 @@ def write_model(
         return
     found = tensors()
     found |= _preserved(source.name, source.preserved if copied is None else copied, found)
-    _write_single_file(path, found, save_as=save_as, metadata=metadata, counters=source.counters)
+    if save_as == "safetensors":
+        write_safetensors(path, found, metadata)
+        return
+    done = {"epoch": int(metadata.get("ss_epoch", 0)), "global_step": int(metadata.get("ss_steps", 0))}
+    done = {name: value + source.counters.get(name, 0) for name, value in done.items()}
+    write_torch(path, {"state_dict": {key: materialise(value) for key, value in found.items()}, **done})
 
 
 # --- single files -----------------------------------------------------------------------------------------------------
@@ -108,17 +114,13 @@ def _deferred(
         shape = old_shape  # 1x1 convolutions may be stored flat or not; keep the file's way
     kept = dtype or old_dtype
     if dtype is None and old_dtype.is_floating_point and old_dtype.itemsize == 1:
-        kept = old_dtype if all(_is_held(tensor, old_dtype) for tensor in live) else torch.bfloat16
+        holds_all = all(tensor.to(old_dtype).to(tensor.dtype).equal(tensor) for tensor in live)
+        kept = old_dtype if holds_all else torch.bfloat16
 
     def make() -> Tensor:
         return entry.rule.join([tensor.cpu() for tensor in live]).reshape(shape).to(kept)
 
     return Deferred(kept, shape, make)
-
-
-def _is_held(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a format holds every value exactly."""
-    return tensor.to(dtype).to(tensor.dtype).equal(tensor)
 
 
 def _preserved(name: str, keys: Iterable[str], written: Mapping[str, Any]) -> FileTensors:
@@ -142,25 +144,6 @@ def _preserved(name: str, keys: Iterable[str], written: Mapping[str, Any]) -> Fi
         if key in weights:
             tensors[key] = Deferred(weights.dtype(key), weights.shapes[key], lambda key=key: weights[key])
     return tensors
-
-
-def _write_single_file(
-    path: Path, tensors: FileTensors, *, save_as: str, metadata: Mapping[str, str], counters: Mapping[str, int]
-) -> None:
-    """Writes a whole model's file.
-
-    Args:
-        save_as: "safetensors" or "ckpt".
-        metadata: goes into a .safetensors file; a .ckpt has only its `ss_epoch` and `ss_steps`.
-        counters: epoch and global_step of the source, to which these are added.
-    Raises: OSError: it cannot be written.
-    """
-    if save_as == "safetensors":
-        write_safetensors(path, tensors, metadata)
-        return
-    done = {"epoch": int(metadata.get("ss_epoch", 0)), "global_step": int(metadata.get("ss_steps", 0))}
-    done = {name: value + counters.get(name, 0) for name, value in done.items()}
-    write_torch(path, {"state_dict": {key: materialise(value) for key, value in tensors.items()}, **done})
 
 
 # --- Diffusers folders ------------------------------------------------------------------------------------------------

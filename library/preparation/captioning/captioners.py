@@ -79,10 +79,13 @@ class _Ours:
     prompt: str
 
     def enough(self, size: Size) -> Size:
-        return _enough(self.image_processor)
+        to = self.image_processor.size  # what the image is shrunk to: both sides, or only the shorter one
+        sides = [to["shortest_edge"]] * 2 if "shortest_edge" in to else [to["width"], to["height"]]
+        return Size(*(_SPARE * side for side in sides))
 
     def prepare(self, image: NDArray[np.uint8]) -> Tensor:
-        return _pixels(self.image_processor, image)
+        # As a Pillow image: the axes of an array that is 3 pixels high could be mistaken.
+        return self.image_processor(Image.fromarray(image), return_tensors="pt").pixel_values[0]
 
     def _continued(self, prepared: Sequence[Tensor], names: Sequence[str], ids: Tensor, penalty: float = 1.0) -> Tensor:
         """The tokens that the model gives for images after `ids`, (B, length), with them."""
@@ -282,18 +285,6 @@ def _blip_image_processor(side: int) -> Any:
     return BlipImageProcessorPil(size={"height": side, "width": side})
 
 
-def _pixels(image_processor: Any, image: NDArray[np.uint8]) -> Tensor:
-    # As a Pillow image: the axes of an array that is 3 pixels high could be mistaken.
-    return image_processor(Image.fromarray(image), return_tensors="pt").pixel_values[0]
-
-
-def _enough(image_processor: Any) -> Size:
-    """Twice what the image is shrunk to, whose sides are set, or only the shorter one."""
-    size = image_processor.size
-    sides = [size["shortest_edge"]] * 2 if "shortest_edge" in size else [size["width"], size["height"]]
-    return Size(*(_SPARE * side for side in sides))
-
-
 def _processor(name: str, config: Any = None) -> Any:
     """The processor that makes a model's inputs of images and text; without torchvision, one without videos.
 
@@ -301,9 +292,10 @@ def _processor(name: str, config: Any = None) -> Any:
         config: the model's, where it may be one for videos too.
     """
     from transformers import AutoProcessor
+    from transformers.utils import is_torchvision_available
 
     loader: Callable[..., Any] = AutoProcessor.from_pretrained
-    if config is not None and not _has_torchvision():
+    if config is not None and not is_torchvision_available():
         loader = _for_images_only(type(config)) or loader
 
     def without_code(name: str, **where: Any) -> Any:
@@ -314,12 +306,6 @@ def _processor(name: str, config: Any = None) -> Any:
         if not hasattr(processor, part):
             raise UserError(f"{name}: its files have no {part}, so it cannot be given images and text")
     return processor
-
-
-def _has_torchvision() -> bool:
-    from transformers.utils import is_torchvision_available
-
-    return is_torchvision_available()
 
 
 def _for_images_only(config_class: type) -> Callable[..., Any] | None:

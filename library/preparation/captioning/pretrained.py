@@ -58,7 +58,8 @@ def load(name: str, loader: Callable[..., T], what: str) -> T:
     except Exception as error:
         why = _first_line(error)
     raise UserError(
-        f"{name}: neither a local folder, nor whole in the hub's cache, and the hub did not give it as {what} ({why})"
+        f"{name}: neither a local folder, nor whole in the hub's cache, and the hub does not provide it as {what} "
+        f"({why})"
     )
 
 

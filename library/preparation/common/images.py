@@ -30,10 +30,23 @@ def find_images(folder: Path, *, recursive: bool) -> list[Path]:
 
     Raises: UserError: the folder or one below it cannot be read, or there are no images.
     """
+    if not os.path.isdir(folder):
+        raise UserError(f"there is no folder {folder}")
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: the folder cannot be read ({error.strerror})") from None
+
     found: list[Path] = []
     others: set[str] = set()
-    for place, names in _walk(Path(folder), recursive):
-        found += [place / name for name in names if is_image(name)]
+    seen: set[str] = set()
+    for place, below, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        below[:] = [name for name in sorted(below) if not name.startswith(".")] if recursive else []
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        found += [Path(place, name) for name in names if is_image(name)]
         others |= {os.path.splitext(name)[1].lower() for name in names if is_other_image(name)}
     if others:
         LOGGER.warning("%s: files of the kinds %s are not read here; left out", folder, ", ".join(sorted(others)))
@@ -79,24 +92,6 @@ def _closed(folder: Path) -> str | None:
         return error.strerror or str(error)
 
 
-def _walk(folder: Path, recursive: bool) -> Iterator[tuple[Path, list[str]]]:
-    """Folders with the names of their files."""
-    if not os.path.isdir(folder):
-        raise UserError(f"there is no folder {folder}")
-    seen: set[str] = set()
-    for place, below, names in os.walk(folder, onerror=_refuse, followlinks=True):
-        real = os.path.realpath(place)
-        known = real in seen
-        seen.add(real)
-        below[:] = [name for name in sorted(below) if not name.startswith(".")] if recursive and not known else []
-        if not known:
-            yield Path(place), names
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(f"{error.filename}: the folder cannot be read ({error.strerror})") from None
-
-
 def read_ahead(
     paths: Sequence[Path],
     read: Callable[[Path], T],
@@ -122,8 +117,10 @@ def read_ahead(
         for path, result in _results(paths, read, count, batch):
             try:
                 value = result()
-            except (UserError, OSError, ValueError, MemoryError) as error:
-                outcome.fail(path, _reason(error))
+            except MemoryError:
+                outcome.fail(path, "there is not enough memory for it")
+            except (UserError, OSError, ValueError) as error:
+                outcome.fail(path, getattr(error, "strerror", None) or str(error) or type(error).__name__)
             else:
                 yield path, value
             bar.update()
@@ -152,12 +149,6 @@ def _results(
             del future
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, MemoryError):
-        return "there is not enough memory for it"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

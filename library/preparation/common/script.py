@@ -45,24 +45,23 @@ def run_script(
         opts = _options(groups, argv, description, traits)
         outcome = work(opts)
         if outcome is not None:
-            status = _conclude(outcome, opts)
+            whole = Outcome.together(all_gather(outcome))
+            for line in whole.lines():
+                LOGGER.info("%s", line)
+            status = whole.status(opts.flat()["strict"])
         processes().close()
     except UserError as error:
         logs.fail(error)
     except KeyboardInterrupt:
         logs.end_progress()
-        print(f"interrupted; {_after_a_stop(groups)}", file=sys.stderr)
+        names = {option.dest for group in groups for option in options_of(group)}
+        more = ", and --skip_existing continues from there" if "skip_existing" in names else ""
+        print(f"interrupted; what was written before is whole{more}", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
         logs.fail_for_the_machine(error)
     if status:
         raise SystemExit(status)
-
-
-def _after_a_stop(groups: Sequence[type[OptionGroup]]) -> str:
-    whole = "what was written before is whole"
-    names = {option.dest for group in groups for option in options_of(group)}
-    return f"{whole}, and --skip_existing continues from there" if "skip_existing" in names else whole
 
 
 def _options(
@@ -84,11 +83,3 @@ def _options(
     for line in validation.warnings(opts, known):
         LOGGER.warning("%s", line)
     return opts
-
-
-def _conclude(outcome: Outcome, opts: Options) -> int:
-    """Reports the outcome of all processes, and gives the exit status."""
-    whole = Outcome.together(all_gather(outcome))
-    for line in whole.lines():
-        LOGGER.info("%s", line)
-    return whole.status(opts.flat()["strict"])

@@ -62,9 +62,17 @@ def _decode(content: bytes) -> str | None:
         if content.startswith(mark):
             return _as(encoding, content.removeprefix(mark))
     if b"\0" in content:
-        return _as_utf_16(content)
+        # Letters of Latin scripts have a zero byte, before or after the other, and no text has whole zeros.
+        first, second = 0 in content[0::2], 0 in content[1::2]
+        if first == second:
+            return None
+        return _as("utf-16-be" if first else "utf-16-le", content)
     text = _as("utf-8", content)
-    return text if text is not None else _as_shift_jis(content)
+    if text is None:
+        text = _as("cp932", content)
+        if text is None or not _KANA.search(text) or _HALF_WIDTH.search(text):
+            return None
+    return text
 
 
 def _as(encoding: str, content: bytes) -> str | None:
@@ -72,17 +80,3 @@ def _as(encoding: str, content: bytes) -> str | None:
         return content.decode(encoding)
     except UnicodeDecodeError:
         return None
-
-
-def _as_utf_16(content: bytes) -> str | None:
-    """Letters of Latin scripts have a zero byte, before or after the other, and no text has whole zeros."""
-    first, second = 0 in content[0::2], 0 in content[1::2]
-    if first == second:
-        return None
-    return _as("utf-16-be" if first else "utf-16-le", content)
-
-
-def _as_shift_jis(content: bytes) -> str | None:
-    text = _as("cp932", content)
-    certain = text is not None and _KANA.search(text) and not _HALF_WIDTH.search(text)
-    return text if certain else None

@@ -24,7 +24,10 @@ GROUPS = (CannyOptions, WorkOptions)
 
 
 def draw_edges(opts: Options) -> Outcome:
-    """Writes the edges of --input, an image or every image of a folder, to --output."""
+    """Writes the edges of --input, an image or every image of a folder, to --output.
+
+    Raises: UserError: no such image or folder, or no place that its edges can be written to.
+    """
     opencv()
     source, target = Path(opts.canny.input), Path(opts.canny.output)
     outcome = Outcome()
@@ -35,7 +38,16 @@ def draw_edges(opts: Options) -> Outcome:
         if target.samefile(source):
             raise UserError(f"{target}: give another folder for the results, or they would replace the images")
     else:
-        results = {source: _result_file(source, target)}
+        if not source.is_file():
+            raise UserError(f"--input={source}: no such file or folder")
+        if target.is_dir():
+            target = target / f"{source.stem}.png"
+        if target.exists() and target.samefile(source):
+            raise UserError(f"--output={target}: the edges would replace the image; give another name or folder")
+        if target.suffix == "" or writable_suffix(target.suffix) != target.suffix:
+            raise UserError(f"--output={target}: must end in .png, .jpg, .webp or .bmp, or be a folder that is there")
+        make_folder(target.parent)
+        results = {source: target}
 
     def work(path: Path) -> WriteError | None:
         edges = canny(images.read_image(path), opts.canny.thres1, opts.canny.thres2)
@@ -55,17 +67,3 @@ def draw_edges(opts: Options) -> Outcome:
 def canny(pixels: NDArray[np.uint8], low: int, high: int) -> NDArray[np.uint8]:
     """RGB (H, W, 3) to edges (H, W), 255 on 0, by the two thresholds of Canny's method."""
     return opencv().Canny(pixels, low, high)
-
-
-def _result_file(source: Path, target: Path) -> Path:
-    """Raises: UserError: no such image, or no file name that an image can be written to."""
-    if not source.is_file():
-        raise UserError(f"--input={source}: no such file or folder")
-    if target.is_dir():
-        target = target / f"{source.stem}.png"
-    if target.exists() and target.samefile(source):
-        raise UserError(f"--output={target}: the edges would replace the image; give another name or folder")
-    if target.suffix == "" or writable_suffix(target.suffix) != target.suffix:
-        raise UserError(f"--output={target}: must end in .png, .jpg, .webp or .bmp, or be a folder that is there")
-    make_folder(target.parent)
-    return target

@@ -87,7 +87,14 @@ class FaceModel:
         except (ValueError, IndexError):
             shapes = ", ".join(str(list(array.shape)) for array in arrays)
             raise UserError(f"{self.path}: its outputs are not those of YuNet or YOLO (shapes {shapes})") from None
-        faces = [_face(found, index, scale) for index in surest(found, threshold)]
+        faces = []
+        for index in surest(found, threshold):
+            left, top, right, bottom = (float(value) / scale for value in found.boxes[index])
+            eyes = None
+            if found.eyes is not None:
+                first, second = sorted((float(x) / scale, float(y) / scale) for x, y in found.eyes[index])
+                eyes = (first, second)
+            faces.append(Face(left, top, right, bottom, float(found.scores[index]), eyes))
         return sorted(faces, key=lambda face: max(face.right - face.left, face.bottom - face.top), reverse=True)
 
     def _prepared(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[Any], float]:
@@ -142,9 +149,18 @@ def decode_yolo(output: NDArray[np.float32], layout: Layout) -> _Found:
     table = output[0]
     rows, columns = table.shape
     if layout.finished or (columns >= 6 and columns <= rows <= _MOST_FINISHED):
-        return _from_list(table, layout)
-    if rows < columns:
-        return _from_grid(table.T, layout)
+        # Models that sort out their boxes: corners, score, class, then the points.
+        boxes, scores, classes = table[:, :4], table[:, 4], table[:, 5]
+        if layout.faces is not None:
+            scores = np.where(np.isin(classes, layout.faces), scores, 0)
+        return _Found(boxes, scores, _eyes(table, layout))
+    if rows < columns:  # YOLO v8 and later: centre and size, a score for every class, then the points
+        table = table.T
+        width = rows - 4 - 3 * layout.points
+        if width < 1:
+            raise ValueError(table.shape)
+        scores = table[:, 4 : 4 + (layout.classes or width)]
+        return _Found(_corners(table[:, :4]), _chosen(scores, layout), _eyes(table, layout))
     scores = table[:, 5:] * table[:, 4:5]  # YOLO v5: whether there is anything, times what it is
     return _Found(_corners(table[:, :4]), _chosen(scores, layout), None)
 
@@ -163,23 +179,6 @@ def decode_yunet(outputs: Mapping[str, NDArray[np.float32]], size: Size) -> _Fou
             points = outputs[f"kps_{stride}"].reshape(len(corner), -1, 2)
             eyes.append((points[:, :2] + corner[:, None]) * stride)
     return _Found(np.concatenate(boxes), np.concatenate(scores), np.concatenate(eyes) if eyes else None)
-
-
-def _from_grid(table: NDArray[np.float32], layout: Layout) -> _Found:
-    """YOLO v8 and later: centre and size, a score for every class, then the points."""
-    width = table.shape[1] - 4 - 3 * layout.points
-    if width < 1:
-        raise ValueError(table.shape)
-    classes = layout.classes or width
-    return _Found(_corners(table[:, :4]), _chosen(table[:, 4 : 4 + classes], layout), _eyes(table, layout))
-
-
-def _from_list(table: NDArray[np.float32], layout: Layout) -> _Found:
-    """Models that sort out their boxes: corners, score, class, then the points."""
-    boxes, scores, classes = table[:, :4], table[:, 4], table[:, 5]
-    if layout.faces is not None:
-        scores = np.where(np.isin(classes, layout.faces), scores, 0)
-    return _Found(boxes, scores, _eyes(table, layout))
 
 
 def _chosen(scores: NDArray[np.float32], layout: Layout) -> NDArray[np.float32]:
@@ -214,15 +213,6 @@ def _overlap(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
     common = np.prod(np.maximum(0, np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2])))
     both = np.prod(one[2:] - one[:2]) + np.prod(other[2:] - other[:2])
     return float(common / max(both - common, 1e-9))
-
-
-def _face(found: _Found, index: int, scale: float) -> Face:
-    eyes = None
-    if found.eyes is not None:
-        first, second = sorted((float(x) / scale, float(y) / scale) for x, y in found.eyes[index])
-        eyes = (first, second)
-    left, top, right, bottom = (float(value) / scale for value in found.boxes[index])
-    return Face(left, top, right, bottom, float(found.scores[index]), eyes)
 
 
 def _value(metadata: Mapping[str, str], key: str, default: Any) -> Any:

@@ -65,7 +65,11 @@ def cut_faces(opts: Options) -> Outcome:
     outcome = Outcome()
     todo = my_share(paths)
     if given.skip_existing:
-        there = _images_of_results(target)
+        there = set()  # (stem, suffix) of the images that have a result
+        for entry in os.scandir(target):
+            path = Path(entry.name)
+            if images.face_box(path) is not None and is_written(Path(entry.path)):
+                there.add((path.stem.rsplit("_", 4)[0], path.suffix))
         left = [path for path in todo if (path.stem, writable_suffix(path.suffix)) not in there]
         outcome.skipped += len(todo) - len(left)
         todo = left
@@ -198,8 +202,14 @@ def _result(pixels: NDArray[np.uint8], face: Face, given: FaceOptions) -> tuple[
     box = box_of(face, size)
     eyes = face.eyes
     if given.rotate and eyes is not None:
+        if max(size) > _LONGEST_TURNED:
+            raise ValueError(
+                f"{size.width}x{size.height} is too long for --rotate, which takes {_LONGEST_TURNED} pixels at most"
+            )
+        cv2 = opencv()
         matrix = turning((box.x, box.y), tilt(eyes))
-        pixels = _turned(pixels, matrix)
+        border = cv2.BORDER_REPLICATE
+        pixels = cv2.warpAffine(pixels, matrix, size, flags=cv2.INTER_LANCZOS4, borderMode=border)
         first, second = (tuple(map(float, matrix @ (x, y, 1))) for x, y in eyes)
         eyes = ((first[0], first[1]), (second[0], second[1]))
     framing = Framing(given.resize_face_size, given.crop_pixels(), given.crop_times(), given.resize_fit)
@@ -217,14 +227,6 @@ def _result(pixels: NDArray[np.uint8], face: Face, given: FaceOptions) -> tuple[
     return result, placed
 
 
-def _turned(pixels: NDArray[np.uint8], matrix: NDArray[np.float64]) -> NDArray[np.uint8]:
-    height, width = pixels.shape[:2]
-    if max(height, width) > _LONGEST_TURNED:
-        raise ValueError(f"{width}x{height} is too long for --rotate, which takes {_LONGEST_TURNED} pixels at most")
-    cv2 = opencv()
-    return cv2.warpAffine(pixels, matrix, (width, height), flags=cv2.INTER_LANCZOS4, borderMode=cv2.BORDER_REPLICATE)
-
-
 def _with_marks(pixels: NDArray[np.uint8], face: FaceBox, eyes: list[tuple[int, int]]) -> NDArray[np.uint8]:
     cv2 = opencv()
     marked = np.ascontiguousarray(pixels).copy()
@@ -234,13 +236,3 @@ def _with_marks(pixels: NDArray[np.uint8], face: FaceBox, eyes: list[tuple[int, 
     for eye in eyes:
         cv2.circle(marked, eye, 2 * line, _EYE, -1)
     return marked
-
-
-def _images_of_results(folder: Path) -> set[tuple[str, str]]:
-    """(stem, suffix) of the images that have a result in `folder`."""
-    found = set()
-    for entry in os.scandir(folder):
-        path = Path(entry.name)
-        if images.face_box(path) is not None and is_written(Path(entry.path)):
-            found.add((path.stem.rsplit("_", 4)[0], path.suffix))
-    return found

@@ -25,7 +25,7 @@ from library.runtime.files import read_bytes
 from library.types import Size
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
 GROUPS = (ResizingOptions, WorkOptions)
 
@@ -108,7 +108,9 @@ def _resize_file(path: Path, target: Path, sizes: Sequence[Size], names: Sequenc
         results = {size: file for size, file in results.items() if not is_written(file)}
     if not results:
         return False
-    planes = _planes(path, given.save_as_png)
+    planes = [images.read_image(path)] if not given.save_as_png else list(images.read_image_and_alpha(path))
+    if len(planes) == 2 and planes[1].min() == 255:
+        planes.pop()  # opaque all over
     interpolation = "lanczos" if given.interpolation == "lanczos4" else given.interpolation
     height, width = planes[0].shape[:2]
     for size, file in results.items():
@@ -120,11 +122,3 @@ def _resize_file(path: Path, target: Path, sizes: Sequence[Size], names: Sequenc
             write_file(copy, read_bytes(path.parent / name))
         write_file(file, content)  # last: where it is there, the rest is too
     return True
-
-
-def _planes(path: Path, with_opacity: bool) -> list[NDArray[np.uint8]]:
-    """The colours, and the opacity where the result can hold it and there is any transparency."""
-    if not with_opacity:
-        return [images.read_image(path)]
-    colours, opacity = images.read_image_and_alpha(path)
-    return [colours] if opacity.min() == 255 else [colours, opacity]

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from library.data.scan.index import FileIndex
     from library.data.types import DatasetSpec, Record
     from library.families.spec import FamilySpec
-    from library.types import CacheLayout, Models
-
-Metadata = dict[str, dict[str, Any]]
 
 # What messages about training's options are about here.
 _OUR_NAMES = {"--resolution:": "--max_resolution:", "--in_json:": "in_json:", "--train_data_dir:": "train_data_dir:"}
@@ -52,6 +49,7 @@ def prepare(opts: Options) -> Outcome:
 
     Raises: UserError: options, model or metadata file cannot be used, or a file cannot be written.
     """
+    from library.data.sample.buckets import aspect_error
     from library.data.sample.opencv import opencv
     from library.data.scan.index import FileIndex
     from library.data.scan.metadata_files import read_metadata
@@ -64,8 +62,7 @@ def prepare(opts: Options) -> Outcome:
     if is_first():
         require_writable(out, "out_json")
     family = FAMILIES[options.family or family_of(options.model_name_or_path)]
-    training = _as_training(options, family)
-    spec = _spec(training, family)
+    training, spec = _as_training(options, family)
     metadata = read_metadata(Path(options.in_json))
     images = find_images(Path(options.train_data_dir), recursive=options.recursive)
     index = FileIndex(cache_folder() / "index")
@@ -80,8 +77,19 @@ def prepare(opts: Options) -> Outcome:
         return outcome
     index.save()
     done = [record for record in records if record.path not in failed]
-    write_metadata(out, _noted(metadata, keys, done, family.traits.latent_stride))
-    _tell(done)
+    noted = {key: dict(entry) for key, entry in metadata.items()}
+    for key in keys.values():
+        noted.get(key, {}).pop("train_resolution", None)  # of an image that has failed now, for one
+    stride = family.traits.latent_stride
+    for record in done:
+        entry = noted.setdefault(keys[record.path], {})
+        entry["train_resolution"] = [side - side % stride for side in record.bucket]
+        entry["image_size"] = list(record.size)
+    write_metadata(out, noted)
+    for bucket, count in sorted(Counter(record.bucket for record in done).items()):
+        LOGGER.info("bucket %dx%d: %s", *bucket, counted(count))
+    error = sum(aspect_error(record.bucket, record.size) for record in done) / max(1, len(done))
+    LOGGER.info("mean aspect error: %.4f", error)
     outcome.skipped, outcome.done = kept, len(done) - kept
     return outcome
 
@@ -89,8 +97,13 @@ def prepare(opts: Options) -> Outcome:
 # ---- as training would see it
 
 
-def _as_training(options: ModelBucketingOptions, family: FamilySpec) -> Options:
-    """The options of a training run on these images that encodes them alike."""
+def _as_training(options: ModelBucketingOptions, family: FamilySpec) -> tuple[Options, DatasetSpec]:
+    """The options of a training run on these images that encodes them alike, and the spec of its data set.
+
+    Raises: UserError: sizes that do not go together.
+    """
+    from library.data.config.blueprint import build_specs
+
     said = {
         "pretrained_model_name_or_path": options.model_name_or_path,
         "v2": options.v2,
@@ -108,24 +121,15 @@ def _as_training(options: ModelBucketingOptions, family: FamilySpec) -> Options:
         *(LargeModelOptions, family.options, DataOptions, LossOptions, TrainingOptions),
         *(MemoryOptions, DistributedOptions),
     )
-    return build_options(groups, {name: Given(value, COMMAND_LINE) for name, value in said.items()})
-
-
-def _spec(training: Options, family: FamilySpec) -> DatasetSpec:
-    """Raises: UserError: sizes that do not go together."""
-    from library.data.config.blueprint import build_specs
-
+    training = build_options(groups, {name: Given(value, COMMAND_LINE) for name, value in said.items()})
     try:
         (spec,) = build_specs(training, family.traits)
     except UserError as error:
-        raise UserError(*(_in_our_words(problem) for problem in error.problems), hint=error.hint) from None
-    return spec
-
-
-def _in_our_words(problem: str) -> str:
-    for theirs, ours in _OUR_NAMES.items():
-        problem = problem.replace(theirs, ours)
-    return problem.removeprefix("--train_data_dir: ")
+        problems = error.problems
+        for theirs, ours in _OUR_NAMES.items():
+            problems = [problem.replace(theirs, ours) for problem in problems]
+        raise UserError(*(text.removeprefix("--train_data_dir: ") for text in problems), hint=error.hint) from None
+    return training, spec
 
 
 # ---- images and their entries
@@ -214,9 +218,14 @@ def _encode(
         (layout, [record for record in records if record.path in unclear]),
         (replace(layout, as_prepared=True), [record for record in records if record.path not in unclear]),
     ]
-    made = (record.path for record in records) if again else _without_latents(groups, index)
-    require_room_beside(made, "latents")
-    models = _load_vae(family, training)
+    made = (path for layout, group in groups for path in latents.without_files(group, index, layout))
+    require_room_beside((record.path for record in records) if again else made, "latents")
+    try:
+        models = parts.load_vae(family, training)
+    except UserError as error:
+        ours = f"in place of the model, and --family {family.name}"
+        named = (problem.replace("with --ae", ours).replace("with --vae", ours) for problem in error.problems)
+        raise UserError(*named) from None
     accelerator = parts.make_accelerator(training)
     fingerprint = weights_fingerprint(models.vae)
     placement.place_vae(models, training, accelerator.device)
@@ -230,22 +239,6 @@ def _encode(
             )
             kept += result.kept
     return kept
-
-
-def _without_latents(groups: Sequence[tuple[CacheLayout, Sequence[Record]]], index: FileIndex) -> Iterator[Path]:
-    from library.caching import latents
-
-    for layout, records in groups:
-        yield from latents.without_files(records, index, layout)
-
-
-def _load_vae(family: FamilySpec, training: Options) -> Models:
-    try:
-        return parts.load_vae(family, training)
-    except UserError as error:
-        ours = f"in place of the model, and --family {family.name}"
-        named = (problem.replace("with --ae", ours).replace("with --vae", ours) for problem in error.problems)
-        raise UserError(*named) from None
 
 
 def _with_unclear_flips(images: Sequence[Path]) -> set[Path]:
@@ -262,31 +255,3 @@ def _with_unclear_flips(images: Sequence[Path]) -> set[Path]:
         if mirrored is not None:
             unclear |= same_stem | mirrored
     return unclear
-
-
-# ---- what is written
-
-
-def _noted(metadata: Metadata, keys: Mapping[Path, str], records: Sequence[Record], stride: int) -> Metadata:
-    """The metadata with the buckets of `records`; images of `keys` that are not among them lose theirs.
-
-    Args: stride: pixels per latent position; train_resolution is a multiple of it.
-    """
-    noted = {key: dict(entry) for key, entry in metadata.items()}
-    for key in keys.values():
-        noted.get(key, {}).pop("train_resolution", None)
-    for record in records:
-        entry = noted.setdefault(keys[record.path], {})
-        entry["train_resolution"] = [side - side % stride for side in record.bucket]
-        entry["image_size"] = list(record.size)
-    return noted
-
-
-def _tell(records: Sequence[Record]) -> None:
-    """Images per bucket, and how well the buckets fit them."""
-    from library.data.sample.buckets import aspect_error
-
-    for bucket, count in sorted(Counter(record.bucket for record in records).items()):
-        LOGGER.info("bucket %dx%d: %s", *bucket, counted(count))
-    error = sum(aspect_error(record.bucket, record.size) for record in records) / max(1, len(records))
-    LOGGER.info("mean aspect error: %.4f", error)

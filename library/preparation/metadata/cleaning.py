@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,17 +72,12 @@ def clean_tags(text: str) -> str:
         for pattern in rules.ONE_PERSONS_TAGS:
             rest = [tag for tag in tags if not _is(pattern, tag)]
             tags = rest if len(tags) - len(rest) > 1 else tags
-    endings = {tag[place:] for tag in tags for place in _word_starts(tag)}
+    endings = {tag[place + 1 :] for tag in tags for place, sign in enumerate(tag) if sign == " "}
     return ", ".join(tag for tag in tags if tag not in endings)
 
 
 def _is(pattern: str, tag: str) -> bool:
     return re.fullmatch(pattern, tag) is not None
-
-
-def _word_starts(tag: str) -> list[int]:
-    """The positions at which words begin, without the first."""
-    return [place + 1 for place, sign in enumerate(tag) if sign == " "]
 
 
 # ---- captions
@@ -92,8 +88,19 @@ def clean_caption(text: str, replacements: Sequence[tuple[str, str]] | None = No
 
     Every line of a caption of several lines by itself.
     """
-    steps = _steps(tuple(rules.CAPTION_RULES if replacements is None else replacements))
-    return "\n".join(_clean_line(line, steps) for line in text.split("\n"))
+    steps = list(starmap(_step, rules.CAPTION_RULES if replacements is None else replacements))
+    lines = []
+    for line in text.split("\n"):
+        for _ in range(_ROUNDS):
+            before, small = line, line.lower()
+            for step in steps:
+                if step.word in small:
+                    line = step.pattern.sub(step.write, line)
+                    small = line.lower()
+            if line == before:
+                break
+        lines.append(line.strip())
+    return "\n".join(lines)
 
 
 class _Step(NamedTuple):
@@ -104,23 +111,7 @@ class _Step(NamedTuple):
     write: Callable[[re.Match[str]], str]
 
 
-def _clean_line(line: str, steps: Sequence[_Step]) -> str:
-    for _ in range(_ROUNDS):
-        before, small = line, line.lower()
-        for step in steps:
-            if step.word in small:
-                line = step.pattern.sub(step.write, line)
-                small = line.lower()
-        if line == before:
-            break
-    return line.strip()
-
-
 @cache
-def _steps(replacements: tuple[tuple[str, str], ...]) -> tuple[_Step, ...]:
-    return tuple(_step(words, other) for words, other in replacements)
-
-
 def _step(words: str, other: str) -> _Step:
     """A replacement of words, with an article before them, by others.
 
@@ -133,11 +124,9 @@ def _step(words: str, other: str) -> _Step:
 
     def write(match: re.Match[str]) -> str:
         had_article, following = match.groups()
-        text = f"{_article(other or following)} {other}" if had_article else other
+        text = other
+        if had_article:
+            text = f"{'an' if (other or following)[:1].lower() in 'aeiou' else 'a'} {other}"
         return text[:1].upper() + text[1:] if match[0][0].isupper() else text
 
     return _Step(max(words.lower().split(), key=len), pattern, write)
-
-
-def _article(text: str) -> str:
-    return "an" if text[:1].lower() in "aeiou" else "a"

@@ -50,12 +50,16 @@ def merge(options: MergeOptions, field: Field) -> Outcome:
     """
     target = Path(options.out_json)
     require_writable(target, "out_json")
-    entries = _entries_before(options, target)
+    source = Path(options.in_json) if options.in_json else target
+    is_there = os.path.exists(source)
+    if options.in_json is None and is_there:
+        LOGGER.info("%s exists: its other entries are kept", source)
+    needed = is_there or options.in_json is not None
+    entries = read_metadata(source, may_be_empty=True) if needed else {}
     images = find_images(Path(options.train_data_dir), recursive=options.recursive)
     texts = text_files(images, options.caption_extension)
-    _report_missing(images, texts, options)
     keys = keys_of(images, entries, full_path=options.full_path)
-    _report_two_names(keys, entries)
+    _report(texts, keys, entries, options)
     outcome = Outcome(skipped=len(images) - len(texts))
     empty = 0
     reading = read_ahead(list(texts), lambda image: read_lines(texts[image]), outcome, workers=None, desc="merging")
@@ -78,15 +82,6 @@ def merge(options: MergeOptions, field: Field) -> Outcome:
         written, there = counted(outcome.done), counted(len(entries))
         LOGGER.info("%s: %s of %s written, %s in it", target, field, written, there)
     return outcome
-
-
-def _entries_before(options: MergeOptions, target: Path) -> dict[str, dict[str, Any]]:
-    source = Path(options.in_json) if options.in_json else target
-    if options.in_json is None:
-        if not os.path.exists(source):
-            return {}
-        LOGGER.info("%s exists: its other entries are kept", source)
-    return read_metadata(source, may_be_empty=True)
 
 
 def text_files(images: Sequence[Path], extension: str) -> dict[Path, Path]:
@@ -129,12 +124,20 @@ def keys_of(images: Sequence[Path], entries: Mapping[str, Any], *, full_path: bo
     return {image: known.get(os.path.abspath(image)) or name(image) for image in images}
 
 
-def _report_missing(images: Sequence[Path], texts: Mapping[Path, Path], options: MergeOptions) -> None:
-    extension, folder = options.caption_extension, options.train_data_dir
+def _report(
+    texts: Mapping[Path, Path], keys: Mapping[Path, str], entries: Mapping[str, Any], options: MergeOptions
+) -> None:
+    """Warns of images without a text file, and of entries that may be of the same images by another name.
+
+    Raises: UserError: no image has a text file.
+    """
+    extension, folder, images = options.caption_extension, options.train_data_dir, list(keys)
     if not texts:
+        other = [ending for ending in (".caption", ".txt") if ending != extension and text_files(images, ending)]
+        hint = f", such as --caption_extension={other[0]}, of which there are some" if other else ""
         raise UserError(
             f"none of {counted(len(images))} in {folder} has a {extension} file beside it; "
-            f"give the extension of your files with --caption_extension{_others(images, extension)}"
+            f"give the extension of your files with --caption_extension{hint}"
         )
     missing = [image for image in images if image not in texts]
     if missing:
@@ -144,9 +147,6 @@ def _report_missing(images: Sequence[Path], texts: Mapping[Path, Path], options:
             "%d of %s without a %s file, left out: %s%s",
             len(missing), counted(len(images)), extension, names, more,
         )  # fmt: skip
-
-
-def _report_two_names(keys: Mapping[Path, str], entries: Mapping[str, Any]) -> None:
     twice = [
         other for image, key in keys.items() for other in (image.name, image.stem) if other in entries and key != other
     ]
@@ -156,9 +156,3 @@ def _report_two_names(keys: Mapping[Path, str], entries: Mapping[str, Any]) -> N
             "training takes one name for each, so remove the others, or begin with another --in_json",
             counted(len(twice), "name"), twice[0],
         )  # fmt: skip
-
-
-def _others(images: Sequence[Path], extension: str) -> str:
-    """A hint where files of another usual ending are there."""
-    other = [ending for ending in (".caption", ".txt") if ending != extension and text_files(images, ending)]
-    return f", such as --caption_extension={other[0]}, of which there are some" if other else ""

@@ -69,6 +69,9 @@ def tag_images(opts: Options) -> Outcome:
 
     Raises: UserError: there are no images, the tagger cannot be had or run, or the file for all cannot be written.
     """
+    from library.preparation.tagging.tagger_files import find_tagger
+    from library.preparation.tagging.taggers import open_tagger
+
     opencv()
     options: TaggingOptions = opts.tagging
     rules = rules_of(options)
@@ -79,31 +82,12 @@ def tag_images(opts: Options) -> Outcome:
     outcome, found = Outcome(skipped=len(share) - len(todo)), _Found()
     if not any(all_gather(len(todo))):  # together, as the processes load together
         return outcome
-    tagger = _load(options)
-    words = make_vocabulary(tagger.labels, rules, ranked=tagger.ranked)
-    _log_tagger(options, tagger, words)
-    try:
-        _tag(todo, tagger, words, rules, options, place, outcome, found)
-    except KeyboardInterrupt:
-        place.interrupted()
-        raise
-    place.finish()
-    _log_results(all_gather(found), options)
-    return outcome
-
-
-def _load(options: TaggingOptions) -> Tagger:
-    from library.preparation.tagging.tagger_files import find_tagger
-    from library.preparation.tagging.taggers import open_tagger
-
     if not options.onnx:
         LOGGER.info("the tagger's ONNX file is run, as with --onnx")
     where = (options.repo_id, Path(options.model_dir))
     files = by_the_first(lambda: find_tagger(*where, force=options.force_download))
-    return open_tagger(files or find_tagger(*where))
-
-
-def _log_tagger(options: TaggingOptions, tagger: Tagger, words: Vocabulary) -> None:
+    tagger = open_tagger(files or find_tagger(*where))
+    words = make_vocabulary(tagger.labels, rules, ranked=tagger.ranked)
     LOGGER.info("tagging with %s on the %s", tagger.files.path, "GPU" if tagger.on_gpu else "CPU")
     if tagger.batch is not None and tagger.batch != options.batch_size:
         LOGGER.info("this tagger takes %s at a time, whatever --batch_size says", counted(tagger.batch))
@@ -111,6 +95,22 @@ def _log_tagger(options: TaggingOptions, tagger: Tagger, words: Vocabulary) -> N
         asked = getattr(options, f"use_{name}_tags") or getattr(options, f"use_{name}_tags_as_last_tag")
         if asked and not len(words.best_of[name]):
             LOGGER.warning("--use_%s_tags: this tagger knows no %s tags", name, name)
+    try:
+        _tag(todo, tagger, words, rules, options, place, outcome, found)
+    except KeyboardInterrupt:
+        place.interrupted()
+        raise
+    place.finish()
+    everything = all_gather(found)
+    if not is_first():
+        return outcome
+    if without := sum(one.without_tags for one in everything):
+        LOGGER.warning("%s without a tag, as nothing reaches the thresholds", counted(without))
+    if options.frequency_tags:
+        counts: Counter[str] = sum((one.images_by_tag for one in everything), Counter())
+        for tag, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+            show(f"{tag}: {count}")
+    return outcome
 
 
 def _tag(
@@ -162,14 +162,3 @@ def _count_result(
         show(f"{put.path}: {rules.separator.join(put.tags)}")
         for line in probabilities_in_words(put.row, words):
             show(f"  {line}")
-
-
-def _log_results(found: Sequence[_Found], options: TaggingOptions) -> None:
-    if not is_first():
-        return
-    if without := sum(one.without_tags for one in found):
-        LOGGER.warning("%s without a tag, as nothing reaches the thresholds", counted(without))
-    if options.frequency_tags:
-        counts: Counter[str] = sum((one.images_by_tag for one in found), Counter())
-        for tag, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-            show(f"{tag}: {count}")

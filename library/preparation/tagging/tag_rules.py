@@ -198,20 +198,16 @@ def choose_tags(probabilities: NDArray[np.float32], words: Vocabulary, rules: Ta
         order = [*first, *others] if rules.characters_first else [*others, *characters]
     tags = [tag for number in order for tag in words.written[number]]
     for category, place in (("rating", rules.rating), ("quality", rules.quality)):
-        best = _likeliest(probabilities, words, category) if place else ()
+        numbers, best = words.best_of[category], ()
+        if place and len(numbers):
+            likeliest = int(numbers[probabilities[numbers].argmax()])
+            if probabilities[likeliest] >= np.float32(words.least_best):
+                best = words.written[likeliest]
         tags = [*best, *tags] if place == "first" else [*tags, *best]
     tags = list(dict.fromkeys(tags))
     for wanted in rules.always_first:
         tags.sort(key=lambda tag: key(tag) != wanted)
     return tags
-
-
-def _likeliest(probabilities: NDArray[np.float32], words: Vocabulary, category: str) -> tuple[str, ...]:
-    numbers = words.best_of[category]
-    if not len(numbers):
-        return ()
-    best = int(numbers[probabilities[numbers].argmax()])
-    return words.written[best] if probabilities[best] >= np.float32(words.least_best) else ()
 
 
 def probabilities_in_words(probabilities: NDArray[np.float32], words: Vocabulary) -> list[str]:

@@ -62,25 +62,17 @@ def find_tagger(repo_id: str, model_dir: Path, *, force: bool = False) -> Tagger
                 f"--force_download: nothing is downloaded for --repo_id {repo_id}, as it is a local "
                 "folder; leave one of the two out, or start from another folder"
             )
-        return _local(Path(repo_id))
-    wanted = _parse(repo_id)
-    folder = model_dir / repo_id.replace("/", "_")
-    here = None if force else _at_hand(wanted, folder)
-    return here or _fetch(wanted, folder, force)
-
-
-def _local(folder: Path) -> TaggerFiles:
-    found = _in_folder(folder)
-    if found is None:
-        raise UserError(f"--repo_id: {_what_is_missing(str(folder), _names(folder))}")
-    return found
-
-
-def _parse(repo_id: str) -> _Wanted:
+        found = _in_folder(Path(repo_id))
+        if found is None:
+            raise UserError(f"--repo_id: {_what_is_missing(str(Path(repo_id)), _names(Path(repo_id)))}")
+        return found
     parts = repo_id.replace("\\", "/").strip("/").split("/")
     if len(parts) < 2 or not all(parts) or ".." in parts or "." in parts:
         raise UserError(f"--repo_id: {repo_id!r} is neither a local folder nor a name of the form owner/model")
-    return _Wanted("/".join(parts[:2]), "/".join(parts[2:]))
+    wanted = _Wanted("/".join(parts[:2]), "/".join(parts[2:]))
+    folder = model_dir / repo_id.replace("/", "_")
+    here = None if force else _at_hand(wanted, folder)
+    return here or _fetch(wanted, folder, force)
 
 
 def _at_hand(wanted: _Wanted, folder: Path) -> TaggerFiles | None:

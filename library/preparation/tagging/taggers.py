@@ -17,7 +17,7 @@ from library.errors import UserError
 from library.preparation.common.onnx_sessions import first_line, is_on_gpu, open_session
 from library.preparation.common.summary import counted
 from library.preparation.tagging.tag_rules import CATEGORIES, Label
-from library.preparation.tagging.tagger_files import Kind, TaggerFiles
+from library.preparation.tagging.tagger_files import TaggerFiles
 from library.runtime.documents import LARGEST_CONFIG, NotTextError, decode, load_json
 from library.runtime.files import read_bytes, reason
 from library.runtime.logs import LOGGER
@@ -73,13 +73,10 @@ def open_tagger(files: TaggerFiles) -> Tagger:
             f"{files.path} has {counted(outputs, 'output')} and {files.labels} has {counted(len(labels), 'label')}; "
             "they belong to two models"
         )
-    height, width = (_side(side, files.kind) for side in (shape[2:] if planes else shape[1:3]))
+    sides = shape[2:] if planes else shape[1:3]
+    height, width = (side if isinstance(side, int) and side > 0 else _SIDES[files.kind] for side in sides)
     batch = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None
     return Tagger(files, labels, Size(width, height), planes, batch, _TYPES[taken.type], session)
-
-
-def _side(side: int | str | None, kind: Kind) -> int:
-    return side if isinstance(side, int) and side > 0 else _SIDES[kind]
 
 
 # ---- labels
@@ -177,7 +174,12 @@ def to_input(image: NDArray[np.uint8], tagger: Tagger, whole: Size | None = None
     """
     whole = whole or Size(image.shape[1], image.shape[0])
     if tagger.files.kind == "list":
-        pixels = _laid_out(_edged(image, tagger.size, whole), (0, 1, 2), tagger.planes)
+        size = tagger.size
+        inner = _fitted(whole, size)
+        top, left = (size.height - inner.height) // 2, (size.width - inner.width) // 2
+        below, right = size.height - inner.height - top, size.width - inner.width - left
+        framed = np.pad(resize(image, inner, "area"), ((top, below), (left, right), (0, 0)), mode="edge")
+        pixels = _laid_out(framed, (0, 1, 2), tagger.planes)
         pixels /= np.float32(255)
     else:
         pixels = _laid_out(resize(_squared(image, whole), tagger.size), (2, 1, 0), tagger.planes)
@@ -213,15 +215,6 @@ def _squared(image: NDArray[np.uint8], whole: Size) -> NDArray[np.uint8]:
     return square
 
 
-def _edged(image: NDArray[np.uint8], size: Size, whole: Size) -> NDArray[np.uint8]:
-    """All of the image in a frame of `size`; its outermost pixels fill what is left."""
-    inner = _fitted(whole, size)
-    fitted = resize(image, inner, "area")
-    top, left = (size.height - inner.height) // 2, (size.width - inner.width) // 2
-    below, right = size.height - inner.height - top, size.width - inner.width - left
-    return np.pad(fitted, ((top, below), (left, right), (0, 0)), mode="edge")
-
-
 def _fitted(image: Size, frame: Size, times: int = 1) -> Size:
     """The size at which all of an image just fits into a frame, or into one so many times as large."""
     scale = times * min(frame.width / image.width, frame.height / image.height)
@@ -237,30 +230,24 @@ def probabilities(pixels: Sequence[NDArray[np.floating[Any]]], tagger: Tagger) -
     Returns: (images, labels), from 0 to 1.
     Raises: UserError: the model cannot be run, e.g. for lack of memory.
     """
-    count = tagger.batch or len(pixels)
-    parts = [_run(pixels[start : start + count], count, tagger) for start in range(0, len(pixels), count)]
+    size = tagger.batch or len(pixels)
+    outputs, inputs = [tagger.session.get_outputs()[0].name], tagger.session.get_inputs()[0].name
+    parts = []
+    for start in range(0, len(pixels), size):
+        batch = np.stack(pixels[start : start + size])
+        count = len(batch)
+        if count < size:  # a model of a fixed size
+            batch = np.pad(batch, ((0, size - count), (0, 0), (0, 0), (0, 0)))
+        try:
+            (given,) = tagger.session.run(outputs, {inputs: batch})
+        except Exception as error:  # of its own kinds, which have no common base
+            raise UserError(
+                f"{tagger.files.path}: the model cannot be run: {first_line(error)}",
+                hint="if memory is short, lower --batch_size",
+            ) from None
+        found = np.asarray(given[:count], dtype=np.float32).reshape(count, -1)
+        if found.shape[1] != len(tagger.labels):
+            said, labels = counted(found.shape[1], "output"), counted(len(tagger.labels), "label")
+            raise UserError(f"{tagger.files.path} has {said} for {labels}")
+        parts.append(0.5 * (1 + np.tanh(0.5 * found)) if tagger.files.kind == "mapping" else found)  # a sigmoid
     return np.concatenate(parts)
-
-
-def _run(pixels: Sequence[NDArray[np.floating[Any]]], count: int, tagger: Tagger) -> NDArray[np.float32]:
-    batch = np.stack(pixels)
-    if len(pixels) < count:  # a model of a fixed size
-        batch = np.pad(batch, ((0, count - len(pixels)), (0, 0), (0, 0), (0, 0)))
-    try:
-        (given,) = tagger.session.run(
-            [tagger.session.get_outputs()[0].name], {tagger.session.get_inputs()[0].name: batch}
-        )
-    except Exception as error:  # of its own kinds, which have no common base
-        raise UserError(
-            f"{tagger.files.path}: the model cannot be run: {first_line(error)}",
-            hint="if memory is short, lower --batch_size",
-        ) from None
-    found = np.asarray(given[: len(pixels)], dtype=np.float32).reshape(len(pixels), -1)
-    if found.shape[1] != len(tagger.labels):
-        outputs, labels = counted(found.shape[1], "output"), counted(len(tagger.labels), "label")
-        raise UserError(f"{tagger.files.path} has {outputs} for {labels}")
-    return _sigmoid(found) if tagger.files.kind == "mapping" else found
-
-
-def _sigmoid(scores: NDArray[np.float32]) -> NDArray[np.float32]:
-    return 0.5 * (1 + np.tanh(0.5 * scores))

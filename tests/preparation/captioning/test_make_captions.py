@@ -160,7 +160,8 @@ def test_the_real_architecture_is_read_from_shapes():
 
 def test_images_become_384_px_bicubic_with_clips_mean_and_deviation():
     image = np.random.default_rng(1).integers(0, 256, (300, 500, 3), np.uint8)
-    found = captioners._pixels(captioners._blip_image_processor(384), image)
+    processor = captioners._blip_image_processor(384)
+    found = captioners.Blip(torch.nn.Identity(), None, processor, Search(30), "").prepare(image)
     resized = np.asarray(Image.fromarray(image).resize((384, 384), Image.Resampling.BICUBIC), np.float64) / 255
     mean, deviation = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
     expected = ((resized - mean) / deviation).transpose(2, 0, 1)

@@ -114,7 +114,7 @@ def test_no_vae_is_loaded_for_a_folder_that_cannot_be_written_to(run, folder, mo
     monkeypatch.setattr("library.preparation.common.images._closed", closed)
     outcome, _ = run("--skip_existing")
     assert outcome.skipped == 3
-    monkeypatch.setattr("library.preparation.latents.buckets._load_vae", pytest.fail)
+    monkeypatch.setattr("library.preparation.latents.encoders.load_vae", pytest.fail)
     with pytest.raises(UserError, match=r"latents cannot be written in this folder \(Read-only file system\)"):
         run()
     (folder / "wide.npz").unlink()
