@@ -46,8 +46,15 @@ def test_it_acts_where_the_batch_has_control_images():
 def test_only_the_controlnet_gets_gradients():
     family, models, method = attached()
     noisy, timesteps, cond, _ = inputs_of(family)
+    net = method.trainable()
+    for name, weight in net.named_parameters():
+        if not weight.any():  # the layers that begin with zeros, behind which nothing has a gradient yet
+            assert name.startswith("controlnet_")
+            torch.nn.init.normal_(weight.data, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     method.denoise(family, models)(noisy, timesteps, cond, batch_of()).square().mean().backward()
-    assert all(weight.grad is not None for weight in method.trainable().parameters())
+    idle = {name for name, weight in net.named_parameters() if not weight.grad.any()}
+    middle = "mid_block.attentions.0.transformer_blocks.0.attn1"  # of one position here, which sees itself alone
+    assert idle == {f"{middle}.to_q.weight", f"{middle}.to_k.weight"}
     for part in (models.denoiser, models.vae, *models.text_encoders.values()):
         assert all(weight.grad is None for weight in part.parameters())
 
