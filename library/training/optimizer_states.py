@@ -35,20 +35,6 @@ def check(saved: Any, optimizer: torch.optim.Optimizer) -> None:
     Args: saved: what `optimizer.state_dict()` gave, as a file holds it.
     Raises: ValueError: says what does not fit.
     """
-    groups = _groups(saved, optimizer)
-    shapes = _Shapes(optimizer)
-    for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
-        for name, value in group.items():
-            if name != "params" and name in saved_group and not alike(value, saved_group[name]):
-                raise ValueError(f"its {name} is {str(saved_group[name])[:40]!r}")
-        foreign = saved_group.keys() - group.keys() - _ANY_OPTIMIZERS
-        for weight, number in zip(group["params"], saved_group["params"], strict=True):
-            values = saved["state"].get(number)
-            if values is not None:
-                _check_values(number, values, shapes.of(group, weight), tuple(weight.shape), foreign=bool(foreign))
-
-
-def _groups(saved: Any, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     whole = isinstance(saved, dict) and isinstance(saved.get("state"), dict)
     groups = saved.get("param_groups") if whole else None
     if not isinstance(groups, list) or not all(
@@ -59,7 +45,16 @@ def _groups(saved: Any, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]
     wanted = [len(group["params"]) for group in optimizer.param_groups]
     if counts != wanted:
         raise ValueError(f"it has groups of {_listed(counts)} tensors, and the run has {_listed(wanted)}")
-    return groups
+    shapes = _Shapes(optimizer)
+    for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
+        for name, value in group.items():
+            if name != "params" and name in saved_group and not alike(value, saved_group[name]):
+                raise ValueError(f"its {name} is {str(saved_group[name])[:40]!r}")
+        foreign = saved_group.keys() - group.keys() - _ANY_OPTIMIZERS
+        for weight, number in zip(group["params"], saved_group["params"], strict=True):
+            values = saved["state"].get(number)
+            if values is not None:
+                _check_values(number, values, shapes.of(group, weight), tuple(weight.shape), foreign=bool(foreign))
 
 
 def _listed(counts: list[int]) -> str:

@@ -118,8 +118,18 @@ def load_state(folder: Path, parts: StateParts, *, settings: RunSettings | None 
     _load_optimizer(folder, parts, settings, shard_optimizer_state)
     if parts.scaler is not None and (folder / SCALER).is_file():
         _load(parts.scaler, folder / SCALER, "--mixed_precision")
-    if parts.extra:
-        _load_extra(folder, parts.extra, shard_like)
+    if not parts.extra:
+        return
+    file = folder / EXTRA
+    saved = _read(file) if file.is_file() else {}
+    for name, part in parts.extra.items():
+        if not isinstance(saved, dict) or name not in saved:
+            part.restart()
+            continue
+        try:
+            part.load_state_dict(shard_like(saved[name], part.state_dict()))
+        except _OF_OTHER_CONTENTS as error:
+            raise _misfit(file, "the options", str(error) or type(error).__name__) from None
 
 
 def _load_optimizer(
@@ -154,19 +164,6 @@ def _load_optimizer(
     if odd:
         raise _misfit(file, options, f"its {odd[0]} is {str(saved[odd[0]])[:40]}")
     _load(parts.schedule, file, options)
-
-
-def _load_extra(folder: Path, extra: Mapping[str, Any], shard_like: Callable[..., Any]) -> None:
-    file = folder / EXTRA
-    found = _read(file) if file.is_file() else {}
-    for name, part in extra.items():
-        if not isinstance(found, dict) or name not in found:
-            part.restart()
-            continue
-        try:
-            part.load_state_dict(shard_like(found[name], part.state_dict()))
-        except _OF_OTHER_CONTENTS as error:
-            raise _misfit(file, "the options", str(error) or type(error).__name__) from None
 
 
 def needed_bytes(parts: StateParts) -> int:

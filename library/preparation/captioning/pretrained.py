@@ -94,38 +94,36 @@ def fetched(address: str) -> Path:
 
     Raises: UserError: it cannot be downloaded.
     """
+    from http.client import HTTPException
+    from urllib.request import urlopen
+
     path = cache_folder() / "weights" / (unquote(urlsplit(address).path).rpartition("/")[2] or "weights.pth")
 
     def fetch() -> None:
-        if not path.is_file():
-            _fetch(address, path)
+        if path.is_file():
+            return
+        LOGGER.info("fetching %s into %s", address, path.parent)
+        try:
+            with urlopen(address, timeout=_TIMEOUT) as answer, replacing(path) as temporary:
+                length = int(answer.headers.get("Content-Length") or 0)
+                size = 0
+                progress_bar = progress(length or None, path.name, unit="B", unit_scale=True, disable=not is_first())
+                with open(temporary, "wb") as file, progress_bar as bar:
+                    while block := answer.read(_BLOCK):
+                        file.write(block)
+                        size += len(block)
+                        bar.update(len(block))
+                if length and size != length:
+                    raise OSError(f"cut short, {size:,} of {length:,} bytes")
+        except (OSError, ValueError, HTTPException) as error:  # URLError is an OSError
+            raise UserError(
+                f"{address}: cannot be fetched ({_first_line(error)}); get the file in another way and put it at "
+                f"{path}, or name a file, folder or hub id here"
+            ) from None
 
     by_the_first(fetch)
     fetch()  # where the first process is on another machine
     return path
-
-
-def _fetch(address: str, path: Path) -> None:
-    from http.client import HTTPException
-    from urllib.request import urlopen
-
-    LOGGER.info("fetching %s into %s", address, path.parent)
-    try:
-        with urlopen(address, timeout=_TIMEOUT) as answer, replacing(path) as temporary, open(temporary, "wb") as file:
-            length = int(answer.headers.get("Content-Length") or 0)
-            size = 0
-            with progress(length or None, path.name, unit="B", unit_scale=True, disable=not is_first()) as bar:
-                while block := answer.read(_BLOCK):
-                    file.write(block)
-                    size += len(block)
-                    bar.update(len(block))
-            if length and size != length:
-                raise OSError(f"cut short, {size:,} of {length:,} bytes")
-    except (OSError, ValueError, HTTPException) as error:  # URLError is an OSError
-        raise UserError(
-            f"{address}: cannot be downloaded ({_first_line(error)}); get the file otherwise and put it at {path}, "
-            "or name a file, folder or hub id here"
-        ) from None
 
 
 def _lacks_package(name: str, error: ImportError) -> UserError:

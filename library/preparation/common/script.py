@@ -42,13 +42,23 @@ def run_script(
     status = 0
     try:
         require_here()
-        opts = _options(groups, argv, description, traits)
+        program = os.path.basename(sys.argv[0])
+        opts = parsing.parse_options(groups, argv, prog=program, description=description, elsewhere=options_elsewhere)
+        values = opts.flat()
+        level = values["console_log_level"] if is_first() else "ERROR"  # the other processes report errors only
+        logs.setup_logging(level, values["console_log_file"], values["console_log_simple"])
+        known: Any = traits(opts)
+        problems = validation.problems(opts, known)
+        if problems:
+            raise UserError(*problems)
+        for line in validation.warnings(opts, known):
+            LOGGER.warning("%s", line)
         outcome = work(opts)
         if outcome is not None:
             whole = Outcome.together(all_gather(outcome))
             for line in whole.lines():
                 LOGGER.info("%s", line)
-            status = whole.status(opts.flat()["strict"])
+            status = whole.status(values["strict"])
         processes().close()
     except UserError as error:
         logs.fail(error)
@@ -62,24 +72,3 @@ def run_script(
         logs.fail_for_the_machine(error)
     if status:
         raise SystemExit(status)
-
-
-def _options(
-    groups: Sequence[type[OptionGroup]],
-    argv: Sequence[str] | None,
-    description: str,
-    traits: Callable[[Options], FamilyTraits | None],
-) -> Options:
-    opts = parsing.parse_options(
-        groups, argv, prog=os.path.basename(sys.argv[0]), description=description, elsewhere=options_elsewhere
-    )
-    values = opts.flat()
-    level = values["console_log_level"] if is_first() else "ERROR"  # the other processes report errors only
-    logs.setup_logging(level, values["console_log_file"], values["console_log_simple"])
-    known: Any = traits(opts)
-    problems = validation.problems(opts, known)
-    if problems:
-        raise UserError(*problems)
-    for line in validation.warnings(opts, known):
-        LOGGER.warning("%s", line)
-    return opts

@@ -203,16 +203,13 @@ def surest(found: _Found, threshold: float) -> list[int]:
     order = [int(index) for index in np.argsort(-found.scores, kind="stable") if found.scores[index] >= threshold]
     kept: list[int] = []
     for index in order:
-        if all(_overlap(found.boxes[index], found.boxes[other]) < _MOST_OVERLAP for other in kept):
+        box, others = found.boxes[index], found.boxes[kept]
+        sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+        common = np.maximum(0, sides).prod(axis=1)
+        union = np.prod(box[2:] - box[:2]) + (others[:, 2:] - others[:, :2]).prod(axis=1) - common
+        if all(overlap < _MOST_OVERLAP for overlap in (common / np.maximum(union, 1e-9)).tolist()):
             kept.append(index)
     return kept
-
-
-def _overlap(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """Intersection over union."""
-    common = np.prod(np.maximum(0, np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2])))
-    both = np.prod(one[2:] - one[:2]) + np.prod(other[2:] - other[:2])
-    return float(common / max(both - common, 1e-9))
 
 
 def _value(metadata: Mapping[str, str], key: str, default: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -159,13 +158,26 @@ def _whole(value: float) -> int:
 
 
 def _cut_file(path: Path, pixels: NDArray[np.uint8], model: FaceModel, given: FaceOptions) -> list[tuple[str, bytes]]:
-    """(name, content) of every result of an image.
+    """(name, content) of the results of an image, one for each wanted face, largest first. Logs why there are none.
 
     Raises: ValueError: a result would be too large, or cannot be written as a file of its kind.
     """
+    candidates = model.find(pixels, min(_LEAST_SURE, given.score_threshold))
+    sure = [face for face in candidates if face.score >= given.score_threshold]
+    if not sure:
+        best = max((face.score for face in candidates), default=None)
+        hint = "" if best is None else f" (the model's surest guess has {best:.2f}, below --score_threshold)"
+        LOGGER.info("%s: no face%s", path, hint)
+        return []
+    boxes = [box_of(face, Size(pixels.shape[1], pixels.shape[0])) for face in sure]
+    sides = [max(box.width, box.height) for box in boxes]
+    least, limit = given.min_size or 0, given.max_size or math.inf
+    wanted = [face for face, side in zip(sure, sides, strict=True) if least <= side < limit]
+    if not wanted:
+        LOGGER.info("%s: no face of a wanted size, but of %s pixels", path, ", ".join(map(str, sides)))
     suffix = writable_suffix(path.suffix)
     results: dict[str, bytes] = {}
-    for face in _wanted_faces(path, pixels, model, given):
+    for face in wanted if given.multiple_faces else wanted[:1]:
         result, box = _result(pixels, face, given)
         name, number = result_name(path.stem, box, suffix), 2
         while name in results:  # cropped to one size, two faces may well be at the same place
@@ -174,31 +186,13 @@ def _cut_file(path: Path, pixels: NDArray[np.uint8], model: FaceModel, given: Fa
     return list(results.items())
 
 
-def _wanted_faces(path: Path, pixels: NDArray[np.uint8], model: FaceModel, given: FaceOptions) -> Iterator[Face]:
-    """The faces that a result is made for, largest first. Logs why there are none."""
-    height, width = pixels.shape[:2]
-    candidates = model.find(pixels, min(_LEAST_SURE, given.score_threshold))
-    sure = [face for face in candidates if face.score >= given.score_threshold]
-    if not sure:
-        best = max((face.score for face in candidates), default=None)
-        hint = "" if best is None else f" (the model's surest guess has {best:.2f}, below --score_threshold)"
-        LOGGER.info("%s: no face%s", path, hint)
-        return
-    sides = [max(box.width, box.height) for box in (box_of(face, Size(width, height)) for face in sure)]
-    least, limit = given.min_size or 0, given.max_size or math.inf
-    wanted = [face for face, side in zip(sure, sides, strict=True) if least <= side < limit]
-    if not wanted:
-        LOGGER.info("%s: no face of a wanted size, but of %s pixels", path, ", ".join(map(str, sides)))
-    yield from wanted if given.multiple_faces else wanted[:1]
-
-
 def _result(pixels: NDArray[np.uint8], face: Face, given: FaceOptions) -> tuple[NDArray[np.uint8], FaceBox]:
     """The image around a face, and the face's box in it.
 
     Raises: ValueError: the face is so small that what it is to become would not fit into memory, or the image is too
         long to be turned.
     """
-    size = Size(pixels.shape[1], pixels.shape[0])
+    cv2, size = opencv(), Size(pixels.shape[1], pixels.shape[0])
     box = box_of(face, size)
     eyes = face.eyes
     if given.rotate and eyes is not None:
@@ -206,7 +200,6 @@ def _result(pixels: NDArray[np.uint8], face: Face, given: FaceOptions) -> tuple[
             raise ValueError(
                 f"{size.width}x{size.height} is too long for --rotate, which takes {_LONGEST_TURNED} pixels at most"
             )
-        cv2 = opencv()
         matrix = turning((box.x, box.y), tilt(eyes))
         border = cv2.BORDER_REPLICATE
         pixels = cv2.warpAffine(pixels, matrix, size, flags=cv2.INTER_LANCZOS4, borderMode=border)
@@ -223,16 +216,10 @@ def _result(pixels: NDArray[np.uint8], face: Face, given: FaceOptions) -> tuple[
     if given.debug:
         factors = (crop.resized.width / size.width, crop.resized.height / size.height)
         points = [(_whole(x * factors[0]) - crop.left, _whole(y * factors[1]) - crop.top) for x, y in eyes or ()]
-        result = _with_marks(result, placed, points)
+        result = np.ascontiguousarray(result).copy()
+        line = max(1, min(result.shape[:2]) // 200)
+        start = (placed.x - placed.width // 2, placed.y - placed.height // 2)
+        cv2.rectangle(result, start, (start[0] + placed.width, start[1] + placed.height), _BOX, line)
+        for eye in points:
+            cv2.circle(result, eye, 2 * line, _EYE, -1)
     return result, placed
-
-
-def _with_marks(pixels: NDArray[np.uint8], face: FaceBox, eyes: list[tuple[int, int]]) -> NDArray[np.uint8]:
-    cv2 = opencv()
-    marked = np.ascontiguousarray(pixels).copy()
-    line = max(1, min(marked.shape[:2]) // 200)
-    start = (face.x - face.width // 2, face.y - face.height // 2)
-    cv2.rectangle(marked, start, (start[0] + face.width, start[1] + face.height), _BOX, line)
-    for eye in eyes:
-        cv2.circle(marked, eye, 2 * line, _EYE, -1)
-    return marked
