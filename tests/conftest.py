@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Generator
 
@@ -13,10 +14,15 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' processes share the cores, and tiny models need no more
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported, so it comes before every import of ours
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of hundreds of processes compiles all modules again
+
 os.environ["TRAINSCRIPTS_CACHE"] = tempfile.mkdtemp(prefix="trainscripts-tests-")  # the user's own is not touched
 
 from library import screen
 from library.runtime.logs import LOGGER
+from tests.scripts.starting import run_script, start_script  # noqa: F401  # fixtures for every test
+
+sys.dont_write_bytecode = False
 
 
 def pytest_sessionfinish() -> None:

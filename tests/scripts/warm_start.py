@@ -2,7 +2,9 @@
 
 Each line of standard input asks for runs of one command, in JSON:
 
-    {"argv": ["train_network.py", ...], "output": file, "errors": file, "environments": [{...}, ...]}
+    {"argv": ["train_network.py", ...], "folder": path, "output": file, "errors": file, "environments": [{...}, ...]}
+
+The first word is a file, or `-c` where the second one is code, as on Python's own command line.
 
 One process is started for each environment. The first answer is a line with the number of the first process. When all
 have ended, another one has the exit status of the first that failed, or 0. Of our own code only what imports
@@ -31,7 +33,7 @@ def main() -> None:
             child = os.fork()
             if not child:
                 become(request, environment)
-                runpy.run_path(request["argv"][0], run_name="__main__")
+                run(request["argv"])
                 return
             children.append(child)
         print(children[0], flush=True)
@@ -45,7 +47,10 @@ def import_libraries() -> None:
     libraries.import_libraries(set())
     import cv2  # noqa: F401
     import safetensors.torch  # noqa: F401
+    import scipy.sparse.csgraph  # noqa: F401
     import toml  # noqa: F401
+    import torch.distributed.fsdp
+    import torch.distributed.tensor  # noqa: F401
     from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
     from PIL import Image
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel  # noqa: F401
@@ -63,9 +68,19 @@ def become(request: dict, environment: dict[str, str]) -> None:
         opened = os.open(name, flags)
         os.dup2(opened, number)
         os.close(opened)
+    os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = request["argv"]
+
+
+def run(line: list[str]) -> None:
+    first, *more = line
+    if first == "-c":
+        sys.argv = ["-c", *more[1:]]
+        exec(compile(more[0], "<string>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
+    else:
+        sys.argv = line
+        runpy.run_path(first, run_name="__main__")
 
 
 def wait_for_all(children: list[int]) -> int:
