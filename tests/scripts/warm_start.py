@@ -13,12 +13,14 @@ libraries is there beforehand, so that every run still shows what its script imp
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
 import runpy
 import signal
 import sys
+import threading
 
 sys.path[0] = os.getcwd()
 
@@ -33,8 +35,7 @@ def main() -> None:
             child = os.fork()
             if not child:
                 become(request, environment)
-                run(request["argv"])
-                return
+                end(status_of(request["argv"]))
             children.append(child)
         print(children[0], flush=True)
         print(wait_for_all(children), flush=True)
@@ -73,14 +74,34 @@ def become(request: dict, environment: dict[str, str]) -> None:
     os.environ.update(environment)
 
 
-def run(line: list[str]) -> None:
+def status_of(line: list[str]) -> int:
+    """Runs a command line as Python does; returns the exit status."""
     first, *more = line
-    if first == "-c":
-        sys.argv = ["-c", *more[1:]]
-        exec(compile(more[0], "<string>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
-    else:
-        sys.argv = line
-        runpy.run_path(first, run_name="__main__")
+    try:
+        if first == "-c":
+            sys.argv = ["-c", *more[1:]]
+            exec(compile(more[0], "<string>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
+        else:
+            sys.argv = line
+            runpy.run_path(first, run_name="__main__")
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            return stop.code or 0
+        print(stop.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
+def end(status: int) -> None:
+    """Ends this process as Python does, but for the release of all that was imported: a third of a second for each."""
+    threading._shutdown()  # waits for threads, and calls what waits for their end
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status & 0xFF)
 
 
 def wait_for_all(children: list[int]) -> int:
