@@ -79,10 +79,10 @@ def status_of(line: list[str]) -> int:
     first, *more = line
     try:
         if first == "-c":
-            sys.argv = ["-c", *more[1:]]
+            sys.argv, sys.path[0] = ["-c", *more[1:]], ""
             exec(compile(more[0], "<string>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
         else:
-            sys.argv = line
+            sys.argv, sys.path[0] = line, os.path.dirname(os.path.abspath(first))
             runpy.run_path(first, run_name="__main__")
     except SystemExit as stop:
         if stop.code is None or isinstance(stop.code, int):
