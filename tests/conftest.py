@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Generator
 
@@ -13,22 +14,28 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' processes share the cores, and tiny models need no more
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported, so it comes before every import of ours
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of hundreds of processes compiles all modules again
+
 os.environ["TRAINSCRIPTS_CACHE"] = tempfile.mkdtemp(prefix="trainscripts-tests-")  # the user's own is not touched
 
 from library import screen
 from library.runtime.logs import LOGGER
+from tests.scripts.starting import run_script, start_script  # noqa: F401  # fixtures for every test
+
+sys.dont_write_bytecode = False
 
 
 def pytest_sessionfinish() -> None:
     shutil.rmtree(os.environ["TRAINSCRIPTS_CACHE"], ignore_errors=True)
 
 
-LONG = ("learning", "scripts", "memory")  # folders of tests that take long, the longest first
+# Folders and files that take long, those with the longest files first.
+LONG = ("learning", "scripts", "test_quickstart", "test_benchmarks", "memory", "test_every_option", "families")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # or one of several processes would be left with a long file at the end
-        items.sort(key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG))
+        items.sort(key=_place)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -37,6 +44,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def _place(item: pytest.Item) -> int:
+    return next((n for n, name in enumerate(LONG) if name in (item.path.parent.name, item.path.stem)), len(LONG))
 
 
 @pytest.fixture(autouse=True)

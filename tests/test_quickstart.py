@@ -223,12 +223,15 @@ def test_the_first_command_on_a_bare_machine(tmp_path, wheels):
 
     Real: the processes, .venv, pip and what it resolves and unpacks, both builds of OpenCV, the training and its image.
     Replaced: pip's index by a folder of wheels; all packages but OpenCV lead to those of the running environment, each
-    to its own files only, so that what quickstart does not install is not there. The training has 10 steps.
+    to its own files only, so that what quickstart does not install is not there. The training has 10 steps, and each
+    of its images 3.
     """
     checkout, home = tmp_path / "checkout", tmp_path / "home"
     shutil.copytree(
         ROOT, checkout, ignore=shutil.ignore_patterns(".venv", ".git", "demo_out", "__pycache__", ".*_cache")
     )
+    prompts = checkout / "examples" / "concept" / "prompts.txt"
+    prompts.write_text(prompts.read_text(encoding="utf-8").replace("--s 30", "--s 3"), encoding="utf-8")
     home.mkdir()
     code = "import sys, ensurepip, pip; print(sys.base_prefix, ensurepip.__path__[0])"
     prefix, ensurepip = subprocess.check_output([sys._base_executable, "-c", code], text=True).split()

@@ -16,6 +16,7 @@ from library.options.base import Options
 from library.text.tokenizers import bundled_clip_tokenizer
 from library.types import Models
 from tests.builders.options import options_for
+from tests.builders.written import written_once
 
 WIDTH = 64  # of a CLIP head, and so the narrowest that SD 2.x's rule for U-Net heads allows
 
@@ -65,11 +66,13 @@ def tiny_sd(v2: bool = False, seed: int = 0) -> Models:
     return Models(unet, {"te": text_encoder}, {"te": tokenizer}, vae, source)
 
 
+@written_once
 def write_tiny_sd1(path: str | Path, seed: int = 0, dtype: torch.dtype | None = None) -> Path:
     """Writes a tiny SD 1.x model: .safetensors, .ckpt, or a Diffusers folder when there is no such ending."""
     return _write(tiny_sd(False, seed), Path(path), dtype)
 
 
+@written_once
 def write_tiny_sd2(path: str | Path, seed: int = 0, dtype: torch.dtype | None = None) -> Path:
     """Writes a tiny SD 2.x model, see `write_tiny_sd1`."""
     return _write(tiny_sd(True, seed), Path(path), dtype)

@@ -15,6 +15,7 @@ from library.families.sdxl.tokenizers import sdxl_tokenizers
 from library.options.base import Options
 from library.types import Models
 from tests.builders.options import options_for
+from tests.builders.written import written_once
 
 WIDTH1, WIDTH2, POOLED = 64, 128, 64  # of the text encoders; the projection is not square, unlike the real one
 
@@ -79,6 +80,7 @@ def _text_config(width: int, hidden_act: str, pad_id: int) -> CLIPTextConfig:
     )
 
 
+@written_once
 def write_tiny_sdxl(path: str | Path, seed: int = 0, dtype: torch.dtype | None = None, **sizes: Any) -> Path:
     """Writes a tiny model: .safetensors, .ckpt, or a Diffusers folder when there is no such ending."""
     path = Path(path)

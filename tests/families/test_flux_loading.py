@@ -376,34 +376,3 @@ def test_no_torch_is_needed_to_check():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-PEAK = """
-import sys
-from library.families.flux.loading import load_model
-
-def peak():
-    (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-small, large, clip_l, t5, ae = sys.argv[1:]
-load_model(small, {"te1": clip_l, "te3": t5}, ae)  # brings in all the libraries
-before = peak()
-load_model(large, {"te1": clip_l, "te3": t5}, ae)
-print(peak() - before)
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for the peak of memory")
-def test_loading_takes_the_memory_of_one_copy(tmp_path, parts):
-    small, large = write_flux(tmp_path), tmp_path / "large.safetensors"
-    save_file(flux_tensors(width=1024, head=128, single=3, blank=True), large)
-    size = large.stat().st_size
-    assert size > 200e6
-    files = [str(small), str(large), parts["clip_l"], parts["t5xxl"], parts["ae"]]
-    command = [sys.executable, "-c", PEAK, *files]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert 0.9 * size < int(done.stdout) < 1.5 * size

@@ -11,7 +11,7 @@ from library.memory.attention import set_attention
 from library.options.memory import MemoryOptions
 from tests.builders import tiny_sd
 
-SIDE = 32  # of the latents; the first level's self-attention is over SIDE² positions, with 8 heads
+SIDE = 24  # of the latents; the first level's self-attention is over SIDE² positions, with 8 heads
 WHOLE_MATRIX = 2 * 8 * (SIDE * SIDE) ** 2  # numbers, for the batch of 2
 
 

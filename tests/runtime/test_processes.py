@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 from library.runtime.processes import Processes
 
-ROOT = Path(__file__).resolve().parents[2]
 WORKER = """
+import sys
 from pathlib import Path
 
 import torch
@@ -28,7 +23,7 @@ seen = [[tensor[0, 0].item() for tensor in theirs] for theirs in ours.broadcast_
 assert seen == [[0.0, 1.0], [10.0]], seen
 ours.close()
 assert not torch.distributed.is_initialized()
-Path(f"fine {ours.rank}").touch()
+Path(sys.argv[1], f"fine {ours.rank}").touch()
 """
 
 
@@ -40,17 +35,7 @@ def test_one_process_waits_for_nobody():
     assert list(alone.shard([1, 2])) == [1, 2]
 
 
-def test_two_processes(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(tmp_path / "worker.py")],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def test_two_processes(run_script, tmp_path):
+    done = run_script("-c", WORKER, tmp_path, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(path.name for path in tmp_path.glob("fine *")) == ["fine 0", "fine 1"]

@@ -1,5 +1,6 @@
-"""Command lines, and processes that run them: started the usual way, or forked from one that has done the imports.
+"""Runs scripts as a user does: in processes of their own, from the repository root, with the network shut off.
 
+They are started the usual way, or forked from a process that has done the imports.
 Imports are most of a short run. On Linux a warm start spares them; elsewhere every script is started the usual way.
 """
 
@@ -7,16 +8,22 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import select
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # sums in the same order in one process and in several; and less work
 LONGEST = 900  # seconds that a script may take
 READ_BY_IMPORTS = ("HF_", "OMP_", "MKL_", "PYTHON", "TORCH")  # beginnings of variables that libraries read only once
 
@@ -78,33 +85,43 @@ class Starter:
         self._folder = folder  # for what they write
         self._warm: dict[tuple[tuple[str, str], ...], _WarmStart] = {}
 
-    def start(self, line: list[str], environments: list[dict[str, str]], *, launcher: tuple[str, ...] = ()) -> Started:
+    def start(
+        self,
+        line: list[str],
+        environments: list[dict[str, str]],
+        *,
+        folder: Path = ROOT,
+        launcher: tuple[str, ...] = (),
+    ) -> Started:
         """Starts one process for each environment.
 
         Args:
-            line: the script and its arguments.
+            line: the script and its arguments, or `-c`, code and its arguments.
+            folder: the working folder.
             launcher: words between Python and the script; with them it is started the usual way.
         """
         output, errors = self._folder / "output", self._folder / "errors"
         for file in (output, errors):
             file.write_bytes(b"")
         first = environments[0]
-        if launcher or not line[0].endswith(".py") or sys.platform != "linux":
-            return _start_cold([*launcher, *line], environments, output, errors)
+        if launcher or sys.platform != "linux":
+            return _start_cold([*launcher, *line], environments, folder, output, errors)
         key = tuple(sorted((name, value) for name, value in first.items() if name.startswith(READ_BY_IMPORTS)))
         if key not in self._warm:
             self._warm[key] = _WarmStart(first)
-        return self._warm[key].start(line, environments, output, errors)
+        return self._warm[key].start(line, environments, folder, output, errors)
 
     def end(self) -> None:
         for warm in self._warm.values():
             warm.end()
 
 
-def _start_cold(line: list[str], environments: list[dict[str, str]], output: Path, errors: Path) -> Started:
+def _start_cold(
+    line: list[str], environments: list[dict[str, str]], folder: Path, output: Path, errors: Path
+) -> Started:
     with output.open("ab") as out, errors.open("ab") as err:
         processes = [
-            subprocess.Popen([sys.executable, *line], cwd=ROOT, env=environment, stdout=out, stderr=err)
+            subprocess.Popen([sys.executable, *line], cwd=folder, env=environment, stdout=out, stderr=err)
             for environment in environments
         ]
 
@@ -131,8 +148,11 @@ class _WarmStart:
             start_new_session=True,  # so that all that it started can be ended together
         )
 
-    def start(self, line: list[str], environments: list[dict[str, str]], output: Path, errors: Path) -> Started:
-        request = {"argv": line, "environments": environments, "output": str(output), "errors": str(errors)}
+    def start(
+        self, line: list[str], environments: list[dict[str, str]], folder: Path, output: Path, errors: Path
+    ) -> Started:
+        places = {"folder": str(folder), "output": str(output), "errors": str(errors)}
+        request = {"argv": line, "environments": environments, **places}
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         pid = self._answer(LONGEST)
         assert pid is not None, "the imports take too long"
@@ -154,3 +174,61 @@ class _WarmStart:
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+
+
+@pytest.fixture(scope="session")
+def start_script(tmp_path_factory) -> Iterator[Callable[..., Started]]:
+    """Starts a script, or `-c` and code. One at a time: what it wrote is there until the next one is started.
+
+    `folder`: the working folder. `processes`: as many that train together, as if torch's launcher had started them.
+    `launcher`: words between Python and the script. `variables`: of the environment; None takes one away.
+    """
+    starter = Starter(tmp_path_factory.mktemp("scripts"))
+
+    def start(
+        *arguments: str | Path,
+        folder: Path = ROOT,
+        launcher: tuple[str, ...] = (),
+        processes: int = 1,
+        variables: Mapping[str, str | None] | None = None,
+    ) -> Started:
+        line = [os.fspath(argument) for argument in arguments]
+        all_variables = {**os.environ, **OFFLINE, **ONE_THREAD, **(variables or {})}
+        environment = {name: value for name, value in all_variables.items() if value is not None}
+        environments = [{**environment, **place} for place in _places(processes)]
+        return starter.start(line, environments, folder=folder, launcher=launcher)
+
+    yield start
+    starter.end()
+
+
+@pytest.fixture(scope="session")
+def run_script(start_script) -> Callable[..., subprocess.CompletedProcess]:
+    """Starts a script, see `start_script`, and waits for its end."""
+
+    def run(*arguments: str | Path, **how: object) -> subprocess.CompletedProcess:
+        return start_script(*arguments, **how).result()
+
+    return run
+
+
+def _places(processes: int) -> list[dict[str, str]]:
+    """What torch's launcher tells each of several processes."""
+    if processes == 1:
+        return [{}]
+    port = _free_port()
+    common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranked = [{**common, "RANK": number, "LOCAL_RANK": number} for number in range(processes)]
+    return [{name: str(value) for name, value in place.items()} for place in ranked]
+
+
+def _free_port() -> int:
+    """A port on which nothing listens, below those that systems hand out to whoever connects in the meantime."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 30000)
+        with socket.socket() as trial:
+            try:
+                trial.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port

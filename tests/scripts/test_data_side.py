@@ -18,8 +18,6 @@ from library.data.sample import images
 from library.runtime import seeds
 from library.types import Size
 
-MODEL = "examples/tiny_model/tiny-sd.safetensors"
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -57,8 +55,8 @@ def first(train, place):
 
 
 @pytest.mark.rows("R13", "R104")
-def test_latents_on_disk_are_those_of_the_vae_itself(first, place):
-    _, models = cli.load_family("sd", [f"--pretrained_model_name_or_path={MODEL}"])
+def test_latents_on_disk_are_those_of_the_vae_itself(first, place, small_model):
+    _, models = cli.load_family("sd", [f"--pretrained_model_name_or_path={small_model}"])
     files = sorted(place.glob("*/*.npz"))
     assert len(files) == 5
     for file in files:

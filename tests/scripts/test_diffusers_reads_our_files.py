@@ -24,7 +24,8 @@ TEXT = "a sks flower on a black background"
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory, run_script, train_arguments) -> Path:
     out = tmp_path_factory.mktemp("lora")
-    arguments = train_arguments(out, network_args=["conv_dim=4"], max_train_steps=3, learning_rate=1e-2)
+    changes = {"pretrained_model_name_or_path": MODEL, "network_args": ["conv_dim=4"], "learning_rate": 1e-2}
+    arguments = train_arguments(out, **changes, max_train_steps=3)
     result = run_script(*arguments)
     assert result.returncode == 0, result.stderr
     return out / "lora.safetensors"

@@ -21,14 +21,13 @@ from library.types import Size
 
 MODEL = "examples/tiny_model/tiny-sd.safetensors"
 CONCEPT = Path("examples/concept/10_sks flower")
-LAUNCH = ("-m", "accelerate.commands.launch")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """The bundled model as a .ckpt that has been trained before."""
+def base(tmp_path_factory, small_model):
+    """The small model as a .ckpt that has been trained before."""
     path = tmp_path_factory.mktemp("base") / "model.ckpt"
-    family, models = cli.load_family("sd", [f"--pretrained_model_name_or_path={MODEL}"])
+    family, models = cli.load_family("sd", [f"--pretrained_model_name_or_path={small_model}"])
     family.writer.save(models, path, save_as="ckpt", dtype=None, metadata={"ss_epoch": "2", "ss_steps": "100"})
     return path
 
@@ -46,11 +45,11 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory, images):
+def prepared(tmp_path_factory, images, small_model):
     """A metadata file, and the latents that it goes with, without images."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "train_data").mkdir()
-    family, models = cli.load_family("sd", [f"--pretrained_model_name_or_path={MODEL}"])
+    family, models = cli.load_family("sd", [f"--pretrained_model_name_or_path={small_model}"])
     metadata = {}
     for path in sorted(images.glob("train/*/*.png")):
         latents = family.latents.encode(models, pixels_of(path)[None])[0].numpy()
@@ -67,9 +66,9 @@ def pixels_of(path: Path) -> torch.Tensor:
     return imaging.to_pixels(imaging.resize(imaging.read_image(path), Size(64, 64)))
 
 
-def ran(run_script, command: str, launcher=()):
-    """Of each script, one printed line is started as it stands, by accelerate's launcher; the others without it."""
-    done = run_script(*command.split(), launcher=launcher)
+def ran(run_script, command: str) -> str:
+    """Runs a printed command line without its launcher, which `test_train_network.py` starts."""
+    done = run_script(*command.split())
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
 
@@ -95,21 +94,20 @@ def weights_of(path: Path | str) -> dict[str, torch.Tensor]:
 def test_fine_tuning_from_a_metadata_file_and_its_latents(run_script, tmp_path, base, prepared):
     printed = ran(
         run_script,
-        f"--num_cpu_threads_per_process 1 fine_tune.py --pretrained_model_name_or_path={base} "
+        f"fine_tune.py --pretrained_model_name_or_path={base} "
         f"--in_json {prepared}/meta_lat.json --train_data_dir={prepared}/train_data --output_dir={tmp_path} "
-        "--shuffle_caption --train_batch_size=1 --learning_rate=1e-3 --max_train_steps=10 --use_8bit_adam --xformers "
-        "--gradient_checkpointing --mixed_precision=bf16 --save_every_n_epochs=4",
-        launcher=LAUNCH,
+        "--shuffle_caption --train_batch_size=1 --learning_rate=1e-3 --max_train_steps=5 --use_8bit_adam --xformers "
+        "--gradient_checkpointing --mixed_precision=bf16 --save_every_n_epochs=2",
     )
     assert "2 images of which only latents are there" in printed
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-000004.ckpt", "last.ckpt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-000002.ckpt", "last.ckpt"]
     assert changed_parts(base, tmp_path / "last.ckpt") == {"model"}, "the text encoder only on request"
-    counts = [torch.load(tmp_path / name, weights_only=True) for name in ("epoch-000004.ckpt", "last.ckpt")]
-    assert [(file["epoch"], file["global_step"]) for file in counts] == [(6, 108), (7, 110)]
+    counts = [torch.load(tmp_path / name, weights_only=True) for name in ("epoch-000002.ckpt", "last.ckpt")]
+    assert [(file["epoch"], file["global_step"]) for file in counts] == [(4, 104), (5, 105)]
 
 
 @pytest.mark.rows("C35", "R188", "R226")
-def test_fine_tuning_from_a_dataset_config(run_script, tmp_path, prepared, images):
+def test_fine_tuning_from_a_dataset_config(run_script, tmp_path, small_model, prepared, images):
     (tmp_path / "data.toml").write_text(
         "[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\n"
         f"image_dir = '{(images / 'train' / '1_sks flower').as_posix()}'\n"
@@ -117,13 +115,13 @@ def test_fine_tuning_from_a_dataset_config(run_script, tmp_path, prepared, image
     )
     precision = "fp16" if torch.cuda.is_available() else "no"
     command = (
-        f"fine_tune.py --pretrained_model_name_or_path={MODEL} "
+        f"fine_tune.py --pretrained_model_name_or_path={small_model} "
         f"--output_dir={tmp_path} --output_name=tuned --dataset_config={tmp_path}/data.toml "
         "--save_model_as=safetensors --learning_rate=1e-3 --max_train_steps=2 --use_8bit_adam --xformers "
         f"--gradient_checkpointing --mixed_precision={precision}"
     )
     ran(run_script, f"{command} --train_text_encoder --learning_rate_te=1e-3 --logging_dir={tmp_path}/logs")
-    assert changed_parts(MODEL, tmp_path / "tuned.safetensors") == {"model", "cond_stage_model"}
+    assert changed_parts(small_model, tmp_path / "tuned.safetensors") == {"model", "cond_stage_model"}
     with safe_open(tmp_path / "tuned.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1"
@@ -141,30 +139,29 @@ def test_dreambooth_with_regularisation_images(run_script, tmp_path, base, image
         f"train_db.py --pretrained_model_name_or_path={base} "
         f"--train_data_dir={images}/train --reg_data_dir={images}/reg --output_dir={tmp_path} "
         f"--prior_loss_weight=1.0 --resolution=64 --train_batch_size={batch_size} --learning_rate=1e-3 "
-        f"--max_train_steps=3 --use_8bit_adam --xformers --mixed_precision=bf16 --cache_latents{further}",
+        f"--max_train_steps=2 --use_8bit_adam --xformers --mixed_precision=bf16 --cache_latents{further}",
     )
     assert "2 images, 2 with repeats; 1 for regularisation, 2 with repeats" in printed
     assert changed_parts(base, tmp_path / "last.ckpt") == {"model", "cond_stage_model"}
 
 
 @pytest.mark.rows("C32", "R14", "R217")
-def test_dreambooth_with_buckets_augmentation_and_state(run_script, tmp_path, images):
+def test_dreambooth_with_buckets_augmentation_and_state(run_script, tmp_path, small_model, images):
     ran(
         run_script,
-        f"--num_cpu_threads_per_process 8 train_db.py --pretrained_model_name_or_path={MODEL} "
+        f"train_db.py --pretrained_model_name_or_path={small_model} "
         f"--train_data_dir={images}/train --reg_data_dir={images}/reg --output_dir={tmp_path}/out "
         "--resolution=128,64 --train_batch_size=20 --learning_rate=1e-3 --max_train_steps=2 --use_8bit_adam "
         f"--xformers --mixed_precision=bf16 --save_every_n_epochs=1 --save_state --save_precision=bf16 "
         f"--logging_dir={tmp_path}/logs --enable_bucket --min_bucket_reso=64 --max_bucket_reso=192 --color_aug "
         "--flip_aug --gradient_checkpointing --seed 42 "
         "--stop_text_encoder_training=-1",  # not printed; so that one run shows it
-        launcher=LAUNCH,
     )
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"epoch-000001.safetensors", "epoch-000001-state", "last.safetensors", "last-state"} <= written
     weights = load_file(tmp_path / "out" / "last.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
-    rounded = {name: value.bfloat16() for name, value in load_file(MODEL).items()}
+    rounded = {name: value.bfloat16() for name, value in load_file(small_model).items()}
     changed = {name.split(".")[0] for name, value in weights.items() if not torch.equal(value, rounded[name])}
     assert changed == {"model"}
 

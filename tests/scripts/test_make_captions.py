@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.builders.captioners import tiny_blip, write_blip_folder, write_git_folder, write_original_blip
-from tests.scripts.conftest import OFFLINE
+from tests.scripts.starting import OFFLINE
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = ["one.png", "Zwei 2.JPG", "三つ.webp", "sub/😀.png"]

@@ -60,15 +60,11 @@ if sys.platform == "linux" and os.geteuid() == 0:
 START = "import sys\n{first}\nimport runpy\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
 
 
-def line_of(*words: object, first: str = "") -> list[str]:
-    return [sys.executable, "-c", START.format(first=first), *map(os.fspath, words)]
-
-
-def run(*words: object, first: str = "") -> subprocess.CompletedProcess:
-    """A script in a process of its own, with its messages in a pipe: there is room there even on a full disk."""
+def run_alone(first: str, *words: object) -> subprocess.CompletedProcess:
+    """A script in a new process after the code `first`, with its messages in a pipe: a full disk has room for them."""
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:backslashreplace", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        line_of(*words, first=first),
+        [sys.executable, "-c", START.format(first=first), *map(os.fspath, words)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -253,13 +249,7 @@ def test_odd_images(run_script, odd_images, models, data, out, name):
         refused.pop(LONG + USED[LONG], None)
     used = [stem for stem, ending in USED.items() if stem + ending not in refused and stem not in script.nothing_to_do]
     words = [script.path, *script.words(data, out, models)]
-    starts = (
-        (lambda *more: run_script(*words, *more))
-        if script.torch
-        else (lambda *more: run(*words, *more, first=MEASURED))
-    )
-
-    done = starts()
+    done = run_script(*words) if script.torch else run_alone(MEASURED, *words)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     for image, why in refused.items():
@@ -289,7 +279,7 @@ def test_odd_images(run_script, odd_images, models, data, out, name):
 
     if script.goes_on:
         before = state(folder)
-        again = starts(script.goes_on, "--strict")
+        again = run_script(*words, script.goes_on, "--strict")
         assert again.returncode == 1, again.stderr[-3000:]
         assert "Traceback" not in again.stderr
         assert f"0 done, {len(used) + len(script.nothing_to_do)} skipped, {len(refused)} failed" in again.stderr
@@ -303,13 +293,13 @@ def test_nothing_can_be_used(run_script, models, tmp_path, out, name):
     (folder / "zero.png").write_bytes(b"")
     (folder / "words.webp").write_text("no image")
     words = [script.path, *script.words(folder, out, models)]
-    done = run_script(*words) if script.torch else run(*words)
+    done = run_script(*words)
     assert done.returncode == 1, done.stderr[-3000:]
     assert "0 done, 2 failed" in done.stderr
     assert not [path for path in out.iterdir() if path.suffix not in (".json", ".toml")]
     shutil.rmtree(folder)
     folder.mkdir()
-    empty = run_script(*words) if script.torch else run(*words)
+    empty = run_script(*words)
     assert empty.returncode == 2
     assert f"there are no images in {folder}" in empty.stderr
 
@@ -358,11 +348,11 @@ UNREADABLE = [stem for stem, (_, text) in TEXTS.items() if text is None]
 
 
 @pytest.mark.parametrize("script", ["merge_captions_to_metadata.py", "merge_dd_tags_to_metadata.py"])
-def test_texts_into_metadata(texts, tmp_path, script):
+def test_texts_into_metadata(run_script, texts, tmp_path, script):
     """Decoded where that is certain; else the file is named, and what the metadata said of its image stays."""
     there, field_name = tmp_path / "meta.json", "tags" if "tags" in script else "caption"
     there.write_text(json.dumps({"latin": {field_name: "as before"}}))
-    done = run(f"finetune/{script}", texts, there, "--caption_extension=.txt", "--in_json", there)
+    done = run_script(f"finetune/{script}", texts, there, "--caption_extension=.txt", "--in_json", there)
     assert done.returncode == 0, done.stderr
     expected = {stem: text for stem, (content, text) in TEXTS.items() if text is not None and content is not None}
     entries = json.loads(there.read_text(encoding="utf-8"))
@@ -371,20 +361,20 @@ def test_texts_into_metadata(texts, tmp_path, script):
         assert f"failed: {texts / stem}.png: {texts / stem}.txt: " in done.stderr
     assert f"{len(expected)} done, 1 skipped, {len(UNREADABLE) + 1} failed" in done.stderr
     before = there.read_bytes()
-    again = run(f"finetune/{script}", texts, there, "--caption_extension=.txt", "--strict")
+    again = run_script(f"finetune/{script}", texts, there, "--caption_extension=.txt", "--strict")
     assert again.returncode == 1
     assert there.read_bytes() == before
     for stem in ("absent", *expected):
         (texts / f"{stem}.png").unlink()
-    none = run(f"finetune/{script}", texts, there, "--caption_extension=.txt")
+    none = run_script(f"finetune/{script}", texts, there, "--caption_extension=.txt")
     assert none.returncode == 1
     assert there.read_bytes() == before
 
 
-def test_tags_appended_to_texts(texts, models):
+def test_tags_appended_to_texts(run_script, texts, models):
     """What was written before stays, in UTF-8 from now on. Files that cannot be read are left as they are."""
     arguments = (SCRIPTS["tags"].path, *_tagging(texts, texts, models), "--append_tags")
-    done = run(*arguments)
+    done = run_script(*arguments)
     assert done.returncode == 0, done.stderr
     for stem, (content, text) in TEXTS.items():
         file = texts / f"{stem}.txt"
@@ -394,15 +384,15 @@ def test_tags_appended_to_texts(texts, models):
         else:
             assert file.read_text(encoding="utf-8") == f"{text}, {TAGS}\n".removeprefix(", ")
     before = state(texts)
-    again = run(*arguments, "--strict")
+    again = run_script(*arguments, "--strict")
     assert again.returncode == 1
     assert state(texts) == before
 
 
 @pytest.mark.parametrize("name", ["tags", "captions"])
-def test_texts_never_replace_images(texts, models, out, name):
+def test_texts_never_replace_images(run_script, texts, models, out, name):
     script, before = SCRIPTS[name], state(texts)
-    done = run(script.path, *script.words(texts, out, models), "--caption_extension=.PNG")
+    done = run_script(script.path, *script.words(texts, out, models), "--caption_extension=.PNG")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: --caption_extension: files ending in .PNG are images")
     assert state(texts) == before
@@ -419,9 +409,9 @@ def test_texts_never_replace_images(texts, models, out, name):
         (b'{"a": {"tags": 5}}', "'a'"),
     ],
 )
-def test_metadata_that_cannot_be_cleaned(tmp_path, content, said):
+def test_metadata_that_cannot_be_cleaned(run_script, tmp_path, content, said):
     (tmp_path / "in.json").write_bytes(content)
-    done = run("finetune/clean_captions_and_tags.py", tmp_path / "in.json", tmp_path / "out.json")
+    done = run_script("finetune/clean_captions_and_tags.py", tmp_path / "in.json", tmp_path / "out.json")
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path / 'in.json'}")
     assert said in done.stderr
@@ -429,10 +419,10 @@ def test_metadata_that_cannot_be_cleaned(tmp_path, content, said):
     assert not (tmp_path / "out.json").exists()
 
 
-def test_metadata_of_other_programs_is_kept_as_it_is(tmp_path):
+def test_metadata_of_other_programs_is_kept_as_it_is(run_script, tmp_path):
     """A half of a character in a value that is not ours, and a mark at the beginning."""
     (tmp_path / "in.json").write_bytes(b'\xef\xbb\xbf{"a": {"caption": "x ", "theirs": "\\ud83d"}}')
-    done = run("finetune/clean_captions_and_tags.py", tmp_path / "in.json", tmp_path / "out.json")
+    done = run_script("finetune/clean_captions_and_tags.py", tmp_path / "in.json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out.json").read_text()) == {"a": {"caption": "x", "theirs": "\ud83d"}}
 
@@ -440,9 +430,9 @@ def test_metadata_of_other_programs_is_kept_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"\x10", b"\xff" * 8, (8).to_bytes(8, "little") + b'{"a": 1}', b"\x89PNG" * 9]
 )
-def test_models_without_metadata_that_could_be_shown(tmp_path, content):
+def test_models_without_metadata_that_could_be_shown(run_script, tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
-    done = run("tools/show_metadata.py", "--model", tmp_path / "a.safetensors")
+    done = run_script("tools/show_metadata.py", "--model", tmp_path / "a.safetensors")
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path / 'a.safetensors'}: ")
     assert len(done.stderr.splitlines()) == 1
@@ -489,9 +479,9 @@ def contents(*folders: Path) -> dict[Path, bytes]:
 
 @pytest.mark.skipif(os.name == "nt", reason="rights of POSIX")
 @pytest.mark.parametrize("name", ["tags", "tags in one file", "sizes", "faces", "merging", "cleaning", "buckets"])
-def test_a_folder_that_is_read_only(places, models, name):
+def test_a_folder_that_is_read_only(run_script, places, models, name):
     before = contents(*places)
-    done = run(*writers(*places, models)[name], first=RESTRAINED)
+    done = run_script("-c", START.format(first=RESTRAINED), *writers(*places, models)[name])
     assert done.returncode == 2, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     assert "cannot be written" in done.stderr
@@ -508,7 +498,7 @@ def test_a_full_disk(places, models, name):
     for folder in places:
         folder.chmod(0o755)
     before = contents(*places)
-    done = run(*writers(*places, models)[name], first=FULL_DISK)
+    done = run_alone(FULL_DISK, *writers(*places, models)[name])
     assert done.returncode == (1 if name == "tags" else 2), done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     assert "cannot be written (File too large)" in done.stderr
@@ -537,18 +527,16 @@ def test_killed_and_run_again(start_script, run_script, models, many, tmp_path, 
     words = [script.path, *script.words(data, out, models)]
     words += ["--beam_search"] if name == "captions" else []
     pattern, folder = script.results.format("*"), data if script.beside else out
-    first = (
-        start_script(*words) if script.torch else subprocess.Popen(line_of(*words), cwd=ROOT, stderr=subprocess.DEVNULL)
-    )
+    first = start_script(*words)
     deadline = time.monotonic() + 120
     while len(list(folder.glob(pattern))) < 5:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     first.kill()
-    first.result() if script.torch else first.wait()
+    first.result()
     made = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob(pattern)}
     assert 5 <= len(made) < 40
-    again = run_script(*words, "--skip_existing") if script.torch else run(*words, "--skip_existing")
+    again = run_script(*words, "--skip_existing")
     assert again.returncode == 0, again.stderr[-3000:]
     assert f"{40 - len(made)} done, {len(made)} skipped" in again.stderr
     results = list(folder.glob(pattern))

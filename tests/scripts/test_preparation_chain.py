@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from library.text.tokenizers import bundled_clip_tokenizer
 from tests.builders.captioners import tiny_blip, write_blip_folder
-from tests.scripts.conftest import MODEL, OFFLINE
+from tests.scripts.conftest import MODEL
+from tests.scripts.starting import OFFLINE
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLED = ROOT / "examples" / "concept" / "10_sks flower"

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-MODEL = "examples/tiny_model/tiny-sd.safetensors"
 SCRIPT = "finetune/prepare_buckets_latents.py"
 BUCKETS = ("--min_bucket_reso=64", "--max_bucket_reso=128")
 
@@ -40,12 +39,12 @@ def ran(run_script, *arguments, **how):
 
 
 @pytest.mark.rows("C20", "C21", "R102", "R108")
-def test_training_from_latents_alone_is_training_from_the_images(run_script, images, tmp_path):
+def test_training_from_latents_alone_is_training_from_the_images(run_script, small_model, images, tmp_path):
     """The same weights, to the last bit, so the same losses: whether images are there or what was made of them."""
     (images / "damaged.png").write_bytes((images / "1.png").read_bytes()[:500])
     printed = ran(
         run_script,
-        *(SCRIPT, images, tmp_path / "meta_clean.json", tmp_path / "meta_lat.json", MODEL, "--batch_size", "4"),
+        *(SCRIPT, images, tmp_path / "meta_clean.json", tmp_path / "meta_lat.json", small_model, "--batch_size", "4"),
         *("--max_resolution", "128,64", "--mixed_precision", "no", "--flip_aug", "--seed=3", *BUCKETS),
     )
     assert "damaged.png" in printed
@@ -55,7 +54,12 @@ def test_training_from_latents_alone_is_training_from_the_images(run_script, ima
     shutil.copytree(images, alone, ignore=shutil.ignore_patterns("*.png"))
     shutil.copytree(images, apart, ignore=shutil.ignore_patterns("*.npz"))
     common = (
-        *("fine_tune.py", f"--pretrained_model_name_or_path={MODEL}", "--max_train_steps=3", "--learning_rate=1e-3"),
+        *(
+            "fine_tune.py",
+            f"--pretrained_model_name_or_path={small_model}",
+            "--max_train_steps=3",
+            "--learning_rate=1e-3",
+        ),
         *("--seed=3", "--max_data_loader_n_workers=0", "--save_model_as=safetensors", "--mixed_precision=no"),
     )
     lost = ran(
@@ -72,15 +76,15 @@ def test_training_from_latents_alone_is_training_from_the_images(run_script, ima
     )
     assert "latents on disk: 0 used as they are, 0 made again, 3 new" in there
     first, second = (load_file(tmp_path / name / "last.safetensors") for name in ("lost", "there"))
-    before = load_file(MODEL)
+    before = load_file(small_model)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], before[name]) for name in first)
 
 
-def test_training_with_the_images_still_there_follows_the_metadata_file(run_script, images, tmp_path):
+def test_training_with_the_images_still_there_follows_the_metadata_file(run_script, small_model, images, tmp_path):
     """As the guides have it: without a word about sizes. Two processes have shared the work before."""
     out = tmp_path / "meta_lat.json"
-    arguments = (images, tmp_path / "meta_clean.json", out, MODEL, "--max_resolution=128,64", *BUCKETS)
+    arguments = (images, tmp_path / "meta_clean.json", out, small_model, "--max_resolution=128,64", *BUCKETS)
     printed = ran(run_script, SCRIPT, *arguments, processes=2)
     assert "3 done" in printed
     assert "2/2" in printed, "the first of them encodes two"
@@ -89,7 +93,7 @@ def test_training_with_the_images_still_there_follows_the_metadata_file(run_scri
     ]  # fmt: skip
     trained = ran(
         run_script,
-        *("fine_tune.py", f"--pretrained_model_name_or_path={MODEL}", f"--in_json={out}"),
+        *("fine_tune.py", f"--pretrained_model_name_or_path={small_model}", f"--in_json={out}"),
         *(f"--train_data_dir={images}", f"--output_dir={tmp_path}/out", "--max_train_steps=1", "--seed=1"),
     )
     assert "latents on disk: 3 used as they are, 0 made again, 0 new" in trained

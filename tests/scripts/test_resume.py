@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,10 +15,9 @@ import pytest
 from safetensors import safe_open
 
 from tests.builders.hashes import tensor_hash
-from tests.scripts.conftest import OFFLINE, ONE_THREAD
-from tests.scripts.starting import ROOT
 from tests.scripts.weights import hash_of
 
+START = "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 STEPS = 9
 # All that draws by chance, in one run: flips, shuffling, dropout of captions and inside the layers, noise options.
 OPTIONS = {
@@ -77,16 +75,16 @@ def test_states_hold_what_is_trained_and_go_on_exactly(whole, run_script, train_
     assert weights_hash(tmp_path) == weights_hash(whole)
 
 
-def killed_thrice(start_script, line, folder):
+def killed(start_script, line, folder, times):
     """SIGKILL at moments nobody chose; each time the run goes on from the newest state.
 
     `line(state)` gives the arguments, without a state those of the first start.
     """
     moments = random.Random(os.getpid())
-    for attempt in range(4):
+    for attempt in range(times + 1):
         states = sorted(folder.glob("*-step*-state"))
         script = start_script(*line(states[-1] if states else None))
-        if attempt < 3:
+        if attempt < times:
             enough = len(states) + moments.randint(0, 1)
             while script.is_running() and len(list(folder.glob("*-step*-state"))) < enough:
                 time.sleep(0.02)
@@ -104,17 +102,16 @@ def test_three_kills_change_nothing(whole, start_script, train_arguments, tmp_pa
         workers = 0 if state is None else 1
         return train_arguments(tmp_path, **OPTIONS | {"resume": state, "max_data_loader_n_workers": workers})
 
-    killed_thrice(start_script, line, tmp_path)
+    killed(start_script, line, tmp_path, times=3)
     assert weights_hash(tmp_path) == weights_hash(whole)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_with_a_state(whole, train_arguments, start_script, run_script, tmp_path, number):
+def test_a_signal_ends_the_run_with_a_state(whole, train_arguments, start_script, run_script, tmp_path):
     script = start_script(*train_arguments(tmp_path, **OPTIONS | {"save_state": None, "save_every_n_steps": None}))
     while "steps:" not in script.said() and script.is_running():
         time.sleep(0.02)
-    os.kill(script.pid, number)
+    os.kill(script.pid, signal.SIGTERM)
     done = script.result()
     assert done.returncode == 0, done.stderr[-3000:]
     (state,) = tmp_path.glob("lora-step*-state")
@@ -126,7 +123,7 @@ def test_a_signal_ends_the_run_with_a_state(whole, train_arguments, start_script
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of the run in /proc")
-def test_ctrl_c_is_answered_once(train_arguments, tmp_path):
+def test_ctrl_c_is_answered_once(start_script, train_arguments, tmp_path):
     """A terminal sends it to all processes of the run: those that read data leave it to the one that trains."""
     options = {
         **OPTIONS,
@@ -135,24 +132,17 @@ def test_ctrl_c_is_answered_once(train_arguments, tmp_path):
         "persistent_data_loader_workers": True,
     }
     line = train_arguments(tmp_path, **options | {"save_state": None, "save_every_n_steps": None})
-    log = tmp_path / "log"
-    with log.open("w") as errors:
-        script = subprocess.Popen(
-            [sys.executable, *line],
-            cwd=ROOT,
-            env={**os.environ, **OFFLINE, **ONE_THREAD},
-            stderr=errors,
-            stdout=errors,
-            start_new_session=True,
-        )
+    script = start_script("-c", f"import os, runpy, sys; os.setsid(); {START}", *line)
     workers = Path(f"/proc/{script.pid}/task/{script.pid}/children")
-    while not ("steps:" in log.read_text() and len(workers.read_text().split()) >= 2) and script.poll() is None:
+    while not ("steps:" in script.said() and len(workers.read_text().split()) >= 2) and script.is_running():
         time.sleep(0.02)
     time.sleep(0.5)
     os.killpg(script.pid, signal.SIGINT)
-    assert script.wait(60) == 0, log.read_text()[-3000:]
-    assert log.read_text().count("SIGINT: finishing the step") == 1, log.read_text()[-3000:]
-    assert list(tmp_path.glob("lora-step*-state"))
+    done = script.result()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("SIGINT: finishing the step") == 1, done.stderr[-3000:]
+    (state,) = tmp_path.glob("lora-step*-state")
+    assert f"--resume={state} goes on from there" in done.stderr
 
 
 def test_what_cannot_be_resumed_is_reported_at_once(whole, run_script, train_arguments, tmp_path):
@@ -189,7 +179,7 @@ def test_what_cannot_be_resumed_is_reported_at_once(whole, run_script, train_arg
     assert "loaded" not in said
 
 
-SIGNAL_IN_THE_LAST_STEP = """
+SIGNAL_IN_THE_LAST_STEP = f"""
 import os, runpy, signal, sys
 from library.training import loop
 done, real = [], loop.training_step
@@ -199,15 +189,14 @@ def step(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
     return real(*args, **kwargs)
 loop.training_step = step
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+{START}
 """
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_a_signal_in_the_last_step_changes_nothing(run_script, train_arguments, tmp_path):
     line = train_arguments(tmp_path, max_train_steps=2, train_batch_size=4)
-    done = run_script(*line, launcher=("-c", SIGNAL_IN_THE_LAST_STEP))
+    done = run_script("-c", SIGNAL_IN_THE_LAST_STEP, *line)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "SIGTERM: finishing the step" in done.stderr
     assert "interrupted" not in done.stderr
@@ -268,10 +257,11 @@ def test_a_disk_that_fills_up_leaves_what_was_there(whole, run_script, train_arg
     shutil.copytree(whole, out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     options = OPTIONS | {"resume": out / "lora-step00000006-state", "save_every_n_steps": 2}
-    limited = ("-c", "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40960, 40960)); "
-               "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv = sys.argv[1:]; "
-               "runpy.run_path(sys.argv[0], run_name='__main__')")  # fmt: skip
-    done = run_script(*train_arguments(out, **options), launcher=limited)
+    limited = (
+        "import resource, runpy, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40960, 40960)); "
+        f"signal.signal(signal.SIGXFSZ, signal.SIG_IGN); {START}"
+    )
+    done = run_script("-c", limited, *train_arguments(out, **options))
     assert done.returncode == 2, done.stderr[-3000:]
     assert "cannot be saved (File too large); what was saved before is whole" in done.stderr
     assert "Traceback" not in done.stderr
@@ -284,8 +274,8 @@ WHOLE_MODELS = {
 }
 
 
-@pytest.mark.parametrize("script", WHOLE_MODELS)
-def test_whole_models_go_on_exactly_after_kills(start_script, run_script, small_model, tmp_path, script):
+@pytest.mark.parametrize(("script", "kills"), [("train_db.py", 2), ("fine_tune.py", 1)])
+def test_whole_models_go_on_exactly_after_kills(start_script, run_script, small_model, tmp_path, script, kills):
     own = list(WHOLE_MODELS[script])
     if script == "fine_tune.py":
         stems = sorted(path.stem for path in Path("examples/concept/10_sks flower").glob("*.png"))
@@ -302,17 +292,18 @@ def test_whole_models_go_on_exactly_after_kills(start_script, run_script, small_
             "--output_name=model",
             "--save_model_as=safetensors",
             *("--resolution=64", "--enable_bucket", "--min_bucket_reso=64", "--train_batch_size=2", "--flip_aug"),
-            *("--max_train_steps=5", "--gradient_accumulation_steps=2", "--learning_rate=1e-5", "--noise_offset=0.1"),
+            *("--max_train_steps=4", "--gradient_accumulation_steps=2", "--learning_rate=1e-5", "--noise_offset=0.1"),
             *("--max_data_loader_n_workers=0", "--seed=1", "--save_state", "--save_every_n_steps=1"),
             *more,
         ]
 
     assert run_script(*line("whole")).returncode == 0
     again = ("--max_data_loader_n_workers=1",)
-    killed_thrice(
+    killed(
         start_script,
         lambda state: line("killed", *(() if state is None else (f"--resume={state}", *again))),
         tmp_path / "killed",
+        kills,
     )
     hashes = [tensor_hash(tmp_path / folder / "model.safetensors") for folder in ("whole", "killed")]
     assert hashes[0] == hashes[1]

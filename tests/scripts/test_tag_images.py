@@ -20,7 +20,6 @@ pytest.importorskip("onnxruntime")
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "finetune" / "tag_images_by_wd14_tagger.py")
-TWO = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 
 SIDE = 8
 RATINGS = ["safe", "sensitive", "questionable", "explicit"]
@@ -71,9 +70,9 @@ def expected_tags(seen: np.ndarray, seed: int = 0, thresh: float = 0.35) -> list
     return [name for name, p in zip(LABELS[4:], found[4:], strict=True) if p >= thresh]
 
 
-def run(cwd: Path, *arguments: object, launcher: tuple[str, ...] = (), **environment: str):
+def run(cwd: Path, *arguments: object, **environment: str):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf"), "PYTHONIOENCODING": "utf-8", **environment}
-    line = [sys.executable, *launcher, SCRIPT, *map(str, arguments)]
+    line = [sys.executable, SCRIPT, *map(str, arguments)]
     return subprocess.run(
         line, cwd=cwd, env=env, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False
     )
@@ -181,7 +180,7 @@ def test_a_tagger_is_fetched_once_and_again_when_asked(tmp_path):
 
 
 @pytest.mark.rows("R81", "R84", "R85", "R86")
-def test_one_json_file_of_two_processes(tmp_path):
+def test_one_json_file_of_two_processes(run_script, tmp_path):
     """Sub-folders, counts, one broken image; and each image once, in the order of the folder."""
     write_model(tmp_path / "tagger", 3, batch=2)
     data = tmp_path / "data"
@@ -195,7 +194,7 @@ def test_one_json_file_of_two_processes(tmp_path):
         "--always_first_tags=1girl",
         "--use_rating_tags_as_last_tag",
     )
-    done = run(tmp_path, *options, *edits, "--output_path=out/tags.jsonl", launcher=TWO)
+    done = run_script(SCRIPT, *options, *edits, "--output_path=out/tags.jsonl", folder=tmp_path, processes=2)
     shown = told(done)
     assert done.returncode == 0, shown[-3000:]
     assert "5 done, 1 failed" in shown

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,14 +12,15 @@ from torch import nn
 
 from library import cli
 from library.methods.network import NetworkMethod
+from tests.scripts.starting import ROOT
 
 pytest.importorskip("lycoris")
 
-MODEL = "examples/tiny_model/tiny-sd.safetensors"
-RATES = {"learning_rate": 1e-2, "scale_weight_norms": 0.5}
+MODEL = "examples/tiny_model/tiny-sd.safetensors"  # in random weights rounding grows beyond what is compared here
+COMMON = {"pretrained_model_name_or_path": MODEL, "learning_rate": 1e-2, "scale_weight_norms": 0.5}
 RUNS = {
-    "loha": {"network_args": ["algo=loha", "preset=attn-mlp", "module_dropout=0.2"], **RATES},
-    "lokr": {"network_args": ["algo=lokr", "preset=attn-mlp", "factor=8", "rank_dropout=0.2"], **RATES},
+    "loha": {"network_args": ["algo=loha", "preset=attn-mlp", "module_dropout=0.2"], **COMMON},
+    "lokr": {"network_args": ["algo=lokr", "preset=attn-mlp", "factor=8", "rank_dropout=0.2"], **COMMON},
 }
 
 
@@ -101,20 +98,12 @@ def test_resuming_changes_nothing(whole, run_script, train_arguments, tmp_path):
     assert weights_hash(tmp_path) == weights_hash(out)
 
 
-def test_a_module_in_the_current_folder(train_arguments, tmp_path):
+def test_a_module_in_the_current_folder(run_script, train_arguments, tmp_path):
     """The script lies elsewhere; a broken module is one line."""
-    root = Path(__file__).resolve().parents[2]
     (tmp_path / "own_network.py").write_text("def create_network(*args, **kwargs):\n    raise OSError('no luck')\n")
-    absolute = {"pretrained_model_name_or_path": root / MODEL, "train_data_dir": root / "examples/concept"}
+    absolute = {"train_data_dir": ROOT / "examples/concept"}
     script, *arguments = train_arguments(tmp_path, network_module="own_network", **absolute)
-    done = subprocess.run(
-        [sys.executable, root / script, *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_script(ROOT / script, *arguments, folder=tmp_path)
     assert done.returncode == 2, done.stderr[-3000:]
     assert "error: --network_module: own_network: create_network failed: OSError: no luck" in done.stderr
     assert "Traceback" not in done.stderr

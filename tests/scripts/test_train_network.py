@@ -212,7 +212,7 @@ def test_launched_by_accelerate_in_bf16_with_checkpointing(tmp_path, run_script,
 
 def test_two_processes_share_the_work_and_one_writes(tmp_path, run_script, train_arguments):
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
-    result = run_script(*train_arguments(tmp_path, seed=None), launcher=launcher)
+    result = run_script(*train_arguments(tmp_path, seed=None, max_train_steps=2), launcher=launcher)
     assert result.returncode == 0, result.stderr
     assert "processes: 2" in result.stderr
     assert "ceil(ceil(80 / 2) / 1) = 40" in result.stderr
@@ -275,6 +275,6 @@ def test_help_is_instant_and_light(run_script):
         "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'accelerate', 'PIL', 'cv2'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    result = run_script("-c", probe)
+    result = run_script(launcher=("-c", probe))
     assert result.returncode == 0, result.stderr
     assert "--network_module" in result.stdout

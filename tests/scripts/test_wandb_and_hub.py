@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -15,7 +11,6 @@ from tests.builders.hub_server import TOKEN, running_hub
 
 pytest.importorskip("wandb")
 
-ROOT = Path(__file__).resolve().parents[2]
 KEY = "0123456789abcdef0123456789abcdef01234567"
 WITH_HUB = {
     "huggingface_repo_id": "me/style",
@@ -27,26 +22,20 @@ WITH_HUB = {
 }
 
 
-def start(command: list[str], endpoint: str, home: Path) -> subprocess.CompletedProcess:
-    env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-    env |= {"NO_PROXY": "127.0.0.1", "WANDB_MODE": "offline"}
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False
-    )
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, train_arguments):
+def runs(tmp_path_factory, run_script, train_arguments):
     """The hub, the folder and what two runs wrote: one of four steps, and one that goes on from its second step."""
     out = tmp_path_factory.mktemp("runs")
     steps = {"save_every_n_steps": 2, "save_last_n_steps": 1, "max_train_steps": 4}
     with running_hub() as hub:
+        variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(out / "home"), "HF_HUB_OFFLINE": "0"}
+        variables |= {"NO_PROXY": "127.0.0.1", "WANDB_MODE": "offline"}
         tracked = {"log_with": "wandb", "logging_dir": out / "logs", "wandb_api_key": KEY}
-        first = start(train_arguments(out / "first", **WITH_HUB, **steps, **tracked), hub.endpoint, out / "home")
+        first = run_script(*train_arguments(out / "first", **WITH_HUB, **steps, **tracked), variables=variables)
         assert first.returncode == 0, first.stderr
         resume = {"resume": "me/style/flowers/lora-step00000002-state:main", "resume_from_huggingface": True}
         command = train_arguments(out / "second", max_train_steps=4, seed=None, **resume)
-        second = start(command, hub.endpoint, out / "home")
+        second = run_script(*command, variables=variables)
         assert second.returncode == 0, second.stderr
         yield hub, out, first, second
 
@@ -78,7 +67,7 @@ def test_secrets_and_absolute_paths_are_named_at_the_start(runs):
     began = next(index for index, line in enumerate(lines) if "loaded" in line)
     for name in ("wandb_api_key", "huggingface_token"):
         assert [line for line in lines[:began] if re.search(rf"WARNING +--{name}: others can see it", line)]
-    assert [line for line in lines[:began] if re.search(r"INFO +--logging_dir, --output_dir: absolute paths", line)]
+    assert [line for line in lines[:began] if re.search(r"INFO +--logging_dir, --output_dir.*: absolute paths", line)]
     assert "absolute paths" not in second.stderr
     written = [path for path in out.rglob("*") if path.is_file()]
     assert not [path for path in written if KEY.encode() in path.read_bytes() or TOKEN.encode() in path.read_bytes()]

@@ -29,8 +29,24 @@ def _sd3(folder) -> dict[str, object]:
     return {"pretrained_model_name_or_path": model, **parts, "network_module": "networks.lora_sd3"}
 
 
+@pytest.fixture(scope="module")
+def hub():
+    """Takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def variables(hub, tmp_path_factory):
+    """An environment with an empty cache and the hub's address."""
+    endpoint = f"http://127.0.0.1:{hub.getsockname()[1]}"
+    online = {"HF_HUB_OFFLINE": None, "HTTP_PROXY": None, "HTTPS_PROXY": None, "HF_ENDPOINT": endpoint}
+    return {**online, "HF_HOME": str(tmp_path_factory.mktemp("empty")), "HF_HUB_ETAG_TIMEOUT": "1"}
+
+
 @pytest.mark.parametrize(("family", "write"), [("flux", _flux), ("sd3", _sd3)])
-def test_trains_without_asking_the_hub(run_script, tmp_path, family, write):
+def test_trains_without_asking_the_hub(run_script, tmp_path, hub, variables, family, write):
     images = tmp_path / "train" / "1_a photo of a cat"
     images.mkdir(parents=True)
     Image.new("RGB", (64, 64), (200, 90, 120)).save(images / "cat.png")
@@ -46,13 +62,8 @@ def test_trains_without_asking_the_hub(run_script, tmp_path, family, write):
         "learning_rate": 1e-3,
         "max_data_loader_n_workers": 0,
     }
-    with socket.create_server(("127.0.0.1", 0)) as hub:  # it takes connections and never answers
-        hub.setblocking(False)
-        endpoint = f"http://127.0.0.1:{hub.getsockname()[1]}"
-        variables = {"HF_HUB_OFFLINE": None, "HTTP_PROXY": None, "HTTPS_PROXY": None, "HF_ENDPOINT": endpoint}
-        variables |= {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_ETAG_TIMEOUT": "1"}
-        done = run_script(f"{family}_train_network.py", *as_words(options), variables=variables)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert (tmp_path / "out" / "lora.safetensors").is_file()
-        with pytest.raises(BlockingIOError):  # nobody has connected
-            hub.accept()
+    done = run_script(f"{family}_train_network.py", *as_words(options), variables=variables)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "lora.safetensors").is_file()
+    with pytest.raises(BlockingIOError):  # nobody has connected
+        hub.accept()

@@ -2,7 +2,9 @@
 
 Each line of standard input asks for runs of one command, in JSON:
 
-    {"argv": ["train_network.py", ...], "output": file, "errors": file, "environments": [{...}, ...]}
+    {"argv": ["train_network.py", ...], "folder": path, "output": file, "errors": file, "environments": [{...}, ...]}
+
+The first word is a file, or `-c` where the second one is code, as on Python's own command line.
 
 One process is started for each environment. The first answer is a line with the number of the first process. When all
 have ended, another one has the exit status of the first that failed, or 0. Of our own code only what imports
@@ -11,12 +13,14 @@ libraries is there beforehand, so that every run still shows what its script imp
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
 import runpy
 import signal
 import sys
+import threading
 
 sys.path[0] = os.getcwd()
 
@@ -31,8 +35,7 @@ def main() -> None:
             child = os.fork()
             if not child:
                 become(request, environment)
-                runpy.run_path(request["argv"][0], run_name="__main__")
-                return
+                end(status_of(request["argv"]))
             children.append(child)
         print(children[0], flush=True)
         print(wait_for_all(children), flush=True)
@@ -45,7 +48,10 @@ def import_libraries() -> None:
     libraries.import_libraries(set())
     import cv2  # noqa: F401
     import safetensors.torch  # noqa: F401
+    import scipy.sparse.csgraph  # noqa: F401
     import toml  # noqa: F401
+    import torch.distributed.fsdp
+    import torch.distributed.tensor  # noqa: F401
     from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
     from PIL import Image
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel  # noqa: F401
@@ -63,9 +69,39 @@ def become(request: dict, environment: dict[str, str]) -> None:
         opened = os.open(name, flags)
         os.dup2(opened, number)
         os.close(opened)
+    os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = request["argv"]
+
+
+def status_of(line: list[str]) -> int:
+    """Runs a command line as Python does; returns the exit status."""
+    first, *more = line
+    try:
+        if first == "-c":
+            sys.argv, sys.path[0] = ["-c", *more[1:]], ""
+            exec(compile(more[0], "<string>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
+        else:
+            sys.argv, sys.path[0] = line, os.path.dirname(os.path.abspath(first))
+            runpy.run_path(first, run_name="__main__")
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            return stop.code or 0
+        print(stop.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
+def end(status: int) -> None:
+    """Ends this process as Python does, but for the release of all that was imported: a third of a second for each."""
+    threading._shutdown()  # waits for threads, and calls what waits for their end
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status & 0xFF)
 
 
 def wait_for_all(children: list[int]) -> int:

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-LAUNCHER = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 BEGIN = """
 import torch
 import torch.distributed as dist
@@ -113,26 +106,20 @@ assert "Adafactor cannot step sharded weights" in said, said
 """
 
 
-def in_two_processes(folder: Path, *parts: str) -> None:
-    script = folder / "script.py"
-    script.write_text("\n".join((*parts, END)), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, *LAUNCHER, str(script)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "reached the end" in done.stdout
+@pytest.fixture
+def in_two_processes(run_script):
+    def run(*parts: str) -> None:
+        done = run_script("-c", "\n".join((*parts, END)), processes=2)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "reached the end" in done.stdout
+
+    return run
 
 
 @pytest.mark.parametrize("reshard", [True, False])
-def test_what_is_sharded_is_gathered_and_put_back(tmp_path, reshard):
-    in_two_processes(tmp_path, BEGIN.format(reshard=reshard), TREE, ROUND_TRIPS)
+def test_what_is_sharded_is_gathered_and_put_back(in_two_processes, reshard):
+    in_two_processes(BEGIN.format(reshard=reshard), TREE, ROUND_TRIPS)
 
 
-def test_optimizers_that_step_sharded_weights_otherwise_are_found(tmp_path):
-    in_two_processes(tmp_path, BEGIN.format(reshard=True), OPTIMIZERS)
+def test_optimizers_that_step_sharded_weights_otherwise_are_found(in_two_processes):
+    in_two_processes(BEGIN.format(reshard=True), OPTIMIZERS)

@@ -183,7 +183,7 @@ def test_what_shares_a_file_stays_in_one_process(monkeypatch):
     assert shares == [{"a.jpg", "a.png", "b.png", "c/b.JPG", "c/b.webp"}, {"a.jpg.png", "c/a.png"}]
 
 
-def test_processes_without_a_gpu_know_each_other(tmp_path):
+def test_processes_without_a_gpu_know_each_other(run_script, tmp_path):
     """Whoever asks accelerate afterwards, too."""
     script = tmp_path / "script.py"
     script.write_text("""
@@ -195,11 +195,7 @@ values = all_gather(f"of {rank}")
 Path(__file__).with_name(f"said {rank}").write_text(f"{values} {Accelerator(cpu=True).num_processes}")
 processes().close()
 """)
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script)], env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_script(script, processes=2, variables={"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-2000:]
     assert [(tmp_path / f"said {rank}").read_text() for rank in range(2)] == ["['of 0', 'of 1'] 2"] * 2
 

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +11,6 @@ from library.options.base import OptionGroup, opt
 from library.options.preparation import WorkOptions
 from library.preparation.common.script import run_script
 from library.preparation.common.summary import Outcome
-
-ROOT = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,30 +153,36 @@ run_script(work, (WorkOptions,), ["--console_log_simple"], description="Two.")
 """
 
 
-def run_two(code: str) -> list[subprocess.CompletedProcess]:
-    """Two processes of a run, and what each of them said."""
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        port = place.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+OF_ITS_OWN = """
+import os, sys
+from pathlib import Path
+own = Path(sys.argv[1], os.environ["RANK"])
+sys.stdout, sys.stderr = (own.with_suffix(end).open("w", buffering=1) for end in (".out", ".err"))
+try:
+    exec(sys.argv[2], {"__name__": "__main__"})
+    status = 0
+except SystemExit as end:
+    status = end.code or 0
+own.with_suffix(".status").write_text(str(status))
+"""
+
+
+@pytest.fixture
+def run_two(run_script, tmp_path):
+    """Two processes of a run, and what each of them said. None is ended because the other one has failed."""
+
+    def run(code: str) -> list[subprocess.CompletedProcess]:
+        done = run_script("-c", OF_ITS_OWN, tmp_path, code, processes=2, variables={"ACCELERATE_USE_CPU": "true"})
+        assert done.returncode == 0, done.stderr
+        status, said, told = (
+            [(tmp_path / f"{rank}{end}").read_text() for rank in range(2)] for end in (".status", ".out", ".err")
         )
-        for rank in range(2)
-    ]
-    said = [one.communicate(timeout=120) for one in started]
-    return [
-        subprocess.CompletedProcess(one.args, one.returncode, *text) for one, text in zip(started, said, strict=True)
-    ]
+        return [subprocess.CompletedProcess([], int(status[n]), said[n], told[n]) for n in range(2)]
+
+    return run
 
 
-def test_processes_name_one_summary_of_all():
+def test_processes_name_one_summary_of_all(run_two):
     first, other = run_two(WORK_OF_TWO)
     assert (first.returncode, other.returncode) == (0, 0), first.stderr + other.stderr
     assert (first.stdout, other.stdout) == ("0 2 4 1 3\n", "")
@@ -205,14 +206,14 @@ run_script(work, (WorkOptions,), [], description="Two.")
 """
 
 
-def test_what_the_first_process_cannot_do_is_reported_once():
+def test_what_the_first_process_cannot_do_is_reported_once(run_two):
     first, other = run_two(TROUBLE_OF_TWO.format(work="by_the_first(find)"))
     assert (first.returncode, other.returncode) == (2, 2)
     assert first.stderr.splitlines()[-1] == "error: no such tagger"
     assert "error" not in first.stderr.replace("error: no such tagger", "") + other.stderr.lower()
 
 
-def test_a_process_that_waits_for_one_that_has_stopped_says_so():
+def test_a_process_that_waits_for_one_that_has_stopped_says_so(run_two):
     first, other = run_two(TROUBLE_OF_TWO.format(work="all_gather(1); find() if is_first() else all_gather(2)"))
     assert first.returncode == 2
     assert "error: another process of this run has stopped" in other.stderr
