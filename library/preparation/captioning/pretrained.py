@@ -117,7 +117,7 @@ def fetched(address: str) -> Path:
                     raise OSError(f"cut short, {size:,} of {length:,} bytes")
         except (OSError, ValueError, HTTPException) as error:  # URLError is an OSError
             raise UserError(
-                f"{address}: cannot be fetched ({_first_line(error)}); get the file in another way and put it at "
+                f"{address}: cannot be downloaded ({_first_line(error)}); get the file otherwise and put it at "
                 f"{path}, or name a file, folder or hub id here"
             ) from None
 
