@@ -98,13 +98,10 @@ def require_places(path: Path, layers: Iterable[str], known: Collection[str]) ->
     hint = f"; they have the names of {foreign[0]}: {foreign[1]}" if foreign else ""
     raise UserError(
         *(
-            f"{path}: its {sizes[part]} layers {part}_* ({_title(part)}) find no place in this model, only "
+            f"{path}: its {sizes[part]} layers {part}_* "
+            f"({'a text encoder' if '_te' in part else 'the denoiser'}) find no place in this model, only "
             f"{sum(sizes.values()) - sum(sizes[other] for other in lost)} of {len(layers)} layers could be used; give "
             f"a file that was made for this kind of model{hint}"
             for part in lost
         )
     )
-
-
-def _title(prefix: str) -> str:
-    return "a text encoder" if "_te" in prefix else "the denoiser"

@@ -64,9 +64,8 @@ class InFileOrder(nn.Linear):
 
 def hook(models: Models, target: LoraTarget, layer: AdapterLayer) -> list[RemovableHandle]:
     """Makes `layer` act on the target's modules."""
-    kind = _swapped_hook if target.swap_halves else _hook
     modules = enumerate(live_modules(models, target))
-    return [module.register_forward_hook(kind(layer, index)) for index, module in modules]
+    return [module.register_forward_hook(_hook(layer, index, target.swap_halves)) for index, module in modules]
 
 
 def weight_shape(models: Models, target: LoraTarget) -> torch.Size:
@@ -95,18 +94,13 @@ def add_to_weights(models: Models, target: LoraTarget, change: Tensor, name: str
         own.copy_(own.float() + part.to(own.device, torch.float32).reshape(own.shape))
 
 
-def _hook(layer: AdapterLayer, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+def _hook(layer: AdapterLayer, index: int, swap: bool) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    """`swap`: the layer sees the output as the file orders it, so that its tensors are the file's."""
+
     def adapt(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if swap:
+            return _swap_halves(layer.adapt(index, args[0], _swap_halves(output, -1)), -1)
         return layer.adapt(index, args[0], output)
-
-    return adapt
-
-
-def _swapped_hook(layer: AdapterLayer, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    """The layer sees the output as the file orders it, so that its tensors are the file's."""
-
-    def adapt(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return _swap_halves(layer.adapt(index, args[0], _swap_halves(output, -1)), -1)
 
     return adapt
 

@@ -171,7 +171,11 @@ class ThirdPartyNetwork(TrainableNetwork):
             raise UserError(f"--text_encoder_lr: {self._module} takes one rate for all text encoders; give one")
         prepare = self.network.prepare_optimizer_params
         rates = (text[0] if text else 0.0, unet, unet)
-        return prepare(*rates) if _takes(prepare, *rates) else prepare(*rates[:2])
+        try:
+            inspect.signature(prepare).bind(*rates)
+        except TypeError:
+            return prepare(*rates[:2])
+        return prepare(*rates)
 
     # ---- while it is trained
 
@@ -239,14 +243,12 @@ class ThirdPartyNetwork(TrainableNetwork):
         for layer, module in self.network.named_children():
             own = module.state_dict()
             for name, value in entries.get(layer, {}).items():
-                if name in own and name != "alpha" and not _close(own[name], value):
+                if name not in own or name == "alpha":
+                    continue
+                mine, theirs = own[name].detach().float().cpu(), value.float()
+                if mine.shape != theirs.shape or not torch.allclose(mine, theirs, rtol=1e-3, atol=1e-5):
                     return False
         return True
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    same_shape = one.shape == other.shape
-    return same_shape and torch.allclose(one.detach().float().cpu(), other.float(), rtol=1e-3, atol=1e-5)
 
 
 def _check_entry(path: Path, layer: str, own: Mapping[str, Tensor], entry: Mapping[str, Tensor]) -> None:
@@ -397,21 +399,17 @@ def _require_layers(
     asked = args.get("train_t5xxl", "").strip().lower() in ("true", "1")
     wanted = dict.fromkeys(target.part for target in targets if asked or not target.optional)
     lost = [part for part in wanted if not counts.get(part)]
+    other = "choose another preset in --network_args, or " if "preset" in args else ""
+    denoiser = f"{other}add --network_train_text_encoder_only, or use a network of networks.*"
+    text = f"{other}give it the rate 0 in --text_encoder_lr, or add --network_train_unet_only"
     if lost:
         raise UserError(
             *(
                 f"--network_module: {module} made no layers in {'the denoiser' if part == DENOISER else part}, "
-                f"which would stay untrained; {_ways_out(part, args)}"
+                f"which would stay untrained; {denoiser if part == DENOISER else text}"
                 for part in lost
             )
         )
-
-
-def _ways_out(part: str, args: Mapping[str, str]) -> str:
-    other = "choose another preset in --network_args, or " if "preset" in args else ""
-    if part == DENOISER:
-        return f"{other}add --network_train_text_encoder_only, or use a network of networks.*"
-    return f"{other}give it the rate 0 in --text_encoder_lr, or add --network_train_unet_only"
 
 
 def _text_encoders(models: Models) -> Any:
@@ -431,14 +429,6 @@ def _accepted(function: Callable[..., Any], extra: Mapping[str, Any]) -> dict[st
         return dict(extra)
     known = {parameter.name for parameter in parameters}
     return {name: value for name, value in extra.items() if name in known}
-
-
-def _takes(function: Callable[..., Any], *args: Any) -> bool:
-    try:
-        inspect.signature(function).bind(*args)
-    except TypeError:
-        return False
-    return True
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from library.errors import UserError
@@ -28,7 +28,18 @@ def read_data(specs: list[DatasetSpec], opts: Options, traits: FamilyTraits, pro
     main = processes.rank == 0
     if not main:
         processes.barrier()  # and find in the index what the first process has seen
-    data = _data_builder(opts.data.dataset_class)(specs, opts, traits, opts.training.seed, main=main)
+    if opts.data.dataset_class is None:
+        from library.data.sample.dataset import build_training_data as build
+    else:
+        module, _, attribute = opts.data.dataset_class.rpartition(".")
+        sys.path.insert(0, os.getcwd())
+        try:
+            build = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"--dataset_class: {opts.data.dataset_class} cannot be imported ({error})") from None
+        finally:
+            sys.path.remove(os.getcwd())
+    data = build(specs, opts, traits, opts.training.seed, main=main)
     if main:
         processes.barrier()
     for line in data.report():
@@ -40,9 +51,15 @@ def read_data(specs: list[DatasetSpec], opts: Options, traits: FamilyTraits, pro
 
 def _require_word(data: TrainingData, word: str) -> None:
     """Raises: UserError: no caption holds the word that is to be trained; some that do not are a warning."""
+
+    def texts(record: Record) -> Sequence[str]:  # what the caption of an image is made from
+        options = record.subset.captions
+        own = (options.caption_prefix, record.caption, options.caption_suffix)
+        return options.templates or (" ".join(part for part in own if part),)
+
     pattern = word_pattern(word)
     records = [record for record in data.records if not record.subset.is_reg]
-    without = [record.path for record in records if not any(map(pattern.search, _texts(record)))]
+    without = [record.path for record in records if not any(map(pattern.search, texts(record)))]
     hint = f"write {word!r} into the captions, or add --use_object_template or --use_style_template"
     if records and len(without) == len(records):
         raise UserError(f"--token_string: no caption holds {word!r}, so nothing would be learned; {hint}")
@@ -51,29 +68,3 @@ def _require_word(data: TrainingData, word: str) -> None:
             "the captions of %d of %d images do not hold %r and teach it nothing, such as that of %s; %s",
             *(len(without), len(records), word, without[0], hint),
         )
-
-
-def _texts(record: Record) -> Sequence[str]:
-    """What the caption of an image is made from: templates, or its own words with what is put around them."""
-    options = record.subset.captions
-    own = (options.caption_prefix, record.caption, options.caption_suffix)
-    return options.templates or (" ".join(part for part in own if part),)
-
-
-def _data_builder(name: str | None) -> Callable[..., TrainingData]:
-    """`build_training_data`, or what --dataset_class names in its place.
-
-    Raises: UserError: there is no such thing.
-    """
-    if name is None:
-        from library.data.sample.dataset import build_training_data
-
-        return build_training_data
-    module, _, attribute = name.rpartition(".")
-    sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"--dataset_class: {name} cannot be imported ({error})") from None
-    finally:
-        sys.path.remove(os.getcwd())

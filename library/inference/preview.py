@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from library.families.base import Family
     from library.options.base import Options
-    from library.types import Denoise, FamilyTraits, Models, TextCond
+    from library.types import Denoise, Models, TextCond
 
 
 class PreviewImage(NamedTuple):
@@ -60,7 +60,10 @@ class Preview:
         sampling = opts.sampling
         prompts = []
         if sampling.draws:
-            _warn_of_sampler(opts, family.traits)
+            chosen = sampling.sample_sampler
+            unused = family.traits.objective == "flow" and chosen.removeprefix("k_") != FLOW_SAMPLER
+            if unused and "sample_sampler" in opts.explicit:
+                LOGGER.warning(f"--sample_sampler {chosen} has no effect: {flow_sampler_note(family.traits)}")
             prompts = load_prompts(sampling.sample_prompts, family.traits, sampling.sample_sampler)
             prompts = _with_control_images(prompts, sampling.sample_prompts, takes_control=takes_control)
         return cls(opts, family, prompts)
@@ -171,15 +174,6 @@ class Preview:
         if prompt.seed is not None:
             return prompt
         return replace(prompt, seed=derive(self.opts.training.seed or 0, "preview", step, index) % 2**32)
-
-
-def _warn_of_sampler(opts: Options, traits: FamilyTraits) -> None:
-    """Warns if the user chose a sampler, which flow models do not use."""
-    if traits.objective != "flow" or "sample_sampler" not in opts.explicit:
-        return
-    chosen = opts.sampling.sample_sampler
-    if chosen.removeprefix("k_") != FLOW_SAMPLER:
-        LOGGER.warning(f"--sample_sampler {chosen} has no effect: {flow_sampler_note(traits)}")
 
 
 def _with_control_images(prompts: list[SamplePrompt], file: str, *, takes_control: bool) -> list[SamplePrompt]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from library.checkpoints.hashes import weights_fingerprint
 from library.checkpoints.metadata import finalise
@@ -201,15 +201,14 @@ class NetworkMethod(Method):
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
         """Every tensor, alpha too, in `dtype`, or as trained where that is None. .ckpt and .pt have no metadata."""
-        tensors = {name: _for_file(value, dtype) for name, value in self._attached().file_state().items()}
+        tensors = {
+            name: value.detach().to("cpu", dtype or value.dtype).contiguous()
+            for name, value in self._attached().file_state().items()
+        }
         if path.suffix in (".ckpt", ".pt"):
             write_torch(path, tensors)
         else:
             write_safetensors(path, tensors, None if metadata is None else finalise(metadata, tensors))
-
-
-def _for_file(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
 
 
 def _nothing_trained(rates: dict[str, float]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +37,10 @@ def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str
         require_network_module(options.network_module)
         args, module = split_args(options.network_args), declared_module(resolved_module(options.network_module))
         if module is None:
-            return problems + list(_endless_rank(args.get("conv_dim", "")))
+            rank = args.get("conv_dim", "")  # all else a module of others judges by itself
+            if re.fullmatch(r"\d+", rank) and (len(rank) > 9 or int(rank) > LARGEST_RANK):
+                problems.append(f"--network_args: conv_dim={rank}: must be at most {LARGEST_RANK}")
+            return problems
         dim, layout = options.network_dim or DEFAULT_DIM, traits.block_layout if traits else None
         given = {"args": args, "dropout": options.network_dropout, "layout": layout}
         for line in module.check(**given, dim=dim, ranks_from_file=options.dim_from_weights):
@@ -65,12 +67,6 @@ def declared_module(name: str) -> NetworkModule | None:
     if not isinstance(getattr(module, "MODULE", None), NetworkModule):
         raise UserError(f"--network_module: {name} is no kind of network; try networks.lora")
     return module.MODULE
-
-
-def _endless_rank(text: str) -> Iterator[str]:
-    """A rank of convolutions that no memory holds; all else a module of other people judges by itself."""
-    if re.fullmatch(r"\d+", text) and (len(text) > 9 or int(text) > LARGEST_RANK):
-        yield f"--network_args: conv_dim={text}: must be at most {LARGEST_RANK}"
 
 
 def require_network_module(name: str | None) -> None:

@@ -54,7 +54,8 @@ class OftLayer(AdapterLayer):
         if blocks[0].dim() == 4:
             return BoftLayer.rebuild(modules, tensors, args)
         rows = [module.weight.shape[0] for module in modules]
-        _check_rows(blocks, rows)
+        if [each.shape[0] * each.shape[1] for each in blocks] not in (rows, [sum(rows)]):
+            raise UserError(f"shape {[tuple(each.shape) for each in blocks]} does not fit {sum(rows)} rows")
         args = args.of_file(tensors)
         layer = cls(modules, len(blocks[0]), 0.0, args, [tuple(each.shape[:2]) for each in blocks])
         layer.load(tensors)
@@ -243,12 +244,6 @@ def _blocks(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     if "oft_blocks" in tensors:
         return [tensors["oft_blocks"]]
     return [tensors[f"oft_blocks.{i}"] for i in range(sum(name.startswith("oft_blocks.") for name in tensors))]
-
-
-def _check_rows(blocks: Sequence[Tensor], rows: Sequence[int]) -> None:
-    counts = [each.shape[0] * each.shape[1] for each in blocks]
-    if counts not in (list(rows), [sum(rows)]):
-        raise UserError(f"shape {[tuple(each.shape) for each in blocks]} does not fit {sum(rows)} rows")
 
 
 def _refresh(layer: OftLayer, _keys: Any) -> None:

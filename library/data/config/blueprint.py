@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,14 +46,14 @@ def build_specs(opts: Options, traits: FamilyTraits, image_role: ImageRole | Non
     else:
         file, general_place = None, ""
         config = {"general": {}, "datasets": [{"subsets": _subsets_of_flags(opts, image_role, reader.problems)}]}
-    specs = []
+    specs, flag = [], "--in_json" if opts.data.in_json else "--train_data_dir"
     for number, table in enumerate(config["datasets"], 1):
-        place = f"{file}, [[datasets]] {number}" if file else _flag_of_data(opts)
+        place = f"{file}, [[datasets]] {number}" if file else flag
         spec = reader.dataset(table, place, [(general_place, config["general"])])
         if spec.subsets:
             specs.append(spec)
     if image_role is not None:
-        reader.problems += (_check_masks if image_role == "mask" else _check_control_images)(specs, opts)
+        reader.problems += _check_partners([subset for spec in specs for subset in spec.subsets], opts, image_role)
     if not specs and not reader.problems:
         reader.problems += reader.left_out or ["no images: the data set names no folder"]
     if reader.problems:
@@ -86,11 +86,14 @@ class _Reader:
     def _from_flag(self, name: str, key: Key) -> Any:
         """The flag's value; the default stands in for a wrong one, which is among the problems already."""
         value = self.flags.get(key.flag[2:])
-        try:
-            if value is not None and key.kind in ("size", "range"):
-                value = _parse_numbers(value, whole=key.kind == "size")
-        except ValueError:
-            return key.default
+        if value is not None and key.kind in ("size", "range"):  # "512" or "512,768"; "2.0,4.0"
+            try:
+                numbers = tuple(int(part) if key.kind == "size" else float(part) for part in value.split(","))
+            except ValueError:
+                return key.default
+            if len(numbers) not in ((1, 2) if key.kind == "size" else (2,)):
+                return key.default
+            value = numbers[0] if len(numbers) == 1 else numbers
         return key.default if value is None or any(check_value(name, value, key.flag)) else value
 
     def dataset(self, table: Mapping[str, Any], place: str, outer: list) -> DatasetSpec:
@@ -103,10 +106,9 @@ class _Reader:
             if self.opts.data.dataset_config and not said:
                 self.problems.append(f"{place}: no resolution; give --resolution, or resolution in the dataset config")
             found["resolution"] = self.traits.default_resolution
-        found["resolution"] = _as_size(found["resolution"])
-        if not found["enable_bucket"]:
-            _round_resolution(found, place, self.traits)
-        _round_limits(found, place)
+        sides = found["resolution"]
+        found["resolution"] = Size(*sides) if isinstance(sides, (list, tuple)) else Size(sides, sides)
+        _round_sizes(found, place, self.traits)
         if not 0 <= found["validation_split"] <= 1:
             LOGGER.warning(f"{place}: validation_split must be from 0 to 1, got {found['validation_split']}; ignored")
             found["validation_split"] = 0.0
@@ -126,22 +128,45 @@ class _Reader:
             where = f"{place}, [[datasets.subsets]] {number}" if self.opts.data.dataset_config else place
             subset = self.subset(table, where, tables)
             only_regularisation = only_regularisation and subset.is_reg
-            self.problems += _check_places(subset, where, by_flags=not self.opts.data.dataset_config)
-            if self.combine:
-                self.problems += _check_augmentation(subset, buckets, self.opts, where)
-            self.problems += _check_attributes(subset, where, self.traits)
+            self.problems += self._check_subset(subset, where, buckets)
+            folder = None if subset.metadata_file is not None else subset.image_dir
             try:
-                why = _why_empty(subset)
+                if subset.num_repeats < 1:
+                    self.left_out.append(f"{where}: {subset.place}: num_repeats = 0")
+                elif folder is not None and os.path.isdir(folder) and not has_images(folder):
+                    self.left_out.append(f"{where}: no images in {folder}")
+                else:
+                    subsets.append(subset)
             except OSError as error:
                 self.problems.append(f"{where}: {subset.place} cannot be listed ({reason(error)})")
-                continue
-            if why:
-                self.left_out.append(f"{where}: {why}")
-            else:
-                subsets.append(subset)
         if only_regularisation:
             self.problems.append(f"{place}: every subset has is_reg = true; regularisation needs images to train on")
         return subsets if any(not subset.is_reg for subset in subsets) else []
+
+    def _check_subset(self, subset: SubsetSpec, place: str, buckets: bool) -> Iterator[str]:
+        data, folder = self.opts.data, subset.image_dir
+        places = (("metadata_file", os.path.isfile, "file"), ("conditioning_data_dir", os.path.isdir, "folder"))
+        for name, is_there, kind in places if data.dataset_config else ():  # flags have checks of their own
+            path = getattr(subset, name)
+            if path is not None and not is_there(path):
+                yield f"{place}: {name} {path} is no {kind}"
+        if folder is not None and not os.path.isdir(folder):
+            yield f"{place}: image_dir {folder} {_no_folder(folder)}"
+        if self.combine:
+            if data.cache_latents or data.cache_latents_to_disk:
+                flag = "--cache_latents" if data.cache_latents else "--cache_latents_to_disk"
+                for name in ("color_aug", "random_crop", "face_crop_aug_range"):
+                    if getattr(subset, name):
+                        why = f"{name} changes the image every time, so its latents cannot be cached"
+                        yield f"{place}: {why}; remove {flag} or {name}"
+            if self.opts.text_cache.in_use:
+                yield from changing(subset.captions, place)
+            if buckets and subset.face_crop_aug_range:
+                LOGGER.warning(f"{place}: face_crop_aug_range has no effect on images in buckets (enable_bucket)")
+        # The one custom attribute that a newer version of the ancestor acts on must not be overlooked.
+        times = (subset.custom_attributes or {}).get("timestep_sampling")
+        if self.traits.objective == "flow" and isinstance(times, Mapping) and times.get("offset"):
+            yield f"{place}: custom_attributes.timestep_sampling.offset is not available yet; remove it"
 
     def subset(self, table: Mapping[str, Any], place: str, outer: list) -> SubsetSpec:
         tables = [(place, table), *outer]
@@ -159,42 +184,24 @@ class _Reader:
         return SubsetSpec(captions=captions, image_role=self.image_role, **own)
 
 
-def _parse_numbers(text: str, *, whole: bool) -> Any:
-    """``512`` or ``512,768`` (whole), ``2.0,4.0`` (not whole). Raises: ValueError: anything else."""
-    numbers = [int(part) if whole else float(part) for part in text.split(",")]
-    if len(numbers) == 1 and whole:
-        return numbers[0]
-    if len(numbers) != 2:
-        raise ValueError(text)
-    return tuple(numbers)
-
-
-def _as_size(value: Any) -> Size:
-    return Size(*value) if isinstance(value, (list, tuple)) else Size(value, value)
-
-
-def _round_limits(found: dict[str, Any], place: str) -> None:
-    """Makes the bucket limits multiples of the step, and says so."""
-    if not found["enable_bucket"] or found["bucket_no_upscale"]:
-        return
-    step = found["bucket_reso_steps"]
-    low, high = round_limits(found["min_bucket_reso"], found["max_bucket_reso"], step)
-    for name, rounded in (("min_bucket_reso", max(low, step)), ("max_bucket_reso", high)):
-        if rounded != found[name]:
-            LOGGER.warning(f"{place}: {name} {found[name]} is no multiple of {step}; {rounded} is used")
-            found[name] = rounded
-
-
-def _round_resolution(found: dict[str, Any], place: str, traits: FamilyTraits) -> None:
-    """Makes the sides multiples of what the model's latents can be, as long as something is left, and says so."""
-    unit, wanted = traits.pixel_multiple, found["resolution"]
-    rounded = Size(*(side // unit * unit for side in wanted))
-    if rounded != wanted and min(rounded) > 0:
-        LOGGER.warning(
-            f"{place}: resolution {wanted.width}x{wanted.height}: sides are multiples of {unit} with {traits.label}; "
-            f"{rounded.width}x{rounded.height} is used"
-        )
-        found["resolution"] = rounded
+def _round_sizes(found: dict[str, Any], place: str, traits: FamilyTraits) -> None:
+    """Makes bucket limits multiples of the step, or without buckets the sides what latents can be, and says so."""
+    if found["enable_bucket"] and not found["bucket_no_upscale"]:
+        step = found["bucket_reso_steps"]
+        low, high = round_limits(found["min_bucket_reso"], found["max_bucket_reso"], step)
+        for name, rounded in (("min_bucket_reso", max(low, step)), ("max_bucket_reso", high)):
+            if rounded != found[name]:
+                LOGGER.warning(f"{place}: {name} {found[name]} is no multiple of {step}; {rounded} is used")
+                found[name] = rounded
+    elif not found["enable_bucket"]:
+        unit, wanted = traits.pixel_multiple, found["resolution"]
+        rounded = Size(*(side // unit * unit for side in wanted))
+        if rounded != wanted and min(rounded) > 0:
+            LOGGER.warning(
+                f"{place}: resolution {wanted.width}x{wanted.height}: sides are multiples of {unit} with "
+                f"{traits.label}; {rounded.width}x{rounded.height} is used"
+            )
+            found["resolution"] = rounded
 
 
 def _check_frame(found: Mapping[str, Any], place: str, traits: FamilyTraits) -> Iterable[str]:
@@ -216,67 +223,25 @@ def _check_frame(found: Mapping[str, Any], place: str, traits: FamilyTraits) -> 
         )
 
 
-def _check_places(subset: SubsetSpec, place: str, *, by_flags: bool) -> Iterable[str]:
-    """`by_flags`: the places come from flags, whose own checks say what is not there."""
-    folder = subset.image_dir
-    for name in () if by_flags else ("metadata_file", "conditioning_data_dir"):
-        path, kind = getattr(subset, name), "file" if name == "metadata_file" else "folder"
-        if path is not None and not (os.path.isfile(path) if kind == "file" else os.path.isdir(path)):
-            yield f"{place}: {name} {path} is no {kind}"
-    if folder is not None and not os.path.isdir(folder):
-        yield f"{place}: image_dir {folder} {_no_folder(folder)}"
-
-
-def _check_attributes(subset: SubsetSpec, place: str, traits: FamilyTraits) -> Iterable[str]:
-    """The one custom attribute that a newer version of the ancestor acts on must not be overlooked."""
-    times = (subset.custom_attributes or {}).get("timestep_sampling")
-    if traits.objective == "flow" and isinstance(times, Mapping) and times.get("offset"):
-        yield f"{place}: custom_attributes.timestep_sampling.offset is not available yet; remove it"
-
-
-def _why_empty(subset: SubsetSpec) -> str:
-    """Why nothing would come from a subset, as far as that is seen at once; empty text where something does."""
-    folder = subset.image_dir
-    if subset.num_repeats < 1:
-        return f"{subset.place}: num_repeats = 0"
-    if folder is not None and os.path.isdir(folder) and subset.metadata_file is None and not has_images(folder):
-        return f"no images in {folder}"
-    return ""
-
-
-def _check_masks(specs: Sequence[DatasetSpec], opts: Options) -> Iterable[str]:
-    subsets = [subset for spec in specs for subset in spec.subsets]
+def _check_partners(subsets: Sequence[SubsetSpec], opts: Options, image_role: ImageRole) -> Iterable[str]:
+    """Whether the images of conditioning_data_dir are there where they are needed, and of use where they are there."""
     folders = [subset.conditioning_data_dir for subset in subsets if subset.conditioning_data_dir]
-    if folders and not opts.loss.masked_loss and os.path.isdir(folders[0]):
-        yield f"conditioning_data_dir {folders[0]}: its images are masks for --masked_loss; add that, or remove them"
-    if opts.loss.masked_loss and not folders and not any(subset.alpha_mask for subset in subsets):
-        yield "--masked_loss: there are no masks; name their folder in conditioning_data_dir, or set alpha_mask"
-
-
-def _check_control_images(specs: Sequence[DatasetSpec], opts: Options) -> Iterable[str]:
-    subsets = [subset for spec in specs for subset in spec.subsets]
+    any_alpha = any(subset.alpha_mask for subset in subsets)
+    if image_role == "mask":
+        if folders and not opts.loss.masked_loss and os.path.isdir(folders[0]):
+            why = "its images are masks for --masked_loss; add that, or remove them"
+            yield f"conditioning_data_dir {folders[0]}: {why}"
+        if opts.loss.masked_loss and not folders and not any_alpha:
+            yield "--masked_loss: there are no masks; name their folder in conditioning_data_dir, or set alpha_mask"
+        return
     for subset in subsets:
         if not subset.conditioning_data_dir:
             yield f"{subset.place}: it has no control images; name their folder in conditioning_data_dir"
-    if opts.loss.masked_loss and not any(subset.alpha_mask for subset in subsets):
+    if opts.loss.masked_loss and not any_alpha:
         yield (
             "--masked_loss: there are no masks, as the images of conditioning_data_dir are control images here; "
             "set alpha_mask, or leave --masked_loss out"
         )
-
-
-def _check_augmentation(subset: SubsetSpec, buckets: bool, opts: Options, place: str) -> Iterable[str]:
-    if opts.data.cache_latents or opts.data.cache_latents_to_disk:
-        for name in ("color_aug", "random_crop", "face_crop_aug_range"):
-            if getattr(subset, name):
-                yield (
-                    f"{place}: {name} changes the image every time, so its latents cannot be cached; "
-                    f"remove {'--cache_latents' if opts.data.cache_latents else '--cache_latents_to_disk'} or {name}"
-                )
-    if opts.text_cache.in_use:
-        yield from changing(subset.captions, place)
-    if buckets and subset.face_crop_aug_range:
-        LOGGER.warning(f"{place}: face_crop_aug_range has no effect on images in buckets (enable_bucket)")
 
 
 def _subsets_of_flags(opts: Options, image_role: ImageRole | None, problems: list[str]) -> list[dict[str, Any]]:
@@ -289,7 +254,18 @@ def _subsets_of_flags(opts: Options, image_role: ImageRole | None, problems: lis
         return [{"metadata_file": options.in_json, "image_dir": options.train_data_dir}]
     if options.train_data_dir and options.conditioning_data_dir:
         _warn_about_ignored(opts, ("reg_data_dir",), "masks have none for regularisation images")
-        return _folders_with_partners(options.train_data_dir, options.conditioning_data_dir, problems)
+        images, partners = Path(options.train_data_dir).expanduser(), options.conditioning_data_dir
+        try:
+            is_plain = os.path.isdir(images) and has_images(images)
+        except OSError:
+            is_plain = False  # what is wrong with it is reported by `_repeating`
+        if is_plain:
+            return [{"image_dir": options.train_data_dir, "conditioning_data_dir": partners}]
+        tables = _repeating(options.train_data_dir, "train_data_dir", problems)
+        for table in tables:  # they lie in one folder, or in its sub-folders that are named as those of the images
+            own = Path(partners).expanduser() / Path(table["image_dir"]).name
+            table["conditioning_data_dir"] = str(own) if os.path.isdir(own) else partners
+        return tables
     tables = []
     for flag, is_reg in (("train_data_dir", False), ("reg_data_dir", True)):
         if getattr(options, flag):
@@ -297,11 +273,6 @@ def _subsets_of_flags(opts: Options, image_role: ImageRole | None, problems: lis
     if options.dataset_repeats != 1:
         LOGGER.warning("--dataset_repeats has no effect here: the names of the folders say how often they repeat")
     return tables
-
-
-def _flag_of_data(opts: Options) -> str:
-    """The option that says where the images are; messages about what is found there begin with it."""
-    return "--in_json" if opts.data.in_json else "--train_data_dir"
 
 
 def _repeating(parent: str, flag: str, problems: list[str]) -> list[dict[str, Any]]:
@@ -336,25 +307,6 @@ def _repeating(parent: str, flag: str, problems: list[str]) -> list[dict[str, An
 def _no_folder(path: Path) -> str:
     why = path_problem(path, "folder") or ""
     return why.removeprefix("it ") if why.startswith("it cannot") else "is no folder"
-
-
-def _folders_with_partners(images: str, partners: str, problems: list[str]) -> list[dict[str, Any]]:
-    """One folder of images, or <repeats>_<class tokens> folders.
-
-    Their masks or control images lie in the folder `partners`, or in its sub-folders of the same names.
-    """
-    folder = Path(images).expanduser()
-    try:
-        is_plain = os.path.isdir(folder) and has_images(folder)
-    except OSError:
-        is_plain = False  # what is wrong with it is reported below
-    if is_plain:
-        return [{"image_dir": images, "conditioning_data_dir": partners}]
-    tables = _repeating(images, "train_data_dir", problems)
-    for table in tables:
-        own = Path(partners).expanduser() / Path(table["image_dir"]).name
-        table["conditioning_data_dir"] = str(own) if os.path.isdir(own) else partners
-    return tables
 
 
 def _warn_about_ignored(opts: Options, flags: Iterable[str], why: str) -> None:

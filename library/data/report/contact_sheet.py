@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -108,7 +108,10 @@ def write_sheets(data: TrainingData, folder: Path, *, epochs: int = 3, most: int
                         _draw(page, rows).save(temporary, "PNG")
                     sheets.append(folder / page.name)
                     strange.update(without_face(caption for row in rows for cell in row for caption in cell.captions))
-        _remove_others(folder, sheets)
+        names = {sheet.name for sheet in sheets}
+        for path in folder.iterdir():
+            if _NAME.fullmatch(path.name) and path.name not in names:
+                path.unlink()
     except OSError as error:
         raise UserError(f"{folder}: the contact sheets cannot be written ({error.strerror or error})") from None
     if strange:
@@ -135,21 +138,20 @@ def cells_of(data: TrainingData, numbers: Sequence[int], epochs: int) -> Iterato
                 if item.index in wanted:
                     moments[item.index].append(item)
     for number in numbers:
-        yield _cell(data, data.records[number], moments[first_items[number]])
-
-
-def _cell(data: TrainingData, record: Record, moments: Sequence[ItemKey]) -> Cell:
-    captions = tuple(data.items.caption_at(moment) for moment in moments)
-    if not record.present:
-        return Cell(record, None, None, None, captions, False, "no image here, only its latents")
-    try:
-        sample = data.items[moments[0]]
-    except UserError as error:
-        return Cell(record, None, None, None, captions, False, str(error).removeprefix(f"{record.path}: "))
-    image = as_image((sample.pixels + 1) / 2)
-    mask = None if sample.mask is None else sample.mask[0].numpy()
-    control = None if sample.control is None else as_image(sample.control)
-    return Cell(record, image, mask, control, captions, data.items.is_mirrored_at(moments[0]))
+        record, own = data.records[number], moments[first_items[number]]
+        captions = tuple(data.items.caption_at(moment) for moment in own)
+        if not record.present:
+            yield Cell(record, None, None, None, captions, False, "no image here, only its latents")
+            continue
+        try:
+            sample = data.items[own[0]]
+        except UserError as error:
+            yield Cell(record, None, None, None, captions, False, str(error).removeprefix(f"{record.path}: "))
+            continue
+        image = as_image((sample.pixels + 1) / 2)
+        mask = None if sample.mask is None else sample.mask[0].numpy()
+        control = None if sample.control is None else as_image(sample.control)
+        yield Cell(record, image, mask, control, captions, data.items.is_mirrored_at(own[0]))
 
 
 def as_image(values: Tensor) -> NDArray[np.uint8]:
@@ -187,7 +189,16 @@ def _pages(data: TrainingData, numbers: Sequence[int], epochs: int, prefix: str)
         there = [r for r in data.records if (r.dataset, r.bucket) == (dataset, bucket)]
         notes = _notes(there, len(chosen), data.specs[dataset].batch_size, epochs, prefix)
         several = len({record.path.parent for record in there}) > 1
-        rows = _rows([(number, _slots(data.records[number])) for number in chosen], _columns(bucket))
+        columns = _WIDTH // (_slot_width(bucket) + _GAP)
+        rows: list[list[int]] = [[]]
+        used = 0
+        for number in chosen:
+            slots = _slots(data.records[number])
+            if used + slots > columns:
+                rows.append([])
+                used = 0
+            rows[-1].append(number)
+            used += slots
         parts = [rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)]
         page_digits = len(str(len(parts)))
         for page, part in enumerate(parts, 1):
@@ -250,36 +261,12 @@ def _slot_width(bucket: Size) -> int:
     return max(_SLOT, _shown_size(bucket).width)
 
 
-def _columns(bucket: Size) -> int:
-    return _WIDTH // (_slot_width(bucket) + _GAP)
-
-
-def _rows(sized: Iterable[tuple[int, int]], columns: int) -> list[list[int]]:
-    """(number, slots) to rows of numbers, in their order."""
-    rows: list[list[int]] = [[]]
-    used = 0
-    for number, slots in sized:
-        if used + slots > columns:
-            rows.append([])
-            used = 0
-        rows[-1].append(number)
-        used += slots
-    return rows
-
-
-def _remove_others(folder: Path, sheets: Iterable[Path]) -> None:
-    names = {sheet.name for sheet in sheets}
-    for path in folder.iterdir():
-        if _NAME.fullmatch(path.name) and path.name not in names:
-            path.unlink()
-
-
 # ---- drawing
 
 
 def _draw(page: _Page, rows: Sequence[Sequence[Cell]]) -> Image.Image:
     size, slot = _shown_size(page.bucket), _slot_width(page.bucket)
-    texts = [[_cell_lines(cell, page.names_folders, _cell_width(cell, slot)) for cell in row] for row in rows]
+    texts = [[_cell_lines(cell, page.names_folders, slot) for cell in row] for row in rows]
     heights = [size.height + _CLOSE + max(map(len, row)) * step(TEXT) for row in texts]
     columns = max(sum(_slots(cell.record) for cell in row) for row in rows)
     inside = max(
@@ -292,61 +279,35 @@ def _draw(page: _Page, rows: Sequence[Sequence[Cell]]) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     write(pen, _MARGIN, _MARGIN, page.title, _TITLE, _INK)
     for line, note in enumerate(page.notes):
-        write(
-            pen,
-            _MARGIN,
-            _MARGIN + step(_TITLE) + line * step(TEXT + 1),
-            note,
-            TEXT + 1,
-            _QUIET,
-        )
+        write(pen, _MARGIN, _MARGIN + step(_TITLE) + line * step(TEXT + 1), note, TEXT + 1, _QUIET)
     for row, lines_of_row, height in zip(rows, texts, heights, strict=True):
         left = _MARGIN
         for cell, lines in zip(row, lines_of_row, strict=True):
-            for at, panel in enumerate(_panels(cell)):
-                _put(sheet, pen, left + at * (size.width + _CLOSE), top, size, panel)
+            panels = [cell.image]
+            if cell.image is not None and cell.mask is not None:
+                cover = 0.65 * (1 - cell.mask[..., None])
+                panels.append(np.round(cell.image * (1 - cover) + _RED * cover).astype(np.uint8))
+            panels += [] if cell.control is None else [cell.control]
+            for at, panel in enumerate(panels):  # an image with an edge around it, or a crossed-out place
+                start = left + at * (size.width + _CLOSE)
+                right, bottom = start + size.width, top + size.height
+                pen.rectangle((start - 1, top - 1, right, bottom), fill=_BLANK, outline=_EDGE)
+                if panel is None:
+                    pen.line((start, top, right - 1, bottom - 1), fill=_EDGE)
+                    pen.line((start, bottom - 1, right - 1, top), fill=_EDGE)
+                else:
+                    sheet.paste(Image.fromarray(images.resize(panel, size)), (start, top))
             for line, (text, colour) in enumerate(lines):
-                write(
-                    pen,
-                    left,
-                    top + size.height + _CLOSE + line * step(TEXT),
-                    text,
-                    TEXT,
-                    colour,
-                )
+                write(pen, left, top + size.height + _CLOSE + line * step(TEXT), text, TEXT, colour)
             left += _slots(cell.record) * (slot + _GAP)
         top += height + _GAP
     return sheet
 
 
-def _cell_width(cell: Cell, slot: int) -> int:
-    return _slots(cell.record) * (slot + _GAP) - _GAP
-
-
-def _panels(cell: Cell) -> list[NDArray[np.uint8] | None]:
-    panels = [cell.image]
-    if cell.image is not None and cell.mask is not None:
-        cover = 0.65 * (1 - cell.mask[..., None])
-        panels.append(np.round(cell.image * (1 - cover) + _RED * cover).astype(np.uint8))
-    return panels if cell.control is None else [*panels, cell.control]
-
-
-def _put(
-    sheet: Image.Image, pen: ImageDraw.ImageDraw, left: int, top: int, size: Size, panel: NDArray[np.uint8] | None
-) -> None:
-    """The image with an edge around it, or a crossed-out place."""
-    right, bottom = left + size.width, top + size.height
-    pen.rectangle((left - 1, top - 1, right, bottom), fill=_BLANK, outline=_EDGE)
-    if panel is None:
-        pen.line((left, top, right - 1, bottom - 1), fill=_EDGE)
-        pen.line((left, bottom - 1, right - 1, top), fill=_EDGE)
-    else:
-        sheet.paste(Image.fromarray(images.resize(panel, size)), (left, top))
-
-
-def _cell_lines(cell: Cell, with_folder: bool, width: int) -> list[tuple[str, str]]:
+def _cell_lines(cell: Cell, with_folder: bool, slot: int) -> list[tuple[str, str]]:
     """(text, colour) of each line below an image."""
     record = cell.record
+    width = _slots(record) * (slot + _GAP) - _GAP
     facts = _times(record.size)
     facts += f" to {_times(record.bucket)}" if record.size != record.bucket else ""
     facts += f", {record.repeats} repeats" if record.repeats > 1 else ""
@@ -386,22 +347,16 @@ def show(sheets: Sequence[Path], opener: Callable[[Path], None] | None = None) -
         opener: opens one file; None: what the system opens images with.
     """
     try:
-        if _is_watched():
-            for sheet in sheets[:_OPENED]:
-                (opener or _open)(sheet)
+        screen = sys.platform in ("win32", "darwin") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+        if not screen or sys.stdin is None or not sys.stdin.isatty():
+            return
+        for sheet in sheets[:_OPENED]:
+            if opener is not None:
+                opener(sheet)
+            elif sys.platform == "win32":
+                os.startfile(sheet)
+            else:
+                program, quiet = "open" if sys.platform == "darwin" else "xdg-open", subprocess.DEVNULL
+                subprocess.Popen([program, str(sheet)], stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
     except Exception as error:  # whatever keeps a viewer from starting: the sheets are there all the same
         LOGGER.debug("the sheets cannot be shown (%s)", error)
-
-
-def _is_watched() -> bool:
-    screen = sys.platform in ("win32", "darwin") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    return bool(screen) and sys.stdin is not None and sys.stdin.isatty()
-
-
-def _open(path: Path) -> None:
-    if sys.platform == "win32":
-        os.startfile(path)
-        return
-    program = "open" if sys.platform == "darwin" else "xdg-open"
-    quiet = subprocess.DEVNULL
-    subprocess.Popen([program, str(path)], stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 from library.data.sample import buckets, images
@@ -60,22 +59,35 @@ def read_records(
     log = ScanLog(scan.warnings, scan.dropped, [], scan.forgotten)
     for number, spec in enumerate(specs):
         for subset in spec.subsets:
-            images = find_images(subset, index, log)
-            headers = _read_headers(images, index)
-            found = _usable(images, headers, subset, number, spec, scan, log.problems)
-            if main and subset.cache_info and not log.problems:
-                _keep_info(subset, [one.record for one in found])
+            entries = find_images(subset, index, log)
+            unseen = [one.path for one in entries if one.present and one.size is None]
+            described = iter(index.learn("image", unseen, images.describe))
+            headers = [
+                _Header(one.size) if one.size is not None or not one.present else _as_header(next(described))
+                for one in entries
+            ]
+            found = _usable(entries, headers, subset, number, spec, scan, log.problems)
+            if main and subset.cache_info and not log.problems and info_cache.read(subset.image_dir) is None:
+                infos = {one.record.path: info_cache.Info(one.record.caption, one.record.size) for one in found}
+                info_cache.write(subset.image_dir, infos)
             seen += found
-    records = [one.record for one in seen]
-    _check_partners(records, index, scan)
-    _check_decoded(records, index, scan)
+    _check_contents([one.record for one in seen], index, scan)
     if strict:
         log.problems += [f"{path}: {reason} (--strict)" for path, reason in scan.dropped]
     if log.problems:
         raise UserError(*dict.fromkeys(log.problems))
     dropped = {path for path, _ in scan.dropped}
     seen = [one for one in seen if one.record.path not in dropped]
-    _count(seen, scan)
+    for record, turned, moving, captioned in seen:  # those that were left out count nowhere else
+        bucket, resized = record.bucket, record.resized
+        if resized is not None and 2 * bucket.width * bucket.height < resized.width * resized.height:
+            scan.cut.append(record.path)
+        scan.turned += turned
+        scan.moving += moving
+        scan.latents_only += not record.present
+        scan.uncaptioned += not captioned
+        scan.without_words += not captioned and record.subset.class_tokens is None
+        scan.empty_captions += captioned and record.caption == ""
     scan.forgotten[:] = [path for path in scan.forgotten if path not in dropped]
     records = [one.record for one in seen]
     train, held_out = hold_out(records, specs, seed, scan.copies)
@@ -88,8 +100,11 @@ def read_records(
     return balanced, held_out, scan
 
 
-def _check_partners(records: Sequence[Record], index: FileIndex, scan: ScanReport) -> None:
-    """Drops images whose mask or control image cannot be used, and notes those of another shape than their image."""
+def _check_contents(records: Sequence[Record], index: FileIndex, scan: ScanReport) -> None:
+    """Drops the images whose mask or control image cannot be used or whose pixels cannot be decoded.
+
+    Also reports masks and control images of another shape than their image's, and exact and near duplicates.
+    """
     partners = {partner: record for record in records if (partner := record.mask or record.control) is not None}
     seen = index.learn("image", list(partners), images.describe)
     for (partner, record), described in zip(partners.items(), seen, strict=True):
@@ -99,10 +114,6 @@ def _check_partners(records: Sequence[Record], index: FileIndex, scan: ScanRepor
             scan.dropped.append((record.path, f"its {what} {partner} cannot be used: {header.reason}"))
         elif abs(buckets.aspect_error(header.size, record.size)) > 0.02 * record.size.width / record.size.height:
             scan.other_shapes.append(partner)
-
-
-def _check_decoded(records: Sequence[Record], index: FileIndex, scan: ScanReport) -> None:
-    """Reports exact and near duplicates, and drops images whose header can be read and whose pixels cannot."""
     sizes = {record.path: record.size for record in records if record.present}
     scan.copies = near_duplicates.copies(sizes, index)
     decoded = near_duplicates.decode_all(list(sizes), scan.copies, index)
@@ -112,22 +123,11 @@ def _check_decoded(records: Sequence[Record], index: FileIndex, scan: ScanReport
     scan.dropped += decoded.damaged.items() if decoded is not None else ()
 
 
-def _read_headers(found: Sequence[ImageEntry], index: FileIndex) -> list[_Header]:
-    to_see = [one.path for one in found if one.present and one.size is None]
-    seen = iter(index.learn("image", to_see, images.describe))
-    return [_Header(one.size) if one.size is not None or not one.present else _as_header(next(seen)) for one in found]
-
-
 def _as_header(described: list | str) -> _Header:
     if isinstance(described, str):
         return _Header(None, reason=described)
     width, height, turned, frames = described
     return _Header(Size(width, height), turned, frames)
-
-
-def _keep_info(subset: SubsetSpec, found: Iterable[Record]) -> None:
-    if info_cache.read(subset.image_dir) is None:
-        info_cache.write(subset.image_dir, {r.path: info_cache.Info(r.caption, r.size) for r in found})
 
 
 def _usable(
@@ -145,7 +145,7 @@ def _usable(
         if header.size is None:
             scan.dropped.append((one.path, header.reason or "neither an image nor its size is known"))
             continue
-        frame = _prepared_frame(one, header.size, spec) or _frame(one.path, header.size, subset, spec, bucket_of)
+        frame = _frame(one, header.size, subset, spec, bucket_of)
         if frame is None and not spec.enable_bucket and not spec.fits_any_size:
             wrong_size.append((one.path, header.size))
         elif frame is None:
@@ -190,20 +190,6 @@ def _usable(
     return seen
 
 
-def _count(seen: Iterable[_Seen], scan: ScanReport) -> None:
-    """Counts what the report says about the images that are used; those that were left out count nowhere else."""
-    for record, turned, moving, captioned in seen:
-        bucket, resized = record.bucket, record.resized
-        if resized is not None and 2 * bucket.width * bucket.height < resized.width * resized.height:
-            scan.cut.append(record.path)
-        scan.turned += turned
-        scan.moving += moving
-        scan.latents_only += not record.present
-        scan.uncaptioned += not captioned
-        scan.without_words += not captioned and record.subset.class_tokens is None
-        scan.empty_captions += captioned and record.caption == ""
-
-
 def bucket_chooser(spec: DatasetSpec) -> Callable[[Size], Fit | None]:
     """Chooses the bucket for a size of images, once for all images that have it. None: the size fits into none."""
     step = spec.bucket_reso_steps
@@ -219,19 +205,14 @@ def _if_not_endless(fit: Fit | None) -> Fit | None:
     return fit if fit is not None and fit.resized.width * fit.resized.height <= _MOST_PIXELS else None
 
 
-def _prepared_frame(one: ImageEntry, size: Size, spec: DatasetSpec) -> tuple[Size, Size] | None:
-    """(bucket, resized) as a metadata file says, where there are latents only or the dataset asks for no buckets."""
-    if one.bucket is None:
-        return None
-    if not one.present:
-        return one.bucket, one.bucket
-    return None if spec.enable_bucket else buckets.choose(size, [one.bucket])
-
-
 def _frame(
-    path: Path, size: Size, subset: SubsetSpec, spec: DatasetSpec, bucket_of: Callable[[Size], Fit | None]
+    one: ImageEntry, size: Size, subset: SubsetSpec, spec: DatasetSpec, bucket_of: Callable[[Size], Fit | None]
 ) -> tuple[Size, Size | None] | None:
     """(bucket, resized) of an image, or None where it does not fit."""
+    if one.bucket is not None and not one.present:
+        return one.bucket, one.bucket
+    if one.bucket is not None and not spec.enable_bucket:
+        return buckets.choose(size, [one.bucket])
     if spec.enable_bucket:
         return bucket_of(size)
     if size == spec.resolution:
@@ -239,7 +220,7 @@ def _frame(
     if spec.fits_any_size:
         return bucket_of(size)
     covers = size.width >= spec.resolution.width and size.height >= spec.resolution.height
-    may_be_cut = subset.random_crop or (subset.face_crop_aug_range and images.face_box(path))
+    may_be_cut = subset.random_crop or (subset.face_crop_aug_range and images.face_box(one.path))
     return (spec.resolution, None) if covers and may_be_cut else None
 
 

@@ -62,7 +62,8 @@ class UnetControl(Control):
                 return _from_file(models.denoiser, name)
         net = from_pretrained(ControlNetModel, name, None)
         for word in _SAME_IN_BOTH:
-            own, wanted = (_plain(module.config[word]) for module in (net, models.denoiser))
+            values = (module.config[word] for module in (net, models.denoiser))
+            own, wanted = (list(value) if isinstance(value, tuple) else value for value in values)
             if own != wanted:
                 raise UserError(f"{name}: this ControlNet is made for another model: {word} is {own}, not {wanted}")
         return net
@@ -141,10 +142,6 @@ def _embedding_widths(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         raise UserError("this is no ControlNet: it has no embedding of the control image")
     in_order = [by_place[place] for place in sorted(by_place)]
     return tuple((in_order if -1 in by_place else in_order[:-1])[::2])
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Deferred:
