@@ -311,9 +311,12 @@ def test_whole_models_go_on_exactly_after_kills(start_script, run_script, small_
 
 def test_an_epoch_that_was_stopped_at_its_end_is_saved_after_all(run_script, train_arguments, tmp_path):
     """The state of an epoch's last step is written before the epoch's own copy; a kill may come between."""
-    config = tmp_path / "data.json"
-    subset = {"image_dir": "examples/concept/10_sks flower"}
-    config.write_text(json.dumps({"datasets": [{"batch_size": 8, "validation_split": 0.2, "subsets": [subset]}]}))
+    config, images = tmp_path / "data.json", tmp_path / "images"
+    images.mkdir()
+    for number in range(5):  # four for two steps of an epoch, and one for validation
+        shutil.copy(f"examples/concept/10_sks flower/flower_{number:02}.png", images)
+    dataset = {"batch_size": 2, "validation_split": 0.2, "subsets": [{"image_dir": str(images)}]}
+    config.write_text(json.dumps({"datasets": [dataset]}))
     options = {"train_data_dir": None, "dataset_config": config, "max_train_steps": 6, "save_state": True}
     options |= {"save_every_n_steps": 2, "save_every_n_epochs": 1}
     done = run_script(*train_arguments(tmp_path / "whole", **options))
