@@ -37,13 +37,18 @@ def real_models(v2: bool) -> Models:
 
 def test_target_counts_of_the_real_models():
     for v2, text_layers in ((False, 72), (True, 138)):
-        targets = SdFamily(sd_options("", v2=v2)).targets.lora(real_models(v2))
+        every = SdFamily(sd_options("", v2=v2)).targets.lora(real_models(v2))
+        targets = [target for target in every if not target.optional]
         text, unet = targets[:text_layers], targets[text_layers:]
         assert {t.part for t in text} == {"te"}
         assert {t.part for t in unet} == {"denoiser"}
         assert sum(not t.conv_only for t in unet) == 192
         assert len(unet) == 278
-        assert len({t.key for t in targets}) == len(targets)
+        assert len({t.key for t in every}) == len(every)
+        ends = [t.key for t in every if t.optional and not t.norm]
+        assert [key.removeprefix("lora_unet_") for key in ends] == [
+            *("conv_in", "conv_out", "time_embedding_linear_1", "time_embedding_linear_2")
+        ]
 
 
 def test_target_names():
@@ -68,10 +73,10 @@ def test_target_names():
         "lora_unet_up_blocks_0_upsamplers_0_conv",
     ):
         assert by_key[key].conv_only, key
-    assert not [key for key in by_key if "conv_in" in key or "conv_out" in key or "time_embedding" in key]
     for target in by_key.values():  # the paths lead to layers of the live models
         part = models.denoiser if target.part == "denoiser" else models.text_encoders["te"]
-        assert isinstance(part.get_submodule(target.modules[0]), (torch.nn.Linear, torch.nn.Conv2d))
+        kinds = (torch.nn.LayerNorm, torch.nn.GroupNorm) if target.norm else (torch.nn.Linear, torch.nn.Conv2d)
+        assert isinstance(part.get_submodule(target.modules[0]), kinds)
 
 
 def test_text_names_do_not_depend_on_the_text_model_level():
@@ -92,7 +97,7 @@ def test_block_indices():
     assert block_index("up_blocks.0.resnets.2.conv1") == 15
     assert block_index("up_blocks.3.attentions.2.proj_out") == 24
     assert block_index("conv_in") is None
-    counts = Counter(t.block for t in unet_targets(real_models(False).denoiser) if not t.conv_only)
+    counts = Counter(t.block for t in unet_targets(real_models(False).denoiser) if not (t.conv_only or t.optional))
     assert counts == dict.fromkeys([1, 2, 4, 5, 7, 8, 12, *range(16, 25)], 12)
 
 

@@ -146,9 +146,10 @@ def test_text_files_of_earlier_trainers_are_made_again(models, tmp_path, caplog,
 
 def test_target_counts_of_the_real_models():
     targets = SdxlFamily(sdxl_options("")).targets.lora(real_models())
-    counts = Counter((t.part, t.conv_only) for t in targets)
+    counts = Counter((t.part, t.conv_only) for t in targets if not t.optional)
     assert counts == {("te1", False): 72, ("te2", False): 192, ("denoiser", False): 722, ("denoiser", True): 66}
     assert len({t.key for t in targets}) == len(targets)
+    assert all(t.norm for t in targets if t.optional)
 
 
 def test_target_names():
@@ -177,7 +178,8 @@ def test_target_names():
         assert by_key[key].conv_only, key
     for target in by_key.values():  # the paths lead to layers of the live models
         part = models.denoiser if target.part == "denoiser" else models.text_encoders[target.part]
-        assert isinstance(part.get_submodule(target.modules[0]), (torch.nn.Linear, torch.nn.Conv2d))
+        kinds = (torch.nn.LayerNorm, torch.nn.GroupNorm) if target.norm else (torch.nn.Linear, torch.nn.Conv2d)
+        assert isinstance(part.get_submodule(target.modules[0]), kinds)
 
 
 def test_block_indices():
@@ -188,7 +190,7 @@ def test_block_indices():
     assert block_index("output_blocks.8.0.in_layers.2") == 21
     assert block_index("output_blocks.9.0.in_layers.2") is None
     assert block_index("time_embed.0") is None
-    counts = Counter(t.block for t in unet_targets(real_models().denoiser) if not t.conv_only)
+    counts = Counter(t.block for t in unet_targets(real_models().denoiser) if not (t.conv_only or t.optional))
     assert set(counts) == {5, 6, 8, 9, 11, *range(13, 19)}
     assert TRAITS.block_layout.total == 23
 
@@ -209,7 +211,7 @@ def test_blocks_are_in_execution_order(models):
 
 @pytest.mark.rows("R294")
 def test_block_wise_ranks_and_rates(models):
-    targets = unet_targets(models.denoiser)
+    targets = [target for target in unet_targets(models.denoiser) if not target.optional]
     dims = ",".join(str(2 + n % 3) for n in range(23))
     network = lora.create(
         targets, models, dim=4, alpha=1, dropout=None, args={"block_dims": dims}, seed=0, layout=TRAITS.block_layout
