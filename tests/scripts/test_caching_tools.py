@@ -123,5 +123,5 @@ def test_latents_of_the_usual_family_in_two_processes_and_a_second_time(run_scri
     assert len(list((data / "1_thing").glob("*_sd.npz"))) == 3
     second = ran(run_script, "tools/cache_latents.py", *given, "--skip_existing", "--strict", status=1)
     assert f"latents on disk: 3 {FOUND}" in second
-    assert "--skip_existing: no longer needed" in second
+    assert "--skip_existing: has no effect" in second
     assert "0 done, 3 skipped, 1 failed" in second

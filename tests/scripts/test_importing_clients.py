@@ -51,11 +51,10 @@ output_name = "flower"
 
 
 def test_a_wrapper_trains_from_a_configuration_file(run_script, tmp_path):
-    wrapper, config = tmp_path / "train_network_wrapper.py", tmp_path / "config.toml"
-    wrapper.write_text(WRAPPER)
+    config = tmp_path / "config.toml"
     config.write_text(CONFIG.format(out=json.dumps(str(tmp_path / "out"))))
     # 1 is the default of the alpha, yet given: it wins over the file's 2.
-    done = run_script(wrapper, f"--config_file={config}", "--max_train_steps=2", "--network_alpha=1")
+    done = run_script("-c", WRAPPER, f"--config_file={config}", "--max_train_steps=2", "--network_alpha=1")
     assert done.returncode == 0, done.stderr[-3000:]
     with safe_open(tmp_path / "out" / "flower.safetensors", "pt") as file:
         told = file.metadata()

@@ -405,7 +405,7 @@ def test_texts_never_replace_images(run_script, texts, models, out, name):
         (b'{"a": {"caption": "b"}', "line 1, column"),
         (b"[]", "must hold one object"),
         ('{"a": {"caption": "é"}}'.encode("utf-16"), "not UTF-8 text"),
-        (b'{"a": {"caption": "half \\ud83d"}}', "half of a character"),
+        (b'{"a": {"caption": "half \\ud83d"}}', "an incomplete character"),
         (b'{"a": {"tags": 5}}', "'a'"),
     ],
 )

