@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from networks.file_names import require_types
 from networks.files import Entries, NetworkFile, read
 from networks.network import Network
 from networks.registry import type_of
-from networks.targets import add_to_weights, file_modules, layer_of, weight_of, weight_shape
+from networks.targets import add_to_weights, file_modules, layer_of, rows_of, weight_of, weight_shape
 
 if TYPE_CHECKING:
     from library.types import BlockLayout, LoraTarget, Models
@@ -78,7 +78,7 @@ class DeclaredBuilder(NetworkBuilder):
         parsed.selection.check_targets(targets, self.module.name)
         by_key = {target.key: target for target in targets}
         layers: dict[str, AdapterLayer] = {}
-        for key, entry in self._entries(file, targets, parsed).items():
+        for key, entry in self._entries(file, targets, parsed, partial(rows_of, models)).items():
             with _named(key):
                 kind = self.module.type_of_entry(entry, parsed).layer.load()
                 layers[key] = kind.rebuild(file_modules(models, by_key[key]), entry, parsed.layer)
@@ -86,15 +86,22 @@ class DeclaredBuilder(NetworkBuilder):
 
     def load(self, network: Network, file: NetworkFile) -> tuple[int, int, int]:
         layers = network.layers()
-        entries = self._entries(file, list(network.targets.values()), network.args)
+        sizes = {key: layer.rows for key, layer in layers.items()}
+        entries = self._entries(file, list(network.targets.values()), network.args, lambda target: sizes[target.key])
         for key, entry in entries.items():
             with _named(key):
                 layers[key].load(entry)
         return len(entries), len(layers) - len(entries), len(file.entries) - len(entries)
 
-    def _entries(self, file: NetworkFile, targets: Sequence[LoraTarget], args: NetworkArgs) -> Entries:
+    def _entries(
+        self,
+        file: NetworkFile,
+        targets: Sequence[LoraTarget],
+        args: NetworkArgs,
+        rows: Callable[[LoraTarget], Sequence[int]],
+    ) -> Entries:
         """The file's entries that have a target, as this type of network reads them."""
-        entries, correct = file.matching(targets), self.module.type.correct
+        entries, correct = file.matching(targets, rows), self.module.type.correct
         return correct(entries, targets, args.layer) if correct else entries
 
 
@@ -104,7 +111,7 @@ def merge(targets: Sequence[LoraTarget], models: Models, file: NetworkFile, mult
     Returns: layers merged, layers of the file that have no target.
     Raises: UserError: nothing fits, a layer is of no known type, or of another size.
     """
-    entries = file.matching(targets)
+    entries = file.matching(targets, partial(rows_of, models))
     by_key = {target.key: target for target in targets}
     for key, entry in entries.items():
         kind = type_of(entry)

@@ -8,12 +8,12 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from library.errors import UserError
+from networks.layouts import kohya_name
 from networks.registry import TYPES
 from networks.spec import NetworkType
 
 SHOWN = 3  # of many names, in messages
 _LYCORIS = "--network_module=networks.lycoris continues from it"
-_CONVERT = "convert it to the kohya layout with the program that made it"
 # The first pattern that is found in any name decides: the format, and what can be done.
 FORMATS = (
     (r"\.hada_w1_a$", "LoHa", _LYCORIS),
@@ -26,13 +26,7 @@ FORMATS = (
     (r"\.lora_mid\.weight$", "LoCon in Tucker form", _LYCORIS),
     (r"\.dora_scale$", "DoRA", _LYCORIS),
     (r"^bundle_emb\.", "LoRA with embeddings inside", "write it without the embeddings"),
-    (r"\.processor\.\w*lora\d\.", "xlabs LoRA", _CONVERT),
-    (r"^lora_(transformer|prior)_|^lora_te\d*_(encoder|text_model)\S*\.lora_[AB]\.", "OneTrainer LoRA", _CONVERT),
-    (r"\.processor\.to_\w+_lora\.", "Diffusers LoRA of the first kind (attention processors)", _CONVERT),
-    (r"^(model\.)?diffusion_model\..*lora", "LoRA with ComfyUI's names (diffusion_model.*)", _CONVERT),
-    (r"^(transformer|unet|text_encoder(_\d)?)\..*lora", "Diffusers/PEFT LoRA (ai-toolkit writes it too)", _CONVERT),
-    (r"^base_model\.model\.", "PEFT LoRA", _CONVERT),
-    (r"_blocks\.\d+\..*\.lora_[AB]\.", "LoRA with FLUX's own names (Black Forest Labs)", _CONVERT),
+    (r"\.lora_B\.bias$", "LoRA with biases (a control LoRA)", "give a file without them"),
     (r"^(emb_params|clip_[lg]|string_to_param.*)$", "a Textual Inversion embedding", "give a network file"),
     (r"^model\.diffusion_model\.", "a whole model", "give a network file"),
 )
@@ -55,7 +49,7 @@ def require_types(path: Path, names: Iterable[str], types: Sequence[NetworkType]
     names = list(names)
     layers: dict[str, set[str]] = {}
     for name in names:
-        layer, _, tensor = name.partition(".")
+        layer, _, tensor = kohya_name(name).partition(".")
         layers.setdefault(layer, set()).add(tensor)
     others = [
         f"{layer}.{tensor}"

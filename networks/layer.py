@@ -16,6 +16,7 @@ class AdapterLayer(nn.Module):
     """
 
     multiplier: float = 1.0
+    rows: list[int]  # output rows of each module
 
     @classmethod
     def build(cls, modules: Sequence[nn.Module], rank: int, alpha: float | None, args: Any) -> AdapterLayer:

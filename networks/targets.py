@@ -39,6 +39,11 @@ def layer_of(models: Models, target: LoraTarget) -> TargetLayer:
     return TargetLayer(target, kernel, target.modules[0], tuple((p, ORIGINAL_CLASSES.get(c, c)) for p, c in classes))
 
 
+def rows_of(models: Models, target: LoraTarget) -> list[int]:
+    """The numbers of output rows of a target's modules."""
+    return [module.weight.shape[0] for module in live_modules(models, target)]
+
+
 def file_modules(models: Models, target: LoraTarget) -> list[nn.Module]:
     """The target's modules, with their output rows as files have them."""
     modules = live_modules(models, target)

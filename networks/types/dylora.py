@@ -34,6 +34,7 @@ class DyLoraLayer(AdapterLayer):
         if len(modules) != 1:
             raise UserError("--network_module: networks.dylora cannot adapt this model: it has fused layers")
         self.unit = args.unit
+        self.rows = [module.weight.shape[0] for module in modules]
         self.lora_A = nn.ParameterList(torch.split(down.weight.detach(), args.unit))
         self.lora_B = nn.ParameterList(torch.split(up.weight.detach(), args.unit, dim=1))
         self.geometry = None

@@ -57,6 +57,7 @@ class NormLayer(AdapterLayer):
     def __init__(self, modules: Sequence[nn.Module], rank: int, alpha: float | None, args: ChangeArgs):
         super().__init__()
         self._live = list(modules)
+        self.rows = [modules[0].weight.shape[0]]
         self.w_norm = nn.Parameter(torch.zeros_like(modules[0].weight, dtype=torch.get_default_dtype(), device="cpu"))
         self.b_norm = None if modules[0].bias is None else nn.Parameter(torch.zeros_like(self.w_norm))
         self._module_dropout = args.module_dropout

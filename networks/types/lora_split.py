@@ -61,6 +61,11 @@ class SplitLoraLayer(AdapterLayer):
         self.parts = nn.ModuleList(kind([module], rank, alpha, args) for module in modules)
 
     @property
+    def rows(self) -> list[int]:
+        """Output rows of each part."""
+        return [sum(part.rows) for part in self.parts]
+
+    @property
     def rank(self) -> int:
         """Of each part."""
         return self.parts[0].rank
@@ -85,7 +90,7 @@ class SplitLoraLayer(AdapterLayer):
             part.load(own)
 
     def _cut(self, entry: Entry) -> list[dict[str, Tensor]]:
-        count, rows = len(self.parts), [sum(part.rows) for part in self.parts]
+        count, rows = len(self.parts), self.rows
         if entry.up.shape[0] != sum(rows):
             raise UserError(f"the file's layer has {entry.up.shape[0]} outputs, the model's {sum(rows)}")
         if entry.rank != count * self.rank:

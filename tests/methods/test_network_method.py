@@ -363,14 +363,14 @@ def test_base_weights_are_merged_with_their_strengths(earlier):
 
 
 def test_base_weights_of_another_format_are_refused_before_a_model_is_read(tmp_path):
-    diffusers, lora = tmp_path / "diffusers.safetensors", tmp_path / "lora.safetensors"
+    bundle, lora = tmp_path / "bundle.safetensors", tmp_path / "lora.safetensors"
     from safetensors.torch import save_file
 
-    save_file({f"unet.attn.to_q.lora_{side}.weight": torch.zeros(4, 4) for side in ("A", "B")}, diffusers)
-    save_file({f"lora_unet_attn.lora_{side}.weight": torch.zeros(4, 4) for side in ("down", "up")}, lora)
-    (problem,) = check_options(options_for(base_weights=[str(lora), str(diffusers)]))
-    assert problem.startswith(f"{diffusers}: holds unet.attn.to_q.lora_A.weight, ")
-    assert "this is Diffusers/PEFT LoRA" in problem
+    save_file({"bundle_emb.word.clip_l": torch.zeros(4, 4)}, bundle)
+    save_file({f"unet.attn.to_q.lora_{side}.weight": torch.zeros(4, 4) for side in ("A", "B")}, lora)
+    (problem,) = check_options(options_for(base_weights=[str(lora), str(bundle)]))
+    assert problem.startswith(f"{bundle}: holds bundle_emb.word.clip_l, ")
+    assert "this is LoRA with embeddings inside" in problem
 
 
 def test_a_network_module_may_be_declared_anywhere(tmp_path, monkeypatch):

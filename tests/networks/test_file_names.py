@@ -12,18 +12,8 @@ from networks import files, third_party
 from networks.file_names import require_places
 from tests.networks.builders import lora
 
-LINEAR = "double_blocks_0_img_attn_qkv"
 FOREIGN = {
-    f"transformer.{LINEAR}.attn.to_q.lora_A.weight": "Diffusers/PEFT LoRA (ai-toolkit",
-    "unet.down_blocks.1.attentions.0.to_q.lora_A.weight": "Diffusers/PEFT LoRA",
-    "unet.down_blocks.1.attentions.0.to_q.lora.down.weight": "Diffusers/PEFT LoRA",
-    "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight": "Diffusers/PEFT",
-    "base_model.model.double_blocks.0.img_attn.qkv.lora_A.weight": "PEFT LoRA",
-    "down_blocks.0.attentions.0.attn1.processor.to_q_lora.down.weight": "Diffusers LoRA of the first kind",
-    "double_blocks.0.processor.qkv_lora1.down.weight": "xlabs LoRA",
-    "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": "LoRA with ComfyUI's names (diffusion_model.*)",
-    "diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight": "LoRA with ComfyUI's names (diffusion_model.*)",
-    "double_blocks.0.img_attn.qkv.lora_A.weight": "LoRA with FLUX's own names",
+    "double_blocks.0.img_attn.qkv.lora_B.bias": "LoRA with biases (a control LoRA); give a file without them",
     "lora_unet_x.hada_w1_a": "LoHa; --network_module=networks.lycoris",
     "lora_unet_x.lokr_w1": "LoKr",
     "lora_unet_x.lokr_w1_a": "LoKr",
@@ -62,9 +52,9 @@ def test_unknown_content_is_shown(tmp_path):
 
 
 def test_a_third_party_file_of_another_format_is_named(tmp_path):
-    save_file({"diffusion_model.a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "a.safetensors")
+    save_file({"bundle_emb.word.clip_l": torch.zeros(2, 2)}, tmp_path / "a.safetensors")
     error = third_party._nothing_fits(files.read(tmp_path / "a.safetensors"), {})
-    assert "Its names are those of LoRA with ComfyUI's names (diffusion_model.*)" in str(error)
+    assert "Its names are those of LoRA with embeddings inside" in str(error)
 
 
 KNOWN = {"lora_unet_a", "lora_unet_b", "lora_te1_a", "lora_te2_a"}
@@ -90,7 +80,7 @@ def test_files_that_fit_in_every_part_go_on(tmp_path, layers):
         (["lora_unet_a", "lora_te3_x"], [r"its 1 layers lora_te3_\* \(a text encoder\) find no place"]),
         (["lora_unet_a", "lora_te_x"], [r"its 1 layers lora_te_\*"]),
         (["lora_te1_a", "lora_unet_y", "lora_te3_z"], [r"lora_unet_\*", r"lora_te3_\*"]),
-        (["lora_te1_a"] + [f"lora_transformer_{i}" for i in range(40)], ["its 40 layers .*names of OneTrainer LoRA"]),
+        (["lora_te1_a"] + [f"lora_unet_other_{i}" for i in range(40)], [r"its 40 layers lora_unet_\*"]),
     ],
 )
 def test_a_whole_part_without_a_place_is_an_error(tmp_path, layers, messages):
@@ -99,8 +89,8 @@ def test_a_whole_part_without_a_place_is_an_error(tmp_path, layers, messages):
     assert len(caught.value.problems) == len(messages)
 
 
-def test_files_without_anything_that_fits_name_their_format(tmp_path):
-    key = "lora_transformer_single_transformer_blocks_0_attn_to_q"
-    save_file({f"{key}.lora_{side}.weight": torch.zeros(2, 2) for side in ("down", "up")}, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match=r"none of its 1 layers fits .* Its names are those of OneTrainer LoRA"):
-        files.read(tmp_path / "a.safetensors").matching([LoraTarget("lora_unet_a", "denoiser", ("a",))])
+def test_files_without_anything_that_fits(tmp_path):
+    key = "transformer.single_transformer_blocks.0.attn.to_q"
+    save_file({f"{key}.lora_{side}.weight": torch.zeros(2, 2) for side in "AB"}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"none of its 1 layers fits .* first is lora_unet_single_transformer_blocks"):
+        files.read(tmp_path / "a.safetensors").matching([LoraTarget("lora_unet_a", "denoiser", ("a",))], lambda _: [2])

@@ -1,0 +1,68 @@
+"""Names of tensors in network files of other programs, as kohya's: `lora_<part>_<path with underscores>.<tensor>`.
+
+A path may be that of the original model or that of diffusers' or transformers' classes; `networks.files` knows both for
+every layer. No torch here.
+"""
+
+from __future__ import annotations
+
+import re
+
+_KOHYA = re.compile(r"(lora|oft|lycoris)_(unet|te\d*)_")
+# Beginnings of names, and kohya's in their place.
+_PARTS = (
+    (re.compile(r"(model\.)?diffusion_model\.|transformer\.|unet\.|lora_(transformer|prior)_"), "lora_unet_"),
+    (re.compile(r"text_encoder\.|text_encoders\.clip_l\.(transformer\.)?"), "lora_te1_"),
+    (re.compile(r"text_encoder_2\.|text_encoders\.clip_g\.(transformer\.)?"), "lora_te2_"),
+    (re.compile(r"text_encoder_3\.|text_encoders\.t5xxl\.(transformer\.)?"), "lora_te3_"),
+)
+_SIDES = {"A": "down", "B": "up", "down": "down", "up": "up"}
+# Ends of names: of diffusers and PEFT in several ages, xlabs, OneTrainer.
+_MATRIX = re.compile(
+    r"(?P<layer>.+?)(?:\.lora_(?P<peft>[AB])(?:\.default)?\.weight"
+    r"|\.lora_(?P<kohya>down|up)(?:\.weight)?"
+    r"|\.lora(?:_linear_layer)?\.(?P<diffusers>down|up)\.weight"
+    r"|_lora(?P<stream>[12]?)\.(?P<processor>down|up)\.weight)"
+)
+_OTHER = re.compile(
+    r"(?P<layer>.+?)\.(?P<tensor>alpha|dora_scale|lora_mid\.weight|diff|diff_b|w_norm|b_norm|rescale|on_input"
+    r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_blocks(?:\.\d+)?|[ab][12]\.weight)"
+)
+_MAGNITUDE = re.compile(r"(?P<layer>.+?)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
+_STREAMS = {"1": "img", "2": "txt"}  # of xlabs' FLUX blocks
+
+
+def kohya_name(name: str) -> str:
+    """A tensor's name as kohya's files have it; unchanged where it is of no layout that is known here."""
+    stripped = name.removeprefix("base_model.model.")
+    match, part = None, ""
+    if not _KOHYA.match(stripped):
+        found = ((pattern.match(stripped), part) for pattern, part in _PARTS)
+        match, part = next(((match, part) for match, part in found if match), (None, "lora_unet_"))
+    rest = stripped[match.end() :] if match else stripped
+    split = _layer_and_tensor(rest)
+    known = _KOHYA.match(stripped) is not None
+    # A layer of kohya's files has no dots; one without a known beginning is a path, and so has some.
+    if split is None or (known and "." in split[0]) or (not known and match is None and "." not in split[0]):
+        return name
+    return f"{part}{split[0].replace('.', '_')}.{split[1]}"
+
+
+def _layer_and_tensor(name: str) -> tuple[str, str] | None:
+    """The path of a layer and the name of its tensor; None: neither is known."""
+    matrix = _MATRIX.fullmatch(name)
+    if matrix is None:
+        other = _OTHER.fullmatch(name)
+        magnitude = _MAGNITUDE.fullmatch(name)
+        if magnitude is not None:
+            return magnitude["layer"], "dora_scale"
+        return (other["layer"], other["tensor"]) if other is not None else None
+    layer = matrix["layer"]
+    side = next(matrix[group] for group in ("peft", "kohya", "diffusers", "processor") if matrix[group])
+    if matrix["processor"]:
+        head, _, last = layer.rpartition(".processor.")
+        if matrix["stream"]:
+            layer = f"{head}.{_STREAMS[matrix['stream']]}_attn.{last}"
+        else:
+            layer = f"{head}.{'to_out.0' if last == 'to_out' else last}"
+    return layer, f"lora_{_SIDES[side]}.weight"
