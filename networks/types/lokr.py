@@ -24,7 +24,7 @@ class LokrLayer(ChangeLayer):
         super().__init__(*args, **kwargs)
         if self._without_rank():
             self.alpha.fill_(self.rank)  # what readers divide by the rank
-        self.register_load_state_dict_post_hook(lambda layer, _keys: layer._without_rank())
+        self.register_load_state_dict_post_hook(_refresh)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         super().load(tensors)
@@ -104,6 +104,11 @@ class LokrLayer(ChangeLayer):
 
     def fast_parameters(self) -> list[nn.Parameter]:
         return [getattr(self, self.SCALAR)]
+
+
+def _refresh(layer: LokrLayer, _keys: Any) -> None:
+    """After a state dict is loaded: the scale of `refresh_scale` is not that of a layer without a rank."""
+    layer._without_rank()
 
 
 class KroneckerLinear(torch.autograd.Function):

@@ -42,7 +42,7 @@ class OftLayer(AdapterLayer):
         self.listed = args.listed or len(sizes) > 1
         self.blocks = nn.ParameterList(torch.zeros(count, size, size) for count, size in sizes)
         self.rescale = nn.Parameter(torch.ones(sum(self.rows))) if args.rescaled else None
-        self.register_buffer("alpha", torch.tensor(args.alpha_of(alpha)))
+        self.register_buffer("alpha", torch.tensor(float(args.alpha_of(alpha))))
         self._constraint = float(self.alpha)
         self._module_dropout = args.module_dropout
         self._rotations: dict[int, Tensor] = {}

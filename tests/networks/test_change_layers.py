@@ -185,9 +185,13 @@ def test_dropouts_act_on_rows_in_training_only(algo):
     torch.testing.assert_close(dropped[..., kept], full[..., kept] * 2, rtol=1e-4, atol=1e-5)
 
 
-def test_a_resumed_state_has_its_scale():
+@pytest.mark.parametrize(
+    ("algo", "given", "scale"),
+    [("locon", {}, 3.0), ("loha", {}, 3.0), ("lokr", {}, 3.0), ("lokr", {"full_matrix": True}, 1.0)],
+)
+def test_a_resumed_state_has_its_scale(algo, given, scale):
     module = nn.Linear(12, 20)
-    layer, _ = made("loha", {}, module, alpha=3.0)
-    other = LohaLayer.build([module], 1, 1.0, ChangeArgs())
+    layer, _ = made(algo, given, module, alpha=3.0)
+    other = TYPES[algo][0].build([module], 1, 1.0, ChangeArgs(**given))
     other.load_state_dict(layer.state_dict())
-    assert other.scale == layer.scale == 3.0
+    assert other.scale == layer.scale == scale

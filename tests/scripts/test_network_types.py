@@ -1,0 +1,83 @@
+"""Each type of network through the scripts: two steps, resumed in between, and the file read back, for some family."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.builders.flux import write_flux, write_parts
+from tests.builders.hashes import tensor_hash
+from tests.builders.sd3 import write_encoder_file, write_tiny_sd3
+from tests.builders.sdxl import write_tiny_sdxl
+from tests.scripts.starting import as_words
+
+
+def _sd3(folder):
+    parts = {
+        flag: write_encoder_file(folder / f"{flag}.safetensors", part)
+        for flag, part in {"clip_l": "te1", "clip_g": "te2"}.items()
+    }
+    return {"pretrained_model_name_or_path": write_tiny_sd3(folder / "sd3.safetensors"), **parts}
+
+
+MODELS = {
+    "train_network": None,
+    "sdxl_train_network": lambda folder: {"pretrained_model_name_or_path": write_tiny_sdxl(folder / "m.safetensors")},
+    "sd3_train_network": _sd3,
+    "flux_train_network": lambda folder: {"pretrained_model_name_or_path": write_flux(folder), **write_parts(folder)},
+}
+# script, network module, its arguments, and a tensor that the file has
+CASES = {
+    "loha": ("train_network", "networks.loha", [], "hada_w1_a"),
+    "lokr": ("flux_train_network", "networks.lokr", ["factor=4"], "lokr_w1"),
+    "oft": ("sdxl_train_network", "networks.oft", ["enable_all_linear=True"], "oft_blocks"),
+    "oft_flux": ("flux_train_network", "networks.oft_flux", [], "oft_blocks.0"),
+    "dora": ("sd3_train_network", "networks.lycoris", ["algo=locon", "dora_wd=True", "preset=attn-mlp"], "dora_scale"),
+    "norms": ("train_network", "networks.lycoris", ["algo=lokr", "train_norm=True", "preset=unet-only"], "w_norm"),
+    "full": ("sdxl_train_network", "networks.lycoris", ["algo=full", "preset=unet-transformer-only"], "diff"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_type_trains_resumes_and_is_read_back(run_script, small_model, tmp_path, case):
+    script, module, args, tensor = CASES[case]
+    images = tmp_path / "train" / "2_a cat"
+    images.mkdir(parents=True)
+    for number in range(2):
+        Image.new("RGB", (64, 64), (200, 90 * number, 120)).save(images / f"{number}.png")
+    model = MODELS[script](tmp_path) if MODELS[script] else {"pretrained_model_name_or_path": small_model}
+    given = {
+        **model,
+        "train_data_dir": tmp_path / "train",
+        "output_name": "net",
+        "resolution": 64,
+        "learning_rate": 1e-2,
+        "network_module": module,
+        "network_dim": 2,
+        "network_args": args or None,
+        "network_train_unet_only": True,
+        "max_train_steps": 2,
+        "max_data_loader_n_workers": 0,
+        "seed": 1,
+        "cache_latents": True,
+        "lr_scheduler": "constant",
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+
+    def run(folder, **more):
+        done = run_script(f"{script}.py", *as_words({**given, "output_dir": tmp_path / folder, **more}))
+        assert done.returncode == 0, done.stderr[-3000:]
+        return tmp_path / folder / "net.safetensors"
+
+    whole = run("whole", save_state=True, save_every_n_steps=1)
+    state = load_file(whole)
+    assert any(name.endswith(f".{tensor}") for name in state)
+    assert sum(float(value.float().abs().sum()) for value in state.values()) > 0
+    shutil.copytree(tmp_path / "whole" / "net-step00000001-state", tmp_path / "state")
+    resumed = run("resumed", resume=tmp_path / "state")
+    assert tensor_hash(resumed) == tensor_hash(whole)
+    again = run("again", network_weights=whole, dim_from_weights=True, max_train_steps=1, learning_rate=1e-9)
+    assert load_file(again).keys() == state.keys()
