@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("plain", "gc", "compile", "swap-35")
@@ -62,6 +63,20 @@ def test_full_size_architectures_have_the_published_numbers_of_weights(bench_mod
         sizes[name] = sum(weight.numel() for weight in denoiser.parameters())
     published = {"SD15": 0.860e9, "SDXL": 2.567e9, "SD35_LARGE": 8.06e9, "FLUX_DEV": 11.90e9}
     assert sizes == pytest.approx(published, rel=2e-3)
+
+
+def test_sizes_of_networks_are_those_of_the_layers_they_adapt(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import architectures
+    import network_sizes
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    unet = architectures.build_denoiser(architectures.SD15, architectures.SD15.config, torch.device("meta"))
+    blocks = [module for module in unet.modules() if isinstance(module, Transformer2DModel)]
+    layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    expected = sum(16 * sum(layer.weight.shape[:2]) for layer in layers)
+    alphas = len(layers)
+    assert network_sizes.count("sd", network_sizes.ROWS["LoRA"], 16) == (expected, expected + alphas)
 
 
 def test_a_row_without_memory_says_so_and_the_table_goes_on(bench_models):
