@@ -51,6 +51,13 @@ def test_exactly_one_chunk_of_two(special):
     assert second == [B, E] + [special["pad"]] * 75
 
 
+def test_a_chunk_that_its_own_eos_fills_is_not_given_another():
+    ids = list(range(1, 75))
+    first, second = chunk_ids(ids, 150, **V2)
+    assert first == [B, *ids, E, 0]
+    assert second == [B, E] + [0] * 75
+
+
 @pytest.mark.parametrize("pad_token", [None, SD2_PAD], ids=["v1", "v2"])
 @pytest.mark.parametrize("caption", ["", "a red house", "word " * 100])
 def test_75_tokens_are_what_the_tokenizer_makes(pad_token, caption):

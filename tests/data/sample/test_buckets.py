@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from random import Random
 
 import pytest
@@ -109,6 +111,38 @@ def test_no_upscale_never_enlarges_and_keeps_the_area():
             assert fit.bucket.width * fit.bucket.height <= 512 * 512
 
 
+def test_a_large_image_keeps_one_side_at_a_multiple_of_the_step():
+    """The side that keeps the aspect ratio better, by the sheet's formula in whole numbers and fractions."""
+    area, step, rng, chosen = 512 * 512, 64, Random(7), set()
+    for _ in range(500):
+        image = Size(rng.randint(600, 3000), rng.randint(600, 3000))
+        aspect = Fraction(image.width, image.height)
+        near = [math.isqrt(int(4 * area * ratio)) for ratio in (aspect, 1 / aspect)]  # twice the side
+        width, height = ((side + 1) // 2 // step * step for side in near)
+        sides = {}
+        for name, given, ratio in (("width", width, 1 / aspect), ("height", height, aspect)):
+            other = int(given * ratio + Fraction(1, 2))
+            pair = (given, other) if name == "width" else (other, given)
+            cut = [side // step * step for side in pair]
+            sides[name] = (abs(Fraction(*cut) - aspect) if cut[1] else None, pair)
+        if None in (sides["width"][0], sides["height"][0]):
+            continue
+        best = "width" if sides["width"][0] < sides["height"][0] else "height"
+        chosen.add((best, aspect > 1))
+        assert buckets.choose_no_upscale(image, square(512), step).resized == sides[best][1], image
+    assert len(chosen) == 4
+
+
+def test_an_image_of_exactly_the_area_or_of_one_step_stays_as_it_is():
+    assert buckets.choose_no_upscale(square(500), square(500), 64) == (square(448), square(500))
+    assert buckets.choose_no_upscale(Size(64, 500), square(512), 64) == (Size(64, 448), Size(64, 500))
+
+
+def test_the_error_is_the_difference_of_the_ratios():
+    assert buckets.aspect_error(Size(640, 384), Size(1920, 1080)) == pytest.approx(16 / 9 - 640 / 384)
+    assert buckets.aspect_error(Size(384, 640), Size(480, 640)) == pytest.approx(0.15)
+
+
 @pytest.mark.parametrize("image", [(63, 500), (500, 1), (1, 1), (9000, 40), (100_000, 70), (70, 100_000)])
 def test_no_bucket_for_what_is_below_one_step(image):
     assert buckets.choose_no_upscale(Size(*image), square(512), 64) is None
@@ -129,3 +163,10 @@ def test_plan_holds_every_item_once_in_batches_of_one_group():
     assert all(any(set(batch) <= set(items) for items, _ in groups) for batch in plan)
     assert plan == buckets.plan_batches(groups, Random(1))
     assert plan != buckets.plan_batches(groups, Random(2))
+
+
+def test_items_and_batches_are_in_random_order():
+    (whole,) = buckets.plan_batches([(range(50), 50)], Random(1))
+    assert whole != sorted(whole)
+    order = [batch[0] for batch in buckets.plan_batches([([item], 1) for item in range(50)], Random(1))]
+    assert order != sorted(order)
