@@ -208,7 +208,7 @@ def test_rounding_is_the_same_however_steps_are_taken():
         model = Model().bfloat16()
         optimizer = optimizer_of(model, "AdamW")
         stepper = OptimizerStepper(options("AdamW", fused=fused, rounding=True), optimizer, optimizer)
-        stepper._in_parts = parts
+        stepper._chunked = parts
         for number, x in enumerate(batches()):
             stepper.start(number)
             model(x.bfloat16()).square().mean().backward()
@@ -220,6 +220,34 @@ def test_rounding_is_the_same_however_steps_are_taken():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     start = Model().bfloat16()
     assert not any(torch.equal(a, b) for a, b in zip(results[0], start.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("way", ["plain", "parts", "backward"])
+def test_every_way_of_the_stepper_takes_the_steps(way):
+    model = Model()
+    optimizer = optimizer_of(model, "AdamW")
+    parts = equal_parts(list(model.parameters()), 2) if way == "parts" else None
+    stepper = OptimizerStepper(options("AdamW", fused=way == "backward"), optimizer, optimizer, parts)
+    assert stepper.inside_backward == (way != "plain")
+    assert_same(train(model, optimizer, stepper.step), optimizer, "AdamW")
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(1, [4, 4, 2, 6]), (7, [4, 6, 6]), (8, [8, 8]), (9, [8, 8]), (10, [10, 6]), (99, [16])]
+)
+def test_parts_of_a_step_hold_as_many_elements_as_fit(most, sizes):
+    weights = [nn.Parameter(torch.ones(size)) for size in (4, 4, 3, 2, 6)]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    weights[2].grad = None
+    optimizer = torch.optim.SGD([{"params": weights[:2]}, {"params": weights[2:]}], lr=0.5)
+    seen = []
+    optimizer.register_step_pre_hook(
+        lambda taken, *_: seen.append(sum(w.numel() for group in taken.param_groups for w in group["params"]))
+    )
+    step_chunked(optimizer, most)
+    assert seen == sizes
+    assert [float(weight[0].detach()) for weight in weights] == [0.5, 0.5, 1, 0.5, 0.5]
 
 
 def test_which_optimizers_look_at_each_weight_alone():
