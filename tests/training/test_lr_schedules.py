@@ -10,7 +10,7 @@ import torch
 
 from library.errors import UserError
 from library.options.optimizer import SCHEDULES, TORCH_SCHEDULES, OptimizerOptions
-from library.training.lr_schedules import as_steps, make_schedule, wants_loss
+from library.training.lr_schedules import as_steps, dry_run, end_epoch, make_schedule, observe_losses, wants_loss
 from library.training.optimizers import make_optimizer
 
 
@@ -321,6 +321,31 @@ def test_the_losses_of_an_epoch_that_is_cut_count_on():
     assert second.epoch_mean() is None
 
 
+@pytest.mark.parametrize("validated", [False, True])
+def test_the_end_of_an_epoch_steps_by_validation_or_by_the_mean_over_processes(validated):
+    optimizer = sgd()
+    schedule = make_schedule(
+        optimizer, options(lr_scheduler="reduce_lr_on_plateau", lr_scheduler_args=["patience=0"]), 9
+    )
+    end_epoch(schedule, 1.0, lambda mean: mean)  # nothing was seen, so this is no epoch
+    assert schedule.last_epoch == 0
+    for losses, validation in (([1.0, 3.0], 7.0), ([1.0], 7.0)):
+        observe_losses(schedule, [torch.tensor(loss) for loss in losses])
+        end_epoch(schedule, validation if validated else None, lambda mean: mean + 10)
+    assert schedule.last_epoch == 2
+    # 12, then 11: the loss falls; of the validation loss it does not.
+    assert schedule.best == (7.0 if validated else 11.0)
+    assert schedule.get_last_lr() == [pytest.approx(0.1 if validated else 1.0)]
+
+
+def test_other_schedules_pay_no_heed_to_losses():
+    optimizer = sgd()
+    schedule = make_schedule(optimizer, options(lr_scheduler="cosine"), 4)
+    observe_losses(schedule, [torch.tensor(1.0)])
+    end_epoch(schedule, 1.0, lambda mean: mean)
+    assert run(optimizer, schedule, 1) == [1.0]
+
+
 # ---- mistakes
 
 
@@ -355,3 +380,22 @@ def test_mistakes_are_named_in_one_line(changes, said):
     (line,) = caught.value.problems
     assert line.startswith(said)
     assert "\n" not in line
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rate", [0.0, 1e-4, -1e-4])
+def test_a_dry_run_takes_what_a_run_takes_and_warns_of_nothing(rate):
+    one_cycle = ["max_lr=1", "total_steps=20"]
+    dry_run(options(lr_scheduler="polynomial", learning_rate=rate))
+    dry_run(options(lr_scheduler_type="OneCycleLR", lr_scheduler_args=one_cycle, learning_rate=rate), 20)
+    dry_run(options(lr_scheduler="cosine", lr_warmup_steps=20, learning_rate=rate), 20)
+
+
+def test_a_dry_run_finds_mistakes_where_the_schedule_counts():
+    wrong = {"lr_scheduler": "cosine", "lr_scheduler_args": ["no_such=1"]}
+    with pytest.raises(UserError, match="cosine refuses"):
+        dry_run(options(**wrong))
+    with pytest.raises(UserError, match="exceed the 20 steps"):
+        dry_run(options(lr_scheduler="warmup_stable_decay", lr_warmup_steps=11, lr_decay_steps=10), 20)
+    dry_run(options(**wrong, optimizer_type="AdaFactor"))
+    dry_run(options(**wrong, optimizer_type="AdamWScheduleFree"))
