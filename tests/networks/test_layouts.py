@@ -41,6 +41,11 @@ NAMES = {
     ),
     "transformer.x.lokr_w1": "lora_unet_x.lokr_w1",
     "diffusion_model.x.diff_b": "lora_unet_x.diff_b",
+    # kohya's beginning with a path behind it, and single words without any: of no known layout
+    "lora_unet_a.to_q.lora_A.weight": "lora_unet_a.to_q.lora_A.weight",
+    "word.lora_A.weight": "word.lora_A.weight",
+    "word.alpha": "word.alpha",
+    "lora_unet_a_to_q.lora_A.weight": "lora_unet_a_to_q.lora_down.weight",
     "emb_params": "emb_params",
     "model.diffusion_model.out.2.weight": "model.diffusion_model.out.2.weight",
 }
