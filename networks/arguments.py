@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeVar
@@ -23,15 +24,15 @@ UNET_25 = BlockLayout(12, 1, 12)  # of SD1/2; families with other numbers of blo
 _OTHER_TYPES = {"algo": ("lora", "locon"), "dora_wd": ("false", "0", ""), "train_norm": ("false", "0", "")}
 
 
-class ArgumentGroup:
+class ArgumentGroup(ABC):
     """Arguments that belong together, as a frozen dataclass of their values."""
 
     NAMES: ClassVar[tuple[str, ...]] = ()  # as --network_args has them
 
     @classmethod
+    @abstractmethod
     def read(cls, reader: Reader) -> Self:
         """The values; problems are collected by `reader`."""
-        raise NotImplementedError
 
     def warnings(self, given: Mapping[str, str], *, module: str, ranks_from_file: bool) -> list[str]:
         """A line for each of the `given` arguments that has no effect. `module` is the name for messages."""

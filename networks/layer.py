@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(nn.Module, ABC):
     """One entry of a network file, on one module or on several that are one fused layer in files.
 
-    Its state_dict keys are what stands behind the entry's name in the file. `alpha` is a 0-dim buffer.
+    Its state_dict keys are what stands behind the entry's name in the file. `alpha` is a 0-dim buffer. The class that a
+    `NetworkType` names defines `rebuild` and `weight_change`, too; it may make layers of other classes.
     """
 
     multiplier: float = 1.0
@@ -32,16 +34,17 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     @property
+    @abstractmethod
     def rank(self) -> int:
-        raise NotImplementedError
+        """The rank, or what stands in its place in the type."""
 
+    @abstractmethod
     def init_weights(self, rng: torch.Generator) -> None:
         """Draws the first values, with which the layer changes nothing yet."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes over the values of a file's entry. Raises: UserError: another rank, or a layer of another size."""
-        raise NotImplementedError
 
     @classmethod
     def weight_change(cls, tensors: Mapping[str, Tensor], shape: torch.Size, weight: Callable[[], Tensor]) -> Tensor:
@@ -59,16 +62,16 @@ class AdapterLayer(nn.Module):
         """What a file's entry adds to a bias at multiplier 1, float32; None: nothing."""
         return None
 
+    @abstractmethod
     def adapt(self, index: int, x: Tensor, output: Tensor) -> Tensor:
         """The output that the `index`-th module of the layer shall have for input `x`, instead of `output`."""
-        raise NotImplementedError
 
     def before_step(self) -> None:
         """Called before each optimizer step, when the gradients are as the step sees them; never waits."""
 
+    @abstractmethod
     def limit_norm(self, limit: float) -> None:
         """Scales the trained tensors so that the norm of the weight change is at most `limit`; never waits."""
-        raise NotImplementedError
 
     def trained_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,46 +19,46 @@ if TYPE_CHECKING:
     from networks.spec import NetworkArgs
 
 
-class TrainableNetwork(nn.Module):
+class TrainableNetwork(nn.Module, ABC):
     """What the training of a network needs of it, whoever wrote it. Its state_dict is what a resumed run needs.
 
     `train()` and `eval()` switch dropouts.
     """
 
+    @abstractmethod
     def attach(self, models: Models) -> None:
         """Makes the layers act on `models`. Attach before compiling."""
-        raise NotImplementedError
 
+    @abstractmethod
     def layers(self) -> Mapping[str, nn.Module]:
         """By the names that the file has."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parts(self) -> list[str]:
         """Names of the model parts that are adapted."""
-        raise NotImplementedError
 
+    @abstractmethod
     def counts(self) -> Counter[str]:
         """Layers per part."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ranks(self) -> set[int]:
         """Every rank that occurs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parameter_groups(self, rates: Mapping[str, float]) -> list[dict[str, Any]]:
         """Optimizer groups with "params", "lr" and "name". A part missing in `rates` or with rate 0 has none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def set_multiplier(self, multiplier: float) -> None:
         """Strength of the whole network; 1 is as trained, 0 the bare model."""
-        raise NotImplementedError
 
     def can_limit_norms(self) -> bool:
         return True
 
+    @abstractmethod
     def limit_norms(self, limit: float) -> None:
         """Shrinks every layer that is being trained until the norm of its change is at most `limit`."""
-        raise NotImplementedError
 
     def start_epoch(self) -> None:
         """Called before each epoch."""

@@ -16,7 +16,6 @@ from library.errors import UserError
 from networks.layer import AdapterLayer
 from networks.layer_args import ChangeArgs
 from networks.types.functional import effective_alpha
-from networks.types.lora import refresh_scale
 
 
 class ChangeLayer(AdapterLayer):
@@ -25,7 +24,7 @@ class ChangeLayer(AdapterLayer):
     A change is a product of trained tensors. Several fused linear layers have one change, of which each takes its rows.
     """
 
-    SCALAR: str  # the tensor that takes in the trained factor of `use_scalar` in files
+    scalar_name: str  # the tensor that takes in the trained factor of `use_scalar` in files
     geometry: dict[str, Any] | None = None  # of a convolution; None: linear layers
 
     def __init__(
@@ -55,11 +54,11 @@ class ChangeLayer(AdapterLayer):
         if shapes is None and args.rs_lora:
             alpha *= math.sqrt(rank)  # files have the alpha that gives the scale when it is divided by the rank
         self.register_buffer("alpha", torch.tensor(alpha))
-        self.scale = alpha / rank
+        self.scale = self.own_scale()
         self.scalar = nn.Parameter(torch.zeros(())) if args.use_scalar and shapes is None else None
         if args.dora_wd:
             self.dora_scale = nn.Parameter(_norms(self._weight(), by_row=args.wd_on_output))
-        self.register_load_state_dict_post_hook(refresh_scale)
+        self.register_load_state_dict_post_hook(_refresh)
 
     # ---- what a type defines
 
@@ -73,9 +72,9 @@ class ChangeLayer(AdapterLayer):
         """The rank of a file's entry."""
 
     @classmethod
-    @abstractmethod
     def product(cls, tensors: Mapping[str, Tensor], rows: slice = slice(None)) -> Tensor:
         """Some rows of the change, before scales: (rows, in, ...) or with all but the first axis flattened."""
+        raise NotImplementedError(f"the change of {cls.__name__} is no product")
 
     def changed(self, x: Tensor, index: int, factor: float) -> Tensor:
         """``factor * op(x, change)`` for the rows of the `index`-th module."""
@@ -107,7 +106,7 @@ class ChangeLayer(AdapterLayer):
         """The trained tensors by their names in files, with the trained factor in."""
         found = {name: getattr(self, _attribute(name)) for name in self.names}
         if self.scalar is not None:
-            found[self.SCALAR] = found[self.SCALAR] * self.scalar
+            found[self.scalar_name] = found[self.scalar_name] * self.scalar
         return found
 
     def delta(self, index: int) -> Tensor:
@@ -188,11 +187,15 @@ class ChangeLayer(AdapterLayer):
             raise UserError(f"shape {tuple(self.product(meta).shape)} does not fit {tuple(self.shape)}")
         for name, tensor in given.items():
             own[name].data.copy_(tensor.reshape(own[name].shape))
-        if "alpha" in tensors:
-            self.alpha.fill_(float(tensors["alpha"]))
-        self.scale = self.scale_of(tensors)
+        alpha = tensors.get("alpha")
+        self.alpha.fill_(effective_alpha(None if alpha is None else float(alpha), self.rank))
+        self.scale = self.own_scale()
         if self.scalar is not None:
             self.scalar.data.fill_(1)
+
+    def own_scale(self) -> float:
+        """By what the product is multiplied: of `alpha` as files hold it, so that it is the same after a resume."""
+        return float(self.alpha) / self.rank
 
     @classmethod
     def scale_of(cls, tensors: Mapping[str, Tensor]) -> float:
@@ -226,6 +229,11 @@ class ChangeLayer(AdapterLayer):
         factor = (limit / norm).clamp(max=1) ** (1 / len(own))
         for tensor in own:
             tensor.mul_(factor.to(tensor.dtype))
+
+
+def _refresh(layer: ChangeLayer, _keys: Any) -> None:
+    """After a state dict is loaded: the scale follows from its alpha."""
+    layer.scale = layer.own_scale()
 
 
 def _attribute(name: str) -> str:

@@ -18,7 +18,7 @@ DOWN, MID, UP = "lora_down.weight", "lora_mid.weight", "lora_up.weight"
 class LoconLayer(ChangeLayer):
     """``up down``; with a core tensor of a convolution's kernel, ``up mid down``."""
 
-    SCALAR = UP
+    scalar_name = UP
 
     def tensor_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         out, width, *kernel = self.shape

@@ -14,7 +14,7 @@ from networks.types.functional import Hadamard, tucker
 class LohaLayer(ChangeLayer):
     """``(w1_a w1_b) * (w2_a w2_b)``; with a core tensor t of a convolution, each is a Tucker decomposition."""
 
-    SCALAR = "hada_w1_a"
+    scalar_name = "hada_w1_a"
 
     def tensor_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         out, width, *kernel = self.shape

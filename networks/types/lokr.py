@@ -6,7 +6,7 @@ Source: Edalati et al. 2022 (KronA, arXiv:2212.10650); tensor names and sizes ar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -22,20 +22,11 @@ class LokrLayer(ChangeLayer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self._without_rank():
+        if _is_whole(self.names):
             self.alpha.fill_(self.rank)  # what readers divide by the rank
-        self.register_load_state_dict_post_hook(_refresh)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        super().load(tensors)
-        self._without_rank()
-
-    def _without_rank(self) -> bool:
-        """Whether neither matrix is a product: then the scale is 1, whatever alpha is."""
-        full = "lokr_w1" in self.names and "lokr_w2" in self.names
-        if full:
-            self.scale = 1.0
-        return full
+    def own_scale(self) -> float:
+        return 1.0 if _is_whole(self.names) else super().own_scale()
 
     def tensor_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         out, width, *kernel = self.shape
@@ -53,7 +44,7 @@ class LokrLayer(ChangeLayer):
         return shapes | {"lokr_w2_a": (k, rank), "lokr_w2_b": (rank, n * math.prod(kernel))}
 
     @property
-    def SCALAR(self) -> str:
+    def scalar_name(self) -> str:
         return "lokr_w1" if "lokr_w1" in self.names else "lokr_w1_a"
 
     @classmethod
@@ -63,10 +54,7 @@ class LokrLayer(ChangeLayer):
 
     @classmethod
     def scale_of(cls, tensors: Mapping[str, Tensor]) -> float:
-        """1 where neither matrix is a product: such an entry has no rank to divide by."""
-        if "lokr_w1" in tensors and "lokr_w2" in tensors:
-            return 1.0
-        return super().scale_of(tensors)
+        return 1.0 if _is_whole(tensors) else super().scale_of(tensors)
 
     @classmethod
     def product(cls, tensors: Mapping[str, Tensor], rows: slice = slice(None)) -> Tensor:
@@ -103,12 +91,12 @@ class LokrLayer(ChangeLayer):
         return torch.einsum("lm,bmkhw->blkhw", first, inner).flatten(1, 2)
 
     def fast_parameters(self) -> list[nn.Parameter]:
-        return [getattr(self, self.SCALAR)]
+        return [getattr(self, self.scalar_name)]
 
 
-def _refresh(layer: LokrLayer, _keys: Any) -> None:
-    """After a state dict is loaded: the scale of `refresh_scale` is not that of a layer without a rank."""
-    layer._without_rank()
+def _is_whole(names: Container[str]) -> bool:
+    """Whether neither matrix is a product: then there is no rank to divide by, and the scale is 1."""
+    return "lokr_w1" in names and "lokr_w2" in names
 
 
 class KroneckerLinear(torch.autograd.Function):

@@ -16,7 +16,7 @@ from networks.types.change import ChangeLayer
 class Ia3Layer(ChangeLayer):
     """(IA)^3: every output channel times ``1 + weight``, or every input channel (arXiv:2205.05638)."""
 
-    SCALAR = "weight"
+    scalar_name = "weight"
 
     def __init__(self, modules: Sequence[nn.Module], rank: int, alpha: float | None, args: ChangeArgs, shapes=None):
         super().__init__(modules, 1, 1.0, args, shapes)

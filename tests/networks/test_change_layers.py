@@ -195,3 +195,24 @@ def test_a_resumed_state_has_its_scale(algo, given, scale):
     other = TYPES[algo][0].build([module], 1, 1.0, ChangeArgs(**given))
     other.load_state_dict(layer.state_dict())
     assert other.scale == layer.scale == scale
+
+
+@pytest.mark.parametrize("algo", TYPES)
+@pytest.mark.parametrize("rs_lora", [False, True])
+def test_a_new_layer_and_a_resumed_one_have_the_same_scale_to_the_bit(algo, rs_lora):
+    """Alphas are kept in float32, where 0.1 and the roots of most ranks are other numbers."""
+    ours, _ = TYPES[algo]
+    module = nn.Linear(12, 20)
+    first, second = (ours.build([module], 3, 0.1, ChangeArgs(rs_lora=rs_lora, factor=2)) for _ in range(2))
+    first.init_weights(torch.Generator().manual_seed(1))
+    second.load_state_dict(first.state_dict())
+    assert second.scale == first.scale
+
+
+@pytest.mark.parametrize("algo", TYPES)
+def test_an_entry_without_alpha_has_its_rank_as_alpha(algo):
+    ours, _ = TYPES[algo]
+    layer = ours.build([nn.Linear(12, 20)], 2, 0.5, ChangeArgs(factor=2))
+    layer.init_weights(torch.Generator().manual_seed(1))
+    layer.load({name: tensor for name, tensor in layer.file_state().items() if name != "alpha"})
+    assert (float(layer.alpha), layer.scale) == (2.0, 1.0)
