@@ -129,6 +129,12 @@ class Models:
     source: Any = None
     longest_side: int | None = None  # pixels of the largest images that the denoiser takes; None: any
 
+    def freeze(self) -> None:
+        """Nothing of the model is trained."""
+        for module in (self.denoiser, self.vae, *self.text_encoders.values()):
+            if module is not None:
+                module.requires_grad_(False)
+
 
 @dataclass(frozen=True)
 class FilePlace:

@@ -33,9 +33,7 @@ class ControlNetMethod(Method):
     # ---- what is trained
 
     def attach(self, family: Family, models: Models) -> None:
-        for part in (models.denoiser, models.vae, *models.text_encoders.values()):
-            if part is not None:
-                part.requires_grad_(False)
+        models.freeze()
         control = family.control
         assert control is not None, "a family that offers this method has ControlNets"
         name = self.opts.method.controlnet_model_name_or_path

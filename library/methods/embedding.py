@@ -51,9 +51,7 @@ class EmbeddingMethod(Method):
     # ---- what is trained
 
     def attach(self, family: Family, models: Models) -> None:
-        for module in (models.denoiser, models.vae, *models.text_encoders.values()):
-            if module is not None:
-                module.requires_grad_(False)
+        models.freeze()
         if not self.opts.optimizer.learning_rate:
             raise UserError("nothing would be trained with a learning rate of 0; set --learning_rate above 0")
         self._keys = trained_keys(self.opts, family.traits)

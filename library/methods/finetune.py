@@ -38,9 +38,7 @@ class FinetuneMethod(Method):
 
     def attach(self, family: Family, models: Models) -> None:
         parts = {DENOISER: models.denoiser, **models.text_encoders}
-        for module in (*parts.values(), models.vae):
-            if module is not None:
-                module.requires_grad_(False)
+        models.freeze()
         self._rates = part_rates(self.opts, family.traits.text_encoders)
         given = {part: rate for part, rate in self._rates.items() if part in parts}  # some text encoders may be absent
         trained = {part: parts[part].requires_grad_(True) for part, rate in given.items() if rate}

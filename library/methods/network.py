@@ -50,9 +50,7 @@ class NetworkMethod(Method):
     # ---- what is trained
 
     def attach(self, family: Family, models: Models) -> None:
-        for part in (models.denoiser, models.vae, *models.text_encoders.values()):
-            if part is not None:
-                part.requires_grad_(False)
+        models.freeze()
         options = self.opts.method
         targets = family.targets.lora(models)
         self._merge_base_weights(targets, models)

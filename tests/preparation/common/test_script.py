@@ -59,7 +59,7 @@ def test_failures_decide_the_status(capsys, done, flags, status):
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ([], "error: the following arguments are required: folder\n"),
         (["x", "--size=0"], "error: --size: must be at least 1, got 0\n"),
@@ -67,12 +67,12 @@ def test_failures_decide_the_status(capsys, done, flags, status):
         (["x", "--sise=3"], "error: unknown option --sise; did you mean '--size'?\n"),
     ],
 )
-def test_wrong_options_are_reported_before_the_work(capsys, line, told):
+def test_wrong_options_are_reported_before_the_work(capsys, line, message):
     def work(opts):
         raise AssertionError("must not begin")
 
     assert run(work, *line) == 2
-    assert capsys.readouterr().err == told
+    assert capsys.readouterr().err == message
 
 
 def test_an_older_spelling_counts_and_is_reported(capsys):
@@ -174,10 +174,10 @@ def run_two(run_script, tmp_path):
     def run(code: str) -> list[subprocess.CompletedProcess]:
         done = run_script("-c", OF_ITS_OWN, tmp_path, code, processes=2, variables={"ACCELERATE_USE_CPU": "true"})
         assert done.returncode == 0, done.stderr
-        status, said, told = (
+        status, output, errors = (
             [(tmp_path / f"{rank}{end}").read_text() for rank in range(2)] for end in (".status", ".out", ".err")
         )
-        return [subprocess.CompletedProcess([], int(status[n]), said[n], told[n]) for n in range(2)]
+        return [subprocess.CompletedProcess([], int(status[n]), output[n], errors[n]) for n in range(2)]
 
     return run
 
