@@ -40,6 +40,7 @@ LEVELS = (
     ("library.embedding",),
     ("library.train_util", "library.model_util", "library.flux_train_utils", "library.huggingface_util"),
     ("library.preparation",),
+    ("library.model_tools",),
     ("scripts",),  # everything that a user starts
 )
 SIBLINGS_APART = 3  # the level whose packages meet only through contracts
@@ -86,7 +87,9 @@ def code_files(*folders: str) -> list[Path]:
 
 def entry_scripts() -> list[Path]:
     training = (file for file in ROOT.glob("*.py") if file.name not in NOT_ENTRY_SCRIPTS)
-    return sorted([*training, *code_files("finetune")])
+    return sorted(
+        [*training, *code_files("finetune"), *(f for f in ROOT.glob("networks/*.py") if is_started(module_of(f)))]
+    )
 
 
 def all_code() -> list[Path]:
@@ -149,8 +152,17 @@ def imports(tree: ast.Module, *, for_types: bool = False) -> Iterator[Import]:
                 yield Import(node.lineno, argument.value)
 
 
+def is_started(module: str) -> bool:
+    """Whether a module of `networks` is a script that users start, and no part of the package."""
+    file = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    return module.startswith("networks.") and file.is_file() and "__main__" in file.read_text(encoding="utf-8")
+
+
+@cache
 def place_of(module: str) -> tuple[int, str] | None:
     """(level, package) of one of our modules; None for others' packages and for namespace parents."""
+    if is_started(module):
+        return len(LEVELS) - 1, "scripts"
     for level, packages in enumerate(LEVELS):
         for package in packages:
             if module == package or module.startswith(package + "."):

@@ -26,7 +26,8 @@ _KINDS = {
     "Path": "path",
     "int_or_float": "steps or share",
 }
-_STARTS_PREPARATION = re.compile(r"^(from|import) library\.preparation\b", re.MULTILINE)
+_HOMES = ("library.preparation", "library.model_tools")
+_STARTS_PREPARATION = re.compile(r"^(from|import) library\.(preparation|model_tools)\b", re.MULTILINE)
 
 
 _OF_TRAINING = """Every option is a flag on the command line and, without the dashes, a key of the file given with
@@ -68,8 +69,8 @@ def pages() -> Iterator[tuple[Path, str]]:
 
 
 def preparation_scripts() -> list[Path]:
-    """The scripts that work with `library.preparation`."""
-    scripts = [*sorted(ROOT.glob("finetune/*.py")), *sorted(ROOT.glob("tools/*.py"))]
+    """The scripts that work with `library.preparation` or `library.model_tools`."""
+    scripts = [file for folder in ("finetune", "tools", "networks") for file in sorted(ROOT.glob(f"{folder}/*.py"))]
     return [script for script in scripts if _STARTS_PREPARATION.search(script.read_text(encoding="utf-8"))]
 
 
@@ -81,13 +82,13 @@ def preparation_groups(script: Path) -> Sequence[type[OptionGroup]]:
     for place in (module, *(_home(value) for value in vars(module).values())):
         if hasattr(place, "GROUPS"):
             return place.GROUPS
-    raise LookupError(f"{script}: there is no GROUPS, neither in it nor in what it imports of library.preparation")
+    raise LookupError(f"{script}: there is no GROUPS, neither in it nor in what it imports from the library")
 
 
 def _home(value: Any) -> ModuleType | None:
-    """The module of library.preparation that `value` is or comes from."""
+    """The module of library.preparation or library.model_tools that `value` is or comes from."""
     module = value if isinstance(value, ModuleType) else sys.modules.get(getattr(value, "__module__", None) or "")
-    return module if module is not None and module.__name__.startswith("library.preparation") else None
+    return module if module is not None and module.__name__.startswith(_HOMES) else None
 
 
 def render_keys(helps: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""The flags of the scripts that prepare images and captions are the ecosystem's: names, defaults, types, choices."""
+"""The flags of the scripts beside training are the ecosystem's: names, defaults, types, choices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,25 @@ from tools.option_tables import preparation_groups, preparation_scripts
 
 ROOT = Path(__file__).parents[2]
 # Scripts that are still to come; whoever writes one takes it out.
-NOT_THERE = {"tools/latent_upscaler.py"}
+NOT_THERE = {
+    "tools/latent_upscaler.py",
+    "networks/check_lora_weights.py",
+    "networks/convert_flux_lora.py",
+    "networks/extract_lora_from_dylora.py",
+    "networks/extract_lora_from_models.py",
+    "networks/flux_extract_lora.py",
+    "networks/flux_merge_lora.py",
+    "networks/lora_diffusers.py",
+    "networks/lora_interrogator.py",
+    "networks/merge_lora.py",
+    "networks/resize_lora.py",
+    "networks/sdxl_merge_lora.py",
+    "networks/svd_merge_lora.py",
+    "tools/convert_diffusers20_original_sd.py",
+    "tools/convert_diffusers_to_flux.py",
+    "tools/merge_models.py",
+    "tools/merge_sd3_safetensors.py",
+}
 FACTS = {script: flags_of(script) for script in SCRIPTS if "/" in script}
 THERE = [script for script in FACTS if script not in NOT_THERE]
 COUNTS = {
@@ -26,11 +44,27 @@ COUNTS = {
     "finetune/merge_dd_tags_to_metadata.py": 7,
     "finetune/prepare_buckets_latents.py": 18,
     "finetune/tag_images_by_wd14_tagger.py": 32,
+    "networks/check_lora_weights.py": 2,
+    "networks/convert_flux_lora.py": 4,
+    "networks/extract_lora_from_dylora.py": 3,
+    "networks/extract_lora_from_models.py": 16,
+    "networks/flux_extract_lora.py": 9,
+    "networks/flux_merge_lora.py": 17,
+    "networks/lora_diffusers.py": 6,
+    "networks/lora_interrogator.py": 5,
+    "networks/merge_lora.py": 10,
+    "networks/resize_lora.py": 9,
+    "networks/sdxl_merge_lora.py": 10,
+    "networks/svd_merge_lora.py": 10,
     "tools/cache_latents.py": 160,
     "tools/cache_text_encoder_outputs.py": 161,
     "tools/canny.py": 4,
+    "tools/convert_diffusers20_original_sd.py": 15,
+    "tools/convert_diffusers_to_flux.py": 4,
     "tools/detect_face_rotate.py": 11,
     "tools/latent_upscaler.py": 7,
+    "tools/merge_models.py": 8,
+    "tools/merge_sd3_safetensors.py": 8,
     "tools/resize_images_to_resolution.py": 7,
     "tools/show_metadata.py": 1,
 }
