@@ -1,7 +1,8 @@
 """Weights of blocks when networks are merged: `--lbws`, as a list of numbers for U-Nets or by the blocks' names.
 
 A list has 12, 17, 20 or 26 numbers for the slots BASE (text encoders), IN00 to IN11, MID, OUT00 to OUT11, of which the
-shorter lists name those that matter. By names, the blocks of any model can be weighed: "input_blocks.0-5=0.5,te1=0,*=1".
+shorter lists name those that matter. By names, the blocks of any model can be weighed, as in
+"input_blocks.0-5=0.5,te1=0,*=1".
 """
 
 from __future__ import annotations
