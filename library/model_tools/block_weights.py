@@ -1,8 +1,8 @@
 """Weights of blocks when networks are merged: `--lbws`, as a list of numbers for U-Nets or by the blocks' names.
 
 A list has 12, 17, 20 or 26 numbers for the slots BASE (text encoders), IN00 to IN11, MID, OUT00 to OUT11, of which the
-shorter lists name those that matter. By names, the blocks of any model can be weighed:
-"double_blocks.0-9=0.5,te1=0,*=1".
+shorter lists name those that matter. By names, the blocks of any model can be weighed, as in
+"input_blocks.0-5=0.5,te1=0,*=1".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LISTS: dict[int, tuple[int, ...]] = {
     26: tuple(range(26)),
 }
 PER_LEVEL = 3  # blocks of a level of a U-Net
-FORM = "give 12, 17, 20 or 26 numbers as in [1,0.5,...], or blocks by name as in double_blocks.0-9=0.5,te1=0,*=1"
+FORM = "give 12, 17, 20 or 26 numbers as in [1,0.5,...], or blocks by name as in input_blocks.0-5=0.5,te1=0,*=1"
 
 _PREFIX = re.compile(rf"(?:{'|'.join(PREFIXES)})_")
 _DIFFUSERS = re.compile(r"unet_(down|up)_blocks_(\d+)_(resnets|attentions|downsamplers|upsamplers)_(\d+)_")
@@ -63,7 +63,7 @@ class BlockWeights:
             if len(outside) > len(names) / 2:
                 raise UserError(
                     f"--lbws {self.text}: numbers alone are for the blocks of U-Nets, and {outside[0]} is in none of "
-                    "them; give the blocks by name, as in double_blocks.0-9=0.5"
+                    "them; give the blocks by name, which is how the layer's name begins, with dots: name.0-9=0.5"
                 )
             return
         idle = [rule.name for rule in self.rules if rule.name != "*" and not any(map(rule.fits, names))]
