@@ -13,10 +13,11 @@ from library.checkpoints.metadata import finalise
 from library.checkpoints.reading import read_metadata, read_names, read_state_dict
 from library.checkpoints.writing import write_safetensors, write_torch
 from library.errors import UserError
+from library.runtime.files import reason
 from networks.file_names import require_types
 from networks.files import Entries, read
 from networks.layouts import kohya_name
-from networks.registry import TYPES
+from networks.registry import TYPES, type_of
 from networks.spec import NetworkType
 from networks.types.functional import effective_alpha
 
@@ -49,9 +50,14 @@ def read_network(path: str | Path, types: Sequence[NetworkType] = TYPES) -> Sour
     path = Path(path)
     names = read_names(path)
     if names is not None:
-        require_types(path, names, types)
+        require_types(path, names)
     file = read(path)
-    require_types(path, file.flat(), types)
+    require_types(path, file.flat())
+    for layer, entry in file.entries.items():
+        if not any(kind.reads(frozenset(entry)) for kind in types):
+            label = getattr(type_of(entry), "label", "unknown")
+            labels = ", ".join(dict.fromkeys(kind.label for kind in types))
+            raise UserError(f"{path}: {layer} is {label}; only {labels} can be used here")
     for name, tensor in file.flat().items():
         if not is_finite(tensor):
             raise UserError(f"{path}: {name} has values that are no numbers (NaN or infinity)")
@@ -98,6 +104,16 @@ def in_own_names(entries: Entries, sources: Iterable[Source]) -> dict[str, Tenso
     return tensors
 
 
+def tool_device(name: str | None) -> torch.device:
+    """--device as a device; the CPU where it is not given. Raises: UserError: there is no such device here."""
+    try:
+        device = torch.device(name or "cpu")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise UserError(f"--device={name}: cannot be used here ({str(error).splitlines()[0]})") from error
+    return device
+
+
 def require_other_file(option: str, target: str | Path, sources: Iterable[str | Path]) -> None:
     """Raises: UserError: `target` is one of the files that are read, or a folder."""
     target = Path(target)
@@ -115,7 +131,7 @@ def write_network(
     when the new one is whole.
 
     Args: dtype: of every tensor, alpha too; None: as they are.
-    Raises: UserError: a value is too large for the dtype.
+    Raises: UserError: a value is too large for the dtype, or the file cannot be written.
     """
     path = Path(path)
     cast = {}
@@ -123,7 +139,10 @@ def write_network(
         cast[name] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
         if not is_finite(cast[name]):
             raise UserError(f"{path}: {name} has values that are too large for {dtype}; give --save_precision bf16")
-    if path.suffix in (".ckpt", ".pt"):
-        write_torch(path, cast)
-    else:
-        write_safetensors(path, cast, finalise(metadata, cast))
+    try:
+        if path.suffix in (".ckpt", ".pt"):
+            write_torch(path, cast)
+        else:
+            write_safetensors(path, cast, finalise(metadata, cast))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({reason(error)})") from error

@@ -7,12 +7,11 @@ side. Without it the result has the rank of the largest file, and is the best ap
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,12 +34,12 @@ from library.model_tools.network_io import (
     without_core,
     write_network,
 )
-from library.model_tools.network_metadata import merged_metadata, recipe
+from library.model_tools.network_metadata import merged_metadata, recipe_of_networks
 from library.runtime.logs import LOGGER, progress
 from networks.files import Entries
 from networks.registry import FULL, NORM, type_of
 
-Way = Literal["approximate", "concat", "legacy", "legacy concat"]
+Combine = Callable[[Sequence["Share"]], dict[str, Tensor]]  # what several files give to a layer -> the layer
 # The tensor of a layer to which its change is proportional.
 LINEAR = (UP, "hada_w1_a", "lokr_w1", "lokr_w1_a")
 SHUFFLE_SEED = 0
@@ -119,19 +118,12 @@ def merge_networks(
     require_other_file("--save_to", save_to, models)
     weights = weights or [None] * len(models)
     sources = read_sources(models, ratios, weights)
-    way: Way = "approximate"
-    if legacy_ratio:
-        way = "legacy concat" if concat else "legacy"
-    elif concat:
-        way = "concat"
-    entries = merged(sources, ratios, weights, way, PRECISIONS[precision])
+    way = f"{'legacy ' if legacy_ratio else ''}{'concat' if concat else 'sum'}"
+    combine = partial(_legacy, concat=concat) if legacy_ratio else partial(_combined, concat=concat)
+    entries = merged(sources, ratios, weights, combine, PRECISIONS[precision])
     if shuffle:
         entries = {layer: _shuffled(entry) for layer, entry in entries.items()}
-    inputs = [
-        {"path": path, "ratio": ratio, "lbw": weight and weight.text}
-        for path, ratio, weight in zip(models, ratios, weights, strict=True)
-    ]
-    made = recipe(way, inputs)
+    made = recipe_of_networks(way, models, ratios, weights)
     metadata = merged_metadata(sources, entries, made, Path(save_to).stem, no_metadata=no_metadata)
     write_network(save_to, in_own_names(entries, sources), metadata, PRECISIONS[save_precision or precision])
     LOGGER.info("%s: %d layers of %d files", save_to, len(entries), len(models))
@@ -174,7 +166,7 @@ def merged(
     sources: Sequence[Source],
     ratios: Sequence[float],
     weights: Sequence[BlockWeights | None],
-    way: Way,
+    combine: Combine,
     dtype: torch.dtype = torch.float32,
 ) -> Entries:
     """The layers of the merge; float32 where something was computed. `dtype`: what is read is rounded to it.
@@ -186,7 +178,7 @@ def merged(
     with progress(len(shares), "merging", " layers") as bar:
         for layer, own in shares.items():
             with named(layer):
-                entries[layer] = _layer(own, way)
+                entries[layer] = _summed(own) if all(share.is_sum for share in own) else combine(own)
             bar.update()
     return entries
 
@@ -209,21 +201,19 @@ def named(layer: str) -> Iterator[None]:
         raise UserError(*(f"{layer}: {problem}" for problem in error.problems), hint=error.hint) from error
 
 
-def _layer(shares: Sequence[Share], way: Way) -> dict[str, Tensor]:
-    if way.startswith("legacy"):
-        return _legacy(shares, concat=way == "legacy concat")
+def _summed(shares: Sequence[Share]) -> dict[str, Tensor]:
+    """Tensors that are the change itself, added up."""
+    names = {name: tensor for share in shares for name, tensor in share.entry.items()}
+    return {
+        name: sum(share.entry[name].float() * share.factor for share in shares if name in share.entry) for name in names
+    }
+
+
+def _combined(shares: Sequence[Share], *, concat: bool) -> dict[str, Tensor]:
     if len(shares) == 1:
         return _scaled(shares[0])
-    if all(share.is_sum for share in shares):
-        names = {name: tensor for share in shares for name, tensor in share.entry.items()}
-        return {
-            name: sum(share.entry[name].float() * share.factor for share in shares if name in share.entry)
-            for name in names
-        }
     require_products(shares)
-    if way == "concat":
-        return _concatenated(shares)
-    return approximated(shares, max(share.rank for share in shares))
+    return _concatenated(shares) if concat else approximated(shares, max(share.rank for share in shares))
 
 
 def require_products(shares: Sequence[Share]) -> None:
@@ -287,8 +277,6 @@ def _scaled(share: Share) -> dict[str, Tensor]:
     entry, factor = dict(share.entry), share.factor
     if factor == 1:
         return entry
-    if share.is_sum:
-        return {name: tensor.float() * factor for name, tensor in entry.items()}
     linear = next((name for name in LINEAR if name in entry), None)
     if linear is None or DORA in entry:
         raise UserError(

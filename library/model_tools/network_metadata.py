@@ -13,6 +13,7 @@ from torch import Tensor
 from library import version
 from library.checkpoints.hashes import file_hash
 from library.checkpoints.metadata import minimal
+from library.model_tools.block_weights import BlockWeights
 from library.model_tools.network_io import DOWN, Source, scale_of
 from library.runtime.logs import LOGGER
 from networks.files import Entries
@@ -44,6 +45,19 @@ def recipe(kind: str, inputs: Iterable[Mapping[str, Any]]) -> str:
         others = {name: value for name, value in facts.items() if name != "path" and value is not None}
         models.append({"name": path.name, "sha256": file_hash(path), **others})
     return json.dumps({"type": kind, "models": models})
+
+
+def recipe_of_networks(
+    kind: str, models: Sequence[str], ratios: Sequence[float], weights: Sequence[BlockWeights | None]
+) -> str:
+    """The `recipe` of a merge of network files."""
+    return recipe(
+        kind,
+        (
+            {"path": path, "ratio": ratio, "lbw": weight and weight.text}
+            for path, ratio, weight in zip(models, ratios, weights, strict=True)
+        ),
+    )
 
 
 def merged_metadata(
@@ -82,7 +96,7 @@ def rank_metadata(entries: Entries) -> dict[str, str]:
     """`ss_network_dim` and `ss_network_alpha` of LoRA layers; "Dynamic" where they differ. Larger kernels, whose rank
     is an option of its own, count only where there is nothing else."""
     layers = [entry for entry in entries.values() if DOWN in entry]
-    plain = [entry for entry in layers if _is_plain(entry[DOWN])] or layers
+    plain = [entry for entry in layers if is_plain(entry[DOWN])] or layers
     ranks = {len(entry[DOWN]) for entry in plain}
     alphas = {round(scale_of(entry) * len(entry[DOWN]), 6) for entry in plain}
     if not plain:
@@ -93,7 +107,8 @@ def rank_metadata(entries: Entries) -> dict[str, str]:
     }
 
 
-def _is_plain(down: Tensor) -> bool:
+def is_plain(down: Tensor) -> bool:
+    """Whether a down matrix is one of a linear layer or of a 1x1 convolution."""
     return down.dim() == 2 or tuple(down.shape[2:]) == (1, 1)
 
 
