@@ -24,13 +24,13 @@ VAE_ONLY = ModelKind(
 )
 CONTROLNET = ModelKind("a ControlNet", keys=r"^control_model\.|^input_hint_block\.|^controlnet_")
 UNKNOWN = ModelKind("not a model that is known here", keys=r"(?!)")
-
+NETWORK = ModelKind(
+    "a LoRA (or similar network) file",
+    keys=r"^lora_|\.lora_(down|up|A|B)\.|\.hada_w1_a$|\.lokr_w1|\.oft_(blocks|diag)$",
+)
 # The first kind whose pattern is found in any key names the file.
 _NO_MODELS = (
-    ModelKind(
-        "a LoRA (or similar network) file",
-        keys=r"^lora_|\.lora_(down|up|A|B)\.|\.hada_w1_a$|\.lokr_w1|\.oft_(blocks|diag)$",
-    ),
+    NETWORK,
     ModelKind("a Textual Inversion embedding", keys=r"^emb_params$|^clip_[lg]$|^string_to_param"),
     CONTROLNET,
 )
