@@ -8,6 +8,7 @@ from library.options.base import OptionGroup, Options
 from library.options.logging import ConsoleOptions
 
 merge: EntryPoint[[Options], None] = EntryPoint("library.model_tools.network_into_model:merge")
+extract: EntryPoint[[Options], None] = EntryPoint("library.model_tools.network_from_models:extract")
 
 
 def groups_of(script: str) -> tuple[type[OptionGroup], ...]:

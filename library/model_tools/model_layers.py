@@ -89,6 +89,10 @@ class ModelFile:
         """Whether all modules of the layer have a tensor of this name, "weight" or "bias"."""
         return len(self._pieces(target, name)) == len(target.modules)
 
+    def names(self, target: LoraTarget) -> list[str]:
+        """The names of the tensors in the file in which the layer's weight is."""
+        return list(dict.fromkeys(piece.entry.file for piece in self._pieces(target, "weight")))
+
     def weight(self, target: LoraTarget, name: str = "weight") -> Tensor:
         """A layer's weight, or its "bias", in float32: rows over all its modules, in the order of network files.
 

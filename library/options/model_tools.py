@@ -106,10 +106,10 @@ class MergeOptions(OptionGroup, group="merge", title="Merging"):
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractOptions(OptionGroup, group="extract", title="Extracting"):
-    """`FAMILIES` is what a family declares: those of the models."""
+    """`FAMILIES` and `NETWORK` are what a family declares: those of the models, and the network module for LoRA."""
 
     FAMILIES: ClassVar[tuple[str, ...]] = ()
-    MIN_DIFF: ClassVar[float] = 0.0  # where there is no such option
+    NETWORK: ClassVar[str] = "networks.lora"
 
     save_precision: Precision | None = opt(None, "dtype of the network file; float by default")
     model_org: str | None = opt(None, "file of the original model", required=True)
@@ -133,3 +133,24 @@ class ExtractOptions(OptionGroup, group="extract", title="Extracting"):
         -1, "with --type=lokr: into how many parts both sides of a weight are cut at most; -1: near the square root"
     )
     exact: bool = opt(False, "decompose every difference whole, which takes many times as long, as a reference")
+
+    # What some scripts have options for.
+    @property
+    def least_change(self) -> float:
+        """A text encoder of which no weight differs by more than this is left out."""
+        return 0.0
+
+    @property
+    def rank_of_kernels(self) -> int:
+        """The rank of convolutions larger than 1x1; 0: they are left out."""
+        return 0
+
+    @property
+    def predicts_v(self) -> bool:
+        return False
+
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if self.type == "lokr" and "clamp_quantile" in opts.explicit:
+            yield "--clamp_quantile: has no effect with --type=lokr"
+        if self.type != "lokr" and "factor" in opts.explicit:
+            yield "--factor: has no effect without --type=lokr"

@@ -62,5 +62,6 @@ class FluxMergeOptions(MergeOptions, without=("device",)):
 @dataclass(frozen=True, kw_only=True)
 class FluxExtractOptions(ExtractOptions):
     FAMILIES = ("flux",)
+    NETWORK = "networks.lora_flux"
 
     mem_eff_safe_open: bool = opt(False, STREAMED)

@@ -43,3 +43,15 @@ class SdExtractOptions(ExtractOptions):
     )
     load_original_model_to: str | None = opt(None, "has no effect: weights are read one at a time")
     load_tuned_model_to: str | None = opt(None, "has no effect: weights are read one at a time")
+
+    @property
+    def least_change(self) -> float:
+        return self.min_diff
+
+    @property
+    def rank_of_kernels(self) -> int:
+        return self.conv_dim or 0
+
+    @property
+    def predicts_v(self) -> bool:
+        return bool(self.v_parameterization)

@@ -32,3 +32,4 @@ class Sd3MergeOptions(MergeOptions):
 @dataclass(frozen=True, kw_only=True)
 class Sd3ExtractOptions(ExtractOptions):
     FAMILIES = ("sd3",)
+    NETWORK = "networks.lora_sd3"
