@@ -85,10 +85,14 @@ def truncated_svd(
     basis, inside, energy = block, block.T @ matrix, 0.0
     while True:
         wide = inside.double()
-        before, energy = energy, float(torch.linalg.eigvalsh(wide @ wide.T)[-rank:].sum())
+        energies, vectors = torch.linalg.eigh(wide @ wide.T)  # squared singular values, ascending
+        before, energy = energy, float(energies[-rank:].sum())
         if energy - before <= tolerance / 4 * energy:
-            found = svd_of_product(basis, inside)
-            return Svd(found.u[:, :rank], found.s[:rank], found.vh[:rank])
+            s, u = energies[-rank:].flip(0).clamp(min=0).sqrt(), vectors[:, -rank:].flip(1)
+            there = s > s[0] * torch.finfo(matrix.dtype).eps  # what is less is rounding, and has no direction
+            vh = u.T @ wide * torch.where(there, 1 / s, 0)[:, None]
+            s = torch.where(there, s, 0)
+            return Svd(basis @ u.to(basis), s.to(matrix), vh.to(matrix))
         if 2 * (basis.shape[1] + width) > smaller:
             return exact_svd(matrix, rank)
         block = matrix @ inside[-width:].T

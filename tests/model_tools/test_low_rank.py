@@ -92,6 +92,14 @@ def test_the_captured_energy_is_within_the_tolerance_of_the_best(shape: tuple[in
     assert best * (1 - low_rank.TOLERANCE) <= found <= best * (1 + 1e-5)
 
 
+def test_ranks_beyond_that_of_the_matrix_are_empty():
+    matrix = _random(200, 3) @ _random(3, 150, seed=1)
+    found = low_rank.truncated_svd(matrix, 10)
+    assert torch.count_nonzero(found.s > 1e-4 * found.s[0]) == 3
+    up, down = found.factors(10)
+    torch.testing.assert_close(up @ down, matrix, rtol=1e-4, atol=1e-4)
+
+
 def test_a_randomised_svd_is_the_same_every_time_and_leaves_the_global_stream_alone():
     matrix = _noisy_low_rank(8, 0.5)
     state = torch.get_rng_state()
