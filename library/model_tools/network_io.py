@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,10 +73,21 @@ def without_core(entry: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in entry.items() if name != MID} | {DOWN: down}
 
 
+def folded(entry: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """LoRA without alpha: its scale is in both matrices, in up as a power of two. Dtypes stay."""
+    scale = scale_of(entry)
+    upper = 2.0 ** round(math.log2(abs(scale)) / 2)
+    factors = {UP: upper, DOWN: scale / upper}
+    found = {name: tensor for name, tensor in entry.items() if name != ALPHA}
+    if scale != 1:
+        found |= {name: (entry[name].float() * factor).to(entry[name].dtype) for name, factor in factors.items()}
+    return found
+
+
 def in_own_names(entries: Entries, sources: Iterable[Source]) -> dict[str, Tensor]:
     """Tensors under the names that the sources have for them; those of new layers keep kohya's.
 
-    Where no source has a name for a layer's alpha, its layout has none: the scale goes into the up matrix.
+    Where no source has a name for a layer's alpha, its layout has none: the scale goes into the matrices.
     """
     names: dict[str, str] = {}
     for source in sources:
@@ -83,10 +95,8 @@ def in_own_names(entries: Entries, sources: Iterable[Source]) -> dict[str, Tenso
     tensors = {}
     for layer, entry in entries.items():
         known = any(name.startswith(f"{layer}.") for name in names)
-        if known and f"{layer}.{ALPHA}" not in names and ALPHA in entry and DOWN in entry:
-            entry = {name: tensor for name, tensor in entry.items() if name != ALPHA} | {
-                UP: entry[UP].float() * scale_of(entry)
-            }
+        if known and f"{layer}.{ALPHA}" not in names and DOWN in entry:
+            entry = folded(entry)
         for name, tensor in entry.items():
             tensors[names.get(f"{layer}.{name}", f"{layer}.{name}")] = tensor
     return tensors
