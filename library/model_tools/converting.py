@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -29,12 +29,12 @@ from library.model_tools.network_io import (
     UP,
     Source,
     folded,
+    named,
     read_network,
     scale_of,
     without_core,
     write_network,
 )
-from library.model_tools.network_merging import named
 from library.model_tools.network_metadata import rank_metadata
 from library.model_tools.output import require_output
 from library.model_tools.weights import dtype_of
@@ -198,6 +198,32 @@ def placed(entries: Entries, parts: Sequence[PartNames]) -> dict[str, Placed]:
         else:
             own.whole = swapped(entry) if layer.swap_halves and by_module else entry
     return found
+
+
+def with_one_naming(sources: Sequence[Source]) -> list[Source]:
+    """Files that name the same layers otherwise than each other, all in kohya's layout; else as they are.
+
+    Files whose layers are of no family stay as they are too.
+    """
+    try:
+        all_parts = [parts_of(source) for source in sources]
+    except UserError:
+        return list(sources)
+    names: dict[str, dict[int | None, set[str]]] = {}
+    for source, parts in zip(sources, all_parts, strict=True):
+        for name in source.entries:
+            found = _place(parts, name)
+            names.setdefault(found.layer.kohya, {}).setdefault(found.piece, set()).add(name)
+    same = all(
+        all(len(known) == 1 for known in pieces.values()) and not (None in pieces and len(pieces) > 1)
+        for pieces in names.values()
+    )
+    if same:
+        return list(sources)
+    return [
+        replace(source, entries={name: own.joined() for name, own in placed(source.entries, parts).items()}, names={})
+        for source, parts in zip(sources, all_parts, strict=True)
+    ]
 
 
 def converted(

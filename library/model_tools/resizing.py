@@ -21,12 +21,12 @@ from library.model_tools.network_io import (
     ENDINGS,
     UP,
     in_own_names,
+    named,
     read_network,
     scale_of,
     without_core,
     write_network,
 )
-from library.model_tools.network_merging import named
 from library.model_tools.network_metadata import DYNAMIC, is_plain, rank_metadata
 from library.model_tools.output import require_output
 from library.model_tools.weights import dtype_of, require_device
