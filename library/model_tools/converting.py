@@ -25,7 +25,6 @@ from library.model_tools.network_io import (
     ALPHA,
     DORA,
     DOWN,
-    ENDINGS,
     UP,
     Source,
     folded,
@@ -39,15 +38,13 @@ from library.model_tools.network_metadata import rank_metadata
 from library.model_tools.output import require_output
 from library.model_tools.weights import dtype_of
 from library.options.base import Options
-from library.options.logging import ConsoleOptions
+from library.options.model_tools import WEIGHT_ENDINGS
 from library.options.network_tools import LAYOUTS, ConvertOptions, ConvertPairOptions
 from library.runtime.logs import LOGGER
 from networks.files import ADAPTER_METADATA, PREFIXES, Entries, swapped
 from networks.fused import cut, join, rows_by_share
 from networks.registry import type_of
 
-GROUPS = (ConvertOptions, ConsoleOptions)
-PAIR_GROUPS = (ConvertPairOptions, ConsoleOptions)
 Layout = Literal["kohya", "diffusers", "comfyui"]
 # Beginnings of names by which layouts are known.
 _LAYOUTS: dict[Layout, re.Pattern[str]] = {
@@ -136,7 +133,7 @@ def convert_file(
         fold: alphas go into the matrices of a file of diffusers, in place of its metadata.
     Raises: UserError: a file of no family, or what the layout cannot hold.
     """
-    require_output(flag, save_to, [path], ENDINGS)
+    require_output(flag, save_to, [path], WEIGHT_ENDINGS)
     source = read_network(path)
     found = layout_of(source.names.values())
     if source_layout is not None and found != source_layout:

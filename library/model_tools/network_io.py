@@ -24,7 +24,6 @@ from networks.registry import TYPES, type_of
 from networks.spec import NetworkType
 from networks.types.functional import effective_alpha
 
-ENDINGS = (".safetensors", ".ckpt", ".pt")  # of files that are written; the last two have no metadata
 DOWN, MID, UP, ALPHA, DORA = "lora_down.weight", "lora_mid.weight", "lora_up.weight", "alpha", "dora_scale"
 
 

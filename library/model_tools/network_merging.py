@@ -22,7 +22,6 @@ from library.model_tools.network_io import (
     ALPHA,
     DORA,
     DOWN,
-    ENDINGS,
     MID,
     UP,
     Source,
@@ -36,6 +35,7 @@ from library.model_tools.network_io import (
 from library.model_tools.network_metadata import merged_metadata, recipe
 from library.model_tools.output import require_output
 from library.model_tools.weights import dtype_of
+from library.options.model_tools import WEIGHT_ENDINGS
 from library.runtime.logs import LOGGER, progress
 from networks.files import Entries
 from networks.registry import FULL, NORM, type_of
@@ -116,7 +116,7 @@ def merge_networks(
         save_precision: of the file; None: `precision`.
     Raises: UserError: numbers of files and ratios differ, files that cannot be added up, or an unusable `save_to`.
     """
-    require_output("--save_to", save_to, models, ENDINGS)
+    require_output("--save_to", save_to, models, WEIGHT_ENDINGS)
     weights = weights or [None] * len(models)
     sources = read_sources(models, ratios, weights)
     way = f"{'legacy ' if legacy_ratio else ''}{'concat' if concat else 'sum'}"
