@@ -19,7 +19,7 @@ SHAPES = {"lora_unet_linear": (7, 6), "lora_unet_conv": (5, 4, 3, 3)}
 
 
 def cut(model: str, out: object, unit: int) -> None:
-    dylora_cutting.cut_dylora(options(dylora_cutting.GROUPS, "--model", model, "--save_to", out, "--unit", unit))
+    dylora_cutting.cut_dylora(options("extract_lora_from_dylora", "--model", model, "--save_to", out, "--unit", unit))
 
 
 def test_each_file_acts_as_its_ranks_did_in_training(tmp_path, monkeypatch):
@@ -61,7 +61,7 @@ def test_what_is_refused(tmp_path):
     path = write(tmp_path / "in.safetensors", lora_tensors(rank=4))
     with pytest.raises(UserError, match="--unit=4: must be below the rank"):
         cut(path, tmp_path / "out.safetensors", 4)
-    with pytest.raises(UserError, match=r"in-0002\.safetensors: would replace a file that is read"):
+    with pytest.raises(UserError, match=r"in-0002\.safetensors would replace what is read"):
         cut(write(tmp_path / "in-0002.safetensors", lora_tensors(rank=4)), tmp_path / "in.safetensors", 2)
 
 
