@@ -17,12 +17,7 @@ ROOT = Path(__file__).parents[2]
 # Scripts that are still to come; whoever writes one takes it out.
 NOT_THERE = {
     "tools/latent_upscaler.py",
-    "networks/extract_lora_from_models.py",
-    "networks/flux_extract_lora.py",
-    "networks/flux_merge_lora.py",
     "networks/lora_diffusers.py",
-    "networks/merge_lora.py",
-    "networks/sdxl_merge_lora.py",
     "tools/convert_diffusers20_original_sd.py",
     "tools/convert_diffusers_to_flux.py",
     "tools/merge_models.py",
@@ -73,6 +68,11 @@ OURS_OF: dict[str, set[str]] = {  # of one script
     "tools/detect_face_rotate.py": {"max_data_loader_n_workers", "model", "score_threshold", "skip_existing"},
     "finetune/prepare_buckets_latents.py": {"family", "seed"},
     "finetune/make_captions_by_git.py": {"skip_existing"},
+    "networks/merge_lora.py": {"device", "lbws", "legacy_ratio"},
+    "networks/sdxl_merge_lora.py": {"device", "legacy_ratio"},
+    "networks/flux_merge_lora.py": {"lbws", "legacy_ratio"},
+    "networks/extract_lora_from_models.py": {"exact", "factor", "type"},
+    "networks/flux_extract_lora.py": {"exact", "factor", "type"},
     "networks/resize_lora.py": {"svd_lowrank_niter"},  # which came later
     "networks/svd_merge_lora.py": {"clamp_quantile"},
     "finetune/make_captions.py": {"model", "prompt", "skip_existing"},
