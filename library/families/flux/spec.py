@@ -22,6 +22,7 @@ FLUX = ModelKind(
         ),
     ),
 )
+FOLDERS = {"te1": "text_encoder", "te3": "text_encoder_2"}  # of a Diffusers model
 
 SPEC = FamilySpec(
     name="flux",
@@ -38,6 +39,7 @@ SPEC = FamilySpec(
         "embedding": T5_EMBEDDING_GROUPS,
     },
     kinds=(FLUX,),
+    folders={**FOLDERS, "denoiser": "transformer"},
     adapter=EntryPoint("library.families.flux.adapter:FluxFamily"),
     check_paths=EntryPoint("library.families.flux.variants:check_paths"),
     check_text_paths=EntryPoint("library.families.flux.variants:check_text_paths"),

@@ -22,6 +22,7 @@ SPEC = FamilySpec(
         "train_controlnet": "control_net",
     },
     kinds=(SD1, SD2),
+    folders={"te": "text_encoder", "denoiser": "unet"},
     adapter=EntryPoint("library.families.sd.adapter:SdFamily"),
     check_paths=EntryPoint("library.families.sd.variants:check_paths"),
     check_text_paths=EntryPoint("library.families.sd.variants:check_paths"),
