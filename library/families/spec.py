@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.entry_points import EntryPoint
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from library.families.base import Family
+    from library.families.shared.file_model import FileModel
     from library.options.base import OptionGroup, Options
     from library.types import FamilyTraits
 
@@ -53,6 +54,8 @@ class FamilySpec:
     check_text_paths: Callable[[Options], list[str]]  # the same where only text encoders are needed
     missing_encoders: Callable[[Options], list[str]] = lambda opts: []  # one message for each encoder that is not given
     complete_options: Callable[[Options], Options] = lambda opts: opts  # by what the model's file says of its training
+    # The layers of a model's file, or of the own file of the text encoder that the second argument names.
+    file_model: EntryPoint[[Any, str | None], FileModel]
     load_vae: EntryPoint[[Options], nn.Module]  # the VAE alone, as `Loader.load` would return it
 
     def __post_init__(self) -> None:

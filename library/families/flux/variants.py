@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+ORIGINAL_CODE = "https://github.com/black-forest-labs/flux"
 FLAGS = {"te1": "clip_l", "te3": "t5xxl"}  # the option that gives an encoder's file
 TITLES = {"te1": "CLIP-L", "te3": "T5"}
 TOKENIZERS = {"te1": "tokenizer", "te3": "tokenizer_2"}
@@ -263,6 +264,17 @@ def flux_shape(shapes: Shapes) -> FluxShape:
 def _depth(shapes: Shapes, blocks: str) -> int:
     numbers = [int(match[1]) for key in shapes if (match := re.match(rf"{blocks}\.(\d+)\.", key))]
     return 1 + max(numbers, default=-1)
+
+
+def model_facts(variant: str) -> dict[str, Any]:
+    """`Writer.metadata` of a model, without the options of a training."""
+    return {
+        "ss_v2": False,
+        "ss_base_model_version": "flux1",
+        "modelspec.architecture": f"flux-1-{variant}",
+        "modelspec.implementation": ORIGINAL_CODE,
+        "modelspec.resolution": "1024x1024",
+    }
 
 
 def variant(guidance: bool) -> str:

@@ -89,7 +89,6 @@ def load_vae_alone(opts: Options) -> nn.Module:
 def _load_file(name: str, v2: bool, *, with_vae: bool) -> Parts:
     """`with_vae`: False leaves the file's VAE unread, whatever it is."""
     import torch
-    from diffusers import UNet2DConditionModel
 
     vae, vae_specs = None, {}
     path = Path(name)
@@ -100,15 +99,7 @@ def _load_file(name: str, v2: bool, *, with_vae: bool) -> Parts:
             raise UserError(problem)
         reader = Reader(weights, torch.float32)
         level = v2 or has_text_model_level(weights)
-        shape = unet_shape(weights.shapes)
-        keys = unet_map(shape.layers, shape.attention)
-        make = partial(UNet2DConditionModel, **shape.diffusers_config(heads=None if v2 else SD1_HEADS))
-        unet_keys = [key for key in weights if key.startswith(UNET)]
-        denoiser = build(make, keys.to_model(reader.take(unet_keys)), "the U-Net")
-        tensors = text_map(v2, level).to_model(reader.take(text_keys(weights, v2)))
-        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        config = clip_config(shapes, hidden_act="gelu" if v2 else "quick_gelu", pad_id=0 if v2 else 49407)
-        text_encoder = build_clip(tensors, config, "the text encoder")
+        denoiser, text_encoder = unet_of_file(reader, v2), text_encoder_of_file(reader, v2, level)
         if with_vae:
             vae, vae_specs = reading.vae_of_model_file(weights, SCALING_FACTOR)
     tensor_specs = reader.tensor_specs | vae_specs
@@ -124,6 +115,25 @@ def _load_file(name: str, v2: bool, *, with_vae: bool) -> Parts:
         file_kind=reading.file_kind(weights),
     )
     return Parts(denoiser, text_encoder, vae, source)
+
+
+def unet_of_file(reader: Reader, v2: bool) -> nn.Module:
+    """Raises: UserError: the U-Net is incomplete, or of another kind."""
+    from diffusers import UNet2DConditionModel
+
+    shape = unet_shape(reader.weights.shapes)
+    keys = unet_map(shape.layers, shape.attention)
+    make = partial(UNet2DConditionModel, **shape.diffusers_config(heads=None if v2 else SD1_HEADS))
+    unet_keys = [key for key in reader.weights if key.startswith(UNET)]
+    return build(make, keys.to_model(reader.take(unet_keys)), "the U-Net")
+
+
+def text_encoder_of_file(reader: Reader, v2: bool, level: bool) -> nn.Module:
+    """`level`: as `text_map` takes it. Raises: UserError: the text encoder is incomplete."""
+    tensors = text_map(v2, level).to_model(reader.take(text_keys(reader.weights, v2)))
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    config = clip_config(shapes, hidden_act="gelu" if v2 else "quick_gelu", pad_id=0 if v2 else 49407)
+    return build_clip(tensors, config, "the text encoder")
 
 
 # --- Diffusers folders and the hub ------------------------------------------------------------------------------------

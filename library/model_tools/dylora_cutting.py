@@ -1,0 +1,61 @@
+"""The smaller networks inside a DyLoRA file, one file each: networks/extract_lora_from_dylora.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.model_tools.network_io import (
+    ALPHA,
+    DOWN,
+    UP,
+    in_own_names,
+    read_network,
+    require_other_file,
+    scale_of,
+    write_network,
+)
+from library.model_tools.network_metadata import rank_metadata
+from library.options.base import Options
+from library.options.logging import ConsoleOptions
+from library.options.network_tools import DyLoraOptions
+from library.runtime.logs import LOGGER
+from networks.registry import LORA
+
+GROUPS = (DyLoraOptions, ConsoleOptions)
+
+
+def cut_dylora(opts: Options) -> None:
+    """Writes the first --unit, 2 * --unit, ... ranks of --model, below its own. Raises: UserError."""
+    own: DyLoraOptions = opts.dylora
+    target = Path(own.save_to)
+    source = read_network(own.model, [LORA])
+    largest = max(len(entry[DOWN]) for entry in source.entries.values())
+    if own.unit >= largest:
+        raise UserError(f"--unit={own.unit}: must be below the rank of {own.model}, {largest}")
+    for rank in range(own.unit, largest, own.unit):
+        path = target.with_name(f"{target.stem}-{rank:04d}{target.suffix}")
+        require_other_file("--save_to", path, [own.model])
+        entries = {layer: first_ranks(entry, rank) for layer, entry in source.entries.items()}
+        comment = f"first {rank} of {largest} ranks of a DyLoRA; {source.metadata.get('ss_training_comment', '')}"
+        metadata = {**source.metadata, **rank_metadata(entries), "ss_training_comment": comment.removesuffix("; ")}
+        write_network(path, in_own_names(entries, [source]), metadata, None)
+        LOGGER.info("%s", path)
+
+
+def first_ranks(entry: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The first ranks of a layer, with the strength at which they were trained.
+
+    In training, n of r ranks are multiplied by ``alpha / r * sqrt(r / n)``, see `networks.types.dylora`; readers divide
+    alpha by n, so that it is ``alpha * sqrt(n / r)`` here.
+    """
+    whole = len(entry[DOWN])
+    rank = min(rank, whole)
+    alpha = scale_of(entry) * whole * math.sqrt(rank / whole)
+    dtype = entry[ALPHA].dtype if ALPHA in entry and entry[ALPHA].is_floating_point() else torch.float32
+    return {DOWN: entry[DOWN][:rank], UP: entry[UP][:, :rank], ALPHA: torch.tensor(alpha, dtype=dtype)}

@@ -1,0 +1,148 @@
+"""Reads and writes the network files that tools work on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.checkpoints.metadata import finalise
+from library.checkpoints.reading import read_metadata, read_names, read_state_dict
+from library.checkpoints.writing import write_safetensors, write_torch
+from library.errors import UserError
+from library.runtime.files import reason
+from networks.file_names import require_types
+from networks.files import Entries, read
+from networks.layouts import kohya_name
+from networks.registry import TYPES, type_of
+from networks.spec import NetworkType
+from networks.types.functional import effective_alpha
+
+PRECISIONS = {
+    "float": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+DOWN, MID, UP, ALPHA, DORA = "lora_down.weight", "lora_mid.weight", "lora_up.weight", "alpha", "dora_scale"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network file. Tensors are as in the file, under kohya's names; `names` has the file's own by kohya's."""
+
+    path: Path
+    entries: Entries
+    names: Mapping[str, str]
+    metadata: dict[str, str]
+
+
+def read_network(path: str | Path, types: Sequence[NetworkType] = TYPES) -> Source:
+    """Reads a file of these types, in any layout that is known. Its header is looked at before its weights are read.
+
+    Raises: UserError: missing, broken, no network or one of another type, or with values that are no numbers.
+    """
+    path = Path(path)
+    names = read_names(path)
+    if names is not None:
+        require_types(path, names)
+    file = read(path)
+    require_types(path, file.flat())
+    for layer, entry in file.entries.items():
+        if not any(kind.reads(frozenset(entry)) for kind in types):
+            label = getattr(type_of(entry), "label", "unknown")
+            labels = ", ".join(dict.fromkeys(kind.label for kind in types))
+            raise UserError(f"{path}: {layer} is {label}; only {labels} can be used here")
+    for name, tensor in file.flat().items():
+        if not is_finite(tensor):
+            raise UserError(f"{path}: {name} has values that are no numbers (NaN or infinity)")
+    own = read_state_dict(path) if names is None else names
+    return Source(path, file.entries, {kohya_name(name): name for name in own}, read_metadata(path))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are numbers: NaN and infinity stay in a sum, which finite values of no dtype leave."""
+    return bool(torch.isfinite(tensor.double().sum()))
+
+
+def scale_of(entry: Mapping[str, Tensor]) -> float:
+    """Alpha / rank of an entry with LoRA matrices; 1 without alpha."""
+    alpha, rank = entry.get(ALPHA), len(entry[DOWN])
+    return effective_alpha(None if alpha is None else float(alpha), rank) / rank
+
+
+def without_core(entry: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An entry without a core tensor: in Tucker form, core and down matrix become a down matrix with a kernel."""
+    if MID not in entry:
+        return dict(entry)
+    down = torch.einsum("rskl,si->rikl", entry[MID].float(), entry[DOWN].flatten(1).float())
+    return {name: tensor for name, tensor in entry.items() if name != MID} | {DOWN: down}
+
+
+def in_own_names(entries: Entries, sources: Iterable[Source]) -> dict[str, Tensor]:
+    """Tensors under the names that the sources have for them; those of new layers keep kohya's.
+
+    Where no source has a name for a layer's alpha, its layout has none: the scale goes into the up matrix.
+    """
+    names: dict[str, str] = {}
+    for source in sources:
+        names = {**source.names, **names}
+    tensors = {}
+    for layer, entry in entries.items():
+        known = any(name.startswith(f"{layer}.") for name in names)
+        if known and f"{layer}.{ALPHA}" not in names and ALPHA in entry and DOWN in entry:
+            entry = {name: tensor for name, tensor in entry.items() if name != ALPHA} | {
+                UP: entry[UP].float() * scale_of(entry)
+            }
+        for name, tensor in entry.items():
+            tensors[names.get(f"{layer}.{name}", f"{layer}.{name}")] = tensor
+    return tensors
+
+
+def tool_device(name: str | None) -> torch.device:
+    """--device as a device; the CPU where it is not given. Raises: UserError: there is no such device here."""
+    try:
+        device = torch.device(name or "cpu")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise UserError(f"--device={name}: cannot be used here ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def require_other_file(option: str, target: str | Path, sources: Iterable[str | Path]) -> None:
+    """Raises: UserError: `target` is one of the files that are read, or a folder."""
+    target = Path(target)
+    if target.is_dir():
+        raise UserError(f"{option}={target}: this is a folder; give a file name, such as {target / 'new.safetensors'}")
+    for source in sources:
+        if target.exists() and Path(source).exists() and target.samefile(source):
+            raise UserError(f"{option}={target}: would replace a file that is read; give another name")
+
+
+def write_network(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None
+) -> None:
+    """Writes a .safetensors file with its hashes, or a .ckpt/.pt, which has no metadata. An earlier file is replaced
+    when the new one is whole.
+
+    Args: dtype: of every tensor, alpha too; None: as they are.
+    Raises: UserError: a value is too large for the dtype, or the file cannot be written.
+    """
+    path = Path(path)
+    cast = {}
+    for name, tensor in tensors.items():
+        cast[name] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        if not is_finite(cast[name]):
+            raise UserError(f"{path}: {name} has values that are too large for {dtype}; give --save_precision bf16")
+    try:
+        if path.suffix in (".ckpt", ".pt"):
+            write_torch(path, cast)
+        else:
+            write_safetensors(path, cast, finalise(metadata, cast))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({reason(error)})") from error

@@ -1,0 +1,14 @@
+"""Writes a LoRA at another rank. Guide: docs/model_tools.md"""
+
+import sys
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
+
+from library.model_tools.resizing import GROUPS, resize_lora
+from library.preparation.common.script import run_script
+
+if __name__ == "__main__":
+    run_script(resize_lora, GROUPS, description=str(__doc__))
