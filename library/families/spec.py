@@ -45,9 +45,8 @@ class FamilySpec:
     # declare here LargeModelOptions, TextCacheOptions and how their blocks are swapped.
     groups: Mapping[str, tuple[type[OptionGroup], ...]] = field(default_factory=dict)
     kinds: tuple[ModelKind, ...]  # of the files of its models
-    folders: Mapping[
-        str, str
-    ]  # part -> sub-folder of a Diffusers model, which is also its name in diffusers' pipelines
+    # Part -> sub-folder of a Diffusers model, which is also its name in diffusers' pipelines.
+    folders: Mapping[str, str]
     adapter: EntryPoint[[Options], Family]
     # Problems with the files that the options name, as far as names, headers and small JSON files show them.
     check_paths: Callable[[Options], list[str]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.families.shared.reading import error_prefix
 from library.model_tools.output import require_output, write_tensors
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from library.checkpoints.keymap import Entry
     from library.model_tools.output import FileTensors
 
-    Describe = Callable[[str, dict[str, tuple[int, ...]]], list[Entry]]
+    Describe = Callable[[str, dict[str, tuple[int, ...]]], tuple[list[Entry], dict[str, Any]]]
 
 GROUPS = (BundleOptions, ConsoleOptions)
 
@@ -30,7 +30,7 @@ def bundle(describe: Describe, prefixes: Mapping[str, str], opts: Options) -> No
     A part that --dit holds too is taken from the file of its own.
 
     Args:
-        describe: from an option and the shapes of its file's tensors to what they are in the bundle.
+        describe: from an option and the shapes of its file's tensors to what they are in the bundle, and its facts.
         prefixes: of the parts' names in the bundle by option, the denoiser's first.
     Raises: UserError: missing, broken, something else, or a result that cannot be written.
     """
@@ -40,12 +40,12 @@ def bundle(describe: Describe, prefixes: Mapping[str, str], opts: Options) -> No
     dtype = dtype_of(chosen.save_precision)
     device = require_device(chosen.device if dtype is not None else "cpu")
     tensors: FileTensors = {}
-    metadata: Mapping[str, str] = {}
+    facts: dict[str, Any] = {}
     for option, name in given.items():
         with error_prefix(f"--{option}"), error_prefix(name):
             file = WeightFile(name)
-            entries = describe(option, {key: file.shape(key) for key in file.keys})
-        metadata = metadata or file.metadata
+            entries, known = describe(option, {key: file.shape(key) for key in file.keys})
+        facts |= known
         replaced = [key for key in tensors if key.startswith(prefixes[option])]
         if replaced:
             LOGGER.info("--%s: in place of %d tensors of %s", option, len(replaced), given[next(iter(given))])
@@ -54,4 +54,4 @@ def bundle(describe: Describe, prefixes: Mapping[str, str], opts: Options) -> No
     for option, prefix in prefixes.items():
         if not any(key.startswith(prefix) for key in tensors):
             LOGGER.info("without %s: programs will ask for a file of its own", option)
-    write_tensors(path, tensors, modelspec(path, metadata, {}), desc="bundling")
+    write_tensors(path, tensors, modelspec(path, facts, {}), desc="bundling")

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from library.checkpoints.keymap import Entry, Rename, first_few
 from library.errors import UserError
 from library.families.sd3.keymap import ENCODERS, MMDIT, mmdit_map
 from library.families.sd3.loading import CHANNELS
 from library.families.sd3.spec import SD3
-from library.families.sd3.variants import FLAGS, encoder_prefix, encoder_problem, mmdit_prefix, mmdit_shape
+from library.families.sd3.variants import (
+    FLAGS,
+    ORIGINAL_CODE,
+    encoder_prefix,
+    encoder_problem,
+    mmdit_prefix,
+    mmdit_shape,
+    model_facts,
+    variant,
+)
 from library.families.shared.recognition import recognise, vae_kind_problem
 from library.families.shared.vae import NO_VAE, VAE, VAE_PARTS, file_entries
 
@@ -21,8 +31,8 @@ _PARTS = {option: part for part, option in FLAGS.items()}
 _ALONE = Rename("{rest}", "{rest}")  # the tensor is the same
 
 
-def bundle_entries(option: str, shapes: Shapes) -> list[Entry]:
-    """What a file gives to the bundle: names there, and names in the file.
+def bundle_entries(option: str, shapes: Shapes) -> tuple[list[Entry], dict[str, Any]]:
+    """What a file gives to the bundle, names there and names in the file; and modelspec.* values of the whole.
 
     Args:
         option: that of `PREFIXES` which gives the file. The denoiser's file gives all that it holds, other parts too.
@@ -32,27 +42,29 @@ def bundle_entries(option: str, shapes: Shapes) -> list[Entry]:
     if option == "dit":
         return _denoiser_entries(shapes)
     if option == "vae":
-        return _vae_entries(shapes)
+        return _vae_entries(shapes), {}
     part = _PARTS[option]
     problem = encoder_problem(shapes, part)
     if problem:
         raise UserError(problem)
     inside = encoder_prefix(shapes, part) or ""
-    return _moved((key for key in shapes if key.startswith(inside)), inside, ENCODERS[part])
+    return _moved((key for key in shapes if key.startswith(inside)), inside, ENCODERS[part]), {}
 
 
-def _denoiser_entries(shapes: Shapes) -> list[Entry]:
+def _denoiser_entries(shapes: Shapes) -> tuple[list[Entry], dict[str, Any]]:
     kind = recognise(shapes)
     if kind != SD3:
         raise UserError(f"this is {kind}; the denoiser of a Stable Diffusion 3 model is needed here")
     prefix = mmdit_prefix(shapes)
     others = [key for key in shapes if key.startswith((VAE, *ENCODERS.values())) or not key.startswith(prefix)]
     own = [key for key in shapes if key not in set(others)]
-    keys = mmdit_map(mmdit_shape(shapes, prefix).depth, prefix)
+    shape = mmdit_shape(shapes, prefix)
+    keys = mmdit_map(shape.depth, prefix)
     unknown = [key for key in own if keys.by_file(key) is None]
     if unknown:
         raise UserError(f"{len(unknown)} tensors have unknown names: {first_few(unknown)}")
-    return _moved(own, prefix, MMDIT) + _moved(others, "", "")
+    facts = model_facts(variant(dual=bool(shape.dual), qk_norm=shape.qk_norm))
+    return _moved(own, prefix, MMDIT) + _moved(others, "", ""), {**facts, "modelspec.implementation": ORIGINAL_CODE}
 
 
 def _vae_entries(shapes: Shapes) -> list[Entry]:
