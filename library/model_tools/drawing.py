@@ -53,7 +53,7 @@ def draw(opts: Options) -> None:
 
     chosen = opts.drawing
     device = require_device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pipeline = load_pipeline(chosen.model_id, torch.float16 if device.type == "cuda" else torch.float32)
+    pipeline = load_pipeline("--model_id", chosen.model_id, torch.float16 if device.type == "cuda" else torch.float32)
     family = family_of_pipeline(pipeline)
     wrong = [name for name in _SWITCHES if getattr(opts.expected, name) and name != family]
     if wrong:
@@ -71,18 +71,21 @@ def draw(opts: Options) -> None:
     LOGGER.info("wrote %s", chosen.output)
 
 
-def load_pipeline(name: str, dtype: Any) -> DiffusionPipeline:
-    """The pipeline of a Diffusers folder or hub id, on the CPU. Raises: UserError: it cannot be loaded."""
+def load_pipeline(flag: str, name: str, dtype: Any) -> DiffusionPipeline:
+    """The pipeline of a Diffusers folder or hub id, on the CPU. Raises: UserError: it cannot be loaded.
+
+    Args: flag: the option that gives its name.
+    """
     from diffusers import DiffusionPipeline
 
     path = Path(name)
     if path.is_file():
         raise UserError(
-            f"--model_id: {name} is a file; give a Diffusers folder (for SD 1.x and 2.x "
+            f"{flag}: {name} is a file; give a Diffusers folder (for SD 1.x and 2.x "
             "tools/convert_diffusers20_original_sd.py makes one)"
         )
     try:
         return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, local_files_only=path.is_dir())
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--model_id: {name} cannot be loaded ({first})") from None
+        raise UserError(f"{flag}: {name} cannot be loaded ({first})") from None

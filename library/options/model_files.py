@@ -171,3 +171,32 @@ class DrawingOptions(OptionGroup, group="drawing", title="Image"):
         yield from (f"--{name} is required" for name in ("model_id", "lora_weights") if getattr(self, name) is None)
         if not self.output.lower().endswith(".png"):
             yield f"--output: must end in .png, got {self.output}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpscalingOptions(OptionGroup, group="upscaling", title="Upscaling"):
+    vae_path: str | None = opt(
+        None, "VAE to encode and decode with: a file, a Diffusers folder or a model that has one; by default --weights'"
+    )
+    weights: str | None = opt(
+        None,
+        "Diffusers folder or hub id of a latent upscaler (StableDiffusionLatentUpscalePipeline, such as "
+        "stabilityai/sd-x2-latent-upscaler); weight files of other upscalers cannot be read",
+    )
+    image_pattern: str | None = opt(None, "the images, such as 'images/*.png'; in quotes, or the shell expands it")
+    output_dir: str = opt(".", "folder for the results, <name>.png; made if missing")
+    batch_size: int = opt(4, "images of one size that are upscaled together", at_least=1)
+    vae_batch_size: int = opt(1, "images that are encoded and decoded together", at_least=1)
+    debug: bool = opt(False, "also write <name>_vae.png, the image as the VAE alone gives it back")
+    steps: int = opt(20, "number of sampling steps", at_least=1)
+    seed: int = opt(0, "seed of each image's noise", at_least=0)
+    device: str | None = opt(None, "where images are made; by default cuda where there is a GPU, else cpu")
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if self.weights is None:
+            yield (
+                "--weights is required: the Diffusers folder of a latent upscaler, such as that of "
+                "stabilityai/sd-x2-latent-upscaler"
+            )
+        if self.image_pattern is None:
+            yield "--image_pattern is required: the images, such as 'images/*.png'"
