@@ -160,8 +160,8 @@ class DrawingOptions(OptionGroup, group="drawing", title="Image"):
     model_id: str | None = opt(None, "Diffusers folder or hub id of the model")
     lora_weights: str | None = opt(None, "network file, of any type and layout", exists="file")
     multiplier: float = opt(1.0, "strength of the network")
-    prompt: str = opt("A photo of cat", "prompt")
-    negative_prompt: str = opt("", "negative prompt, for models with classifier-free guidance")
+    prompt: str = opt("A photo of cat", "what the image shows")
+    negative_prompt: str = opt("", "what it does not show, for models with classifier-free guidance")
     seed: int = opt(0, "seed of the image")
     steps: int = opt(30, "number of sampling steps", at_least=1)
     output: str = opt("image.png", "the image file to write, .png")
@@ -200,3 +200,19 @@ class UpscalingOptions(OptionGroup, group="upscaling", title="Upscaling"):
             )
         if self.image_pattern is None:
             yield "--image_pattern is required: the images, such as 'images/*.png'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(OptionGroup, group="verify", title="What is verified"):
+    network: str | None = opt(None, "network file, of any type and layout", positional=True)
+    model: str | None = opt(None, "model that it is for: a file or Diffusers folder; with it changes are relative")
+    clip_l: str | None = opt(None, "file of CLIP-L, where the model's file has none", only_with=("model",))
+    clip_g: str | None = opt(None, "file of CLIP-G, where the model's file has none", only_with=("model",))
+    t5xxl: str | None = opt(None, "file of T5, where the model's file has none", only_with=("model",))
+    plot: str | None = opt(None, "also draw the changes by block into this file, .png")
+    json: str | None = opt(None, "also write all findings, layer by layer, to this file")
+    show_layers: bool = opt(False, "print a line for each layer, too")
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if self.plot is not None and not self.plot.lower().endswith(".png"):
+            yield f"--plot: must end in .png, got {self.plot}"
