@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.keymap import Entry, SwapHalves
-from library.checkpoints.reading import open_weights
 from library.checkpoints.scaled import is_scale, scale_of
 from library.checkpoints.writing import Deferred
 from library.errors import UserError
 from library.families.registry import FAMILIES
 from library.families.shared.file_model import FileModel, FilePart
-from library.families.shared.reading import Reader, error_prefix
+from library.families.shared.reading import Reader, error_prefix, open_model
 from library.families.shared.recognition import FAMILY_OF, recognise
 from library.types import Models
 from networks.targets import rows_of, weight_shape
@@ -90,6 +89,10 @@ class ModelFile:
         """Whether all modules of the layer have a tensor of this name, "weight" or "bias"."""
         return len(self._pieces(target, name)) == len(target.modules)
 
+    def names(self, target: LoraTarget) -> list[str]:
+        """The names of the tensors in the file in which the layer's weight is."""
+        return list(dict.fromkeys(piece.entry.file for piece in self._pieces(target, "weight")))
+
     def weight(self, target: LoraTarget, name: str = "weight") -> Tensor:
         """A layer's weight, or its "bias", in float32: rows over all its modules, in the order of network files.
 
@@ -132,8 +135,8 @@ class ModelFile:
         if not changes:
             if kept == own:
                 return Deferred(own, shape, lambda: self.weights[key])
-            return Deferred(kept, shape, lambda: _cast(self._read(key), kept, key))
-        return Deferred(kept, shape, lambda: _cast(self._changed(key, changes).reshape(shape), kept, key))
+            return Deferred(kept, shape, lambda: _cast(self._read(key), kept))
+        return Deferred(kept, shape, lambda: _cast(self._changed(key, changes).reshape(shape), kept))
 
     def _changed(self, key: str, changes: list[tuple[LoraTarget, str, Edit]]) -> Tensor:
         """A tensor of the file with its changes, in float32."""
@@ -182,7 +185,7 @@ def open_model_file(path: str | Path, families: Collection[str], *, encoder: str
     """
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; give a single file (tools/ has converters from Diffusers folders)")
-    weights = open_weights(path)
+    weights = open_model(Path(path), mapped=False)  # what is read of a mapped file stays in memory
     with error_prefix(path), torch.device("meta"):
         shapes: Weights = _Shapes(weights)  # type: ignore[assignment]
         kind = recognise(weights)
@@ -208,13 +211,8 @@ def _swapped(tensor: Tensor) -> Tensor:
     return tensor.roll(len(tensor) // 2, 0)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
-    """Raises: UserError: values that the dtype cannot hold."""
-    limit = torch.finfo(dtype).max
-    if dtype.itemsize == 1:
-        tensor = tensor.clamp(-limit, limit)  # torch would make what is larger no number at all
-    cast = tensor.to(dtype)
-    if dtype.itemsize > 1 and not bool(torch.isfinite(cast).all()) and bool(torch.isfinite(tensor).all()):
-        name = str(dtype).removeprefix("torch.")
-        raise UserError(f"{key}: holds values beyond {limit:g}, the largest number of {name}; save in bf16 or float")
-    return cast
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype.itemsize == 1:  # of what is too large torch would make no number at all
+        limit = torch.finfo(dtype).max
+        tensor = tensor.clamp(-limit, limit)
+    return tensor.to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from library.entry_points import EntryPoint
 from library.families.flux.options import TRAITS, FluxOptions
+from library.families.flux.tools import FluxExtractOptions, FluxMergeOptions
 from library.families.spec import FamilySpec, ModelKind
 from library.options.embedding import T5_EMBEDDING_GROUPS
 from library.options.finetune import DENOISER_ONLY_GROUPS
@@ -38,6 +39,7 @@ SPEC = FamilySpec(
         "finetune": DENOISER_ONLY_GROUPS,
         "embedding": T5_EMBEDDING_GROUPS,
     },
+    tools={"flux_merge_lora": FluxMergeOptions, "flux_extract_lora": FluxExtractOptions},
     kinds=(FLUX,),
     folders={**FOLDERS, "denoiser": "transformer"},
     adapter=EntryPoint("library.families.flux.adapter:FluxFamily"),

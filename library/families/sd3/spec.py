@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from library.entry_points import EntryPoint
 from library.families.sd3.options import TRAITS, Sd3Options
+from library.families.sd3.tools import Sd3ExtractOptions, Sd3MergeOptions
 from library.families.spec import FamilySpec, ModelKind
 from library.options.embedding import T5_EMBEDDING_GROUPS
 from library.options.finetune import THREE_ENCODER_GROUPS
@@ -26,6 +27,7 @@ SPEC = FamilySpec(
         "finetune": THREE_ENCODER_GROUPS,
         "embedding": T5_EMBEDDING_GROUPS,
     },
+    tools={"sd3_merge_lora": Sd3MergeOptions, "sd3_extract_lora": Sd3ExtractOptions},
     kinds=(SD3,),
     folders={**FOLDERS, "denoiser": "transformer"},
     adapter=EntryPoint("library.families.sd3.adapter:Sd3Family"),

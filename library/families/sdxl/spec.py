@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from library.entry_points import EntryPoint
 from library.families.sdxl.options import TRAITS, SdxlOptions
+from library.families.sdxl.tools import SdxlMergeOptions
 from library.families.spec import FamilySpec, ModelKind
 from library.options.control_net import LARGE_CONTROL_NET_GROUPS
 from library.options.embedding import TWO_ENCODER_EMBEDDING_GROUPS
@@ -29,6 +30,7 @@ SPEC = FamilySpec(
         "embedding": TWO_ENCODER_EMBEDDING_GROUPS,
         "control_net": LARGE_CONTROL_NET_GROUPS,
     },
+    tools={"sdxl_merge_lora": SdxlMergeOptions},
     kinds=(SDXL,),
     folders={**FOLDERS, "denoiser": "unet"},
     adapter=EntryPoint("library.families.sdxl.adapter:SdxlFamily"),
