@@ -14,6 +14,7 @@ from torch import Tensor
 from library.checkpoints.reading import file_format, read_header, read_state_dict
 from library.errors import UserError
 from networks.file_names import named_format
+from networks.fused import join
 from networks.layouts import kohya_name
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class NetworkFile:
             if name is not None:
                 entry = self.entries[name]
                 live = name not in (target.key, target.alias) and target.swap_halves
-                found[target.key] = _swapped(entry) if live else entry
+                found[target.key] = swapped(entry) if live else entry
                 continue
             pieces = [self.entries.get(name) for name in names_of_pieces(target)]
             if any(pieces):
@@ -92,23 +93,13 @@ class NetworkFile:
 
         Raises: UserError: a piece is no LoRA, and so cannot be put together with others.
         """
-        downs, ups = [], []
-        for piece, module, count in zip(pieces, target.modules, rows, strict=True):
-            if piece is None:
-                ups.append(torch.zeros(count, 0))
-                continue
-            if piece.keys() - {"alpha"} != {"lora_down.weight", "lora_up.weight"}:
+        for piece, module in zip(pieces, target.modules, strict=True):
+            if piece is not None and piece.keys() - {"alpha", "dora_scale"} != {"lora_down.weight", "lora_up.weight"}:
                 raise UserError(f"{self.path}: {module}: only LoRA can be a part of the layer {target.key}")
-            down, up = (piece[f"lora_{side}.weight"].float() for side in ("down", "up"))
-            alpha = float(piece.get("alpha", 0))
-            downs.append(down)
-            ups.append(up * (alpha / len(down) if alpha else 1.0))
-        down = torch.cat(downs)
-        return {
-            "lora_down.weight": down,
-            "lora_up.weight": torch.block_diag(*ups),
-            "alpha": torch.tensor(float(len(down))),
-        }
+        try:
+            return join(pieces, rows, share=False)
+        except UserError as error:
+            raise UserError(*(f"{self.path}: {target.key}: {problem}" for problem in error.problems)) from error
 
 
 def read(path: str | Path) -> NetworkFile:
@@ -122,8 +113,9 @@ def read(path: str | Path) -> NetworkFile:
         layer, dot, rest = kohya_name(name).partition(".")
         if not dot:
             raise UserError(f"{path}: holds {name}, so it is no file of a network.{named_format(tensors)}")
-        if rest == "dora_scale" and tensor.dim() == 1:
-            tensor = tensor[:, None]  # PEFT has the magnitudes of rows as a vector
+        if rest == "dora_scale" and (tensor.dim() == 1 or "lora_magnitude_vector" in name):
+            # PEFT has the magnitudes of rows as a vector, those of convolutions as (1, out, 1, 1).
+            tensor = tensor.reshape(-1, *[1] * max(tensor.dim() - 1, 1))
         entries.setdefault(layer, {})[rest] = tensor
     for layer, alpha in _alphas(path, entries).items():
         entries[layer]["alpha"] = torch.tensor(alpha)
@@ -131,7 +123,7 @@ def read(path: str | Path) -> NetworkFile:
 
 
 def _alphas(path: str | Path, entries: Entries) -> dict[str, float]:
-    """Of layers without one, by the metadata that diffusers writes: alphas of parts, and of single layers."""
+    """Of layers without one, by the metadata that diffusers writes: alphas of parts, and of single layers in them."""
     lacking = [layer for layer, entry in entries.items() if "lora_down.weight" in entry and "alpha" not in entry]
     if not lacking or file_format(path) != "safetensors":
         return {}
@@ -139,21 +131,31 @@ def _alphas(path: str | Path, entries: Entries) -> dict[str, float]:
         config = json.loads(read_header(path)[0].get(ADAPTER_METADATA, "{}"))
     except ValueError:
         return {}
-    by_part = {
-        kohya_name(f"{name.removesuffix('.lora_alpha')}.x.alpha").removesuffix("x.alpha"): float(value)
-        for name, value in config.items()
-        if name.endswith(".lora_alpha") and isinstance(value, (int, float))
-    }
+    alphas: dict[str, float] = {}  # by beginnings of layers' names, those of single layers first
+    for name, patterns in config.items():
+        if name.endswith(".alpha_pattern") and isinstance(patterns, dict):
+            part = name.removesuffix("alpha_pattern")
+            # With and without the level of CLIP that transformers' newer classes do not have.
+            for level in ("", "text_model."):
+                alphas |= {_beginning(f"{part}{level}{path}"): value for path, value in patterns.items()}
+    for name, value in config.items():
+        if name.endswith(".lora_alpha"):
+            alphas.setdefault(_beginning(f"{name.removesuffix('.lora_alpha')}.x").removesuffix("x."), value)
     rslora = any(value is True for name, value in config.items() if name.endswith(".use_rslora"))
     found = {}
     for layer in lacking:
-        alpha = next((value for part, value in by_part.items() if layer.startswith(part)), None)
-        if alpha is not None:
+        alpha = next((value for start, value in alphas.items() if f"{layer}.".startswith(start)), None)
+        if isinstance(alpha, int | float):
             found[layer] = alpha * (len(entries[layer]["lora_down.weight"]) ** 0.5 if rslora else 1)
     return found
 
 
-def _swapped(entry: dict[str, Tensor]) -> dict[str, Tensor]:
+def _beginning(path: str) -> str:
+    """A path in a file of diffusers as kohya's name for a layer, with the dot behind it."""
+    return kohya_name(f"{path}.alpha").removesuffix("alpha")
+
+
+def swapped(entry: dict[str, Tensor]) -> dict[str, Tensor]:
     """An entry whose rows are in the order of the live module, in that of files."""
     rows = [name for name in ("lora_up.weight", "dora_scale", "diff", "diff_b") if name in entry]
     return {**entry, **{name: entry[name].roll(len(entry[name]) // 2, 0) for name in rows}}

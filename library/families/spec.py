@@ -11,6 +11,7 @@ from library.entry_points import EntryPoint
 if TYPE_CHECKING:
     from torch import nn
 
+    from library.checkpoints.layer_names import PartNames
     from library.families.base import Family
     from library.families.shared.file_model import FileModel
     from library.options.base import OptionGroup, Options
@@ -54,6 +55,9 @@ class FamilySpec:
     check_text_paths: Callable[[Options], list[str]]  # the same where only text encoders are needed
     missing_encoders: Callable[[Options], list[str]] = lambda opts: []  # one message for each encoder that is not given
     complete_options: Callable[[Options], Options] = lambda opts: opts  # by what the model's file says of its training
+    # The parts of the model with the names of their layers in network files. What a file shows of the sizes of its
+    # layers, {kohya's name: (outputs, inputs)}, says which variant it is of.
+    layer_names: EntryPoint[[Mapping[str, tuple[int, int]]], tuple[PartNames, ...]]
     # The layers of a model's file, or of the own file of the text encoder that the second argument names.
     file_model: EntryPoint[[Any, str | None], FileModel]
     load_vae: EntryPoint[[Options], nn.Module]  # the VAE alone, as `Loader.load` would return it

@@ -13,14 +13,15 @@ from library.errors import UserError
 from library.model_tools.network_io import (
     ALPHA,
     DOWN,
+    ENDINGS,
     UP,
     in_own_names,
     read_network,
-    require_other_file,
     scale_of,
     write_network,
 )
 from library.model_tools.network_metadata import rank_metadata
+from library.model_tools.output import require_output
 from library.options.base import Options
 from library.options.logging import ConsoleOptions
 from library.options.network_tools import DyLoraOptions
@@ -40,7 +41,7 @@ def cut_dylora(opts: Options) -> None:
         raise UserError(f"--unit={own.unit}: must be below the rank of {own.model}, {largest}")
     for rank in range(own.unit, largest, own.unit):
         path = target.with_name(f"{target.stem}-{rank:04d}{target.suffix}")
-        require_other_file("--save_to", path, [own.model])
+        require_output("--save_to", path, [own.model], ENDINGS)
         entries = {layer: first_ranks(entry, rank) for layer, entry in source.entries.items()}
         comment = f"first {rank} of {largest} ranks of a DyLoRA; {source.metadata.get('ss_training_comment', '')}"
         metadata = {**source.metadata, **rank_metadata(entries), "ss_training_comment": comment.removesuffix("; ")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from library.checkpoints.metadata import finalise
 from library.checkpoints.reading import read_metadata, read_names, read_state_dict
 from library.checkpoints.writing import write_safetensors, write_torch
 from library.errors import UserError
+from library.model_tools.output import require_finite, require_room
 from library.runtime.files import reason
 from networks.file_names import require_types
 from networks.files import Entries, read
@@ -21,14 +23,7 @@ from networks.registry import TYPES, type_of
 from networks.spec import NetworkType
 from networks.types.functional import effective_alpha
 
-PRECISIONS = {
-    "float": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
+ENDINGS = (".safetensors", ".ckpt", ".pt")  # of files that are written; the last two have no metadata
 DOWN, MID, UP, ALPHA, DORA = "lora_down.weight", "lora_mid.weight", "lora_up.weight", "alpha", "dora_scale"
 
 
@@ -59,15 +54,9 @@ def read_network(path: str | Path, types: Sequence[NetworkType] = TYPES) -> Sour
             labels = ", ".join(dict.fromkeys(kind.label for kind in types))
             raise UserError(f"{path}: {layer} is {label}; only {labels} can be used here")
     for name, tensor in file.flat().items():
-        if not is_finite(tensor):
-            raise UserError(f"{path}: {name} has values that are no numbers (NaN or infinity)")
+        require_finite(f"{path}: {name}", tensor)
     own = read_state_dict(path) if names is None else names
     return Source(path, file.entries, {kohya_name(name): name for name in own}, read_metadata(path))
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are numbers: NaN and infinity stay in a sum, which finite values of no dtype leave."""
-    return bool(torch.isfinite(tensor.double().sum()))
 
 
 def scale_of(entry: Mapping[str, Tensor]) -> float:
@@ -84,10 +73,21 @@ def without_core(entry: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in entry.items() if name != MID} | {DOWN: down}
 
 
+def folded(entry: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """LoRA without alpha: its scale is in both matrices, in up as a power of two. Dtypes stay."""
+    scale = scale_of(entry)
+    upper = 2.0 ** round(math.log2(abs(scale)) / 2)
+    factors = {UP: upper, DOWN: scale / upper}
+    found = {name: tensor for name, tensor in entry.items() if name != ALPHA}
+    if scale != 1:
+        found |= {name: (entry[name].float() * factor).to(entry[name].dtype) for name, factor in factors.items()}
+    return found
+
+
 def in_own_names(entries: Entries, sources: Iterable[Source]) -> dict[str, Tensor]:
     """Tensors under the names that the sources have for them; those of new layers keep kohya's.
 
-    Where no source has a name for a layer's alpha, its layout has none: the scale goes into the up matrix.
+    Where no source has a name for a layer's alpha, its layout has none: the scale goes into the matrices.
     """
     names: dict[str, str] = {}
     for source in sources:
@@ -95,33 +95,11 @@ def in_own_names(entries: Entries, sources: Iterable[Source]) -> dict[str, Tenso
     tensors = {}
     for layer, entry in entries.items():
         known = any(name.startswith(f"{layer}.") for name in names)
-        if known and f"{layer}.{ALPHA}" not in names and ALPHA in entry and DOWN in entry:
-            entry = {name: tensor for name, tensor in entry.items() if name != ALPHA} | {
-                UP: entry[UP].float() * scale_of(entry)
-            }
+        if known and f"{layer}.{ALPHA}" not in names and DOWN in entry:
+            entry = folded(entry)
         for name, tensor in entry.items():
             tensors[names.get(f"{layer}.{name}", f"{layer}.{name}")] = tensor
     return tensors
-
-
-def tool_device(name: str | None) -> torch.device:
-    """--device as a device; the CPU where it is not given. Raises: UserError: there is no such device here."""
-    try:
-        device = torch.device(name or "cpu")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise UserError(f"--device={name}: cannot be used here ({str(error).splitlines()[0]})") from error
-    return device
-
-
-def require_other_file(option: str, target: str | Path, sources: Iterable[str | Path]) -> None:
-    """Raises: UserError: `target` is one of the files that are read, or a folder."""
-    target = Path(target)
-    if target.is_dir():
-        raise UserError(f"{option}={target}: this is a folder; give a file name, such as {target / 'new.safetensors'}")
-    for source in sources:
-        if target.exists() and Path(source).exists() and target.samefile(source):
-            raise UserError(f"{option}={target}: would replace a file that is read; give another name")
 
 
 def write_network(
@@ -137,12 +115,12 @@ def write_network(
     cast = {}
     for name, tensor in tensors.items():
         cast[name] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        if not is_finite(cast[name]):
-            raise UserError(f"{path}: {name} has values that are too large for {dtype}; give --save_precision bf16")
+        require_finite(f"{path}: {name}", cast[name])
+    require_room(path, sum(tensor.nbytes for tensor in cast.values()))
     try:
-        if path.suffix in (".ckpt", ".pt"):
-            write_torch(path, cast)
-        else:
+        if path.suffix.lower() == ".safetensors":
             write_safetensors(path, cast, finalise(metadata, cast))
+        else:
+            write_torch(path, cast)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({reason(error)})") from error

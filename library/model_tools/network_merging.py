@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,18 +22,19 @@ from library.model_tools.network_io import (
     ALPHA,
     DORA,
     DOWN,
+    ENDINGS,
     MID,
-    PRECISIONS,
     UP,
     Source,
     in_own_names,
     read_network,
-    require_other_file,
     scale_of,
     without_core,
     write_network,
 )
-from library.model_tools.network_metadata import merged_metadata, recipe_of_networks
+from library.model_tools.network_metadata import merged_metadata, recipe
+from library.model_tools.output import require_output
+from library.model_tools.weights import dtype_of
 from library.runtime.logs import LOGGER, progress
 from networks.files import Entries
 from networks.registry import FULL, NORM, type_of
@@ -115,17 +115,17 @@ def merge_networks(
         save_precision: of the file; None: `precision`.
     Raises: UserError: numbers of files and ratios differ, files that cannot be added up, or an unusable `save_to`.
     """
-    require_other_file("--save_to", save_to, models)
+    require_output("--save_to", save_to, models, ENDINGS)
     weights = weights or [None] * len(models)
     sources = read_sources(models, ratios, weights)
     way = f"{'legacy ' if legacy_ratio else ''}{'concat' if concat else 'sum'}"
     combine = partial(_legacy, concat=concat) if legacy_ratio else partial(_combined, concat=concat)
-    entries = merged(sources, ratios, weights, combine, PRECISIONS[precision])
+    entries = merged(sources, ratios, weights, combine, dtype_of(precision))
     if shuffle:
         entries = {layer: _shuffled(entry) for layer, entry in entries.items()}
-    made = recipe_of_networks(way, models, ratios, weights)
-    metadata = merged_metadata(sources, entries, made, Path(save_to).stem, no_metadata=no_metadata)
-    write_network(save_to, in_own_names(entries, sources), metadata, PRECISIONS[save_precision or precision])
+    made = recipe(way, models, ratios, weights)
+    metadata = merged_metadata(sources, entries, made, save_to, no_metadata=no_metadata)
+    write_network(save_to, in_own_names(entries, sources), metadata, dtype_of(save_precision or precision))
     LOGGER.info("%s: %d layers of %d files", save_to, len(entries), len(models))
 
 

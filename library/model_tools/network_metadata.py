@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from library import version
-from library.checkpoints.hashes import file_hash
 from library.checkpoints.metadata import minimal
 from library.model_tools.block_weights import BlockWeights
 from library.model_tools.network_io import DOWN, Source, scale_of
+from library.model_tools.recipes import file_hashes, modelspec
 from library.runtime.logs import LOGGER
 from networks.files import Entries
 
@@ -24,7 +21,6 @@ DYNAMIC = "Dynamic"  # in place of a number where layers differ
 _SHARED = (
     "ss_v2",
     "ss_base_model_version",
-    "modelspec.sai_model_spec",
     "modelspec.architecture",
     "modelspec.implementation",
     "modelspec.prediction_type",
@@ -33,63 +29,36 @@ _SHARED = (
 _BASE_MODEL = ("ss_v2", "ss_base_model_version")
 
 
-def recipe(kind: str, inputs: Iterable[Mapping[str, Any]]) -> str:
-    """What a file was made from, as JSON: ``{"type": kind, "models": [...]}``.
+def recipe(kind: str, models: Sequence[str], ratios: Sequence[float], weights: Sequence[BlockWeights | None]) -> str:
+    """What a file was merged from, as JSON: ``{"type": kind, "models": [...]}``.
 
-    Args: inputs: for each file its "path" and what else is to be noted, such as "ratio". Names are written without
-        folders, with the sha256 of the whole file.
+    Each model has its "name" without folders, the "sha256" of its file, "ratio", and "lbw" where it had block weights.
     """
-    models = []
-    for facts in inputs:
-        path = Path(facts["path"])
-        others = {name: value for name, value in facts.items() if name != "path" and value is not None}
-        models.append({"name": path.name, "sha256": file_hash(path), **others})
-    return json.dumps({"type": kind, "models": models})
-
-
-def recipe_of_networks(
-    kind: str, models: Sequence[str], ratios: Sequence[float], weights: Sequence[BlockWeights | None]
-) -> str:
-    """The `recipe` of a merge of network files."""
-    return recipe(
-        kind,
-        (
-            {"path": path, "ratio": ratio, "lbw": weight and weight.text}
-            for path, ratio, weight in zip(models, ratios, weights, strict=True)
-        ),
-    )
+    inputs = []
+    for path, sha256, ratio, weight in zip(models, file_hashes(list(map(Path, models))), ratios, weights, strict=True):
+        inputs.append({"name": Path(path).name, "sha256": sha256, "ratio": ratio})
+        if weight is not None:
+            inputs[-1]["lbw"] = weight.text
+    return json.dumps({"type": kind, "models": inputs})
 
 
 def merged_metadata(
-    sources: Sequence[Source], entries: Entries, made: str, title: str, *, no_metadata: bool
+    sources: Sequence[Source], entries: Entries, made: str, path: str | Path, *, no_metadata: bool
 ) -> dict[str, str]:
     """The metadata of a file made from several, without its hashes.
 
     Args:
         entries: what is in the new file.
         made: its `recipe`.
-        title: its name.
+        path: the new file.
         no_metadata: only type, base model, modelspec and hashes.
     """
-    metadata = _shared([source.metadata for source in sources])
+    shared = _shared([source.metadata for source in sources])
+    titles = ", ".join(source.metadata.get("modelspec.title") or source.path.stem for source in sources)
+    metadata = {key: value for key, value in shared.items() if key.startswith("ss_")}
     metadata |= {"ss_network_module": "networks.lora", **rank_metadata(entries), RECIPE: made}
-    metadata |= spec_of_merge(metadata, [(source.path, source.metadata) for source in sources], title)
+    metadata |= modelspec(Path(path), shared, {"merged_from": titles})
     return minimal(metadata) if no_metadata else metadata
-
-
-def spec_of_merge(
-    metadata: Mapping[str, str], sources: Iterable[tuple[Path, Mapping[str, str]]], title: str
-) -> dict[str, str]:
-    """The modelspec.* keys that a merge has of its own; empty where its `metadata` does not say what it is."""
-    if "modelspec.architecture" not in metadata:
-        return {}
-    names = [values.get("modelspec.title", path.stem) for path, values in sources]
-    return {
-        "modelspec.title": title,
-        "modelspec.date": datetime.now().replace(microsecond=0).isoformat(),
-        "modelspec.implementation_version": f"{version.NAME}/{version.VERSION}",
-        "modelspec.merged_from": ", ".join(names),
-    }
 
 
 def rank_metadata(entries: Entries) -> dict[str, str]:

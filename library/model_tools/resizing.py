@@ -18,18 +18,18 @@ from library.model_tools import low_rank
 from library.model_tools.network_io import (
     ALPHA,
     DOWN,
-    PRECISIONS,
+    ENDINGS,
     UP,
     in_own_names,
     read_network,
-    require_other_file,
     scale_of,
-    tool_device,
     without_core,
     write_network,
 )
 from library.model_tools.network_merging import named
 from library.model_tools.network_metadata import DYNAMIC, is_plain, rank_metadata
+from library.model_tools.output import require_output
+from library.model_tools.weights import dtype_of, require_device
 from library.options.base import Options
 from library.options.logging import ConsoleOptions
 from library.options.network_tools import ResizeOptions
@@ -61,8 +61,8 @@ class Report:
 def resize_lora(opts: Options) -> None:
     """Writes --model at the ranks of the options to --save_to. Raises: UserError: a file that cannot be resized."""
     own: ResizeOptions = opts.resize
-    device = tool_device(own.device)
-    require_other_file("--save_to", own.save_to, [own.model])
+    device = require_device(own.device or "cpu")
+    require_output("--save_to", own.save_to, [own.model], ENDINGS)
     source = read_network(own.model, TYPES)
     if not any(DOWN in entry for entry in source.entries.values()):
         raise UserError(f"{own.model}: none of its layers has a rank; there is nothing to resize")
@@ -72,7 +72,7 @@ def resize_lora(opts: Options) -> None:
     if len(reports) < len(entries):
         LOGGER.info("%d layers have no rank and stay as they were", len(entries) - len(reports))
     metadata = _metadata(source.metadata, source.entries, entries, own)
-    write_network(own.save_to, in_own_names(entries, [source]), metadata, PRECISIONS[own.save_precision or "float"])
+    write_network(own.save_to, in_own_names(entries, [source]), metadata, dtype_of(own.save_precision or "float"))
     kept = [report.kept_norm for report in reports.values()]
     ranks = sorted({report.new_rank for report in reports.values()})
     shown = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else str(*ranks)

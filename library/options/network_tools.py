@@ -94,3 +94,46 @@ class DyLoraOptions(OptionGroup, group="dylora", title="Cutting a DyLoRA file"):
 class CheckWeightsOptions(OptionGroup, group="check_weights", title="File"):
     file: str | None = opt(None, "network file", positional=True)
     show_all_keys: bool = opt(False, "show every tensor, not only the matrices")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(OptionGroup, group="convert", title="Converting a network file"):
+    model: str | None = opt(None, "network file in any layout that is known", exists="file")
+    save_to: str | None = opt(None, "new file: .safetensors, or .ckpt or .pt, which have no metadata")
+    to: Literal["kohya", "diffusers", "comfyui"] = opt(
+        "kohya",
+        "layout of the new file: kohya is that of training here, for web UIs and ComfyUI; diffusers is PEFT's, with "
+        "query, key and value apart; comfyui has the original layers' names behind diffusion_model.",
+    )
+    family: str | None = opt(None, "model family of the file; by default the one that has all of its layers")
+    fold_alpha: bool = opt(
+        False, "for --to diffusers: put alphas into the matrices, for readers that do not know diffusers' metadata"
+    )
+    save_precision: Precision | None = opt(None, "dtype of the new file; as it is by default")
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        return _missing(self, "model", "save_to")
+
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if self.fold_alpha and self.to != "diffusers":
+            yield f"--fold_alpha has no effect with --to {self.to}, whose files have alphas"
+
+
+LAYOUTS = {"ai-toolkit": "diffusers", "sd-scripts": "kohya"}  # other names for layouts -> that of --to
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertPairOptions(OptionGroup, group="convert_pair", title="Converting a network file"):
+    src: str = opt("ai-toolkit", "layout of the file: ai-toolkit or sd-scripts")
+    dst: str = opt("sd-scripts", "layout of the new file: ai-toolkit or sd-scripts")
+    src_path: str | None = opt(None, "network file", exists="file")
+    dst_path: str | None = opt(None, "new file: .safetensors, or .ckpt or .pt, which have no metadata")
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        yield from _missing(self, "src_path", "dst_path")
+        for name in ("src", "dst"):
+            value = getattr(self, name)
+            if value not in LAYOUTS:
+                yield f"--{name}: must be {' or '.join(LAYOUTS)}, got {value!r}"
+        if self.src == self.dst:
+            yield f"--src and --dst are both {self.src}: there is nothing to convert"

@@ -61,7 +61,7 @@ def test_what_is_refused(tmp_path):
     path = write(tmp_path / "in.safetensors", lora_tensors(rank=4))
     with pytest.raises(UserError, match="--unit=4: must be below the rank"):
         cut(path, tmp_path / "out.safetensors", 4)
-    with pytest.raises(UserError, match=r"in-0002\.safetensors: would replace a file that is read"):
+    with pytest.raises(UserError, match=r"in-0002\.safetensors would replace what is read"):
         cut(write(tmp_path / "in-0002.safetensors", lora_tensors(rank=4)), tmp_path / "in.safetensors", 2)
 
 

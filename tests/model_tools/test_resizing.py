@@ -211,7 +211,7 @@ def _mistaken(tmp_path: Path) -> dict[str, tuple[str, str]]:
         "model": (write(tmp_path / "1.safetensors", whole), "this is a whole model"),
         "loha": (write(tmp_path / "2.safetensors", hada), "lora_unet_a is LoHa; only LoRA, LoCon"),
         "cut": (str(broken), "cut short"),
-        "nan": (write(tmp_path / "3.safetensors", nan), f"{KERNEL}.lora_up.weight has values that are no numbers"),
+        "nan": (write(tmp_path / "3.safetensors", nan), f"{KERNEL}.lora_up.weight: 30 of 30 values are NaN"),
         "half": (write(tmp_path / "4.safetensors", alone), f"holds {KERNEL}.lora_down.weight, which is not LoRA"),
         "missing": (str(tmp_path / "none.safetensors"), "none.safetensors"),
     }

@@ -45,6 +45,7 @@ SPEC = FamilySpec(
     adapter=EntryPoint("library.families.flux.adapter:FluxFamily"),
     check_paths=EntryPoint("library.families.flux.variants:check_paths"),
     check_text_paths=EntryPoint("library.families.flux.variants:check_text_paths"),
+    layer_names=EntryPoint("library.families.flux.layer_names:layer_names"),
     file_model=EntryPoint("library.families.flux.file_model:file_model"),
     load_vae=EntryPoint("library.families.flux.loading:load_vae_alone"),
 )

@@ -29,6 +29,7 @@ SPEC = FamilySpec(
     check_paths=EntryPoint("library.families.sd.variants:check_paths"),
     check_text_paths=EntryPoint("library.families.sd.variants:check_paths"),
     complete_options=EntryPoint("library.families.shared.markers:follow"),
+    layer_names=EntryPoint("library.families.sd.layer_names:layer_names"),
     file_model=EntryPoint("library.families.sd.file_model:file_model"),
     load_vae=EntryPoint("library.families.sd.loading:load_vae_alone"),
 )

@@ -34,6 +34,7 @@ SPEC = FamilySpec(
     check_paths=EntryPoint("library.families.sd3.variants:check_paths"),
     check_text_paths=EntryPoint("library.families.sd3.variants:check_text_paths"),
     missing_encoders=EntryPoint("library.families.sd3.variants:missing_encoders"),
+    layer_names=EntryPoint("library.families.sd3.layer_names:layer_names"),
     file_model=EntryPoint("library.families.sd3.file_model:file_model"),
     load_vae=EntryPoint("library.families.sd3.loading:load_vae_alone"),
 )

@@ -37,6 +37,7 @@ SPEC = FamilySpec(
     check_paths=EntryPoint("library.families.sdxl.variants:check_paths"),
     check_text_paths=EntryPoint("library.families.sdxl.variants:check_text_paths"),
     complete_options=EntryPoint("library.families.shared.markers:follow"),
+    layer_names=EntryPoint("library.families.sdxl.layer_names:layer_names"),
     file_model=EntryPoint("library.families.sdxl.file_model:file_model"),
     load_vae=EntryPoint("library.families.sdxl.loading:load_vae_alone"),
 )

@@ -1,0 +1,282 @@
+"""Network files in the layouts of other programs: networks/convert_lora.py, networks/convert_flux_lora.py.
+
+A layer has a name in each layout: kohya's, with underscores, which web UIs and ComfyUI read; diffusers', whose classes
+have query, key and value apart where the original of some models has them in one; and the original names behind
+`diffusion_model.`, which ComfyUI reads. See `library.checkpoints.layer_names`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from library.checkpoints.keymap import first_few
+from library.checkpoints.layer_names import Layer, PartNames
+from library.errors import UserError
+from library.families.registry import FAMILIES
+from library.model_tools.network_io import (
+    ALPHA,
+    DORA,
+    DOWN,
+    ENDINGS,
+    UP,
+    Source,
+    folded,
+    read_network,
+    scale_of,
+    without_core,
+    write_network,
+)
+from library.model_tools.network_merging import named
+from library.model_tools.network_metadata import rank_metadata
+from library.model_tools.output import require_output
+from library.model_tools.weights import dtype_of
+from library.options.base import Options
+from library.options.logging import ConsoleOptions
+from library.options.network_tools import LAYOUTS, ConvertOptions, ConvertPairOptions
+from library.runtime.logs import LOGGER
+from networks.files import ADAPTER_METADATA, PREFIXES, Entries, swapped
+from networks.fused import cut, join, rows_by_share
+from networks.registry import type_of
+
+GROUPS = (ConvertOptions, ConsoleOptions)
+PAIR_GROUPS = (ConvertPairOptions, ConsoleOptions)
+Layout = Literal["kohya", "diffusers", "comfyui"]
+# Beginnings of names by which layouts are known.
+_LAYOUTS: dict[Layout, re.Pattern[str]] = {
+    "kohya": re.compile(rf"({'|'.join(PREFIXES)})_(unet|te\d*)_"),
+    "diffusers": re.compile(r"(transformer|unet|text_encoder(_[23])?)\."),
+    "comfyui": re.compile(r"(diffusion_model|text_encoders)\."),
+}
+_PREFIX = re.compile(rf"({'|'.join(PREFIXES)})_")
+_LEVEL = "text_model."  # of CLIP; transformers' newer classes do not have it, and PEFT finds paths by their ends
+_PROJECTIONS = ("proj_in", "proj_out")
+_PEFT_NAMES = {DOWN: "lora_A.weight", UP: "lora_B.weight", DORA: "lora_magnitude_vector"}
+
+
+@dataclass
+class Placed:
+    """A layer of a model, with what a file has of it: all of it, or modules of it."""
+
+    layer: Layer
+    prefix: str  # of kohya's name: lora, or what another type of network has
+    whole: dict[str, Tensor] | None = None
+    pieces: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def joined(self) -> dict[str, Tensor]:
+        """The layer as the original has it."""
+        if self.whole is not None:
+            return self.whole
+        place, known = next(iter(self.pieces.items()))
+        _require_lora(known)
+        unit = len(known[UP]) // self.layer.shares[place]
+        rows = [unit * share for share in self.layer.shares]
+        return join([self.pieces.get(n) for n in range(len(rows))], rows)
+
+    def separate(self) -> dict[int, dict[str, Tensor]]:
+        """The modules of the layer, as the classes that are run have them."""
+        if self.whole is None:
+            return self.pieces
+        if len(self.layer.modules) == 1:
+            return {0: swapped(self.whole) if self.layer.swap_halves else self.whole}
+        _require_lora(self.whole)
+        pieces = cut(self.whole, rows_by_share(len(self.whole[UP]), self.layer.shares))
+        return {place: piece for place, piece in enumerate(pieces) if piece is not None}
+
+
+def convert_lora(opts: Options) -> None:
+    """Writes --model in the layout --to. Raises: UserError: a file of no family, or what the layout cannot hold."""
+    own: ConvertOptions = opts.convert
+    convert_file(
+        own.model, own.save_to, own.to, family=own.family, save_precision=own.save_precision, fold=own.fold_alpha
+    )
+
+
+def convert_pair(opts: Options, family: str) -> None:
+    """Writes --src_path, which has the layout --src, in the layout --dst; alphas go into matrices where it has none.
+
+    Raises: UserError: as `convert_file`.
+    """
+    own: ConvertPairOptions = opts.convert_pair
+    convert_file(
+        own.src_path,
+        own.dst_path,
+        LAYOUTS[own.dst],
+        flag="--dst_path",
+        family=family,
+        source_layout=LAYOUTS[own.src],
+        fold=True,
+    )
+
+
+def convert_file(
+    path: str,
+    save_to: str,
+    to: Layout,
+    *,
+    flag: str = "--save_to",
+    family: str | None = None,
+    source_layout: Layout | None = None,
+    save_precision: str | None = None,
+    fold: bool = False,
+) -> None:
+    """Writes a network file in another layout.
+
+    Args:
+        flag: the option that gives `save_to`.
+        family: the name of the model family; None: the one that has the file's layers.
+        source_layout: what the file must have; None: any.
+        fold: alphas go into the matrices of a file of diffusers, in place of its metadata.
+    Raises: UserError: a file of no family, or what the layout cannot hold.
+    """
+    require_output(flag, save_to, [path], ENDINGS)
+    source = read_network(path)
+    found = layout_of(source.names.values())
+    if source_layout is not None and found != source_layout:
+        raise UserError(f"{path}: has the names of {found or 'another layout'}, not of {source_layout}")
+    parts = parts_of(source, family)
+    tensors, about = converted(source.entries, parts, to, fold=fold)
+    metadata = {key: value for key, value in source.metadata.items() if key != ADAPTER_METADATA} | about
+    write_network(save_to, tensors, metadata, dtype_of(save_precision))
+    LOGGER.info("%s: %d layers of %s in the layout of %s", save_to, len(source.entries), path, to)
+
+
+def layout_of(names: Iterable[str]) -> Layout | None:
+    """The layout of a file with these tensor names; None: another."""
+    names = list(names)
+    found = (layout for layout, pattern in _LAYOUTS.items() if all(map(pattern.match, names)))
+    return next(found, None)
+
+
+def parts_of(source: Source, family: str | None = None) -> tuple[PartNames, ...]:
+    """The parts of the model that a file is for.
+
+    Args: family: its name; None: the one family that knows all layers.
+    Raises: UserError: there is none, or several are equally likely.
+    """
+    if family is not None and family not in FAMILIES:
+        raise UserError(f"--family: must be one of {', '.join(FAMILIES)}, got {family!r}")
+    sizes = {layer: (len(entry[UP]), entry[DOWN].shape[1]) for layer, entry in source.entries.items() if DOWN in entry}
+    unknown: dict[str, list[str]] = {}
+    parts = {}
+    for name in [family] if family else FAMILIES:
+        parts[name] = FAMILIES[name].layer_names(sizes)
+        unknown[name] = [layer for layer in source.entries if _place(parts[name], layer) is None]
+    fewest = min(map(len, unknown.values()))
+    best = [name for name in parts if len(unknown[name]) == fewest]
+    if fewest:
+        label = f"in {FAMILIES[best[0]].traits.label}" if len(best) == 1 else "in any model that is known here"
+        raise UserError(f"{source.path}: {fewest} of its layers are not {label}: {first_few(unknown[best[0]], 2)}")
+    if len(best) > 1:
+        raise UserError(f"{source.path}: its layers are in models of {', '.join(best)}; say which with --family")
+    return parts[best[0]]
+
+
+def _place(parts: Sequence[PartNames], layer: str) -> Any:
+    name = _PREFIX.sub("lora_", layer, count=1)
+    return next((found for part in parts if (found := part.find(name))), None)
+
+
+def placed(entries: Entries, parts: Sequence[PartNames]) -> dict[str, Placed]:
+    """The layers by their names in kohya's layout. Raises: UserError: the file has a layer twice."""
+    found: dict[str, Placed] = {}
+    for name, entry in entries.items():
+        layer, piece, by_module = _place(parts, name)
+        match = _PREFIX.match(name)
+        own = found.setdefault(layer.kohya, Placed(layer, match[1] if match else PREFIXES[0]))
+        if own.whole is not None or piece in own.pieces or (piece is None and own.pieces):
+            raise UserError(f"{name}: the file has this layer twice, under names of two layouts")
+        if piece is not None:
+            own.pieces[piece] = entry
+        else:
+            own.whole = swapped(entry) if layer.swap_halves and by_module else entry
+    return found
+
+
+def converted(
+    entries: Entries, parts: Sequence[PartNames], to: Layout, *, fold: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file in a layout, and the metadata that it needs.
+
+    Args: fold: see `convert_file`.
+    Raises: UserError: what the layout cannot hold.
+    """
+    layers = placed(entries, parts)
+    if to == "diffusers":
+        return _for_diffusers(layers, fold=fold)
+    tensors, whole = {}, {}
+    for name, own in layers.items():
+        with named(name):
+            whole[name] = own.joined()
+        if DOWN in whole[name] and ALPHA not in whole[name]:
+            whole[name] = {**whole[name], ALPHA: torch.tensor(float(len(whole[name][DOWN])))}
+        shown = own.layer.comfyui if to == "comfyui" else name.replace(PREFIXES[0], own.prefix, 1)
+        tensors |= {f"{shown}.{tensor}": value for tensor, value in whole[name].items()}
+    return tensors, rank_metadata(whole)
+
+
+def _for_diffusers(layers: Mapping[str, Placed], *, fold: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors: dict[str, Tensor] = {}
+    by_part: dict[str, Entries] = {}  # of each part of the pipeline, the entries by the modules' paths
+    for name, own in layers.items():
+        with named(name):
+            for place, entry in own.separate().items():
+                _require_lora(entry)
+                path = own.layer.modules[place]
+                entry = _shaped(without_core(entry), own.layer.part, path)
+                if fold:
+                    entry = folded(entry)
+                by_part.setdefault(own.layer.part.diffusers, {})[path.removeprefix(_LEVEL)] = entry
+                for tensor, peft in _PEFT_NAMES.items():
+                    if tensor in entry:
+                        tensors[f"{own.layer.diffusers(place)}.{peft}"] = entry[tensor]
+    for part, modules in by_part.items():
+        if len({DORA in entry for entry in modules.values()}) > 1:
+            raise UserError(f"some layers of {part} are DoRA and some are not, which PEFT does not have")
+    if all(scale_of(entry) == 1 for modules in by_part.values() for entry in modules.values()):
+        return tensors, {}
+    config = {f"{part}.{key}": value for part, modules in by_part.items() for key, value in _peft(modules).items()}
+    return tensors, {ADAPTER_METADATA: json.dumps(config, sort_keys=True)}
+
+
+def _require_lora(entry: Mapping[str, Tensor]) -> None:
+    if DOWN not in entry:
+        kind = type_of(entry)
+        raise UserError(
+            f"is {kind.label if kind else 'of no known type'}; only LoRA, LoCon and DoRA can be put into this layout"
+        )
+    if DORA in entry and len(entry[DORA]) == 1 and len(entry[UP]) > 1:
+        raise UserError("is DoRA with norms of columns, which diffusers and PEFT do not have")
+
+
+def _shaped(entry: dict[str, Tensor], part: PartNames, path: str) -> dict[str, Tensor]:
+    """Shapes as PEFT's layers have them."""
+    if path.rpartition(".")[2] in _PROJECTIONS and part.linear_projections is not None:
+        ends = () if part.linear_projections else (1, 1)
+        entry = {**entry, **{name: entry[name].reshape(*entry[name].shape[:2], *ends) for name in (DOWN, UP)}}
+    if DORA in entry:
+        size = (1, -1, 1, 1) if entry[DOWN].dim() == 4 else (-1,)
+        entry = {**entry, DORA: entry[DORA].reshape(size)}
+    return entry
+
+
+def _peft(modules: Entries) -> dict[str, Any]:
+    """PEFT's LoraConfig of the layers of one part: what most have, and patterns for the others."""
+    ranks = {path: len(entry[DOWN]) for path, entry in modules.items()}
+    alphas = {path: scale_of(entry) * ranks[path] for path, entry in modules.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
+        "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
+        "target_modules": sorted(modules),
+        "use_dora": any(DORA in entry for entry in modules.values()),
+    }
