@@ -95,15 +95,13 @@ class Report:
         return 2 if self.errors else int(bool(self.warnings))
 
     def blocks(self) -> list[Block]:
+        """By part, in the order in which the model runs them."""
         grouped: dict[tuple[str, str], list[Layer]] = {}
         for layer in self.layers:
             grouped.setdefault((layer.part, layer.block), []).append(layer)
-        return [
-            Block(
-                part, name, len(group), _together(one.change for one in group), _together(one.weight for one in group)
-            )
-            for (part, name), group in grouped.items()
-        ]
+        parts = list(dict.fromkeys(part for part, _ in grouped))
+        order = sorted(grouped, key=lambda place: (parts.index(place[0]), *_run_order(place[1])))
+        return [_block(*place, grouped[place]) for place in order]
 
 
 def verify(path: str | Path, model: str | None = None, encoders: Mapping[str, str] | None = None) -> Report:
@@ -151,6 +149,19 @@ def block_of(layer: str) -> tuple[str, str]:
     kind = found["kind"].removeprefix("text_model_").removeprefix("encoder_")
     inner = "" if found["inner"] is None else f".{found['inner']}"
     return match["part"], f"{kind} {found['number']}{inner}"
+
+
+def _run_order(block: str) -> tuple[int, str, list[int]]:
+    """By this, blocks of a part are in the order in which models run them."""
+    kind, _, numbers = block.partition(" ")
+    late = {"mid": 1, "middle": 1, "up": 2, "output": 2, "single": 2}.get(kind.partition("_")[0], 0)
+    place = 3 if block == OUTSIDE else late
+    return place, kind, [int(number) for number in numbers.split(".") if number.isdecimal()]
+
+
+def _block(part: str, name: str, layers: Sequence[Layer]) -> Block:
+    change, weight = (_together(getattr(layer, norm) for layer in layers) for norm in ("change", "weight"))
+    return Block(part, name, len(layers), change, weight)
 
 
 def type_label(entry: Mapping[str, Tensor]) -> str:
@@ -286,7 +297,7 @@ def _find_suspicious(report: Report) -> None:
                 f"{path}: {len(far)} layers of {part} change more than {OUTLIER} times as much as its median: "
                 + first_few([f"{name} ({far[name]:.0f} times)" for name in worst], 3)
             )
-    whole = Block("", "", 0, _together(l.change for l in measured), _together(l.weight for l in measured))  # noqa: E741
+    whole = _block("", "", measured)
     if whole.relative is not None and whole.relative > 1:
         report.warnings.append(
             f"{path}: its change is {whole.relative:.1f} times as large as the weights; use a small multiplier, or "

@@ -27,7 +27,7 @@ _ENCODERS = {"clip_l": "te1", "clip_g": "te2", "t5xxl": "te3"}  # options, and t
 _BAR = 24  # signs of the longest bar on the screen
 
 # Of the image, in pixels.
-_WIDTH, _ROW, _TOP, _EDGE, _LABEL, _VALUE = 900, 20, 76, 24, 190, 90
+_WIDTH, _ROW, _TOP, _EDGE, _LABEL, _VALUE = 900, 20, 76, 24, 210, 90
 _TITLE, _LETTERS = 18, 13
 _PAPER, _INK, _QUIET, _GRID = "#ffffff", "#1c1c1c", "#5f5f5b", "#e3e3df"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # distinguishable by the colour-blind, too
@@ -74,8 +74,7 @@ def text_lines(report: Report, *, layers: bool = False) -> Iterator[str]:
         if where:
             yield f"  matched  {report.in_file - len(report.unmatched)} of {report.in_file} layers in {where}"
         for program, (read, reasons) in report.programs.items():
-            more = "".join(f"; {count} not: {reason}" for reason, count in reasons.items())
-            yield f"  {program}: {read} of {len(report.layers)} layers{more}"
+            yield f"  {program:<14} {_reader_text(read, reasons, len(report.layers))}"
         yield from _table(report.blocks())
     if layers:
         yield from (_layer_line(layer) for layer in report.layers)
@@ -86,6 +85,14 @@ def text_lines(report: Report, *, layers: bool = False) -> Iterator[str]:
 
 def _parts(report: Report) -> list[str]:
     return list(dict.fromkeys(layer.part for layer in report.layers))
+
+
+def _reader_text(read: int, reasons: Counter[str], layers: int) -> str:
+    if read == layers:
+        return f"reads all {layers} layers"
+    counts = reasons.items() if len(reasons) > 1 else [(next(iter(reasons)), "")]
+    why = ", ".join(f"{count} it {reason}".strip() for reason, count in counts)
+    return f"reads {read or 'none'} of {layers} layers: {why}"
 
 
 def _part_line(layers: list[Layer]) -> str:
