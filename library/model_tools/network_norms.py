@@ -53,7 +53,12 @@ def change_norm(entry: Mapping[str, Tensor]) -> float | None:
 
 def full_change_norm(entry: Mapping[str, Tensor], shape: torch.Size, weight: Callable[[], Tensor]) -> float:
     """The same for every type, with the weight that is changed. Raises: UserError: the entry does not fit it."""
-    return float(_layer(entry).weight_change(entry, shape, weight).double().norm())
+    return norm(_layer(entry).weight_change(entry, shape, weight))
+
+
+def norm(tensor: Tensor) -> float:
+    """The norm of a tensor of any float dtype."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def require_shape(entry: Mapping[str, Tensor], shape: torch.Size) -> None:

@@ -20,7 +20,7 @@ from library.families.registry import FAMILIES
 from library.families.shared.network_readers import DORA, PROGRAMS
 from library.model_tools.converting import layout_of
 from library.model_tools.model_sources import ModelSource, open_sources
-from library.model_tools.network_norms import change_norm, full_change_norm, require_shape
+from library.model_tools.network_norms import change_norm, full_change_norm, norm, require_shape
 from library.runtime.logs import progress
 from networks.file_names import require_places, require_types
 from networks.files import NetworkFile, names_in_files, read
@@ -209,7 +209,7 @@ def _measure_in_model(file: NetworkFile, sources: Sequence[ModelSource], report:
             except UserError as error:
                 report.errors += [f"{file.path}: {key}: {problem}" for problem in error.problems]
                 continue
-            layer.weight = float(weight.double().norm())
+            layer.weight = norm(weight)
             report.layers.append(layer)
             bar.update()
 

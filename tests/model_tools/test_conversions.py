@@ -6,23 +6,18 @@ import json
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FluxTransformer2DModel,
-    StableDiffusionPipeline,
-)
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from library.families.flux.keymap import flux_map
-from library.families.flux.variants import flux_shape
 from library.families.sd.loading import load_model as load_sd
 from library.families.sd.saving import save_model
 from library.families.sd3.adapter import Sd3Family
 from tests.builders import tiny_sd, write_tiny_sd1
-from tests.builders.flux import flux_tensors
+from tests.builders.flux import flux_tensors, write_transformer_folder
 from tests.builders.sd3 import (
     clip_tensors,
     mmdit_tensors,
@@ -42,11 +37,7 @@ from tests.builders.t5 import write_t5_tokenizer
 def flux_folder(tmp_path_factory):
     """A Diffusers folder with the transformer in several shards, as published, and the original tensors."""
     folder = tmp_path_factory.mktemp("flux")
-    tensors = flux_tensors("dev")
-    shape = flux_shape({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    model = FluxTransformer2DModel(**shape.diffusers_config())
-    model.load_state_dict(flux_map().to_model(tensors))
-    model.save_pretrained(folder / "transformer", max_shard_size="600KB")
+    _, tensors = write_transformer_folder(folder, shards="600KB")
     assert len(list((folder / "transformer").glob("*-of-*.safetensors"))) > 2
     return folder, tensors
 
@@ -91,11 +82,7 @@ def test_diffusers_converts_it_back(run_script, flux_folder, tmp_path):
 @pytest.mark.rows("C65", "R424", "R425")
 @pytest.mark.parametrize("precision", ["bf16", "fp8_e4m3fn"])
 def test_schnell_in_another_precision_and_nothing_but_the_transformer(run_script, tmp_path, precision):
-    tensors = flux_tensors("schnell")
-    shape = flux_shape({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    model = FluxTransformer2DModel(**shape.diffusers_config())
-    model.load_state_dict(flux_map().to_model(tensors))
-    model.save_pretrained(tmp_path / "model" / "transformer")
+    _, tensors = write_transformer_folder(tmp_path / "model", "schnell")
     (tmp_path / "model" / "vae").mkdir()
     out = tmp_path / "flux1.safetensors"
     line = ["--diffusers_path", tmp_path / "model", "--save_to", out, "--save_precision", precision]

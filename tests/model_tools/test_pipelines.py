@@ -8,20 +8,12 @@ from diffusers import DDIMScheduler, FluxPipeline, StableDiffusion3Pipeline, Sta
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-import networks.lycoris
 from library.errors import UserError
 from library.model_tools.pipelines import attach, merge
 from library.types import Models
-from networks.build import DeclaredBuilder
 from tests.builders import tiny_sd
+from tests.builders.networks import TYPES, write_network
 from tests.networks import dits
-
-TYPES = {
-    "lora": {"algo": "lora"},
-    "loha": {"algo": "loha"},
-    "lokr": {"algo": "lokr", "factor": "4"},
-    "dora": {"algo": "lora", "dora_wd": "True"},
-}
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +36,6 @@ def sd_pipeline(models: Models) -> StableDiffusionPipeline:
     return pipe
 
 
-def network_file(models: Models, path, args: dict[str, str], *, family: str = "sd"):
-    """A file of a network that changes every layer, and that network on its own models."""
-    from library.families.registry import FAMILIES
-    from tests.builders.options import options_for
-
-    targets = FAMILIES[family].adapter(options_for(family, "network")).targets.lora(models)
-    builder = DeclaredBuilder(networks.lycoris.MODULE)
-    network = builder.create(targets, models, dim=4, alpha=2.0, args={**args, "preset": "attn-mlp"}, seed=3)
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=rng)
-    save_file({name: tensor.contiguous() for name, tensor in network.file_state().items()}, path)
-    return network.eval()
-
-
 def latents(pipe) -> torch.Tensor:
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     return pipe("a flower", num_inference_steps=2, guidance_scale=3.0, latents=noise, output_type="latent").images
@@ -69,7 +45,7 @@ def latents(pipe) -> torch.Tensor:
 def test_attached_is_our_own_network_and_detached_is_the_bare_model(sd, tmp_path, name):
     pipe = sd_pipeline(sd)
     bare = latents(pipe)
-    own = network_file(sd, tmp_path / "net.safetensors", TYPES[name])
+    own = write_network(sd, tmp_path / "net.safetensors", TYPES[name])
     own.set_multiplier(0.7)
     own.attach(sd)
     expected = latents(pipe)
@@ -88,8 +64,8 @@ def test_attached_is_our_own_network_and_detached_is_the_bare_model(sd, tmp_path
 def test_two_networks_and_a_block(sd, tmp_path):
     pipe = sd_pipeline(sd)
     bare = latents(pipe)
-    first = network_file(sd, tmp_path / "a.safetensors", TYPES["lora"])
-    second = network_file(sd, tmp_path / "b.safetensors", TYPES["lokr"])
+    first = write_network(sd, tmp_path / "a.safetensors", TYPES["lora"])
+    second = write_network(sd, tmp_path / "b.safetensors", TYPES["lokr"])
     first.attach(sd)
     second.attach(sd)
     expected = latents(pipe)
@@ -103,7 +79,7 @@ def test_two_networks_and_a_block(sd, tmp_path):
 def test_merged_is_attached(tmp_path):
     models = tiny_sd()
     pipe = sd_pipeline(models)
-    own = network_file(models, tmp_path / "net.safetensors", TYPES["lora"])
+    own = write_network(models, tmp_path / "net.safetensors", TYPES["lora"])
     with attach(pipe, tmp_path / "net.safetensors", 0.5):
         expected = latents(pipe)
     assert merge(pipe, tmp_path / "net.safetensors", 0.5) == len(own.layers())
@@ -114,7 +90,7 @@ def test_diffusers_own_loader_gives_the_same(tmp_path):
     """Whole pipelines, so the tolerance is that of sums in other orders over two steps."""
     models = tiny_sd()
     pipe = sd_pipeline(models)
-    network_file(models, tmp_path / "net.safetensors", TYPES["lora"])
+    write_network(models, tmp_path / "net.safetensors", TYPES["lora"])
     with attach(pipe, tmp_path / "net.safetensors"):
         expected = latents(pipe)
     pipe.load_lora_weights(tmp_path / "net.safetensors")
@@ -124,7 +100,7 @@ def test_diffusers_own_loader_gives_the_same(tmp_path):
 def test_it_follows_the_pipeline_into_half_precision(sd, tmp_path):
     models = tiny_sd()
     pipe = sd_pipeline(models)
-    network_file(models, tmp_path / "net.safetensors", TYPES["lora"])
+    write_network(models, tmp_path / "net.safetensors", TYPES["lora"])
     network = attach(pipe, tmp_path / "net.safetensors")
     expected = latents(pipe)
     pipe.to(torch.bfloat16)
@@ -147,7 +123,7 @@ def test_transformers(tmp_path, family):
         names = {f"text_encoder{end}": models.text_encoders.get(f"te{n}") for n, end in ((1, ""), (2, "_2"), (3, "_3"))}
         pipe = StableDiffusion3Pipeline(**rest, **names, tokenizer=None, tokenizer_2=None, tokenizer_3=None)
     bare = output(models.denoiser)
-    own = network_file(models, tmp_path / "net.safetensors", TYPES["lora"], family=family)
+    own = write_network(models, tmp_path / "net.safetensors", TYPES["lora"], family)
     own.attach(models)
     expected = output(models.denoiser)
     own.detach()
@@ -174,7 +150,7 @@ def test_wrong_files_and_pipelines(sd, tmp_path):
 def test_the_script(sd, run_script, tmp_path):
     pipe = sd_pipeline(sd)
     pipe.save_pretrained(tmp_path / "model")
-    network_file(sd, tmp_path / "net.safetensors", TYPES["loha"])
+    write_network(sd, tmp_path / "net.safetensors", TYPES["loha"])
     line = ["networks/lora_diffusers.py", "--model_id", tmp_path / "model", "--prompt", "a flower", "--seed", "5"]
     out = tmp_path / "image.png"
     line += ["--lora_weights", tmp_path / "net.safetensors", "--output", out, "--steps", "2", "--multiplier", "0.5"]

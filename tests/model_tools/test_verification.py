@@ -10,31 +10,25 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-import networks.lycoris
-import networks.oft
-from library.families.registry import FAMILIES
 from library.families.sd.saving import save_model
 from library.model_tools.network_norms import change_norm, product_norm
 from library.model_tools.verification import block_of, verify
 from library.model_tools.verification_output import as_json, text_lines
 from library.types import Models
-from networks.build import DeclaredBuilder
 from networks.files import read
+from networks.registry import type_of
 from networks.targets import weight_of, weight_shape
 from tests.builders import tiny_sd
-from tests.builders.flux import write_flux, write_part_files
-from tests.builders.options import options_for
+from tests.builders.flux import write_flux, write_part_files, write_transformer_folder
+from tests.builders.networks import TYPES, targets_of, write_network
 from tests.networks import dits
 
 SCRIPT = "tools/verify_lora.py"
 ALGOS = {
-    "lora": {"algo": "lora"},
+    **TYPES,
     "locon": {"algo": "lora", "conv_dim": "2", "preset": "full"},
     "tucker": {"algo": "lora", "conv_dim": "2", "preset": "full", "use_tucker": "True"},
-    "dora": {"algo": "lora", "dora_wd": "True"},
-    "loha": {"algo": "loha"},
     "loha tucker": {"algo": "loha", "conv_dim": "2", "preset": "full", "use_tucker": "True"},
-    "lokr": {"algo": "lokr", "factor": "4"},
     "lokr whole": {"algo": "lokr", "factor": "4", "full_matrix": "True"},
     "full": {"algo": "full"},
     "ia3": {"algo": "ia3", "preset": "ia3"},
@@ -55,26 +49,11 @@ def sd_file(sd, tmp_path_factory):
     return path
 
 
-def targets_of(models: Models, family: str):
-    return FAMILIES[family].adapter(options_for(family, "network")).targets.lora(models)
-
-
-def write_network(models: Models, path, args: dict[str, str], family: str = "sd"):
-    """A network of the family that changes every layer."""
-    builder = DeclaredBuilder(networks.lycoris.MODULE)
-    args = {"preset": "attn-mlp", **args}
-    network = builder.create(targets_of(models, family), models, dim=4, alpha=2.0, args=args, seed=3)
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=rng)
-    save_file({name: tensor.contiguous() for name, tensor in network.file_state().items()}, path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def lora(sd, tmp_path_factory):
-    return write_network(sd, tmp_path_factory.mktemp("lora") / "lora.safetensors", ALGOS["lora"])
+    path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    write_network(sd, path, ALGOS["lora"])
+    return path
 
 
 # ---- numbers
@@ -83,7 +62,8 @@ def lora(sd, tmp_path_factory):
 @pytest.mark.parametrize("algo", ALGOS)
 def test_norms_are_those_of_the_products(sd, sd_file, tmp_path, algo):
     """Against the changes of the weights themselves, in float32: 1e-5."""
-    path = write_network(sd, tmp_path / "net.safetensors", ALGOS[algo])
+    path = tmp_path / "net.safetensors"
+    write_network(sd, path, ALGOS[algo])
     report = verify(path, str(sd_file))
     assert report.status == 0, report.errors + report.warnings
     by_key = {target.key: target for target in targets_of(sd, "sd")}
@@ -91,7 +71,7 @@ def test_norms_are_those_of_the_products(sd, sd_file, tmp_path, algo):
     assert {layer.name for layer in report.layers} == entries.keys()
     for layer in report.layers:
         target, entry = by_key[layer.name], entries[layer.name]
-        kind = networks.registry.type_of(entry).layer.load()
+        kind = type_of(entry).layer.load()
         weight = weight_of(sd, target)
         change = kind.weight_change(entry, weight_shape(sd, target), lambda weight=weight: weight)
         assert_close(layer.change, float(change.norm()), rtol=1e-5, atol=1e-7)
@@ -146,20 +126,11 @@ def test_blocks_by_name(name, expected):
 
 def test_flux_file_folder_and_names_of_diffusers(tmp_path):
     """The same network under kohya's names and diffusers', against a file and against a Diffusers folder."""
-    from diffusers import FluxTransformer2DModel
-
-    from library.families.flux.keymap import flux_map
-    from library.families.flux.variants import flux_shape
-    from tests.builders.flux import flux_tensors
-
-    tensors = flux_tensors("dev")
-    shape = flux_shape({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    denoiser = FluxTransformer2DModel(**shape.diffusers_config())
-    denoiser.load_state_dict(flux_map().to_model(tensors))
-    denoiser.save_pretrained(tmp_path / "folder" / "transformer", max_shard_size="600KB")
+    denoiser, _ = write_transformer_folder(tmp_path / "folder", shards="600KB")
     (tmp_path / "folder" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     models = Models(denoiser, {}, {}, None)
-    kohya = write_network(models, tmp_path / "kohya.safetensors", ALGOS["lora"], "flux")
+    kohya = tmp_path / "kohya.safetensors"
+    write_network(models, kohya, ALGOS["lora"], "flux")
     file = write_flux(tmp_path)
     first, second = verify(kohya, str(file)), verify(kohya, str(tmp_path / "folder"))
     assert first.status == second.status == 0
@@ -208,7 +179,8 @@ def test_what_diffusers_takes_is_what_the_table_says(tmp_path, sd):
     )
 
     for algo, read_by_it in (("lora", True), ("dora", True), ("loha", False), ("lokr", False)):
-        path = write_network(sd, tmp_path / f"{algo}.safetensors", ALGOS[algo])
+        path = tmp_path / f"{algo}.safetensors"
+        write_network(sd, path, ALGOS[algo])
         report = verify(path)
         assert report.programs["diffusers"][0] == (len(report.layers) if read_by_it else 0)
         try:
@@ -218,7 +190,8 @@ def test_what_diffusers_takes_is_what_the_table_says(tmp_path, sd):
             modules = set()
         assert bool(modules) == read_by_it
     flux = dits.flux()
-    path = write_network(flux, tmp_path / "flux.safetensors", ALGOS["lora"], "flux")
+    path = tmp_path / "flux.safetensors"
+    write_network(flux, path, ALGOS["lora"], "flux")
     report = verify(path)
     read, _ = report.programs["diffusers"]
     t5 = [layer for layer in report.layers if layer.part == "te3"]
@@ -233,7 +206,8 @@ def test_what_diffusers_takes_is_what_the_table_says(tmp_path, sd):
 
 def test_families_are_known_without_a_model(sd, lora, tmp_path):
     assert verify(lora).family == "sd"
-    assert verify(write_network(dits.sd3(), tmp_path / "sd3.safetensors", ALGOS["lora"], "sd3")).family == "sd3"
+    write_network(dits.sd3(), tmp_path / "sd3.safetensors", ALGOS["lora"], "sd3")
+    assert verify(tmp_path / "sd3.safetensors").family == "sd3"
     lines = list(text_lines(verify(lora)))
     assert lines[-1] == "usable"
     assert any("reads all" in line for line in lines)
