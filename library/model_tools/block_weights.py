@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from library.errors import UserError
 from networks.files import PREFIXES
 
-BASE, FIRST_IN, MIDDLE, FIRST_OUT = 0, 1, 13, 14
+BASE, FIRST_IN, MIDDLE, FIRST_OUT, SLOTS = 0, 1, 13, 14, 26
 # The slots that a list of so many numbers names. 12 and 20 are of U-Nets with nine blocks on either side.
 LISTS: dict[int, tuple[int, ...]] = {
     12: (BASE, *(FIRST_IN + n for n in (4, 5, 7, 8)), MIDDLE, *(FIRST_OUT + n for n in range(6))),
     17: (BASE, *(FIRST_IN + n for n in (1, 2, 4, 5, 7, 8)), MIDDLE, *(FIRST_OUT + n for n in range(3, 12))),
     20: (BASE, *(FIRST_IN + n for n in range(9)), MIDDLE, *(FIRST_OUT + n for n in range(9))),
-    26: tuple(range(26)),
+    26: tuple(range(SLOTS)),
 }
 PER_LEVEL = 3  # blocks of a level of a U-Net
 FORM = "give 12, 17, 20 or 26 numbers as in [1,0.5,...], or blocks by name as in input_blocks.0-5=0.5,te1=0,*=1"
@@ -124,7 +124,7 @@ def slot_of(name: str) -> int | None:
     # The sampler of a level is a block of its own on the way down, and part of the level's last one on the way up.
     place = PER_LEVEL * level + (PER_LEVEL - 1 if kind.endswith("samplers") else layer)
     slot = FIRST_IN + 1 + place if way == "down" else FIRST_OUT + place
-    return slot if slot < (MIDDLE if way == "down" else 26) else None
+    return slot if slot < (MIDDLE if way == "down" else SLOTS) else None
 
 
 def _slot(slot: int, weight: float) -> Rule:

@@ -175,6 +175,14 @@ class ModelFile:
         return next(part for part in self.model.parts if part.name == target.part)
 
 
+def open_given(option: str, path: str, families: Collection[str], *, encoder: str | None = None) -> ModelFile:
+    """`open_model_file` for a file that an option names, with which problems begin."""
+    try:
+        return open_model_file(path, families, encoder=encoder)
+    except UserError as error:
+        raise UserError(*(f"--{option}: {problem}" for problem in error.problems), hint=error.hint) from None
+
+
 def open_model_file(path: str | Path, families: Collection[str], *, encoder: str | None = None) -> ModelFile:
     """Opens a model's file, or that of a text encoder, without reading weights.
 

@@ -9,7 +9,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from library.checkpoints.scaled import is_scale
 from library.errors import UserError
 from library.model_tools import low_rank
 from library.model_tools.low_rank import Svd
-from library.model_tools.model_layers import ModelFile, open_model_file
+from library.model_tools.model_layers import ModelFile, open_given
 from library.model_tools.network_io import ALPHA, DOWN, UP, write_network
 from library.model_tools.network_metadata import RECIPE, rank_metadata
 from library.model_tools.output import require_output
@@ -58,22 +58,11 @@ class Pair:
     tuned: ModelFile
     device: torch.device
     dtype: torch.dtype | None  # to which weights are rounded first
-    parts: list[str] = field(init=False)  # that both have
 
-    def __post_init__(self) -> None:
-        tuned = {target.key: target for target in self.tuned.targets}
-        parts = [part for part in self.original.parts if part in self.tuned.parts]
-        object.__setattr__(self, "parts", parts)
-        for target in self.original.targets:
-            if target.part not in parts:
-                continue
-            other = tuned.get(target.key)
-            if other is None or self.tuned.shape(other) != self.original.shape(target):
-                found = "is missing" if other is None else f"is {tuple(self.tuned.shape(other))}"
-                raise UserError(
-                    f"{self.tuned.path}: {target.key} {found}, in {self.original.path} it is "
-                    f"{tuple(self.original.shape(target))}; give two models of one architecture"
-                )
+    @property
+    def parts(self) -> list[str]:
+        """The parts that both files have."""
+        return [part for part in self.original.parts if part in self.tuned.parts]
 
     def change(self, target: LoraTarget) -> Tensor:
         """What the tuned model adds to a layer's weight, float32: rows in the order of network files."""
@@ -90,10 +79,10 @@ def extract(opts: Options) -> None:
     own: ExtractOptions = opts.extract
     path = require_output("--save_to", str(own.save_to), [own.model_org, own.model_tuned], WEIGHT_ENDINGS)
     device = require_device(own.device or "cpu")
-    files = [_open(option, getattr(own, option), own.FAMILIES) for option in ("model_org", "model_tuned")]
-    if files[0].family != files[1].family:
-        raise UserError(f"{files[0].path} and {files[1].path} are models of different families")
-    pair = Pair(files[0], files[1], device, dtype_of(getattr(own, "load_precision", None)))
+    names = ("model_org", "model_tuned")
+    files = [open_given(name, getattr(own, name), own.FAMILIES) for name in names]
+    pair = Pair(*files, device, dtype_of(getattr(own, "load_precision", None)))
+    _require_one_architecture(pair)
     entries = extracted(pair, own)
     _report_others(pair, entries)
     metadata = _metadata(path, pair, entries, own)
@@ -101,11 +90,20 @@ def extract(opts: Options) -> None:
     LOGGER.info("wrote %s: %d layers", path, len(entries))
 
 
-def _open(option: str, path: str, families: Sequence[str]) -> ModelFile:
-    try:
-        return open_model_file(path, families)
-    except UserError as error:
-        raise UserError(*(f"--{option}: {problem}" for problem in error.problems), hint=error.hint) from None
+def _require_one_architecture(pair: Pair) -> None:
+    """Raises: UserError: a layer of a part that both files have is missing in one, or of another size."""
+    original, tuned = pair.original, pair.tuned
+    if original.family != tuned.family:
+        raise UserError(f"{original.path} and {tuned.path} are models of different families")
+    sizes = {target.key: tuple(tuned.shape(target)) for target in tuned.targets}
+    for target in original.targets:
+        own, other = tuple(original.shape(target)), sizes.get(target.key)
+        if target.part in pair.parts and other != own:
+            found = f"is {other}" if other else "is missing"
+            raise UserError(
+                f"{tuned.path}: {target.key} {found}, in {original.path} it is {own}; give two models of one "
+                "architecture"
+            )
 
 
 # ---- layers

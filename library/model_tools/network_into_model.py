@@ -20,14 +20,14 @@ from library.checkpoints.writing import materialise, write_torch
 from library.errors import UserError
 from library.families.shared.reading import counters
 from library.model_tools.block_weights import BlockWeights, parse_all
-from library.model_tools.model_layers import Edit, ModelFile, open_model_file
+from library.model_tools.model_layers import Edit, ModelFile, open_given
 from library.model_tools.network_io import Source, named, read_network
 from library.model_tools.network_merging import merge_networks
 from library.model_tools.output import require_output, require_room, write_tensors
 from library.model_tools.recipes import file_hashes, modelspec
 from library.model_tools.weights import dtype_of, require_device
 from library.options.base import Options
-from library.options.model_tools import WEIGHT_ENDINGS, MergeOptions, Rewritten
+from library.options.model_tools import WEIGHT_ENDINGS, MergeOptions
 from library.runtime.files import reason
 from library.runtime.logs import LOGGER
 from networks.build import change_of
@@ -83,7 +83,7 @@ def merge(opts: Options) -> None:
     for model in models:
         require_output(f"--{model.save_option}", model.save_to, inputs, WEIGHT_ENDINGS)
     device, precision = require_device(own.device_name), dtype_of(own.precision)
-    files = [_open(model, own.FAMILIES) for model in models]
+    files = [open_given(model.option, model.path, own.FAMILIES, encoder=model.encoder) for model in models]
     networks = [Network(*each) for each in zip(map(read_network, paths), ratios, weights, strict=True)]
     shares = shares_by_layer(files, networks, all_encoders=len(models) == len(own.MODELS))
     for model, file in zip(models, files, strict=True):
@@ -108,13 +108,6 @@ def _merge_networks(
         save_precision=own.save_precision,
         no_metadata=own.no_metadata,
     )
-
-
-def _open(model: Rewritten, families: Sequence[str]) -> ModelFile:
-    try:
-        return open_model_file(model.path, families, encoder=model.encoder)
-    except UserError as error:
-        raise UserError(*(f"--{model.option}: {problem}" for problem in error.problems), hint=error.hint) from None
 
 
 # ---- which layer changes by what
@@ -247,7 +240,7 @@ def _metadata(path: Path, file: ModelFile, networks: Sequence[Network]) -> dict[
 
 def _write(path: Path, file: ModelFile, tensors: Mapping[str, Tensor | Deferred], metadata: Mapping[str, str]) -> None:
     """Raises: UserError: no room, the disk refuses it, or values that the dtype cannot hold."""
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         write_tensors(path, tensors, metadata, desc="merging")
         return
     require_room(path, sum(value.dtype.itemsize * torch.Size(value.shape).numel() for value in tensors.values()))
