@@ -243,8 +243,8 @@ def test_diffusers_computes_the_same(model, tmp_path, dora, fold):
     tensors = lora_of(name, own, ranks=(3, 2), alphas=(2.0, 1.5, 3.0), dora=dora)
     path = write(tmp_path / "in.safetensors", tensors)
     there = convert(path, tmp_path / "there.safetensors", "diffusers", *(["--fold_alpha"] if fold else []))
-    ours = copy.deepcopy(own.models)
-    merge(chosen(name, own), ours, read(path), 1.0)
+    ours = Models(copy.deepcopy(own.models.denoiser), own.models.text_encoders, {}, None)
+    merge([target for target in chosen(name, own) if target.part == "denoiser"], ours, read(path), 1.0)
     theirs = copy.deepcopy(own.models.denoiser)
     theirs.load_lora_adapter(tmp_path, prefix=own.part, weight_name=there.name, local_files_only=True)
     with torch.no_grad():
