@@ -55,6 +55,15 @@ def test_preparing_images_runs_and_shows_its_ratios():
     assert run.stderr == ""
 
 
+def test_resizing_runs_and_agrees_with_full_decompositions():
+    command = ["benchmarks/bench_resize.py", "--tiny"]
+    run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    speed, difference = run.stdout.splitlines()
+    assert "times as fast" in speed
+    assert float(difference.removeprefix("results differ by ").split()[0]) < 1e-4
+
+
 def test_full_size_architectures_have_the_published_numbers_of_weights(bench_models):
     sizes = {}
     for name in ("SD15", "SDXL", "SD35_LARGE", "FLUX_DEV"):
