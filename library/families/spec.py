@@ -47,6 +47,8 @@ class FamilySpec:
     groups: Mapping[str, tuple[type[OptionGroup], ...]] = field(default_factory=dict)
     tools: Mapping[str, type[OptionGroup]] = field(default_factory=dict)  # script of networks/ -> its group
     kinds: tuple[ModelKind, ...]  # of the files of its models
+    # Part -> sub-folder of a Diffusers model, which is also its name in diffusers' pipelines.
+    folders: Mapping[str, str]
     adapter: EntryPoint[[Options], Family]
     # Problems with the files that the options name, as far as names, headers and small JSON files show them.
     check_paths: Callable[[Options], list[str]]
@@ -61,6 +63,6 @@ class FamilySpec:
     load_vae: EntryPoint[[Options], nn.Module]  # the VAE alone, as `Loader.load` would return it
 
     def __post_init__(self) -> None:
-        for name in ("name", "scripts", "kinds"):
+        for name in ("name", "scripts", "kinds", "folders"):
             if not getattr(self, name):
                 raise TypeError(f"family {self.name!r}: {name} must not be empty")

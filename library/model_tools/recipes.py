@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 from library import version
 from library.checkpoints import hashes
 from library.checkpoints.writing import DATA_HASH
+from library.errors import UserError
+from library.families.registry import FAMILIES
+from library.families.shared.recognition import FAMILY_OF
+from library.model_tools.model_layers import open_model_file
 from library.runtime.logs import progress
 
 if TYPE_CHECKING:
@@ -50,7 +54,7 @@ def merged_metadata(
         earlier |= known if isinstance(known, dict) else {}
     titles = ", ".join(model.metadata.get("modelspec.title") or model.path.stem for model in models)
     return {
-        **modelspec(path, models[0].metadata, {"merged_from": titles}),
+        **modelspec(path, {**file_facts(models[0]), **models[0].metadata}, {"merged_from": titles}),
         "sd_merge_recipe": json.dumps(recipe),
         "sd_merge_models": json.dumps({**earlier, **inputs}),
     }
@@ -75,6 +79,17 @@ def modelspec(path: Path, source: Mapping[str, str], facts: Mapping[str, str]) -
         **facts,
     }
     return {f"modelspec.{key}": value for key, value in spec.items()}
+
+
+def file_facts(file: WeightFile) -> dict[str, Any]:
+    """The modelspec.* values that a model's names and shapes show; empty where it is no whole model."""
+    if "modelspec.architecture" in file.metadata or file.kind not in FAMILY_OF:
+        return {}
+    try:
+        model = open_model_file(file.path, FAMILIES).model
+    except UserError:  # a part that is missing: it is merged all the same
+        return {}
+    return {**model.facts, "modelspec.implementation": model.original_code}
 
 
 def file_hashes(paths: Sequence[Path]) -> list[str]:

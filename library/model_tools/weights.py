@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from library.checkpoints.scaled import is_scale, scale_of
 from library.errors import UserError
-from library.families.shared.reading import Reader, error_prefix, open_model
+from library.families.shared.reading import Reader, error_prefix
 from library.families.shared.recognition import recognise
+from library.families.shared.sharded import open_sharded
 from library.options.model_files import PRECISIONS
 
 if TYPE_CHECKING:
@@ -40,14 +41,16 @@ def require_device(name: str) -> torch.device:
 
 
 class WeightFile:
-    """An open weight file. Weights that have scales of their own, as in fp8_scaled files, come multiplied by them.
+    """An open weight file, or several as one, see `open_sharded`.
+
+    Weights that have scales of their own, as in fp8_scaled files, come multiplied by them.
 
     Raises: UserError: missing, broken, or no weight file.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.weights = open_model(self.path, mapped=False)  # mapped, it would fill memory with what was read
+        self.weights = open_sharded(self.path, mapped=False)  # mapped, it would fill memory with what was read
         self.keys = [key for key in self.weights if not is_scale(key)]
         self.metadata: dict[str, str] = getattr(self.weights, "metadata", {})
 

@@ -23,6 +23,7 @@ FLUX = ModelKind(
         ),
     ),
 )
+FOLDERS = {"te1": "text_encoder", "te3": "text_encoder_2"}  # of a Diffusers model
 
 SPEC = FamilySpec(
     name="flux",
@@ -40,6 +41,7 @@ SPEC = FamilySpec(
     },
     tools={"flux_merge_lora": FluxMergeOptions, "flux_extract_lora": FluxExtractOptions},
     kinds=(FLUX,),
+    folders={**FOLDERS, "denoiser": "transformer"},
     adapter=EntryPoint("library.families.flux.adapter:FluxFamily"),
     check_paths=EntryPoint("library.families.flux.variants:check_paths"),
     check_text_paths=EntryPoint("library.families.flux.variants:check_text_paths"),

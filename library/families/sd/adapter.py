@@ -77,7 +77,8 @@ class SdDenoiser(UnetDenoiser):
 
 class SdTargets(Targets):
     def lora(self, models: Models) -> list[LoraTarget]:
-        return text_targets(models.text_encoders["te"]) + unet_targets(models.denoiser)
+        text = text_targets(models.text_encoders["te"]) if "te" in models.text_encoders else []
+        return text + unet_targets(models.denoiser)
 
 
 class SdWriter(Writer):

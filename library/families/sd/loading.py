@@ -53,17 +53,20 @@ class Parts:
     source: Source
 
 
-def load_model(name: str, v2: bool, vae_name: str | None = None) -> Parts:
+def load_model(name: str, v2: bool, vae_name: str | None = None, *, variant: str | None = None) -> Parts:
     """Loads a whole model on the CPU, in float32, frozen.
 
     Args:
         name: a single file, a Diffusers folder or a hub id.
         v2: whether it must be a 2.x model (else it must be 1.x).
         vae_name: where to take the VAE from instead; see `load_vae`.
+        variant: of a Diffusers model's weights, see `from_pretrained`.
     Raises: UserError: missing, unreadable, incomplete or of another family.
     """
-    load = _load_file if Path(name).is_file() else _load_folder
-    parts = load(name, v2, with_vae=not vae_name)
+    if Path(name).is_file():
+        parts = _load_file(name, v2, with_vae=not vae_name)
+    else:
+        parts = _load_folder(name, v2, variant, with_vae=not vae_name)
     if vae_name:
         parts.vae, tensor_specs = load_vae(vae_name)
         parts.source = parts.source.with_vae(vae_name, tensor_specs)
@@ -136,7 +139,7 @@ def text_encoder_of_file(reader: Reader, v2: bool, level: bool) -> nn.Module:
 # --- Diffusers folders and the hub ------------------------------------------------------------------------------------
 
 
-def _load_folder(name: str, v2: bool, *, with_vae: bool) -> Parts:
+def _load_folder(name: str, v2: bool, variant: str | None, *, with_vae: bool) -> Parts:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -146,14 +149,14 @@ def _load_folder(name: str, v2: bool, *, with_vae: bool) -> Parts:
             problem = folder_problem(Path(name), v2)
             if problem:
                 raise UserError(problem)
-        text_encoder = from_pretrained(CLIPTextModel, name, "text_encoder")
+        text_encoder = from_pretrained(CLIPTextModel, name, "text_encoder", variant=variant)
         problem = mismatch(SD2 if text_encoder.config.hidden_act == "gelu" else SD1, v2)
         if problem:
             raise UserError(problem)
-        denoiser = from_pretrained(UNet2DConditionModel, name, "unet")
+        denoiser = from_pretrained(UNet2DConditionModel, name, "unet", variant=variant)
         problem = channels_problem(denoiser.config.in_channels)
         if problem:
             raise UserError(problem)
-        vae = reading.vae_of_model_folder(name) if with_vae else None
-    dtypes = reading.folder_dtypes(Path(name), ("unet", "text_encoder", "vae"))
+        vae = reading.vae_of_model_folder(name, variant) if with_vae else None
+    dtypes = reading.folder_dtypes(Path(name), ("unet", "text_encoder", "vae"), variant)
     return Parts(denoiser, text_encoder, vae, Source(name, name, is_file=False, part_dtypes=dtypes, v2=v2))

@@ -28,6 +28,7 @@ SPEC = FamilySpec(
         "lora_interrogator": InterrogateOptions,
     },
     kinds=(SD1, SD2),
+    folders={"te": "text_encoder", "denoiser": "unet"},
     adapter=EntryPoint("library.families.sd.adapter:SdFamily"),
     check_paths=EntryPoint("library.families.sd.variants:check_paths"),
     check_text_paths=EntryPoint("library.families.sd.variants:check_paths"),

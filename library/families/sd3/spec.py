@@ -11,6 +11,7 @@ from library.options.finetune import THREE_ENCODER_GROUPS
 from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
 
 SD3 = ModelKind("a Stable Diffusion 3 model", keys=r"joint_blocks\.\d+\.", pipeline="StableDiffusion3")
+FOLDERS = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}  # of a Diffusers model
 
 SPEC = FamilySpec(
     name="sd3",
@@ -28,6 +29,7 @@ SPEC = FamilySpec(
     },
     tools={"sd3_merge_lora": Sd3MergeOptions, "sd3_extract_lora": Sd3ExtractOptions},
     kinds=(SD3,),
+    folders={**FOLDERS, "denoiser": "transformer"},
     adapter=EntryPoint("library.families.sd3.adapter:Sd3Family"),
     check_paths=EntryPoint("library.families.sd3.variants:check_paths"),
     check_text_paths=EntryPoint("library.families.sd3.variants:check_text_paths"),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.families.sd3.keymap import ENCODERS, MMDIT
-from library.families.sd3.spec import SD3
+from library.families.sd3.spec import FOLDERS, SD3
 from library.families.shared.recognition import (
     file_shapes,
     path_problem,
@@ -35,7 +35,6 @@ ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
 HEAD_WIDTH = 64  # of every published MMDiT
 FLAGS = {"te1": "clip_l", "te2": "clip_g", "te3": "t5xxl"}  # the option that gives an encoder's file
 TITLES = {"te1": "CLIP-L", "te2": "CLIP-G", "te3": "T5"}
-FOLDERS = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}  # of a Diffusers model
 TOKENIZERS = {"te1": "tokenizer", "te2": "tokenizer_2", "te3": "tokenizer_3"}
 _NO_MODEL = "--pretrained_model_name_or_path: name a model: a file, a Diffusers folder or a hub id"
 CLIP_MARKER_KEY = "text_model.encoder.layers.0.mlp.fc1.weight"

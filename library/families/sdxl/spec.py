@@ -12,6 +12,7 @@ from library.options.finetune import TWO_ENCODER_GROUPS
 from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
 
 SDXL = ModelKind("an SDXL model", keys=r"^conditioner\.embedders\.", pipeline="StableDiffusionXL")
+FOLDERS = {"te1": "text_encoder", "te2": "text_encoder_2"}  # of a Diffusers model
 
 SPEC = FamilySpec(
     name="sdxl",
@@ -31,6 +32,7 @@ SPEC = FamilySpec(
     },
     tools={"sdxl_merge_lora": SdxlMergeOptions},
     kinds=(SDXL,),
+    folders={**FOLDERS, "denoiser": "unet"},
     adapter=EntryPoint("library.families.sdxl.adapter:SdxlFamily"),
     check_paths=EntryPoint("library.families.sdxl.variants:check_paths"),
     check_text_paths=EntryPoint("library.families.sdxl.variants:check_text_paths"),

@@ -75,7 +75,11 @@ def pipeline_kind(folder: Path) -> ModelKind | None:
     Raises: UserError: the file is broken.
     """
     index = folder / "model_index.json"
-    name = str(read_json(index).get("_class_name")) if index.is_file() else ""
+    return pipeline_named(str(read_json(index).get("_class_name")) if index.is_file() else "")
+
+
+def pipeline_named(name: str) -> ModelKind | None:
+    """The kind whose pipelines diffusers calls so; None where it is none that is known here."""
     return next((kind for kind in FAMILY_OF if kind.pipeline and name.startswith(kind.pipeline)), None)
 
 
