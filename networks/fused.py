@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from networks.types.locon import DOWN, UP
 from networks.types.lora import Entry
 
-DOWN, UP, ALPHA, DORA = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
+ALPHA, DORA = "alpha", "dora_scale"
 Piece = dict[str, Tensor]
 
 
@@ -49,7 +50,7 @@ def cut(entry: Mapping[str, Tensor], rows: Sequence[int]) -> list[Piece | None]:
             piece = {DOWN: whole.down[own], UP: up[:, own].contiguous()}
         if piece is not None:
             if ALPHA in entry:
-                piece[ALPHA] = _alpha(scale * len(piece[DOWN]), entry[ALPHA])
+                piece[ALPHA] = alpha_like(scale * len(piece[DOWN]), entry[ALPHA])
             if DORA in entry:
                 piece[DORA] = entry[DORA][start : start + len(up)].clone()
         pieces.append(piece)
@@ -88,7 +89,7 @@ def join(pieces: Sequence[Mapping[str, Tensor] | None], rows: Sequence[int], *, 
     down = known[0].down if shared else torch.cat([entry.down for entry in known])
     joined = {DOWN: down, UP: torch.cat(ups) if shared else torch.block_diag(*ups)}
     if not same_scale or any(ALPHA in piece for piece in present):
-        joined[ALPHA] = _alpha(scale * len(down), present[0].get(ALPHA, torch.tensor(1.0)))
+        joined[ALPHA] = alpha_like(scale * len(down), present[0].get(ALPHA))
     if DORA in present[0]:
         joined[DORA] = torch.cat([piece[DORA] for piece in present])
     return joined
@@ -116,8 +117,9 @@ def _columns(ups: Sequence[Tensor], rank: int) -> list[Tensor | None]:
     return [own.nonzero().flatten() for own in used]
 
 
-def _alpha(value: float, like: Tensor) -> Tensor:
+def alpha_like(value: float, like: Tensor | None) -> Tensor:
     """Alpha in the dtype of another where that holds it exactly, else in float32."""
     alpha = torch.tensor(value)
-    exact = like.is_floating_point() and float(alpha.to(like.dtype)) == float(alpha)
-    return alpha.to(like.dtype) if exact else alpha
+    if like is None or not like.is_floating_point() or float(alpha.to(like.dtype)) != float(alpha):
+        return alpha
+    return alpha.to(like.dtype)

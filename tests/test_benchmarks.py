@@ -65,6 +65,8 @@ def test_tools_merge_and_extract_like_plain_ones_at_tiny_size():
     assert "of the change, ours leaves at most 0." in run.stdout
     assert run.stdout.count("MB of memory") == 2
     assert "equal files" in run.stdout
+    difference = run.stdout.partition("results differ by at most ")[2].split()[0]
+    assert float(difference) < 1e-4
 
 
 def test_full_size_architectures_have_the_published_numbers_of_weights(bench_models):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 from library.checkpoints.keymap import PLACEHOLDERS, Fused, KeyMap, Rename, SwapHalves
 
 _PARAMETER = ".{p}"
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_NUMBER = re.compile(r"\d+")
 
 
 class Found(NamedTuple):
@@ -63,18 +65,27 @@ class PartNames:
         path = name.removeprefix(f"{prefix}_")
         if path.startswith("encoder_layers_"):
             path = f"text_model_{path}"  # a level that transformers' newer classes do not have
-        for pattern, rule, side in self._patterns:
+        for pattern, rule, side in self._patterns.get(_NUMBER.sub("#", path), ()):
             match = pattern.fullmatch(path)
             if match is not None:
                 return self._found(rule, side, match.groupdict())
         return None
 
     @cached_property
-    def _patterns(self) -> list[tuple[re.Pattern[str], Rename | Fused, int]]:
-        """(pattern, rule, side) of every layer; side -1 is the original's name, others number the modules."""
+    def _patterns(self) -> dict[str, list[tuple[re.Pattern[str], Rename | Fused, int]]]:
+        """(pattern, rule, side) of every layer; side -1 is the original's name, others number the modules.
+
+        By what names have beside numbers, since there are hundreds of patterns.
+        """
         rules = [rule for rule in self.keys.rules if rule.file.endswith(_PARAMETER)]
-        originals = [(_underscored(rule.file), rule, -1) for rule in rules]
-        return originals + [(_underscored(name), rule, side) for rule in rules for side, name in enumerate(rule.models)]
+        names = [(rule.file, rule, -1) for rule in rules]
+        names += [(name, rule, side) for rule in rules for side, name in enumerate(rule.models)]
+        found: dict[str, list[tuple[re.Pattern[str], Rename | Fused, int]]] = {}
+        for name, rule, side in names:
+            path = name.removesuffix(_PARAMETER).replace(".", "_")
+            kind = _NUMBER.sub("#", _PLACEHOLDER.sub("0", path))
+            found.setdefault(kind, []).append((_pattern(path), rule, side))
+        return found
 
     def _found(self, rule: Rename | Fused, side: int, numbers: dict[str, str]) -> Found:
         def named(template: str) -> str:
@@ -86,9 +97,9 @@ class PartNames:
         return Found(layer, side if side >= 0 and len(modules) > 1 else None, side >= 0)
 
 
-def _underscored(template: str) -> re.Pattern[str]:
-    """A pattern for a name in a key map, in which underscores stand for dots."""
-    pieces = re.split(r"\{(\w+)\}", template.removesuffix(_PARAMETER).replace(".", "_"))
+def _pattern(path: str) -> re.Pattern[str]:
+    """A pattern for a path with placeholders, as key maps have them."""
+    pieces = _PLACEHOLDER.split(path)
     text = "".join(
         re.escape(piece) if place % 2 == 0 else f"(?P<{piece}>{PLACEHOLDERS[piece]})"
         for place, piece in enumerate(pieces)

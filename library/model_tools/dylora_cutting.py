@@ -6,26 +6,19 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.model_tools.network_io import (
-    ALPHA,
-    DOWN,
-    UP,
-    in_own_names,
-    read_network,
-    scale_of,
-    write_network,
-)
+from library.model_tools.network_io import in_own_names, read_network, scale_of, write_network
 from library.model_tools.network_metadata import rank_metadata
 from library.model_tools.output import require_output
 from library.options.base import Options
 from library.options.model_tools import WEIGHT_ENDINGS
 from library.options.network_tools import DyLoraOptions
 from library.runtime.logs import LOGGER
+from networks.fused import ALPHA, alpha_like
 from networks.registry import LORA
+from networks.types.locon import DOWN, UP
 
 
 def cut_dylora(opts: Options) -> None:
@@ -55,5 +48,4 @@ def first_ranks(entry: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     whole = len(entry[DOWN])
     rank = min(rank, whole)
     alpha = scale_of(entry) * whole * math.sqrt(rank / whole)
-    dtype = entry[ALPHA].dtype if ALPHA in entry and entry[ALPHA].is_floating_point() else torch.float32
-    return {DOWN: entry[DOWN][:rank], UP: entry[UP][:, :rank], ALPHA: torch.tensor(alpha, dtype=dtype)}
+    return {DOWN: entry[DOWN][:rank], UP: entry[UP][:, :rank], ALPHA: alpha_like(alpha, entry.get(ALPHA))}

@@ -14,7 +14,7 @@ from library.families.registry import FAMILIES
 from library.families.shared.clip import encode_clip
 from library.families.shared.finding import family_of
 from library.families.shared.targets import clip_targets
-from library.model_tools.network_io import DOWN, UP, read_network
+from library.model_tools.network_io import read_network
 from library.options.base import Options
 from library.options.network_tools import CheckWeightsOptions
 from library.options.parsing import parse_options
@@ -28,6 +28,7 @@ from networks.file_names import named_format
 from networks.files import NetworkFile, names_of
 from networks.layouts import kohya_name
 from networks.registry import type_of
+from networks.types.locon import DOWN, UP
 
 if TYPE_CHECKING:
     from torch import nn

@@ -19,12 +19,11 @@ from library.model_tools.output import require_finite, require_room
 from library.runtime.files import reason
 from networks.file_names import require_types
 from networks.files import Entries, read
+from networks.fused import ALPHA
 from networks.layouts import kohya_name
 from networks.registry import TYPES, type_of
 from networks.spec import NetworkType
-from networks.types.functional import effective_alpha
-
-DOWN, MID, UP, ALPHA, DORA = "lora_down.weight", "lora_mid.weight", "lora_up.weight", "alpha", "dora_scale"
+from networks.types.locon import DOWN, MID, UP, LoconLayer
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,7 @@ def named(layer: str) -> Iterator[None]:
 
 def scale_of(entry: Mapping[str, Tensor]) -> float:
     """Alpha / rank of an entry with LoRA matrices; 1 without alpha."""
-    alpha, rank = entry.get(ALPHA), len(entry[DOWN])
-    return effective_alpha(None if alpha is None else float(alpha), rank) / rank
+    return LoconLayer.scale_of(entry)
 
 
 def without_core(entry: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,10 +99,10 @@ def in_own_names(entries: Entries, sources: Iterable[Source]) -> dict[str, Tenso
     names: dict[str, str] = {}
     for source in sources:
         names = {**source.names, **names}
+    known = {name.partition(".")[0] for name in names}
     tensors = {}
     for layer, entry in entries.items():
-        known = any(name.startswith(f"{layer}.") for name in names)
-        if known and f"{layer}.{ALPHA}" not in names and DOWN in entry:
+        if layer in known and f"{layer}.{ALPHA}" not in names and DOWN in entry:
             entry = folded(entry)
         for name, tensor in entry.items():
             tensors[names.get(f"{layer}.{name}", f"{layer}.{name}")] = tensor
@@ -114,8 +112,9 @@ def in_own_names(entries: Entries, sources: Iterable[Source]) -> dict[str, Tenso
 def write_network(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None
 ) -> None:
-    """Writes a .safetensors file with its hashes, or a .ckpt/.pt, which has no metadata. An earlier file is replaced
-    when the new one is whole.
+    """Writes a .safetensors file with its hashes, or a .ckpt/.pt, which has no metadata.
+
+    An earlier file is replaced when the new one is whole.
 
     Args: dtype: of every tensor, alpha too; None: as they are.
     Raises: UserError: a value is too large for the dtype, or the file cannot be written.

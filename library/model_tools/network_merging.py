@@ -17,13 +17,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.model_tools import low_rank
 from library.model_tools.block_weights import BlockWeights
-from library.model_tools.converting import with_one_naming
 from library.model_tools.network_io import (
-    ALPHA,
-    DORA,
-    DOWN,
-    MID,
-    UP,
     Source,
     in_own_names,
     named,
@@ -32,13 +26,16 @@ from library.model_tools.network_io import (
     without_core,
     write_network,
 )
+from library.model_tools.network_layers import with_one_naming
 from library.model_tools.network_metadata import merged_metadata, recipe
 from library.model_tools.output import require_output
 from library.model_tools.weights import dtype_of
 from library.options.model_tools import WEIGHT_ENDINGS
 from library.runtime.logs import LOGGER, progress
 from networks.files import Entries
+from networks.fused import ALPHA, DORA
 from networks.registry import FULL, NORM, type_of
+from networks.types.locon import DOWN, MID, UP
 
 Combine = Callable[[Sequence["Share"]], dict[str, Tensor]]  # what several files give to a layer -> the layer
 # The tensor of a layer to which its change is proportional.
@@ -245,9 +242,10 @@ def _concatenated(shares: Sequence[Share]) -> dict[str, Tensor]:
 
 
 def _legacy(shares: Sequence[Share], *, concat: bool) -> dict[str, Tensor]:
-    """The merge of sd-scripts up to 0.10: the ratio is in both matrices, whose sums are multiplied with each other, and
-    alpha is the first file's. A file then acts with the square of its ratio, divided by the growth of the rank where
-    ranks are concatenated; sums have products of the files with each other.
+    """The merge of sd-scripts up to 0.10: the ratio is in both matrices, and alpha is the first file's.
+
+    A file acts with the square of its ratio, divided by the growth of the rank where ranks are concatenated. Otherwise
+    matrices are added up before they are multiplied, so that there are products of one file with another.
     """
     require_products(shares)
     if not concat and len({share.rank for share in shares}) > 1:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from library.checkpoints.metadata import minimal
 from library.model_tools.block_weights import BlockWeights
-from library.model_tools.network_io import DOWN, Source, scale_of
+from library.model_tools.network_io import Source, scale_of
 from library.model_tools.recipes import file_hashes, modelspec
 from library.runtime.logs import LOGGER
 from networks.files import Entries
+from networks.types.locon import DOWN
 
 RECIPE = "ss_merge_recipe"
 DYNAMIC = "Dynamic"  # in place of a number where layers differ
@@ -62,8 +63,10 @@ def merged_metadata(
 
 
 def rank_metadata(entries: Entries) -> dict[str, str]:
-    """`ss_network_dim` and `ss_network_alpha` of LoRA layers; "Dynamic" where they differ. Larger kernels, whose rank
-    is an option of its own, count only where there is nothing else."""
+    """`ss_network_dim` and `ss_network_alpha` of LoRA layers; "Dynamic" where they differ.
+
+    Larger kernels, whose rank is an option of its own, count only where there is nothing else.
+    """
     layers = [entry for entry in entries.values() if DOWN in entry]
     plain = [entry for entry in layers if is_plain(entry[DOWN])] or layers
     ranks = {len(entry[DOWN]) for entry in plain}

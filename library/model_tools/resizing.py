@@ -15,17 +15,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.model_tools import low_rank
-from library.model_tools.network_io import (
-    ALPHA,
-    DOWN,
-    UP,
-    in_own_names,
-    named,
-    read_network,
-    scale_of,
-    without_core,
-    write_network,
-)
+from library.model_tools.network_io import in_own_names, named, read_network, scale_of, without_core, write_network
 from library.model_tools.network_metadata import DYNAMIC, is_plain, rank_metadata
 from library.model_tools.output import require_output
 from library.model_tools.weights import dtype_of, require_device
@@ -34,7 +24,9 @@ from library.options.model_tools import WEIGHT_ENDINGS
 from library.options.network_tools import ResizeOptions
 from library.runtime.logs import LOGGER, progress
 from networks.files import ADAPTER_METADATA, Entries
+from networks.fused import ALPHA
 from networks.registry import FULL, LOCON, LORA, NORM
+from networks.types.locon import DOWN, UP
 
 TYPES = (LORA, LOCON, FULL, NORM)  # the last two have no rank, and are kept as they are
 NOTHING = 1e-6  # largest singular value of a layer that does nothing

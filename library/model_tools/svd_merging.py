@@ -7,11 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from library.model_tools.block_weights import parse_all
-from library.model_tools.network_io import (
-    DOWN,
-    in_own_names,
-    write_network,
-)
+from library.model_tools.network_io import in_own_names, write_network
 from library.model_tools.network_merging import Share, approximated, merged, read_sources, require_products
 from library.model_tools.network_metadata import is_plain, merged_metadata, recipe
 from library.model_tools.output import require_output
@@ -20,6 +16,7 @@ from library.options.base import Options
 from library.options.model_tools import WEIGHT_ENDINGS
 from library.options.network_tools import SvdMergeOptions
 from library.runtime.logs import LOGGER
+from networks.types.locon import DOWN
 
 
 def svd_merge(opts: Options) -> None:

@@ -233,6 +233,29 @@ def test_parts_with_ranks_of_their_own_become_one_layer_and_parts_again(tmp_path
     same_tensors(convert(there, tmp_path / "back.safetensors", "diffusers"), path)
 
 
+def test_parts_with_other_alphas_and_a_missing_one(tmp_path):
+    rng, tensors = torch.Generator().manual_seed(0), {}
+    for name, rank, alpha in (("to_q", 2, 1.0), ("to_v", 3, 6.0)):
+        layer = f"lora_unet_transformer_blocks_0_attn_{name}"
+        tensors[f"{layer}.lora_down.weight"] = torch.randn(rank, 8, generator=rng)
+        tensors[f"{layer}.lora_up.weight"] = torch.randn(6, rank, generator=rng)
+        tensors[f"{layer}.alpha"] = torch.tensor(alpha)
+    path = write(tmp_path / "in.safetensors", tensors)
+    arguments = ["kohya", "--family", "flux"]
+    (whole,) = changes(convert(path, tmp_path / "out.safetensors", *arguments)).values()
+    parts = list(changes(path).values())
+    torch.testing.assert_close(whole, torch.cat([parts[0], torch.zeros(6, 8), parts[1]]))
+
+
+def test_a_layer_under_two_names_is_refused(tmp_path):
+    names = ("transformer.transformer_blocks.0.attn.to_out.0", "diffusion_model.double_blocks.0.img_attn.proj")
+    sides = (("A", (2, 8)), ("B", (6, 2)))
+    tensors = {f"{name}.lora_{side}.weight": torch.ones(shape) for name in names for side, shape in sides}
+    path = write(tmp_path / "in.safetensors", tensors)
+    with pytest.raises(UserError, match="the file has this layer twice"):
+        convert(path, tmp_path / "out.safetensors", "kohya", "--family", "flux")
+
+
 # ---- others compute the same
 
 
@@ -243,8 +266,8 @@ def test_diffusers_computes_the_same(model, tmp_path, dora, fold):
     tensors = lora_of(name, own, ranks=(3, 2), alphas=(2.0, 1.5, 3.0), dora=dora)
     path = write(tmp_path / "in.safetensors", tensors)
     there = convert(path, tmp_path / "there.safetensors", "diffusers", *(["--fold_alpha"] if fold else []))
-    ours = copy.deepcopy(own.models)
-    merge(chosen(name, own), ours, read(path), 1.0)
+    ours = Models(copy.deepcopy(own.models.denoiser), own.models.text_encoders, {}, None)
+    merge([target for target in chosen(name, own) if target.part == "denoiser"], ours, read(path), 1.0)
     theirs = copy.deepcopy(own.models.denoiser)
     theirs.load_lora_adapter(tmp_path, prefix=own.part, weight_name=there.name, local_files_only=True)
     with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from library.checkpoints.keymap import KeyMap
 from library.checkpoints.layer_names import PartNames
 from library.families.shared.layer_names import LayerSizes, clip_names
@@ -16,7 +18,12 @@ def layer_names(sizes: LayerSizes) -> tuple[PartNames, ...]:
     """The parts of a model that a file with layers of these sizes is of."""
     widths = [width for name, (_, width) in sizes.items() if name.endswith(("attn2_to_k", "self_attn_q_proj"))]
     linear = _LINEAR.get(widths[0]) if widths else None
-    unet = PartNames(
+    return _unet(linear), clip_names("te", "te1", diffusers="text_encoder", comfyui="clip_h" if linear else "clip_l")
+
+
+@cache
+def _unet(linear: bool | None) -> PartNames:
+    return PartNames(
         keys=KeyMap(*unet_rules(2, _LEVELS, transformer=TRANSFORMER)),
         prefixes=("lora_unet",),
         diffusers="unet",
@@ -24,4 +31,3 @@ def layer_names(sizes: LayerSizes) -> tuple[PartNames, ...]:
         kohya_by_module=True,
         linear_projections=linear,
     )
-    return unet, clip_names("te", "te1", diffusers="text_encoder", comfyui="clip_h" if linear else "clip_l")

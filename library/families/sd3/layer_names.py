@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 from library.checkpoints.layer_names import PartNames
 from library.families.sd3.keymap import mmdit_map
@@ -23,12 +24,15 @@ def layer_names(sizes: LayerSizes) -> tuple[PartNames, ...]:
     depth = max(numbers, default=0) + 1
     if widths and widths[0] % WIDTH_PER_BLOCK == 0:
         depth = max(depth, widths[0] // WIDTH_PER_BLOCK)
-    denoiser = PartNames(
-        keys=mmdit_map(depth, prefix=""), prefixes=("lora_unet",), diffusers="transformer", comfyui="diffusion_model"
-    )
     return (
-        denoiser,
+        _denoiser(depth),
         clip_names("te1", "te", diffusers="text_encoder", comfyui="clip_l"),
         clip_names("te2", diffusers="text_encoder_2", comfyui="clip_g"),
         t5_names("te3", diffusers="text_encoder_3"),
     )
+
+
+@cache
+def _denoiser(depth: int) -> PartNames:
+    keys = mmdit_map(depth, prefix="")
+    return PartNames(keys=keys, prefixes=("lora_unet",), diffusers="transformer", comfyui="diffusion_model")

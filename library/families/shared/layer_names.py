@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 from library.checkpoints.keymap import Each, KeyMap, Rename
 from library.checkpoints.layer_names import PartNames
@@ -29,12 +30,14 @@ _T5 = _same(
 )
 
 
+@cache
 def clip_names(*parts: str, diffusers: str, comfyui: str) -> PartNames:
     """A CLIP encoder. `parts`: its names in kohya's layout, the one that is written first."""
     prefixes = tuple(f"lora_{part}" for part in parts)
     return PartNames(keys=_CLIP, prefixes=prefixes, diffusers=diffusers, comfyui=f"text_encoders.{comfyui}.transformer")
 
 
+@cache
 def t5_names(*parts: str, diffusers: str) -> PartNames:
     """A T5 encoder; see `clip_names`."""
     prefixes = tuple(f"lora_{part}" for part in parts)
