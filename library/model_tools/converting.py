@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -25,29 +25,26 @@ from library.model_tools.network_io import (
     ALPHA,
     DORA,
     DOWN,
-    ENDINGS,
     UP,
     Source,
     folded,
+    named,
     read_network,
     scale_of,
     without_core,
     write_network,
 )
-from library.model_tools.network_merging import named
 from library.model_tools.network_metadata import rank_metadata
 from library.model_tools.output import require_output
 from library.model_tools.weights import dtype_of
 from library.options.base import Options
-from library.options.logging import ConsoleOptions
+from library.options.model_tools import WEIGHT_ENDINGS
 from library.options.network_tools import LAYOUTS, ConvertOptions, ConvertPairOptions
 from library.runtime.logs import LOGGER
 from networks.files import ADAPTER_METADATA, PREFIXES, Entries, swapped
 from networks.fused import cut, join, rows_by_share
 from networks.registry import type_of
 
-GROUPS = (ConvertOptions, ConsoleOptions)
-PAIR_GROUPS = (ConvertPairOptions, ConsoleOptions)
 Layout = Literal["kohya", "diffusers", "comfyui"]
 # Beginnings of names by which layouts are known.
 _LAYOUTS: dict[Layout, re.Pattern[str]] = {
@@ -136,7 +133,7 @@ def convert_file(
         fold: alphas go into the matrices of a file of diffusers, in place of its metadata.
     Raises: UserError: a file of no family, or what the layout cannot hold.
     """
-    require_output(flag, save_to, [path], ENDINGS)
+    require_output(flag, save_to, [path], WEIGHT_ENDINGS)
     source = read_network(path)
     found = layout_of(source.names.values())
     if source_layout is not None and found != source_layout:
@@ -198,6 +195,32 @@ def placed(entries: Entries, parts: Sequence[PartNames]) -> dict[str, Placed]:
         else:
             own.whole = swapped(entry) if layer.swap_halves and by_module else entry
     return found
+
+
+def with_one_naming(sources: Sequence[Source]) -> list[Source]:
+    """Files that name the same layers otherwise than each other, all in kohya's layout; else as they are.
+
+    Files whose layers are of no family stay as they are too.
+    """
+    try:
+        all_parts = [parts_of(source) for source in sources]
+    except UserError:
+        return list(sources)
+    names: dict[str, dict[int | None, set[str]]] = {}
+    for source, parts in zip(sources, all_parts, strict=True):
+        for name in source.entries:
+            found = _place(parts, name)
+            names.setdefault(found.layer.kohya, {}).setdefault(found.piece, set()).add(name)
+    same = all(
+        all(len(known) == 1 for known in pieces.values()) and not (None in pieces and len(pieces) > 1)
+        for pieces in names.values()
+    )
+    if same:
+        return list(sources)
+    return [
+        replace(source, entries={name: own.joined() for name, own in placed(source.entries, parts).items()}, names={})
+        for source, parts in zip(sources, all_parts, strict=True)
+    ]
 
 
 def converted(

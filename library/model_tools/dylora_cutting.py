@@ -13,7 +13,6 @@ from library.errors import UserError
 from library.model_tools.network_io import (
     ALPHA,
     DOWN,
-    ENDINGS,
     UP,
     in_own_names,
     read_network,
@@ -23,12 +22,10 @@ from library.model_tools.network_io import (
 from library.model_tools.network_metadata import rank_metadata
 from library.model_tools.output import require_output
 from library.options.base import Options
-from library.options.logging import ConsoleOptions
+from library.options.model_tools import WEIGHT_ENDINGS
 from library.options.network_tools import DyLoraOptions
 from library.runtime.logs import LOGGER
 from networks.registry import LORA
-
-GROUPS = (DyLoraOptions, ConsoleOptions)
 
 
 def cut_dylora(opts: Options) -> None:
@@ -41,7 +38,7 @@ def cut_dylora(opts: Options) -> None:
         raise UserError(f"--unit={own.unit}: must be below the rank of {own.model}, {largest}")
     for rank in range(own.unit, largest, own.unit):
         path = target.with_name(f"{target.stem}-{rank:04d}{target.suffix}")
-        require_output("--save_to", path, [own.model], ENDINGS)
+        require_output("--save_to", path, [own.model], WEIGHT_ENDINGS)
         entries = {layer: first_ranks(entry, rank) for layer, entry in source.entries.items()}
         comment = f"first {rank} of {largest} ranks of a DyLoRA; {source.metadata.get('ss_training_comment', '')}"
         metadata = {**source.metadata, **rank_metadata(entries), "ss_training_comment": comment.removesuffix("; ")}

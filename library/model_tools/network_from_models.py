@@ -130,7 +130,7 @@ def extracted(pair: Pair, own: ExtractOptions) -> Entries:
     with progress(sum(_size(pair, target) for target in targets), "extracting", " weights", unit_scale=True) as bar:
         for target in targets:
             change = pair.change(target)
-            energy = float(change.double().square().sum()) if change.numel() else 0.0
+            energy = float(torch.linalg.vector_norm(change)) ** 2
             if not math.isfinite(energy):
                 raise UserError(f"{target.key}: the models' difference has values that are no numbers")
             if energy:
@@ -220,7 +220,9 @@ def _report_others(pair: Pair, entries: Entries) -> None:
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and torch.equal(first.float(), second.float())
+    if first.dtype != second.dtype:
+        first, second = first.float(), second.float()
+    return torch.equal(first, second)
 
 
 def _flat(entries: Entries) -> dict[str, Tensor]:

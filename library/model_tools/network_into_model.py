@@ -21,8 +21,8 @@ from library.errors import UserError
 from library.families.shared.reading import counters
 from library.model_tools.block_weights import BlockWeights, parse_all
 from library.model_tools.model_layers import Edit, ModelFile, open_model_file
-from library.model_tools.network_io import PRECISIONS, Source, read_network
-from library.model_tools.network_merging import merge_networks, named
+from library.model_tools.network_io import Source, named, read_network
+from library.model_tools.network_merging import merge_networks
 from library.model_tools.output import require_output, require_room, write_tensors
 from library.model_tools.recipes import file_hashes, modelspec
 from library.model_tools.weights import dtype_of, require_device
@@ -96,7 +96,6 @@ def merge(opts: Options) -> None:
 def _merge_networks(
     own: MergeOptions, paths: Sequence[str], ratios: Sequence[float], weights: Sequence[BlockWeights | None]
 ) -> None:
-    words = {dtype: word for word, dtype in reversed(PRECISIONS.items())}
     merge_networks(
         paths,
         ratios,
@@ -105,8 +104,8 @@ def _merge_networks(
         concat=own.concat,
         shuffle=own.shuffle,
         legacy_ratio=own.legacy_ratio,
-        precision=words[dtype_of(own.precision)],
-        save_precision=own.save_precision and words[dtype_of(own.save_precision)],
+        precision=own.precision,
+        save_precision=own.save_precision,
         no_metadata=own.no_metadata,
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from networks.registry import TYPES, type_of
 from networks.spec import NetworkType
 from networks.types.functional import effective_alpha
 
-ENDINGS = (".safetensors", ".ckpt", ".pt")  # of files that are written; the last two have no metadata
 DOWN, MID, UP, ALPHA, DORA = "lora_down.weight", "lora_mid.weight", "lora_up.weight", "alpha", "dora_scale"
 
 
@@ -57,6 +57,15 @@ def read_network(path: str | Path, types: Sequence[NetworkType] = TYPES) -> Sour
         require_finite(f"{path}: {name}", tensor)
     own = read_state_dict(path) if names is None else names
     return Source(path, file.entries, {kohya_name(name): name for name in own}, read_metadata(path))
+
+
+@contextmanager
+def named(layer: str) -> Iterator[None]:
+    """Problems inside begin with the layer's name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(*(f"{layer}: {problem}" for problem in error.problems), hint=error.hint) from error
 
 
 def scale_of(entry: Mapping[str, Tensor]) -> float:

@@ -7,8 +7,7 @@ side. Without it the result has the rank of the largest file, and is the best ap
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -18,15 +17,16 @@ from torch import Tensor
 from library.errors import UserError
 from library.model_tools import low_rank
 from library.model_tools.block_weights import BlockWeights
+from library.model_tools.converting import with_one_naming
 from library.model_tools.network_io import (
     ALPHA,
     DORA,
     DOWN,
-    ENDINGS,
     MID,
     UP,
     Source,
     in_own_names,
+    named,
     read_network,
     scale_of,
     without_core,
@@ -35,6 +35,7 @@ from library.model_tools.network_io import (
 from library.model_tools.network_metadata import merged_metadata, recipe
 from library.model_tools.output import require_output
 from library.model_tools.weights import dtype_of
+from library.options.model_tools import WEIGHT_ENDINGS
 from library.runtime.logs import LOGGER, progress
 from networks.files import Entries
 from networks.registry import FULL, NORM, type_of
@@ -115,7 +116,7 @@ def merge_networks(
         save_precision: of the file; None: `precision`.
     Raises: UserError: numbers of files and ratios differ, files that cannot be added up, or an unusable `save_to`.
     """
-    require_output("--save_to", save_to, models, ENDINGS)
+    require_output("--save_to", save_to, models, WEIGHT_ENDINGS)
     weights = weights or [None] * len(models)
     sources = read_sources(models, ratios, weights)
     way = f"{'legacy ' if legacy_ratio else ''}{'concat' if concat else 'sum'}"
@@ -137,7 +138,7 @@ def read_sources(
         raise UserError("--models: give the network files to merge")
     if len(models) != len(ratios):
         raise UserError(f"--ratios: {len(ratios)} given for {len(models)} --models; give one for each")
-    sources = [read_network(path) for path in models]
+    sources = with_one_naming([read_network(path) for path in models])
     for source, weight in zip(sources, weights, strict=True):
         if weight is not None:
             weight.check(source.entries)
@@ -190,15 +191,6 @@ def _rounded(source: Source, dtype: torch.dtype) -> Source:
         layer: {name: tensor.to(dtype) for name, tensor in entry.items()} for layer, entry in source.entries.items()
     }
     return replace(source, entries=entries)
-
-
-@contextmanager
-def named(layer: str) -> Iterator[None]:
-    """Problems inside begin with the layer's name."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(*(f"{layer}: {problem}" for problem in error.problems), hint=error.hint) from error
 
 
 def _summed(shares: Sequence[Share]) -> dict[str, Tensor]:

@@ -18,26 +18,24 @@ from library.model_tools import low_rank
 from library.model_tools.network_io import (
     ALPHA,
     DOWN,
-    ENDINGS,
     UP,
     in_own_names,
+    named,
     read_network,
     scale_of,
     without_core,
     write_network,
 )
-from library.model_tools.network_merging import named
 from library.model_tools.network_metadata import DYNAMIC, is_plain, rank_metadata
 from library.model_tools.output import require_output
 from library.model_tools.weights import dtype_of, require_device
 from library.options.base import Options
-from library.options.logging import ConsoleOptions
+from library.options.model_tools import WEIGHT_ENDINGS
 from library.options.network_tools import ResizeOptions
 from library.runtime.logs import LOGGER, progress
 from networks.files import ADAPTER_METADATA, Entries
 from networks.registry import FULL, LOCON, LORA, NORM
 
-GROUPS = (ResizeOptions, ConsoleOptions)
 TYPES = (LORA, LOCON, FULL, NORM)  # the last two have no rank, and are kept as they are
 NOTHING = 1e-6  # largest singular value of a layer that does nothing
 
@@ -62,7 +60,7 @@ def resize_lora(opts: Options) -> None:
     """Writes --model at the ranks of the options to --save_to. Raises: UserError: a file that cannot be resized."""
     own: ResizeOptions = opts.resize
     device = require_device(own.device or "cpu")
-    require_output("--save_to", own.save_to, [own.model], ENDINGS)
+    require_output("--save_to", own.save_to, [own.model], WEIGHT_ENDINGS)
     source = read_network(own.model, TYPES)
     if not any(DOWN in entry for entry in source.entries.values()):
         raise UserError(f"{own.model}: none of its layers has a rank; there is nothing to resize")

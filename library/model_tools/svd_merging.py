@@ -9,7 +9,6 @@ from torch import Tensor
 from library.model_tools.block_weights import parse_all
 from library.model_tools.network_io import (
     DOWN,
-    ENDINGS,
     in_own_names,
     write_network,
 )
@@ -18,11 +17,9 @@ from library.model_tools.network_metadata import is_plain, merged_metadata, reci
 from library.model_tools.output import require_output
 from library.model_tools.weights import dtype_of, require_device
 from library.options.base import Options
-from library.options.logging import ConsoleOptions
+from library.options.model_tools import WEIGHT_ENDINGS
 from library.options.network_tools import SvdMergeOptions
 from library.runtime.logs import LOGGER
-
-GROUPS = (SvdMergeOptions, ConsoleOptions)
 
 
 def svd_merge(opts: Options) -> None:
@@ -32,7 +29,7 @@ def svd_merge(opts: Options) -> None:
     """
     own: SvdMergeOptions = opts.svd_merge
     device = require_device(own.device or "cpu")
-    require_output("--save_to", own.save_to, own.models, ENDINGS)
+    require_output("--save_to", own.save_to, own.models, WEIGHT_ENDINGS)
     weights = parse_all(own.lbws, len(own.models))
     sources = read_sources(own.models, own.ratios, weights)
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from library.options.base import OptionGroup, Options, opt
+from library.options.model_tools import Precision
 
 if TYPE_CHECKING:
     from library.types import FamilyTraits
 
-Precision = Literal["float", "fp16", "bf16"]
 _DEVICE = "device to compute on, such as cuda; the CPU by default"
 
 
@@ -93,7 +93,7 @@ class DyLoraOptions(OptionGroup, group="dylora", title="Cutting a DyLoRA file"):
 @dataclass(frozen=True, kw_only=True)
 class CheckWeightsOptions(OptionGroup, group="check_weights", title="File"):
     file: str | None = opt(None, "network file", positional=True)
-    show_all_keys: bool = opt(False, "show every tensor, not only the matrices")
+    show_all_keys: bool = opt(False, "show every tensor, not only the matrices", short="-s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,3 +137,15 @@ class ConvertPairOptions(OptionGroup, group="convert_pair", title="Converting a 
                 yield f"--{name}: must be {' or '.join(LAYOUTS)}, got {value!r}"
         if self.src == self.dst:
             yield f"--src and --dst are both {self.src}: there is nothing to convert"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterrogateOptions(OptionGroup, group="interrogate", title="Asking a network for its words"):
+    v2: bool = opt(False, "the model is Stable Diffusion 2.x")
+    sd_model: str | None = opt(None, "model that the network is for: file, Diffusers folder or hub id")
+    model: str | None = opt(None, "network file that adapts text encoders", exists="file")
+    batch_size: int = opt(16, "tokens encoded at a time", at_least=1)
+    clip_skip: int | None = opt(None, "use the states of this layer from the end", at_least=1)
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        return _missing(self, "sd_model", "model")

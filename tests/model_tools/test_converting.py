@@ -102,7 +102,7 @@ def lora_of(
 
 
 def convert(path: str | Path, out: Path, to: str, *arguments: object) -> Path:
-    converting.convert_lora(options(converting.GROUPS, "--model", path, "--save_to", out, "--to", to, *arguments))
+    converting.convert_lora(options("convert_lora", "--model", path, "--save_to", out, "--to", to, *arguments))
     return out
 
 

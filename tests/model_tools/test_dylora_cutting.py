@@ -19,7 +19,7 @@ SHAPES = {"lora_unet_linear": (7, 6), "lora_unet_conv": (5, 4, 3, 3)}
 
 
 def cut(model: str, out: object, unit: int) -> None:
-    dylora_cutting.cut_dylora(options(dylora_cutting.GROUPS, "--model", model, "--save_to", out, "--unit", unit))
+    dylora_cutting.cut_dylora(options("extract_lora_from_dylora", "--model", model, "--save_to", out, "--unit", unit))
 
 
 def test_each_file_acts_as_its_ranks_did_in_training(tmp_path, monkeypatch):

@@ -230,6 +230,29 @@ def test_the_layout_stays_where_all_files_have_it(tmp_path):
     assert_same_changes(changes(out), _sum(paths, [0.5, 1.0]))
 
 
+def test_files_of_different_layouts_meet_in_kohyas(tmp_path):
+    """One file has query, key and value of a layer apart, the other has them in one."""
+    rng = torch.Generator().manual_seed(0)
+    block = "transformer.transformer_blocks.0.attn."
+    apart = {}
+    for name in ("to_q", "to_k", "to_v"):
+        apart[f"{block}{name}.lora_A.weight"] = torch.randn(2, 6, generator=rng)
+        apart[f"{block}{name}.lora_B.weight"] = torch.randn(4, 2, generator=rng)
+    layers = {"lora_unet_double_blocks_0_img_attn_qkv": (12, 6), "lora_unet_single_blocks_0_linear2": (4, 8)}
+    one = write(tmp_path / "1.safetensors", lora_tensors(shapes=layers, rank=3, alpha=1.5))
+    apart["transformer.single_transformer_blocks.0.proj_out.lora_A.weight"] = torch.ones(2, 8)
+    apart["transformer.single_transformer_blocks.0.proj_out.lora_B.weight"] = torch.ones(4, 2)
+    two = write(tmp_path / "2.safetensors", apart)
+    merge_networks([one, two], [0.5, 2.0], str(tmp_path / "out.safetensors"), concat=True)
+    found, first, second = changes(tmp_path / "out.safetensors"), changes(one), changes(two)
+    pieces = [second[f"lora_unet_transformer_blocks_0_attn_{name}"] for name in ("to_q", "to_k", "to_v")]
+    other = {
+        "lora_unet_double_blocks_0_img_attn_qkv": torch.cat(pieces),
+        "lora_unet_single_blocks_0_linear2": second["lora_unet_single_transformer_blocks_0_proj_out"],
+    }
+    assert_same_changes(found, {layer: 0.5 * first[layer] + 2.0 * other[layer] for layer in first})
+
+
 def test_metadata_says_what_it_is_and_what_it_was_made_from(files, tmp_path):
     shared = {"ss_v2": "False", "ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1/lora"}
     first = write(tmp_path / "a.safetensors", lora_tensors(1), {**shared, "modelspec.title": "A", "ss_steps": "7"})

@@ -25,7 +25,7 @@ WORKED = torch.tensor([10.95, 7.09, 5.49, 3.29])  # singular values of one layer
 
 
 def resize(model: str, out: Path, *arguments: object) -> None:
-    resizing.resize_lora(options(resizing.GROUPS, "--model", model, "--save_to", out, *arguments))
+    resizing.resize_lora(options("resize_lora", "--model", model, "--save_to", out, *arguments))
 
 
 def metadata_of(path: Path) -> dict[str, str]:
@@ -177,13 +177,13 @@ def test_metadata_and_its_hashes_are_of_what_is_saved(tmp_path, precision, dtype
     ],
 )
 def test_options_that_do_not_fit(arguments, message):
-    assert any(message in line for line in validation.problems(options(resizing.GROUPS, *arguments), None))
+    assert any(message in line for line in validation.problems(options("resize_lora", *arguments), None))
 
 
 def test_an_option_of_sd_scripts_that_has_no_effect_here():
-    lines = list(validation.warnings(options(resizing.GROUPS, "--svd_lowrank_niter", 4), None))
+    lines = list(validation.warnings(options("resize_lora", "--svd_lowrank_niter", 4), None))
     assert lines == ["--svd_lowrank_niter has no effect: singular values are exact here, and faster"]
-    assert not list(validation.warnings(options(resizing.GROUPS), None))
+    assert not list(validation.warnings(options("resize_lora"), None))
 
 
 # ---- the script

@@ -22,7 +22,7 @@ KERNEL = "lora_unet_down_blocks_1_resnets_0_conv1"
 
 def merge(paths: list[str], ratios: list[float], out: Path, *arguments: object) -> None:
     line = ["--models", *paths, "--ratios", *ratios, "--save_to", out, *arguments]
-    svd_merging.svd_merge(options(svd_merging.GROUPS, *line))
+    svd_merging.svd_merge(options("svd_merge_lora", *line))
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from library.options.base import OptionGroup, Options
+from library.model_tools.commands import groups_of
+from library.options.base import Options
 from library.options.parsing import parse_options
 
 
-def options(groups: Sequence[type[OptionGroup]], *arguments: object) -> Options:
-    return parse_options(groups, list(map(str, arguments)), prog="tool")
+def options(script: str, *arguments: object) -> Options:
+    """`script`: its name, without .py."""
+    return parse_options(groups_of(script), list(map(str, arguments)), prog=script)

@@ -15,19 +15,7 @@ from tools.option_tables import preparation_groups, preparation_scripts
 
 ROOT = Path(__file__).parents[2]
 # Scripts that are still to come; whoever writes one takes it out.
-NOT_THERE = {
-    "networks/check_lora_weights.py",
-    "networks/convert_flux_lora.py",
-    "networks/extract_lora_from_dylora.py",
-    "networks/extract_lora_from_models.py",
-    "networks/flux_extract_lora.py",
-    "networks/flux_merge_lora.py",
-    "networks/lora_interrogator.py",
-    "networks/merge_lora.py",
-    "networks/resize_lora.py",
-    "networks/sdxl_merge_lora.py",
-    "networks/svd_merge_lora.py",
-}
+NOT_THERE: set[str] = set()
 FACTS = {script: flags_of(script) for script in SCRIPTS if "/" in script}
 THERE = [script for script in FACTS if script not in NOT_THERE]
 COUNTS = {
@@ -75,6 +63,13 @@ OURS_OF: dict[str, set[str]] = {  # of one script
     "tools/detect_face_rotate.py": {"max_data_loader_n_workers", "model", "score_threshold", "skip_existing"},
     "finetune/prepare_buckets_latents.py": {"family", "seed"},
     "finetune/make_captions_by_git.py": {"skip_existing"},
+    "networks/merge_lora.py": {"device", "lbws", "legacy_ratio"},
+    "networks/sdxl_merge_lora.py": {"device", "legacy_ratio"},
+    "networks/flux_merge_lora.py": {"lbws", "legacy_ratio"},
+    "networks/extract_lora_from_models.py": {"exact", "factor", "type"},
+    "networks/flux_extract_lora.py": {"exact", "factor", "type"},
+    "networks/resize_lora.py": {"svd_lowrank_niter"},  # which came later
+    "networks/svd_merge_lora.py": {"clamp_quantile"},
     "finetune/make_captions.py": {"model", "prompt", "skip_existing"},
     "finetune/tag_images_by_wd14_tagger.py": {"skip_existing"},
 }
