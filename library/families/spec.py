@@ -45,7 +45,7 @@ class FamilySpec:
     # By method: groups in place of the method's and the shared ones of the same name, and further ones. Large models
     # declare here LargeModelOptions, TextCacheOptions and how their blocks are swapped.
     groups: Mapping[str, tuple[type[OptionGroup], ...]] = field(default_factory=dict)
-    tools: Mapping[str, type[OptionGroup]] = field(default_factory=dict)  # script that merges or extracts -> its group
+    tools: Mapping[str, type[OptionGroup]] = field(default_factory=dict)  # script of networks/ -> its group
     kinds: tuple[ModelKind, ...]  # of the files of its models
     # Part -> sub-folder of a Diffusers model, which is also its name in diffusers' pipelines.
     folders: Mapping[str, str]

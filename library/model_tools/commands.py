@@ -11,7 +11,6 @@ from library.options.network_tools import (
     ConvertOptions,
     ConvertPairOptions,
     DyLoraOptions,
-    InterrogateOptions,
     ResizeOptions,
     SvdMergeOptions,
 )
@@ -26,7 +25,7 @@ convert_pair: EntryPoint[[Options, str], None] = EntryPoint("library.model_tools
 check_weights: EntryPoint[[Options], None] = EntryPoint("library.model_tools.inspecting:check_weights")
 interrogate: EntryPoint[[Options], None] = EntryPoint("library.model_tools.inspecting:interrogate")
 
-# The groups of scripts that are the same for all families; the others' are the families'.
+# The groups of scripts that ask for no model; the others' are the families'.
 _SHARED: dict[str, type[OptionGroup]] = {
     "svd_merge_lora": SvdMergeOptions,
     "resize_lora": ResizeOptions,
@@ -34,7 +33,6 @@ _SHARED: dict[str, type[OptionGroup]] = {
     "convert_lora": ConvertOptions,
     "convert_flux_lora": ConvertPairOptions,
     "check_lora_weights": CheckWeightsOptions,
-    "lora_interrogator": InterrogateOptions,
 }
 
 

@@ -16,7 +16,7 @@ from library.families.shared.finding import family_of
 from library.families.shared.targets import clip_targets
 from library.model_tools.network_io import DOWN, UP, read_network
 from library.options.base import Options
-from library.options.network_tools import CheckWeightsOptions, InterrogateOptions
+from library.options.network_tools import CheckWeightsOptions
 from library.options.parsing import parse_options
 from library.preparation.captioning.pretrained import placed
 from library.preparation.common.summary import show
@@ -76,7 +76,7 @@ def interrogate(opts: Options) -> None:
 
     Raises: UserError: the network adapts none, or was made for another model.
     """
-    own: InterrogateOptions = opts.interrogate
+    own = opts.interrogate
     source = read_network(own.model)
     models = _text_encoders(own)
     file = NetworkFile(source.path, source.entries)
@@ -101,13 +101,13 @@ def interrogate(opts: Options) -> None:
         raise UserError(f"{own.model}: adapts no text encoder, so that there is nothing to ask")
 
 
-def _text_encoders(own: InterrogateOptions) -> Models:
+def _text_encoders(own: Any) -> Models:
     """The model, of which only text encoders are needed."""
-    name = family_of(own.sd_model)
+    name = family_of(own.base_model)
     skip = [] if own.clip_skip is None else [f"--clip_skip={own.clip_skip}"]
-    arguments = [f"--pretrained_model_name_or_path={own.sd_model}", *(["--v2"] if own.v2 else []), *skip]
+    arguments = [f"--pretrained_model_name_or_path={own.base_model}", *(["--v2"] if own.v2 else []), *skip]
     opts = FAMILIES[name].complete_options(parse_options(groups_for(name, "network"), arguments))
-    LOGGER.info("loading %s", own.sd_model)
+    LOGGER.info("loading %s", own.base_model)
     return FAMILIES[name].adapter(opts).loader.load(texts_only=True)
 
 
@@ -121,7 +121,7 @@ def _words(tokenizer: Any) -> list[list[int]]:
     ]
 
 
-def _states(encoder: nn.Module, ids: list[list[int]], own: InterrogateOptions) -> Iterator[Tensor]:
+def _states(encoder: nn.Module, ids: list[list[int]], own: Any) -> Iterator[Tensor]:
     """The states of token and end, a batch at a time: (batch, 2, width), on the CPU."""
     with progress(len(ids), "encoding", " tokens") as bar, torch.no_grad():
         for start in range(0, len(ids), own.batch_size):

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 _DEVICE = "device to compute on, such as cuda; the CPU by default"
 
 
-def _missing(group: OptionGroup, *names: str) -> Iterable[str]:
+def missing(group: OptionGroup, *names: str) -> Iterable[str]:
+    """A problem for each of these options that is not given."""
     yield from (f"--{name} is required" for name in names if not getattr(group, name))
 
 
@@ -42,7 +43,7 @@ class SvdMergeOptions(OptionGroup, group="svd_merge", title="Merging network fil
     no_metadata: bool = opt(False, "write only the type of network and base model, modelspec and hashes")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        return _missing(self, "models", "ratios", "save_to")
+        return missing(self, "models", "ratios", "save_to")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class ResizeOptions(OptionGroup, group="resize", title="Resizing a network file"
     svd_lowrank_niter: int = opt(2, "has no effect: singular values are exact here, and faster", at_least=0)
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        yield from _missing(self, "model", "save_to")
+        yield from missing(self, "model", "save_to")
         if (self.dynamic_method is None) != (self.dynamic_param is None):
             yield "--dynamic_method and --dynamic_param go together: give both or neither"
         elif self.dynamic_param is not None:
@@ -87,7 +88,7 @@ class DyLoraOptions(OptionGroup, group="dylora", title="Cutting a DyLoRA file"):
     model: str | None = opt(None, "DyLoRA file", exists="file")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        return _missing(self, "model", "save_to", "unit")
+        return missing(self, "model", "save_to", "unit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ class ConvertOptions(OptionGroup, group="convert", title="Converting a network f
     save_precision: Precision | None = opt(None, "dtype of the new file; as it is by default")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        return _missing(self, "model", "save_to")
+        return missing(self, "model", "save_to")
 
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.fold_alpha and self.to != "diffusers":
@@ -130,22 +131,10 @@ class ConvertPairOptions(OptionGroup, group="convert_pair", title="Converting a 
     dst_path: str | None = opt(None, "new file: .safetensors, or .ckpt or .pt, which have no metadata")
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        yield from _missing(self, "src_path", "dst_path")
+        yield from missing(self, "src_path", "dst_path")
         for name in ("src", "dst"):
             value = getattr(self, name)
             if value not in LAYOUTS:
                 yield f"--{name}: must be {' or '.join(LAYOUTS)}, got {value!r}"
         if self.src == self.dst:
             yield f"--src and --dst are both {self.src}: there is nothing to convert"
-
-
-@dataclass(frozen=True, kw_only=True)
-class InterrogateOptions(OptionGroup, group="interrogate", title="Asking a network for its words"):
-    v2: bool = opt(False, "the model is Stable Diffusion 2.x")
-    sd_model: str | None = opt(None, "model that the network is for: file, Diffusers folder or hub id")
-    model: str | None = opt(None, "network file that adapts text encoders", exists="file")
-    batch_size: int = opt(16, "tokens encoded at a time", at_least=1)
-    clip_skip: int | None = opt(None, "use the states of this layer from the end", at_least=1)
-
-    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        return _missing(self, "sd_model", "model")

@@ -36,6 +36,7 @@ def _sum(files: list[str], ratios: list[float]) -> dict[str, torch.Tensor]:
     return {layer: sum(r * one[layer] for r, one in zip(ratios, found, strict=True)) for layer in found[0]}
 
 
+@pytest.mark.rows("R423")
 @pytest.mark.parametrize("ratios", [[1.0, 1.0], [0.5, -2.0], [0.3, 0.7]])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_concat_is_the_sum(files, tmp_path, ratios, shuffle):
@@ -45,6 +46,7 @@ def test_concat_is_the_sum(files, tmp_path, ratios, shuffle):
     assert {len(entry["lora_down.weight"]) for entry in read(out).entries.values()} == {5}
 
 
+@pytest.mark.rows("R423")
 def test_concat_acts_as_both_attached(files, tmp_path):
     out = tmp_path / "out.safetensors"
     merge_networks(files, [0.7, 1.3], str(out), concat=True)
@@ -112,6 +114,7 @@ def test_layers_of_one_file_alone_are_kept(files, tmp_path):
     )
 
 
+@pytest.mark.rows("R468")
 def test_blocks_are_weighed_once(files, tmp_path):
     out = tmp_path / "out.safetensors"
     weights = [parse("down_blocks.0=0.5,*=1"), parse("te=0,*=1")]
@@ -253,6 +256,7 @@ def test_files_of_different_layouts_meet_in_kohyas(tmp_path):
     assert_same_changes(found, {layer: 0.5 * first[layer] + 2.0 * other[layer] for layer in first})
 
 
+@pytest.mark.rows("R466")
 def test_metadata_says_what_it_is_and_what_it_was_made_from(files, tmp_path):
     shared = {"ss_v2": "False", "ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1/lora"}
     first = write(tmp_path / "a.safetensors", lora_tensors(1), {**shared, "modelspec.title": "A", "ss_steps": "7"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -125,3 +126,29 @@ def test_the_script(run_script, files, tmp_path):
     done = run_script("networks/svd_merge_lora.py")
     assert done.returncode == 2
     assert "--models is required" in done.stderr
+
+
+@pytest.mark.rows("R465")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' peak memory")
+def test_memory_is_that_of_the_files(run_script, tmp_path):
+    """One layer at a time is in float32, beside the files as they are; what is being read is mapped as well."""
+    shapes = {f"lora_unet_blocks_{n}": (4000, 4000) for n in range(20)}
+    size, paths = 0, []
+    for seed in (1, 2):
+        tensors = {name: t.half() for name, t in lora_tensors(seed, rank=100, shapes=shapes).items()}
+        paths.append(write(tmp_path / f"{seed}.safetensors", tensors))
+        size += Path(paths[-1]).stat().st_size
+    code = (
+        "import resource, runpy, sys; sys.argv = ['svd_merge_lora.py', *sys.argv[1:]];"
+        "runpy.run_path('networks/svd_merge_lora.py', run_name='__main__');"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    more = ["--ratios", "1", "1", "--new_rank=4", f"--save_to={tmp_path / 'out.safetensors'}"]
+    small = write(tmp_path / "small.safetensors", lora_tensors())
+    peaks = []
+    for models in ([small, small], paths):
+        done = run_script("-c", code, "--models", *models, *more)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout) * 1024)
+    assert size > 60e6
+    assert 0.5 * size < peaks[1] - peaks[0] < 2 * size + 100e6

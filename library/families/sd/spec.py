@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from library.entry_points import EntryPoint
 from library.families.sd.options import TRAITS, SdOptions
-from library.families.sd.tools import SdExtractOptions, SdMergeOptions
+from library.families.sd.tools import InterrogateOptions, SdExtractOptions, SdMergeOptions
 from library.families.spec import FamilySpec, ModelKind
 
 SD1 = ModelKind("a Stable Diffusion 1.x model", keys=r"^cond_stage_model\.transformer\.")
@@ -22,7 +22,11 @@ SPEC = FamilySpec(
         "train_control_net": "control_net",
         "train_controlnet": "control_net",
     },
-    tools={"merge_lora": SdMergeOptions, "extract_lora_from_models": SdExtractOptions},
+    tools={
+        "merge_lora": SdMergeOptions,
+        "extract_lora_from_models": SdExtractOptions,
+        "lora_interrogator": InterrogateOptions,
+    },
     kinds=(SD1, SD2),
     folders={"te": "text_encoder", "denoiser": "unet"},
     adapter=EntryPoint("library.families.sd.adapter:SdFamily"),

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from library.options.base import opt
+from library.options.base import OptionGroup, Options, opt
 from library.options.model_tools import ExtractOptions, MergeOptions, ModelOption, Precision
+from library.options.network_tools import missing
+
+if TYPE_CHECKING:
+    from library.types import FamilyTraits
 
 V2 = "has no effect: the file shows whether it is Stable Diffusion 2.x"
 
@@ -55,3 +61,19 @@ class SdExtractOptions(ExtractOptions):
     @property
     def predicts_v(self) -> bool:
         return bool(self.v_parameterization)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterrogateOptions(OptionGroup, group="interrogate", title="Asking a network for its words"):
+    v2: bool = opt(False, "the model is Stable Diffusion 2.x")
+    sd_model: str | None = opt(None, "model that the network is for: file, Diffusers folder or hub id")
+    model: str | None = opt(None, "network file that adapts text encoders", exists="file")
+    batch_size: int = opt(16, "tokens encoded at a time", at_least=1)
+    clip_skip: int | None = opt(None, "use the states of this layer from the end", at_least=1)
+
+    @property
+    def base_model(self) -> str | None:
+        return self.sd_model
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        return missing(self, "sd_model", "model")
