@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from library.families.registry import FAMILIES
 from library.families.shared.network_readers import DORA, PROGRAMS
 from library.model_tools.converting import layout_of
 from library.model_tools.model_sources import ModelSource, open_sources
+from library.model_tools.network_blocks import OUTSIDE, PREFIX, block_of, run_order
 from library.model_tools.network_norms import change_norm, full_change_norm, norm, require_shape
 from library.runtime.logs import progress
 from networks.file_names import require_places, require_types
@@ -32,12 +32,7 @@ if TYPE_CHECKING:
 
 OUTLIER = 10  # times the median of a part's layers
 _ENOUGH = 8  # layers of a part from which a median says something
-_PREFIX = re.compile(r"(?:lora|oft|lycoris)_(?P<part>unet|te\d*)_(?P<path>.+)")
-_BLOCK = re.compile(
-    r"(?P<kind>(?:[a-z]+_)*?(?:blocks?|layers))_(?P<number>\d+)(?:_(?:attentions|resnets)_(?P<inner>\d+))?"
-)
 _SMALL_KERNEL = (1, 1)
-_MIDDLE, OUTSIDE = "mid_block", "outside blocks"
 
 
 @dataclass
@@ -100,7 +95,7 @@ class Report:
         for layer in self.layers:
             grouped.setdefault((layer.part, layer.block), []).append(layer)
         parts = list(dict.fromkeys(part for part, _ in grouped))
-        order = sorted(grouped, key=lambda place: (parts.index(place[0]), *_run_order(place[1])))
+        order = sorted(grouped, key=lambda place: (parts.index(place[0]), *run_order(place[1])))
         return [_block(*place, grouped[place]) for place in order]
 
 
@@ -135,28 +130,6 @@ def verify(path: str | Path, model: str | None = None, encoders: Mapping[str, st
         _find_suspicious(report)
     _find_readers(report)
     return report
-
-
-def block_of(layer: str) -> tuple[str, str]:
-    """Part and block of a layer by its name in kohya's layout, e.g. ("unet", "down_blocks 0.1")."""
-    match = _PREFIX.fullmatch(layer)
-    if match is None:
-        return "unet", layer
-    path = match["path"]
-    found = _BLOCK.match(path)
-    if found is None:
-        return match["part"], _MIDDLE if path.startswith(_MIDDLE) else OUTSIDE
-    kind = found["kind"].removeprefix("text_model_").removeprefix("encoder_")
-    inner = "" if found["inner"] is None else f".{found['inner']}"
-    return match["part"], f"{kind} {found['number']}{inner}"
-
-
-def _run_order(block: str) -> tuple[int, str, list[int]]:
-    """By this, blocks of a part are in the order in which models run them."""
-    kind, _, numbers = block.partition(" ")
-    late = {"mid": 1, "middle": 1, "up": 2, "output": 2, "single": 2}.get(kind.partition("_")[0], 0)
-    place = 3 if block == OUTSIDE else late
-    return place, kind, [int(number) for number in numbers.split(".") if number.isdecimal()]
 
 
 def _block(part: str, name: str, layers: Sequence[Layer]) -> Block:
@@ -251,7 +224,7 @@ def _recognised(file: NetworkFile) -> tuple[str, tuple[PartNames, ...]] | None:
 
 
 def _is_known(layer: str, parts: Sequence[PartNames]) -> bool:
-    name = _PREFIX.sub(r"lora_\g<part>_\g<path>", layer)
+    name = PREFIX.sub(r"lora_\g<part>_\g<path>", layer)
     return any(part.find(name) is not None for part in parts)
 
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from library.families.sd.saving import save_model
+from library.model_tools.network_blocks import block_of
 from library.model_tools.network_norms import change_norm, product_norm
-from library.model_tools.verification import block_of, verify
+from library.model_tools.verification import verify
 from library.model_tools.verification_output import as_json, text_lines
 from library.types import Models
 from networks.files import read
