@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -133,7 +133,7 @@ def verify(path: str | Path, model: str | None = None, encoders: Mapping[str, st
 
 
 def _block(part: str, name: str, layers: Sequence[Layer]) -> Block:
-    change, weight = (_together(getattr(layer, norm) for layer in layers) for norm in ("change", "weight"))
+    change, weight = _together(layer.change for layer in layers), _together(layer.weight for layer in layers)
     return Block(part, name, len(layers), change, weight)
 
 
@@ -176,13 +176,13 @@ def _measure_in_model(file: NetworkFile, sources: Sequence[ModelSource], report:
             try:
                 require_shape(entry, source.shape(target))
                 weight = source.weight(target)
-                layer.change = change_norm(entry)
-                if layer.change is None:
-                    layer.change = full_change_norm(entry, source.shape(target), lambda weight=weight: weight)
+                change = change_norm(entry)
+                if change is None:
+                    change = full_change_norm(entry, source.shape(target), lambda weight=weight: weight)
             except UserError as error:
                 report.errors += [f"{file.path}: {key}: {problem}" for problem in error.problems]
                 continue
-            layer.weight = norm(weight)
+            layer.change, layer.weight = _finite(change), _finite(norm(weight))
             report.layers.append(layer)
             bar.update()
 
@@ -193,7 +193,7 @@ def _measure_alone(file: NetworkFile, parts: Sequence[PartNames], report: Report
     for name, entry in file.entries.items():
         layer = _layer(name, entry)
         try:
-            layer.change = change_norm(entry)
+            layer.change = _finite(change_norm(entry))
         except (UserError, RuntimeError) as error:  # matrices that do not belong together
             report.errors.append(f"{file.path}: {name}: {str(error).splitlines()[0]}")
             continue
@@ -201,12 +201,17 @@ def _measure_alone(file: NetworkFile, parts: Sequence[PartNames], report: Report
 
 
 def _layer(name: str, entry: Mapping[str, Tensor]) -> Layer:
-    alpha = entry.get("alpha")
+    alpha = _finite(float(entry["alpha"])) if "alpha" in entry else None
     down = next(
         (entry[key] for key in ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if key in entry), None
     )
     rank = None if down is None else len(down)
-    return Layer(name, *block_of(name), type_label(entry), rank, None if alpha is None else float(alpha))
+    return Layer(name, *block_of(name), type_label(entry), rank, alpha)
+
+
+def _finite(value: float | None) -> float | None:
+    """What is no number is not known: the report has the tensors at fault among its errors."""
+    return value if value is not None and isfinite(value) else None
 
 
 def _recognised(file: NetworkFile) -> tuple[str, tuple[PartNames, ...]] | None:
@@ -251,6 +256,8 @@ def _find_suspicious(report: Report) -> None:
         report.warnings.append(f"{path}: changes nothing: all {len(idle)} layers are zero")
     elif idle:
         report.warnings.append(f"{path}: {len(idle)} of {len(report.layers)} layers are zero: {first_few(idle)}")
+    if report.family is None:
+        report.warnings.append(f"{path}: its layers are of no model that is known here, or of several; give --model")
     if report.unmatched:
         where = report.model or (FAMILIES[report.family].traits.label if report.family else "any known model")
         count = len(report.unmatched)
