@@ -80,7 +80,7 @@ def assert_relative(found, wanted, tolerance):
     assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
 
 
-@pytest.mark.rows("R410")
+@pytest.mark.rows("R410", "R462")
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "flux-bundle", "flux-diffusers", "sd3-bundle"])
 def test_what_was_merged_comes_back(name, tmp_path):
     family = CASES[name].family

@@ -53,7 +53,7 @@ def merged_outputs(file: ModelFile, models, targets):
     return outputs
 
 
-@pytest.mark.rows("R415", "R467")
+@pytest.mark.rows("R415", "R464", "R467")
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "flux-bundle", "flux-diffusers", "sd3-bundle"])
 @torch.no_grad()
 def test_the_merged_model_acts_as_the_model_with_networks_of_every_type(name, tmp_path):
@@ -131,7 +131,7 @@ def test_diffusers_fuses_the_same_weights(flux, tmp_path):
     )
 
 
-@pytest.mark.rows("C63", "R415")
+@pytest.mark.rows("C63", "R415", "R417")
 def test_text_encoders_in_files_of_their_own_are_merged_as_peft_does(flux, tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -211,6 +211,7 @@ def into_flux(flux, lora, tmp_path, **values):
     return new, {target.key: new.weight(target) - old.weight(target) for target in old.targets}
 
 
+@pytest.mark.rows("R416")
 def test_ratios_add_up_and_blocks_have_weights(flux, lora, tmp_path):
     path = str(lora[0])
     blocks = "double_blocks.1=0.25,*=1"

@@ -42,7 +42,7 @@ def test_a_script_starts_from_any_folder_without_torch(script, tmp_path):
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "False"), done.stderr
 
 
-@pytest.mark.rows("C62")
+@pytest.mark.rows("C62", "R419", "R422")
 def test_the_published_line_for_a_transformer(run_script, tmp_path):
     write_flux(tmp_path).rename(tmp_path / "flux1-dev.safetensors")
     change = write_lora(tmp_path / "lora1.safetensors")
@@ -72,6 +72,7 @@ def test_networks_alone_become_one(run_script, tmp_path):
     torch.testing.assert_close(found, 0.75 * change, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.rows("R410")
 def test_what_was_merged_is_extracted(run_script, tmp_path):
     write_flux(tmp_path)
     change = write_lora(tmp_path / "lora.safetensors")
@@ -145,6 +146,7 @@ print(most_memory(lambda: {work}(opts)))
 """
 
 
+@pytest.mark.rows("R418", "R420")
 @needs_linux
 def test_memory_does_not_grow_with_the_model(run_script, tmp_path):
     """A model of 200 MB in 16 bits, whose largest layers have 9 MB in float32."""
@@ -155,7 +157,7 @@ def test_memory_does_not_grow_with_the_model(run_script, tmp_path):
     layers = [(f"lora_unet_single_blocks_{number}_linear1", 7 * 576, 576) for number in range(20)]
     write_lora(tmp_path / "lora.safetensors", layers)
     files = {"flux_model": str(tmp_path / "big.safetensors"), "save_to": str(tmp_path / "new.safetensors")}
-    values = {**files, "models": [str(tmp_path / "lora.safetensors")]}
+    values = {**files, "models": [str(tmp_path / "lora.safetensors")], "mem_eff_load_save": True}
     done = run_script("-c", PEAK.format(module="network_into_model", work="merge", values=values), "flux_merge_lora")
     assert done.returncode == 0, done.stderr
     merging = int(done.stdout)
