@@ -12,10 +12,11 @@ from library.runtime.logs import LOGGER
 from library.training import saving, state
 from library.training.report import AGAINST_OVERFLOW
 from library.training.scalars import all_finite
-from library.training.state_notes import MODEL, SavedProgress
+from library.training.state_notes import MODEL
 
 if TYPE_CHECKING:
-    from library.training.run import Progress, Run
+    from library.training.plan import Progress
+    from library.training.run import Run
 
 
 def state_parts(run: Run) -> state.StateParts:
@@ -57,9 +58,8 @@ def _remove(run: Run, obsolete: Path | None) -> None:
 def _save_state(run: Run, progress: Progress, folder: Path) -> None:
     run.hub.settle(folder)
     with saving.failing_clearly(folder):
-        saved = SavedProgress(progress.step, progress.epoch, run.seed, progress.epoch_ended)
         how = {"settings": run.settings.to_json(), "gather": run.shards is not None, "write": run.writes}
-        state.save_state(folder, state_parts(run), saved, **how)
+        state.save_state(folder, state_parts(run), progress, run.seed, **how)
     LOGGER.info("saved the state in %s", folder)
     run.hub.upload_state(folder)
 

@@ -16,7 +16,7 @@ from library.runtime.logs import LOGGER
 from library.training import state, state_notes
 from library.training.lr_schedules import make_schedule, wants_loss
 from library.training.optimizers import make_optimizer
-from library.training.plan import make_plan
+from library.training.plan import Progress, make_plan
 from library.training.resuming import require_optimizer, settings_of
 
 DATA = SimpleNamespace(all_records=[], num_train_images=4, num_reg_images=0)
@@ -63,7 +63,7 @@ class Training:
 
     def save(self, folder, *, notes=True):
         settings = self.settings.to_json() if notes else None
-        state.save_state(folder, self.parts, state_notes.SavedProgress(self.done, 1, 0), settings=settings)
+        state.save_state(folder, self.parts, Progress(self.done, 1), 0, settings=settings)
         return folder
 
     def resume(self, folder):
@@ -238,6 +238,6 @@ def test_other_data_is_one_warning(tmp_path, messages):
 def test_notes_of_the_wrong_kind_are_as_good_as_none(tmp_path, damage):
     training = Training().step(1)
     saved = training.settings.to_json() | damage
-    state.save_state(tmp_path / "s", training.parts, state_notes.SavedProgress(1, 1, 0), settings=saved)
+    state.save_state(tmp_path / "s", training.parts, Progress(1, 1), 0, settings=saved)
     require_optimizer(tmp_path / "s", saved, torch.optim.AdamW)
     assert Training().resume(tmp_path / "s").step(1).used == [[1e-2, 5e-3]]
