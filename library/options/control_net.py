@@ -27,7 +27,7 @@ class ControlNetOptions(MethodOptions, title="ControlNet"):
 
     controlnet_model_name_or_path: str | None = opt(
         None,
-        "ControlNet to go on training, a file or a Diffusers folder; made from the base model if not given",
+        "ControlNet to continue training, a file or a Diffusers folder; made from the base model if not given",
     )
 
     @property

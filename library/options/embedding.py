@@ -33,7 +33,7 @@ class EmbeddingOptions(MethodOptions, title="Textual Inversion"):
     num_vectors_per_token: int = opt(
         1, "vectors of the word, as many tokens in a caption", at_least=1, at_most=_MOST_VECTORS
     )
-    weights: str | None = opt(None, "embedding to go on training", exists="file")
+    weights: str | None = opt(None, "embedding to continue training", exists="file")
     use_object_template: bool = opt(
         False, 'replace captions by texts about an object, such as "a photo of a", and the word'
     )
