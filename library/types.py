@@ -159,6 +159,7 @@ class LoraTarget:
     swap_halves: bool = False  # the file has the two halves of the output rows the other way round than the module
     alias: str | None = None  # another key under which files may have it
     optional: bool = False  # a target only where a file has it, or arguments ask for it by name
+    from_file: bool = False  # `optional`, and no argument asks for it
     norm: bool = False  # a layer norm or group norm, which few types of networks adapt
     place: FilePlace | None = None  # where the live model is not laid out as files are
 
