@@ -115,7 +115,10 @@ class NetworkModule(DeclaredModule):
         options, layout = opts.method, traits.block_layout if traits else None
         given = {"args": args, "dropout": options.network_dropout, "layout": layout}
         lines = self.check(**given, dim=options.rank, ranks_from_file=options.dim_from_weights)
-        name = self.parse(**given).layer.reads_gradients()
+        layer = self.parse(**given).layer
+        if not options.dim_from_weights:
+            lines += layer.alpha_warnings(options.network_alpha, self.name)
+        name = layer.reads_gradients()
         if name and opts.optimizer.fused_backward_pass:
             raise UserError(
                 f"--network_args: {name} looks at the gradients after the backward pass, in which "

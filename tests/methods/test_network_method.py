@@ -372,6 +372,19 @@ def test_base_weights_of_another_format_are_refused_before_a_model_is_read(tmp_p
     assert problem.startswith(f"{bundle}: holds no layer of a network. Its names are those of embeddings without any")
 
 
+@pytest.mark.rows("R319")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({}, True), ({"network_alpha": 1}, True), ({"network_alpha": 1e-3}, False), ({"network_alpha": 0}, True)],
+)
+@pytest.mark.parametrize("module", ["networks.oft", "networks.oft_flux"])
+def test_the_default_alpha_is_no_constraint(given, said, module, caplog):
+    assert check_options(options_for(network_module=module, **given)) == []
+    lines = [record.getMessage() for record in caplog.records]
+    assert bool(lines) == said
+    assert all(line.startswith(f"--network_alpha: in {module} it limits how far weights are rotated") for line in lines)
+
+
 def test_a_network_module_may_be_declared_anywhere(tmp_path, monkeypatch):
     (tmp_path / "my_network.py").write_text(
         "from networks.registry import LORA\n"
