@@ -6,7 +6,9 @@ What a file does is computed by `tests.builders.hypernetworks`, in diffusers' U-
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,8 @@ def test_the_file_is_that_of_the_web_ui(trained):
         "hyper.pt",
     ]
     assert "save_model_as" not in result.stderr  # that they are .pt files was no choice of the user's
+    with zipfile.ZipFile(out / "hyper.pt") as archive:  # its check refuses files with any other entry
+        assert all(re.fullmatch(r"[^/]+/(data/\d+|version|data\.pkl)", name) for name in archive.namelist())
     content = read(out / "hyper.pt")
     assert [key for key in content if isinstance(key, int)] == [64]  # of every attention layer of this small model
     assert (content["step"], content["name"]) == (20, "hyper")
