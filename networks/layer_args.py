@@ -23,7 +23,7 @@ class LayerArgs(ArgumentGroup):
         return None
 
     def alpha_warnings(self, alpha: float, module: str) -> list[str]:
-        """A line where --network_alpha is given, or left out, as the type does not mean it."""
+        """A warning where --network_alpha has a value that the type makes little of. Args: module: for messages."""
         return []
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from library.entry_points import EntryPoint
 from library.errors import UserError
 from networks.arguments import LoraPlus, Reader, ignored
+from networks.hypernetwork_files import is_hypernetwork_file
 from networks.layer_args import LayerArgs
 from networks.selection import Selection
 
@@ -113,6 +114,11 @@ class NetworkModule(DeclaredModule):
 
     def check_run(self, opts: Options, args: Mapping[str, str], traits: FamilyTraits | None) -> list[str]:
         options, layout = opts.method, traits.block_layout if traits else None
+        if options.network_weights and is_hypernetwork_file(options.network_weights):
+            raise UserError(
+                f"--network_weights: {options.network_weights} is a hypernetwork; --network_module="
+                "networks.hypernetwork continues from it"
+            )
         given = {"args": args, "dropout": options.network_dropout, "layout": layout}
         lines = self.check(**given, dim=options.rank, ranks_from_file=options.dim_from_weights)
         layer = self.parse(**given).layer

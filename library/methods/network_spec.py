@@ -44,7 +44,7 @@ def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str
         for line in module.check_run(opts, args, traits):
             LOGGER.warning("%s", line)
     except UserError as error:
-        problems += error.problems
+        problems += [problem for problem in error.problems if problem not in problems]
     return problems
 
 

@@ -259,6 +259,12 @@ def test_what_has_no_effect_and_what_cannot_be(tmp_path, caplog):
     ]
     (problem,) = check_options(network_options(base_weights=[hyper]), traits)
     assert problem.startswith(f"--base_weights: {hyper}: this is a hypernetwork")
+    given = {"network_module": "networks.lora", "network_weights": hyper}
+    (problem,) = check_options(options_with(NetworkOptions, SavingOptions, **given), traits)
+    assert problem.startswith(f"--network_weights: {hyper} is a hypernetwork; --network_module=networks.hypernetwork")
+    (tmp_path / "broken.pt").write_bytes(b"x")
+    (problem,) = check_options(network_options(network_weights=str(tmp_path / "broken.pt")), traits)
+    assert "broken.pt" in problem
 
 
 @pytest.mark.parametrize(
