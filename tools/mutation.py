@@ -11,6 +11,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import gc
 import importlib
 import os
 import signal
@@ -141,6 +142,7 @@ def survivors(module: Path, tests: Sequence[str], sample: int | None = None) -> 
             with contextlib.suppress(Exception):  # what cannot be imported alone is imported by the tests
                 importlib.import_module(name)
     imported.unlink()
+    gc.freeze()  # or each child's collector would visit, and so copy, all that was imported
     start = time.monotonic()
     run_tests(tests, module, source, 3600)
     limit = 10 + round(5 * (time.monotonic() - start))
