@@ -39,11 +39,11 @@ def test_every_kind_of_change():
         compile(mutant.source, "mutant", "exec")
 
 
-def test_a_sample_is_spread_over_the_module():
+def test_a_sample_has_mutants_at_equal_distances():
     found = list(mutation.mutants(SOURCE))
-    assert mutation.spread(found, None) == mutation.spread(found, 12) == mutation.spread(found, 99) == found
-    assert mutation.spread(found, 4) == [found[0], found[3], found[6], found[9]]
-    assert mutation.spread(found, 7) == found[::2]
+    assert mutation.sampled(found, None) == mutation.sampled(found, 12) == mutation.sampled(found, 99) == found
+    assert mutation.sampled(found, 4) == [found[0], found[3], found[6], found[9]]
+    assert mutation.sampled(found, 7) == found[::2]
 
 
 def test_a_mutant_that_a_test_notices_is_killed():

@@ -146,11 +146,11 @@ def survivors(module: Path, tests: Sequence[str], sample: int | None = None) -> 
     start = time.monotonic()
     run_tests(tests, module, source, 3600)
     limit = 10 + round(5 * (time.monotonic() - start))
-    found = spread(list(mutants(source)), sample)
+    found = sampled(list(mutants(source)), sample)
     return len(found), [mutant for mutant in found if run_tests(tests, module, mutant.source, limit) == 0]
 
 
-def spread(found: list[Mutant], sample: int | None) -> list[Mutant]:
+def sampled(found: list[Mutant], sample: int | None) -> list[Mutant]:
     """At most `sample` of the mutants, at equal distances; all of them with None."""
     return found if sample is None else found[:: max(1, -(-len(found) // sample))]
 
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="+", type=Path, help="files or folders, from the repository's root")
     parser.add_argument("--tests", nargs="+", help="test files in place of the mirror test module")
-    parser.add_argument("--sample", type=int, metavar="N", help="at most N mutants of each module, evenly spread")
+    parser.add_argument("--sample", type=int, metavar="N", help="at most N mutants of each module, at equal distances")
     chosen = parser.parse_args(argv)
     os.chdir(ROOT)
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")  # read when packages are imported
