@@ -108,4 +108,4 @@ class NormLayer(AdapterLayer):
     def limit_norm(self, limit: float) -> None:
         norm = self.w_norm.float().norm().clamp(min=limit / 2)
         for parameter in self.parameters():
-            parameter.mul_((limit / norm).clamp(max=1).to(parameter.dtype))
+            parameter.mul_((limit / norm).clamp(max=1))

@@ -150,7 +150,7 @@ class OftLayer(AdapterLayer):
     def limit_norm(self, limit: float) -> None:
         for blocks in self.blocks:
             norm = blocks.float().norm().clamp(min=limit / 2)
-            blocks.mul_((limit / norm).clamp(max=1).to(blocks.dtype))
+            blocks.mul_((limit / norm).clamp(max=1))
         self._rotations.clear()
 
 

@@ -73,7 +73,7 @@ class Ia3Layer(ChangeLayer):
     @torch.no_grad()
     def limit_norm(self, limit: float) -> None:
         norm = self.weight.float().norm().clamp(min=limit / 2)
-        self.weight.mul_((limit / norm).clamp(max=1).to(self.weight.dtype))
+        self.weight.mul_((limit / norm).clamp(max=1))
 
 
 class GloraLayer(ChangeLayer):
