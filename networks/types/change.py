@@ -225,7 +225,7 @@ class ChangeLayer(AdapterLayer):
 
     @torch.no_grad()
     def limit_norm(self, limit: float) -> None:
-        norm = (self.product(self.tensors()).norm() * abs(self.scale)).clamp(min=limit / 2)
+        norm = self.product(self.tensors()).norm() * abs(self.scale)
         own = [getattr(self, _attribute(name)) for name in self.names]
         factor = (limit / norm).clamp(max=1) ** (1 / len(own))
         for tensor in own:

@@ -106,6 +106,6 @@ class NormLayer(AdapterLayer):
 
     @torch.no_grad()
     def limit_norm(self, limit: float) -> None:
-        norm = self.w_norm.float().norm().clamp(min=limit / 2)
+        norm = self.w_norm.float().norm()
         for parameter in self.parameters():
             parameter.mul_((limit / norm).clamp(max=1))

@@ -149,7 +149,7 @@ class OftLayer(AdapterLayer):
     @torch.no_grad()
     def limit_norm(self, limit: float) -> None:
         for blocks in self.blocks:
-            norm = blocks.float().norm().clamp(min=limit / 2)
+            norm = blocks.float().norm()
             blocks.mul_((limit / norm).clamp(max=1))
         self._rotations.clear()
 

@@ -72,7 +72,7 @@ class Ia3Layer(ChangeLayer):
 
     @torch.no_grad()
     def limit_norm(self, limit: float) -> None:
-        norm = self.weight.float().norm().clamp(min=limit / 2)
+        norm = self.weight.float().norm()
         self.weight.mul_((limit / norm).clamp(max=1))
 
 

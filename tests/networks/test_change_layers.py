@@ -171,6 +171,9 @@ def test_norms_are_limited(algo, name):
     before = {name: tensor.clone() for name, tensor in layer.file_state().items()}
     layer.limit_norm(limit * 1.01)
     assert all(torch.equal(before[name], tensor) for name, tensor in layer.file_state().items())
+    layer.init_weights(torch.Generator().manual_seed(1))  # a change of 0 has no direction
+    layer.limit_norm(1e-3)
+    assert all(tensor.isfinite().all() for tensor in layer.file_state().values())
 
 
 @pytest.mark.parametrize("algo", TYPES)
@@ -266,18 +269,59 @@ def test_what_does_not_fit_is_refused(algo):
             kind.weight_change(state, torch.Size((height, width)), None)
 
 
-@pytest.mark.parametrize("algo", ["locon", "lokr"])
+@pytest.mark.parametrize("algo", TYPES)
 def test_1x1_convolutions_and_linear_layers_read_each_other(algo):
     convolution, linear = nn.Conv2d(8, 12, 1), nn.Linear(8, 12)
     linear.weight.data, linear.bias.data = convolution.weight.data[:, :, 0, 0], convolution.bias.data
+    kind, args = TYPES[algo][0], ChangeArgs(factor=2)
     layer, _ = made(algo, {"factor": 2}, convolution)
-    other = TYPES[algo][0].build([linear], 1, 0.5, ChangeArgs(factor=2))
-    other.load(layer.file_state())
+    loaded, rebuilt = kind.build([linear], 1, 0.5, args), kind.rebuild([linear], layer.file_state(), args)
+    loaded.load(layer.file_state())
     x = input_for(convolution)
     expected = adapted(layer, convolution, x)
-    torch.testing.assert_close(adapted(other, linear, x.movedim(1, -1)).movedim(-1, 1), expected, rtol=1e-4, atol=1e-5)
-    layer.load(other.file_state())
-    torch.testing.assert_close(adapted(layer, convolution, x), expected)
+    for other in (loaded, rebuilt):
+        found = adapted(other, linear, x.movedim(1, -1)).movedim(-1, 1)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    again = kind.rebuild([convolution], loaded.file_state(), args)
+    torch.testing.assert_close(adapted(again, convolution, x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("algo", TYPES)
+def test_first_values_come_from_the_generator(algo):
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(states))
+        layer = TYPES[algo][0].build([nn.Linear(12, 20)], 2, 1.0, ChangeArgs(factor=2))
+        layer.init_weights(torch.Generator().manual_seed(seed))
+        states.append(layer.file_state())
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name])
+        assert torch.equal(tensor, states[2][name]) == (not tensor.any() or name == "alpha")
+
+
+@pytest.mark.parametrize(("algo", "names"), [("locon", ["lora_down.weight"]), ("lokr", ["lokr_w1", "lokr_w2_a"])])
+def test_first_values_are_uniform_to_the_root_of_the_inputs(algo, names):
+    layer = TYPES[algo][0].build([nn.Linear(1024, 1024)], 8, 1.0, ChangeArgs())
+    layer.init_weights(torch.Generator().manual_seed(1))
+    for name in names:
+        values = layer.file_state()[name]
+        bound = values.shape[1] ** -0.5
+        assert 0.9 * bound < values.abs().max() <= bound
+        assert values.std() == pytest.approx(bound / 3**0.5, rel=0.15)  # some hundred values
+
+
+@pytest.mark.parametrize(
+    ("use_tucker", "wanted"),
+    [
+        (False, {"w1_a": 0.1, "w1_b": 1, "w2_a": 0, "w2_b": 1}),
+        (True, {"t1": 0.1, "t2": 0.1, "w1_a": 0, "w1_b": 1, "w2_a": 0.1, "w2_b": 1}),
+    ],
+)
+def test_first_values_of_loha_are_normal(use_tucker, wanted):
+    layer = LohaLayer.build([nn.Conv2d(64, 64, 3)], 16, 1.0, ChangeArgs(use_tucker=use_tucker))
+    layer.init_weights(torch.Generator().manual_seed(1))
+    deviations = {name: float(tensor.std()) for name, tensor in layer.file_state().items() if name != "alpha"}
+    assert deviations == pytest.approx({f"hada_{name}": value for name, value in wanted.items()}, rel=0.1)
 
 
 @pytest.mark.parametrize("algo", TYPES)
