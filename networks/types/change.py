@@ -76,6 +76,15 @@ class ChangeLayer(AdapterLayer):
         """Some rows of the change, before scales: (rows, in, ...) or with all but the first axis flattened."""
         raise NotImplementedError(f"the change of {cls.__name__} is no product")
 
+    @property
+    def degree(self) -> int:
+        """Where all trained tensors are multiplied by f, the change is multiplied by f to this power."""
+        return len(self.names)
+
+    def whole_change(self) -> Tensor:
+        """The change of the weights of all modules together, in any shape."""
+        return self.product(self.tensors()) * self.scale
+
     def changed(self, x: Tensor, index: int, factor: float) -> Tensor:
         """``factor * op(x, change)`` for the rows of the `index`-th module."""
         return self.operate(x, self.delta(index) * factor)
@@ -225,11 +234,9 @@ class ChangeLayer(AdapterLayer):
 
     @torch.no_grad()
     def limit_norm(self, limit: float) -> None:
-        norm = self.product(self.tensors()).norm() * abs(self.scale)
-        own = [getattr(self, _attribute(name)) for name in self.names]
-        factor = (limit / norm).clamp(max=1) ** (1 / len(own))
-        for tensor in own:
-            tensor.mul_(factor)
+        factor = (limit / self.whole_change().norm()).clamp(max=1) ** (1 / self.degree)
+        for name in self.names:
+            getattr(self, _attribute(name)).mul_(factor)
 
 
 def _refresh(layer: ChangeLayer, _keys: Any) -> None:

@@ -32,6 +32,10 @@ class FullLayer(ChangeLayer):
     def product(cls, tensors: Mapping[str, Tensor], rows: slice = slice(None)) -> Tensor:
         return tensors["diff"][rows]
 
+    @property
+    def degree(self) -> int:
+        return 1
+
     def init_weights(self, rng: torch.Generator) -> None:
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
