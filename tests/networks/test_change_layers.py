@@ -246,6 +246,17 @@ def test_rs_lora_divides_by_the_root_of_the_rank(algo):
     assert (layer.scale, float(layer.file_state()["alpha"])) == (3 / 4**0.5, 3 * 4**0.5)
 
 
+@pytest.mark.parametrize("decompose_both", [False, True])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_matrices_of_lokr_are_products_below_half_of_their_sides(rank, decompose_both):
+    """16 x 16 is 4 x 4 times 4 x 4. Without a product there is no rank, and readers who divide by it get 1."""
+    module, given = nn.Linear(16, 16), {"decompose_both": decompose_both}
+    layer, theirs = made("lokr", given, module, rank=rank)
+    assert sorted(layer.names) == sorted(name for name, _ in theirs.named_parameters())
+    assert ("lokr_w2" in layer.names) == (rank >= 2)
+    assert float(layer.file_state()["alpha"]) == (0.5 if rank == 1 else layer.rank)
+
+
 # ---- files
 
 
