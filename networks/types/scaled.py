@@ -51,7 +51,7 @@ class Ia3Layer(ChangeLayer):
         weight = self.weight.flatten() * self.multiplier
         module = self._live[index]
         if self.args.train_on_input:
-            scaled = x.to(weight.dtype) * weight.reshape(axis)
+            scaled = x * weight.reshape(axis)
             change = self.operate(scaled, module.weight.detach().to(weight.dtype))
         else:
             bare = output if module.bias is None else output - module.bias.detach().reshape(axis).to(output.dtype)
@@ -63,7 +63,7 @@ class Ia3Layer(ChangeLayer):
 
     @classmethod
     def weight_change(cls, tensors: Mapping[str, Tensor], shape: torch.Size, weight: Callable[[], Tensor]) -> Tensor:
-        factors, on_input = tensors["weight"].float().flatten(), bool(tensors["on_input"])
+        factors, on_input = tensors["weight"].float(), bool(tensors["on_input"])
         if factors.numel() != shape[1 if on_input else 0]:
             raise UserError(f"weight {tuple(tensors['weight'].shape)} does not fit {tuple(shape)}")
         axes = [1] * len(shape)

@@ -122,6 +122,7 @@ def test_a_new_layer_changes_nothing_and_a_multiplier_is_linear(name):
     kind, args, rank, *_ = CASES[name]
     new = kind.build([module], rank, 2.0, args)
     new.init_weights(torch.Generator().manual_seed(1))
+    assert new.rank == rank
     x = input_for(module)
     torch.testing.assert_close(adapted(new, module, x), module(x), rtol=1e-5, atol=1e-5)
     layer, _ = made(name, module)
@@ -187,14 +188,15 @@ def test_a_dropped_layer_is_the_bare_module(name):
         nn.init.normal_(parameter, std=0.3)
     x = input_for(module)
     bare, full = module(x), adapted(layer.eval(), module, x)
-    layer.train()
-    whole = []
-    for seed in range(30):
-        torch.manual_seed(seed)
-        output = adapted(layer, module, x)
-        whole.append(torch.allclose(output, full, rtol=1e-4, atol=1e-5))
-        assert whole[-1] or torch.equal(output, bare)
-    assert 5 < sum(whole) < 25
+    for trained in (layer, kind.rebuild([module], dict(layer.file_state()), args)):
+        trained.train()
+        whole = []
+        for seed in range(30):
+            torch.manual_seed(seed)
+            output = adapted(trained, module, x)
+            whole.append(torch.allclose(output, full, rtol=1e-4, atol=1e-5))
+            assert whole[-1] or torch.equal(output, bare)
+        assert 5 < sum(whole) < 25
 
 
 @pytest.mark.parametrize("name", ["full", "ia3", "diag-oft", "boft", "glora", "norm"])
@@ -282,6 +284,38 @@ def test_a_norm_without_bias():
     torch.testing.assert_close(adapted(layer, module, x), changed(x), rtol=1e-5, atol=1e-5)
     assert list(layer.file_state()) == ["w_norm"]
     assert NormLayer.bias_change(layer.file_state()) is None
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_the_strength_of_a_norm_and_its_merging_in_float32(kind):
+    module = module_of(kind)
+    layer, _ = made("norm", module)
+    x = input_for(module)
+    full = adapted(layer, module, x) - module(x)
+    layer.multiplier = 0.5
+    torch.testing.assert_close(adapted(layer, module, x) - module(x), full / 2, rtol=1e-4, atol=1e-5)
+    half = {name: tensor.bfloat16() for name, tensor in layer.file_state().items()}
+    found = (NormLayer.weight_change(half, module.weight.shape, None), NormLayer.bias_change(half))
+    assert [tensor.dtype for tensor in found] == [torch.float32] * 2
+    assert [torch.equal(a, b.float()) for a, b in zip(found, half.values(), strict=True)] == [True] * 2
+    assert layer.rank == 1
+
+
+@pytest.mark.parametrize("name", ["full", "ia3", "ia3 on inputs", "glora", "diag-oft", "boft rescaled"])
+def test_1x1_convolutions_and_linear_layers_read_each_other(name):
+    convolution, linear = nn.Conv2d(8, 24, 1), nn.Linear(8, 24)
+    linear.weight.data, linear.bias.data = convolution.weight.data[:, :, 0, 0], convolution.bias.data
+    layer, _ = made(name, convolution)
+    kind, args, rank, *_ = CASES[name]
+    loaded = kind.build([linear], rank, 2.0, args)
+    loaded.load(dict(layer.file_state()))
+    x = torch.randn(2, 8, 3, 4)
+    expected = adapted(layer, convolution, x)
+    for other in (loaded, kind.rebuild([linear], dict(layer.file_state()), args)):
+        found = adapted(other, linear, x.movedim(1, -1)).movedim(-1, 1)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    again = kind.rebuild([convolution], dict(loaded.file_state()), args)
+    torch.testing.assert_close(adapted(again, convolution, x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_inputs_and_outputs_of_ia3_are_told_apart():
