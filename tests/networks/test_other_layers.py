@@ -374,6 +374,7 @@ def kohya_weight(weight, blocks, alpha):
 def test_the_rotation_of_sd_scripts(kind, alpha):
     module = module_of(kind)
     layer = OftLayer.build([module], 4, alpha, KohyaOftArgs())
+    assert layer.rank == 4
     nn.init.normal_(layer.blocks[0], std=0.2, generator=torch.Generator().manual_seed(1))
     state = layer.file_state()
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
