@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from library.errors import UserError
 from library.types import LoraTarget
 from networks import files, third_party
-from networks.file_names import require_places
+from networks.file_names import require_places, require_types
 from tests.networks.builders import lora
 
 FOREIGN = {
@@ -51,6 +51,28 @@ def test_unknown_content_is_shown(tmp_path):
     assert "this is" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        ([], "nothing"),
+        (["lora_unet_a.alpha"], "lora_unet_a.alpha"),
+        (["k.y", "k.x", "k.alpha"], "k.x, k.y"),
+        ([f"k.{sign}" for sign in "edcba"], "k.a, k.b, k.c"),
+    ],
+)
+def test_the_first_names_of_no_known_type_are_shown(tmp_path, names, shown):
+    with pytest.raises(UserError) as caught:
+        require_types(tmp_path / "a", names)
+    assert str(caught.value).startswith(f"{tmp_path / 'a'}: holds {shown}, which is not ")
+
+
+def test_a_layer_of_no_type_beside_one_that_is(tmp_path):
+    lora_names = [f"lora_unet_a.lora_{side}.weight" for side in ("down", "up")]
+    require_types(tmp_path / "a", lora_names)
+    with pytest.raises(UserError, match=r"holds lora_unet_b\.lora_down\.weight, which"):
+        require_types(tmp_path / "a", [*lora_names, "lora_unet_b.lora_down.weight"])
+
+
 def test_a_third_party_file_of_another_format_is_named(tmp_path):
     save_file({"bundle_emb.word.clip_l": torch.zeros(2, 2)}, tmp_path / "a.safetensors")
     error = third_party._nothing_fits(files.read(tmp_path / "a.safetensors"), {})
@@ -87,6 +109,7 @@ def test_a_whole_part_without_a_place_is_an_error(tmp_path, layers, messages):
     with pytest.raises(UserError, match=messages[0]) as caught:
         require_places(tmp_path / "a", layers, KNOWN)
     assert len(caught.value.problems) == len(messages)
+    assert f"only 1 of {len(layers)} layers could be used" in str(caught.value)
 
 
 def test_files_without_anything_that_fits(tmp_path):
