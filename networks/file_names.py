@@ -93,14 +93,12 @@ def require_places(path: Path, layers: Iterable[str], known: Collection[str]) ->
     lost = [part for part in sizes if part and part not in fitting]
     if not lost or not fitting:
         return
-    foreign = foreign_format(lost_name for lost_name in layers if parts[lost_name] in lost)
-    hint = f"; they have the names of {foreign[0]}: {foreign[1]}" if foreign else ""
     raise UserError(
         *(
             f"{path}: its {sizes[part]} layers {part}_* "
             f"({'a text encoder' if '_te' in part else 'the denoiser'}) find no place in this model, only "
             f"{sum(sizes.values()) - sum(sizes[other] for other in lost)} of {len(layers)} layers could be used; give "
-            f"a file that was made for this kind of model{hint}"
+            "a file that was made for this kind of model"
             for part in lost
         )
     )

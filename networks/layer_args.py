@@ -222,6 +222,10 @@ class OftArgs(LayerArgs):
         size, count = factors(rows, rank)
         return count, size
 
+    def rank_of(self, count: int, size: int) -> int:
+        """--network_dim of a layer with that many blocks of that size."""
+        return size
+
     def alpha_of(self, alpha: float | None) -> float:
         """What files have as alpha. Args: --network_alpha."""
         return self.constraint
@@ -241,6 +245,9 @@ class KohyaOftArgs(OftArgs):
         if rows % rank:
             raise UserError(f"its {rows} output rows cannot be cut into {rank} blocks; give another --network_dim")
         return rank, rows // rank
+
+    def rank_of(self, count: int, size: int) -> int:
+        return count
 
     def alpha_of(self, alpha: float | None) -> float:
         return 1e-3 if alpha is None else alpha

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class ControlNetOptions(MethodOptions, title="ControlNet"):
     usual_rate: ClassVar[str] = "it is made for whole models, a ControlNet usually wants 1e-5 to 1e-4"
-    needs_common_rate: ClassVar[bool] = True
 
     controlnet_model_name_or_path: str | None = opt(
         None,

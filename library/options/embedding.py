@@ -22,7 +22,6 @@ _IN_PROMPTS = "()[]"  # which weigh words there
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingOptions(MethodOptions, title="Textual Inversion"):
     usual_rate: ClassVar[str] = "it is made for whole models, an embedding usually wants 5e-4 to 5e-3"
-    needs_common_rate: ClassVar[bool] = True
 
     token_string: str | None = opt(
         None, "word that is trained; captions and prompts use it, and it must be new to the text encoder"

@@ -32,6 +32,10 @@ class FullLayer(ChangeLayer):
     def product(cls, tensors: Mapping[str, Tensor], rows: slice = slice(None)) -> Tensor:
         return tensors["diff"][rows]
 
+    @property
+    def degree(self) -> int:
+        return 1
+
     def init_weights(self, rng: torch.Generator) -> None:
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
@@ -107,6 +111,6 @@ class NormLayer(AdapterLayer):
 
     @torch.no_grad()
     def limit_norm(self, limit: float) -> None:
-        norm = self.w_norm.float().norm().clamp(min=limit / 2)
+        norm = self.w_norm.float().norm()
         for parameter in self.parameters():
-            parameter.mul_((limit / norm).clamp(max=1).to(parameter.dtype))
+            parameter.mul_((limit / norm).clamp(max=1))

@@ -81,6 +81,26 @@ def test_deferred_tensors_are_made_one_at_a_time(tmp_path):
     assert load_file(tmp_path / "a.safetensors")["b"].tolist() == [2, 2]
 
 
+@pytest.mark.parametrize("made", [torch.ones(3), torch.ones(2).half()], ids=["shape", "dtype"])
+def test_a_deferred_tensor_that_is_not_what_its_header_says_is_not_written(tmp_path, made):
+    with pytest.raises(RuntimeError, match=r"a: .* is not what its header says"):
+        write_safetensors(tmp_path / "a.safetensors", {"a": Deferred(torch.float32, (2,), lambda: made)})
+    assert not any(tmp_path.iterdir())
+
+
+def test_trained_and_transposed_tensors_are_written_by_their_values(tmp_path):
+    matrix = torch.arange(6.0).reshape(2, 3)
+    write_safetensors(tmp_path / "a.safetensors", {"a": torch.nn.Parameter(matrix), "b": matrix.T})
+    read = load_file(tmp_path / "a.safetensors")
+    assert torch.equal(read["a"], matrix)
+    assert torch.equal(read["b"], matrix.T)
+
+
+def test_metadata_that_is_no_text_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="metadata steps must be a string, got 3"):
+        write_safetensors(tmp_path / "a.safetensors", {"a": torch.ones(1)}, {"steps": 3})
+
+
 def test_reading_headers_needs_no_torch(tmp_path):
     write_safetensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
     code = (

@@ -52,6 +52,32 @@ def test_unknown_content_is_shown(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["lora_unet_a.alpha"], "lora_unet_a.alpha"),
+        (["k.y", "k.x", "k.alpha"], "k.x, k.y"),
+        ([f"k.{sign}" for sign in "edcba"], "k.a, k.b, k.c"),
+    ],
+)
+def test_the_first_names_of_no_known_type_are_shown(tmp_path, names, shown):
+    with pytest.raises(UserError) as caught:
+        require_types(tmp_path / "a", names)
+    assert str(caught.value).startswith(f"{tmp_path / 'a'}: holds {shown}, which is not ")
+
+
+def test_a_file_without_tensors_holds_no_layer(tmp_path):
+    with pytest.raises(UserError, match=r"holds no layer of a network\.$"):
+        require_types(tmp_path / "a", [])
+
+
+def test_a_layer_of_no_type_beside_one_that_is(tmp_path):
+    lora_names = [f"lora_unet_a.lora_{side}.weight" for side in ("down", "up")]
+    require_types(tmp_path / "a", lora_names)
+    with pytest.raises(UserError, match=r"holds lora_unet_b\.lora_down\.weight, which"):
+        require_types(tmp_path / "a", [*lora_names, "lora_unet_b.lora_down.weight"])
+
+
+@pytest.mark.parametrize(
     ("name", "layout"),
     [
         ("lora_unet_a.lora_A", "kohya's, lora_unet_<path>.lora_down.weight"),
@@ -112,6 +138,7 @@ def test_a_whole_part_without_a_place_is_an_error(tmp_path, layers, messages):
     with pytest.raises(UserError, match=messages[0]) as caught:
         require_places(tmp_path / "a", layers, KNOWN)
     assert len(caught.value.problems) == len(messages)
+    assert f"only 1 of {len(layers)} layers could be used" in str(caught.value)
 
 
 def test_files_without_anything_that_fits(tmp_path):

@@ -68,6 +68,7 @@ def test_a_type_trains_resumes_and_is_read_back(run_script, small_model, tmp_pat
         "seed": 1,
         "cache_latents": True,
         "lr_scheduler": "constant",
+        "mixed_precision": "bf16",
     }
     given = {name: value for name, value in given.items() if value is not None}
 
