@@ -19,6 +19,9 @@ from networks.registry import type_of
 from networks.targets import add_to_weights, file_modules, has_bias, layer_of, rows_of, weight_of, weight_shape
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from library.types import BlockLayout, LoraTarget, Models
     from networks.layer import AdapterLayer
     from networks.spec import NetworkArgs, NetworkModule
@@ -114,22 +117,36 @@ def merge(targets: Sequence[LoraTarget], models: Models, file: NetworkFile, mult
     entries = file.matching(targets, partial(rows_of, models))
     by_key = {target.key: target for target in targets}
     for key, entry in entries.items():
-        kind = type_of(entry)
-        if kind is None:
-            raise UserError(f"{file.path}: {key}: {', '.join(sorted(entry))} are of no type that is known here")
-        try:
+        with _named(f"{file.path}: {key}"):
             shape, weight = weight_shape(models, by_key[key]), partial(weight_of, models, by_key[key])
-            layer = kind.layer.load()
-            change, bias = layer.weight_change(entry, shape, weight), layer.bias_change(entry)
+            change, bias = change_of(entry, shape, weight)
             if bias is not None and not has_bias(models, by_key[key], len(bias)):
-                raise UserError(f"it changes a bias of {len(bias)} entries, which the layer does not have here")
-        except UserError as error:
-            problems = (f"{file.path}: {key}: {problem}" for problem in error.problems)
-            raise UserError(*problems, hint="was it made for another model?") from error
+                raise UserError(
+                    f"it changes a bias of {len(bias)} entries, which the layer does not have here",
+                    hint="was it made for another model?",
+                )
         add_to_weights(models, by_key[key], change * multiplier)
         if bias is not None:
             add_to_weights(models, by_key[key], bias * multiplier, name="bias")
     return len(entries), len(file.entries) - len(entries)
+
+
+def change_of(
+    entry: Mapping[str, Tensor], shape: torch.Size, weight: Callable[[], Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """What a file's entry of any type adds to a layer's weight and bias at multiplier 1, float32.
+
+    Args: shape, weight: as `AdapterLayer.weight_change` takes them.
+    Raises: UserError: the entry is of no known type, or does not fit that weight.
+    """
+    kind = type_of(entry)
+    if kind is None:
+        raise UserError(f"{', '.join(sorted(entry))} are of no type that is known here")
+    layer = kind.layer.load()
+    try:
+        return layer.weight_change(entry, shape, weight), layer.bias_change(entry)
+    except UserError as error:
+        raise UserError(*error.problems, hint="was it made for another model?") from error
 
 
 def _made(layers: dict[str, AdapterLayer], targets: Sequence[LoraTarget], args: NetworkArgs) -> Network:

@@ -15,6 +15,7 @@ from library.checkpoints.reading import file_format, read_header, read_state_dic
 from library.errors import UserError
 from library.runtime.logs import LOGGER
 from networks.file_names import SHOWN, named_format
+from networks.fused import join
 from networks.layouts import BUNDLED, kohya_name
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class NetworkFile:
             if name is not None:
                 entry = self.entries[name]
                 live = name not in (target.key, target.alias) and target.swap_halves
-                entry = _swapped(entry) if live else entry
+                entry = swapped(entry) if live else entry
                 found[target.key] = _of_norm(entry) if target.norm else entry
                 continue
             named = (filter(None, map(self.entries.get, names)) for names in names_of_pieces(target))
@@ -88,9 +89,9 @@ class NetworkFile:
                 found[target.key] = self._fused(target, pieces, rows(target))
         if not found:
             raise UserError(
-                f"{self.path}: none of its {len(self.entries)} layers fits the {len(targets)} layers that are trained "
-                f"here; its first is {next(iter(self.entries))}, here the first is {targets[0].key}. "
-                f"Was it made for another kind of model, or for a part that is not trained?{named_format(self.entries)}"
+                f"{self.path}: none of its {len(self.entries)} layers fits the {len(targets)} layers of the model that "
+                f"count here; its first is {next(iter(self.entries))}, here the first is {targets[0].key}. "
+                f"Was it made for another kind of model, or for another part of it?{named_format(self.entries)}"
             )
         return found
 
@@ -101,26 +102,19 @@ class NetworkFile:
 
         Raises: UserError: a piece is no LoRA, and so cannot be put together with others.
         """
-        downs, ups, biases = [], [], []
-        for piece, module, count in zip(pieces, target.modules, rows, strict=True):
-            biases.append((piece or {}).get("diff_b", torch.zeros(count)).float())
-            if piece is None:
-                ups.append(torch.zeros(count, 0))
-                continue
-            if piece.keys() - {"alpha", "diff_b"} != {"lora_down.weight", "lora_up.weight"}:
+        biases = [(piece or {}).get("diff_b") for piece in pieces]
+        weights = [piece and {name: tensor for name, tensor in piece.items() if name != "diff_b"} for piece in pieces]
+        for weight, module in zip(weights, target.modules, strict=True):
+            if weight and weight.keys() - {"alpha", "dora_scale"} != {"lora_down.weight", "lora_up.weight"}:
                 raise UserError(f"{self.path}: {module}: only LoRA can be a part of the layer {target.key}")
-            down, up = (piece[f"lora_{side}.weight"].float() for side in ("down", "up"))
-            alpha = float(piece.get("alpha", 0))
-            downs.append(down)
-            ups.append(up * (alpha / len(down) if alpha else 1.0))
-        down = torch.cat(downs)
-        biased = any(piece and "diff_b" in piece for piece in pieces)
-        return {
-            "lora_down.weight": down,
-            "lora_up.weight": torch.block_diag(*ups),
-            "alpha": torch.tensor(float(len(down))),
-            **({"diff_b": torch.cat(biases)} if biased else {}),
-        }
+        try:
+            joined = join(weights, rows, share=False)
+        except UserError as error:
+            raise UserError(*(f"{self.path}: {target.key}: {problem}" for problem in error.problems)) from error
+        if any(bias is not None for bias in biases):
+            filled = zip(biases, rows, strict=True)
+            joined["diff_b"] = torch.cat([torch.zeros(n) if bias is None else bias.float() for bias, n in filled])
+        return joined
 
 
 def read(path: str | Path) -> NetworkFile:
@@ -146,7 +140,8 @@ def read(path: str | Path) -> NetworkFile:
         if tensor.is_floating_point() and tensor.element_size() == 1:
             tensor = tensor.float()
         if rest == "dora_scale" and (tensor.dim() == 1 or "lora_magnitude_vector" in name):
-            tensor = tensor.reshape(-1, 1)  # PEFT has the magnitudes of rows as (out,), or (1, out, 1, 1)
+            # PEFT has the magnitudes of rows as a vector, those of convolutions as (1, out, 1, 1).
+            tensor = tensor.reshape(-1, *[1] * max(tensor.dim() - 1, 1))
         if rest == "diff_b" and ".lora_B" in name:
             scaled.append(layer)
         entries.setdefault(layer, {})[rest] = tensor
@@ -160,7 +155,7 @@ def read(path: str | Path) -> NetworkFile:
 
 
 def _alphas(path: str | Path, entries: Entries) -> dict[str, float]:
-    """Of layers without one, by the metadata that diffusers writes: alphas of parts, and of single layers."""
+    """Of layers without one, by the metadata that diffusers writes: alphas of parts, and of single layers in them."""
     lacking = [layer for layer, entry in entries.items() if "lora_down.weight" in entry and "alpha" not in entry]
     if not lacking or file_format(path) != "safetensors":
         return {}
@@ -168,16 +163,21 @@ def _alphas(path: str | Path, entries: Entries) -> dict[str, float]:
         config = json.loads(read_header(path)[0].get(ADAPTER_METADATA, "{}"))
     except ValueError:
         return {}
-    by_part = {
-        kohya_name(f"{name.removesuffix('.lora_alpha')}.x.alpha").removesuffix("x.alpha"): float(value)
-        for name, value in config.items()
-        if name.endswith(".lora_alpha") and isinstance(value, (int, float))
-    }
+    alphas: dict[str, float] = {}  # by beginnings of layers' names, those of single layers first
+    for name, patterns in config.items():
+        if name.endswith(".alpha_pattern") and isinstance(patterns, dict):
+            part = name.removesuffix("alpha_pattern")
+            # With and without the level of CLIP that transformers' newer classes do not have.
+            for level in ("", "text_model."):
+                alphas |= {_beginning(f"{part}{level}{path}"): value for path, value in patterns.items()}
+    for name, value in config.items():
+        if name.endswith(".lora_alpha"):
+            alphas.setdefault(_beginning(f"{name.removesuffix('.lora_alpha')}.x").removesuffix("x."), value)
     rslora = any(value is True for name, value in config.items() if name.endswith(".use_rslora"))
     found = {}
     for layer in lacking:
-        alpha = next((value for part, value in by_part.items() if layer.startswith(part)), None)
-        if alpha is not None:
+        alpha = next((value for start, value in alphas.items() if f"{layer}.".startswith(start)), None)
+        if isinstance(alpha, int | float):
             found[layer] = alpha * (len(entries[layer]["lora_down.weight"]) ** 0.5 if rslora else 1)
     return found
 
@@ -188,7 +188,12 @@ def _of_norm(entry: dict[str, Tensor]) -> dict[str, Tensor]:
     return {names.get(name, name): tensor for name, tensor in entry.items()}
 
 
-def _swapped(entry: dict[str, Tensor]) -> dict[str, Tensor]:
+def _beginning(path: str) -> str:
+    """A path in a file of diffusers as kohya's name for a layer, with the dot behind it."""
+    return kohya_name(f"{path}.alpha").removesuffix("alpha")
+
+
+def swapped(entry: dict[str, Tensor]) -> dict[str, Tensor]:
     """An entry whose rows are in the order of the live module, in that of files."""
     rows = [name for name in ("lora_up.weight", "dora_scale", "diff", "diff_b") if name in entry]
     return {**entry, **{name: entry[name].roll(len(entry[name]) // 2, 0) for name in rows}}

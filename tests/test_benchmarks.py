@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.builders.memory import needs_linux
+
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("plain", "gc", "compile", "swap-35")
 UNET_ROWS = ("sd15-lora", "sdxl-lora", "sdxl-full")
@@ -53,6 +55,18 @@ def test_preparing_images_runs_and_shows_its_ratios():
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("images/s") == 5
     assert run.stderr == ""
+
+
+@needs_linux
+def test_tools_merge_and_extract_like_plain_ones_at_tiny_size():
+    command = ["benchmarks/bench_tools.py", "--tiny", "--rounds=1"]
+    run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "of the change, ours leaves at most 0." in run.stdout
+    assert run.stdout.count("MB of memory") == 2
+    assert "equal files" in run.stdout
+    difference = run.stdout.partition("results differ by at most ")[2].split()[0]
+    assert float(difference) < 1e-4
 
 
 def test_full_size_architectures_have_the_published_numbers_of_weights(bench_models):

@@ -49,6 +49,7 @@ GUIDES = (
     "captioning.md",
     "tagging.md",
     "image_tools.md",
+    "model_tools.md",
 )
 FAMILIES = sorted(file.parent.name for file in Path(library.families.__path__[0]).glob("*/options.py"))
 GROUPS = registry.groups_for("sd", "network")

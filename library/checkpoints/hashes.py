@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,9 +47,13 @@ def weights_fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def file_hash(path: str | Path) -> str:
-    """sha256, 64 hex digits, of a whole file: `ss_new_*_hash`. "NOFILE" or "IsADirectory" where there is none."""
-    return _no_file(path) or _hash_from(path, 0, None)
+def file_hash(path: str | Path, progress: Callable[[int], object] | None = None) -> str:
+    """sha256, 64 hex digits, of a whole file: `ss_new_*_hash`. "NOFILE" or "IsADirectory" where there is none.
+
+    Args:
+        progress: called with the number of bytes just read.
+    """
+    return _no_file(path) or _hash_from(path, 0, None, progress)
 
 
 def legacy_file_hash(path: str | Path) -> str:
@@ -64,12 +68,14 @@ def _no_file(path: str | Path) -> str | None:
     return None if path.is_file() else "NOFILE"
 
 
-def _hash_from(path: str | Path, start: int, size: int | None) -> str:
+def _hash_from(path: str | Path, start: int, size: int | None, progress: Callable[[int], object] | None = None) -> str:
     digest = hashlib.sha256()
     with open_regular(path) as file:
         file.seek(start)
         left = size
         while piece := file.read(_PIECE if left is None else min(_PIECE, left)):
             digest.update(piece)
+            if progress is not None:
+                progress(len(piece))
             left = None if left is None else left - len(piece)
     return digest.hexdigest()

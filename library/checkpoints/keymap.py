@@ -150,9 +150,9 @@ class KeyMap:
     """The compiled rules; the first that fits a name decides."""
 
     def __init__(self, *rules: Rule):
-        flat = list(_flatten(rules, "", ""))
-        self._by_file = [(_pattern(rule.file), rule) for rule in flat]
-        self._by_model = [(_pattern(name), rule) for rule in flat for name in rule.models]
+        self.rules = list(_flatten(rules, "", ""))  # with the whole names on either side
+        self._by_file = [(_pattern(rule.file), rule) for rule in self.rules]
+        self._by_model = [(_pattern(name), rule) for rule in self.rules for name in rule.models]
         self._file_entries: dict[str, Entry | None] = {}
         self._model_entries: dict[str, Entry | None] = {}
 

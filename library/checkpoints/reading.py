@@ -179,6 +179,9 @@ class SafetensorsFile(Mapping[str, "Tensor"]):
                 return dtype
         raise UserError(f"{self.path}: the tensor {key!r} is of the type {word}, which cannot be used here")
 
+    def __contains__(self, key: object) -> bool:  # Mapping's own would read the tensor
+        return key in self.shapes
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
@@ -201,6 +204,9 @@ class TorchFile(Mapping[str, "Tensor"]):
 
     def dtype(self, key: str) -> torch.dtype:
         return self._tensors[key].dtype
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

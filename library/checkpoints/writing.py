@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from library.runtime.durable import replacing
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+DATA_HASH = "0" * 64  # where metadata holds it, a file has the sha256 of its tensors' bytes, in hex digits
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ def write_safetensors(
     """Writes one .safetensors file atomically, one tensor at a time.
 
     The bytes are those that the safetensors library writes: tensors by dtype width, widest first, then by name; the
-    header padded with spaces to a multiple of 8.
+    header padded with spaces to a multiple of 8. `DATA_HASH` in a value of the metadata is replaced once all tensors
+    are written.
 
     Raises: OSError: the disk is full or the folder cannot be written. TypeError: a metadata value is not a string.
     """
@@ -39,8 +43,11 @@ def write_safetensors(
 
     widest_first = list(reversed(safetensors_dtypes()))
     order = sorted(tensors, key=lambda name: (widest_first.index(tensors[name].dtype), name))
-    header = _header(order, tensors, metadata)
+    metadata = dict(metadata or {})
+    hashed = any(DATA_HASH in str(value) for value in metadata.values())
+    digest = hashlib.sha256()
     with replacing(path) as temporary, open(temporary, "wb") as file:
+        header = _header(order, tensors, metadata)
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for name in order:
@@ -49,8 +56,16 @@ def write_safetensors(
             if tensor.dtype != value.dtype or tuple(tensor.shape) != tuple(value.shape):
                 raise RuntimeError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} is not what its header says")
             if tensor.numel():
-                file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+                file.write(data)
+                if hashed:
+                    digest.update(data)
+                del data
             del tensor  # before the next one is made
+        if hashed:
+            known = {key: value.replace(DATA_HASH, digest.hexdigest()) for key, value in metadata.items()}
+            file.seek(8)
+            file.write(_header(order, tensors, known))
 
 
 def write_torch(path: str | Path, obj: Any) -> None:

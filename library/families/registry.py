@@ -8,3 +8,4 @@ from library.families.sd3.spec import SPEC as SD3
 from library.families.sdxl.spec import SPEC as SDXL
 
 FAMILIES = {spec.name: spec for spec in (SD, SDXL, SD3, FLUX)}
+TOOLS = {script: group for spec in FAMILIES.values() for script, group in spec.tools.items()}  # and their options

@@ -39,6 +39,7 @@ class Details:
     deprecated: str | None = None  # what to use instead
     alias_of: str | None = None  # the option whose value this one gives
     secret: bool = False  # never written anywhere
+    short: str | None = None  # another flag, of one letter, such as "-s"
     positional: bool = False  # named by its place on the command line, and always given there
     required: bool = False  # a flag that has to be given
 

@@ -60,7 +60,8 @@ def build_parser(groups: Iterable[type[OptionGroup]], prog: str | None = None, d
             if option.details.positional:
                 section.add_argument(option.dest, help=_help(option), type=_converter(option))
             else:
-                section.add_argument(option.flag, dest=option.dest, **_argument(option))
+                flags = [*filter(None, [option.details.short]), option.flag]
+                section.add_argument(*flags, dest=option.dest, **_argument(option))
     return parser
 
 

@@ -58,7 +58,7 @@ class LokrLayer(ChangeLayer):
 
     @classmethod
     def product(cls, tensors: Mapping[str, Tensor], rows: slice = slice(None)) -> Tensor:
-        first, second = _pair(tensors)
+        first, second = pair(tensors)
         start, stop, _ = rows.indices(first.shape[0] * second.shape[0])
         height = second.shape[0]
         above = start // height * height  # only the blocks of rows that are asked for
@@ -74,7 +74,7 @@ class LokrLayer(ChangeLayer):
 
     def changed(self, x: Tensor, index: int, factor: float) -> Tensor:
         """Without the product, which is larger than its factors: ``w1 X w2^T`` with x as X, (m, n)."""
-        first, second = _pair(self.tensors())
+        first, second = pair(self.tensors())
         if self.geometry is not None:
             return self._changed_image(x, first * factor, second)
         height, start = second.shape[0], sum(self.rows[:index])
@@ -120,7 +120,7 @@ class KroneckerLinear(torch.autograd.Function):
         return inner @ second, grad_first, grad_second
 
 
-def _pair(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def pair(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Both matrices, each of them a product where it is stored as one; the second with its kernel, or flattened."""
     first = tensors.get("lokr_w1")
     if first is None:

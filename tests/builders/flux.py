@@ -173,3 +173,21 @@ def _shake(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.05 * torch.randn_like(parameter)
+
+
+def write_transformer_folder(folder: Path, variant: str = "dev", shards: str = "1GB") -> tuple[Any, dict[str, Tensor]]:
+    """Writes <folder>/transformer as diffusers does. Returns: the model, and its tensors under the original names.
+
+    Args: shards: size of the files that it is cut into.
+    """
+    from diffusers import FluxTransformer2DModel
+
+    from library.families.flux.keymap import flux_map
+    from library.families.flux.variants import flux_shape
+
+    tensors = flux_tensors(variant)
+    shape = flux_shape({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    model = FluxTransformer2DModel(**shape.diffusers_config())
+    model.load_state_dict(flux_map().to_model(tensors))
+    model.save_pretrained(folder / "transformer", max_shard_size=shards)
+    return model, tensors

@@ -29,7 +29,7 @@ def expected(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple]:
             () if fact.get("positional") else tuple(fact.get("flags", [f"--{dest}"])),
             fact.get("positional", False) or fact.get("required", False),
             _value(fact["default"]),
-            fact.get("nargs"),
+            "*" if fact.get("nargs") == "+" else fact.get("nargs"),  # a list without values counts as not given
             fact.get("type", True),
             frozenset(fact.get("choices") or ()) - {None},
         )

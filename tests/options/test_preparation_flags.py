@@ -15,25 +15,7 @@ from tools.option_tables import preparation_groups, preparation_scripts
 
 ROOT = Path(__file__).parents[2]
 # Scripts that are still to come; whoever writes one takes it out.
-NOT_THERE = {
-    "tools/latent_upscaler.py",
-    "networks/check_lora_weights.py",
-    "networks/convert_flux_lora.py",
-    "networks/extract_lora_from_dylora.py",
-    "networks/extract_lora_from_models.py",
-    "networks/flux_extract_lora.py",
-    "networks/flux_merge_lora.py",
-    "networks/lora_diffusers.py",
-    "networks/lora_interrogator.py",
-    "networks/merge_lora.py",
-    "networks/resize_lora.py",
-    "networks/sdxl_merge_lora.py",
-    "networks/svd_merge_lora.py",
-    "tools/convert_diffusers20_original_sd.py",
-    "tools/convert_diffusers_to_flux.py",
-    "tools/merge_models.py",
-    "tools/merge_sd3_safetensors.py",
-}
+NOT_THERE: set[str] = set()
 FACTS = {script: flags_of(script) for script in SCRIPTS if "/" in script}
 THERE = [script for script in FACTS if script not in NOT_THERE]
 COUNTS = {
@@ -73,12 +55,21 @@ OURS = {"strict", "console_log_level", "console_log_file", "console_log_simple"}
 _CACHED = {"data_index_dir", "fp8_base_unet", "quantize_base", "sd3", "no_half_vae", "weighted_captions"}
 _CACHED |= {option.dest for option in options_of(Sd3Options)}  # one family more than those scripts had
 OURS_OF: dict[str, set[str]] = {  # of one script
+    "networks/lora_diffusers.py": {"device", "flux", "multiplier", "output", "sd3", "steps"},
+    "tools/latent_upscaler.py": {"device", "seed", "steps"},
     "tools/cache_latents.py": _CACHED,
     "tools/cache_text_encoder_outputs.py": _CACHED,
     "tools/resize_images_to_resolution.py": {"max_data_loader_n_workers", "skip_existing"},
     "tools/detect_face_rotate.py": {"max_data_loader_n_workers", "model", "score_threshold", "skip_existing"},
     "finetune/prepare_buckets_latents.py": {"family", "seed"},
     "finetune/make_captions_by_git.py": {"skip_existing"},
+    "networks/merge_lora.py": {"device", "lbws", "legacy_ratio"},
+    "networks/sdxl_merge_lora.py": {"device", "legacy_ratio"},
+    "networks/flux_merge_lora.py": {"lbws", "legacy_ratio"},
+    "networks/extract_lora_from_models.py": {"exact", "factor", "type"},
+    "networks/flux_extract_lora.py": {"exact", "factor", "type"},
+    "networks/resize_lora.py": {"svd_lowrank_niter"},  # which came later
+    "networks/svd_merge_lora.py": {"clamp_quantile"},
     "finetune/make_captions.py": {"model", "prompt", "skip_existing"},
     "finetune/tag_images_by_wd14_tagger.py": {"skip_existing"},
 }

@@ -24,7 +24,7 @@ from library.families.flux.prediction import (
 )
 from library.families.flux.saving import save_model
 from library.families.flux.targets import text_targets, transformer_targets
-from library.families.flux.variants import FLAGS, TOKENIZERS, variant
+from library.families.flux.variants import FLAGS, TOKENIZERS, model_facts, variant
 from library.families.shared.clip_tokenizer import find_clip_tokenizer
 from library.families.shared.roles import VaeLatents
 from library.families.shared.t5 import encode_t5
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from library.options.base import Options
     from library.types import Batch, Residuals, TextLayout
 
-ORIGINAL_CODE = "https://github.com/black-forest-labs/flux"
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 # What the denoiser takes from the text, by the names that cache files have.
 POOLED, T5_OUT, TXT_IDS, T5_MASK = "l_pooled", "t5_out", "txt_ids", "t5_attn_mask"
@@ -209,15 +208,8 @@ class FluxWriter(Writer):
         save_model(models, path, save_as=save_as, dtype=dtype, metadata=metadata)
 
     def metadata(self, models: Models) -> dict[str, Any]:
-        options = self.opts.family
-        return {
-            "ss_v2": False,
-            "ss_base_model_version": "flux1",
-            **{f"ss_{name}": getattr(options, name) for name in METADATA_OPTIONS},
-            "modelspec.architecture": f"flux-1-{_variant(models)}",
-            "modelspec.implementation": ORIGINAL_CODE,
-            "modelspec.resolution": "1024x1024",
-        }
+        of_training = {f"ss_{name}": getattr(self.opts.family, name) for name in METADATA_OPTIONS}
+        return {**model_facts(_variant(models)), **of_training}
 
 
 def _variant(models: Models) -> str:

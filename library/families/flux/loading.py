@@ -19,6 +19,7 @@ from library.families.flux.variants import (
     FOLDERS,
     TITLES,
     TOKENIZERS,
+    FluxShape,
     channels_problem,
     encoder_prefix,
     encoder_problem,
@@ -158,26 +159,10 @@ def _load_denoiser(
 
 
 def _load_file(name: str, given: Mapping[str, str], mapped: bool, with_weights: bool) -> tuple[nn.Module, Source]:
-    from diffusers import FluxTransformer2DModel
-
     with error_prefix(name):
         weights = open_model(Path(name), mapped=mapped)
-        problem = mismatch(weights)
-        if problem:
-            raise UserError(problem)
-        shape = flux_shape(weights.shapes)
-        problem = channels_problem(shape.in_channels)
-        if problem:
-            raise UserError(problem)
         reader = Reader(weights, None)
-        make = partial(FluxTransformer2DModel, **shape.diffusers_config())
-        if with_weights:
-            others = (AE, "text_encoders.")
-            keys = [key for key in weights if key.startswith(shape.prefix) and not key.startswith(others)]
-            tensors = _converted(reader, flux_map(shape.prefix, diffusers=shape.diffusers), keys)
-            denoiser = build(make, tensors, "the transformer")
-        else:
-            denoiser = meta_model(make)
+        denoiser, shape = transformer_of_file(reader, with_weights=with_weights)
     source = Source(
         name=name,
         variant=variant(shape.guidance),
@@ -190,6 +175,27 @@ def _load_file(name: str, given: Mapping[str, str], mapped: bool, with_weights: 
         file_kind=file_kind(weights),
     )
     return denoiser, source
+
+
+def transformer_of_file(reader: Reader, *, with_weights: bool = True) -> tuple[nn.Module, FluxShape]:
+    """The denoiser, or its `meta_model`. Raises: UserError: another kind of model, or an incomplete one."""
+    from diffusers import FluxTransformer2DModel
+
+    weights = reader.weights
+    problem = mismatch(weights)
+    if problem:
+        raise UserError(problem)
+    shape = flux_shape(weights.shapes)
+    problem = channels_problem(shape.in_channels)
+    if problem:
+        raise UserError(problem)
+    make = partial(FluxTransformer2DModel, **shape.diffusers_config())
+    if not with_weights:
+        return meta_model(make), shape
+    others = (AE, "text_encoders.")
+    keys = [key for key in weights if key.startswith(shape.prefix) and not key.startswith(others)]
+    tensors = _converted(reader, flux_map(shape.prefix, diffusers=shape.diffusers), keys)
+    return build(make, tensors, "the transformer"), shape
 
 
 def _converted(reader: Reader, keys: KeyMap, names: Iterable[str]) -> dict[str, Tensor]:
@@ -263,14 +269,19 @@ def _load_encoder(origin: Path, part: str, *, mapped: bool, is_model: bool = Fal
         if prefix is None:
             problem = encoder_problem(weights, part)
             raise UserError(f"holds no {TITLES[part]}; give its file with --{FLAGS[part]}" if is_model else problem)
-        inside = _Inside(weights, prefix)
-        reader = Reader(inside, None)
-        if part == "te3":
-            return build_t5(reader.take(t5_keys(inside)), "T5")
-        names = [k for k in inside if public_name(k).startswith("text_model.") and not k.endswith("position_ids")]
-        tensors = {public_name(key): tensor for key, tensor in reader.take(names).items()}
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        return build_clip(tensors, clip_config(shapes, hidden_act="quick_gelu", pad_id=49407), "CLIP-L")
+        return encoder_of_file(weights, part, prefix)
+
+
+def encoder_of_file(weights: Weights, part: str, prefix: str) -> nn.Module:
+    """A text encoder whose names in a file begin with `prefix`. Raises: UserError: it is incomplete."""
+    inside = _Inside(weights, prefix)
+    reader = Reader(inside, None)
+    if part == "te3":
+        return build_t5(reader.take(t5_keys(inside)), "T5")
+    names = [k for k in inside if public_name(k).startswith("text_model.") and not k.endswith("position_ids")]
+    tensors = {public_name(key): tensor for key, tensor in reader.take(names).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return build_clip(tensors, clip_config(shapes, hidden_act="quick_gelu", pad_id=49407), "CLIP-L")
 
 
 def load_vae_alone(opts: Options) -> nn.Module:

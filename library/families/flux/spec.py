@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from library.entry_points import EntryPoint
 from library.families.flux.options import TRAITS, FluxOptions
+from library.families.flux.tools import FluxExtractOptions, FluxMergeOptions
 from library.families.spec import FamilySpec, ModelKind
 from library.options.embedding import T5_EMBEDDING_GROUPS
 from library.options.finetune import DENOISER_ONLY_GROUPS
@@ -22,6 +23,7 @@ FLUX = ModelKind(
         ),
     ),
 )
+FOLDERS = {"te1": "text_encoder", "te3": "text_encoder_2"}  # of a Diffusers model
 
 SPEC = FamilySpec(
     name="flux",
@@ -37,10 +39,14 @@ SPEC = FamilySpec(
         "finetune": DENOISER_ONLY_GROUPS,
         "embedding": T5_EMBEDDING_GROUPS,
     },
+    tools={"flux_merge_lora": FluxMergeOptions, "flux_extract_lora": FluxExtractOptions},
     kinds=(FLUX,),
     network_layers=r"_unet_(double_blocks|single_blocks|single_transformer_blocks)_\d",
+    folders={**FOLDERS, "denoiser": "transformer"},
     adapter=EntryPoint("library.families.flux.adapter:FluxFamily"),
     check_paths=EntryPoint("library.families.flux.variants:check_paths"),
     check_text_paths=EntryPoint("library.families.flux.variants:check_text_paths"),
+    layer_names=EntryPoint("library.families.flux.layer_names:layer_names"),
+    file_model=EntryPoint("library.families.flux.file_model:file_model"),
     load_vae=EntryPoint("library.families.flux.loading:load_vae_alone"),
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.families.flux.keymap import AE, ENCODERS, PREFIX
-from library.families.flux.spec import FLUX
+from library.families.flux.spec import FLUX, FOLDERS
 from library.families.shared.recognition import (
     file_shapes,
     path_problem,
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+ORIGINAL_CODE = "https://github.com/black-forest-labs/flux"
 FLAGS = {"te1": "clip_l", "te3": "t5xxl"}  # the option that gives an encoder's file
 TITLES = {"te1": "CLIP-L", "te3": "T5"}
-FOLDERS = {"te1": "text_encoder", "te3": "text_encoder_2"}  # of a Diffusers model
 TOKENIZERS = {"te1": "tokenizer", "te3": "tokenizer_2"}
 CLIP_MARKER_KEY = "encoder.layers.0.mlp.fc1.weight"
 DIFFUSERS_MARKER_KEY = "transformer_blocks.0.attn.add_k_proj.bias"
@@ -264,6 +264,17 @@ def flux_shape(shapes: Shapes) -> FluxShape:
 def _depth(shapes: Shapes, blocks: str) -> int:
     numbers = [int(match[1]) for key in shapes if (match := re.match(rf"{blocks}\.(\d+)\.", key))]
     return 1 + max(numbers, default=-1)
+
+
+def model_facts(variant: str) -> dict[str, Any]:
+    """`Writer.metadata` of a model, without the options of a training."""
+    return {
+        "ss_v2": False,
+        "ss_base_model_version": "flux1",
+        "modelspec.architecture": f"flux-1-{variant}",
+        "modelspec.implementation": ORIGINAL_CODE,
+        "modelspec.resolution": "1024x1024",
+    }
 
 
 def variant(guidance: bool) -> str:

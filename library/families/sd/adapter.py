@@ -11,6 +11,7 @@ from library.families.sd.options import TRAITS
 from library.families.sd.saving import save_model
 from library.families.sd.targets import text_targets, unet_targets
 from library.families.sd.tokenizer import sd_tokenizer
+from library.families.sd.variants import ORIGINAL_CODE, model_facts
 from library.families.shared.clip import encode_clip
 from library.families.shared.controlnet import UnetControl
 from library.families.shared.roles import UnetDenoiser, VaeLatents
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from library.options.base import Options
     from library.types import Batch
 
-ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
 CONTEXT = "context"  # the only conditioning: hidden states (B, n * 75 + 2, width)
 
 
@@ -77,7 +77,8 @@ class SdDenoiser(UnetDenoiser):
 
 class SdTargets(Targets):
     def lora(self, models: Models) -> list[LoraTarget]:
-        return text_targets(models.text_encoders["te"]) + unet_targets(models.denoiser)
+        text = text_targets(models.text_encoders["te"]) if "te" in models.text_encoders else []
+        return text + unet_targets(models.denoiser)
 
 
 class SdWriter(Writer):
@@ -90,15 +91,4 @@ class SdWriter(Writer):
         save_model(models, path, save_as=save_as, dtype=dtype, metadata=metadata, v_prediction=v_prediction)
 
     def metadata(self, models: Models) -> dict[str, Any]:
-        v2, v = models.source.v2, self.opts.family.v_parameterization
-        architecture = "stable-diffusion-v1"
-        if v2:
-            architecture = "stable-diffusion-v2-768-v" if v else "stable-diffusion-v2-512"
-        return {
-            "ss_v2": v2,
-            "ss_base_model_version": f"sd_v{2 if v2 else 1}{'_v' if v else ''}",
-            "modelspec.architecture": architecture,
-            "modelspec.implementation": "diffusers",
-            "modelspec.prediction_type": "v" if v else "epsilon",
-            "modelspec.resolution": "768x768" if v2 and v else "512x512",
-        }
+        return model_facts(models.source.v2, self.opts.family.v_parameterization)

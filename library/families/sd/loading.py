@@ -53,17 +53,20 @@ class Parts:
     source: Source
 
 
-def load_model(name: str, v2: bool, vae_name: str | None = None) -> Parts:
+def load_model(name: str, v2: bool, vae_name: str | None = None, *, variant: str | None = None) -> Parts:
     """Loads a whole model on the CPU, in float32, frozen.
 
     Args:
         name: a single file, a Diffusers folder or a hub id.
         v2: whether it must be a 2.x model (else it must be 1.x).
         vae_name: where to take the VAE from instead; see `load_vae`.
+        variant: of a Diffusers model's weights, see `from_pretrained`.
     Raises: UserError: missing, unreadable, incomplete or of another family.
     """
-    load = _load_file if Path(name).is_file() else _load_folder
-    parts = load(name, v2, with_vae=not vae_name)
+    if Path(name).is_file():
+        parts = _load_file(name, v2, with_vae=not vae_name)
+    else:
+        parts = _load_folder(name, v2, variant, with_vae=not vae_name)
     if vae_name:
         parts.vae, tensor_specs = load_vae(vae_name)
         parts.source = parts.source.with_vae(vae_name, tensor_specs)
@@ -86,7 +89,6 @@ def load_vae_alone(opts: Options) -> nn.Module:
 def _load_file(name: str, v2: bool, *, with_vae: bool) -> Parts:
     """`with_vae`: False leaves the file's VAE unread, whatever it is."""
     import torch
-    from diffusers import UNet2DConditionModel
 
     vae, vae_specs = None, {}
     path = Path(name)
@@ -97,15 +99,7 @@ def _load_file(name: str, v2: bool, *, with_vae: bool) -> Parts:
             raise UserError(problem)
         reader = Reader(weights, torch.float32)
         level = v2 or has_text_model_level(weights)
-        shape = unet_shape(weights.shapes)
-        keys = unet_map(shape.layers, shape.attention)
-        make = partial(UNet2DConditionModel, **shape.diffusers_config(heads=None if v2 else SD1_HEADS))
-        unet_keys = [key for key in weights if key.startswith(UNET)]
-        denoiser = build(make, keys.to_model(reader.take(unet_keys)), "the U-Net")
-        tensors = text_map(v2, level).to_model(reader.take(text_keys(weights, v2)))
-        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        config = clip_config(shapes, hidden_act="gelu" if v2 else "quick_gelu", pad_id=0 if v2 else 49407)
-        text_encoder = build_clip(tensors, config, "the text encoder")
+        denoiser, text_encoder = unet_of_file(reader, v2), text_encoder_of_file(reader, v2, level)
         if with_vae:
             vae, vae_specs = reading.vae_of_model_file(weights, SCALING_FACTOR)
     tensor_specs = reader.tensor_specs | vae_specs
@@ -123,10 +117,29 @@ def _load_file(name: str, v2: bool, *, with_vae: bool) -> Parts:
     return Parts(denoiser, text_encoder, vae, source)
 
 
+def unet_of_file(reader: Reader, v2: bool) -> nn.Module:
+    """Raises: UserError: the U-Net is incomplete, or of another kind."""
+    from diffusers import UNet2DConditionModel
+
+    shape = unet_shape(reader.weights.shapes)
+    keys = unet_map(shape.layers, shape.attention)
+    make = partial(UNet2DConditionModel, **shape.diffusers_config(heads=None if v2 else SD1_HEADS))
+    unet_keys = [key for key in reader.weights if key.startswith(UNET)]
+    return build(make, keys.to_model(reader.take(unet_keys)), "the U-Net")
+
+
+def text_encoder_of_file(reader: Reader, v2: bool, level: bool) -> nn.Module:
+    """`level`: as `text_map` takes it. Raises: UserError: the text encoder is incomplete."""
+    tensors = text_map(v2, level).to_model(reader.take(text_keys(reader.weights, v2)))
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    config = clip_config(shapes, hidden_act="gelu" if v2 else "quick_gelu", pad_id=0 if v2 else 49407)
+    return build_clip(tensors, config, "the text encoder")
+
+
 # --- Diffusers folders and the hub ------------------------------------------------------------------------------------
 
 
-def _load_folder(name: str, v2: bool, *, with_vae: bool) -> Parts:
+def _load_folder(name: str, v2: bool, variant: str | None, *, with_vae: bool) -> Parts:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -136,14 +149,14 @@ def _load_folder(name: str, v2: bool, *, with_vae: bool) -> Parts:
             problem = folder_problem(Path(name), v2)
             if problem:
                 raise UserError(problem)
-        text_encoder = from_pretrained(CLIPTextModel, name, "text_encoder")
+        text_encoder = from_pretrained(CLIPTextModel, name, "text_encoder", variant=variant)
         problem = mismatch(SD2 if text_encoder.config.hidden_act == "gelu" else SD1, v2)
         if problem:
             raise UserError(problem)
-        denoiser = from_pretrained(UNet2DConditionModel, name, "unet")
+        denoiser = from_pretrained(UNet2DConditionModel, name, "unet", variant=variant)
         problem = channels_problem(denoiser.config.in_channels)
         if problem:
             raise UserError(problem)
-        vae = reading.vae_of_model_folder(name) if with_vae else None
-    dtypes = reading.folder_dtypes(Path(name), ("unet", "text_encoder", "vae"))
+        vae = reading.vae_of_model_folder(name, variant) if with_vae else None
+    dtypes = reading.folder_dtypes(Path(name), ("unet", "text_encoder", "vae"), variant)
     return Parts(denoiser, text_encoder, vae, Source(name, name, is_file=False, part_dtypes=dtypes, v2=v2))

@@ -39,6 +39,7 @@ def save_model(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
     v_prediction: bool | None = None,
+    scheduler_from: str | None = None,
 ) -> None:
     """Writes a whole model; an earlier `path` survives a failure.
 
@@ -51,6 +52,7 @@ def save_model(
         metadata: goes into a .safetensors file; a .ckpt has only `ss_epoch` and `ss_steps`, added to its source's.
         v_prediction: prediction type of a new Diffusers folder's scheduler. Where it is False, a file loses the
             markers of a model that predicts v.
+        scheduler_from: Diffusers folder whose scheduler a new folder gets; the source's, if not given.
     Raises: UserError: an unknown format. OSError: it cannot be written.
     """
     source: Source = models.source
@@ -62,7 +64,7 @@ def save_model(
         dtype=dtype,
         metadata=metadata,
         tensors=partial(file_tensors, models.denoiser, models.text_encoders["te"], vae, source, dtype),
-        fill=partial(_fill_folder, models, vae, bool(v_prediction)),
+        fill=partial(_fill_folder, models, vae, bool(v_prediction), scheduler_from or source.name),
         copied=without_markers(source.preserved, dict.fromkeys(MARKERS, v_prediction)),
     )
 
@@ -91,11 +93,13 @@ def file_tensors(
 # --- Diffusers folders ------------------------------------------------------------------------------------------------
 
 
-def _fill_folder(models: Models, vae: nn.Module, v_prediction: bool, folder: Path, safe: bool) -> None:
+def _fill_folder(
+    models: Models, vae: nn.Module, v_prediction: bool, scheduler_from: str, folder: Path, safe: bool
+) -> None:
     """Writes what StableDiffusionPipeline.from_pretrained loads.
 
     Args:
-        v_prediction: for the scheduler, unless the source is a folder with a scheduler of its own.
+        v_prediction: for the scheduler, unless `scheduler_from` is a folder that has one.
         safe: .safetensors weights, else .bin.
     """
     from diffusers import DDIMScheduler
@@ -107,7 +111,7 @@ def _fill_folder(models: Models, vae: nn.Module, v_prediction: bool, folder: Pat
     vae.save_pretrained(folder / "vae", safe_serialization=safe)
     save_clip(models.text_encoders["te"], folder / "text_encoder", safe=safe)
     save_clip_tokenizer(models.tokenizers["te"], folder / "tokenizer")
-    scheduler = save_scheduler(models.source.name, folder / "scheduler", lambda: DDIMScheduler(**published))
+    scheduler = save_scheduler(scheduler_from, folder / "scheduler", lambda: DDIMScheduler(**published))
     parts = {
         "feature_extractor": None,
         "image_encoder": None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.families.sd.keymap import CLIP, OPEN_CLIP
 from library.families.sd.spec import SD1, SD2
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from library.families.spec import ModelKind
     from library.options.base import Options
 
+ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
 SD1_HEADS = 8  # not visible in shapes; the real models' rule. 2.x has heads of 64
 VAE_SOURCES = (SD1, SD2)  # files that a VAE may be taken from
 
@@ -40,6 +41,21 @@ def mismatch(kind: ModelKind, v2: bool) -> str | None:
     if kind == SD1:
         return f"this is {SD1}; remove --v2"
     return f"this is {kind}; a whole Stable Diffusion 1.x or 2.x model is needed here"
+
+
+def model_facts(v2: bool, v_prediction: bool) -> dict[str, Any]:
+    """`Writer.metadata` of a model."""
+    architecture = "stable-diffusion-v1"
+    if v2:
+        architecture = "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
+    return {
+        "ss_v2": v2,
+        "ss_base_model_version": f"sd_v{2 if v2 else 1}{'_v' if v_prediction else ''}",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": "diffusers",
+        "modelspec.prediction_type": "v" if v_prediction else "epsilon",
+        "modelspec.resolution": "768x768" if v2 and v_prediction else "512x512",
+    }
 
 
 def check_paths(opts: Options) -> list[str]:

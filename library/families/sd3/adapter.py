@@ -19,7 +19,7 @@ from library.families.sd3.options import TRAITS
 from library.families.sd3.saving import encoder_path, save_model
 from library.families.sd3.targets import mmdit_targets
 from library.families.sd3.tokenizers import load_tokenizers
-from library.families.sd3.variants import missing_encoder
+from library.families.sd3.variants import ORIGINAL_CODE, missing_encoder, model_facts
 from library.families.shared.roles import VaeLatents
 from library.families.shared.t5 import encode_t5, t5_targets
 from library.families.shared.targets import clip_targets
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from library.objectives.objective import Objective
     from library.options.base import Options
     from library.types import Batch, Residuals, TextLayout
-
-ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
 
 
 class Sd3Family(Family):
@@ -239,18 +237,13 @@ class Sd3Writer(Writer):
         ]
 
     def metadata(self, models: Models) -> dict[str, Any]:
-        options, variant = self.opts.family, models.source.variant
+        options = self.opts.family
         return {
-            "ss_v2": False,
-            "ss_base_model_version": variant,
+            **model_facts(models.source.variant),
             "ss_apply_lg_attn_mask": options.apply_lg_attn_mask,
             "ss_apply_t5_attn_mask": options.apply_t5_attn_mask,
             "ss_weighting_scheme": options.weighting_scheme,
             "ss_logit_mean": options.logit_mean,
             "ss_logit_std": options.logit_std,
             "ss_mode_scale": options.mode_scale,
-            "modelspec.architecture": f"stable-diffusion-3-{variant}",
-            "modelspec.implementation": "diffusers",
-            "modelspec.prediction_type": "flow",
-            "modelspec.resolution": "1024x1024",
         }

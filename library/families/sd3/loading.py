@@ -16,6 +16,7 @@ from library.families.sd3.variants import (
     FOLDERS,
     TITLES,
     TOKENIZERS,
+    MmditShape,
     encoder_prefix,
     encoder_problem,
     folder_problem,
@@ -195,7 +196,7 @@ def load_encoder(name: str, part: str, *, mapped: bool = True) -> tuple[nn.Modul
             raise UserError(problem)
         prefix = encoder_prefix(weights, part) or ""
         reader = Reader(weights, None)
-        encoder = _encoder_from_file(reader, part, prefix)
+        encoder = encoder_of_file(reader, part, prefix)
     return encoder, {ENCODERS[part] + key.removeprefix(prefix): form for key, form in reader.tensor_specs.items()}
 
 
@@ -210,29 +211,13 @@ def _with_specs(source: Source, prefix: str, tensor_specs: Mapping[str, TensorSp
 
 
 def _load_file(name: str, skip: frozenset[str], *, mapped: bool) -> Parts:
-    from diffusers import SD3Transformer2DModel
-
     vae, vae_specs = None, {}
     with error_prefix(name):
         weights = open_model(Path(name), mapped=mapped)
-        problem = mismatch(recognise(weights))
-        if problem:
-            raise UserError(problem)
-        prefix = mmdit_prefix(weights)
-        shape = mmdit_shape(weights.shapes, prefix)
         reader = Reader(weights, None)
-        make = partial(SD3Transformer2DModel, **shape.diffusers_config())
-        if "denoiser" in skip:
-            denoiser = meta_model(make)
-        else:
-            others = () if prefix else (VAE, *ENCODERS.values())
-            keys = [key for key in weights if key.startswith(prefix) and not key.startswith(others)]
-            tensors = mmdit_map(shape.depth, prefix).to_model(reader.take(keys))
-            denoiser = build(make, tensors, "the denoiser")
+        denoiser, shape = denoiser_of_file(reader, with_weights="denoiser" not in skip)
         inside = {part for part in ENCODERS if encoder_prefix(weights, part, inside=True) is not None}
-        encoders = {
-            part: _encoder_from_file(reader, part, ENCODERS[part]) for part in ENCODERS if part in inside - skip
-        }
+        encoders = {part: encoder_of_file(reader, part, ENCODERS[part]) for part in ENCODERS if part in inside - skip}
         if any(key.startswith(VAE) for key in weights):
             inside.add("vae")
             if "vae" not in skip:
@@ -242,7 +227,7 @@ def _load_file(name: str, skip: frozenset[str], *, mapped: bool) -> Parts:
         name=name,
         vae_name=name,
         variant=variant(dual=bool(shape.dual), qk_norm=shape.qk_norm),
-        prefix=prefix,
+        prefix=mmdit_prefix(weights),
         encoder_names=dict.fromkeys(encoders, name),
         parts=frozenset(inside),
         tensor_specs=tensor_specs,
@@ -253,7 +238,27 @@ def _load_file(name: str, skip: frozenset[str], *, mapped: bool) -> Parts:
     return Parts(denoiser, encoders, vae, source)
 
 
-def _encoder_from_file(reader: Reader, part: str, prefix: str) -> nn.Module:
+def denoiser_of_file(reader: Reader, *, with_weights: bool = True) -> tuple[nn.Module, MmditShape]:
+    """The denoiser, or its `meta_model`. Raises: UserError: another kind of model, or an incomplete one."""
+    from diffusers import SD3Transformer2DModel
+
+    weights = reader.weights
+    problem = mismatch(recognise(weights))
+    if problem:
+        raise UserError(problem)
+    prefix = mmdit_prefix(weights)
+    shape = mmdit_shape(weights.shapes, prefix)
+    make = partial(SD3Transformer2DModel, **shape.diffusers_config())
+    if not with_weights:
+        return meta_model(make), shape
+    others = () if prefix else (VAE, *ENCODERS.values())
+    keys = [key for key in weights if key.startswith(prefix) and not key.startswith(others)]
+    tensors = mmdit_map(shape.depth, prefix).to_model(reader.take(keys))
+    return build(make, tensors, "the denoiser"), shape
+
+
+def encoder_of_file(reader: Reader, part: str, prefix: str) -> nn.Module:
+    """A text encoder whose names in a file begin with `prefix`. Raises: UserError: it is incomplete."""
     import torch
 
     names = [key.removeprefix(prefix) for key in reader.weights if key.startswith(prefix)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from library.entry_points import EntryPoint
 from library.families.sd3.options import TRAITS, Sd3Options
+from library.families.sd3.tools import Sd3ExtractOptions, Sd3MergeOptions
 from library.families.spec import FamilySpec, ModelKind
 from library.options.embedding import T5_EMBEDDING_GROUPS
 from library.options.finetune import THREE_ENCODER_GROUPS
 from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
 
 SD3 = ModelKind("a Stable Diffusion 3 model", keys=r"joint_blocks\.\d+\.", pipeline="StableDiffusion3")
+FOLDERS = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}  # of a Diffusers model
 
 SPEC = FamilySpec(
     name="sd3",
@@ -25,11 +27,15 @@ SPEC = FamilySpec(
         "finetune": THREE_ENCODER_GROUPS,
         "embedding": T5_EMBEDDING_GROUPS,
     },
+    tools={"sd3_merge_lora": Sd3MergeOptions, "sd3_extract_lora": Sd3ExtractOptions},
     kinds=(SD3,),
     network_layers=r"_unet_joint_blocks_\d",
+    folders={**FOLDERS, "denoiser": "transformer"},
     adapter=EntryPoint("library.families.sd3.adapter:Sd3Family"),
     check_paths=EntryPoint("library.families.sd3.variants:check_paths"),
     check_text_paths=EntryPoint("library.families.sd3.variants:check_text_paths"),
     missing_encoders=EntryPoint("library.families.sd3.variants:missing_encoders"),
+    layer_names=EntryPoint("library.families.sd3.layer_names:layer_names"),
+    file_model=EntryPoint("library.families.sd3.file_model:file_model"),
     load_vae=EntryPoint("library.families.sd3.loading:load_vae_alone"),
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.families.sd3.keymap import ENCODERS, MMDIT
-from library.families.sd3.spec import SD3
+from library.families.sd3.spec import FOLDERS, SD3
 from library.families.shared.recognition import (
     file_shapes,
     path_problem,
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
 HEAD_WIDTH = 64  # of every published MMDiT
 FLAGS = {"te1": "clip_l", "te2": "clip_g", "te3": "t5xxl"}  # the option that gives an encoder's file
 TITLES = {"te1": "CLIP-L", "te2": "CLIP-G", "te3": "T5"}
-FOLDERS = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}  # of a Diffusers model
 TOKENIZERS = {"te1": "tokenizer", "te2": "tokenizer_2", "te3": "tokenizer_3"}
 _NO_MODEL = "--pretrained_model_name_or_path: name a model: a file, a Diffusers folder or a hub id"
 CLIP_MARKER_KEY = "text_model.encoder.layers.0.mlp.fc1.weight"
@@ -255,6 +255,18 @@ def mmdit_shape(shapes: Shapes, prefix: str = MMDIT) -> MmditShape:
         )
     except KeyError as error:
         raise UserError(f"the model lacks the tensor {prefix}{error.args[0]}") from None
+
+
+def model_facts(variant: str) -> dict[str, Any]:
+    """`Writer.metadata` of a model, without the options of a training."""
+    return {
+        "ss_v2": False,
+        "ss_base_model_version": variant,
+        "modelspec.architecture": f"stable-diffusion-3-{variant}",
+        "modelspec.implementation": "diffusers",
+        "modelspec.prediction_type": "flow",
+        "modelspec.resolution": "1024x1024",
+    }
 
 
 def variant(*, dual: bool, qk_norm: bool) -> str:

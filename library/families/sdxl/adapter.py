@@ -11,6 +11,7 @@ from library.families.sdxl.options import TRAITS
 from library.families.sdxl.saving import save_model
 from library.families.sdxl.targets import block_index, unet_targets
 from library.families.sdxl.tokenizers import sdxl_tokenizers
+from library.families.sdxl.variants import model_facts
 from library.families.shared.clip import encode_penultimate, project_first_eos
 from library.families.shared.controlnet import UnetControl
 from library.families.shared.roles import UnetDenoiser, VaeLatents
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from library.options.base import Options
     from library.types import Batch
 
-ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
 # The conditioning: states of both text encoders, (B, n * 75 + 2, width), and the pooled text, (B, projection).
 STATES = {"te1": "hidden_state1", "te2": "hidden_state2"}
 POOLED = "pool2"
@@ -129,14 +129,7 @@ class SdxlWriter(Writer):
         )
 
     def metadata(self, models: Models) -> dict[str, Any]:
-        return {
-            "ss_v2": False,
-            "ss_base_model_version": "sdxl_base_v1-0",
-            "modelspec.architecture": "stable-diffusion-xl-v1-base",
-            "modelspec.implementation": ORIGINAL_CODE,
-            "modelspec.prediction_type": "v" if self.opts.family.v_parameterization else "epsilon",
-            "modelspec.resolution": "1024x1024",
-        }
+        return model_facts(self.opts.family.v_parameterization)
 
 
 def _time_ids(noisy: Tensor, batch: Batch | None) -> Tensor:

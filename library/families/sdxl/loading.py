@@ -72,7 +72,7 @@ def load_text_encoders(name: str, *, mapped: bool = True) -> Parts:
         reading.require_model_name(name)
     with error_prefix(name):
         if Path(name).is_file():
-            encoders = _text_encoders(Reader(_open_file(Path(name), mapped), None))
+            encoders = text_encoders_of_file(Reader(_open_file(Path(name), mapped), None))
         else:
             encoders = _text_encoders_of_folder(name, _folder_dtypes(name))
     return Parts(None, encoders, None, None)
@@ -93,20 +93,11 @@ def load_vae_alone(opts: Options) -> nn.Module:
 
 def _load_file(name: str, *, mapped: bool, with_vae: bool) -> Parts:
     """`with_vae`: False leaves the file's VAE unread, whatever it is."""
-    from diffusers import UNet2DConditionModel
-
     vae, vae_specs = None, {}
     with error_prefix(name):
         weights = _open_file(Path(name), mapped)
         reader = Reader(weights, None)
-        shape = unet_shape(weights.shapes)
-        if shape.added is None:
-            raise UserError(f"the U-Net lacks the tensor {UNET}label_emb.0.0.weight of the size conditioning")
-        keys = unet_map(shape.layers, shape.attention, added=True)
-        make = partial(UNet2DConditionModel, **shape.diffusers_config(sample_size=SAMPLE_SIZE))
-        unet_keys = [key for key in weights if key.startswith(UNET)]
-        denoiser = build(make, keys.to_model(reader.take(unet_keys)), "the U-Net")
-        text_encoders = _text_encoders(reader)
+        denoiser, text_encoders = unet_of_file(reader), text_encoders_of_file(reader)
         if with_vae:
             vae, vae_specs = reading.vae_of_model_file(weights, SCALING_FACTOR)
     tensor_specs = reader.tensor_specs | vae_specs
@@ -131,7 +122,21 @@ def _open_file(path: Path, mapped: bool) -> Weights:
     return weights
 
 
-def _text_encoders(reader: Reader) -> dict[str, nn.Module]:
+def unet_of_file(reader: Reader) -> nn.Module:
+    """Raises: UserError: the U-Net is incomplete, or of another kind."""
+    from diffusers import UNet2DConditionModel
+
+    shape = unet_shape(reader.weights.shapes)
+    if shape.added is None:
+        raise UserError(f"the U-Net lacks the tensor {UNET}label_emb.0.0.weight of the size conditioning")
+    keys = unet_map(shape.layers, shape.attention, added=True)
+    make = partial(UNet2DConditionModel, **shape.diffusers_config(sample_size=SAMPLE_SIZE))
+    unet_keys = [key for key in reader.weights if key.startswith(UNET)]
+    return build(make, keys.to_model(reader.take(unet_keys)), "the U-Net")
+
+
+def text_encoders_of_file(reader: Reader) -> dict[str, nn.Module]:
+    """Raises: UserError: a text encoder is incomplete."""
     second = text2_map(projection_name(reader.weights))
     return {
         "te1": _text_encoder(reader, TE1, text1_map(), hidden_act="quick_gelu", pad_id=49407),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from library.families.sdxl.keymap import text1_map, text2_map
 from library.families.sdxl.loading import Source, load_vae
+from library.families.sdxl.spec import FOLDERS
 from library.families.shared.clip import public_state
 from library.families.shared.markers import V_PRED, ZTSNR, without_markers
 from library.families.shared.recognition import read_json
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
     from library.families.shared.writing import FileTensors
     from library.types import Models
-
-FOLDERS = {"te1": "text_encoder", "te2": "text_encoder_2"}  # and tokenizer, tokenizer_2
 
 
 def save_model(

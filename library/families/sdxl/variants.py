@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.families.sdxl.keymap import PROJECTION, PROJECTION_LAYER, TE1, TE2
 from library.families.sdxl.spec import SDXL
@@ -25,8 +25,21 @@ if TYPE_CHECKING:
     from library.families.spec import ModelKind
     from library.options.base import Options
 
+ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
 VAE_SOURCES = (SDXL,)  # files that a VAE may be taken from
 UNUSED_TEXT = ("logit_scale", "attn_mask", "position_ids")  # ends of names below the text encoders
+
+
+def model_facts(v_prediction: bool) -> dict[str, Any]:
+    """`Writer.metadata` of a model."""
+    return {
+        "ss_v2": False,
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base",
+        "modelspec.implementation": ORIGINAL_CODE,
+        "modelspec.prediction_type": "v" if v_prediction else "epsilon",
+        "modelspec.resolution": "1024x1024",
+    }
 
 
 def check_paths(opts: Options) -> list[str]:

@@ -16,7 +16,8 @@ def build(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], what: st
 
     Args:
         make: the class called with its configuration.
-        tensors: every tensor of the model's state dict under its live name; taken over, not copied.
+        tensors: every tensor of the model's state dict under its live name; taken over, not copied. They may be on
+            the meta device, as then the model is.
         what: the part, for messages.
     Raises: UserError: a tensor is missing, is too many or has another shape than the configuration says.
     """
@@ -37,7 +38,7 @@ def build(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], what: st
     # CLIP numbers its positions in a buffer that no file holds, so the meta device left it empty.
     for path, module in model.named_modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_meta:
+            if buffer.is_meta and f"{path}.{name}" not in tensors:
                 assert name == "position_ids", f"{path}.{name} has no weights"
                 ids = torch.arange(buffer.shape[-1]).expand(buffer.shape)
                 module.register_buffer(name, ids, persistent=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.families.sd.options import TRAITS
@@ -19,6 +19,7 @@ from library.families.shared.recognition import (
     file_shapes,
     is_hub_id,
     pipeline_kind,
+    pipeline_named,
     read_json,
     recognise,
     recognise_file,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from library.families.spec import ModelKind
 
 _INDEX = "model_index.json"
+# Pipelines of the first models have no word of their own in their names.
+_FIRST, _FIRST_DENOISER = "StableDiffusion", "UNet2DConditionModel"
 
 
 def kind_of(name: str) -> ModelKind:
@@ -81,6 +84,17 @@ def family_of(name: str) -> str:
             return FAMILY_OF[SD1]  # what a VAE by itself has always meant
         raise UserError(f"{name}: this is {kind}, which may belong to several families; choose one with --family")
     raise UserError(f"{name}: this is {kind}; give a whole model, or a VAE together with --family")
+
+
+def family_of_pipeline(pipeline: Any) -> str:
+    """The family of a pipeline of diffusers, by its class. Raises: UserError: none that is known here."""
+    name = type(pipeline).__name__
+    kind = pipeline_named(name)
+    if kind is None and name.startswith(_FIRST) and type(getattr(pipeline, "unet", None)).__name__ == _FIRST_DENOISER:
+        kind = SD1
+    if kind is None:
+        raise UserError(f"{name}: pipelines of this class are not known here")
+    return FAMILY_OF[kind]
 
 
 def _kind_of_hub_model(name: str) -> ModelKind:

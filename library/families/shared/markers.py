@@ -31,7 +31,7 @@ def follow(opts: Options) -> Options:
     """
     name = opts.model.pretrained_model_name_or_path
     try:
-        found, where = _stated(Path(name or ""))
+        found, where = stated(Path(name or ""))
     except (UserError, OSError):
         return opts
     if EDM_FOUND in found:
@@ -53,7 +53,7 @@ def follow(opts: Options) -> Options:
     return opts
 
 
-def _stated(path: Path) -> tuple[set[str], str]:
+def stated(path: Path) -> tuple[set[str], str]:
     """The markers of a file or folder, and where it has them. Raises: UserError, OSError: it cannot be read."""
     if path.is_dir():
         config = path / "scheduler" / "scheduler_config.json"

@@ -22,7 +22,17 @@ from library.errors import UserError
 from library.families.shared import hub
 from library.families.shared.building import build, freeze, meta_model
 from library.families.shared.recognition import is_hub_id, missing_vae_folder, recognise, vae_kind_problem
-from library.families.shared.vae import NO_VAE, VAE, VAE_PARTS, missing_vae, vae_config, vae_map, vae_shapes
+from library.families.shared.vae import (
+    NO_VAE,
+    VAE,
+    VAE_PARTS,
+    file_entries,
+    has_diffusers_names,
+    missing_vae,
+    vae_config,
+    vae_map,
+    vae_shapes,
+)
 from library.runtime.files import open_regular
 
 if TYPE_CHECKING:
@@ -36,8 +46,6 @@ if TYPE_CHECKING:
     TensorSpec = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor in a file
 
 S = TypeVar("S", bound="Source")
-# Diffusers' names of the attention in VAE files: old and new.
-_OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
 @dataclass(frozen=True)
@@ -163,12 +171,18 @@ def require_model_name(name: str) -> None:
 
 
 def from_pretrained(
-    model_class: Any, name: str, subfolder: str | None, dtype: torch.dtype | None = None, **options: Any
+    model_class: Any,
+    name: str,
+    subfolder: str | None,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Loads one part of a Diffusers folder or of a hub model; the hub's cache is asked before the hub.
 
     Args:
         dtype: of its weights; None means float32.
+        variant: of the weight files, such as fp16; None: whole weights, or fp16 where there are no others.
         options: further ones of `model_class.from_pretrained`.
     Raises: UserError: it is in none of these, or cannot be read.
     """
@@ -185,12 +199,12 @@ def from_pretrained(
         why = None if local else hub.no_answer(name)
         if why:
             break
-        for variant in (None, "fp16"):  # some models come in half precision only
+        for tried in (variant,) if variant else (None, "fp16"):  # some models come in half precision only
             try:
-                model = model_class.from_pretrained(name, local_files_only=local, variant=variant, **options)
+                model = model_class.from_pretrained(name, local_files_only=local, variant=tried, **options)
                 return freeze(model)
             except (OSError, ValueError, RuntimeError) as problem:
-                error = error if variant and error else problem
+                error = error if tried and error else problem
     reason = why or (str(error).splitlines() or [type(error).__name__])[0]
     where = f"{name}/{subfolder}" if subfolder else name
     if Path(name).is_dir():
@@ -210,21 +224,26 @@ def meta_model_of_folder(model_class: type[ModelMixin], folder: str, subfolder: 
         raise UserError(f"{folder}/{subfolder}: cannot be loaded ({reason})") from None
 
 
-def folder_dtype(folder: Path) -> torch.dtype | None:
-    """The dtype of a part's safetensors file, or None where there is none to ask."""
+def folder_dtype(folder: Path, variant: str | None = None) -> torch.dtype | None:
+    """The dtype of a part's safetensors file, or None where there is none to ask.
+
+    Args: variant: as of `from_pretrained`.
+    """
     import torch
 
     words = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-    for path in sorted(folder.glob("*.safetensors")):
+    ending = f".{variant}.safetensors" if variant else ".safetensors"
+    # Variants have another dot in their names.
+    for path in sorted(folder.glob(f"*{ending}"), key=lambda path: (path.name.count("."), path.name)):
         for dtype, _ in read_header(path)[1].values():
             if dtype in words:
                 return words[dtype]
     return None
 
 
-def folder_dtypes(folder: Path, parts: Iterable[str]) -> dict[str, torch.dtype]:
+def folder_dtypes(folder: Path, parts: Iterable[str], variant: str | None = None) -> dict[str, torch.dtype]:
     """`folder_dtype` by subfolder, of those that have one."""
-    return {part: dtype for part in parts if (dtype := folder_dtype(folder / part)) is not None}
+    return {part: dtype for part in parts if (dtype := folder_dtype(folder / part, variant)) is not None}
 
 
 # --- VAEs -------------------------------------------------------------------------------------------------------------
@@ -249,14 +268,17 @@ def vae_of_model_file(weights: Weights, scaling_factor: float) -> tuple[nn.Modul
     return vae_from_file(weights, scaling_factor)
 
 
-def vae_of_model_folder(name: str) -> nn.Module:
-    """The VAE of a Diffusers model's folder or hub id. Raises: UserError: it brings none, or it cannot be read."""
+def vae_of_model_folder(name: str, variant: str | None = None) -> nn.Module:
+    """The VAE of a Diffusers model's folder or hub id. Raises: UserError: it brings none, or it cannot be read.
+
+    Args: variant: as of `from_pretrained`.
+    """
     from diffusers import AutoencoderKL
 
     problem = missing_vae_folder(Path(name)) if Path(name).is_dir() else None
     if problem:
         raise UserError(problem)
-    return from_pretrained(AutoencoderKL, name, "vae")
+    return from_pretrained(AutoencoderKL, name, "vae", variant=variant)
 
 
 def load_vae(
@@ -316,15 +338,10 @@ def vae_from_file(
         raise UserError(NO_VAE)
     tensors = {key.removeprefix(prefix): tensor for key, tensor in reader.take(used).items()}
     tensor_specs = {VAE + key.removeprefix(prefix): form for key, form in reader.tensor_specs.items()}
-    if any(key.startswith("encoder.down_blocks.") for key in tensors):
+    if has_diffusers_names(tensors):
         dtype = next(iter(tensor_specs.values()))[0]
-        renamed = {}  # Diffusers' names, old ones to new, then to those of latent diffusion
-        for key, tensor in tensors.items():
-            for old, new in _OLD_ATTENTION.items():
-                key = key.replace(old, new)
-            renamed[key] = tensor
-        levels = 1 + max(int(key.split(".")[2]) for key in renamed if key.startswith("encoder.down_blocks."))
-        tensors = vae_map(levels, prefix="").to_file(renamed)
+        entries = file_entries(tensors)
+        tensors = {e.file.removeprefix(VAE): e.rule.join([tensors[name] for name in e.models]) for e in entries}
         tensor_specs = {VAE + key: (dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     shapes = vae_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     config = vae_config(shapes, scaling_factor, shift_factor)

@@ -24,13 +24,13 @@ VAE_ONLY = ModelKind(
 )
 CONTROLNET = ModelKind("a ControlNet", keys=r"^control_model\.|^input_hint_block\.|^controlnet_")
 UNKNOWN = ModelKind("not a model that is known here", keys=r"(?!)")
-
+NETWORK = ModelKind(
+    "a LoRA (or similar network) file",
+    keys=r"^lora_|\.lora_(down|up|A|B)\.|\.hada_w1_a$|\.lokr_w1|\.oft_(blocks|diag)$",
+)
 # The first kind whose pattern is found in any key names the file.
 _NO_MODELS = (
-    ModelKind(
-        "a LoRA (or similar network) file",
-        keys=r"^lora_|\.lora_(down|up|A|B)\.|\.hada_w1_a$|\.lokr_w1|\.oft_(blocks|diag)$",
-    ),
+    NETWORK,
     ModelKind("a Textual Inversion embedding", keys=r"^emb_params$|^clip_[lg]$|^string_to_param"),
     CONTROLNET,
 )
@@ -75,7 +75,11 @@ def pipeline_kind(folder: Path) -> ModelKind | None:
     Raises: UserError: the file is broken.
     """
     index = folder / "model_index.json"
-    name = str(read_json(index).get("_class_name")) if index.is_file() else ""
+    return pipeline_named(str(read_json(index).get("_class_name")) if index.is_file() else "")
+
+
+def pipeline_named(name: str) -> ModelKind | None:
+    """The kind whose pipelines diffusers calls so; None where it is none that is known here."""
     return next((kind for kind in FAMILY_OF if kind.pipeline and name.startswith(kind.pipeline)), None)
 
 

@@ -39,9 +39,22 @@ RESNET = (
     Rename("skip_connection.{p}", "conv_shortcut.{p}"),
 )
 SAME = (Rename("{rest}", "{rest}"),)
+# `SAME`, layer by layer, for the transformers of a U-Net.
+TRANSFORMER = (
+    *(Rename(f"{name}.{{p}}", f"{name}.{{p}}") for name in ("norm", "proj_in", "proj_out")),
+    *(
+        Rename(f"transformer_blocks.{{n}}.{name}.{{p}}", f"transformer_blocks.{{n}}.{name}.{{p}}")
+        for name in (
+            *(f"attn{n}.{layer}" for n in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0")),
+            *("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"),
+        )
+    ),
+)
 
 
-def unet_rules(layers: int, attention: tuple[bool, ...], *, added: bool = False) -> tuple[Rule, ...]:
+def unet_rules(
+    layers: int, attention: tuple[bool, ...], *, added: bool = False, transformer: tuple[Rule, ...] = SAME
+) -> tuple[Rule, ...]:
     """U-Net rules without the prefix.
 
     The file numbers its blocks through; which number a block has follows from the shape of the model.
@@ -50,6 +63,7 @@ def unet_rules(layers: int, attention: tuple[bool, ...], *, added: bool = False)
         layers: resnets of a level on the way down, 2 in the real models; one more on the way up.
         attention: for each level (resolution), whether its resnets are followed by transformers.
         added: whether there is an embedding of other facts beside that of the time.
+        transformer: the rules inside a transformer.
     """
     levels = len(attention)
     rules: list[Rule] = [
@@ -59,7 +73,7 @@ def unet_rules(layers: int, attention: tuple[bool, ...], *, added: bool = False)
         Rename("out.0.{p}", "conv_norm_out.{p}"),
         Rename("out.2.{p}", "conv_out.{p}"),
         Each("middle_block.0", "mid_block.resnets.0", *RESNET),
-        Each("middle_block.1", "mid_block.attentions.0", *SAME),
+        Each("middle_block.1", "mid_block.attentions.0", *transformer),
         Each("middle_block.2", "mid_block.resnets.1", *RESNET),
     ]
     if added:
@@ -75,8 +89,8 @@ def unet_rules(layers: int, attention: tuple[bool, ...], *, added: bool = False)
             if attention[level]:
                 if layer < layers:
                     name = f"down_blocks.{level}.attentions.{layer}"
-                    rules.append(Each(f"input_blocks.{down_number}.1", name, *SAME))
-                rules.append(Each(f"output_blocks.{up_number}.1", f"up_blocks.{up}.attentions.{layer}", *SAME))
+                    rules.append(Each(f"input_blocks.{down_number}.1", name, *transformer))
+                rules.append(Each(f"output_blocks.{up_number}.1", f"up_blocks.{up}.attentions.{layer}", *transformer))
         if level < levels - 1:
             number = (layers + 1) * (level + 1)
             rules.append(Rename(f"input_blocks.{number}.0.op.{{p}}", f"down_blocks.{level}.downsamplers.0.conv.{{p}}"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoints.keymap import Conv1x1, Each, KeyMap, Rename, Rule
+from library.checkpoints.keymap import Conv1x1, Each, Entry, KeyMap, Rename, Rule
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 VAE = "first_stage_model."  # before every name in a single file of a whole model
 NO_VAE = "holds no VAE; give one with --vae"
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+# Diffusers' names of the attention, of early versions and today.
+_OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 RESNET = (
     Rename("norm1.{p}", "norm1.{p}"),
@@ -79,6 +81,30 @@ def missing_vae(keys: Iterable[str]) -> str | None:
 def vae_map(levels: int, prefix: str = VAE) -> KeyMap:
     """VAE names in the file against those of AutoencoderKL; stand-alone files may have no prefix."""
     return KeyMap(Each(prefix, "", *vae_rules(levels)))
+
+
+def has_diffusers_names(names: Iterable[str]) -> bool:
+    """Whether a VAE's tensors have diffusers' names, else those of latent diffusion; both without prefix."""
+    return any(name.startswith("encoder.down_blocks.") for name in names)
+
+
+def file_entries(names: Iterable[str]) -> list[Entry]:
+    """What a whole model's file holds of a VAE with these tensors, whichever of the two layouts its names are of.
+
+    Raises: KeyMapError: a name that is of neither.
+    """
+    names = list(names)
+    if not has_diffusers_names(names):
+        same = Rename("{rest}", "{rest}")
+        return [Entry(VAE + name, (name,), same) for name in names]
+    own = {}  # by the names of today
+    for name in names:
+        new = name
+        for old, today in _OLD_ATTENTION.items():
+            new = new.replace(old, today)
+        own[new] = name
+    levels = 1 + max(int(name.split(".")[2]) for name in own if name.startswith("encoder.down_blocks."))
+    return [Entry(e.file, tuple(own[name] for name in e.models), e.rule) for e in vae_map(levels).entries(own)]
 
 
 def vae_shapes(shapes: Shapes) -> Shapes:

@@ -1,0 +1,14 @@
+"""Upscales images by two as latents, with a latent upscaler of diffusers. Guide: docs/model_tools.md"""
+
+import sys
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
+
+from library.model_tools.upscaling import GROUPS, upscale_images
+from library.preparation.common.script import run_script
+
+if __name__ == "__main__":
+    run_script(upscale_images, GROUPS, description=str(__doc__))
