@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from library.checkpoints.reading import read_metadata
 from library.errors import UserError
-from library.model_tools.output import require_output
+from library.model_tools.output import require_finite, require_output, require_room
 from library.model_tools.recipes import modelspec
 from library.model_tools.weights import dtype_of
 from library.options.base import Options
@@ -21,6 +21,8 @@ from library.runtime.logs import LOGGER
 if TYPE_CHECKING:
     import torch
 
+    from library.types import Models
+
 GROUPS = (ConvertModelOptions, ConsoleOptions)
 _FORMATS = {".safetensors": "safetensors", ".ckpt": "ckpt", ".pt": "ckpt"}  # of files, by their endings
 
@@ -28,6 +30,7 @@ _FORMATS = {".safetensors": "safetensors", ".ckpt": "ckpt", ".pt": "ckpt"}  # of
 class Loaded(Protocol):
     """A loaded model that can be written in every layout, see `library.families`."""
 
+    models: Models
     v_prediction: bool | None
 
     @property
@@ -62,15 +65,26 @@ def convert_model(load: Callable[..., Loaded], opts: Options) -> None:
         )
     metadata = dict(read_metadata(source)) if source.is_file() else {}
     metadata |= {**modelspec(path, model.facts, {}), **chosen.added_metadata()}
-    metadata.pop("modelspec.hash_sha256")
     if save_as == "ckpt":
         metadata = {"ss_epoch": str(chosen.epoch), "ss_steps": str(chosen.global_step)}
-    linear = chosen.unet_use_linear_projection
+    linear, dtype = chosen.unet_use_linear_projection, dtype_of(chosen.precision)
+    _require_sound(model.models, dtype, path)
     try:
-        model.save(path, save_as=save_as, dtype=dtype_of(chosen.precision), metadata=metadata, linear=linear)
+        model.save(path, save_as=save_as, dtype=dtype, metadata=metadata, linear=linear)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({reason(error)}); what was there is as it was") from None
     LOGGER.info("wrote %s", path)
+
+
+def _require_sound(models: Models, dtype: torch.dtype | None, path: Path) -> None:
+    """Raises: UserError: there is no room for the model, or a weight is NaN or infinite in the precision asked for."""
+    size = 0
+    for module in (*models.text_encoders.values(), models.denoiser, models.vae):
+        for name, tensor in module.state_dict().items() if module is not None else ():
+            kept = tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor
+            require_finite(name, kept)
+            size += kept.nbytes
+    require_room(path, size if dtype is not None else size // 2)  # what is read may be stored in half of that
 
 
 def _require_folder(path: Path, source: Path) -> None:

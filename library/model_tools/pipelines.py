@@ -22,8 +22,7 @@ from library.checkpoints.keymap import first_few
 from library.errors import UserError
 from library.families.registry import FAMILIES
 from library.families.shared.finding import family_of_pipeline
-from library.options.base import build_options
-from library.registry import groups_for
+from library.model_tools.model_sources import targets_of
 from library.runtime.logs import LOGGER
 from library.types import Models
 from networks import build
@@ -115,8 +114,7 @@ def _models_of(pipeline: Any) -> tuple[Models, list[LoraTarget]]:
         raise UserError(f"the pipeline has no {spec.folders['denoiser']}")
     encoders = {part: parts[part] for part in spec.traits.text_encoders if parts.get(part) is not None}
     models = Models(parts["denoiser"], encoders, {}, None)
-    family = spec.adapter(build_options(groups_for(name, "network"), {}))
-    return models, family.targets.lora(models)
+    return models, targets_of(name, models)
 
 
 def _require_fit(file: NetworkFile, targets: list[LoraTarget]) -> list[str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from library.families.registry import FAMILIES
 from library.families.shared.network_readers import DORA, PROGRAMS
 from library.model_tools.converting import layout_of
 from library.model_tools.model_sources import ModelSource, open_sources
+from library.model_tools.network_blocks import OUTSIDE, PREFIX, block_of, run_order
 from library.model_tools.network_norms import change_norm, full_change_norm, norm, require_shape
 from library.runtime.logs import progress
 from networks.file_names import require_places, require_types
@@ -32,12 +32,7 @@ if TYPE_CHECKING:
 
 OUTLIER = 10  # times the median of a part's layers
 _ENOUGH = 8  # layers of a part from which a median says something
-_PREFIX = re.compile(r"(?:lora|oft|lycoris)_(?P<part>unet|te\d*)_(?P<path>.+)")
-_BLOCK = re.compile(
-    r"(?P<kind>(?:[a-z]+_)*?(?:blocks?|layers))_(?P<number>\d+)(?:_(?:attentions|resnets)_(?P<inner>\d+))?"
-)
 _SMALL_KERNEL = (1, 1)
-_MIDDLE, OUTSIDE = "mid_block", "outside blocks"
 
 
 @dataclass
@@ -100,7 +95,7 @@ class Report:
         for layer in self.layers:
             grouped.setdefault((layer.part, layer.block), []).append(layer)
         parts = list(dict.fromkeys(part for part, _ in grouped))
-        order = sorted(grouped, key=lambda place: (parts.index(place[0]), *_run_order(place[1])))
+        order = sorted(grouped, key=lambda place: (parts.index(place[0]), *run_order(place[1])))
         return [_block(*place, grouped[place]) for place in order]
 
 
@@ -137,30 +132,8 @@ def verify(path: str | Path, model: str | None = None, encoders: Mapping[str, st
     return report
 
 
-def block_of(layer: str) -> tuple[str, str]:
-    """Part and block of a layer by its name in kohya's layout, e.g. ("unet", "down_blocks 0.1")."""
-    match = _PREFIX.fullmatch(layer)
-    if match is None:
-        return "unet", layer
-    path = match["path"]
-    found = _BLOCK.match(path)
-    if found is None:
-        return match["part"], _MIDDLE if path.startswith(_MIDDLE) else OUTSIDE
-    kind = found["kind"].removeprefix("text_model_").removeprefix("encoder_")
-    inner = "" if found["inner"] is None else f".{found['inner']}"
-    return match["part"], f"{kind} {found['number']}{inner}"
-
-
-def _run_order(block: str) -> tuple[int, str, list[int]]:
-    """By this, blocks of a part are in the order in which models run them."""
-    kind, _, numbers = block.partition(" ")
-    late = {"mid": 1, "middle": 1, "up": 2, "output": 2, "single": 2}.get(kind.partition("_")[0], 0)
-    place = 3 if block == OUTSIDE else late
-    return place, kind, [int(number) for number in numbers.split(".") if number.isdecimal()]
-
-
 def _block(part: str, name: str, layers: Sequence[Layer]) -> Block:
-    change, weight = (_together(getattr(layer, norm) for layer in layers) for norm in ("change", "weight"))
+    change, weight = _together(layer.change for layer in layers), _together(layer.weight for layer in layers)
     return Block(part, name, len(layers), change, weight)
 
 
@@ -203,13 +176,13 @@ def _measure_in_model(file: NetworkFile, sources: Sequence[ModelSource], report:
             try:
                 require_shape(entry, source.shape(target))
                 weight = source.weight(target)
-                layer.change = change_norm(entry)
-                if layer.change is None:
-                    layer.change = full_change_norm(entry, source.shape(target), lambda weight=weight: weight)
+                change = change_norm(entry)
+                if change is None:
+                    change = full_change_norm(entry, source.shape(target), lambda weight=weight: weight)
             except UserError as error:
                 report.errors += [f"{file.path}: {key}: {problem}" for problem in error.problems]
                 continue
-            layer.weight = norm(weight)
+            layer.change, layer.weight = _finite(change), _finite(norm(weight))
             report.layers.append(layer)
             bar.update()
 
@@ -220,7 +193,7 @@ def _measure_alone(file: NetworkFile, parts: Sequence[PartNames], report: Report
     for name, entry in file.entries.items():
         layer = _layer(name, entry)
         try:
-            layer.change = change_norm(entry)
+            layer.change = _finite(change_norm(entry))
         except (UserError, RuntimeError) as error:  # matrices that do not belong together
             report.errors.append(f"{file.path}: {name}: {str(error).splitlines()[0]}")
             continue
@@ -228,12 +201,17 @@ def _measure_alone(file: NetworkFile, parts: Sequence[PartNames], report: Report
 
 
 def _layer(name: str, entry: Mapping[str, Tensor]) -> Layer:
-    alpha = entry.get("alpha")
+    alpha = _finite(float(entry["alpha"])) if "alpha" in entry else None
     down = next(
         (entry[key] for key in ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if key in entry), None
     )
     rank = None if down is None else len(down)
-    return Layer(name, *block_of(name), type_label(entry), rank, None if alpha is None else float(alpha))
+    return Layer(name, *block_of(name), type_label(entry), rank, alpha)
+
+
+def _finite(value: float | None) -> float | None:
+    """What is no number is not known: the report has the tensors at fault among its errors."""
+    return value if value is not None and isfinite(value) else None
 
 
 def _recognised(file: NetworkFile) -> tuple[str, tuple[PartNames, ...]] | None:
@@ -251,7 +229,7 @@ def _recognised(file: NetworkFile) -> tuple[str, tuple[PartNames, ...]] | None:
 
 
 def _is_known(layer: str, parts: Sequence[PartNames]) -> bool:
-    name = _PREFIX.sub(r"lora_\g<part>_\g<path>", layer)
+    name = PREFIX.sub(r"lora_\g<part>_\g<path>", layer)
     return any(part.find(name) is not None for part in parts)
 
 
@@ -278,6 +256,8 @@ def _find_suspicious(report: Report) -> None:
         report.warnings.append(f"{path}: changes nothing: all {len(idle)} layers are zero")
     elif idle:
         report.warnings.append(f"{path}: {len(idle)} of {len(report.layers)} layers are zero: {first_few(idle)}")
+    if report.family is None:
+        report.warnings.append(f"{path}: its layers are of no model that is known here, or of several; give --model")
     if report.unmatched:
         where = report.model or (FAMILIES[report.family].traits.label if report.family else "any known model")
         count = len(report.unmatched)

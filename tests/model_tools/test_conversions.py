@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -238,6 +239,20 @@ def test_sd_there_and_back(run_script, tmp_path):
     assert metadata["name"] == "mine"
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1"
     assert metadata["modelspec.prediction_type"] == "epsilon"
+    content = again.read_bytes()
+    tensors = content[8 + int.from_bytes(content[:8], "little") :]
+    assert metadata["modelspec.hash_sha256"] == "0x" + hashlib.sha256(tensors).hexdigest()
+
+
+def test_sd_weights_that_are_no_numbers_are_refused(run_script, tmp_path):
+    source = write_tiny_sd1(tmp_path / "model.safetensors")
+    tensors = load_file(source)
+    tensors["first_stage_model.decoder.conv_in.bias"][0] = 1e6
+    save_file(tensors, tmp_path / "huge.safetensors")
+    done = run_script(SCRIPT, tmp_path / "huge.safetensors", tmp_path / "folder", "--fp16")
+    assert done.returncode == 2
+    assert "1 of 32 values are NaN or infinite in float16" in done.stderr
+    assert not (tmp_path / "folder").exists()
 
 
 def test_diffusers_reads_both_directions(run_script, tmp_path):

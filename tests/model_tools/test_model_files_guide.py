@@ -61,7 +61,8 @@ def make_images_small(config: Path) -> None:
 
 def test_the_recipes_run_as_printed(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    lines = [line for heading, text in blocks("model_tools.md", "") if heading in MINE for line in text.splitlines()]
+    texts = [text.replace("\\\n", " ") for heading, text in blocks("model_tools.md", "") if heading in MINE]
+    lines = [line for text in texts for line in text.splitlines()]
     assert len(lines) == 10
     for line in lines:
         python, script, *words = shlex.split(line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from library.errors import UserError
 from library.model_tools.model_merging import GROUPS, merge_models
 from tests.builders.memory import most_memory, needs_linux
 from tests.builders.options import options_with
@@ -194,6 +196,35 @@ def test_wrong_options(run_script, files, tmp_path, more, message):
     assert message in done.stderr
     assert paths[0].read_bytes() == before
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_no_room_is_said_before_the_work(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    opts = options_with(*GROUPS, models=[str(path) for path in files[1]], output=str(tmp_path / "out.safetensors"))
+    with pytest.raises(UserError, match=r"has 0\.00 GB free; make room"):
+        merge_models(opts)
+
+
+LIMITED = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+sys.argv = ["merge_models.py", *sys.argv[1:]]
+runpy.run_path("tools/merge_models.py", run_name="__main__")
+"""
+
+
+@needs_linux
+def test_a_disk_that_refuses_leaves_the_old_file(run_script, files, tmp_path):
+    """A limit on the size of files stands for a full disk: the system refuses to write more."""
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"earlier")
+    done = run_script("-c", LIMITED, "--models", *files[1], "--output", out)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert out.read_bytes() == b"earlier"
+    assert not list(tmp_path.glob(".*"))
 
 
 @needs_linux

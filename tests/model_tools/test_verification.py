@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from library.families.sd.saving import save_model
+from library.model_tools.network_blocks import block_of
 from library.model_tools.network_norms import change_norm, product_norm
-from library.model_tools.verification import block_of, verify
-from library.model_tools.verification_output import as_json, text_lines
+from library.model_tools.verification import verify
+from library.model_tools.verification_output import as_json, drawn, text_lines
 from library.types import Models
 from networks.files import read
 from networks.registry import type_of
@@ -215,6 +216,7 @@ def test_families_are_known_without_a_model(sd, lora, tmp_path):
     save_file(nothing, tmp_path / "x.safetensors")
     report = verify(tmp_path / "x.safetensors")
     assert report.family is None
+    assert report.status == 1
     assert report.programs == {}
 
 
@@ -266,7 +268,9 @@ def test_findings(lora, sd_file, tmp_path, change, status, message):
     assert report.status == status, report.errors + report.warnings
     found = report.errors + report.warnings
     assert any(message in line for line in found), found
-    assert as_json(report)["usable"] is (status < 2)
+    assert json.loads(json.dumps(as_json(report), allow_nan=False))["usable"] is (status < 2)
+    if report.layers:
+        drawn(report)
 
 
 def test_a_network_of_another_family(lora, tmp_path):
