@@ -85,7 +85,7 @@ def merge(opts: Options) -> None:
     device, precision = require_device(own.device_name), dtype_of(own.precision)
     files = [_open(model, own.FAMILIES) for model in models]
     networks = [Network(*each) for each in zip(map(read_network, paths), ratios, weights, strict=True)]
-    shares = shares_by_layer(files, networks, encoders_lack=len(models) < len(own.MODELS))
+    shares = shares_by_layer(files, networks, all_encoders=len(models) == len(own.MODELS))
     for model, file in zip(models, files, strict=True):
         edits = edits_of(file, shares, device, precision)
         LOGGER.info("%s: %d layers change", model.path, len({key for key, _ in edits}))
@@ -121,20 +121,22 @@ def _open(model: Rewritten, families: Sequence[str]) -> ModelFile:
 
 
 def shares_by_layer(
-    files: Sequence[ModelFile], networks: Sequence[Network], *, encoders_lack: bool = False
+    files: Sequence[ModelFile], networks: Sequence[Network], *, all_encoders: bool = True
 ) -> dict[str, list[Share]]:
     """What the networks give to each layer, by the layers' keys, in the networks' order. Sizes are checked.
 
-    Args: encoders_lack: there may be text encoders in files that are not given.
-    Raises: UserError: a network of which nothing fits, or a whole part does not, or a layer of another size.
+    Args: all_encoders: no text encoder is in a file that is not given.
+    Raises: UserError: a network of which nothing fits, or nothing of a part that is given, or a layer of another size.
     """
     places = {target.key: (file, target) for file in files for target in file.targets}
     targets = [target for _, target in places.values()]
     known = names_in_files(targets)
+    given = ("_unet_",) if any("denoiser" in file.parts for file in files) else ()
+    given += ("_te",) if all_encoders else ()
     shares: dict[str, list[Share]] = {}
     for network in networks:
         path, entries = network.source.path, network.source.entries
-        _report_unused(path, entries, known, encoders_lack=encoders_lack)
+        _report_unused(path, entries, known, given)
         matching = NetworkFile(path, entries).matching(targets, lambda target: places[target.key][0].rows(target))
         if network.weights:
             network.weights.check(matching)
@@ -147,15 +149,21 @@ def shares_by_layer(
     return shares
 
 
-def _report_unused(path: Path, layers: Iterable[str], known: set[str], *, encoders_lack: bool) -> None:
-    """Warns of layers without a place. Raises: UserError: a whole part has none, and should have one."""
+def _report_unused(path: Path, layers: Iterable[str], known: set[str], given: Sequence[str]) -> None:
+    """Warns of layers without a place.
+
+    Args:
+        known: names that layers may have.
+        given: what names of layers hold whose parts are all there.
+    Raises: UserError: a whole part has no place, though it is there.
+    """
     layers = list(layers)
     unused = [layer for layer in layers if layer not in known]
     if not unused or len(unused) == len(layers):  # of a network of which nothing fits, `matching` says more
         return
-    elsewhere = {layer for layer in unused if encoders_lack and "_te" in layer}
+    elsewhere = {layer for layer in unused if not any(word in layer for word in given)}
     require_places(path, (layer for layer in layers if layer not in elsewhere), known)
-    hint = "; give the text encoder's file to merge them, too" if elsewhere else ""
+    hint = "; to merge them, too, give the model's other files" if elsewhere else ""
     what = "%s: %d of its %d layers have no place in what is given, the first is %s%s"
     LOGGER.warning(what, path, len(unused), len(layers), unused[0], hint)
 

@@ -54,7 +54,7 @@ def merged_outputs(file: ModelFile, models, targets):
 
 
 @pytest.mark.rows("R415", "R464", "R467")
-@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "flux-bundle", "flux-diffusers", "sd3-bundle"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "flux-bundle", "flux-diffusers", "sd3-bundle"])
 @torch.no_grad()
 def test_the_merged_model_acts_as_the_model_with_networks_of_every_type(name, tmp_path):
     case = CASES[name]
@@ -290,15 +290,19 @@ def test_a_ckpt_stays_one_with_its_counters(tmp_path):
     torch.testing.assert_close(content["state_dict"][name], state[name] + 1)
 
 
-def test_layers_of_text_encoders_that_are_not_given_are_named(flux, lora, tmp_path, caplog):
-    extra = {
-        f"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_{side}.weight": torch.ones(1, 1) for side in ("up", "down")
-    }
+def test_layers_of_parts_that_are_not_given_are_named(flux, lora, tmp_path, caplog):
+    layer, sizes = "lora_te1_text_model_encoder_layers_0_mlp_fc1", {"up": (96, 1), "down": (1, 64)}
+    extra = {f"{layer}.lora_{side}.weight": torch.ones(size) for side, size in sizes.items()}
     save_file({**load_file(lora[0]), **extra}, tmp_path / "both.safetensors")
     with caplog.at_level("WARNING"):
         into_flux(flux, lora, tmp_path, models=[str(tmp_path / "both.safetensors")])
     assert "1 of its" in caplog.text
-    assert "give the text encoder's file to merge them, too" in caplog.text
+    assert "to merge them, too, give the model's other files" in caplog.text
+    caplog.clear()
+    clip_l = {"clip_l": str(flux[0] / "clip_l.safetensors"), "clip_l_save_to": str(tmp_path / "clip_l.safetensors")}
+    with caplog.at_level("WARNING"):
+        run("flux", **clip_l, models=[str(tmp_path / "both.safetensors")])
+    assert f"{len(lora[1])} of its {len(lora[1]) + 1} layers have no place in what is given" in caplog.text
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_an_interruption_leaves_no_half_file(start_script, tmp_path):
     options = {"flux_model": "big.safetensors", "models": ["lora.safetensors"], "save_to": "new.safetensors"}
     line = as_words({**options, "no_metadata": True})
     started = start_script(ROOT / "networks/flux_merge_lora.py", *line, folder=tmp_path)
-    while started.is_running() and not list(tmp_path.glob(".new.safetensors.*.tmp")):
+    while started.is_running() and not any(path.stat().st_size for path in tmp_path.glob(".new.safetensors.*.tmp")):
         time.sleep(0.002)
     os.kill(started.pid, signal.SIGINT)
     done = started.result()
