@@ -32,7 +32,7 @@ from library.training import distributed, lr_schedules, optimizers, placement, p
 from library.training.ema import EMA
 from library.training.hub import Hub
 from library.training.loop import train
-from library.training.run import Progress, Run
+from library.training.run import Run
 from library.training.saving import check_space, make_save_plan
 from library.training.stepping import OptimizerStepper, equal_parts, parts_by_block
 from library.training.tracking import make_tracker
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from library.methods.base import Method
     from library.methods.spec import MethodSpec
     from library.options.base import Options
-    from library.training.plan import ResumePoint, RunPlan
+    from library.training.plan import Progress, RunPlan
     from library.training.sharding import Shards
     from library.types import FamilyTraits, Models
 
@@ -156,7 +156,7 @@ class Session:
     plan: RunPlan
     accelerator: Accelerator
     shards: Shards | None = None
-    start: ResumePoint = field(init=False)
+    start: Progress = field(init=False)
     preview: Preview = field(init=False)
     models: Models = field(init=False)
     swap: BlockSwap | None = field(init=False)
@@ -176,16 +176,15 @@ class Session:
         Raises: UserError: no step is left, or a text encoder is needed and not given.
         """
         resume, steps = self.opts.saving.resume, self.plan.total_steps
-        progress = state_notes.read_progress(Path(resume)) if resume else None
-        step, ended = (progress.step, progress.epoch_ended) if progress is not None else (None, True)
-        self.start = plan.choose_start(self.plan, self.opts.training, step, epoch_ended=ended)
+        saved = state_notes.read_progress(Path(resume)) if resume else None
+        self.start = plan.choose_start(self.plan, self.opts.training, saved)
         if self.start.step >= steps:
             over = f"{self.start.step} steps are done already, and the run has {steps}"
             more = "raise --max_train_steps or --max_train_epochs, which count from the very beginning"
-            if progress is None or self.start.step != progress.step:
+            if saved is None or self.start.step != saved.step:
                 raise UserError(f"{over}; {more}")
             LOGGER.warning("%s: nothing is trained, and the final files are written; to train on, %s", over, more)
-        if resume and progress is None and not self.start.step:
+        if resume and saved is None and not self.start.step:
             LOGGER.warning("%s has no step count, so it starts at 0; set --initial_step", resume)
         self.preview = Preview.from_options(self.opts, self.family, takes_control=takes_control)
         samples = bool(self.preview.prompts)

@@ -16,7 +16,7 @@ from networks.file_names import require_types
 from networks.files import Entries, NetworkFile, read
 from networks.network import Network
 from networks.registry import type_of
-from networks.targets import add_to_weights, file_modules, layer_of, rows_of, weight_of, weight_shape
+from networks.targets import add_to_weights, file_modules, has_bias, layer_of, rows_of, weight_of, weight_shape
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +120,11 @@ def merge(targets: Sequence[LoraTarget], models: Models, file: NetworkFile, mult
         with _named(f"{file.path}: {key}"):
             shape, weight = weight_shape(models, by_key[key]), partial(weight_of, models, by_key[key])
             change, bias = change_of(entry, shape, weight)
+            if bias is not None and not has_bias(models, by_key[key], len(bias)):
+                raise UserError(
+                    f"it changes a bias of {len(bias)} entries, which the layer does not have here",
+                    hint="was it made for another model?",
+                )
         add_to_weights(models, by_key[key], change * multiplier)
         if bias is not None:
             add_to_weights(models, by_key[key], bias * multiplier, name="bias")

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from library.checkpoints.reading import file_format, read_header, read_state_dict
 from library.errors import UserError
-from networks.file_names import named_format
+from library.runtime.logs import LOGGER
+from networks.file_names import SHOWN, named_format
 from networks.fused import join
-from networks.layouts import kohya_name
+from networks.layouts import BUNDLED, kohya_name
 
 if TYPE_CHECKING:
     from library.types import LoraTarget
@@ -40,15 +41,21 @@ def names_of(target: LoraTarget) -> list[str]:
     return list(dict.fromkeys(name.replace("lora", prefix, 1) for prefix in PREFIXES for name in own))
 
 
-def names_of_pieces(target: LoraTarget) -> list[str]:
-    """The names that the modules of a fused layer have in files that hold them one by one; empty for other layers."""
-    fused = len(target.modules) > 1
-    return [f"lora_unet_{path.replace('.', '_')}" for path in target.modules] if fused else []
+def names_of_pieces(target: LoraTarget) -> list[tuple[str, str]]:
+    """The names that the modules of a fused layer have in files that hold them one by one; empty for other layers.
+
+    They are those of the modules, or, in OneTrainer's newer files, the layer's with a number.
+    """
+    if len(target.modules) == 1:
+        return []
+    return [
+        (f"lora_unet_{path.replace('.', '_')}", f"{target.key}_{number}") for number, path in enumerate(target.modules)
+    ]
 
 
 def names_in_files(targets: Iterable[LoraTarget]) -> set[str]:
     """Every name that any of these layers, or a piece of one, may have in files."""
-    return {name for target in targets for name in (*names_of(target), *names_of_pieces(target))}
+    return {name for target in targets for names in (names_of(target), *names_of_pieces(target)) for name in names}
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,11 @@ class NetworkFile:
             if name is not None:
                 entry = self.entries[name]
                 live = name not in (target.key, target.alias) and target.swap_halves
-                found[target.key] = swapped(entry) if live else entry
+                entry = swapped(entry) if live else entry
+                found[target.key] = _of_norm(entry) if target.norm else entry
                 continue
-            pieces = [self.entries.get(name) for name in names_of_pieces(target)]
+            named = (filter(None, map(self.entries.get, names)) for names in names_of_pieces(target))
+            pieces = [next(entries, None) for entries in named]
             if any(pieces):
                 found[target.key] = self._fused(target, pieces, rows(target))
         if not found:
@@ -93,32 +102,55 @@ class NetworkFile:
 
         Raises: UserError: a piece is no LoRA, and so cannot be put together with others.
         """
-        for piece, module in zip(pieces, target.modules, strict=True):
-            if piece is not None and piece.keys() - {"alpha", "dora_scale"} != {"lora_down.weight", "lora_up.weight"}:
+        biases = [(piece or {}).get("diff_b") for piece in pieces]
+        weights = [piece and {name: tensor for name, tensor in piece.items() if name != "diff_b"} for piece in pieces]
+        for weight, module in zip(weights, target.modules, strict=True):
+            if weight and weight.keys() - {"alpha", "dora_scale"} != {"lora_down.weight", "lora_up.weight"}:
                 raise UserError(f"{self.path}: {module}: only LoRA can be a part of the layer {target.key}")
         try:
-            return join(pieces, rows, share=False)
+            joined = join(weights, rows, share=False)
         except UserError as error:
             raise UserError(*(f"{self.path}: {target.key}: {problem}" for problem in error.problems)) from error
+        if any(bias is not None for bias in biases):
+            filled = zip(biases, rows, strict=True)
+            joined["diff_b"] = torch.cat([torch.zeros(n) if bias is None else bias.float() for bias, n in filled])
+        return joined
 
 
 def read(path: str | Path) -> NetworkFile:
     """Reads a .safetensors, or a .ckpt/.pt without running code from it. Names of other programs become kohya's.
 
+    8-bit floats become float32, as little can be computed in them. Embeddings beside the layers are left out.
+
     Raises: UserError: missing or broken, or its names are not ``<layer>.<tensor>``.
     """
     entries: Entries = {}
+    scaled: list[str] = []  # layers whose biases have yet to be multiplied by alpha / rank
     tensors = read_state_dict(path)
-    for name, tensor in tensors.items():
+    layers = {name: tensor for name, tensor in tensors.items() if not name.startswith(BUNDLED)}
+    if not layers:
+        raise UserError(f"{path}: holds no layer of a network.{named_format(tensors)}")
+    if len(layers) < len(tensors):
+        LOGGER.warning("%s: its embeddings (%s*) have no effect here; its layers are used", path, BUNDLED)
+    for name, tensor in layers.items():
         layer, dot, rest = kohya_name(name).partition(".")
         if not dot:
-            raise UserError(f"{path}: holds {name}, so it is no file of a network.{named_format(tensors)}")
+            shown = ", ".join(list(layers)[:SHOWN])
+            raise UserError(f"{path}: holds {shown}, so it is no file of a network.{named_format(tensors)}")
+        if tensor.is_floating_point() and tensor.element_size() == 1:
+            tensor = tensor.float()
         if rest == "dora_scale" and (tensor.dim() == 1 or "lora_magnitude_vector" in name):
             # PEFT has the magnitudes of rows as a vector, those of convolutions as (1, out, 1, 1).
             tensor = tensor.reshape(-1, *[1] * max(tensor.dim() - 1, 1))
+        if rest == "diff_b" and ".lora_B" in name:
+            scaled.append(layer)
         entries.setdefault(layer, {})[rest] = tensor
     for layer, alpha in _alphas(path, entries).items():
         entries[layer]["alpha"] = torch.tensor(alpha)
+    for layer in scaled:
+        entry = entries[layer]
+        rank = len(entry.get("lora_down.weight", [1]))
+        entry["diff_b"] = entry["diff_b"].float() * (float(entry.get("alpha", 0)) or rank) / rank
     return NetworkFile(Path(path), entries)
 
 
@@ -148,6 +180,12 @@ def _alphas(path: str | Path, entries: Entries) -> dict[str, float]:
         if isinstance(alpha, int | float):
             found[layer] = alpha * (len(entries[layer]["lora_down.weight"]) ** 0.5 if rslora else 1)
     return found
+
+
+def _of_norm(entry: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entry of a norm, whose differences have another name in ComfyUI's files than in LyCORIS'."""
+    names = {"diff": "w_norm", "diff_b": "b_norm"}
+    return {names.get(name, name): tensor for name, tensor in entry.items()}
 
 
 def _beginning(path: str) -> str:

@@ -39,6 +39,13 @@ def test_every_kind_of_change():
         compile(mutant.source, "mutant", "exec")
 
 
+def test_a_sample_has_mutants_at_equal_distances():
+    found = list(mutation.mutants(SOURCE))
+    assert mutation.sampled(found, None) == mutation.sampled(found, 12) == mutation.sampled(found, 99) == found
+    assert mutation.sampled(found, 4) == [found[0], found[3], found[6], found[9]]
+    assert mutation.sampled(found, 7) == found[::2]
+
+
 def test_a_mutant_that_a_test_notices_is_killed():
     module = Path("library/objectives/masks.py")
     source = (mutation.ROOT / module).read_text(encoding="utf-8")

@@ -11,6 +11,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import gc
 import importlib
 import os
 import signal
@@ -128,8 +129,11 @@ def run_tests(tests: Sequence[str], module: Path, source: str, seconds: int, imp
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def survivors(module: Path, tests: Sequence[str]) -> tuple[int, list[Mutant]]:
-    """The number of mutants, and those that no test notices. Raises: SystemExit: the tests fail without a mutant."""
+def survivors(module: Path, tests: Sequence[str], sample: int | None = None) -> tuple[int, list[Mutant]]:
+    """How many mutants were tried, and those that no test notices.
+
+    Raises: SystemExit: the tests fail without a mutant.
+    """
     source, imported = (ROOT / module).read_text(encoding="utf-8"), ROOT / ".mutation_imports"
     if status := run_tests(tests, module, source, 3600, imported):
         raise SystemExit(f"{module}: {' '.join(tests)} ends with status {status} without a mutant")
@@ -138,17 +142,24 @@ def survivors(module: Path, tests: Sequence[str]) -> tuple[int, list[Mutant]]:
             with contextlib.suppress(Exception):  # what cannot be imported alone is imported by the tests
                 importlib.import_module(name)
     imported.unlink()
+    gc.freeze()  # or each child's collector would visit, and so copy, all that was imported
     start = time.monotonic()
     run_tests(tests, module, source, 3600)
     limit = 10 + round(5 * (time.monotonic() - start))
-    found = list(mutants(source))
+    found = sampled(list(mutants(source)), sample)
     return len(found), [mutant for mutant in found if run_tests(tests, module, mutant.source, limit) == 0]
+
+
+def sampled(found: list[Mutant], sample: int | None) -> list[Mutant]:
+    """At most `sample` of the mutants, at equal distances; all of them with None."""
+    return found if sample is None else found[:: max(1, -(-len(found) // sample))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="+", type=Path, help="files or folders, from the repository's root")
     parser.add_argument("--tests", nargs="+", help="test files in place of the mirror test module")
+    parser.add_argument("--sample", type=int, metavar="N", help="at most N mutants of each module, at equal distances")
     chosen = parser.parse_args(argv)
     os.chdir(ROOT)
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")  # read when packages are imported
@@ -159,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not Path(tests[0]).exists():
             print(f"{module}: there is no {tests[0]}; name its tests with --tests")
             continue
-        count, left = survivors(module, tests)
+        count, left = survivors(module, tests, chosen.sample)
         print(f"{module}: {count - len(left)} of {count} mutants killed", flush=True)
         for mutant in left:
             print(f"  {module}:{mutant.line}: {mutant.change}", flush=True)

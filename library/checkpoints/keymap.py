@@ -98,9 +98,6 @@ class Fused:
     parts: tuple[str, ...]
     rows: tuple[int, ...] = ()
 
-    def __post_init__(self):
-        object.__setattr__(self, "parts", tuple(self.parts))
-
     @property
     def models(self) -> tuple[str, ...]:
         return self.parts
@@ -200,26 +197,25 @@ class KeyMap:
         return {e.file: e.rule.join([tensors[name] for name in e.models]) for e in self.entries(tensors)}
 
     def file_name(self, module: str) -> str:
-        """The file's name of a module of the model; for a part of a fused layer, that of the whole.
+        """The file's name of a module of the model that has a weight; for a part of a fused layer, that of the whole.
 
         Raises: KeyMapError: no rule knows it.
         """
-        for parameter in (".weight", ".bias"):
-            entry = self.by_model(module + parameter)
-            if entry is not None:
-                return entry.file.removesuffix(parameter)
-        raise KeyMapError("modules without a name in the file format", [module])
+        return self._of_module(module).file.removesuffix(".weight")
 
     def groups(self, modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """File name -> the model's modules that it covers, parts of a fused layer in the order of its rows."""
-        modules = list(modules)
-        grouped: dict[str, tuple[str, ...]] = {}
-        for module in modules:
-            name = self.file_name(module)
-            entry = self.by_model(module + ".weight") or self.by_model(module + ".bias")
-            assert entry is not None
-            grouped[name] = tuple(part.rpartition(".")[0] for part in entry.models)
-        return grouped
+        """File name -> the model's modules that it covers, parts of a fused layer in the order of its rows.
+
+        Raises: KeyMapError: no rule knows one of them.
+        """
+        entries = map(self._of_module, modules)
+        return {e.file.removesuffix(".weight"): tuple(m.removesuffix(".weight") for m in e.models) for e in entries}
+
+    def _of_module(self, module: str) -> Entry:
+        entry = self.by_model(f"{module}.weight")
+        if entry is None:
+            raise KeyMapError("modules without a name in the file format", [module])
+        return entry
 
 
 def require_same_keys(got: Iterable[str], wanted: Iterable[str], what: str) -> None:

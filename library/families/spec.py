@@ -47,6 +47,9 @@ class FamilySpec:
     groups: Mapping[str, tuple[type[OptionGroup], ...]] = field(default_factory=dict)
     tools: Mapping[str, type[OptionGroup]] = field(default_factory=dict)  # script of networks/ -> its group
     kinds: tuple[ModelKind, ...]  # of the files of its models
+    # Regular expression that is found in the names of layers, as kohya's files have them, in networks of this family
+    # alone. Some networks have no such layer.
+    network_layers: str
     # Part -> sub-folder of a Diffusers model, which is also its name in diffusers' pipelines.
     folders: Mapping[str, str]
     adapter: EntryPoint[[Options], Family]
@@ -63,6 +66,6 @@ class FamilySpec:
     load_vae: EntryPoint[[Options], nn.Module]  # the VAE alone, as `Loader.load` would return it
 
     def __post_init__(self) -> None:
-        for name in ("name", "scripts", "kinds", "folders"):
+        for name in ("name", "scripts", "kinds", "network_layers", "folders"):
             if not getattr(self, name):
                 raise TypeError(f"family {self.name!r}: {name} must not be empty")

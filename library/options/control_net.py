@@ -23,11 +23,10 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class ControlNetOptions(MethodOptions, title="ControlNet"):
     usual_rate: ClassVar[str] = "it is made for whole models, a ControlNet usually wants 1e-5 to 1e-4"
-    needs_common_rate: ClassVar[bool] = True
 
     controlnet_model_name_or_path: str | None = opt(
         None,
-        "ControlNet to go on training, a file or a Diffusers folder; made from the base model if not given",
+        "ControlNet to continue training, a file or a Diffusers folder; made from the base model if not given",
     )
 
     @property

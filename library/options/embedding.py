@@ -22,7 +22,6 @@ _IN_PROMPTS = "()[]"  # which weigh words there
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingOptions(MethodOptions, title="Textual Inversion"):
     usual_rate: ClassVar[str] = "it is made for whole models, an embedding usually wants 5e-4 to 5e-3"
-    needs_common_rate: ClassVar[bool] = True
 
     token_string: str | None = opt(
         None, "word that is trained; captions and prompts use it, and it must be new to the text encoder"
@@ -33,7 +32,7 @@ class EmbeddingOptions(MethodOptions, title="Textual Inversion"):
     num_vectors_per_token: int = opt(
         1, "vectors of the word, as many tokens in a caption", at_least=1, at_most=_MOST_VECTORS
     )
-    weights: str | None = opt(None, "embedding to go on training", exists="file")
+    weights: str | None = opt(None, "embedding to continue training", exists="file")
     use_object_template: bool = opt(
         False, 'replace captions by texts about an object, such as "a photo of a", and the word'
     )

@@ -31,9 +31,6 @@ class WholeModelOptions(MethodOptions, title="Training"):
 
     trains_model: ClassVar[bool] = True
 
-    usual_rate: ClassVar[str] = ""
-    needs_common_rate: ClassVar[bool] = True
-
     learning_rate_te: float | None = opt(None, "learning rate of the text encoders; --learning_rate if not given")
 
     @property

@@ -13,8 +13,10 @@ class MethodOptions(OptionGroup, group="method", title="Method", always=True):
     """The neutral method: nothing is trained."""
 
     trains_model: ClassVar[bool] = False  # whether the model's own weights are trained, and not only what is added
+    usual_rate: ClassVar[str] = ""  # what this kind of training usually wants as --learning_rate, for a message
     # What only some methods offer. Without annotations: fields keep the order of the class that declares them.
     no_token_padding = False
+    needs_common_rate = True  # whether a part is trained that has no rate of its own
     network_train_unet_only = True
     train_t5xxl = False
     caption_word = None  # what captions must hold for anything to be learned from them

@@ -316,11 +316,7 @@ def initial_rate(options: OptimizerOptions) -> float:
 
 
 def default_rate(opts: Options) -> str | None:
-    """A line about --learning_rate where it was not given and some part is trained with it; it suits whole models.
-
-    The method's group says with `usual_rate` what its kind of training usually wants, and with `needs_common_rate`
-    whether a part is trained that has no rate of its own.
-    """
+    """A line about --learning_rate where it was not given and some part is trained with it; it suits whole models."""
     options: OptimizerOptions = opts.optimizer
     if "learning_rate" in opts.explicit or sets_own_rate(options) or not opts.method.needs_common_rate:
         return None

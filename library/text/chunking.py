@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 CHUNK = 75  # content tokens of a chunk; BOS and EOS make it 77, CLIP's own length
-TOKEN_LENGTHS = (75, 150, 225)
 
 
 def tokenize(

@@ -12,10 +12,11 @@ from library.runtime.logs import LOGGER
 from library.training import saving, state
 from library.training.report import AGAINST_OVERFLOW
 from library.training.scalars import all_finite
-from library.training.state_notes import MODEL, SavedProgress
+from library.training.state_notes import MODEL
 
 if TYPE_CHECKING:
-    from library.training.run import Progress, Run
+    from library.training.plan import Progress
+    from library.training.run import Run
 
 
 def state_parts(run: Run) -> state.StateParts:
@@ -57,9 +58,8 @@ def _remove(run: Run, obsolete: Path | None) -> None:
 def _save_state(run: Run, progress: Progress, folder: Path) -> None:
     run.hub.settle(folder)
     with saving.failing_clearly(folder):
-        saved = SavedProgress(progress.step, progress.epoch, run.seed, progress.epoch_ended)
         how = {"settings": run.settings.to_json(), "gather": run.shards is not None, "write": run.writes}
-        state.save_state(folder, state_parts(run), saved, **how)
+        state.save_state(folder, state_parts(run), progress, run.seed, **how)
     LOGGER.info("saved the state in %s", folder)
     run.hub.upload_state(folder)
 
@@ -67,7 +67,7 @@ def _save_state(run: Run, progress: Progress, folder: Path) -> None:
 def _check_weights(run: Run, progress: Progress) -> None:
     """Keeps broken weights from replacing the last good ones: a loss shows them one step late.
 
-    Raises: UserError: trained weights hold infinities or no numbers at all.
+    Raises: UserError: trained weights are infinite or NaN.
     """
     finite = all_finite([weight for group in run.optimizer.param_groups for weight in group["params"]])
     if run.shards is not None:  # each process sees its share; all must leave together

@@ -93,9 +93,9 @@ def seed_of_state(opts: Options) -> int | None:
 
     Raises: UserError: an unreadable state.
     """
-    from library.training.state_notes import read_progress
+    from library.training.state_notes import read_progress, read_seed
 
     if not opts.saving.resume or opts.saving.resume_from_huggingface:
         return None
-    progress = read_progress(Path(opts.saving.resume))
-    return progress.seed if progress is not None else None
+    folder = Path(opts.saving.resume)
+    return None if read_progress(folder) is None else read_seed(folder)

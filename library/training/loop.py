@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -13,8 +15,9 @@ from library.runtime.logs import LOGGER
 from library.runtime.signals import Interruption
 from library.training import checkpointing, lr_schedules, placement, saving, state
 from library.training.optimizers import effective_rates
+from library.training.plan import Progress
 from library.training.report import Report
-from library.training.run import Progress, Run
+from library.training.run import Run
 from library.training.step import StepParts, training_step
 from library.types import Batch
 
@@ -22,7 +25,7 @@ from library.types import Batch
 def train(run: Run) -> Progress:
     """Runs until the planned number of optimizer steps is done, saving, sampling and logging on the way.
 
-    Ctrl-C and SIGTERM end it after the step at hand, with a state to go on from. In the last step they change nothing.
+    Ctrl-C and SIGTERM end it after the step at hand, with a state to resume from. In the last step they change nothing.
     """
     with Interruption() as interruption:
         grad_text = bool(run.method.trained_text_encoders())
@@ -32,11 +35,11 @@ def train(run: Run) -> Progress:
             saved, sharded = checkpointing.state_parts(run), run.shards is not None
             state.load_state(run.resume, saved, settings=run.settings, sharded=sharded)
             LOGGER.info("resumed from %s after step %d", run.resume, run.start.step)
-        progress = Progress.at(run.start, run.plan)
+        progress = replace(run.start, started=time.time())
         report = Report(run)
         if run.takes_part and progress.step == 0 and run.preview.due(0):
             _sample(run, progress, epoch_end=False)
-        first_batch = run.start.batches
+        first_batch = progress.micro_step - progress.epoch * run.plan.batches_per_process
         end_of_epoch_missing = first_batch == run.plan.batches_per_process
         while (
             (progress.step < run.plan.total_steps or end_of_epoch_missing)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from library.options.training import TrainingOptions
@@ -44,30 +45,34 @@ def make_plan(
     return RunPlan(batches_per_epoch, processes, accumulation, plan.steps_per_epoch * epochs, False)
 
 
-class ResumePoint(NamedTuple):
-    """The point at which a run begins."""
+@dataclass
+class Progress:
+    """The progress of a run, from which metadata, names and logs are made; states keep step, epoch and epoch_ended."""
 
-    step: int = 0  # optimizer steps that count as done
-    epochs: int = 0  # whole ones that count as done
-    batches: int = 0  # that each process leaves out in the epoch after them
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # the epoch being trained, from 1; before a run's first step, the number of epochs that are over
+    micro_step: int = 0  # batches done by this process since the first epoch
+    epoch_ended: bool = True  # False: what happens at the epoch's end is still to be done, if the epoch is over
+    started: float = field(default_factory=time.time, compare=False)  # unix time
+    interrupted: bool = False  # by a signal
+    stopped: bool = False  # early, because validation no longer improves
 
 
-def start_at(plan: RunPlan, step: int, *, in_the_data: bool = True, epoch_ended: bool = True) -> ResumePoint:
-    """The point after `step` optimizer steps; `in_the_data`: also inside the epoch, else at its beginning.
+def start_at(plan: RunPlan, step: int, *, in_the_data: bool = True, epoch_ended: bool = True) -> Progress:
+    """The progress after `step` optimizer steps; `in_the_data`: also inside the epoch, else at its beginning.
 
     Where the step is an epoch's last and that epoch has not `epoch_ended`, the run starts behind all of its batches,
     so that it is validated and saved as it would have been.
     """
     epochs, inside = divmod(step, plan.steps_per_epoch)
     if epochs and not inside and not epoch_ended:
-        return ResumePoint(step, epochs - 1, plan.batches_per_process)
-    return ResumePoint(step, epochs, min(inside * plan.accumulation, plan.batches_per_process) if in_the_data else 0)
+        return Progress(step, epochs - 1, epochs * plan.batches_per_process)
+    batches = min(inside * plan.accumulation, plan.batches_per_process) if in_the_data else 0
+    return Progress(step, epochs, epochs * plan.batches_per_process + batches)
 
 
-def choose_start(
-    plan: RunPlan, opts: TrainingOptions, saved_step: int | None, *, epoch_ended: bool = True
-) -> ResumePoint:
-    """The point that the options and the resumed state give.
+def choose_start(plan: RunPlan, opts: TrainingOptions, saved: Progress | None) -> Progress:
+    """The progress with which a run begins, by the options and the resumed state.
 
     A state alone means exactly where it was saved. --initial_step and --initial_epoch win over it; they count only,
     unless --skip_until_initial_step asks for the place in the data too.
@@ -76,7 +81,7 @@ def choose_start(
         return start_at(plan, opts.initial_step, in_the_data=opts.skip_until_initial_step)
     if opts.initial_epoch is not None:
         return start_at(plan, (opts.initial_epoch - 1) * plan.steps_per_epoch)
-    return start_at(plan, saved_step or 0, epoch_ended=epoch_ended)
+    return start_at(plan, 0) if saved is None else start_at(plan, saved.step, epoch_ended=saved.epoch_ended)
 
 
 def describe(plan: RunPlan, images: int, reg_images: int) -> list[str]:

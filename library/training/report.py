@@ -15,7 +15,8 @@ from library.runtime.logs import LOGGER
 from library.training.scalars import ScalarQueue
 
 if TYPE_CHECKING:
-    from library.training.run import Progress, Run
+    from library.training.plan import Progress
+    from library.training.run import Run
 
 AGAINST_OVERFLOW = "a lower --learning_rate, --mixed_precision bf16 or no, or --no_half_vae usually helps"
 

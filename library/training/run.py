@@ -1,8 +1,7 @@
-"""A run that is ready for its first step, and how far it has come."""
+"""A run that is ready for its first step."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -27,31 +26,13 @@ if TYPE_CHECKING:
     from library.objectives.objective import Objective
     from library.options.base import Options
     from library.training.hub import Hub
-    from library.training.plan import ResumePoint, RunPlan
+    from library.training.plan import Progress, RunPlan
     from library.training.resuming import RunSettings
     from library.training.sharding import Shards
     from library.training.stepping import OptimizerStepper
     from library.training.tracking import Tracker
     from library.training.validation import Validation
     from library.types import Denoise, Models
-
-
-@dataclass
-class Progress:
-    """The progress of the run, from which metadata, names and logs are made."""
-
-    step: int = 0  # optimizer steps done
-    epoch: int = 0  # the epoch being trained, from 1
-    micro_step: int = 0  # batches done by this process since the first epoch
-    started: float = field(default_factory=time.time)
-    epoch_ended: bool = False  # whether all that the epoch's end asks for is done, but for saving
-    interrupted: bool = False  # by a signal
-    stopped: bool = False  # early, because validation no longer improves
-
-    @classmethod
-    def at(cls, start: ResumePoint, plan: RunPlan) -> Progress:
-        """The progress of a run that begins at `start`: the next epoch has not begun."""
-        return cls(start.step, start.epochs, start.epochs * plan.batches_per_process + start.batches)
 
 
 @dataclass
@@ -78,7 +59,7 @@ class Run:
     hub: Hub
     make_metadata: Callable[[Progress], dict[str, str] | None]
     save_dtype: torch.dtype | None
-    start: ResumePoint
+    start: Progress
     settings: RunSettings  # to be saved in its states
     resume: Path | None = None  # state folder
     ema: EMA | None = None  # of the trained weights

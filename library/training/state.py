@@ -20,7 +20,6 @@ from library.training.state_notes import (
     OPTIMIZER,
     SCALER,
     SCHEDULE,
-    SavedProgress,
     read_progress,
     read_settings,
     write_notes,
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from library.training.plan import Progress
     from library.training.resuming import RunSettings
 
 _OF_OTHER_CONTENTS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError)
@@ -49,7 +49,8 @@ class StateParts:
 def save_state(
     folder: Path,
     parts: StateParts,
-    progress: SavedProgress,
+    progress: Progress,
+    seed: int,
     *,
     settings: Mapping[str, Any] | None = None,
     gather: bool = False,
@@ -83,7 +84,7 @@ def save_state(
             write_torch(fresh / SCALER, parts.scaler.state_dict())
         if extra:
             write_torch(fresh / EXTRA, extra)
-        write_notes(fresh, progress, settings)
+        write_notes(fresh, progress, seed, settings)
 
 
 def load_state(folder: Path, parts: StateParts, *, settings: RunSettings | None = None, sharded: bool = False) -> None:

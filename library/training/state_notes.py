@@ -10,13 +10,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
 from library.runtime.documents import load_json
 from library.runtime.files import open_regular, path_problem, read_bytes
+from library.training.plan import Progress
 from library.version import NAME, VERSION
 
 MODEL, OPTIMIZER, SCHEDULE, SCALER = "model.safetensors", "optimizer.bin", "scheduler.bin", "scaler.pt"
@@ -29,18 +29,10 @@ _LARGEST_SEED = 2**32 - 1  # as --seed
 _LARGEST_NOTES = 1 << 26  # bytes
 
 
-@dataclass(frozen=True)
-class SavedProgress:
-    """The progress of a run when its state was saved."""
+def read_progress(folder: Path) -> Progress | None:
+    """The progress of the run when it saved the state; its micro_step, which follows from the plan, is 0.
 
-    step: int  # optimizer steps done
-    epoch: int  # the epoch of that step, from 1
-    seed: int | None  # None: an earlier trainer's state, without a seed
-    epoch_ended: bool = True  # False: what happens at the end of that epoch is still to be done, if it is over
-
-
-def read_progress(folder: Path) -> SavedProgress | None:
-    """The saved progress of the run; None: an earlier trainer's state of a whole model, without notes.
+    None: an earlier trainer's state of a whole model, without notes.
 
     Raises: UserError: the folder holds no state, or one that was not saved to its end, or impossible values.
     """
@@ -58,11 +50,19 @@ def read_progress(folder: Path) -> SavedProgress | None:
         return None
     step = _count(folder, notes, "current_step", 0, _MOST_STEPS)
     epoch = _count(folder, notes, "current_epoch", min(step, 1), step + 1)  # each epoch has a step
-    seed = None if notes.get("seed") is None else _count(folder, notes, "seed", 0, _LARGEST_SEED)
     ended = notes.get("epoch_ended", True)
     if not isinstance(ended, bool):
         raise _impossible(folder, "epoch_ended", ended)
-    return SavedProgress(step, epoch, seed, ended)
+    return Progress(step, epoch, epoch_ended=ended)
+
+
+def read_seed(folder: Path) -> int | None:
+    """The seed of the run that saved the state; None for an earlier trainer's state, which may have none.
+
+    Raises: UserError: no notes that can be read, or an impossible value.
+    """
+    notes = _read(folder) or {}
+    return None if notes.get("seed") is None else _count(folder, notes, "seed", 0, _LARGEST_SEED)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -76,9 +76,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def write_notes(folder: Path, progress: SavedProgress, settings: Mapping[str, Any] | None = None) -> None:
+def write_notes(folder: Path, progress: Progress, seed: int, settings: Mapping[str, Any] | None = None) -> None:
     """Writes ``train_state.json`` beside the other files of a state, with their checksums. Raises: OSError."""
-    notes = {"current_epoch": progress.epoch, "current_step": progress.step, "seed": progress.seed}
+    notes = {"current_epoch": progress.epoch, "current_step": progress.step, "seed": seed}
     notes["epoch_ended"] = progress.epoch_ended
     if settings:
         notes["made_with"] = dict(settings)

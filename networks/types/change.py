@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from library.errors import UserError
 from networks.layer import AdapterLayer
 from networks.layer_args import ChangeArgs
-from networks.types.functional import effective_alpha
+from networks.types.functional import effective_alpha, fit_kernel
+
+BIAS = "diff_b"  # the change of a bias, which some files have beside that of the weight
 
 
 class ChangeLayer(AdapterLayer):
@@ -76,6 +78,15 @@ class ChangeLayer(AdapterLayer):
         """Some rows of the change, before scales: (rows, in, ...) or with all but the first axis flattened."""
         raise NotImplementedError(f"the change of {cls.__name__} is no product")
 
+    @property
+    def degree(self) -> int:
+        """Where all trained tensors are multiplied by f, the change is multiplied by f to this power."""
+        return len(self.names)
+
+    def whole_change(self) -> Tensor:
+        """The change of the weights of all modules together, in any shape."""
+        return self.product(self.tensors()) * self.scale
+
     def changed(self, x: Tensor, index: int, factor: float) -> Tensor:
         """``factor * op(x, change)`` for the rows of the `index`-th module."""
         return self.operate(x, self.delta(index) * factor)
@@ -91,7 +102,7 @@ class ChangeLayer(AdapterLayer):
     def rebuild(cls, modules: Sequence[nn.Module], tensors: Mapping[str, Tensor], args: ChangeArgs) -> ChangeLayer:
         dora = tensors.get("dora_scale")
         by_row = dora is None or dora.shape[0] != 1
-        args = replace(args, dora_wd=dora is not None, wd_on_output=by_row, use_scalar=False)
+        args = replace(args, dora_wd=dora is not None, wd_on_output=by_row)
         own = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in ("alpha", "dora_scale")}
         alpha = tensors.get("alpha")
         layer = cls(modules, cls.rank_of(tensors), None if alpha is None else float(alpha), args, own)
@@ -123,8 +134,17 @@ class ChangeLayer(AdapterLayer):
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.alpha.dtype)  # the base may be stored in fewer bits than what is trained
         if self.args.dora_wd:
-            return output + self.multiplier * self._decomposed(index, x, output).to(output.dtype)
-        return output + self._dropped(self.changed(x, index, self.multiplier * self.scale)).to(output.dtype)
+            change = self._decomposed(index, x, output) + self._bias(index)
+            return output + self.multiplier * change.to(output.dtype)
+        change = self.changed(x, index, self.multiplier * self.scale) + self._bias(index) * self.multiplier
+        return output + self._dropped(change).to(output.dtype)
+
+    def _bias(self, index: int) -> Tensor | float:
+        """The change of the bias of the `index`-th module, to be added to outputs."""
+        if BIAS not in self.names:
+            return 0.0
+        start, axis = sum(self.rows[:index]), [-1] if self.geometry is None else [-1, 1, 1]
+        return self.diff_b[start : start + self.rows[index]].reshape(axis)
 
     def _decomposed(self, index: int, x: Tensor, output: Tensor) -> Tensor:
         """The change of the output by a weight of trained norms: DoRA.
@@ -142,8 +162,7 @@ class ChangeLayer(AdapterLayer):
             f = magnitude / (self.squared_norms(index).sqrt().reshape(axis) + eps)
             return f * (bare + self._dropped(self.changed(x, index, self.scale))) - bare
         whole = self._weight() + self.product(self.tensors()).reshape(self.shape) * self.scale
-        f = (self.dora_scale / (_norms(whole, by_row=False) + eps)).reshape(axis)
-        scaled = x * f
+        scaled = x * (self.dora_scale / (_norms(whole, by_row=False) + eps))
         weight = module.weight.detach().to(scaled.dtype)
         return self.operate(scaled, weight) + self._dropped(self.changed(scaled, index, self.scale)) - bare
 
@@ -178,15 +197,17 @@ class ChangeLayer(AdapterLayer):
         hint = "give the --network_args and --network_dim of its training, or --dim_from_weights"
         if own.keys() != given.keys():
             raise UserError(f"the file has {', '.join(sorted(given))}, the network {', '.join(sorted(own))}", hint=hint)
+        fitted = {}
         for name, tensor in given.items():
-            if _squeezed(tensor.shape) != _squeezed(own[name].shape):
-                shapes = f"shape {tuple(tensor.shape)} does not fit {tuple(own[name].shape)}"
-                raise UserError(f"{name}: {shapes}; the file's rank is {self.rank_of(tensors)}", hint=hint)
+            try:
+                fitted[name] = fit_kernel(tensor, own[name])
+            except ValueError as error:
+                raise UserError(f"{name}: {error}; the file's rank is {self.rank_of(tensors)}", hint=hint) from error
         meta = {name: tensor.to("meta") for name, tensor in given.items()}
         if self.product(meta).numel() != self.shape.numel() or self.product(meta).shape[0] != self.shape[0]:
             raise UserError(f"shape {tuple(self.product(meta).shape)} does not fit {tuple(self.shape)}")
-        for name, tensor in given.items():
-            own[name].data.copy_(tensor.reshape(own[name].shape))
+        for name, tensor in fitted.items():
+            own[name].data.copy_(tensor)
         alpha = tensors.get("alpha")
         self.alpha.fill_(effective_alpha(None if alpha is None else float(alpha), self.rank))
         self.scale = self.own_scale()
@@ -222,13 +243,16 @@ class ChangeLayer(AdapterLayer):
         norms = _norms(whole, by_row=dora.shape[0] != 1)
         return whole * (dora.reshape(norms.shape) / (norms + eps)) - base
 
+    @classmethod
+    def bias_change(cls, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        return tensors[BIAS].float() if BIAS in tensors else None
+
     @torch.no_grad()
     def limit_norm(self, limit: float) -> None:
-        norm = (self.product(self.tensors()).norm() * abs(self.scale)).clamp(min=limit / 2)
-        own = [getattr(self, _attribute(name)) for name in self.names]
-        factor = (limit / norm).clamp(max=1) ** (1 / len(own))
-        for tensor in own:
-            tensor.mul_(factor.to(tensor.dtype))
+        factor = (limit / self.whole_change().norm()).clamp(max=1) ** (1 / self.degree)
+        for name in self.names:
+            if name != BIAS:
+                getattr(self, _attribute(name)).mul_(factor)
 
 
 def _refresh(layer: ChangeLayer, _keys: Any) -> None:
@@ -239,10 +263,6 @@ def _refresh(layer: ChangeLayer, _keys: Any) -> None:
 def _attribute(name: str) -> str:
     """A tensor's name in files as one of a parameter."""
     return name.replace(".", "_")
-
-
-def _squeezed(shape: torch.Size) -> tuple[int, ...]:
-    return tuple(shape[:2]) if len(shape) == 4 and shape[2:] == (1, 1) else tuple(shape)
 
 
 def _norms(weight: Tensor, *, by_row: bool) -> Tensor:

@@ -103,7 +103,7 @@ class DyLoraLayer(AdapterLayer):
         state = self.file_state()
         factor = functional.max_norm_factor(state["lora_down.weight"], state["lora_up.weight"], self.scale, limit)
         for parameter in self.parameters():
-            parameter.mul_(factor.to(parameter.dtype))
+            parameter.mul_(factor)
 
     def fast_parameters(self) -> list[nn.Parameter]:
         return list(self.lora_B)

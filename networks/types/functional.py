@@ -33,16 +33,16 @@ def delta_norm(down: Tensor, up: Tensor) -> Tensor:
 
     ``|UD|^2 = tr((U^T U)(D D^T))`` needs two r x r products only.
     """
-    d, u = down.detach().float().flatten(1), up.detach().float().flatten(1)
+    d, u = down.float().flatten(1), up.float().flatten(1)
     return ((u.T @ u) * (d @ d.T)).sum().clamp(min=0).sqrt()
 
 
 def max_norm_factor(down: Tensor, up: Tensor, scale: float, limit: float) -> Tensor:
     """What both matrices must be multiplied by so that ``|scale * up @ down|`` is at most `limit`; 0-dim float32.
 
-    1 where nothing is to be done. Stays on the device. Source: the max-norm rule of `--scale_weight_norms`.
+    1 where nothing is to be done, as for a norm of 0. Stays on the device. Source: the rule of `--scale_weight_norms`.
     """
-    norm = (abs(scale) * delta_norm(down, up)).clamp(min=limit / 2)
+    norm = abs(scale) * delta_norm(down, up)
     return (limit / norm).clamp(max=1).sqrt()
 
 

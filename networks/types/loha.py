@@ -35,8 +35,6 @@ class LohaLayer(ChangeLayer):
         a1, b1, a2, b2 = (tensors[f"hada_w{half}_{side}"] for half in "12" for side in "ab")
         if "hada_t1" in tensors:
             return tucker(tensors["hada_t1"], a1[:, rows], b1) * tucker(tensors["hada_t2"], a2[:, rows], b2)
-        if a1.is_meta:
-            return (a1[rows] @ b1) * (a2[rows] @ b2)
         return Hadamard.apply(a1[rows], b1, a2[rows], b2)
 
     def init_weights(self, rng: torch.Generator) -> None:

@@ -112,7 +112,7 @@ class KroneckerLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, first, second = ctx.saved_tensors
+        x, first, second = (tensor.to(gradient.dtype) for tensor in ctx.saved_tensors)  # autocast has left
         inner = x @ second.T
         grad_first = torch.einsum("...lk,...mk->lm", gradient, inner)
         inner = first.T @ gradient

@@ -128,8 +128,8 @@ class LoraLayer(AdapterLayer):
     def limit_norm(self, limit: float) -> None:
         down, up = self.lora_down.weight, self.lora_up.weight
         factor = functional.max_norm_factor(down, up, self.scale, limit)
-        down.mul_(factor.to(down.dtype))
-        up.mul_(factor.to(up.dtype))
+        down.mul_(factor)
+        up.mul_(factor)
 
     def fast_parameters(self) -> list[nn.Parameter]:
         return [self.lora_up.weight]

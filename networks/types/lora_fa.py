@@ -27,4 +27,4 @@ class LoraFaLayer(LoraLayer):
     @torch.no_grad()
     def limit_norm(self, limit: float) -> None:
         factor = functional.max_norm_factor(self.lora_down.weight, self.lora_up.weight, self.scale, limit)
-        self.lora_up.weight.mul_(factor.square().to(self.lora_up.weight.dtype))  # the root is for two matrices
+        self.lora_up.weight.mul_(factor.square())  # the root is for two matrices

@@ -55,7 +55,7 @@ class PerturbedLoraLayer(LoraLayer):
             + _row_products(up, down_grad @ down_grad.T, up)
         )
         weight = (self.base_squares + change).sqrt()
-        deviation = self._sigma * weight + self._beta * gradient.clamp(min=0)  # rounding can leave it just below 0
+        deviation = self._sigma * weight + self._beta * gradient  # just below 0 by rounding, it is as good as above
         self.deviation.copy_(deviation / math.sqrt(len(weight)))
 
     def file_state(self) -> dict[str, Tensor]:

@@ -126,7 +126,7 @@ class SplitLoraLayer(AdapterLayer):
         scale = self.parts[0].scale
         factor = functional.max_norm_factor(state["lora_down.weight"], state["lora_up.weight"], scale, limit)
         for parameter in self.parameters():
-            parameter.mul_(factor.to(parameter.dtype))
+            parameter.mul_(factor)
 
     def fast_parameters(self) -> list[nn.Parameter]:
         return [part.lora_up.weight for part in self.parts]

@@ -33,12 +33,13 @@ class OftLayer(AdapterLayer):
         args: OftArgs,
         sizes: Sequence[tuple[int, int]] | None = None,
     ):
-        """`rank`: number of blocks of each module; `sizes`: number and size of blocks, for each module, or for all."""
+        """`rank`: see `OftArgs.cut`; `sizes`: number and size of blocks, for each module, or for all."""
         super().__init__()
         self._live = list(modules)  # a list, so that they are not part of this layer
         self.rows = [module.weight.shape[0] for module in modules]
         self.axis = 1 if isinstance(modules[0], nn.Conv2d) else -1
         sizes = sizes or [args.cut(count, rank) for count in self.rows]
+        self._rank = args.rank_of(*sizes[0])
         self.listed = args.listed or len(sizes) > 1
         self.blocks = nn.ParameterList(torch.zeros(count, size, size) for count, size in sizes)
         self.rescale = nn.Parameter(torch.ones(sum(self.rows))) if args.rescaled else None
@@ -63,7 +64,7 @@ class OftLayer(AdapterLayer):
 
     @property
     def rank(self) -> int:
-        return len(self.blocks[0])
+        return self._rank
 
     def init_weights(self, rng: torch.Generator) -> None:
         """Zeros, which rotate nothing."""
@@ -149,8 +150,8 @@ class OftLayer(AdapterLayer):
     @torch.no_grad()
     def limit_norm(self, limit: float) -> None:
         for blocks in self.blocks:
-            norm = blocks.float().norm().clamp(min=limit / 2)
-            blocks.mul_((limit / norm).clamp(max=1).to(blocks.dtype))
+            norm = blocks.float().norm()
+            blocks.mul_((limit / norm).clamp(max=1))
         self._rotations.clear()
 
 
@@ -183,10 +184,6 @@ class BoftLayer(OftLayer):
         layer = cls(modules, blocks.shape[-1], 0.0, args.of_file(tensors))
         layer.load(tensors)
         return layer
-
-    @property
-    def rank(self) -> int:
-        return self.blocks[0].shape[-1]
 
     def rotated(self, index: int, x: Tensor, bare: Tensor) -> Tensor:
         start = sum(self.rows[:index])

@@ -29,7 +29,7 @@ class Ia3Layer(ChangeLayer):
     @classmethod
     def rebuild(cls, modules: Sequence[nn.Module], tensors: Mapping[str, Tensor], args: ChangeArgs) -> Ia3Layer:
         args = ChangeArgs(train_on_input=bool(tensors["on_input"]), module_dropout=args.module_dropout)
-        layer = cls(modules, 1, 1.0, args, {"weight": tuple(tensors["weight"].shape)})
+        layer = cls(modules, 1, 1.0, args)
         layer.load(tensors)
         return layer
 
@@ -51,7 +51,7 @@ class Ia3Layer(ChangeLayer):
         weight = self.weight.flatten() * self.multiplier
         module = self._live[index]
         if self.args.train_on_input:
-            scaled = x.to(weight.dtype) * weight.reshape(axis)
+            scaled = x * weight.reshape(axis)
             change = self.operate(scaled, module.weight.detach().to(weight.dtype))
         else:
             bare = output if module.bias is None else output - module.bias.detach().reshape(axis).to(output.dtype)
@@ -63,7 +63,7 @@ class Ia3Layer(ChangeLayer):
 
     @classmethod
     def weight_change(cls, tensors: Mapping[str, Tensor], shape: torch.Size, weight: Callable[[], Tensor]) -> Tensor:
-        factors, on_input = tensors["weight"].float().flatten(), bool(tensors["on_input"])
+        factors, on_input = tensors["weight"].float(), bool(tensors["on_input"])
         if factors.numel() != shape[1 if on_input else 0]:
             raise UserError(f"weight {tuple(tensors['weight'].shape)} does not fit {tuple(shape)}")
         axes = [1] * len(shape)
@@ -72,8 +72,8 @@ class Ia3Layer(ChangeLayer):
 
     @torch.no_grad()
     def limit_norm(self, limit: float) -> None:
-        norm = self.weight.float().norm().clamp(min=limit / 2)
-        self.weight.mul_((limit / norm).clamp(max=1).to(self.weight.dtype))
+        norm = self.weight.float().norm()
+        self.weight.mul_((limit / norm).clamp(max=1))
 
 
 class GloraLayer(ChangeLayer):
@@ -104,6 +104,13 @@ class GloraLayer(ChangeLayer):
         """Of the part that does not depend on the weight."""
         return tensors["b1.weight"][rows].flatten(1) @ tensors["b2.weight"].flatten(1)
 
+    @property
+    def degree(self) -> int:
+        return 2
+
+    def whole_change(self) -> Tensor:
+        return _glora(self.tensors(), self._weight()) * self.scale
+
     def init_weights(self, rng: torch.Generator) -> None:
         for name in self.names:
             nn.init.kaiming_uniform_(getattr(self, name.replace(".", "_")), a=math.sqrt(5), generator=rng)
@@ -126,12 +133,16 @@ class GloraLayer(ChangeLayer):
     @classmethod
     def weight_change(cls, tensors: Mapping[str, Tensor], shape: torch.Size, weight: Callable[[], Tensor]) -> Tensor:
         tensors = {name: tensor.float() for name, tensor in tensors.items()}
-        beside = cls.product(tensors)
-        if beside.numel() != shape.numel():
-            raise UserError(f"shape {tuple(beside.shape)} does not fit {tuple(shape)}")
-        mixed = tensors["a1.weight"].flatten(1) @ tensors["a2.weight"].flatten(1)
-        through = torch.einsum("oi...,ij->oj...", weight(), mixed)
-        return (through + beside.reshape(shape)) * cls.scale_of(tensors)
+        own = cls.product(tensors).shape
+        if own.numel() != shape.numel():
+            raise UserError(f"shape {tuple(own)} does not fit {tuple(shape)}")
+        return _glora(tensors, weight()) * cls.scale_of(tensors)
 
     def fast_parameters(self) -> list[nn.Parameter]:
         return [self.b1_weight]
+
+
+def _glora(tensors: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+    """``W a1 a2 + b1 b2`` in the shape of W, (out, in, ...)."""
+    mixed = tensors["a1.weight"].flatten(1) @ tensors["a2.weight"].flatten(1)
+    return torch.einsum("oi...,ij->oj...", weight, mixed) + GloraLayer.product(tensors).reshape(weight.shape)

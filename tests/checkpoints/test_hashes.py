@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from library.checkpoints import hashes
 from library.checkpoints.writing import write_safetensors
@@ -77,3 +78,43 @@ def test_file_hashes(tmp_path):
     for function in (hashes.file_hash, hashes.legacy_file_hash):
         assert function(tmp_path / "none") == "NOFILE"
         assert function(tmp_path) == "IsADirectory"
+
+
+# ---- fingerprints of models
+
+
+class Small(nn.Module):
+    """A few fixed weights; `order` is that in which they are made."""
+
+    def __init__(self, order=("first", "second"), **changes):
+        super().__init__()
+        values = {"first": torch.arange(6.0).reshape(2, 3), "second": torch.tensor([0.5, -1.0]), **changes}
+        for name in order:
+            self.register_parameter(name, nn.Parameter(values[name]))
+
+
+def test_a_fingerprint_is_that_of_earlier_versions():
+    """It is in the notes of cache files, which would all be made again."""
+    text = b"first(2, 3)" + torch.arange(6.0).numpy().tobytes()
+    text += b"second(2,)" + torch.tensor([0.5, -1.0]).numpy().tobytes()
+    assert hashes.weights_fingerprint(Small()) == hashlib.sha256(text).hexdigest()[:32]
+
+
+@pytest.mark.parametrize(
+    "same",
+    [Small(("second", "first")), Small().bfloat16(), Small(first=torch.arange(6.0).view(2, 3).T.contiguous().T)],
+    ids=["order", "dtype", "strides"],
+)
+def test_a_fingerprint_is_of_the_values_alone(same):
+    assert hashes.weights_fingerprint(same) == hashes.weights_fingerprint(Small())
+
+
+def test_any_weight_name_or_shape_changes_a_fingerprint():
+    others = [
+        Small(second=torch.tensor([0.5, -1.001])),
+        Small(first=torch.arange(6.0).reshape(3, 2)),
+        Small(("first",)),
+    ]
+    renamed = Small(("first", "other"), other=torch.tensor([0.5, -1.0]))
+    found = {hashes.weights_fingerprint(module) for module in (Small(), *others, renamed)}
+    assert len(found) == 5

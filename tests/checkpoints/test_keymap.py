@@ -25,9 +25,9 @@ MAP = KeyMap(
         "double.{i}",
         "blocks.{i}",
         Conv1x1("out.{p}", "to_out.{p}"),
-        Fused("qkv.{p}", ["to_q.{p}", "to_k.{p}", "to_v.{p}"]),
-        Fused("linear1.{p}", ["q.{p}", "mlp.{p}"], rows=(1, 4)),
-        Each("inner", "", Rename("{rest}", "kept.{rest}")),
+        Fused("qkv.{p}", ("to_q.{p}", "to_k.{p}", "to_v.{p}")),
+        Fused("linear1.{p}", ("q.{p}", "mlp.{p}"), rows=(1, 4)),
+        Each("inner.", "", Rename("{rest}", "kept.{rest}")),
     ),
 )
 
@@ -64,6 +64,13 @@ def test_there_and_back_gives_the_same_keys_and_values():
     assert set(back) == set(tensors)
     for key, value in tensors.items():
         assert torch.equal(back[key], value), key
+        assert back[key].is_contiguous(), key  # safetensors writes nothing else
+
+
+def test_the_first_rule_that_fits_decides_in_both_directions():
+    keys = KeyMap(Rename("a.9", "last"), Rename("a.{i}", "b.{i}"), Rename("{rest}", "{rest}"), Rename("c", "last"))
+    assert [keys.by_file(name).models for name in ("a.9", "a.10", "c")] == [("last",), ("b.10",), ("c",)]
+    assert [keys.by_model(name).file for name in ("last", "b.9")] == ["a.9", "a.9"]
 
 
 def test_parts_of_a_fused_tensor_do_not_share_memory():
@@ -74,6 +81,8 @@ def test_parts_of_a_fused_tensor_do_not_share_memory():
 def test_unknown_keys_are_named():
     with pytest.raises(KeyMapError, match=r"7 tensors have unknown names: odd\.0, .* and 2 more"):
         MAP.to_model({f"odd.{n}": torch.zeros(1) for n in range(7)})
+    with pytest.raises(KeyMapError, match=r"5 tensors have unknown names: odd\.0, .*, odd\.4$"):
+        MAP.to_model({f"odd.{n}": torch.zeros(1) for n in range(5)})
     with pytest.raises(KeyMapError, match="img_in"):
         MAP.to_file({"img_in.weight": torch.zeros(1)})
     assert MAP.by_file("img_in.weights") is None  # a placeholder does not match more than it stands for
@@ -82,6 +91,7 @@ def test_unknown_keys_are_named():
 def test_a_fused_tensor_needs_all_its_parts():
     with pytest.raises(KeyMapError, match=r"blocks\.0\.to_v\.weight"):
         MAP.to_file({f"blocks.0.to_{x}.weight": torch.zeros(2, 2) for x in "qk"})
+    assert MAP.to_model({"double.0.qkv.bias": torch.tensor([3.0, 4, 5])})["blocks.0.to_k.bias"].tolist() == [4]
     with pytest.raises(KeyMapError, match="7 rows"):
         MAP.to_model({"double.0.qkv.bias": torch.zeros(7)})
 

@@ -238,6 +238,14 @@ def test_modelspec_from_options():
     assert build(saving__output_name=None)["modelspec.title"] == f"LoRA@{FINISHED}"
 
 
+def test_modelspec_of_an_embedding_and_of_a_file_that_no_run_made():
+    facts = {**FAMILY, "modelspec.suffix": "/textual-inversion"}
+    found = md.with_modelspec({}, options(), facts)
+    assert found["modelspec.architecture"] == "stable-diffusion-v1/textual-inversion"
+    assert found["modelspec.implementation"] == "https://github.com/Stability-AI/generative-models"
+    assert abs(datetime.now() - datetime.fromisoformat(found["modelspec.date"])).total_seconds() < 60
+
+
 def test_thumbnail_becomes_a_data_url(tmp_path):
     image = tmp_path / "t.PNG"
     image.write_bytes(b"\x89PNG bytes")
@@ -245,9 +253,16 @@ def test_thumbnail_becomes_a_data_url(tmp_path):
     kind, _, content = url.partition(",")
     assert (kind, base64.b64decode(content)) == ("data:image/png;base64", b"\x89PNG bytes")
     assert md.data_url(url) == url
-    for wrong in (tmp_path / "none.jpg", tmp_path / "t.txt"):
-        with pytest.raises(UserError, match=rf"--metadata_thumbnail: .*{wrong.name}"):
-            md.data_url(str(wrong))
+    (tmp_path / "t.txt").write_bytes(b"a text")
+    with open(tmp_path / "large.png", "wb") as file:
+        file.truncate((16 << 20) + 1)
+    for wrong, problem in (
+        ("none.jpg", "[Nn]o such file"),
+        ("t.txt", "is not named .png"),
+        ("large.png", "16,777,217"),
+    ):
+        with pytest.raises(UserError, match=rf"--metadata_thumbnail: .*{wrong}: .*{problem}"):
+            md.data_url(str(tmp_path / wrong))
 
 
 def test_base_model_files_are_named_and_hashed_without_their_folders(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from library.errors import UserError
 from library.types import LoraTarget, Models
 from networks.build import merge
 from networks.files import NetworkFile
@@ -170,6 +171,9 @@ def test_norms_are_limited(algo, name):
     before = {name: tensor.clone() for name, tensor in layer.file_state().items()}
     layer.limit_norm(limit * 1.01)
     assert all(torch.equal(before[name], tensor) for name, tensor in layer.file_state().items())
+    layer.init_weights(torch.Generator().manual_seed(1))  # a change of 0 has no direction
+    layer.limit_norm(1e-3)
+    assert all(tensor.isfinite().all() for tensor in layer.file_state().values())
 
 
 @pytest.mark.parametrize("algo", TYPES)
@@ -183,6 +187,172 @@ def test_dropouts_act_on_rows_in_training_only(algo):
     kept = dropped.abs().amax((0, 1)) > 0
     assert 3 < kept.sum() < 17
     torch.testing.assert_close(dropped[..., kept], full[..., kept] * 2, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_other_dropouts(kind):
+    """Each output by itself, with the mean kept; and the whole change of a layer."""
+    module = MODULES[kind]()
+    layer, _ = made("locon", {"dropout": 0.5}, module)
+    x = input_for(module)
+    full = adapted(layer.eval(), module, x) - module(x)
+    torch.manual_seed(0)
+    dropped = adapted(layer.train(), module, x) - module(x)
+    kept = dropped != 0
+    assert 0.3 < kept.float().mean() < 0.7  # of some hundred
+    torch.testing.assert_close(dropped[kept], full[kept] * 2, rtol=1e-4, atol=1e-5)
+    layer, _ = made("locon", {"module_dropout": 0.5}, module)
+    whole = []
+    for _ in range(40):
+        dropped = adapted(layer.train(), module, x) - module(x)
+        whole.append(torch.allclose(dropped, full, rtol=1e-4, atol=1e-5))
+        assert whole[-1] or not dropped.any()
+    assert 8 < sum(whole) < 32
+
+
+@pytest.mark.parametrize("name", ["plain", "DoRA", "DoRA by columns"])
+@pytest.mark.parametrize("algo", TYPES)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_base_in_fewer_bits(algo, name, autocast):
+    """Outputs have the base's dtype, or autocast's, and those of the same weights in float32 to bfloat16's 8 bits."""
+    module = nn.Linear(12, 20).bfloat16().requires_grad_(False)
+    layer, _ = made(algo, GIVEN[name], module)
+    x = torch.randn(4, 12, generator=torch.Generator().manual_seed(5)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = adapted(layer, module, x)
+    assert output.dtype == torch.bfloat16
+    output.float().sum().backward()
+    assert all(parameter.grad.any() and parameter.dtype == torch.float32 for parameter in layer.parameters())
+    exact = copy.deepcopy(module).float()
+    again = type(layer).rebuild([exact], dict(layer.file_state()), ChangeArgs())
+    expected = adapted(again, exact, x.float())
+    torch.testing.assert_close(output.float(), expected, rtol=0.03, atol=0.03 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [[nn.Conv2d(8, 12, 3, groups=2)], [nn.Conv2d(8, 12, 3, padding_mode="reflect")], [nn.Conv2d(8, 12, 1)] * 2],
+    ids=["groups", "padding", "several"],
+)
+def test_convolutions_that_have_no_such_change(modules):
+    with pytest.raises(TypeError, match="cannot adapt"):
+        LoconLayer.build(modules, 2, 1.0, ChangeArgs())
+
+
+@pytest.mark.parametrize("algo", TYPES)
+def test_rs_lora_divides_by_the_root_of_the_rank(algo):
+    """arXiv:2312.03732; files have the alpha by which readers who divide by the rank get the same scale."""
+    layer = TYPES[algo][0].build([nn.Linear(12, 20)], 4, 3.0, ChangeArgs(rs_lora=True, factor=2))
+    assert (layer.scale, float(layer.file_state()["alpha"])) == (3 / 4**0.5, 3 * 4**0.5)
+
+
+@pytest.mark.parametrize("decompose_both", [False, True])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_matrices_of_lokr_are_products_below_half_of_their_sides(rank, decompose_both):
+    """16 x 16 is 4 x 4 times 4 x 4. Without a product there is no rank, and readers who divide by it get 1."""
+    module, given = nn.Linear(16, 16), {"decompose_both": decompose_both}
+    layer, theirs = made("lokr", given, module, rank=rank)
+    assert sorted(layer.names) == sorted(name for name, _ in theirs.named_parameters())
+    assert ("lokr_w2" in layer.names) == (rank >= 2)
+    assert float(layer.file_state()["alpha"]) == (0.5 if rank == 1 else layer.rank)
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("algo", TYPES)
+def test_what_does_not_fit_is_refused(algo):
+    module = nn.Linear(12, 20)
+    kind = TYPES[algo][0]
+    layer = kind.build([module], 2, 1.0, ChangeArgs(factor=2))
+    state = {name: tensor.clone() for name, tensor in layer.file_state().items()}
+    other = kind.build([module], 3, 1.0, ChangeArgs(factor=2))
+    with pytest.raises(UserError, match=r"does not fit .*; the file's rank is 2") as caught:
+        other.load(state)
+    assert "--dim_from_weights" in caught.value.hint
+    with pytest.raises(UserError, match=r"the file has .*dora_scale.*, the network ") as caught:
+        layer.load({**state, "dora_scale": torch.ones(20, 1)})
+    assert "--network_args" in caught.value.hint
+    for width, height in ((20, 12), (12, 24)):
+        with pytest.raises(UserError, match="does not fit"):
+            kind.rebuild([nn.Linear(width, height)], state, ChangeArgs())
+        with pytest.raises(UserError, match="does not fit"):
+            kind.weight_change(state, torch.Size((height, width)), None)
+
+
+@pytest.mark.parametrize("algo", TYPES)
+def test_1x1_convolutions_and_linear_layers_read_each_other(algo):
+    convolution, linear = nn.Conv2d(8, 12, 1), nn.Linear(8, 12)
+    linear.weight.data, linear.bias.data = convolution.weight.data[:, :, 0, 0], convolution.bias.data
+    kind, args = TYPES[algo][0], ChangeArgs(factor=2)
+    layer, _ = made(algo, {"factor": 2}, convolution)
+    loaded, rebuilt = kind.build([linear], 1, 0.5, args), kind.rebuild([linear], layer.file_state(), args)
+    loaded.load(layer.file_state())
+    x = input_for(convolution)
+    expected = adapted(layer, convolution, x)
+    for other in (loaded, rebuilt):
+        found = adapted(other, linear, x.movedim(1, -1)).movedim(-1, 1)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    again = kind.rebuild([convolution], loaded.file_state(), args)
+    torch.testing.assert_close(adapted(again, convolution, x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("algo", TYPES)
+def test_first_values_come_from_the_generator(algo):
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(states))
+        layer = TYPES[algo][0].build([nn.Linear(12, 20)], 2, 1.0, ChangeArgs(factor=2))
+        layer.init_weights(torch.Generator().manual_seed(seed))
+        states.append(layer.file_state())
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name])
+        assert torch.equal(tensor, states[2][name]) == (not tensor.any() or name == "alpha")
+
+
+@pytest.mark.parametrize(("algo", "names"), [("locon", ["lora_down.weight"]), ("lokr", ["lokr_w1", "lokr_w2_a"])])
+def test_first_values_are_uniform_to_the_root_of_the_inputs(algo, names):
+    layer = TYPES[algo][0].build([nn.Linear(1024, 1024)], 8, 1.0, ChangeArgs())
+    layer.init_weights(torch.Generator().manual_seed(1))
+    for name in names:
+        values = layer.file_state()[name]
+        bound = values.shape[1] ** -0.5
+        assert 0.9 * bound < values.abs().max() <= bound
+        assert values.std() == pytest.approx(bound / 3**0.5, rel=0.15)  # some hundred values
+
+
+@pytest.mark.parametrize(
+    ("use_tucker", "wanted"),
+    [
+        (False, {"w1_a": 0.1, "w1_b": 1, "w2_a": 0, "w2_b": 1}),
+        (True, {"t1": 0.1, "t2": 0.1, "w1_a": 0, "w1_b": 1, "w2_a": 0.1, "w2_b": 1}),
+    ],
+)
+def test_first_values_of_loha_are_normal(use_tucker, wanted):
+    layer = LohaLayer.build([nn.Conv2d(64, 64, 3)], 16, 1.0, ChangeArgs(use_tucker=use_tucker))
+    layer.init_weights(torch.Generator().manual_seed(1))
+    deviations = {name: float(tensor.std()) for name, tensor in layer.file_state().items() if name != "alpha"}
+    assert deviations == pytest.approx({f"hada_{name}": value for name, value in wanted.items()}, rel=0.1)
+
+
+@pytest.mark.parametrize("algo", TYPES)
+def test_a_file_goes_on_with_a_trained_factor(algo):
+    module = nn.Linear(12, 20)
+    layer, _ = made(algo, {}, module)
+    other = TYPES[algo][0].build([module], 1, 0.5, ChangeArgs(use_scalar=True))
+    other.load(layer.file_state())
+    x = input_for(module)
+    torch.testing.assert_close(adapted(other, module, x), adapted(layer, module, x))
+
+
+@pytest.mark.parametrize("algo", TYPES)
+def test_changes_are_merged_in_float32(algo):
+    layer, _ = made(algo, {}, nn.Linear(12, 20))
+    half = {name: tensor.bfloat16() for name, tensor in layer.file_state().items()}
+    change = type(layer).weight_change(half, layer.shape, None)
+    expected = type(layer).weight_change({name: t.float() for name, t in half.items()}, layer.shape, None)
+    assert change.dtype == torch.float32
+    assert torch.equal(change, expected)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,22 @@ def test_delta_norm(shapes):
     torch.testing.assert_close(functional.delta_norm(down, up).double(), expected, rtol=1e-5, atol=0)
 
 
+def test_delta_norm_of_small_matrices_of_few_bits():
+    down, up = (torch.randn(shape).mul(1e-2).bfloat16() for shape in ((3, 40), (50, 3)))
+    expected = torch.linalg.norm(functional.delta(down.double(), up.double())).float()
+    assert expected < 0.1
+    torch.testing.assert_close(functional.delta_norm(down, up), expected, rtol=1e-5, atol=0)
+
+
+def test_delta_norm_of_ranks_that_cancel_is_0():
+    """Rounding may leave the square of the norm just below it."""
+    for seed in range(50):
+        rng = torch.Generator().manual_seed(seed)
+        column, row = torch.randn(9, 1, generator=rng), torch.randn(1, 7, generator=rng)
+        norm = functional.delta_norm(torch.cat([3 * row, -row]), torch.cat([column, 3 * column], dim=1))
+        assert 0 <= norm < 0.02 * column.norm() * row.norm()
+
+
 @pytest.mark.parametrize(("size", "limited"), [(10.0, True), (0.01, False)])
 def test_max_norm_factor_brings_the_norm_to_the_limit(size, limited):
     down, up, scale, limit = torch.randn(4, 16) * size, torch.randn(8, 4), 0.25, 1.5
@@ -59,3 +75,22 @@ def test_fit_kernel_reads_both_forms_of_a_1x1_layer():
         functional.fit_kernel(matrix, torch.zeros(4, 6, 3, 3))
     with pytest.raises(ValueError, match="does not fit"):
         functional.fit_kernel(matrix, torch.zeros(6, 4))
+
+
+def test_kronecker_of_matrices_and_of_kernels_in_any_layout():
+    first, second = torch.randn(2, 3), torch.randn(5, 4)
+    assert torch.equal(functional.kronecker(first, second.T), torch.kron(first, second.T.contiguous()))
+    kernels = torch.randn(4, 5, 3, 3).to(memory_format=torch.channels_last)
+    expected = torch.stack([torch.kron(first, kernels[..., i, j]) for i in range(3) for j in range(3)], dim=-1)
+    assert torch.equal(functional.kronecker(first, kernels), expected.reshape(8, 15, 3, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cayley_rotates_by_twice_the_arc_tangent(dtype):
+    """In the plane (I + Q) (I - Q)^-1 turns by 2 atan q: cos = (1 - q^2) / (1 + q^2), sin = 2 q / (1 + q^2)."""
+    q = torch.tensor([0.0, 0.5, -2.0], dtype=dtype)
+    zero = torch.zeros_like(q)
+    turned = functional.cayley(torch.stack([zero, q, -q, zero], -1).reshape(3, 2, 2))
+    cosine, sine = (1 - q**2) / (1 + q**2), 2 * q / (1 + q**2)
+    expected = torch.stack([cosine, sine, -sine, cosine], -1).reshape(3, 2, 2)
+    torch.testing.assert_close(turned, expected, rtol=1e-5, atol=1e-6)

@@ -12,7 +12,8 @@ from torch import nn
 from library.errors import UserError
 from library.types import LoraTarget, Models
 from networks import build
-from networks.types.lora import Entry
+from networks.layer_args import LoraArgs
+from networks.types.lora import Entry, LoraLayer
 from tests.networks.builders import lora
 
 
@@ -63,6 +64,24 @@ def test_matrices_that_do_not_belong_together(tmp_path):
     ):
         with pytest.raises(UserError, match=r"k: down \(2, 6\) and up \(4, 3\)"):
             action()
+
+
+def test_changes_are_computed_in_float32():
+    tensors = {"lora_down.weight": torch.randn(3, 6), "lora_up.weight": torch.randn(4, 3), "alpha": torch.tensor(0.7)}
+    half = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    change, exact = (Entry.of(each).change() for each in (half, {name: t.float() for name, t in half.items()}))
+    assert change.dtype == torch.float32
+    assert torch.equal(change, exact)
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [[nn.Conv2d(8, 12, 3, groups=2)], [nn.Conv2d(8, 12, 1)] * 2, [nn.Embedding(8, 12)]],
+    ids=["groups", "several", "no layer"],
+)
+def test_modules_that_lora_cannot_adapt(modules):
+    with pytest.raises(TypeError, match="LoRA cannot adapt"):
+        LoraLayer.build(modules, 2, 1.0, LoraArgs())
 
 
 class Evil:

@@ -61,7 +61,7 @@ def test_the_disturbance_is_normal_with_that_deviation(layer):
 
 
 def test_nothing_is_disturbed_before_the_first_step_and_where_it_is_used(layer):
-    x, plain = torch.randn(2, 6), torch.zeros(2, 5)
+    x, plain = torch.randn(2, 3, 6), torch.zeros(2, 3, 5)
     calm = layer.eval().adapt(0, x, plain)
     assert torch.equal(layer.train().adapt(0, x, plain), calm)
     layer.before_step()

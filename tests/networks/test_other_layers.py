@@ -122,6 +122,7 @@ def test_a_new_layer_changes_nothing_and_a_multiplier_is_linear(name):
     kind, args, rank, *_ = CASES[name]
     new = kind.build([module], rank, 2.0, args)
     new.init_weights(torch.Generator().manual_seed(1))
+    assert new.rank == rank
     x = input_for(module)
     torch.testing.assert_close(adapted(new, module, x), module(x), rtol=1e-5, atol=1e-5)
     layer, _ = made(name, module)
@@ -147,6 +148,213 @@ def test_fused_layers_have_their_rows_of_one_change(name):
     torch.testing.assert_close(torch.cat(outputs, -1), adapted(layer, whole, x), rtol=1e-4, atol=1e-4)
 
 
+LOW_PRECISION = [(name, "linear") for name in CASES] + [("norm", kind) for kind in NORMS]
+
+
+@pytest.mark.parametrize(("name", "kind"), LOW_PRECISION)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_base_in_fewer_bits(name, kind, autocast):
+    """The base is in bfloat16, whose 8 bits are the tolerance, and what is trained in float32."""
+    module = module_of(kind).bfloat16()
+    layer, _ = made(name, module)
+    x = input_for(module).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        bare = module(x)
+        output = layer.adapt(0, x, bare)
+    assert output.dtype == bare.dtype
+    output.float().square().mean().backward()
+    assert all(parameter.grad.any() and parameter.dtype == torch.float32 for parameter in layer.parameters())
+    exact = copy.deepcopy(module).float()
+    layer._live = [exact]
+    expected = adapted(layer, exact, x.float())
+    torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
+
+
+DROPPED = {
+    "full": (FullLayer, WholeArgs(module_dropout=0.5)),
+    "ia3": (Ia3Layer, WholeArgs(module_dropout=0.5)),
+    "diag-oft": (OftLayer, OftArgs(module_dropout=0.5)),
+    "boft": (BoftLayer, OftArgs(module_dropout=0.5)),
+    "norm": (NormLayer, WholeArgs(module_dropout=0.5)),
+}
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_a_dropped_layer_is_the_bare_module(name):
+    kind, args = DROPPED[name]
+    module = module_of("layer norm" if name == "norm" else "linear")
+    layer = kind.build([module], 6 if name == "boft" else 4, 1.0, args)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = input_for(module)
+    bare, full = module(x), adapted(layer.eval(), module, x)
+    for trained in (layer, kind.rebuild([module], dict(layer.file_state()), args)):
+        trained.train()
+        whole = []
+        for seed in range(30):
+            torch.manual_seed(seed)
+            output = adapted(trained, module, x)
+            whole.append(torch.allclose(output, full, rtol=1e-4, atol=1e-5))
+            assert whole[-1] or torch.equal(output, bare)
+        assert 5 < sum(whole) < 25
+
+
+@pytest.mark.parametrize("name", ["full", "ia3", "diag-oft", "boft", "glora", "norm"])
+def test_norms_are_limited(name):
+    module = module_of("layer norm" if name == "norm" else "linear")
+    layer, _ = made(name, module)
+
+    def norms():
+        if name in ("full", "glora"):  # of what is added to the weight; else of what is trained
+            change = type(layer).weight_change(dict(layer.file_state()), module.weight.shape, lambda: module.weight)
+            return [change.norm()]
+        return [tensor.norm() for own, tensor in layer.named_parameters() if own != "b_norm"]
+
+    limit = float(max(norms())) / 1.5
+    layer.limit_norm(limit)
+    assert float(max(norms())) == pytest.approx(limit, rel=1e-4)
+    before = {own: tensor.clone() for own, tensor in layer.state_dict().items()}
+    layer.limit_norm(limit * 1.01)
+    assert all(torch.equal(tensor, before[own]) for own, tensor in layer.state_dict().items())
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    layer.limit_norm(1e-3)  # a change of 0 has no direction
+    assert not any(parameter.any() for parameter in layer.parameters())
+
+
+def test_a_limited_rotation_is_that_of_its_blocks():
+    """What is solved is solved again."""
+    module, x = module_of("linear"), torch.randn(3, 12)
+    layer, _ = made("diag-oft", module)
+    adapted(layer, module, x)
+    layer.limit_norm(0.1)
+    again = OftLayer.rebuild([module], dict(layer.file_state()), OftArgs())
+    assert torch.equal(adapted(layer, module, x), adapted(again, module, x))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_resumed_layer_acts_as_it_did(name):
+    """Also where it has computed something from its first values."""
+    module = module_of("linear")
+    layer, _ = made(name, module)
+    kind, args, rank, *_ = CASES[name]
+    x, other = input_for(module), kind.build([module], rank, 2.0, args)
+    other.init_weights(torch.Generator().manual_seed(2))
+    adapted(other, module, x)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(adapted(other, module, x), adapted(layer, module, x))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "rescaled" not in name])
+def test_what_does_not_fit_is_refused(name):
+    layer, _ = made(name, module_of("linear"))
+    state, wide = dict(layer.file_state()), nn.Linear(18, 48)
+    with pytest.raises(UserError, match="does not fit"):
+        type(layer).rebuild([wide], state, CASES[name][1])
+    with pytest.raises(UserError, match="does not fit"):
+        type(layer).weight_change(state, wide.weight.shape, lambda: wide.weight)
+
+
+@pytest.mark.parametrize("given", [OftArgs(), OftArgs(rescaled=True)])
+def test_rotations_of_other_blocks_or_without_factors_are_refused(given):
+    module = module_of("linear")
+    state = OftLayer.build([module], 4, 1.0, OftArgs(rescaled=not given.rescaled)).file_state()
+    for other in (state, OftLayer.build([module], 3, 1.0, given).file_state()):
+        with pytest.raises(UserError, match="does not fit") as caught:
+            OftLayer.build([module], 4, 1.0, given).load(other)
+        assert "--network_args" in caught.value.hint
+
+
+def test_a_norm_that_does_not_fit_is_refused():
+    layer = NormLayer.build([nn.LayerNorm(12)], 1, None, WholeArgs())
+    for state in ({"w_norm": torch.ones(8), "b_norm": torch.ones(12)}, {"w_norm": torch.ones(12), "x": torch.ones(12)}):
+        with pytest.raises(UserError, match="does not fit"):
+            layer.load(state)
+    with pytest.raises(UserError, match="does not fit"):
+        NormLayer.weight_change({"w_norm": torch.ones(8)}, torch.Size((12,)), None)
+
+
+def test_a_norm_without_bias():
+    module = nn.LayerNorm(12, bias=False)
+    layer = NormLayer.build([module], 1, None, WholeArgs())
+    nn.init.normal_(layer.w_norm)
+    x, changed = input_for(nn.Linear(12, 1)), copy.deepcopy(module)
+    changed.weight.data = module.weight.data + layer.w_norm.data
+    torch.testing.assert_close(adapted(layer, module, x), changed(x), rtol=1e-5, atol=1e-5)
+    assert list(layer.file_state()) == ["w_norm"]
+    assert NormLayer.bias_change(layer.file_state()) is None
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_the_strength_of_a_norm_and_its_merging_in_float32(kind):
+    module = module_of(kind)
+    layer, _ = made("norm", module)
+    x = input_for(module)
+    full = adapted(layer, module, x) - module(x)
+    layer.multiplier = 0.5
+    torch.testing.assert_close(adapted(layer, module, x) - module(x), full / 2, rtol=1e-4, atol=1e-5)
+    half = {name: tensor.bfloat16() for name, tensor in layer.file_state().items()}
+    found = (NormLayer.weight_change(half, module.weight.shape, None), NormLayer.bias_change(half))
+    assert [tensor.dtype for tensor in found] == [torch.float32] * 2
+    assert [torch.equal(a, b.float()) for a, b in zip(found, half.values(), strict=True)] == [True] * 2
+    assert layer.rank == 1
+
+
+@pytest.mark.parametrize("name", ["full", "ia3", "ia3 on inputs", "glora", "diag-oft", "boft rescaled"])
+def test_1x1_convolutions_and_linear_layers_read_each_other(name):
+    convolution, linear = nn.Conv2d(8, 24, 1), nn.Linear(8, 24)
+    linear.weight.data, linear.bias.data = convolution.weight.data[:, :, 0, 0], convolution.bias.data
+    layer, _ = made(name, convolution)
+    kind, args, rank, *_ = CASES[name]
+    loaded = kind.build([linear], rank, 2.0, args)
+    loaded.load(dict(layer.file_state()))
+    x = torch.randn(2, 8, 3, 4)
+    expected = adapted(layer, convolution, x)
+    for other in (loaded, kind.rebuild([linear], dict(layer.file_state()), args)):
+        found = adapted(other, linear, x.movedim(1, -1)).movedim(-1, 1)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    again = kind.rebuild([convolution], dict(loaded.file_state()), args)
+    torch.testing.assert_close(adapted(again, convolution, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_and_outputs_of_ia3_are_told_apart():
+    """A square layer, where the shapes are the same."""
+    module = nn.Linear(12, 12)
+    rows, columns = (Ia3Layer.build([module], 1, 1.0, WholeArgs(train_on_input=given)) for given in (False, True))
+    with pytest.raises(UserError, match="on inputs does not fit"):
+        rows.load(columns.file_state())
+    with pytest.raises(UserError, match="on outputs does not fit"):
+        columns.load(rows.file_state())
+
+
+def test_glora_begins_with_values_of_its_generator():
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(states))
+        layer = GloraLayer.build([nn.Linear(256, 64)], 16, 1.0, LyLoconArgs())
+        layer.init_weights(torch.Generator().manual_seed(seed))
+        states.append(layer.file_state())
+    for name in ("a1.weight", "b1.weight"):
+        assert torch.equal(states[0][name], states[1][name])
+        assert not torch.equal(states[0][name], states[2][name])
+        assert 0.9 / 4 < states[0][name].abs().max() <= 1 / 4  # kaiming-uniform with a = sqrt(5): 1 / sqrt(16 inputs)
+    assert not states[0]["a2.weight"].any()
+    assert not states[0]["b2.weight"].any()
+
+
+def test_glora_with_a_trained_factor():
+    module = module_of("linear")
+    layer = GloraLayer.build([module], 2, 1.0, LyLoconArgs(use_scalar=True))
+    layer.init_weights(torch.Generator().manual_seed(1))
+    x = input_for(module)
+    torch.testing.assert_close(adapted(layer, module, x), module(x))
+    nn.init.constant_(layer.scalar, 0.7)
+    again = GloraLayer.rebuild([module], dict(layer.file_state()), LyLoconArgs())
+    assert (adapted(layer, module, x) - module(x)).abs().max() > 1e-2
+    torch.testing.assert_close(adapted(again, module, x), adapted(layer, module, x))
+
+
 # ---- sd-scripts' OFT
 
 
@@ -161,11 +369,13 @@ def kohya_weight(weight, blocks, alpha):
     return torch.einsum("knm,knp->kmp", rotation, cut).reshape(weight.shape)
 
 
+@pytest.mark.rows("R307", "R308", "R309", "R311", "R312")
 @pytest.mark.parametrize("alpha", [1e-3, 0.01, 1])
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
 def test_the_rotation_of_sd_scripts(kind, alpha):
     module = module_of(kind)
     layer = OftLayer.build([module], 4, alpha, KohyaOftArgs())
+    assert layer.rank == 4
     nn.init.normal_(layer.blocks[0], std=0.2, generator=torch.Generator().manual_seed(1))
     state = layer.file_state()
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
@@ -175,6 +385,29 @@ def test_the_rotation_of_sd_scripts(kind, alpha):
     x, merged = input_for(module), copy.deepcopy(module)
     merged.weight.data = kohya_weight(module.weight, layer.blocks[0].detach(), alpha)
     torch.testing.assert_close(adapted(layer, module, x), merged(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.rows("R310")
+def test_rotations_are_solved_in_float32():
+    """A layer in bfloat16 turns by what float32 gives for its numbers, which are rounded once afterwards."""
+    module = module_of("linear")
+    layer = OftLayer.build([module], 2, 1.0, KohyaOftArgs())
+    nn.init.normal_(layer.blocks[0], std=0.3, generator=torch.Generator().manual_seed(1))
+    layer.to(torch.bfloat16)
+    skew = (layer.blocks[0] - layer.blocks[0].transpose(1, 2)).detach()
+    eye = torch.eye(12, dtype=torch.float64)
+    exact = (eye + skew.double()) @ torch.inverse(eye - skew.double())
+    torch.testing.assert_close(layer._rotation(0).double(), exact, rtol=2**-8, atol=1e-6)
+    x = torch.randn(5, 12).to(torch.bfloat16)
+    assert layer.adapt(0, x, module.to(torch.bfloat16)(x)).dtype == torch.bfloat16
+
+
+@pytest.mark.rows("C59", "R316", "R317", "R318")
+@pytest.mark.parametrize("blocks", [64, 128, 256, 512, 1024])
+def test_the_layers_of_flux_can_be_cut_into_these_numbers_of_blocks(blocks):
+    """More blocks are smaller ones. 3,072 are the rows of the stream's layers, 12,288 those of the widest in an MLP."""
+    for rows in (3072, 12288):
+        assert NumberedOftArgs().cut(rows, blocks) == (blocks, rows // blocks)
 
 
 def test_blocks_of_fused_layers_have_numbers_and_constraints_of_their_own():
@@ -217,6 +450,7 @@ def test_a_rotation_is_solved_once_between_steps(monkeypatch):
     assert not torch.allclose(adapted(layer, module, x), first)
 
 
+@pytest.mark.rows("R318")
 def test_rows_that_cannot_be_cut():
     with pytest.raises(UserError, match="its 24 output rows cannot be cut into 5 blocks"):
         OftLayer.build([nn.Linear(12, 24)], 5, 1.0, KohyaOftArgs())

@@ -100,9 +100,12 @@ def test_tables_follow_the_latents_to_their_device():
         assert getattr(make(min_snr_gamma=5.0), method)(elsewhere).is_meta
 
 
-def test_noisy_keeps_the_latents_type_and_the_target_is_float32():
-    draw = make("v_prediction").draw(LATENTS.bfloat16(), rng())
+def test_noisy_keeps_the_latents_type_and_all_else_is_computed_in_float32():
+    objective, latents = make("v_prediction", noise_offset=0.1, adaptive_noise_scale=0.5), LATENTS.bfloat16()
+    draw, exact = (objective.draw(given, rng()) for given in (latents, latents.float()))
     assert (draw.noisy.dtype, draw.target.dtype, draw.noise.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert torch.equal(draw.noise, exact.noise)
+    assert torch.equal(draw.target, exact.target)
 
 
 def test_input_perturbation_leaves_the_target_plain():

@@ -11,11 +11,13 @@ import pytest
 
 from library import registry
 from library.errors import UserError
-from library.options.optimizer import default_rate
+from library.options.method import MethodOptions
+from library.options.optimizer import OptimizerOptions, default_rate
 from library.options.parsing import build_parser, parse_options
 from library.options.validation import problems, warnings
 from library.registry import groups_for
 from tests.builders.gui_files import TABS, written_by_gui
+from tests.builders.options import options_with
 
 NEEDED = {"pretrained_model_name_or_path": "m.safetensors", "train_data_dir": "train", "output_dir": "out"}
 
@@ -246,3 +248,8 @@ def test_a_rate_that_was_not_given_is_reported(read, keys, place, line):
     found = default_rate(opts)
     assert (found or "").startswith(f"learning rate: {line}" if line else "")
     assert (found is None) == (line is None)
+
+
+def test_a_method_need_not_say_what_it_wants():
+    opts = options_with(OptimizerOptions, MethodOptions)
+    assert default_rate(opts) == "learning rate: 2e-06, the default"

@@ -8,6 +8,7 @@ from library.options.saving import SavingOptions
 from library.runtime.durable import backup_of, replacing
 from library.runtime.logs import LOGGER
 from library.training import leftovers, state_notes
+from library.training.plan import Progress
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def state(folder, text="1"):
     folder.mkdir(parents=True)
     for name in (state_notes.MODEL, state_notes.OPTIMIZER, state_notes.SCHEDULE):
         (folder / name).write_text(text)
-    state_notes.write_notes(folder, state_notes.SavedProgress(1, 1, 0))
+    state_notes.write_notes(folder, Progress(1, 1), 0)
     return folder
 
 

@@ -335,6 +335,7 @@ def test_the_end_of_an_epoch_steps_by_validation_or_by_the_mean_over_processes(v
     assert schedule.last_epoch == 2
     # 12, then 11: the loss falls; of the validation loss it does not.
     assert schedule.best == (7.0 if validated else 11.0)
+    assert isinstance(schedule.best, float)  # as it is written into states
     assert schedule.get_last_lr() == [pytest.approx(0.1 if validated else 1.0)]
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from library.options.training import TrainingOptions
-from library.training.plan import choose_start, describe, make_plan, start_at
+from library.training.plan import Progress, choose_start, describe, make_plan, start_at
 
 
 @pytest.mark.parametrize(
@@ -46,31 +46,34 @@ def test_batches_that_come_twice_are_reported():
 
 @pytest.mark.parametrize(
     ("step", "expected"),
-    [(0, (0, 0, 0)), (1, (1, 0, 4)), (2, (2, 0, 8)), (3, (3, 1, 0)), (7, (7, 2, 4))],
+    [(0, (0, 0, 0)), (1, (1, 0, 4)), (2, (2, 0, 8)), (3, (3, 1, 10)), (7, (7, 2, 24))],
 )
 def test_the_place_in_the_data_follows_from_the_steps(step, expected):
     """20 batches, 2 processes, accumulation 4: 10 batches each in 3 steps per epoch, the last one of 2 batches."""
     plan = make_plan(20, 2, 4, steps=100, epochs=None, by_default=False)
-    assert start_at(plan, step) == expected
+    assert start_at(plan, step) == Progress(*expected)
 
 
 def test_what_decides_over_the_start():
     plan = make_plan(10, 1, 1, steps=100, epochs=None, by_default=False)
 
     def start(saved=None, **given):
-        return choose_start(plan, TrainingOptions(**given), saved)
+        found = choose_start(plan, TrainingOptions(**given), saved)
+        return found.step, found.epoch, found.micro_step
 
+    at_25 = Progress(step=25, epoch=3)
     assert start() == (0, 0, 0)
-    assert start(25) == (25, 2, 5)
-    assert start(25, initial_step=31) == (31, 3, 0)
-    assert start(25, initial_step=31, skip_until_initial_step=True) == (31, 3, 1)
-    assert start(initial_epoch=3) == (20, 2, 0)
+    assert start(at_25) == (25, 2, 25)
+    assert start(at_25, initial_step=31) == (31, 3, 30)
+    assert start(at_25, initial_step=31, skip_until_initial_step=True) == (31, 3, 31)
+    assert start(initial_epoch=3) == (20, 2, 20)
     assert start(initial_epoch=3, initial_step=4) == (4, 0, 0)
+    assert start(Progress(step=20, epoch=2, epoch_ended=False)) == (20, 1, 20)
 
 
 def test_an_epoch_whose_end_is_still_to_come_is_ended_first():
     plan = make_plan(20, 2, 4, steps=100, epochs=None, by_default=False)
-    assert start_at(plan, 6, epoch_ended=False) == (6, 1, 10)  # behind all 10 batches of the second epoch
-    assert start_at(plan, 6) == (6, 2, 0)
+    assert start_at(plan, 6, epoch_ended=False) == Progress(6, 1, 20)  # behind all batches of the second epoch
+    assert start_at(plan, 6) == Progress(6, 2, 20)
     assert start_at(plan, 7, epoch_ended=False) == start_at(plan, 7)
-    assert start_at(plan, 0, epoch_ended=False) == (0, 0, 0)
+    assert start_at(plan, 0, epoch_ended=False) == Progress()

@@ -16,7 +16,7 @@ from library.runtime.logs import LOGGER
 from library.training import state, state_notes
 from library.training.lr_schedules import make_schedule, wants_loss
 from library.training.optimizers import make_optimizer
-from library.training.plan import make_plan
+from library.training.plan import Progress, make_plan
 from library.training.resuming import require_optimizer, settings_of
 
 DATA = SimpleNamespace(all_records=[], num_train_images=4, num_reg_images=0)
@@ -63,7 +63,7 @@ class Training:
 
     def save(self, folder, *, notes=True):
         settings = self.settings.to_json() if notes else None
-        state.save_state(folder, self.parts, state_notes.SavedProgress(self.done, 1, 0), settings=settings)
+        state.save_state(folder, self.parts, Progress(self.done, 1), 0, settings=settings)
         return folder
 
     def resume(self, folder):
@@ -178,7 +178,7 @@ def test_another_schedule_counts_from_the_step_on(tmp_path, messages, before, no
     again = Training(**SCHEDULES[now]).resume(folder).step(5)
     assert again.used == [pytest.approx(rates, rel=1e-12) for rates in Training(**SCHEDULES[now]).step(11).used[6:]]
     (line,) = messages()
-    assert line.startswith("the schedule goes on at step 6 with other options: --lr_scheduler ")
+    assert line.startswith("the schedule continues at step 6 with other options: --lr_scheduler ")
 
 
 def test_a_changed_argument_of_a_schedule_of_torch_counts(tmp_path):
@@ -193,7 +193,7 @@ def test_a_longer_run_takes_the_course_of_its_length(tmp_path, messages):
     folder = Training(steps=8, lr_scheduler="cosine").step(6).save(tmp_path / "s")
     again = Training(steps=20, lr_scheduler="cosine").resume(folder).step(5)
     assert again.used == Training(steps=20, lr_scheduler="cosine").step(11).used[6:]
-    assert messages() == ["the schedule goes on at step 6 with other options: steps 8 -> 20"]
+    assert messages() == ["the schedule continues at step 6 with other options: steps 8 -> 20"]
 
 
 def test_another_optimizer_is_refused(tmp_path):
@@ -238,6 +238,6 @@ def test_other_data_is_one_warning(tmp_path, messages):
 def test_notes_of_the_wrong_kind_are_as_good_as_none(tmp_path, damage):
     training = Training().step(1)
     saved = training.settings.to_json() | damage
-    state.save_state(tmp_path / "s", training.parts, state_notes.SavedProgress(1, 1, 0), settings=saved)
+    state.save_state(tmp_path / "s", training.parts, Progress(1, 1), 0, settings=saved)
     require_optimizer(tmp_path / "s", saved, torch.optim.AdamW)
     assert Training().resume(tmp_path / "s").step(1).used == [[1e-2, 5e-3]]

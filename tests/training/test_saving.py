@@ -1,12 +1,16 @@
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
 from library.errors import UserError
+from library.options.saving import SavingOptions
 from library.runtime.durable import remove
-from library.training.saving import SavePlan, failing_clearly
+from library.training.saving import SavePlan, check_space, failing_clearly, make_save_plan
+from tests.builders.options import options_with
 
 
 def plan(**changes) -> SavePlan:
@@ -28,6 +32,7 @@ def test_names():
     assert named.epoch_path(3).name == "style-000003.safetensors"
     assert named.step_path(250).name == "style-step00000250.safetensors"
     assert named.final_path().name == "style.safetensors"
+    assert (named.best_path(), plan().best_path().name) == (Path("out/style-best.safetensors"), "last-best.safetensors")
     bare = plan(suffix="")
     assert [p.name for p in (bare.epoch_path(1), bare.step_path(2), bare.final_path())] == [
         "epoch-000001",
@@ -61,6 +66,12 @@ def test_retention_by_steps_as_in_the_worked_example():
     assert saves.after_step(50)[1].name == "at-step00000010.safetensors"
     assert saves.after_step(55) is None
     assert saves.after_step(30)[1] is None
+    assert plan(every_steps=10, last_steps=29).after_step(50)[1].name == "at-step00000020.safetensors"
+
+
+def test_without_a_limit_all_copies_are_kept():
+    assert plan(every_epochs=1).after_epoch(3, 9).obsolete is None
+    assert plan(every_steps=1).after_step(3).obsolete is None
 
 
 def test_only_the_exact_name_is_deleted(tmp_path):
@@ -128,3 +139,54 @@ def test_whoever_shows_of_a_full_disk_it_is_one_line(tmp_path, package):
 def test_a_mistake_of_our_own_is_not_taken_for_a_full_disk():
     with pytest.raises(RuntimeError, match="shapes"), failing_clearly(Path("m")):
         raise RuntimeError("shapes do not fit")
+
+
+# ---- from the options of a run
+
+
+def made(epochs=10, **given) -> SavePlan:
+    return make_save_plan(options_with(SavingOptions, **given).saving, ".safetensors", epochs)
+
+
+def test_a_plan_follows_the_options():
+    given = {"output_dir": "here", "output_name": "cat", "save_every_n_epochs": 2, "save_last_n_epochs": 3}
+    epochs = made(**given, save_last_n_epochs_state=1, save_state=True)
+    assert epochs.after_epoch(8, 10) == (
+        Path("here/cat-000008.safetensors"),
+        Path("here/cat-000002.safetensors"),
+        Path("here/cat-000008-state"),
+        Path("here/cat-000006-state"),
+    )
+    assert epochs.after_step(8) is None
+    steps = made(
+        output_dir="here", save_every_n_steps=5, save_last_n_steps=10, save_last_n_steps_state=5, save_state=True
+    )
+    assert [path.name for path in steps.after_step(30)] == [
+        "at-step00000030.safetensors",
+        "at-step00000015.safetensors",
+        "at-step00000030-state",
+        "at-step00000020-state",
+    ]
+    assert made(output_dir="here", save_state_on_train_end=True).final().state == Path("here/last-state")
+
+
+@pytest.mark.parametrize(("epochs", "ratio", "saved"), [(10, 3, [3, 6, 9]), (9, 3, [3, 6]), (3, 5, [1, 2])])
+def test_a_number_of_copies_in_all(epochs, ratio, saved):
+    plan = made(epochs, output_dir="out", save_n_epoch_ratio=ratio)
+    assert [epoch for epoch in range(1, epochs + 1) if plan.after_epoch(epoch, epochs)] == saved
+
+
+def test_room_is_looked_for_where_the_folder_will_be(tmp_path):
+    folder = tmp_path / "not" / "there yet"
+    check_space(folder, 1, "a copy")
+    with pytest.raises(UserError) as caught:
+        check_space(folder, 1 << 60, "a copy")
+    shown = re.fullmatch(r"(.*): a copy takes about (\d+) MiB, and only (\d+) MiB are free; .*", str(caught.value))
+    assert (shown[1], int(shown[2])) == (str(folder), 1 << 40)
+    assert int(shown[3]) == pytest.approx(shutil.disk_usage(tmp_path).free / 2**20, rel=0.2)  # others write beside us
+
+
+@pytest.mark.parametrize(("error", "reason"), [(OSError("no room\nat all"), "no room"), (OSError(), "OSError")])
+def test_an_error_without_a_number_is_told_in_one_line(error, reason):
+    with pytest.raises(UserError, match=rf"m: cannot be saved \({reason}\);"), failing_clearly(Path("m")):
+        raise error

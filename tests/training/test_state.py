@@ -12,6 +12,7 @@ from torch import nn
 from library.errors import UserError
 from library.training import state, state_notes
 from library.training.ema import EMA
+from library.training.plan import Progress
 
 
 def make(width=4, optimizer=torch.optim.AdamW):
@@ -36,7 +37,7 @@ def step(parts, count=1):
 def test_what_is_loaded_goes_on_as_if_nothing_had_happened(tmp_path):
     whole = make()
     step(whole, 3)
-    state.save_state(tmp_path / "s", whole, state_notes.SavedProgress(3, 2, 7))
+    state.save_state(tmp_path / "s", whole, Progress(3, 2), 7)
     step(whole, 2)
     again = make()
     state.load_state(tmp_path / "s", again)
@@ -45,7 +46,8 @@ def test_what_is_loaded_goes_on_as_if_nothing_had_happened(tmp_path):
     assert whole.schedule.get_last_lr() == again.schedule.get_last_lr()
     for left, right in zip(*(p.extra["average"].state_dict().values() for p in (whole, again)), strict=True):
         assert torch.equal(left, right)
-    assert state_notes.read_progress(tmp_path / "s") == state_notes.SavedProgress(3, 2, 7)
+    assert state_notes.read_progress(tmp_path / "s") == Progress(3, 2)
+    assert state_notes.read_seed(tmp_path / "s") == 7
 
 
 def test_an_average_that_the_state_lacks_starts_from_its_weights(tmp_path):
@@ -54,7 +56,8 @@ def test_an_average_that_the_state_lacks_starts_from_its_weights(tmp_path):
     state.save_state(
         tmp_path / "s",
         state.StateParts(whole.trained, whole.optimizer, whole.schedule),
-        state_notes.SavedProgress(3, 1, 0),
+        Progress(3, 1),
+        0,
     )
     again = make()
     state.load_state(tmp_path / "s", again)
@@ -66,11 +69,12 @@ def test_states_of_earlier_trainers_are_read(tmp_path):
     """The layout is accelerate's; their train_state.json has no seed, and whole models' states have none at all."""
     parts = make()
     step(parts, 2)
-    state.save_state(tmp_path / "s", parts, state_notes.SavedProgress(2, 1, 0))
-    told = tmp_path / "s" / "train_state.json"
-    told.write_text(json.dumps({"current_epoch": 3, "current_step": 40}))
-    assert state_notes.read_progress(tmp_path / "s") == state_notes.SavedProgress(40, 3, None)
-    told.unlink()
+    state.save_state(tmp_path / "s", parts, Progress(2, 1), 0)
+    notes = tmp_path / "s" / "train_state.json"
+    notes.write_text(json.dumps({"current_epoch": 3, "current_step": 40}))
+    assert state_notes.read_progress(tmp_path / "s") == Progress(40, 3)
+    assert state_notes.read_seed(tmp_path / "s") is None
+    notes.unlink()
     (tmp_path / "s" / "random_states_0.pkl").write_bytes(b"never opened")
     assert state_notes.read_progress(tmp_path / "s") is None
     state.load_state(tmp_path / "s", make())
@@ -78,7 +82,7 @@ def test_states_of_earlier_trainers_are_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "scheduler.bin"])
 def test_a_state_that_lacks_a_file_is_none(tmp_path, name):
-    state.save_state(tmp_path / "s", make(), state_notes.SavedProgress(1, 1, 0))
+    state.save_state(tmp_path / "s", make(), Progress(1, 1), 0)
     (tmp_path / "s" / name).unlink()
     with pytest.raises(UserError, match=f"no whole state, it has no {name}"):
         state_notes.read_progress(tmp_path / "s")
@@ -87,7 +91,7 @@ def test_a_state_that_lacks_a_file_is_none(tmp_path, name):
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "scheduler.bin", "extra.bin"])
 @pytest.mark.parametrize("damage", [b"", b"no such format"])
 def test_damaged_files_are_named(tmp_path, name, damage):
-    state.save_state(tmp_path / "s", make(), state_notes.SavedProgress(1, 1, 0))
+    state.save_state(tmp_path / "s", make(), Progress(1, 1), 0)
     (tmp_path / "s" / name).write_bytes(damage)
     with pytest.raises(UserError, match=f"{name} cannot be read"):
         state.load_state(tmp_path / "s", make())
@@ -96,7 +100,7 @@ def test_damaged_files_are_named(tmp_path, name, damage):
 def test_states_of_something_else_are_refused(tmp_path):
     parts = make()
     step(parts)
-    state.save_state(tmp_path / "s", parts, state_notes.SavedProgress(1, 1, 0))
+    state.save_state(tmp_path / "s", parts, Progress(1, 1), 0)
     with pytest.raises(UserError, match=r"the state of another network or model: 1 of 2 tensors.*the first is weight"):
         state.load_state(tmp_path / "s", make(width=5))
     two = make()
@@ -110,7 +114,7 @@ def test_optimizer_tensors_of_another_shape_never_reach_a_kernel(tmp_path, numbe
     """In a state without checksums too: the step of such an optimizer reads beyond them."""
     parts = make()
     step(parts)
-    state.save_state(tmp_path / "s", parts, state_notes.SavedProgress(1, 1, 0))
+    state.save_state(tmp_path / "s", parts, Progress(1, 1), 0)
     (tmp_path / "s" / "train_state.json").unlink()
     saved = torch.load(tmp_path / "s" / "optimizer.bin", weights_only=True)
     saved["state"][0]["exp_avg"] = torch.zeros(numbers)
@@ -120,7 +124,7 @@ def test_optimizer_tensors_of_another_shape_never_reach_a_kernel(tmp_path, numbe
 
 
 def test_an_average_of_other_weights_is_refused(tmp_path):
-    state.save_state(tmp_path / "s", make(), state_notes.SavedProgress(1, 1, 0))
+    state.save_state(tmp_path / "s", make(), Progress(1, 1), 0)
     torch.save({"average": {"0": torch.zeros(4), "1": torch.zeros(3)}}, tmp_path / "s" / "extra.bin")
     with pytest.raises(UserError, match=r"extra\.bin does not fit the options \(average 0 has the shape \[4\]\)"):
         state.load_state(tmp_path / "s", make())
@@ -131,7 +135,7 @@ def test_a_pickle_that_runs_code_is_not_loaded(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    state.save_state(tmp_path / "s", make(), state_notes.SavedProgress(1, 1, 0))
+    state.save_state(tmp_path / "s", make(), Progress(1, 1), 0)
     torch.save({"state": Evil()}, tmp_path / "s" / "optimizer.bin")
     with pytest.raises(UserError, match=r"optimizer\.bin cannot be read"):
         state.load_state(tmp_path / "s", make())
@@ -143,7 +147,7 @@ def test_a_failure_while_saving_leaves_the_earlier_state(tmp_path, monkeypatch, 
     """The disk fills up at each of the files in turn."""
     parts = make()
     step(parts)
-    state.save_state(tmp_path / "s", parts, state_notes.SavedProgress(1, 1, 0))
+    state.save_state(tmp_path / "s", parts, Progress(1, 1), 0)
     before = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}
     step(parts)
     calls = []
@@ -161,10 +165,10 @@ def test_a_failure_while_saving_leaves_the_earlier_state(tmp_path, monkeypatch, 
 
     from library.checkpoints import writing
 
-    monkeypatch.setattr(torch, "save", fail_in_turn(torch.save))
+    monkeypatch.setattr(writing, "write_torch", fail_in_turn(writing.write_torch))
     monkeypatch.setattr(writing, "write_safetensors", fail_in_turn(writing.write_safetensors))
     monkeypatch.setattr(Path, "write_text", fail_in_turn(Path.write_text))
     with pytest.raises(OSError, match="No space left"):
-        state.save_state(tmp_path / "s", parts, state_notes.SavedProgress(2, 1, 0))
+        state.save_state(tmp_path / "s", parts, Progress(2, 1), 0)
     assert {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["s"]

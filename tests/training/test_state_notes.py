@@ -8,7 +8,8 @@ import pytest
 
 from library.errors import UserError
 from library.training import state_notes
-from library.training.state_notes import MODEL, OPTIMIZER, PROGRESS, SCHEDULE, SavedProgress
+from library.training.plan import Progress
+from library.training.state_notes import MODEL, OPTIMIZER, PROGRESS, SCHEDULE
 from tests.builders.rights import without_rights
 
 
@@ -16,7 +17,7 @@ from tests.builders.rights import without_rights
 def folder(tmp_path):
     for name in (MODEL, OPTIMIZER, SCHEDULE):
         (tmp_path / name).write_bytes(name.encode())
-    state_notes.write_notes(tmp_path, SavedProgress(4, 2, 7, False), {"optimizer": "torch.optim.AdamW"})
+    state_notes.write_notes(tmp_path, Progress(4, 2, epoch_ended=False), 7, {"optimizer": "torch.optim.AdamW"})
     return tmp_path
 
 
@@ -26,7 +27,8 @@ def change(folder, **values):
 
 
 def test_what_was_written_is_read(folder):
-    assert state_notes.read_progress(folder) == SavedProgress(4, 2, 7, False)
+    assert state_notes.read_progress(folder) == Progress(4, 2, epoch_ended=False)
+    assert state_notes.read_seed(folder) == 7
     assert state_notes.read_settings(folder) == {"optimizer": "torch.optim.AdamW"}
     state_notes.verify(folder)
     assert state_notes.is_whole(folder)
@@ -44,7 +46,8 @@ def test_what_was_written_is_read(folder):
 )
 def test_impossible_values_are_one_line(folder, name, value):
     change(folder, **{name: value})
-    read = state_notes.read_settings if name == "made_with" else state_notes.read_progress
+    others = {"made_with": state_notes.read_settings, "seed": state_notes.read_seed}
+    read = others.get(name, state_notes.read_progress)
     with pytest.raises(UserError) as caught:
         read(folder)
     (line,) = caught.value.problems
@@ -105,4 +108,4 @@ def test_a_state_that_may_not_be_looked_at_is_no_missing_one(tmp_path):
     folder.parent.chmod(0)
     with pytest.raises(UserError) as caught:
         without_rights(lambda: state_notes.read_progress(folder))
-    assert str(caught.value) == f"--resume: {folder}: it cannot be looked at (Permission denied)"
+    assert str(caught.value) == f"--resume: {folder}: it cannot be examined (Permission denied)"

@@ -41,6 +41,7 @@ SPEC = FamilySpec(
     },
     tools={"flux_merge_lora": FluxMergeOptions, "flux_extract_lora": FluxExtractOptions},
     kinds=(FLUX,),
+    network_layers=r"_unet_(double_blocks|single_blocks|single_transformer_blocks)_\d",
     folders={**FOLDERS, "denoiser": "transformer"},
     adapter=EntryPoint("library.families.flux.adapter:FluxFamily"),
     check_paths=EntryPoint("library.families.flux.variants:check_paths"),

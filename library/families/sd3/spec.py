@@ -29,6 +29,7 @@ SPEC = FamilySpec(
     },
     tools={"sd3_merge_lora": Sd3MergeOptions, "sd3_extract_lora": Sd3ExtractOptions},
     kinds=(SD3,),
+    network_layers=r"_unet_joint_blocks_\d",
     folders={**FOLDERS, "denoiser": "transformer"},
     adapter=EntryPoint("library.families.sd3.adapter:Sd3Family"),
     check_paths=EntryPoint("library.families.sd3.variants:check_paths"),

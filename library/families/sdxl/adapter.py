@@ -15,7 +15,7 @@ from library.families.sdxl.variants import model_facts
 from library.families.shared.clip import encode_penultimate, project_first_eos
 from library.families.shared.controlnet import UnetControl
 from library.families.shared.roles import UnetDenoiser, VaeLatents
-from library.families.shared.targets import clip_targets
+from library.families.shared.targets import clip_norms, clip_targets
 from library.families.shared.unet import map_of_config
 from library.text.chunking import tokenize
 from library.text.emphasis import tokenize_weighted
@@ -106,7 +106,11 @@ class SdxlDenoiser(UnetDenoiser):
 
 class SdxlTargets(Targets):
     def lora(self, models: Models) -> list[LoraTarget]:
-        text = [target for name, encoder in models.text_encoders.items() for target in clip_targets(encoder, name)]
+        text = [
+            target
+            for name, encoder in models.text_encoders.items()
+            for target in (*clip_targets(encoder, name), *clip_norms(encoder, name))
+        ]
         return text + unet_targets(models.denoiser)
 
 

@@ -32,6 +32,7 @@ SPEC = FamilySpec(
     },
     tools={"sdxl_merge_lora": SdxlMergeOptions},
     kinds=(SDXL,),
+    network_layers=r"_unet_((\w+_attentions|input_blocks_\d|output_blocks_\d|middle_block)_\d_transformer_blocks_[1-9])",
     folders={**FOLDERS, "denoiser": "unet"},
     adapter=EntryPoint("library.families.sdxl.adapter:SdxlFamily"),
     check_paths=EntryPoint("library.families.sdxl.variants:check_paths"),

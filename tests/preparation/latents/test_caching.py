@@ -45,7 +45,7 @@ def test_the_options_of_every_family_are_taken(family):
         (cache_latents, ("--sdxl",), "this is a Stable Diffusion 1.x model; a VAE, or an SDXL model, is needed here"),
         (cache_latents, ("--in_json=gone.json",), "--in_json: there is no file 'gone.json'"),
         (cache_latents, ("--flux",), "this is a Stable Diffusion 1.x model; a VAE, or a FLUX model, is needed here"),
-        (cache_texts, (), "say what the model is: --sdxl, --sd3, --flux"),
+        (cache_texts, (), "has no files of text encoder outputs; say what the model is: --sdxl, --sd3, "),
         (cache_texts, ("--sdxl",), "this is a Stable Diffusion 1.x model; a whole SDXL model is needed here"),
         (cache_texts, ("--sdxl", "--shuffle_caption"), "shuffle_caption"),
         (cache_latents, (NONE,), "name a model, or its VAE alone with --vae"),
