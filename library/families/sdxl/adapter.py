@@ -9,13 +9,12 @@ from library.families.base import Family, Loader, Targets, TextEncoding, Writer
 from library.families.sdxl.loading import SCALING_FACTOR, load_model, load_text_encoders
 from library.families.sdxl.options import TRAITS
 from library.families.sdxl.saving import save_model
-from library.families.sdxl.targets import block_index, unet_targets
+from library.families.sdxl.targets import block_index, text_targets, unet_targets
 from library.families.sdxl.tokenizers import sdxl_tokenizers
 from library.families.sdxl.variants import model_facts
 from library.families.shared.clip import encode_penultimate, project_first_eos
 from library.families.shared.controlnet import UnetControl
 from library.families.shared.roles import UnetDenoiser, VaeLatents
-from library.families.shared.targets import clip_norms, clip_targets
 from library.families.shared.unet import map_of_config
 from library.text.chunking import tokenize
 from library.text.emphasis import tokenize_weighted
@@ -106,11 +105,7 @@ class SdxlDenoiser(UnetDenoiser):
 
 class SdxlTargets(Targets):
     def lora(self, models: Models) -> list[LoraTarget]:
-        text = [
-            target
-            for name, encoder in models.text_encoders.items()
-            for target in (*clip_targets(encoder, name), *clip_norms(encoder, name))
-        ]
+        text = [target for name, encoder in models.text_encoders.items() for target in text_targets(encoder, name)]
         return text + unet_targets(models.denoiser)
 
 

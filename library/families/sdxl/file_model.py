@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 from library.errors import UserError
 from library.families.sdxl.keymap import text1_map, text2_map
 from library.families.sdxl.loading import text_encoders_of_file, unet_of_file
-from library.families.sdxl.targets import unet_targets
+from library.families.sdxl.targets import text_targets, unet_targets
 from library.families.sdxl.variants import ORIGINAL_CODE, file_problem, model_facts, projection_name
 from library.families.shared.clip import public_name
 from library.families.shared.file_model import FileModel, FilePart
 from library.families.shared.markers import V_PRED
 from library.families.shared.reading import Reader
-from library.families.shared.targets import clip_targets
 from library.families.shared.unet import map_of_config
 
 if TYPE_CHECKING:
@@ -34,6 +33,6 @@ def file_model(weights: Weights, encoder: str | None = None) -> FileModel:
     reader = Reader(weights, None)
     encoders, unet = text_encoders_of_file(reader), unet_of_file(reader)
     keys = {"te1": text1_map(), "te2": text2_map(projection_name(weights))}
-    parts = [FilePart(te, encoders[te], keys[te], clip_targets(encoders[te], te), public_name) for te in keys]
+    parts = [FilePart(te, encoders[te], keys[te], text_targets(encoders[te], te), public_name) for te in keys]
     parts.append(FilePart("denoiser", unet, map_of_config(unet.config), unet_targets(unet)))
     return FileModel(tuple(parts), model_facts(V_PRED in weights), ORIGINAL_CODE)

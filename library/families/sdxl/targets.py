@@ -10,6 +10,8 @@ from library.families.shared.targets import (
     LAST_NORM,
     UNET_CONTAINERS,
     UNET_ENDS,
+    clip_norms,
+    clip_targets,
     layers,
     lora_key,
     norms,
@@ -23,6 +25,14 @@ if TYPE_CHECKING:
 SIZE_EMBEDDING = ("add_embedding.linear_1", "add_embedding.linear_2")
 PER_WAY = 9  # numbered blocks on the way down, and on the way up
 FIRST_BLOCKS = {"input_blocks": 1, "middle_block": 10, "output_blocks": 13}  # in block-wise lists
+
+
+def text_targets(text_encoder: nn.Module, part: str) -> list[LoraTarget]:
+    """The linear layers of attention and MLP, in the model's order, then, `from_file`, the norms.
+
+    Args: part: the encoder's name, "te1" or "te2".
+    """
+    return clip_targets(text_encoder, part) + clip_norms(text_encoder, part)
 
 
 def unet_targets(denoiser: nn.Module) -> list[LoraTarget]:
