@@ -63,6 +63,8 @@ def test_without_arguments_all_is_off(kind):
         *((LyLoconArgs, {name: 1.5}, "at most 1") for name in ("dropout", "module_dropout")),
         *((kind, {"rank_dropout": 1}, "below 1") for kind in (LoraArgs, LohaArgs, WholeArgs)),
         *((kind, {"module_dropout": -0.1}, "at least 0") for kind in (LoraArgs, LohaArgs, OftArgs)),
+        (LoraArgs, {"rank_dropout": -0.1}, "at least 0"),
+        (PerturbedLoraArgs, {"ggpo_sigma": -1, "ggpo_beta": 1}, "at least 0"),
         (OftArgs, {"module_dropout": 1.5}, "at most 1"),
         (OftArgs, {"constraint": -1}, "at least 0"),
         (DyLoraArgs, {"unit": 0}, "at least 1"),
