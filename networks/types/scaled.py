@@ -109,7 +109,8 @@ class GloraLayer(ChangeLayer):
         return 2
 
     def whole_change(self) -> Tensor:
-        return _glora(self.tensors(), self._weight()) * self.scale
+        weight = self._weight().to(self.alpha.device)  # a block that is swapped lies elsewhere between steps
+        return _glora(self.tensors(), weight) * self.scale
 
     def init_weights(self, rng: torch.Generator) -> None:
         for name in self.names:

@@ -15,6 +15,11 @@ def test_factors_are_those_of_lycoris(factor):
     assert [factors(width, factor) for width in WIDTHS] == [general.factorization(width, factor) for width in WIDTHS]
 
 
+def test_factors_are_whole_and_as_close_as_they_can_be_by_default():
+    assert (factors(360), power_of_two_factors(360)) == ((18, 20), (360, 1))
+    assert [type(number) for number in (*factors(360, 8), *factors(7, 4))] == [int] * 4
+
+
 @pytest.mark.parametrize("factor", [-1, 2, 3, 4, 6, 8, 9, 16, 100])
 def test_blocks_of_powers_of_two_are_those_of_lycoris(factor):
     """Largest blocks first. lycoris gives None where there are none."""

@@ -123,7 +123,9 @@ def test_some_pieces_of_a_fused_layer(tmp_path):
     parts = nn.ModuleDict({name: nn.Linear(6, 4) for name in ("to_q", "to_k", "to_v")})
     models, target = Models(parts, {}, {}, None), LoraTarget("lora_unet_qkv", "denoiser", ("to_q", "to_k", "to_v"))
     down, up = torch.randn(2, 6), torch.randn(4, 2)
-    save_file({"unet.to_k.lora_A.weight": down, "unet.to_k.lora_B.weight": up}, tmp_path / "a.safetensors")
+    pair = {"unet.to_k.lora_A.weight": down.bfloat16(), "unet.to_k.lora_B.weight": up.bfloat16()}
+    save_file({**pair, "unet.to_k.alpha": torch.tensor(3.0)}, tmp_path / "a.safetensors")
+    down, up = down.bfloat16().float(), up.bfloat16().float() * 3 / 2
     x = torch.randn(3, 6)
     q, k, v = (parts[name](x) for name in parts)
     network = lora.from_weights([target], models, lora.read(tmp_path / "a.safetensors"), args={})

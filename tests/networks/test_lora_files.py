@@ -12,8 +12,9 @@ from torch import nn
 from library.errors import UserError
 from library.types import LoraTarget, Models
 from networks import build
-from networks.layer_args import LoraArgs
+from networks.layer_args import LoraArgs, SplitLoraArgs
 from networks.types.lora import Entry, LoraLayer
+from networks.types.lora_split import DitLoraLayer
 from tests.networks.builders import lora
 
 
@@ -82,6 +83,17 @@ def test_changes_are_computed_in_float32():
 def test_modules_that_lora_cannot_adapt(modules):
     with pytest.raises(TypeError, match="LoRA cannot adapt"):
         LoraLayer.build(modules, 2, 1.0, LoraArgs())
+
+
+def test_a_split_layer_of_another_size_is_refused():
+    def split(*widths, rank=2):
+        modules, args = [nn.Linear(6, width) for width in widths], SplitLoraArgs(split_qkv=True)
+        return DitLoraLayer.build(modules, rank, 1.0, args)
+
+    with pytest.raises(UserError, match="the file's layer has 10 outputs, the model's 8"):
+        split(4, 4).load(split(4, 6).file_state())
+    with pytest.raises(UserError, match="the file's rank is 6; with split_qkv=True a rank of 2 is 4 in files"):
+        split(4, 4).load(split(4, 4, rank=3).file_state())
 
 
 class Evil:

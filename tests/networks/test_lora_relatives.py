@@ -57,7 +57,7 @@ def test_the_file_is_that_of_lora(module, models, targets, outputs, tmp_path):
 def test_files_are_read_again(module, models, targets, outputs, tmp_path):
     network = trained(make(module, targets, models))
     file = module.read(write(network, tmp_path / "a.safetensors"))
-    again = make(module, targets, models, seed=12)
+    again = make(module, targets, models, seed=12, alpha=1.0)
     assert module.load(again, file) == (len(network.layers()), 0, 0)
     built = module.from_weights(targets, models, file, dropout=None, args={})
     for one in (again, built):
@@ -129,6 +129,28 @@ def test_a_step_of_dylora_trains_one_block_on_top_of_those_below(unit, kind):
         change = x @ weight.T if kind == "linear" else nn.functional.conv2d(x, weight, stride=2, padding=1)
         torch.testing.assert_close(output, bare + change, rtol=1e-4, atol=1e-5)
     assert seen == set(range(rank // unit))
+
+
+def test_dylora_refuses_fused_layers():
+    models = Models(nn.ModuleDict({name: nn.Linear(5, 7) for name in ("q", "k")}), {}, {}, None)
+    with pytest.raises(UserError, match=r"networks\.dylora cannot adapt this model: it has fused layers"):
+        make(dylora, [LoraTarget("lora_unet_qk", "denoiser", ("q", "k"))], models)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_dylora_on_a_base_in_fewer_bits(autocast):
+    q = nn.Linear(5, 7).bfloat16()
+    network, models = one_layer(dylora, One(q), dim=3)
+    trained(network).eval()
+    x, exact = torch.randn(4, 5).bfloat16(), copy.deepcopy(q).float()
+    bare = exact(x.float())
+    network.attach(models)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = q(x)
+    state = network.layers()["lora_unet_q"].file_state()
+    expected = bare + x.float() @ (state["lora_up.weight"] @ state["lora_down.weight"] * 2 / 3).T
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, rtol=0.03, atol=0.03)  # bfloat16 has 8 bits
 
 
 def test_an_optimizer_leaves_the_other_blocks_as_they_were():

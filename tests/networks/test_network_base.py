@@ -112,6 +112,8 @@ def test_detach_leaves_nothing_and_the_model_never_holds_the_network(randomise):
         network.attach(models)
     network.detach()
     assert torch.equal(denoiser(x), before)
+    network.attach(models)
+    assert not torch.allclose(denoiser(x), before)
 
 
 def test_multiplier_is_linear(randomise):

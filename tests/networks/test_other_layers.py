@@ -148,6 +148,40 @@ def test_fused_layers_have_their_rows_of_one_change(name):
     torch.testing.assert_close(torch.cat(outputs, -1), adapted(layer, whole, x), rtol=1e-4, atol=1e-4)
 
 
+def test_merging_has_a_strength_and_may_be_undone():
+    """Weights and biases."""
+    module = module_of("linear")
+    layer, _ = made("full", module)
+    x, file = input_for(module), NetworkFile("f", {"k": dict(layer.file_state())})
+    layer.multiplier = 0.5
+    expected, models = adapted(layer, module, x), Models(nn.ModuleDict({"x": copy.deepcopy(module)}), {}, {}, None)
+    target = LoraTarget("k", "denoiser", ("x",))
+    merge([target], models, file, 0.5)
+    torch.testing.assert_close(models.denoiser.x(x), expected, rtol=1e-4, atol=1e-5)
+    merge([target], models, file, -0.5)
+    torch.testing.assert_close(models.denoiser.x(x), module(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="f: k: x are of no type that is known here"):
+        merge([target], models, NetworkFile("f", {"k": {"x": torch.ones(1)}}), 1.0)
+    wide = Models(nn.ModuleDict({"x": nn.Linear(18, 48)}), {}, {}, None)
+    with pytest.raises(UserError, match=r"f: k: shape .* does not fit") as caught:
+        merge([target], wide, file, 1.0)
+    assert caught.value.hint == "was it made for another model?"
+
+
+def test_fused_layers_are_merged_with_the_weights_of_all_their_modules():
+    """A change that depends on the weight."""
+    parts = nn.ModuleDict({name: nn.Linear(12, width) for name, width in (("q", 7), ("k", 10), ("v", 7))})
+    models, target = Models(parts, {}, {}, None), LoraTarget("k", "denoiser", ("q", "k", "v"))
+    whole = module_of("linear")
+    whole.weight.data = torch.cat([part.weight.data for part in parts.values()])
+    whole.bias.data = torch.cat([part.bias.data for part in parts.values()])
+    layer, _ = made("glora", whole)
+    x = input_for(whole)
+    merge([target], models, NetworkFile("f", {"k": dict(layer.file_state())}), 1.0)
+    found = torch.cat([part(x) for part in parts.values()], dim=-1)
+    torch.testing.assert_close(found, adapted(layer, whole, x), rtol=1e-4, atol=1e-4)
+
+
 LOW_PRECISION = [(name, "linear") for name in CASES] + [("norm", kind) for kind in NORMS]
 
 

@@ -272,6 +272,15 @@ def test_groups_inside_the_backward_pass_change_nothing(name, count):
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "count", "parts"),
+    [((4, 4, 4, 4), 2, [[4, 4], [4, 4]]), ((1, 1, 6), 4, [[1, 1], [6]]), ((4, 0), 2, [[4, 0]]), ((0,), 3, [[0]])],
+)
+def test_parts_of_about_equal_size(sizes, count, parts):
+    found = equal_parts([torch.ones(size) for size in sizes], count)
+    assert [[weight.numel() for weight in part] for part in found] == parts
+
+
 def any_optimizer_of(model, name):
     if name in NAMES:
         return optimizer_of(model, name)

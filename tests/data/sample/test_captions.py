@@ -169,6 +169,7 @@ def test_token_warmup():
     assert caption("a,b,c,d,e,f", step=10, **grow) == "a, b, c, d, e, f"
     assert caption("a,b", step=9, token_warmup_step=10, token_warmup_min=5) == "a, b"
     assert caption("a,b,c", step=0, keep_tokens=2, **grow) == "a, b, c"
+    assert caption("a,b,c", step=0, token_warmup_step=1) == "a"
 
 
 def test_fractional_warmup_is_of_the_whole_run():
@@ -195,6 +196,7 @@ def test_whole_caption_dropout():
     options = {"caption_dropout_every_n_epochs": 2, "caption_prefix": "P"}
     assert caption("a,b", epoch=2, **options) == ""
     assert caption("a,b", epoch=1, **options) == "P a,b"
+    assert caption("a,b", epoch=1, caption_dropout_every_n_epochs=1) == ""
     dropped = sum(caption("a", seed=seed, caption_dropout_rate=0.25) == "" for seed in range(4000))
     assert dropped / 4000 == pytest.approx(0.25, abs=0.03)
 
