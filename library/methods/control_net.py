@@ -13,11 +13,11 @@ from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from library.families.base import Control, Family
     from library.options.base import Options
-    from library.types import Batch, Denoise, Models, TextCond
+    from library.types import Denoise, Models
 
 ADDED = "controlnet_"  # how the names of layers begin that the denoiser does not have
 
@@ -34,8 +34,7 @@ class ControlNetMethod(Method):
 
     def attach(self, family: Family, models: Models) -> None:
         models.freeze()
-        control = family.control
-        assert control is not None, "a family that offers this method has ControlNets"
+        control = self._control_of(family)
         name = self.opts.method.controlnet_model_name_or_path
         net = control.load(models, name) if name else self._build(control, models)
         self._control, self._net = control, net
@@ -47,6 +46,10 @@ class ControlNetMethod(Method):
         count = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
         source = f"read from {name}" if name else "with copies of the base model's weights"
         LOGGER.info("ControlNet %s: %.1f million weights are trained", source, count / 1e6)
+
+    def _control_of(self, family: Family) -> Control:
+        assert family.control is not None, "a family that offers this method has ControlNets"
+        return family.control
 
     def _build(self, control: Control, models: Models) -> nn.Module:
         """A new one; the layers that the denoiser does not have begin as the run's seed says, in every process."""
@@ -64,8 +67,11 @@ class ControlNetMethod(Method):
         return self._attached()
 
     def denoise(self, family: Family, models: Models) -> Denoise:
-        """The family's denoiser with the ControlNet's residuals; alone where the batch has no control images."""
-        return partial(denoise_with, family, models, self._attached())
+        """The family's denoiser with the ControlNet; alone where the batch has no control images."""
+        return partial(self._control_of(family).predict, models, self._attached())
+
+    def needs_vae(self) -> bool:
+        return self._control is not None and self._control.needs_vae
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         net, by_name = self._attached(), {}
@@ -93,7 +99,7 @@ class ControlNetMethod(Method):
 
     def file_suffix(self) -> str:
         save_as = self._save_as()
-        return "" if save_as == "diffusers" else f".{save_as}"
+        return "" if save_as.startswith("diffusers") else f".{save_as}"
 
     def metadata(self) -> dict[str, Any]:
         return {"modelspec.suffix": "/controlnet"}
@@ -106,22 +112,3 @@ class ControlNetMethod(Method):
 
     def _save_as(self) -> str:
         return self.opts.saving.save_model_as or "safetensors"
-
-
-def denoise_with(
-    family: Family,
-    models: Models,
-    net: nn.Module,
-    noisy: Tensor,
-    timesteps: Tensor,
-    cond: TextCond,
-    batch: Batch,
-) -> Tensor:
-    """The prediction, shaped like `noisy`, with the residuals of a ControlNet where `batch` has control images.
-
-    See `Denoiser.predict` and `Control.residuals`.
-    """
-    residuals = None
-    if batch.control is not None:
-        residuals = family.control.residuals(net, noisy, timesteps, cond, batch)
-    return family.denoiser.predict(models, noisy, timesteps, cond, batch, residuals)

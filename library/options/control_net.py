@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from library.options.base import Options, opt
 from library.options.data import DataOptions
-from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
+from library.options.large_models import (
+    BlockSwapOptions,
+    FusedOptions,
+    LargeModelOptions,
+    OldBlockSwapOptions,
+    TextCacheOptions,
+)
 from library.options.loss import LossOptions
 from library.options.memory import MemoryOptions
 from library.options.method import MethodOptions
@@ -24,10 +30,11 @@ if TYPE_CHECKING:
 class ControlNetOptions(MethodOptions, title="ControlNet"):
     usual_rate: ClassVar[str] = "it is made for whole models, a ControlNet usually wants 1e-5 to 1e-4"
     needs_common_rate: ClassVar[bool] = True
+    can_be_sharded: ClassVar[bool] = True
 
     controlnet_model_name_or_path: str | None = opt(
         None,
-        "ControlNet to go on training, a file or a Diffusers folder; made from the base model if not given",
+        "ControlNet to go on training: a file, a Diffusers folder or a hub id; made from the base model if not given",
     )
 
     @property
@@ -98,9 +105,39 @@ class AllMetadata(MetadataOptions, without=("no_metadata",)):
     pass
 
 
+@dataclass(frozen=True, kw_only=True)
+class AliasedControlNetData(ControlNetData):
+    skip_latents_validity_check: bool = opt(
+        False, "the same as --skip_cache_check", alias_of="skip_cache_check", deprecated="--skip_cache_check"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyControlNetSaving(SavingOptions):
+    save_model_as: Literal["ckpt", "safetensors", "diffusers", "diffusers_safetensors"] | None = opt(
+        None, "file format of what is saved, safetensors if not given; diffusers: a folder for from_pretrained"
+    )
+    use_safetensors: bool = opt(False, "save as safetensors, as is done where --save_model_as is not given")
+    mem_eff_save: bool = opt(False, "save tensor by tensor, without a copy of the weights in memory; always done")
+
+
+class MaskedControlNetLoss(LossOptions, without=("prior_loss_weight",)):
+    pass
+
+
+class OffloadedControlNetMemory(MemoryOptions, without=("fp8_base_unet",)):
+    pass
+
+
+class LargeControlNetModel(LargeModelOptions, without=("no_half_vae",)):
+    pass
+
+
 _SHARED = (ControlNetData, ControlNetSaving, ControlNetLoss, ControlNetTraining, ControlNetMemory)
 CONTROL_NET_GROUPS = (ControlNetOptions, ControlNetModelOptions, NoMetadata, *_SHARED)
-LARGE_CONTROL_NET_GROUPS = (
-    *(TwoRateControlNetOptions, LargeModelOptions, AllMetadata),
-    *(TextCacheOptions, BlockSwapOptions),
+ONE_RATE_CONTROL_NET_GROUPS = (LargeModelOptions, AllMetadata, TextCacheOptions, BlockSwapOptions)
+LARGE_CONTROL_NET_GROUPS = (TwoRateControlNetOptions, *ONE_RATE_CONTROL_NET_GROUPS)
+FUSED_CONTROL_NET_GROUPS = (
+    *(LargeControlNetModel, AllMetadata, TextCacheOptions, OldBlockSwapOptions, FusedOptions),
+    *(AliasedControlNetData, AnyControlNetSaving, MaskedControlNetLoss, OffloadedControlNetMemory),
 )

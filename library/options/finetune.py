@@ -30,6 +30,7 @@ class WholeModelOptions(MethodOptions, title="Training"):
     """The options of every script that trains whole models."""
 
     trains_model: ClassVar[bool] = True
+    can_be_sharded: ClassVar[bool] = True
 
     usual_rate: ClassVar[str] = ""
     needs_common_rate: ClassVar[bool] = True

@@ -13,6 +13,7 @@ class MethodOptions(OptionGroup, group="method", title="Method", always=True):
     """The neutral method: nothing is trained."""
 
     trains_model: ClassVar[bool] = False  # whether the model's own weights are trained, and not only what is added
+    can_be_sharded: ClassVar[bool] = False  # whether FSDP2 can shard what is trained over the processes
     # What only some methods offer. Without annotations: fields keep the order of the class that declares them.
     no_token_padding = False
     network_train_unet_only = True

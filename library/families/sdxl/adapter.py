@@ -12,10 +12,10 @@ from library.families.sdxl.saving import save_model
 from library.families.sdxl.targets import block_index, unet_targets
 from library.families.sdxl.tokenizers import sdxl_tokenizers
 from library.families.shared.clip import encode_penultimate, project_first_eos
-from library.families.shared.controlnet import UnetControl
 from library.families.shared.roles import UnetDenoiser, VaeLatents
 from library.families.shared.targets import clip_targets
 from library.families.shared.unet import map_of_config
+from library.families.shared.unet_controlnet import UnetControl
 from library.text.chunking import tokenize
 from library.text.emphasis import tokenize_weighted
 from library.types import LoraTarget, Models, TextCond, TextLayout

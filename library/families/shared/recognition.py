@@ -134,21 +134,24 @@ def vae_kind_problem(kind: ModelKind, kinds: tuple[ModelKind, ...]) -> str | Non
     return f"this is {kind}; a VAE, or {' or '.join(map(str, kinds))}, is needed here"
 
 
-def controlnet_problem(opts: Options) -> str | None:
-    """What is wrong with the ControlNet that the options name, as far as names show; None where they name none."""
+def controlnet_problem(opts: Options, class_name: str) -> str | None:
+    """What is wrong with the ControlNet that the options name, as far as names show; None where they name none.
+
+    Args: class_name: what diffusers calls the family's ControlNets.
+    """
+
+    def problem_of(path: Path) -> str | None:
+        if path.is_dir():
+            config = path / "config.json"
+            if not config.is_file():
+                return "not the Diffusers folder of a ControlNet: config.json is missing"
+            name = read_json(config).get("_class_name")
+            return None if name == class_name else f"this is a {name}; a {class_name} is needed here"
+        kind = recognise_file(path)
+        return None if kind in (None, CONTROLNET) else f"this is {kind}; a ControlNet is needed here"
+
     name = opts.method.controlnet_model_name_or_path
-    return path_problem("--controlnet_model_name_or_path", name, _no_controlnet) if name else None
-
-
-def _no_controlnet(path: Path) -> str | None:
-    if path.is_dir():
-        config = path / "config.json"
-        if not config.is_file():
-            return "not the Diffusers folder of a ControlNet: config.json is missing"
-        name = read_json(config).get("_class_name")
-        return None if name == "ControlNetModel" else f"this is a {name}; a ControlNetModel is needed here"
-    kind = recognise_file(path)
-    return None if kind in (None, CONTROLNET) else f"this is {kind}; a ControlNet is needed here"
+    return path_problem("--controlnet_model_name_or_path", name, problem_of) if name else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
