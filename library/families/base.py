@@ -190,7 +190,7 @@ class Control(Role, ABC):
 class Family:
     """A model family, made from the options of a run: one object for each role.
 
-    `control` is None where there are no ControlNets for it here.
+    `control` and `lllite` are None where there are no ControlNets and no ControlNet-LLLite for it here.
     """
 
     traits: FamilyTraits
@@ -206,6 +206,7 @@ class Family:
         targets: Targets,
         writer: Writer,
         control: Control | None = None,
+        lllite: Control | None = None,
     ):
         self.opts = opts
         self.loader = loader
@@ -215,3 +216,4 @@ class Family:
         self.targets = targets
         self.writer = writer
         self.control = control
+        self.lllite = lllite

@@ -23,7 +23,11 @@ ADDED = "controlnet_"  # how the names of layers begin that the denoiser does no
 
 
 class ControlNetMethod(Method):
-    """A ControlNet, new or read from a file. Its residuals go into every prediction whose batch has control images."""
+    """A ControlNet, new or read from a file. It acts in every prediction whose batch has control images."""
+
+    title, new = "ControlNet", "with copies of the base model's weights"  # for the log
+    label = "controlnet"  # of the learning rate in the logs
+    suffix = "/controlnet"  # of the architecture in metadata
 
     def __init__(self, opts: Options):
         super().__init__(opts)
@@ -35,17 +39,20 @@ class ControlNetMethod(Method):
     def attach(self, family: Family, models: Models) -> None:
         models.freeze()
         control = self._control_of(family)
-        name = self.opts.method.controlnet_model_name_or_path
+        name = self.opts.method.start_from
         net = control.load(models, name) if name else self._build(control, models)
         self._control, self._net = control, net
         for weight, rate in zip(net.parameters(), self._rates(), strict=True):
             weight.requires_grad_(bool(rate))  # the options have made sure that one of the rates is not 0
+        self._prepare(net)
+        count = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
+        source = f"read from {name}" if name else self.new
+        LOGGER.info("%s %s: %.1f million weights are trained", self.title, source, count / 1e6)
+
+    def _prepare(self, net: nn.Module) -> None:
         set_attention(net, self.opts.memory)
         if self.opts.memory.gradient_checkpointing:
             net.enable_gradient_checkpointing()
-        count = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
-        source = f"read from {name}" if name else "with copies of the base model's weights"
-        LOGGER.info("ControlNet %s: %.1f million weights are trained", source, count / 1e6)
 
     def _control_of(self, family: Family) -> Control:
         assert family.control is not None, "a family that offers this method has ControlNets"
@@ -77,7 +84,7 @@ class ControlNetMethod(Method):
         net, by_name = self._attached(), {}
         for (name, weight), rate in zip(net.named_parameters(), self._rates(), strict=True):
             if weight.requires_grad:
-                label = "controlnet" if name.startswith(ADDED) or self.opts.method.added_rate is None else "unet"
+                label = self.label if name.startswith(ADDED) or self.opts.method.added_rate is None else "unet"
                 by_name.setdefault(label, {"params": [], "lr": rate, "name": label})["params"].append(weight)
         return list(by_name.values())
 
@@ -102,7 +109,7 @@ class ControlNetMethod(Method):
         return "" if save_as.startswith("diffusers") else f".{save_as}"
 
     def metadata(self) -> dict[str, Any]:
-        return {"modelspec.suffix": "/controlnet"}
+        return {"modelspec.suffix": self.suffix}
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
         """Writes the ControlNet in its family's layout, with what the metadata says about the model alone."""
@@ -112,3 +119,18 @@ class ControlNetMethod(Method):
 
     def _save_as(self) -> str:
         return self.opts.saving.save_model_as or "safetensors"
+
+
+class LlliteMethod(ControlNetMethod):
+    """A ControlNet-LLLite, new or read from a file."""
+
+    title, new = "ControlNet-LLLite", "new"
+    label = "lllite"
+    suffix = "/control-net-lllite"
+
+    def _control_of(self, family: Family) -> Control:
+        assert family.lllite is not None, "a family that offers this method has such networks"
+        return family.lllite
+
+    def _prepare(self, net: nn.Module) -> None:
+        """It has no attention, and is recomputed with the layers of the model that it stands before."""

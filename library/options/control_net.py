@@ -19,6 +19,7 @@ from library.options.loss import LossOptions
 from library.options.memory import MemoryOptions
 from library.options.method import MethodOptions
 from library.options.models import ModelOptions
+from library.options.network import LARGEST_RANK
 from library.options.saving import MetadataOptions, SavingOptions
 from library.options.training import TrainingOptions
 
@@ -27,15 +28,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlNetOptions(MethodOptions, title="ControlNet"):
-    usual_rate: ClassVar[str] = "it is made for whole models, a ControlNet usually wants 1e-5 to 1e-4"
-    needs_common_rate: ClassVar[bool] = True
-    can_be_sharded: ClassVar[bool] = True
+class ControlOptions(MethodOptions):
+    """What is the same for all networks that read control images."""
 
-    controlnet_model_name_or_path: str | None = opt(
-        None,
-        "ControlNet to go on training: a file, a Diffusers folder or a hub id; made from the base model if not given",
-    )
+    needs_common_rate: ClassVar[bool] = True
+
+    @property
+    def start_from(self) -> str | None:
+        """The network to go on training; None: a new one."""
+        raise NotImplementedError
 
     @property
     def added_rate(self) -> float | None:
@@ -48,6 +49,21 @@ class ControlNetOptions(MethodOptions, title="ControlNet"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlNetOptions(ControlOptions, title="ControlNet"):
+    usual_rate: ClassVar[str] = "it is made for whole models, a ControlNet usually wants 1e-5 to 1e-4"
+    can_be_sharded: ClassVar[bool] = True
+
+    controlnet_model_name_or_path: str | None = opt(
+        None,
+        "ControlNet to go on training: a file, a Diffusers folder or a hub id; made from the base model if not given",
+    )
+
+    @property
+    def start_from(self) -> str | None:
+        return self.controlnet_model_name_or_path
+
+
+@dataclass(frozen=True, kw_only=True)
 class TwoRateControlNetOptions(ControlNetOptions):
     control_net_lr: float = opt(
         1e-4,
@@ -57,6 +73,28 @@ class TwoRateControlNetOptions(ControlNetOptions):
     @property
     def added_rate(self) -> float | None:
         return self.control_net_lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlliteOptions(ControlOptions, title="ControlNet-LLLite"):
+    usual_rate: ClassVar[str] = "it is made for whole models, a ControlNet-LLLite usually wants 1e-4 to 4e-4"
+
+    cond_emb_dim: int | None = opt(
+        None, "channels of the embedded control image; 32 if not given", at_least=2, at_most=LARGEST_RANK, off=0
+    )
+    network_dim: int | None = opt(
+        None, "inner width of the networks; 64 if not given", at_least=1, at_most=LARGEST_RANK, off=0
+    )
+    network_dropout: float | None = opt(None, "dropout probability inside the networks", at_least=0, below=1, off=0)
+    network_weights: str | None = opt(None, "file to go on training, which decides both widths", exists="file")
+
+    @property
+    def start_from(self) -> str | None:
+        return self.network_weights
+
+    @property
+    def lllite_weights(self) -> str | None:
+        return self.network_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +117,11 @@ class ControlNetSaving(SavingOptions):
     save_model_as: Literal["ckpt", "pt", "safetensors", "diffusers"] | None = opt(
         "safetensors", "file format of what is saved; diffusers: a folder for ControlNetModel.from_pretrained"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlliteSaving(SavingOptions):
+    save_model_as: Literal["ckpt", "pt", "safetensors"] | None = opt("safetensors", "file format of what is saved")
 
 
 class ControlNetLoss(LossOptions, without=("prior_loss_weight", "masked_loss")):
@@ -135,6 +178,7 @@ class LargeControlNetModel(LargeModelOptions, without=("no_half_vae",)):
 
 _SHARED = (ControlNetData, ControlNetSaving, ControlNetLoss, ControlNetTraining, ControlNetMemory)
 CONTROL_NET_GROUPS = (ControlNetOptions, ControlNetModelOptions, NoMetadata, *_SHARED)
+LLLITE_GROUPS = (LlliteOptions, LlliteSaving, ControlNetData, ControlNetLoss, ControlNetTraining, ControlNetMemory)
 ONE_RATE_CONTROL_NET_GROUPS = (LargeModelOptions, AllMetadata, TextCacheOptions, BlockSwapOptions)
 LARGE_CONTROL_NET_GROUPS = (TwoRateControlNetOptions, *ONE_RATE_CONTROL_NET_GROUPS)
 FUSED_CONTROL_NET_GROUPS = (

@@ -35,6 +35,7 @@ COUNTS = {
     "sdxl_train_control_net": 169,
     "flux_train_control_net": 193,
     "sd3_train_control_net": 187,
+    "sdxl_train_control_net_lllite": 171,
 }
 # options that earlier trainers do not have
 OURS = {"strict", "data_index_dir", "ema", "ema_decay", "stochastic_rounding"}
@@ -52,6 +53,7 @@ OURS_OF = {  # of one method, or of one script
     "dreambooth": VALIDATION,
     "embedding": VALIDATION | OF_NETWORKS,
     "control_net": VALIDATION | {"quantize_base"},
+    "lllite": VALIDATION | {"quantize_base"},
     "sdxl_train_network": {"text_encoder_batch_size", "blocks_to_swap"},
     "sd3_train": {"text_encoder_lr1", "text_encoder_lr2", "text_encoder_lr3"},  # as guides print them
     "sdxl_train_textual_inversion": {"blocks_to_swap"},
@@ -60,6 +62,7 @@ OURS_OF = {  # of one method, or of one script
     "sdxl_train": {"text_encoder_batch_size", "blocks_to_swap", "blockwise_fused_optimizers"},
     "sdxl_train_control_net": {"text_encoder_batch_size", "blocks_to_swap"},
     "sd3_train_control_net": {"save_model_as"},
+    "sdxl_train_control_net_lllite": {"text_encoder_batch_size", "blocks_to_swap"},
 }
 ROOT = Path(__file__).parents[2]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.families.base import Family, Loader, Targets, TextEncoding, Writer
+from library.families.sdxl.lllite import LlliteControl
 from library.families.sdxl.loading import SCALING_FACTOR, load_model, load_text_encoders
 from library.families.sdxl.options import TRAITS
 from library.families.sdxl.saving import save_model
@@ -49,6 +50,7 @@ class SdxlFamily(Family):
             targets=SdxlTargets(opts),
             writer=SdxlWriter(opts),
             control=UnetControl(opts, denoiser, original_names=False),
+            lllite=LlliteControl(opts, denoiser),
         )
 
 

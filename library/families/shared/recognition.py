@@ -32,6 +32,7 @@ _NO_MODELS = (
         keys=r"^lora_|\.lora_(down|up|A|B)\.|\.hada_w1_a$|\.lokr_w1|\.oft_(blocks|diag)$",
     ),
     ModelKind("a Textual Inversion embedding", keys=r"^emb_params$|^clip_[lg]$|^string_to_param"),
+    ModelKind("a ControlNet-LLLite", keys=r"^lllite_"),
     CONTROLNET,
 )
 _PARTS = (
