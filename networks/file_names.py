@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+from library.checkpoints.embeddings import BUNDLED
 from library.errors import UserError
 from networks.layouts import kohya_name
 from networks.registry import TYPES
@@ -25,7 +26,7 @@ FORMATS = (
     (r"\.w_norm$", "LyCORIS with trained norms", _LYCORIS),
     (r"\.lora_mid\.weight$", "LoCon in Tucker form", _LYCORIS),
     (r"\.dora_scale$", "DoRA", _LYCORIS),
-    (r"^bundle_emb\.", "LoRA with embeddings inside", "write it without the embeddings"),
+    (rf"^{re.escape(BUNDLED)}", "embeddings without any layer", "give a network file"),
     (r"\.lora_B\.bias$", "LoRA with biases (a control LoRA)", "give a file without them"),
     (r"^(emb_params|clip_[lg]|string_to_param.*)$", "a Textual Inversion embedding", "give a network file"),
     (r"^model\.diffusion_model\.", "a whole model", "give a network file"),
@@ -48,7 +49,7 @@ def require_types(path: Path, names: Iterable[str], types: Sequence[NetworkType]
     """
     names = list(names)
     layers: dict[str, set[str]] = {}
-    for name in names:
+    for name in [name for name in names if not name.startswith(BUNDLED)] or names:
         layer, _, tensor = kohya_name(name).partition(".")
         layers.setdefault(layer, set()).add(tensor)
     others = [

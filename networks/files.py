@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from library.checkpoints.embeddings import BUNDLED
 from library.checkpoints.reading import file_format, read_header, read_state_dict
 from library.errors import UserError
 from networks.file_names import named_format
@@ -114,11 +115,14 @@ class NetworkFile:
 def read(path: str | Path) -> NetworkFile:
     """Reads a .safetensors, or a .ckpt/.pt without running code from it. Names of other programs become kohya's.
 
+    Embeddings beside the layers are left out.
+
     Raises: UserError: missing or broken, or its names are not ``<layer>.<tensor>``.
     """
     entries: Entries = {}
     tensors = read_state_dict(path)
-    for name, tensor in tensors.items():
+    layers = {name: tensor for name, tensor in tensors.items() if not name.startswith(BUNDLED)}
+    for name, tensor in (layers or tensors).items():
         layer, dot, rest = kohya_name(name).partition(".")
         if not dot:
             raise UserError(f"{path}: holds {name}, so it is no file of a network.{named_format(tensors)}")

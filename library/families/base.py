@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -190,7 +191,9 @@ class Control(Role, ABC):
 class Family:
     """A model family, made from the options of a run: one object for each role.
 
-    `control` and `lllite` are None where there are no ControlNets and no ControlNet-LLLite for it here.
+    `control` and `lllite` are None where there are no ControlNets and no ControlNet-LLLite for it here. `text_places`
+    gives the paths of the denoiser's cross-attention layers by the names that files have for their places, in the
+    order of the denoiser; None where no such files are known.
     """
 
     traits: FamilyTraits
@@ -207,6 +210,7 @@ class Family:
         writer: Writer,
         control: Control | None = None,
         lllite: Control | None = None,
+        text_places: Callable[[Models], dict[str, list[str]]] | None = None,
     ):
         self.opts = opts
         self.loader = loader
@@ -217,3 +221,4 @@ class Family:
         self.writer = writer
         self.control = control
         self.lllite = lllite
+        self.text_places = text_places

@@ -19,7 +19,7 @@ class MethodOptions(OptionGroup, group="method", title="Method", always=True):
     network_train_unet_only = True
     network_dropout = None
     train_t5xxl = False
-    caption_word = None  # what captions must hold for anything to be learned from them
+    caption_words = ()  # what captions must hold for anything to be learned from them
     caption_templates = ()  # texts that replace the captions of training images
     controlnet_model_name_or_path = None
     lllite_weights = None  # the file of a ControlNet-LLLite that training goes on from

@@ -23,6 +23,7 @@ ROLES = {
     "targets": Targets,
     "writer": Writer,
 }
+OPTIONAL = ("opts", "control", "lllite", "text_places")
 
 
 @pytest.mark.parametrize("spec", FAMILIES.values(), ids=FAMILIES)
@@ -33,9 +34,10 @@ def test_every_entry_point_can_be_called(spec):
     assert issubclass(adapter, Family)
     assert adapter.traits is spec.traits
     family = adapter(parse_options(groups_for(spec.name, "network"), []))
-    roles = {name: role for name, role in vars(family).items() if name not in ("opts", "control", "lllite")}
+    roles = {name: role for name, role in vars(family).items() if name not in OPTIONAL}
     assert roles.keys() == ROLES.keys()
     assert all(isinstance(role, ROLES[name]) for name, role in roles.items())
+    assert callable(family.text_places) == ("xti" in spec.scripts.values())
     for control, method in ((family.control, "control_net"), (family.lllite, "lllite")):
         assert isinstance(control, Control) == (method in spec.scripts.values())
 

@@ -370,7 +370,7 @@ def test_base_weights_of_another_format_are_refused_before_a_model_is_read(tmp_p
     save_file({f"unet.attn.to_q.lora_{side}.weight": torch.zeros(4, 4) for side in ("A", "B")}, lora)
     (problem,) = check_options(options_for(base_weights=[str(lora), str(bundle)]))
     assert problem.startswith(f"{bundle}: holds bundle_emb.word.clip_l, ")
-    assert "this is LoRA with embeddings inside" in problem
+    assert "this is embeddings without any layer" in problem
 
 
 def test_a_network_module_may_be_declared_anywhere(tmp_path, monkeypatch):

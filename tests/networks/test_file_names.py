@@ -24,7 +24,7 @@ FOREIGN = {
     "lora_unet_x.diff": "full weight differences",
     "lora_unet_x.lora_mid.weight": "LoCon in Tucker form",
     "lora_unet_x.dora_scale": "DoRA",
-    "bundle_emb.word.string_to_param.*": "LoRA with embeddings inside",
+    "bundle_emb.word.string_to_param.*": "embeddings without any layer",
     "model.diffusion_model.out.2.weight": "a whole model",
 }
 
@@ -54,7 +54,7 @@ def test_unknown_content_is_shown(tmp_path):
 def test_a_third_party_file_of_another_format_is_named(tmp_path):
     save_file({"bundle_emb.word.clip_l": torch.zeros(2, 2)}, tmp_path / "a.safetensors")
     error = third_party._nothing_fits(files.read(tmp_path / "a.safetensors"), {})
-    assert "Its names are those of LoRA with embeddings inside" in str(error)
+    assert "Its names are those of embeddings without any layer" in str(error)
 
 
 KNOWN = {"lora_unet_a", "lora_unet_b", "lora_te1_a", "lora_te2_a"}
