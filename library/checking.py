@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.checkpoints.reading import read_names
 from library.data.config.blueprint import build_specs
 from library.data.sample.opencv import opencv
 from library.errors import UserError
+from library.families.registry import FAMILIES
 from library.options import validation
 from library.options.logging import absolute_paths
 from library.options.optimizer import default_rate
 from library.runtime.logs import LOGGER
 from library.training import distributed, leftovers, output_checks, state_notes
+from networks.layouts import kohya_name
 
 if TYPE_CHECKING:
     from library.data.types import DatasetSpec
@@ -34,7 +38,7 @@ def check(opts: Options, family: FamilySpec, method: MethodSpec) -> list[Dataset
     if not problems:  # the options make sense: now the files that they name
         if writes:
             leftovers.clear(opts.saving)
-        problems += method.check(opts, traits)
+        problems += method.check(opts, traits) or _networks_of_others(opts, family)
         problems += family.check_paths(opts)
         for look in (
             lambda: specs.extend(build_specs(opts, traits, method.image_role)),
@@ -54,6 +58,23 @@ def check(opts: Options, family: FamilySpec, method: MethodSpec) -> list[Dataset
     for line in filter(None, (default_rate(opts), *absolute_paths(opts))):
         LOGGER.info("%s", line)
     return specs
+
+
+def _networks_of_others(opts: Options, family: FamilySpec) -> list[str]:
+    """One line for each network file that is given and was made for another family, by the names of its layers."""
+    given = [getattr(opts.method, "network_weights", None), *(getattr(opts.method, "base_weights", None) or [])]
+    found = []
+    for path in filter(None, given):
+        layers = {kohya_name(name).partition(".")[0] for name in read_names(path) or ()}
+        fitting = [spec for spec in FAMILIES.values() if any(re.search(spec.network_layers, layer) for layer in layers)]
+        if fitting and family not in fitting:
+            other = fitting[0]
+            scripts = " or ".join(f"{name}.py" for name, method in other.scripts.items() if method == "network")
+            found.append(
+                f"{path}: is a network for {other.traits.label}, and the model here is {family.traits.label}; use "
+                f"{scripts}, or another file"
+            )
+    return found
 
 
 def is_first_process() -> bool:

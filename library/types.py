@@ -159,6 +159,7 @@ class LoraTarget:
     swap_halves: bool = False  # the file has the two halves of the output rows the other way round than the module
     alias: str | None = None  # another key under which files may have it
     optional: bool = False  # a target only where a file has it, or arguments ask for it by name
+    from_file: bool = False  # `optional`, and no argument asks for it
     norm: bool = False  # a layer norm or group norm, which few types of networks adapt
     place: FilePlace | None = None  # where the live model is not laid out as files are
 
@@ -196,6 +197,7 @@ class FamilyTraits:
     # By text encoder: the name of its vectors in files of Textual Inversion embeddings.
     embedding_keys: Mapping[str, str] = field(default_factory=dict)
     block_layout: BlockLayout | None = None  # how block-wise lists of networks are divided; None: there are no such
+    hypernetworks: bool = False  # whether image programs load hypernetworks for such models
     blocks_per_swap: float = 1.0  # that --blocks_to_swap counts as one
     # Flow models: (height, width) of the latents -> s; sampling takes sigma' = s sigma / (1 + (s - 1) sigma).
     flow_shift: Callable[[int, int], float] | None = None

@@ -145,6 +145,21 @@ class Reader:
             self.refuse(key, f"has an entry above {LARGEST_RANK}")
         return numbers
 
+    def numbers(self, key: str, kind: Callable[[str], float], most: float) -> tuple[float, ...]:
+        """``[1,2,1]`` or ``1,2,1``; empty where the argument is not given or refused. Args: most: of each entry."""
+        text = self.args.get(key, "").strip().strip("[]()")
+        if not text:
+            return ()
+        try:
+            entries = tuple(kind(entry) for entry in text.split(","))
+        except ValueError:
+            entries = ()
+        if not entries or not all(0 < entry <= most for entry in entries):
+            what = "whole numbers" if kind is int else "numbers"
+            self.refuse(key, f"is no list of {what} above 0 and up to {most:g}, separated by commas")
+            return ()
+        return entries
+
     def block_numbers(self, key: str) -> tuple[range, ...] | None:
         """``all`` (None), ``none``, or ``0,1,4-7``, where both ends count."""
         text = self.args.get(key, "all").strip()

@@ -16,7 +16,7 @@ from networks.file_names import require_types
 from networks.files import Entries, NetworkFile, read
 from networks.network import Network
 from networks.registry import type_of
-from networks.targets import add_to_weights, file_modules, layer_of, rows_of, weight_of, weight_shape
+from networks.targets import add_to_weights, file_modules, has_bias, layer_of, rows_of, weight_of, weight_shape
 
 if TYPE_CHECKING:
     from library.types import BlockLayout, LoraTarget, Models
@@ -121,6 +121,8 @@ def merge(targets: Sequence[LoraTarget], models: Models, file: NetworkFile, mult
             shape, weight = weight_shape(models, by_key[key]), partial(weight_of, models, by_key[key])
             layer = kind.layer.load()
             change, bias = layer.weight_change(entry, shape, weight), layer.bias_change(entry)
+            if bias is not None and not has_bias(models, by_key[key], len(bias)):
+                raise UserError(f"it changes a bias of {len(bias)} entries, which the layer does not have here")
         except UserError as error:
             problems = (f"{file.path}: {key}: {problem}" for problem in error.problems)
             raise UserError(*problems, hint="was it made for another model?") from error

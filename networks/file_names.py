@@ -9,11 +9,12 @@ from pathlib import Path
 
 from library.checkpoints.embeddings import BUNDLED
 from library.errors import UserError
-from networks.layouts import kohya_name
+from networks.layouts import kohya_name, nearest_layout
 from networks.registry import TYPES
 from networks.spec import NetworkType
 
 SHOWN = 3  # of many names, in messages
+_ORDINARY = "give a network file"
 _LYCORIS = "--network_module=networks.lycoris continues from it"
 # The first pattern that is found in any name decides: the format, and what can be done.
 FORMATS = (
@@ -22,14 +23,14 @@ FORMATS = (
     (r"\.(oft_blocks|oft_diag|oft_R\.weight)$", "OFT", _LYCORIS),
     (r"\.on_input$", "IA3", _LYCORIS),
     (r"\.[ab]1\.weight$", "GLoRA", _LYCORIS),
-    (r"\.(diff|diff_b)$", "full weight differences", _LYCORIS),
+    (r"norm\.(query|key)_norm\.scale$", "a control LoRA, whose model takes an image beside the latents", _ORDINARY),
+    (r"\.(diff|diff_b)$", "differences of weights or biases", _LYCORIS),
     (r"\.w_norm$", "LyCORIS with trained norms", _LYCORIS),
     (r"\.lora_mid\.weight$", "LoCon in Tucker form", _LYCORIS),
     (r"\.dora_scale$", "DoRA", _LYCORIS),
-    (rf"^{re.escape(BUNDLED)}", "embeddings without any layer", "give a network file"),
-    (r"\.lora_B\.bias$", "LoRA with biases (a control LoRA)", "give a file without them"),
-    (r"^(emb_params|clip_[lg]|string_to_param.*)$", "a Textual Inversion embedding", "give a network file"),
-    (r"^model\.diffusion_model\.", "a whole model", "give a network file"),
+    (r"^bundle_emb\.", "embeddings without any layer", _ORDINARY),
+    (r"^(emb_params|clip_[lg]|string_to_param.*)$", "a Textual Inversion embedding", _ORDINARY),
+    (r"^model\.diffusion_model\.", "a whole model", _ORDINARY),
 )
 # Layer names of the kohya layout begin so; what stands behind the prefix is the layer.
 _PART = re.compile(r"(?:lora|oft|lycoris)_(?P<part>unet|transformer|prior|te\d*)(?=_)")
@@ -49,7 +50,9 @@ def require_types(path: Path, names: Iterable[str], types: Sequence[NetworkType]
     """
     names = list(names)
     layers: dict[str, set[str]] = {}
-    for name in [name for name in names if not name.startswith(BUNDLED)] or names:
+    for name in names:
+        if name.startswith(BUNDLED):
+            continue
         layer, _, tensor = kohya_name(name).partition(".")
         layers.setdefault(layer, set()).add(tensor)
     others = [
@@ -58,13 +61,15 @@ def require_types(path: Path, names: Iterable[str], types: Sequence[NetworkType]
         if not any(kind.reads(frozenset(tensors)) for kind in types)
         for tensor in sorted(tensors - {"alpha"} or tensors)
     ]
-    if layers and not others:
+    if not layers:
+        raise UserError(f"{path}: holds no layer of a network.{named_format(names)}")
+    if not others:
         return
-    shown = ", ".join(others[:SHOWN]) or "nothing"
     foreign = foreign_format(names)
-    why = f": this is {foreign[0]}; {foreign[1]}" if foreign else ""
+    nearest = f"; the nearest layout that is read is {nearest_layout(others[0])}"
+    why = f": this is {foreign[0]}; {foreign[1]}" if foreign else nearest
     labels = " or ".join(dict.fromkeys(kind.label for kind in types))
-    raise UserError(f"{path}: holds {shown}, which is not {labels} of this kind{why}")
+    raise UserError(f"{path}: holds {', '.join(others[:SHOWN])}, which is not {labels} of this kind{why}")
 
 
 def named_format(names: Iterable[str]) -> str:

@@ -14,7 +14,8 @@ from torch import Tensor
 from library.checkpoints.embeddings import BUNDLED
 from library.checkpoints.reading import file_format, read_header, read_state_dict
 from library.errors import UserError
-from networks.file_names import named_format
+from library.runtime.logs import LOGGER
+from networks.file_names import SHOWN, named_format
 from networks.layouts import kohya_name
 
 if TYPE_CHECKING:
@@ -40,15 +41,21 @@ def names_of(target: LoraTarget) -> list[str]:
     return list(dict.fromkeys(name.replace("lora", prefix, 1) for prefix in PREFIXES for name in own))
 
 
-def names_of_pieces(target: LoraTarget) -> list[str]:
-    """The names that the modules of a fused layer have in files that hold them one by one; empty for other layers."""
-    fused = len(target.modules) > 1
-    return [f"lora_unet_{path.replace('.', '_')}" for path in target.modules] if fused else []
+def names_of_pieces(target: LoraTarget) -> list[tuple[str, str]]:
+    """The names that the modules of a fused layer have in files that hold them one by one; empty for other layers.
+
+    They are those of the modules, or, in OneTrainer's newer files, the layer's with a number.
+    """
+    if len(target.modules) == 1:
+        return []
+    return [
+        (f"lora_unet_{path.replace('.', '_')}", f"{target.key}_{number}") for number, path in enumerate(target.modules)
+    ]
 
 
 def names_in_files(targets: Iterable[LoraTarget]) -> set[str]:
     """Every name that any of these layers, or a piece of one, may have in files."""
-    return {name for target in targets for name in (*names_of(target), *names_of_pieces(target))}
+    return {name for target in targets for names in (names_of(target), *names_of_pieces(target)) for name in names}
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,11 @@ class NetworkFile:
             if name is not None:
                 entry = self.entries[name]
                 live = name not in (target.key, target.alias) and target.swap_halves
-                found[target.key] = _swapped(entry) if live else entry
+                entry = _swapped(entry) if live else entry
+                found[target.key] = _of_norm(entry) if target.norm else entry
                 continue
-            pieces = [self.entries.get(name) for name in names_of_pieces(target)]
+            named = (filter(None, map(self.entries.get, names)) for names in names_of_pieces(target))
+            pieces = [next(entries, None) for entries in named]
             if any(pieces):
                 found[target.key] = self._fused(target, pieces, rows(target))
         if not found:
@@ -93,44 +102,65 @@ class NetworkFile:
 
         Raises: UserError: a piece is no LoRA, and so cannot be put together with others.
         """
-        downs, ups = [], []
+        downs, ups, biases = [], [], []
         for piece, module, count in zip(pieces, target.modules, rows, strict=True):
+            biases.append((piece or {}).get("diff_b", torch.zeros(count)).float())
             if piece is None:
                 ups.append(torch.zeros(count, 0))
                 continue
-            if piece.keys() - {"alpha"} != {"lora_down.weight", "lora_up.weight"}:
+            if piece.keys() - {"alpha", "diff_b"} != {"lora_down.weight", "lora_up.weight"}:
                 raise UserError(f"{self.path}: {module}: only LoRA can be a part of the layer {target.key}")
             down, up = (piece[f"lora_{side}.weight"].float() for side in ("down", "up"))
             alpha = float(piece.get("alpha", 0))
             downs.append(down)
             ups.append(up * (alpha / len(down) if alpha else 1.0))
         down = torch.cat(downs)
+        biased = any(piece and "diff_b" in piece for piece in pieces)
         return {
             "lora_down.weight": down,
             "lora_up.weight": torch.block_diag(*ups),
             "alpha": torch.tensor(float(len(down))),
+            **({"diff_b": torch.cat(biases)} if biased else {}),
         }
 
 
 def read(path: str | Path) -> NetworkFile:
     """Reads a .safetensors, or a .ckpt/.pt without running code from it. Names of other programs become kohya's.
 
-    Embeddings beside the layers are left out.
+    8-bit floats become float32, as little can be computed in them. Embeddings beside the layers are left out.
 
     Raises: UserError: missing or broken, or its names are not ``<layer>.<tensor>``.
     """
     entries: Entries = {}
+    scaled: list[str] = []  # layers whose biases have yet to be multiplied by alpha / rank
     tensors = read_state_dict(path)
     layers = {name: tensor for name, tensor in tensors.items() if not name.startswith(BUNDLED)}
-    for name, tensor in (layers or tensors).items():
+    if not layers:
+        raise UserError(f"{path}: holds no layer of a network.{named_format(tensors)}")
+    if len(layers) < len(tensors):
+        LOGGER.warning(
+            "%s: its embeddings (%s*) act only where --token_string names their words",
+            path,
+            BUNDLED,
+        )
+    for name, tensor in layers.items():
         layer, dot, rest = kohya_name(name).partition(".")
         if not dot:
-            raise UserError(f"{path}: holds {name}, so it is no file of a network.{named_format(tensors)}")
-        if rest == "dora_scale" and tensor.dim() == 1:
-            tensor = tensor[:, None]  # PEFT has the magnitudes of rows as a vector
+            shown = ", ".join(list(layers)[:SHOWN])
+            raise UserError(f"{path}: holds {shown}, so it is no file of a network.{named_format(tensors)}")
+        if tensor.is_floating_point() and tensor.element_size() == 1:
+            tensor = tensor.float()
+        if rest == "dora_scale" and (tensor.dim() == 1 or "lora_magnitude_vector" in name):
+            tensor = tensor.reshape(-1, 1)  # PEFT has the magnitudes of rows as (out,), or (1, out, 1, 1)
+        if rest == "diff_b" and ".lora_B" in name:
+            scaled.append(layer)
         entries.setdefault(layer, {})[rest] = tensor
     for layer, alpha in _alphas(path, entries).items():
         entries[layer]["alpha"] = torch.tensor(alpha)
+    for layer in scaled:
+        entry = entries[layer]
+        rank = len(entry.get("lora_down.weight", [1]))
+        entry["diff_b"] = entry["diff_b"].float() * (float(entry.get("alpha", 0)) or rank) / rank
     return NetworkFile(Path(path), entries)
 
 
@@ -155,6 +185,12 @@ def _alphas(path: str | Path, entries: Entries) -> dict[str, float]:
         if alpha is not None:
             found[layer] = alpha * (len(entries[layer]["lora_down.weight"]) ** 0.5 if rslora else 1)
     return found
+
+
+def _of_norm(entry: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entry of a norm, whose differences have another name in ComfyUI's files than in LyCORIS'."""
+    names = {"diff": "w_norm", "diff_b": "b_norm"}
+    return {names.get(name, name): tensor for name, tensor in entry.items()}
 
 
 def _swapped(entry: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,6 +22,10 @@ class LayerArgs(ArgumentGroup):
         """The argument that needs the gradients when the backward pass is over, where there is one."""
         return None
 
+    def alpha_warnings(self, alpha: float, module: str) -> list[str]:
+        """A warning where --network_alpha has a value that the type makes little of. Args: module: for messages."""
+        return []
+
 
 @dataclass(frozen=True)
 class LoraArgs(LayerArgs):
@@ -240,6 +244,12 @@ class KohyaOftArgs(OftArgs):
 
     def alpha_of(self, alpha: float | None) -> float:
         return 1e-3 if alpha is None else alpha
+
+    def alpha_warnings(self, alpha: float, module: str) -> list[str]:
+        if 0 < alpha < 1:
+            return []
+        why = f"in {module} it limits how far weights are rotated, which {alpha:g} hardly does"
+        return [f"--network_alpha: {why}; 1e-4 to 1e-2 are usual"]
 
 
 @dataclass(frozen=True)

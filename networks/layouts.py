@@ -7,14 +7,15 @@ every layer. No torch here.
 from __future__ import annotations
 
 import re
+from difflib import SequenceMatcher
 
 _KOHYA = re.compile(r"(lora|oft|lycoris)_(unet|te\d*)_")
 # Beginnings of names, and kohya's in their place.
 _PARTS = (
     (re.compile(r"(model\.)?diffusion_model\.|transformer\.|unet\.|lora_(transformer|prior)_"), "lora_unet_"),
-    (re.compile(r"text_encoder\.|text_encoders\.clip_l\.(transformer\.)?"), "lora_te1_"),
-    (re.compile(r"text_encoder_2\.|text_encoders\.clip_g\.(transformer\.)?"), "lora_te2_"),
-    (re.compile(r"text_encoder_3\.|text_encoders\.t5xxl\.(transformer\.)?"), "lora_te3_"),
+    (re.compile(r"text_encoder\.|(text_encoders\.)?clip_[lh]\.(transformer\.)?"), "lora_te1_"),
+    (re.compile(r"text_encoder_2\.|(text_encoders\.)?clip_g\.(transformer\.)?"), "lora_te2_"),
+    (re.compile(r"text_encoder_3\.|(text_encoders\.)?t5(xxl)?\.(transformer\.)?"), "lora_te3_"),
 )
 _SIDES = {"A": "down", "B": "up", "down": "down", "up": "up"}
 # Ends of names: of diffusers and PEFT in several ages, xlabs, OneTrainer.
@@ -28,8 +29,32 @@ _OTHER = re.compile(
     r"(?P<layer>.+?)\.(?P<tensor>alpha|dora_scale|lora_mid\.weight|diff|diff_b|w_norm|b_norm|rescale|on_input"
     r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_blocks(?:\.\d+)?|[ab][12]\.weight)"
 )
+_BIAS = re.compile(r"(?P<layer>.+?)\.lora_B(?:\.default)?\.bias")
 _MAGNITUDE = re.compile(r"(?P<layer>.+?)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 _STREAMS = {"1": "img", "2": "txt"}  # of xlabs' FLUX blocks
+
+# Layouts by who writes them: how names begin and end.
+LAYOUTS = {
+    "kohya's": ("lora_unet_", ".lora_down.weight"),
+    "LyCORIS'": ("lycoris_unet_", ".lokr_w1"),
+    "OneTrainer's": ("lora_transformer_", ".lora_down.weight"),
+    "ComfyUI's": ("diffusion_model.", ".lora_up.weight"),
+    "diffusers' and ai-toolkit's": ("transformer.", ".lora_A.weight"),
+    "diffusers' for U-Nets": ("unet.", ".lora_A.weight"),
+    "PEFT's": ("base_model.model.", ".lora_A.weight"),
+    "xlabs'": ("", ".processor.qkv_lora1.down.weight"),
+}
+
+
+def nearest_layout(name: str) -> str:
+    """The known layout whose names are most like this one, for messages."""
+
+    def likeness(begin: str, end: str) -> float:
+        at_end = SequenceMatcher(None, end, name[-len(end) :]).ratio()
+        return at_end + (SequenceMatcher(None, begin, name[: len(begin)]).ratio() if begin else 0.5)
+
+    label = max(LAYOUTS, key=lambda label: likeness(*LAYOUTS[label]))
+    return f"{label}, {'<path>'.join(LAYOUTS[label])}"
 
 
 def kohya_name(name: str) -> str:
@@ -53,9 +78,10 @@ def _layer_and_tensor(name: str) -> tuple[str, str] | None:
     matrix = _MATRIX.fullmatch(name)
     if matrix is None:
         other = _OTHER.fullmatch(name)
-        magnitude = _MAGNITUDE.fullmatch(name)
-        if magnitude is not None:
-            return magnitude["layer"], "dora_scale"
+        for pattern, tensor in ((_MAGNITUDE, "dora_scale"), (_BIAS, "diff_b")):
+            found = pattern.fullmatch(name)
+            if found is not None:
+                return found["layer"], tensor
         return (other["layer"], other["tensor"]) if other is not None else None
     layer = matrix["layer"]
     side = next(matrix[group] for group in ("peft", "kohya", "diffusers", "processor") if matrix[group])

@@ -73,6 +73,13 @@ class TrainableNetwork(nn.Module, ABC):
         """What the file holds."""
         return self.state_dict()
 
+    def torch_content(self, tensors: dict[str, Tensor], name: str, metadata: Mapping[str, str]) -> dict[Any, Any]:
+        """What a .pt or .ckpt file holds, in which metadata has no place of its own.
+
+        Args: tensors: of `file_state`, as they shall be saved; name: of the file, without its ending.
+        """
+        return tensors
+
 
 class Network(TrainableNetwork):
     """Adapter layers as children named by their target's key, so that the state_dict is the file.

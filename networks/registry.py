@@ -42,10 +42,10 @@ SPLIT_LORA = replace(
 )
 PERTURBED_LORA = replace(SPLIT_LORA, args=PerturbedLoraArgs)
 
-_DORA = r"(dora_scale )?"
+_DORA, _BIAS = r"(dora_scale )?", r"(diff_b )?"
 LOCON = NetworkType(
     label="LoCon",
-    tensors=_DORA + r"lora_down\.weight (lora_mid\.weight )?lora_up\.weight",
+    tensors=_BIAS + _DORA + r"lora_down\.weight (lora_mid\.weight )?lora_up\.weight",
     args=LyLoconArgs,
     layer=EntryPoint("networks.types.locon:LoconLayer"),
 )
@@ -66,13 +66,13 @@ LOHA_FULL = replace(LOHA, args=LyLoconArgs)  # with every argument of LyCORIS
 LOKR_FULL = replace(LOKR, args=LyLokrArgs)
 FULL = NetworkType(
     label="full weight differences",
-    tensors=r"diff( diff_b)?",
+    tensors=r"diff( diff_b)?|diff_b",
     args=WholeArgs,
     layer=EntryPoint("networks.types.full:FullLayer"),
 )
 NORM = NetworkType(
     label="trained norms",
-    tensors=r"(b_norm )?w_norm",
+    tensors=r"(b_norm )?w_norm|b_norm",
     args=WholeArgs,
     layer=EntryPoint("networks.types.full:NormLayer"),
 )

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from library.entry_points import EntryPoint
+from library.errors import UserError
 from networks.arguments import LoraPlus, Reader, ignored
+from networks.hypernetwork_files import is_hypernetwork_file
 from networks.layer_args import LayerArgs
 from networks.selection import Selection
 
 if TYPE_CHECKING:
-    from library.types import BlockLayout
+    from library.options.base import Options
+    from library.types import BlockLayout, FamilyTraits
 
 A = TypeVar("A", bound=LayerArgs)
+_BUILDER: EntryPoint[..., Any] = EntryPoint("networks.build:DeclaredBuilder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +51,26 @@ class NetworkArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkModule:
+class DeclaredModule(ABC):
     """A value of --network_module. A module of `networks` declares one as its `MODULE`."""
 
     name: str
+    builder: EntryPoint[..., Any]  # the class of the NetworkBuilder, which is made of this module
+    save_as: str | None = None  # the only --save_model_as that its readers know; None: any
+
+    @abstractmethod
+    def check_run(self, opts: Options, args: Mapping[str, str], traits: FamilyTraits | None) -> list[str]:
+        """A warning for each option that has no effect. Args: args: --network_args.
+
+        Raises: UserError: options that are refused before a model is read.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkModule(DeclaredModule):
+    """A module whose networks are layers of a type, each beside one layer of the model."""
+
+    builder: EntryPoint[..., Any] = _BUILDER
     type: NetworkType[Any]
     selection: type[Selection]
     lora_plus: bool = True  # whether the sides of a layer may have different learning rates
@@ -90,6 +111,26 @@ class NetworkModule:
         parsed = NetworkArgs(kind, self.selection.read(reader), plus, kind.args.read(reader))
         reader.raise_problems()
         return parsed
+
+    def check_run(self, opts: Options, args: Mapping[str, str], traits: FamilyTraits | None) -> list[str]:
+        options, layout = opts.method, traits.block_layout if traits else None
+        if options.network_weights and is_hypernetwork_file(options.network_weights):
+            raise UserError(
+                f"--network_weights: {options.network_weights} is a hypernetwork; --network_module="
+                "networks.hypernetwork continues from it"
+            )
+        given = {"args": args, "dropout": options.network_dropout, "layout": layout}
+        lines = self.check(**given, dim=options.rank, ranks_from_file=options.dim_from_weights)
+        layer = self.parse(**given).layer
+        if not options.dim_from_weights:
+            lines += layer.alpha_warnings(options.network_alpha, self.name)
+        name = layer.reads_gradients()
+        if name and opts.optimizer.fused_backward_pass:
+            raise UserError(
+                f"--network_args: {name} looks at the gradients after the backward pass, in which "
+                "--fused_backward_pass drops them; leave one of the two out"
+            )
+        return lines
 
     def check(
         self,

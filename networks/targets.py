@@ -79,6 +79,12 @@ def weight_shape(models: Models, target: LoraTarget) -> torch.Size:
     return torch.Size((sum(weight.shape[0] for weight in weights), *weights[0].shape[1:]))
 
 
+def has_bias(models: Models, target: LoraTarget, length: int) -> bool:
+    """Whether the target's modules have biases, of so many entries together."""
+    biases = [module.bias for module in live_modules(models, target)]
+    return all(bias is not None for bias in biases) and sum(map(len, biases)) == length
+
+
 def weight_of(models: Models, target: LoraTarget) -> Tensor:
     """The weights of the target's modules in float32: rows over all of them, in the file's order."""
     rows = [module.weight.detach().float() for module in live_modules(models, target)]

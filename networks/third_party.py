@@ -98,7 +98,7 @@ def _renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dic
 class ThirdPartyNetwork(TrainableNetwork):
     """Another module's network, applied to the models from the start.
 
-    Its state_dict is every parameter and buffer as it is, so that a resumed run goes on exactly; `file_state` is what
+    Its state_dict is every parameter and buffer as it is, so that a resumed run continues exactly; `file_state` is what
     the module itself saves. Both have the names of files.
     """
 

@@ -61,7 +61,7 @@ class LatentCache:
     fingerprint: Callable[[CacheRequest], Fingerprint]  # asked only where an entry has a note
     summary: Callable[[Path], Mapping[str, Any]] = store.summary  # or what is remembered of it
     stamp: foreign.Stamp = stamp_of
-    check: bool = True  # False: names of arrays are enough; numbers, notes, shapes and ages are not looked at
+    check: bool = True  # False: names of arrays are enough; numbers, notes, shapes and ages are not checked
 
     def file(self, request: CacheRequest) -> Path:
         """The file to which new latents are written."""
@@ -73,7 +73,7 @@ class LatentCache:
         What is there beyond what is needed does no harm: latents are the same with or without their mirror image and
         loss mask beside them. So datasets that need different ones of these can share an entry that has all.
         Unchecked, only directories of files are read (`Entry.read` refuses the shape of another bucket in any case),
-        and the file where ours go is looked at first: it was made because there was nothing better.
+        and the file where ours go is read first: it was made because there was nothing better.
 
         Returns: the entry; or one line that names a file and says why it cannot be used; or None: there is no file.
         """

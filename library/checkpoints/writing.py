@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.reading import safetensors_dtypes
 from library.runtime.durable import replacing
@@ -54,40 +54,11 @@ def write_safetensors(
 
 
 def write_torch(path: str | Path, obj: Any) -> None:
-    """`torch.save`, atomically. Raises: OSError: the disk is full or the folder cannot be written."""
-    import torch
+    """What `torch.save` writes, atomically. Raises: OSError: the disk is full or the folder cannot be written."""
+    from library.checkpoints.torch_archive import write_archive
 
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        target = _Remembering(file)
-        torch.save(obj, target)
-        if target.error is not None:
-            raise target.error
-
-
-class _Remembering:
-    """A file for `torch.save`, which reports a full disk as a RuntimeError without a reason.
-
-    The system's error is kept instead, and what comes after it goes nowhere.
-    """
-
-    def __init__(self, file: IO[bytes]):
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, data: bytes | memoryview) -> int:
-        if self.error is None:
-            try:
-                self._file.write(data)
-            except OSError as error:
-                self.error = error
-        return len(data)
-
-    def flush(self) -> None:
-        if self.error is None:
-            try:
-                self._file.flush()
-            except OSError as error:
-                self.error = error
+    with replacing(path) as temporary:
+        write_archive(temporary, obj)
 
 
 def materialise(value: Tensor | Deferred) -> Tensor:

@@ -44,6 +44,9 @@ class FamilySpec:
     # declare here LargeModelOptions, TextCacheOptions and how their blocks are swapped.
     groups: Mapping[str, tuple[type[OptionGroup], ...]] = field(default_factory=dict)
     kinds: tuple[ModelKind, ...]  # of the files of its models
+    # Regular expression that is found in the names of layers, as kohya's files have them, in networks of this family
+    # alone. Some networks have no such layer.
+    network_layers: str
     adapter: EntryPoint[[Options], Family]
     # Problems with the files that the options name, as far as names, headers and small JSON files show them.
     check_paths: Callable[[Options], list[str]]
@@ -53,6 +56,6 @@ class FamilySpec:
     load_vae: EntryPoint[[Options], nn.Module]  # the VAE alone, as `Loader.load` would return it
 
     def __post_init__(self) -> None:
-        for name in ("name", "scripts", "kinds"):
+        for name in ("name", "scripts", "kinds", "network_layers"):
             if not getattr(self, name):
                 raise TypeError(f"family {self.name!r}: {name} must not be empty")

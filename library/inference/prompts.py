@@ -124,7 +124,7 @@ def load_prompts(path: str | Path, traits: FamilyTraits, sampler: str) -> list[S
 def parse_prompt(line: str, traits: FamilyTraits, sampler: str, where: str = "prompt") -> SamplePrompt:
     """One prompt line, e.g. ``a cat --n blurry --w 768 --h 512 --d 1 --s 28 --l 7.5``.
 
-    An option starts at `` --`` and goes on until the next one; its letters may be of either case. Dashes with a blank
+    An option starts at `` --`` and extends to the next one; its letters may be of either case. Dashes with a blank
     behind them are part of the text before them. Options that are not known are left out, with a warning.
 
     Args:

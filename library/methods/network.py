@@ -18,14 +18,14 @@ from library.checkpoints.writing import write_safetensors, write_torch
 from library.errors import UserError
 from library.methods.base import Method
 from library.methods.embedding_spec import as_name, trained_keys
-from library.methods.network_spec import DEFAULT_DIM, require_network_module, split_args
+from library.methods.network_spec import require_network_module, split_args
 from library.methods.words import TrainedWords
 from library.options.network import resolved_module
 from library.runtime.logs import LOGGER
-from networks.build import DeclaredBuilder, merge
+from networks.build import merge
 from networks.file_names import require_places, require_types
 from networks.files import names_in_files, names_of, read
-from networks.spec import NetworkModule
+from networks.spec import DeclaredModule
 
 if TYPE_CHECKING:
     from library.families.base import Family
@@ -79,7 +79,8 @@ class NetworkMethod(Method):
         if self._words is not None:
             self._words.attach(models, trained_keys(self.opts, family.traits))
         counts = ", ".join(f"{count} in {part}" for part, count in self._network.counts().items())
-        LOGGER.info("network %s: layers: %s; rank %s", options.network_module, counts, self._dim_text())
+        rank = f"; rank {self._dim_text()}" if self._network.ranks() else ""
+        LOGGER.info("network %s: layers: %s%s", options.network_module, counts, rank)
 
     def _build(self, targets: list[LoraTarget], models: Models, file: Any, traits: FamilyTraits) -> TrainableNetwork:
         options = self.opts.method
@@ -93,7 +94,7 @@ class NetworkMethod(Method):
             network = self._builder.create(
                 targets,
                 models,
-                dim=options.network_dim or DEFAULT_DIM,
+                dim=options.rank,
                 alpha=options.network_alpha,
                 seed=torch.initial_seed() if seed is None else seed,
                 **common,
@@ -207,12 +208,12 @@ class NetworkMethod(Method):
     def _dim_text(self) -> str:
         """The rank as merge and resize tools read it: a number, or "Dynamic" where a file gave several."""
         if not self.opts.method.dim_from_weights or self._network is None:
-            return str(self.opts.method.network_dim or DEFAULT_DIM)
+            return str(self.opts.method.rank)
         ranks = self._network.ranks()
         return str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
-        """Every tensor, alpha too, in `dtype`, or as trained where that is None. .ckpt and .pt have no metadata.
+        """Every tensor, alpha too, in `dtype`, or as trained where that is None. .ckpt and .pt hold `torch_content`.
 
         Vectors of new words are in the network's file, and in one of their own for each word.
         """
@@ -222,7 +223,7 @@ class NetworkMethod(Method):
         for word, file in self._word_files(path).items():
             write_embedding(file, vectors[word], dtype, None)
         if path.suffix in (".ckpt", ".pt"):
-            write_torch(path, tensors)
+            write_torch(path, self._attached().torch_content(tensors, path.stem, metadata or {}))
         else:
             write_safetensors(path, tensors, None if metadata is None else finalise(metadata, tensors))
 
@@ -265,8 +266,9 @@ def network_builder(name: str | None) -> NetworkBuilder:
         LOGGER.debug("importing %s failed", name, exc_info=True)
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"--network_module: {name} cannot be imported: {type(error).__name__}: {reason}") from error
-    if isinstance(getattr(module, "MODULE", None), NetworkModule):
-        return DeclaredBuilder(module.MODULE)
+    declared = getattr(module, "MODULE", None)
+    if isinstance(declared, DeclaredModule):
+        return declared.builder(declared)
     if not hasattr(module, "create_network"):
         raise UserError(f"--network_module: {name} is no kind of network, it has no create_network; try networks.lora")
     from networks.third_party import ThirdPartyBuilder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,12 @@ from library.options.network import LARGEST_RANK, NetworkOptions, find_module, r
 from library.options.words import WordOptions
 from library.runtime.logs import LOGGER
 from networks.file_names import require_types
-from networks.spec import NetworkModule
+from networks.hypernetwork_files import is_hypernetwork_file
+from networks.spec import DeclaredModule
 
 if TYPE_CHECKING:
     from library.options.base import Options
     from library.types import FamilyTraits
-
-DEFAULT_DIM = 4  # the rank where none is given
 
 
 def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str]:
@@ -31,10 +31,10 @@ def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str
     for path in filter(None, [options.network_weights, *(options.base_weights or [])]):
         try:
             require_weights(path)
-            if path in (options.base_weights or []) and file_format(path) == "safetensors":
-                require_types(Path(path), read_header(path)[1])
         except UserError as error:
             problems += error.problems
+    for path in options.base_weights or [] if not problems else []:
+        problems += _merging_problems(path)
     try:
         require_network_module(options.network_module)
         args, module = split_args(options.network_args), declared_module(resolved_module(options.network_module))
@@ -43,30 +43,50 @@ def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str
             if re.fullmatch(r"\d+", rank) and (len(rank) > 9 or int(rank) > LARGEST_RANK):
                 problems.append(f"--network_args: conv_dim={rank}: must be at most {LARGEST_RANK}")
             return problems
-        dim, layout = options.network_dim or DEFAULT_DIM, traits.block_layout if traits else None
-        given = {"args": args, "dropout": options.network_dropout, "layout": layout}
-        for line in module.check(**given, dim=dim, ranks_from_file=options.dim_from_weights):
+        for line in module.check_run(opts, args, traits):
             LOGGER.warning("%s", line)
-        name = module.parse(**given).layer.reads_gradients()
-        if name and opts.optimizer.fused_backward_pass:
-            problems.append(
-                f"--network_args: {name} looks at the gradients after the backward pass, in which "
-                "--fused_backward_pass drops them; leave one of the two out"
-            )
     except UserError as error:
-        problems += error.problems
+        problems += [problem for problem in error.problems if problem not in problems]
     return problems
 
 
-def declared_module(name: str) -> NetworkModule | None:
+def _merging_problems(path: str) -> Iterator[str]:
+    """Why a file of --base_weights cannot be merged, as far as names show."""
+    if is_hypernetwork_file(path):
+        yield (
+            f"--base_weights: {path}: this is a hypernetwork, which changes the inputs of layers and cannot be merged "
+            "into their weights; --network_module=networks.hypernetwork continues from it with --network_weights"
+        )
+    elif file_format(path) == "safetensors":
+        try:
+            require_types(Path(path), read_header(path)[1])
+        except UserError as error:
+            yield from error.problems
+
+
+def with_file_format(opts: Options) -> Options:
+    """The options with the --save_model_as that --network_module has, where it has one only."""
+    try:
+        module = declared_module(resolved_module(opts.method.network_module or ""))
+    except (UserError, ImportError):
+        return opts  # the checks say what is wrong
+    asked = opts.saving.save_model_as
+    if module is None or module.save_as in (None, asked):
+        return opts
+    if "save_model_as" in opts.explicit:
+        LOGGER.warning("--save_model_as: has no effect: %s saves .%s files only", module.name, module.save_as)
+    return opts.replaced(save_model_as=module.save_as)
+
+
+def declared_module(name: str) -> DeclaredModule | None:
     """The declaration of one of our own network modules, which `networks` holds; None for any other's.
 
-    Raises: UserError: it is in `networks`, and is no network module.
+    Raises: UserError: it is in `networks`, and is no network module. ImportError: there is none.
     """
     if not name.startswith("networks."):
         return None
     module = importlib.import_module(name)
-    if not isinstance(getattr(module, "MODULE", None), NetworkModule):
+    if not isinstance(getattr(module, "MODULE", None), DeclaredModule):
         raise UserError(f"--network_module: {name} is no kind of network; try networks.lora")
     return module.MODULE
 
@@ -99,4 +119,5 @@ NETWORK = MethodSpec(
     groups=(NetworkOptions, WordOptions),
     method=EntryPoint("library.methods.network:NetworkMethod"),
     check=check_options,
+    complete_options=with_file_format,
 )

@@ -35,7 +35,7 @@ class ControlOptions(MethodOptions):
 
     @property
     def start_from(self) -> str | None:
-        """The network to go on training; None: a new one."""
+        """The network to continue training; None: a new one."""
         raise NotImplementedError
 
     @property
@@ -55,7 +55,7 @@ class ControlNetOptions(ControlOptions, title="ControlNet"):
 
     controlnet_model_name_or_path: str | None = opt(
         None,
-        "ControlNet to go on training: a file, a Diffusers folder or a hub id; made from the base model if not given",
+        "ControlNet to continue training: file, Diffusers folder or hub id; made from the base model if not given",
     )
 
     @property
@@ -86,7 +86,7 @@ class LlliteOptions(ControlOptions, title="ControlNet-LLLite"):
         None, "inner width of the networks; 64 if not given", at_least=1, at_most=LARGEST_RANK, off=0
     )
     network_dropout: float | None = opt(None, "dropout probability inside the networks", at_least=0, below=1, off=0)
-    network_weights: str | None = opt(None, "file to go on training, which decides both widths", exists="file")
+    network_weights: str | None = opt(None, "file to continue training, which decides both widths", exists="file")
 
     @property
     def start_from(self) -> str | None:

@@ -23,7 +23,7 @@ class EmbeddingOptions(WordFields, MethodOptions, title="Textual Inversion"):
     usual_rate: ClassVar[str] = "it is made for whole models, an embedding usually wants 5e-4 to 5e-3"
     needs_common_rate: ClassVar[bool] = True
 
-    weights: list[str] | None = opt(None, "embedding to go on training; of several words, one for each in turn")
+    weights: list[str] | None = opt(None, "embedding to continue training; of several words, one for each in turn")
     use_object_template: bool = opt(
         False, 'replace captions by texts about an object, such as "a photo of a", and the word'
     )

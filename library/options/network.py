@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from library.types import FamilyTraits
 
 LARGEST_RANK = 1 << 15  # no layer of these models is wider
+DEFAULT_RANK = 4
 _OURS = ("networks.dylora", "networks.lora_fa", "networks.oft", "networks.control_net_lllite")
 
 
@@ -50,6 +51,10 @@ class NetworkOptions(MethodOptions, title="Network"):
     training_comment: str | None = opt(None, "comment in the file's metadata")
     base_weights: list[str] | None = opt(None, "networks merged into the base model first")
     base_weights_multiplier: list[float] | None = opt(None, "strengths of --base_weights, in the same order")
+
+    @property
+    def rank(self) -> int:
+        return self.network_dim or DEFAULT_RANK
 
     @property
     def needs_common_rate(self) -> bool:

@@ -94,7 +94,7 @@ def path_problem(path: str | Path, kind: Literal["file", "folder"]) -> str | Non
     except (FileNotFoundError, NotADirectoryError):
         return "a link that leads nowhere" if os.path.islink(path) else f"no such {kind}"
     except OSError as error:
-        return f"it cannot be looked at ({reason(error)})"
+        return f"it cannot be examined ({reason(error)})"
     if kind == "folder":
         return None if stat.S_ISDIR(mode) else "a file, not a folder"
     if not stat.S_ISREG(mode):

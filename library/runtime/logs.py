@@ -131,7 +131,7 @@ def progress(total: int | None, desc: str, unit: str = "it", **kwargs: Any) -> t
 
 
 def clear_progress() -> None:
-    """Wipes open bars off the screen, so that what is printed next takes their place. They come back as they go on."""
+    """Wipes open bars off the screen, so that what is printed next takes their place. An update shows them again."""
     for bar in _open_bars():
         bar.clear()
 
@@ -152,7 +152,7 @@ def fail(error: UserError) -> NoReturn:
 def fail_for_the_machine(error: Exception) -> NoReturn:
     """Ends a script by an unexpected exception: in one line where the machine caused it.
 
-    Its traceback is in the log then, with --console_log_level=DEBUG. Any other exception goes on, as it may be a fault
+    Its traceback is in the log then, with --console_log_level=DEBUG. Any other exception passes, as it may be a fault
     of the code.
     """
     problem = as_user_error(error)

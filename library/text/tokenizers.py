@@ -34,7 +34,7 @@ def bundled_clip_tokenizer(pad_token: str | None = None) -> CLIPTokenizer:
 
 
 def keep_tokenizer(folder: Path, save: Callable[[Path], None]) -> None:
-    """Gives --tokenizer_cache_dir a tokenizer that it lacks. Where that cannot be, the run goes on without."""
+    """Gives --tokenizer_cache_dir a tokenizer that it lacks. Where that cannot be, the run continues without."""
     try:
         with new_folder(folder) as fresh:
             save(fresh)

@@ -67,7 +67,7 @@ def _save_state(run: Run, progress: Progress, folder: Path) -> None:
 def _check_weights(run: Run, progress: Progress) -> None:
     """Keeps broken weights from replacing the last good ones: a loss shows them one step late.
 
-    Raises: UserError: trained weights hold infinities or no numbers at all.
+    Raises: UserError: trained weights are infinite or NaN.
     """
     finite = all_finite([weight for group in run.optimizer.param_groups for weight in group["params"]])
     if run.shards is not None:  # each process sees its share; all must leave together

@@ -22,7 +22,7 @@ class Hub:
     """Uploads to the repository of the options; does nothing without one.
 
     Nothing here raises: an upload that fails is warned about, and the file is still on the disk. Uploads happen one
-    after another; with --async_upload in a thread, so that training goes on. As a context manager it waits for them.
+    after another; with --async_upload in a thread, so that training continues. As a context manager it waits for them.
     """
 
     def __init__(self, options: SavingOptions, enabled: bool = True):
@@ -99,7 +99,7 @@ def upload(args: Namespace, src: str | Path, dest_suffix: str = "", force_sync_u
     Args:
         args: the `huggingface_` options; those that are missing have no value.
         dest_suffix: put behind --huggingface_path_in_repo: together they are the file's or folder's place.
-        force_sync_upload: waits for the end of the upload, which goes on in a thread with --async_upload only.
+        force_sync_upload: waits for the end of the upload, which runs in a thread with --async_upload only.
     """
     values = {option.dest: getattr(args, option.dest, option.default) for option in options_of(SavingOptions)}
     options = SavingOptions(**values)

@@ -25,7 +25,7 @@ from library.types import Batch
 def train(run: Run) -> Progress:
     """Runs until the planned number of optimizer steps is done, saving, sampling and logging on the way.
 
-    Ctrl-C and SIGTERM end it after the step at hand, with a state to go on from. In the last step they change nothing.
+    Ctrl-C and SIGTERM end it after the step at hand, with a state to resume from. In the last step they change nothing.
     """
     with Interruption() as interruption:
         grad_text = bool(run.method.trained_text_encoders())

@@ -1,4 +1,4 @@
-"""Compares the contents of a saved optimizer state with the optimizer that is to go on from it.
+"""Compares the contents of a saved optimizer state with the optimizer that is to continue from it.
 
 Kernels take the shapes of an optimizer's tensors for granted, and read and write beyond those that are smaller.
 """

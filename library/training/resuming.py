@@ -133,7 +133,7 @@ def report_data(before: Any, now: Mapping[str, Any]) -> None:
     counts = [f"{_text(before.get(key))} {_DATA[key]} then, {now[key]} now" for key in other]
     what = "; ".join(counts) or "other files, sizes or repeats in as many images"
     LOGGER.warning(
-        "the data is not that of the resumed run (%s): the run goes on at its step of an epoch of the new data", what
+        "the data is not that of the resumed run (%s): the run continues at its step of an epoch of the new data", what
     )
 
 
@@ -193,7 +193,7 @@ class SettingChanges:
             return False
         position = step if was_plateau or not isinstance(saved.get("last_epoch"), int) else saved["last_epoch"]
         if other:
-            LOGGER.info("the schedule goes on at step %d with other options: %s", position, "; ".join(other))
+            LOGGER.info("the schedule continues at step %d with other options: %s", position, "; ".join(other))
         if wants_loss(self._schedule):
             self._to_plateau(saved if was_plateau else {}, bases)
         else:

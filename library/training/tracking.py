@@ -1,6 +1,7 @@
 """Where the numbers and images of a run go: TensorBoard and Weights & Biases.
 
-Each has a thread of its own. One that fails is left out from then on, one that is slow loses values: training goes on.
+Each has a thread of its own. One that fails is left out from then on, one that is slow loses values; training goes
+ahead in both cases.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def make_tracker(opts: Options, default_name: str, enabled: bool = True) -> Trac
         try:
             sinks[title] = kind(opts, options.log_tracker_name or default_name, settings.get(name, {}))
         except Exception as error:
-            LOGGER.warning("%s cannot be used, the run goes on without it: %s", title, _reason(error))
+            LOGGER.warning("%s cannot be used, the run continues without it: %s", title, _reason(error))
     return Tracker(sinks)
 
 

@@ -56,7 +56,7 @@ class NamedSelection(UnetSelection):
         names = (target.key, layer.path, *target.modules)
         if _fits(self.exclude, names) and not _fits(self.include, names):
             return None
-        if target.optional and target.part != "denoiser" and self.train_t5xxl:
+        if target.optional and target.part != "denoiser" and not target.from_file and self.train_t5xxl:
             own_dim = self.own_dim(target.key)
             return None if own_dim == 0 else Choice(own_dim or dim, alpha)
         return super().choose(layer, dim, alpha)

@@ -112,6 +112,8 @@ class PresetSelection(Selection):
     def choose(self, layer: TargetLayer, dim: int, alpha: float | None) -> Choice | None:
         """See `Selection`. Larger convolutions have the common rank and alpha where they are given none."""
         target = layer.target
+        if target.from_file:
+            return None
         t5 = target.optional and target.part != "denoiser" and not target.norm
         if t5 and not self.train_t5xxl:
             return None

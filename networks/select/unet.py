@@ -148,7 +148,7 @@ def _block_weights(reader: Reader) -> tuple[float, ...] | None:
 
 
 def _factors(reader: Reader, name: str, count: int) -> list[float]:
-    """`count` factors: a comma list (an empty entry is 0, a short list goes on with 1) or a preset[+offset]."""
+    """`count` factors: a comma list (an empty entry is 0, a short list is filled up with 1) or a preset[+offset]."""
     text = reader.args.get(name)
     if text is None:
         return [1.0] * count

@@ -17,6 +17,8 @@ from networks.layer import AdapterLayer
 from networks.layer_args import ChangeArgs
 from networks.types.functional import effective_alpha
 
+BIAS = "diff_b"  # the change of a bias, which some files have beside that of the weight
+
 
 class ChangeLayer(AdapterLayer):
     """``output + multiplier * op(x, scale * change)``, where `op` is that of the live module.
@@ -123,8 +125,17 @@ class ChangeLayer(AdapterLayer):
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.alpha.dtype)  # the base may be stored in fewer bits than what is trained
         if self.args.dora_wd:
-            return output + self.multiplier * self._decomposed(index, x, output).to(output.dtype)
-        return output + self._dropped(self.changed(x, index, self.multiplier * self.scale)).to(output.dtype)
+            change = self._decomposed(index, x, output) + self._bias(index)
+            return output + self.multiplier * change.to(output.dtype)
+        change = self.changed(x, index, self.multiplier * self.scale) + self._bias(index) * self.multiplier
+        return output + self._dropped(change).to(output.dtype)
+
+    def _bias(self, index: int) -> Tensor | float:
+        """The change of the bias of the `index`-th module, to be added to outputs."""
+        if BIAS not in self.names:
+            return 0.0
+        start, axis = sum(self.rows[:index]), [-1] if self.geometry is None else [-1, 1, 1]
+        return self.diff_b[start : start + self.rows[index]].reshape(axis)
 
     def _decomposed(self, index: int, x: Tensor, output: Tensor) -> Tensor:
         """The change of the output by a weight of trained norms: DoRA.
@@ -222,10 +233,14 @@ class ChangeLayer(AdapterLayer):
         norms = _norms(whole, by_row=dora.shape[0] != 1)
         return whole * (dora.reshape(norms.shape) / (norms + eps)) - base
 
+    @classmethod
+    def bias_change(cls, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        return tensors[BIAS].float() if BIAS in tensors else None
+
     @torch.no_grad()
     def limit_norm(self, limit: float) -> None:
         norm = (self.product(self.tensors()).norm() * abs(self.scale)).clamp(min=limit / 2)
-        own = [getattr(self, _attribute(name)) for name in self.names]
+        own = [getattr(self, _attribute(name)) for name in self.names if name != BIAS]
         factor = (limit / norm).clamp(max=1) ** (1 / len(own))
         for tensor in own:
             tensor.mul_(factor.to(tensor.dtype))

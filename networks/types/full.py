@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from library.errors import UserError
 from networks.layer import AdapterLayer
 from networks.layer_args import ChangeArgs
-from networks.types.change import ChangeLayer
+from networks.types.change import BIAS, ChangeLayer
 
 
 class FullLayer(ChangeLayer):
@@ -21,7 +21,7 @@ class FullLayer(ChangeLayer):
         super().__init__(modules, 1, 1.0, args, shapes)
 
     def tensor_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
-        biased = {"diff_b": (self.shape[0],)} if self._live[0].bias is not None else {}
+        biased = {BIAS: (self.shape[0],)} if self._live[0].bias is not None else {}
         return {"diff": tuple(self.shape), **biased}
 
     @classmethod
@@ -36,16 +36,15 @@ class FullLayer(ChangeLayer):
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
-    def changed(self, x: Tensor, index: int, factor: float) -> Tensor:
-        change = super().changed(x, index, factor)
-        if "diff_b" not in self.names:
-            return change
-        start, axis = sum(self.rows[:index]), [-1] if self.geometry is None else [-1, 1, 1]
-        return change + self.diff_b[start : start + self.rows[index]].reshape(axis) * factor
+    @classmethod
+    def rebuild(cls, modules: Sequence[nn.Module], tensors: Mapping[str, Tensor], args: ChangeArgs) -> ChangeLayer:
+        if "diff" not in tensors:  # only the bias differs
+            tensors = {"diff": torch.zeros_like(torch.cat([module.weight for module in modules])), **tensors}
+        return super().rebuild(modules, tensors, args)
 
     @classmethod
-    def bias_change(cls, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        return tensors["diff_b"].float() if "diff_b" in tensors else None
+    def weight_change(cls, tensors: Mapping[str, Tensor], shape: torch.Size, weight: Callable[[], Tensor]) -> Tensor:
+        return super().weight_change(tensors, shape, weight) if "diff" in tensors else torch.zeros(shape)
 
     def file_state(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in super().file_state().items() if name != "alpha"}
@@ -96,6 +95,8 @@ class NormLayer(AdapterLayer):
 
     @classmethod
     def weight_change(cls, tensors: Mapping[str, Tensor], shape: torch.Size, weight: Callable[[], Tensor]) -> Tensor:
+        if "w_norm" not in tensors:  # only the bias differs
+            return torch.zeros(shape)
         if tensors["w_norm"].shape != shape:
             raise UserError(f"w_norm: shape {tuple(tensors['w_norm'].shape)} does not fit {tuple(shape)}")
         return tensors["w_norm"].float()

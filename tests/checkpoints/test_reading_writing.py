@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import pickletools
+import re
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from library.checkpoints.reading import open_weights, read_header, read_state_dict
 from library.checkpoints.writing import Deferred, write_safetensors, write_torch
@@ -200,9 +204,55 @@ def test_new_files_have_the_usual_permissions(tmp_path):
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+def everything() -> dict:
+    """What files of weights and states hold, with storages that are shared, empty and of every kind."""
+    whole = torch.arange(6.0).reshape(2, 3)
+    return {
+        "whole": whole,
+        "part": whole[1:],
+        "half": torch.ones(3).half(),
+        "bfloat16": torch.ones(5).bfloat16(),
+        "fp8": torch.ones(2).to(torch.float8_e4m3fn),
+        "flags": torch.tensor([True, False]),
+        "scalar": torch.tensor(3),
+        "none": torch.zeros(0),
+        "parameter": nn.Parameter(torch.ones(2)),
+        3: [{"a": torch.ones(1)}, ("b", None, 1.5)],
+    }
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_torch_reads_our_torch_files(tmp_path, mapped):
+    write_torch(tmp_path / "a.pt", everything())
+    read = torch.load(tmp_path / "a.pt", weights_only=True, mmap=mapped)
+    for name, value in everything().items():
+        if isinstance(value, torch.Tensor):
+            assert read[name].dtype == value.dtype
+            assert torch.equal(read[name].float(), value.float())
+        else:
+            assert read[name] == value
+    assert read["part"].untyped_storage().data_ptr() == read["whole"].untyped_storage().data_ptr()
+    assert isinstance(read["parameter"], nn.Parameter)
+    write_torch(tmp_path / "b.pt", everything())
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
+def test_torch_files_pass_the_check_of_the_web_ui(tmp_path):
+    """AUTOMATIC1111's refuses other entries of the archive, of which newer torch writes several, and other names."""
+    weights = {key: value for key, value in everything().items() if key not in ("fp8", "flags")}
+    write_torch(tmp_path / "a.pt", weights)
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        assert archive.testzip() is None
+        assert all(re.fullmatch(r"[^/]+/(data/\d+|version|data\.pkl)", name) for name in archive.namelist())
+        operations = pickletools.genops(archive.read("archive/data.pkl"))
+        named = {argument for operation, argument, _ in operations if operation.name == "GLOBAL"}
+    storages = {f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16", "Long")}
+    rebuilding = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict"}
+    assert named == storages | rebuilding
+
+
 @pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
 def test_a_torch_file_on_a_full_disk_says_what_the_system_says(tmp_path):
-    """`torch.save` itself raises a RuntimeError that does not tell."""
     import resource
 
     path = tmp_path / "a.pt"

@@ -403,5 +403,5 @@ def test_a_model_that_may_not_be_looked_at_is_no_missing_one(tmp_path):
     assert without_rights(lambda: check_paths(opts)) == [f"{flag}{unet / 'config.json'}: Permission denied"]
     (tmp_path / "closed").chmod(0)
     assert without_rights(lambda: check_paths(opts)) == [
-        f"{flag}{tmp_path / 'closed' / 'm'}: it cannot be looked at (Permission denied)"
+        f"{flag}{tmp_path / 'closed' / 'm'}: it cannot be examined (Permission denied)"
     ]

@@ -54,7 +54,7 @@ def test_a_family_without_a_required_part_is_refused(name):
         assert callable(getattr(FamilySpec(**parts), name))
 
 
-@pytest.mark.parametrize("name", ["name", "scripts", "kinds"])
+@pytest.mark.parametrize("name", ["name", "scripts", "kinds", "network_layers"])
 def test_an_empty_part_is_refused(name):
     with pytest.raises(TypeError, match=f"{name} must not be empty"):
         FamilySpec(**{**vars(FAMILIES["sd"]), name: ()})

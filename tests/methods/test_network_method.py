@@ -369,8 +369,20 @@ def test_base_weights_of_another_format_are_refused_before_a_model_is_read(tmp_p
     save_file({"bundle_emb.word.clip_l": torch.zeros(4, 4)}, bundle)
     save_file({f"unet.attn.to_q.lora_{side}.weight": torch.zeros(4, 4) for side in ("A", "B")}, lora)
     (problem,) = check_options(options_for(base_weights=[str(lora), str(bundle)]))
-    assert problem.startswith(f"{bundle}: holds bundle_emb.word.clip_l, ")
-    assert "this is embeddings without any layer" in problem
+    assert problem.startswith(f"{bundle}: holds no layer of a network. Its names are those of embeddings without any")
+
+
+@pytest.mark.rows("R319")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({}, True), ({"network_alpha": 1}, True), ({"network_alpha": 1e-3}, False), ({"network_alpha": 0}, True)],
+)
+@pytest.mark.parametrize("module", ["networks.oft", "networks.oft_flux"])
+def test_the_default_alpha_is_no_constraint(given, said, module, caplog):
+    assert check_options(options_for(network_module=module, **given)) == []
+    lines = [record.getMessage() for record in caplog.records]
+    assert bool(lines) == said
+    assert all(line.startswith(f"--network_alpha: in {module} it limits how far weights are rotated") for line in lines)
 
 
 def test_a_network_module_may_be_declared_anywhere(tmp_path, monkeypatch):

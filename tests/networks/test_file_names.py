@@ -9,11 +9,12 @@ from safetensors.torch import save_file
 from library.errors import UserError
 from library.types import LoraTarget
 from networks import files, third_party
-from networks.file_names import require_places
+from networks.file_names import require_places, require_types
 from tests.networks.builders import lora
 
 FOREIGN = {
-    "double_blocks.0.img_attn.qkv.lora_B.bias": "LoRA with biases (a control LoRA); give a file without them",
+    "double_blocks.0.img_attn.qkv.lora_B.bias": "differences of weights or biases; --network_module=networks.lycoris",
+    "double_blocks.0.img_attn.norm.query_norm.scale": "a control LoRA, whose model takes an image beside the latents",
     "lora_unet_x.hada_w1_a": "LoHa; --network_module=networks.lycoris",
     "lora_unet_x.lokr_w1": "LoKr",
     "lora_unet_x.lokr_w1_a": "LoKr",
@@ -21,10 +22,9 @@ FOREIGN = {
     "oft_unet_x.oft_diag": "OFT",
     "lora_unet_x.on_input": "IA3",
     "lora_unet_x.a1.weight": "GLoRA",
-    "lora_unet_x.diff": "full weight differences",
+    "lora_unet_x.diff": "differences of weights or biases",
     "lora_unet_x.lora_mid.weight": "LoCon in Tucker form",
     "lora_unet_x.dora_scale": "DoRA",
-    "bundle_emb.word.string_to_param.*": "embeddings without any layer",
     "model.diffusion_model.out.2.weight": "a whole model",
 }
 
@@ -51,10 +51,35 @@ def test_unknown_content_is_shown(tmp_path):
     assert "this is" not in str(caught.value)
 
 
-def test_a_third_party_file_of_another_format_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("lora_unet_a.lora_A", "kohya's, lora_unet_<path>.lora_down.weight"),
+        ("diffusion_modul.a.b.lora_up.weights", "ComfyUI's, diffusion_model.<path>.lora_up.weight"),
+        ("transformers.a.b.lora_A.w", "diffusers' and ai-toolkit's, transformer.<path>.lora_A.weight"),
+        ("base_model.model.a.lora_A.bias", "PEFT's, base_model.model.<path>.lora_A.weight"),
+        ("a.processor.qkv_lora1.dwn.weight", "xlabs', <path>.processor.qkv_lora1.down.weight"),
+    ],
+)
+def test_unknown_names_are_compared_with_known_layouts(tmp_path, name, layout):
+    names = [name, "x.first", "y.second", "z.third"]
+    with pytest.raises(UserError) as caught:
+        require_types(tmp_path, names)
+    assert f"holds {name}" in str(caught.value)
+    assert "second, which is" in str(caught.value)  # three of them
+    assert str(caught.value).endswith(f"; the nearest layout that is read is {layout}")
+
+
+def test_embeddings_without_layers_are_named(tmp_path):
     save_file({"bundle_emb.word.clip_l": torch.zeros(2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"holds no layer of a network\. Its names are those of embeddings without any"):
+        lora.read(tmp_path / "a.safetensors")
+
+
+def test_a_third_party_file_of_another_format_is_named(tmp_path):
+    save_file({"a.b.on_input": torch.zeros(2)}, tmp_path / "a.safetensors")
     error = third_party._nothing_fits(files.read(tmp_path / "a.safetensors"), {})
-    assert "Its names are those of embeddings without any layer" in str(error)
+    assert "Its names are those of IA3" in str(error)
 
 
 KNOWN = {"lora_unet_a", "lora_unet_b", "lora_te1_a", "lora_te2_a"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 
 import pytest
 import torch
@@ -13,13 +14,19 @@ import networks.loha
 import networks.lokr
 import networks.lycoris
 import networks.oft
+import networks.oft_flux
 from library.errors import UserError
+from library.families.flux.targets import text_targets as flux_text_targets
+from library.families.flux.targets import transformer_targets
 from library.families.sd.targets import text_targets, unet_targets
 from networks.build import DeclaredBuilder, merge
 from networks.third_party import ThirdPartyBuilder
+from tests.networks import dits
 
 OURS = DeclaredBuilder(networks.lycoris.MODULE)
-LOHA, LOKR, OFT = (DeclaredBuilder(module.MODULE) for module in (networks.loha, networks.lokr, networks.oft))
+LOHA, LOKR, OFT, OFT_FLUX = (
+    DeclaredBuilder(module.MODULE) for module in (networks.loha, networks.lokr, networks.oft, networks.oft_flux)
+)
 
 ALGOS = {
     "lora": {},
@@ -166,6 +173,28 @@ def test_oft_rotates_attention_and_on_request_more(models, targets):
     assert kinds(enable_conv="True") == {"attention", "resnet"}
 
 
+@pytest.mark.rows("R320", "R321")
+def test_oft_of_flux_rotates_attention_and_on_request_the_mlps():
+    """Text encoders never get a layer."""
+    models = dits.flux()
+    targets = transformer_targets(models.denoiser) + flux_text_targets(models.text_encoders)
+    assert {target.part for target in targets} > {"denoiser"}
+
+    def layers(**args):
+        network = make(OFT_FLUX, targets, models, args)
+        assert set(network.counts()) == {"denoiser"}
+        return {re.sub(r"_\d+_", "_N_", name.split(".")[0], count=1) for name in network.file_state()}
+
+    attention = {
+        f"oft_unet_double_blocks_N_{stream}_attn_{layer}" for stream in ("img", "txt") for layer in ("qkv", "proj")
+    }
+    assert layers() == attention
+    everything = layers(enable_all_linear="True")
+    assert everything > attention | {f"oft_unet_double_blocks_N_{s}_mlp_{n}" for s in ("img", "txt") for n in (0, 2)}
+    assert "oft_unet_single_blocks_N_linear1" in everything
+
+
+@pytest.mark.rows("R315")
 def test_an_oft_file_is_read_under_its_own_names(models, targets, outputs, tmp_path):
     network = trained(make(OFT, targets, models, {"enable_all_linear": "True", "enable_conv": "True"}))
     file = OFT.read(write(network, tmp_path / "a.safetensors"))

@@ -161,6 +161,7 @@ def kohya_weight(weight, blocks, alpha):
     return torch.einsum("knm,knp->kmp", rotation, cut).reshape(weight.shape)
 
 
+@pytest.mark.rows("R307", "R308", "R309", "R311", "R312")
 @pytest.mark.parametrize("alpha", [1e-3, 0.01, 1])
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
 def test_the_rotation_of_sd_scripts(kind, alpha):
@@ -175,6 +176,29 @@ def test_the_rotation_of_sd_scripts(kind, alpha):
     x, merged = input_for(module), copy.deepcopy(module)
     merged.weight.data = kohya_weight(module.weight, layer.blocks[0].detach(), alpha)
     torch.testing.assert_close(adapted(layer, module, x), merged(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.rows("R310")
+def test_rotations_are_solved_in_float32():
+    """A layer in bfloat16 turns by what float32 gives for its numbers, which are rounded once afterwards."""
+    module = module_of("linear")
+    layer = OftLayer.build([module], 2, 1.0, KohyaOftArgs())
+    nn.init.normal_(layer.blocks[0], std=0.3, generator=torch.Generator().manual_seed(1))
+    layer.to(torch.bfloat16)
+    skew = (layer.blocks[0] - layer.blocks[0].transpose(1, 2)).detach()
+    eye = torch.eye(12, dtype=torch.float64)
+    exact = (eye + skew.double()) @ torch.inverse(eye - skew.double())
+    torch.testing.assert_close(layer._rotation(0).double(), exact, rtol=2**-8, atol=1e-6)
+    x = torch.randn(5, 12).to(torch.bfloat16)
+    assert layer.adapt(0, x, module.to(torch.bfloat16)(x)).dtype == torch.bfloat16
+
+
+@pytest.mark.rows("C59", "R316", "R317", "R318")
+@pytest.mark.parametrize("blocks", [64, 128, 256, 512, 1024])
+def test_the_layers_of_flux_can_be_cut_into_these_numbers_of_blocks(blocks):
+    """More blocks are smaller ones. 3,072 are the rows of the stream's layers, 12,288 those of the widest in an MLP."""
+    for rows in (3072, 12288):
+        assert NumberedOftArgs().cut(rows, blocks) == (blocks, rows // blocks)
 
 
 def test_blocks_of_fused_layers_have_numbers_and_constraints_of_their_own():
@@ -217,6 +241,7 @@ def test_a_rotation_is_solved_once_between_steps(monkeypatch):
     assert not torch.allclose(adapted(layer, module, x), first)
 
 
+@pytest.mark.rows("R318")
 def test_rows_that_cannot_be_cut():
     with pytest.raises(UserError, match="its 24 output rows cannot be cut into 5 blocks"):
         OftLayer.build([nn.Linear(12, 24)], 5, 1.0, KohyaOftArgs())

@@ -84,7 +84,7 @@ def test_a_huge_file_costs_nothing(tmp_path):
         ("a/b", "file", "no such file"),
         ("dangling", "file", "a link that leads nowhere"),
         ("a", "folder", "a file, not a folder"),
-        ("x" * 5000, "file", "it cannot be looked at (File name too long)"),
+        ("x" * 5000, "file", "it cannot be examined (File name too long)"),
         ("n\0ul", "folder", "no name that a file can have (a NUL character)"),
         (".", "folder", None),
         (".", "file", "a folder, not a file"),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from library import cli
+from library.families.shared.unet import map_of_config
 from tests.builders.flux import write_flux, write_parts
 from tests.builders.hashes import tensor_hash
 from tests.builders.sd3 import write_encoder_file, write_tiny_sd3
@@ -34,13 +37,14 @@ CASES = {
     "loha": ("train_network", "networks.loha", [], "hada_w1_a"),
     "lokr": ("flux_train_network", "networks.lokr", ["factor=4"], "lokr_w1"),
     "oft": ("sdxl_train_network", "networks.oft", ["enable_all_linear=True"], "oft_blocks"),
-    "oft_flux": ("flux_train_network", "networks.oft_flux", [], "oft_blocks.0"),
+    "oft_flux": ("flux_train_network", "networks.oft_flux", ["enable_all_linear=True"], "oft_blocks.0"),
     "dora": ("sd3_train_network", "networks.lycoris", ["algo=locon", "dora_wd=True", "preset=attn-mlp"], "dora_scale"),
     "norms": ("train_network", "networks.lycoris", ["algo=lokr", "train_norm=True", "preset=unet-only"], "w_norm"),
     "full": ("sdxl_train_network", "networks.lycoris", ["algo=full", "preset=unet-transformer-only"], "diff"),
 }
 
 
+@pytest.mark.rows("C59", "R316")  # by oft_flux
 @pytest.mark.parametrize("case", CASES)
 def test_a_type_trains_resumes_and_is_read_back(run_script, small_model, tmp_path, case):
     script, module, args, tensor = CASES[case]
@@ -81,3 +85,36 @@ def test_a_type_trains_resumes_and_is_read_back(run_script, small_model, tmp_pat
     assert tensor_hash(resumed) == tensor_hash(whole)
     again = run("again", network_weights=whole, dim_from_weights=True, max_train_steps=1, learning_rate=1e-9)
     assert load_file(again).keys() == state.keys()
+
+
+def test_files_of_other_programs(run_script, small_model, train_arguments, tmp_path):
+    """ComfyUI's names: merged first, with norms, then trained on; one for another family is a mistake in one line."""
+    _, models = cli.load_family("sd", [f"--pretrained_model_name_or_path={small_model}"])
+    keys, lora, norms = map_of_config(models.denoiser.config, prefix=""), {}, {}
+    for path, module in models.denoiser.named_modules():
+        if path.endswith(("attn1.to_q", "attn2.to_v")):
+            name = f"diffusion_model.{keys.file_name(path)}"
+            lora[f"{name}.lora_down.weight"] = torch.full((2, module.in_features), 0.01)
+            lora[f"{name}.lora_up.weight"] = torch.full((module.out_features, 2), 0.01)
+        elif path.endswith("transformer_blocks.0.norm1"):
+            norms[f"diffusion_model.{keys.file_name(path)}.diff"] = torch.full(module.weight.shape, 0.01)
+            norms[f"diffusion_model.{keys.file_name(path)}.diff_b"] = torch.full(module.bias.shape, 0.01)
+    save_file(lora, tmp_path / "lora.safetensors")
+    save_file({**lora, **norms}, tmp_path / "with_norms.safetensors")
+    given = {"base_weights": [tmp_path / "with_norms.safetensors"], "network_weights": tmp_path / "lora.safetensors"}
+    given |= {"dim_from_weights": True, "network_train_unet_only": True, "max_train_steps": 1, "network_dim": None}
+    done = run_script(*train_arguments(tmp_path / "out", **given))
+    assert done.returncode == 0, done.stderr[-3000:]
+    layers, merged = len(lora) // 2, (len(lora) + len(norms)) // 2
+    assert f"{merged} layers merged into the model at 1; 0 layers of the file have no place here" in done.stderr
+    assert f"{layers} layers loaded; 0 layers of the network are not in the file" in done.stderr
+    names = {name.partition(".")[0] for name in load_file(tmp_path / "out" / "lora.safetensors")}
+    assert len(names) == layers
+    assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v" in names
+
+    save_file({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(1)}, tmp_path / "flux")
+    done = run_script(*train_arguments(tmp_path / "no", network_weights=tmp_path / "flux"))
+    assert done.returncode == 2
+    assert "is a network for FLUX.1, and the model here is Stable Diffusion" in done.stderr
+    assert "flux_train_network.py" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -178,7 +178,7 @@ def test_another_schedule_counts_from_the_step_on(tmp_path, messages, before, no
     again = Training(**SCHEDULES[now]).resume(folder).step(5)
     assert again.used == [pytest.approx(rates, rel=1e-12) for rates in Training(**SCHEDULES[now]).step(11).used[6:]]
     (line,) = messages()
-    assert line.startswith("the schedule goes on at step 6 with other options: --lr_scheduler ")
+    assert line.startswith("the schedule continues at step 6 with other options: --lr_scheduler ")
 
 
 def test_a_changed_argument_of_a_schedule_of_torch_counts(tmp_path):
@@ -193,7 +193,7 @@ def test_a_longer_run_takes_the_course_of_its_length(tmp_path, messages):
     folder = Training(steps=8, lr_scheduler="cosine").step(6).save(tmp_path / "s")
     again = Training(steps=20, lr_scheduler="cosine").resume(folder).step(5)
     assert again.used == Training(steps=20, lr_scheduler="cosine").step(11).used[6:]
-    assert messages() == ["the schedule goes on at step 6 with other options: steps 8 -> 20"]
+    assert messages() == ["the schedule continues at step 6 with other options: steps 8 -> 20"]
 
 
 def test_another_optimizer_is_refused(tmp_path):

@@ -165,7 +165,7 @@ def test_a_failure_while_saving_leaves_the_earlier_state(tmp_path, monkeypatch, 
 
     from library.checkpoints import writing
 
-    monkeypatch.setattr(torch, "save", fail_in_turn(torch.save))
+    monkeypatch.setattr(writing, "write_torch", fail_in_turn(writing.write_torch))
     monkeypatch.setattr(writing, "write_safetensors", fail_in_turn(writing.write_safetensors))
     monkeypatch.setattr(Path, "write_text", fail_in_turn(Path.write_text))
     with pytest.raises(OSError, match="No space left"):

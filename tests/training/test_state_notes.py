@@ -108,4 +108,4 @@ def test_a_state_that_may_not_be_looked_at_is_no_missing_one(tmp_path):
     folder.parent.chmod(0)
     with pytest.raises(UserError) as caught:
         without_rights(lambda: state_notes.read_progress(folder))
-    assert str(caught.value) == f"--resume: {folder}: it cannot be looked at (Permission denied)"
+    assert str(caught.value) == f"--resume: {folder}: it cannot be examined (Permission denied)"

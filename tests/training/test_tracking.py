@@ -274,7 +274,7 @@ def test_a_tracker_that_cannot_be_opened_does_not_end_the_run(tmp_path, messages
     with make_tracker(options(f"--logging_dir={tmp_path / 'logs'}"), "network_train") as tracker:
         tracker.scalars(1, {"loss": 1.0})
     (line,) = messages()
-    assert line.startswith("TensorBoard cannot be used, the run goes on without it: ")
+    assert line.startswith("TensorBoard cannot be used, the run continues without it: ")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")

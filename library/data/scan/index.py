@@ -52,7 +52,7 @@ class FileIndex:
     def __init__(self, place: Path | None):
         """
         Args:
-            place: folder for the index files, one for each folder looked at; None: nothing is kept.
+            place: folder for the index files, one for each folder that is scanned; None: nothing is kept.
         """
         self._place = place
         self._folders: dict[str, _Folder] = {}  # by resolved path
@@ -83,7 +83,7 @@ class FileIndex:
         return dict(known.listed)
 
     def stamp(self, file: Path | str) -> Stamp | None:
-        """(bytes, mtime in ns), or None where there is no such file, or none that may be looked at."""
+        """(bytes, mtime in ns), or None where there is no such file, or none that may be read."""
         folder, name = self._split(file)
         return folder.stamp(name)
 

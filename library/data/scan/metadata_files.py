@@ -173,7 +173,7 @@ def resolve(
 
     A key is a file name or a stem in `image_dir`, or a path. A path is looked for as it stands (relative ones from the
     working directory); then below `image_dir`, by the longest of its ends whose folder is there. So a file that was
-    written in another place or on another system goes on to work as long as the folders below `image_dir` are the same.
+    written in another place or on another system keeps working as long as the folders below `image_dir` are the same.
 
     Every folder is listed at most once, and nothing is asked of the disk for a single key.
 

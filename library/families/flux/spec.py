@@ -41,6 +41,7 @@ SPEC = FamilySpec(
         "control_net": (FluxControlNetFamily, *FUSED_CONTROL_NET_GROUPS),
     },
     kinds=(FLUX,),
+    network_layers=r"_unet_(double_blocks|single_blocks|single_transformer_blocks)_\d",
     adapter=EntryPoint("library.families.flux.adapter:FluxFamily"),
     check_paths=EntryPoint("library.families.flux.variants:check_paths"),
     check_text_paths=EntryPoint("library.families.flux.variants:check_text_paths"),

@@ -48,8 +48,8 @@ def _classes(name: str) -> tuple[tuple[str, str], ...]:
         return ((block, "SingleStreamBlock"),)
     if not name.startswith("double_blocks."):
         return ()
-    attention = ((f"{block}.{stream}_attn", "SelfAttention") for stream in ("img", "txt"))
-    return ((block, "DoubleStreamBlock"), *attention)
+    within = ((f"{block}.{stream}_attn", "SelfAttention") for stream in ("img", "txt"))
+    return ((block, "DoubleStreamBlock"), *(entry for entry in within if name.startswith(f"{entry[0]}.")))
 
 
 def text_targets(text_encoders: Mapping[str, nn.Module]) -> list[LoraTarget]:

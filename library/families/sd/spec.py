@@ -23,6 +23,8 @@ SPEC = FamilySpec(
         "train_controlnet": "control_net",
     },
     kinds=(SD1, SD2),
+    # It has transformers at its finest level, and one block in each of them.
+    network_layers=r"_unet_(down_blocks_0_att|up_blocks_3_att|input_blocks_[12]_1_|output_blocks_(9|10|11)_1_)",
     adapter=EntryPoint("library.families.sd.adapter:SdFamily"),
     check_paths=EntryPoint("library.families.sd.variants:check_paths"),
     check_text_paths=EntryPoint("library.families.sd.variants:check_paths"),

@@ -1,14 +1,25 @@
 """What a network may adapt in Stable Diffusion 1.x/2.x, with the names that LoRA files use for it.
 
 U-Net names in these files are diffusers' own, text encoder names are transformers' with the `text_model.` level.
+ComfyUI writes those of single files, which the key map has.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from library.families.shared.targets import CONV_CONTAINERS, UNET_CONTAINERS, clip_targets, layers, lora_key, norms
+from library.families.shared.targets import (
+    CONV_CONTAINERS,
+    LAST_NORM,
+    UNET_CONTAINERS,
+    UNET_ENDS,
+    clip_norms,
+    clip_targets,
+    layers,
+    lora_key,
+    norms,
+)
 from library.families.shared.unet import map_of_config
 from library.types import LoraTarget
 
@@ -17,36 +28,35 @@ if TYPE_CHECKING:
 
     from library.types import Models
 
-ENDS = ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
 PER_LEVEL, SAMPLER_PLACE = 3, 2
 _WAYS = {"input_blocks": "IN", "output_blocks": "OUT"}  # of blocks' names in XTI files
 FIRST_DOWN_BLOCK, MID_BLOCK, FIRST_UP_BLOCK = 1, 12, 13
 
 
 def text_targets(text_encoder: nn.Module) -> list[LoraTarget]:
-    """The linear layers of attention and MLP, in the model's order."""
-    return clip_targets(text_encoder, "te")
+    """The linear layers of attention and MLP, in the model's order, then, `from_file`, the norms."""
+    return clip_targets(text_encoder, "te") + clip_norms(text_encoder, "te")
 
 
 def unet_targets(denoiser: nn.Module) -> list[LoraTarget]:
     """The layers of transformers and, marked `conv_only`, those of resnets and samplers.
 
-    Then, marked `optional`, the layers at both ends and the norms, which LyCORIS adapts.
+    Then, marked `optional`, the layers at both ends and the norms, which LyCORIS adapts, and `from_file` the last norm.
+    Aliases are names of single files.
     """
-    containers = UNET_CONTAINERS + CONV_CONTAINERS
+    containers, keys = UNET_CONTAINERS + CONV_CONTAINERS, map_of_config(denoiser.config, prefix="")
+
+    def target(path: str, **kind: Any) -> LoraTarget:
+        alias = lora_key("unet", keys.file_name(path))
+        return LoraTarget(lora_key("unet", path), "denoiser", (path,), alias=alias, **kind)
+
     inside = [
-        LoraTarget(lora_key("unet", path), "denoiser", (path,), container in CONV_CONTAINERS, block_index(path))
+        target(path, conv_only=container in CONV_CONTAINERS, block=block_index(path))
         for container, path in layers(denoiser, containers)
     ]
-    ends = [LoraTarget(lora_key("unet", path), "denoiser", (path,), optional=True) for path in ENDS]
-    return (
-        inside
-        + ends
-        + [
-            LoraTarget(lora_key("unet", path), "denoiser", (path,), optional=True, norm=True)
-            for _, path in norms(denoiser, containers)
-        ]
-    )
+    ends = [target(path, optional=True) for path in UNET_ENDS]
+    inner_norms = [target(path, optional=True, norm=True) for _, path in norms(denoiser, containers)]
+    return [*inside, *ends, *inner_norms, target(LAST_NORM, optional=True, from_file=True, norm=True)]
 
 
 def block_index(path: str) -> int | None:

@@ -29,6 +29,7 @@ SPEC = FamilySpec(
         "control_net": (Sd3ControlNetFamily, *ONE_RATE_CONTROL_NET_GROUPS),
     },
     kinds=(SD3,),
+    network_layers=r"_unet_joint_blocks_\d",
     adapter=EntryPoint("library.families.sd3.adapter:Sd3Family"),
     check_paths=EntryPoint("library.families.sd3.variants:check_paths"),
     check_text_paths=EntryPoint("library.families.sd3.variants:check_text_paths"),

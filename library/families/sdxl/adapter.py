@@ -14,7 +14,7 @@ from library.families.sdxl.targets import block_index, unet_targets
 from library.families.sdxl.tokenizers import sdxl_tokenizers
 from library.families.shared.clip import encode_penultimate, project_first_eos
 from library.families.shared.roles import UnetDenoiser, VaeLatents
-from library.families.shared.targets import clip_targets
+from library.families.shared.targets import clip_norms, clip_targets
 from library.families.shared.unet import map_of_config
 from library.families.shared.unet_controlnet import UnetControl
 from library.text.chunking import tokenize
@@ -108,7 +108,11 @@ class SdxlDenoiser(UnetDenoiser):
 
 class SdxlTargets(Targets):
     def lora(self, models: Models) -> list[LoraTarget]:
-        text = [target for name, encoder in models.text_encoders.items() for target in clip_targets(encoder, name)]
+        text = [
+            target
+            for name, encoder in models.text_encoders.items()
+            for target in (*clip_targets(encoder, name), *clip_norms(encoder, name))
+        ]
         return text + unet_targets(models.denoiser)
 
 

@@ -175,7 +175,7 @@ def places_of(unet: nn.Module) -> dict[str, Place]:
         (path,) = target.modules
         module = unet.get_submodule(path)
         conv = isinstance(module, nn.Conv2d)
-        if target.norm or (conv and (module.kernel_size != (1, 1) or module.stride != (1, 1))):
+        if target.optional or (conv and (module.kernel_size != (1, 1) or module.stride != (1, 1))):
             continue
         width = module.in_channels if conv else module.in_features
         places[PREFIX + target.key.removeprefix("lora_unet_")] = Place(path, width, conv)

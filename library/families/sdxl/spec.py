@@ -31,6 +31,7 @@ SPEC = FamilySpec(
         "lllite": ONE_RATE_CONTROL_NET_GROUPS,
     },
     kinds=(SDXL,),
+    network_layers=r"_unet_((\w+_attentions|input_blocks_\d|output_blocks_\d|middle_block)_\d_transformer_blocks_[1-9])",
     adapter=EntryPoint("library.families.sdxl.adapter:SdxlFamily"),
     check_paths=EntryPoint("library.families.sdxl.variants:check_paths"),
     check_text_paths=EntryPoint("library.families.sdxl.variants:check_text_paths"),

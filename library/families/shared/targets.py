@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 CLIP_CONTAINERS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
 UNET_CONTAINERS = ("Transformer2DModel",)
+UNET_ENDS = ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
+LAST_NORM = "conv_norm_out"
 CONV_CONTAINERS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")  # only for networks that train convolutions too
 
 
@@ -25,6 +27,17 @@ def clip_targets(text_encoder: nn.Module, part: str) -> list[LoraTarget]:
     return [
         LoraTarget(lora_key(part, public_name(path)), part, (path,))
         for _, path in layers(text_encoder, CLIP_CONTAINERS)
+    ]
+
+
+def clip_norms(text_encoder: nn.Module, part: str) -> list[LoraTarget]:
+    """The norms of a CLIP text encoder, `from_file`."""
+    from torch import nn
+
+    return [
+        LoraTarget(lora_key(part, public_name(path)), part, (path,), optional=True, from_file=True, norm=True)
+        for path, module in text_encoder.named_modules()
+        if isinstance(module, nn.LayerNorm)
     ]
 
 

@@ -117,7 +117,7 @@ class Blip(_Ours):
 
 
 class Git(_Ours):
-    """GIT begins by itself, or goes on with a prompt."""
+    """GIT starts from nothing, or continues a prompt."""
 
     def caption(self, prepared: Sequence[Tensor], names: Sequence[str]) -> list[str]:
         import torch
@@ -184,7 +184,7 @@ class ImageTextModel:
 def load_blip(weights: str, search: Search, prompt: str | None) -> Blip:
     """BLIP from a hub id, a folder, an original weight file or the address of one; on this process's device.
 
-    Raises: UserError: it cannot be had or is something else, or `search` goes on for longer than the model can.
+    Raises: UserError: it cannot be had or is something else, or `search` runs for longer than the model can.
     """
     prompt = BLIP_PROMPT if prompt is None else prompt
     if weights.lower().startswith(("http://", "https://")):
@@ -232,7 +232,7 @@ def load_image_text_model(name: str, search: Search, prompt: str | None) -> Capt
     model = load_model(name, AutoModelForImageTextToText, what, dtype=dtype, trust_remote_code=False)
     processor = _processor(name, model.config)
     if not model.config.is_encoder_decoder:
-        processor.tokenizer.padding_side = "left"  # what is generated goes on where the text ends
+        processor.tokenizer.padding_side = "left"  # what is generated continues where the text ends
     return ImageTextModel(model.to(device), processor, search, prompt)
 
 

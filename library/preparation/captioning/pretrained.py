@@ -73,7 +73,7 @@ def load_model(name: str, model_class: Any, what: str, **options: Any) -> nn.Mod
 
     disable_progress_bar()  # of weights going into memory; that of a download stays
     model, info = load(name, loader, what)
-    if info["missing_keys"]:  # transformers would go on with random numbers in their place
+    if info["missing_keys"]:  # transformers would use random numbers in their place
         raise UserError(f"{name}: not {what}; it lacks {first_few(sorted(info['missing_keys']))}")
     return freeze(model)
 

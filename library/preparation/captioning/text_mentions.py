@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 # Tokenizers that put spaces around quotation marks lose them again in part, so that a mark may stick to either side:
-# "that says'happy day'on it". A quotation that is never closed goes on to the end.
+# "that says'happy day'on it". A quotation that is never closed extends to the end.
 _SHORT = r"'(?=(?:s|t|m|d|re|ve|ll)\b)"  # the apostrophe of "it's" does not close a quotation
 _QUOTED = rf"""(?: \s* "[^"]*" | \s* '(?: [^'] | {_SHORT} )*' | \s* ["'].*$ )"""
 _WORD = r"(?: \s+ (?! (?:on|in|with|and) \b ) \w [\w.'-]* )"

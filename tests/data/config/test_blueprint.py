@@ -429,7 +429,7 @@ def test_folders_that_may_not_be_listed_are_reported_with_their_option(
         assert f"--train_data_dir: {inner.parent} cannot be listed (Permission denied)" in found
     if mode == 0:  # with 0o111 the sub-folder is found as before
         found = without_rights(lambda: problems(config, traits))
-        assert any(line.endswith(f"image_dir {inner} cannot be looked at (Permission denied)") for line in found)
+        assert any(line.endswith(f"image_dir {inner} cannot be examined (Permission denied)") for line in found)
 
 
 def test_nothing_said_at_all(make_opts, traits):
