@@ -383,6 +383,14 @@ def test_a_word_beside_a_network_goes_on_exactly_and_from_the_file(pivotal, run_
     assert furthest(load_file(tmp_path / "file" / "lora.safetensors"), pivotal.weights) < 1e-9
 
 
+def test_the_recipe_with_a_network(run_script, tmp_path):
+    """As it is printed, but for fewer steps and another place."""
+    (printed,) = re.findall(r"```\n(python train_network.*?)```", Path("docs/textual_inversion.md").read_text(), re.S)
+    _, *words = shlex.split(printed.replace("\\\n", " "))
+    ran(run_script, [*words, f"--output_dir={tmp_path}", "--max_train_steps=1", "--max_data_loader_n_workers=0"])
+    assert load_file(tmp_path / "flower_sks.safetensors")["emb_params"].shape == (2, 64)
+
+
 def test_what_words_beside_a_network_cannot_be(run_script, train_arguments, tmp_path):
     said = ran(run_script, train_arguments(tmp_path, token_string="house"), fails=True)
     assert "error: --token_string: 'house' is a token of the text encoder already" in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,19 +141,25 @@ def controlnet_problem(opts: Options, class_name: str) -> str | None:
 
     Args: class_name: what diffusers calls the family's ControlNets.
     """
-
-    def problem_of(path: Path) -> str | None:
-        if path.is_dir():
-            config = path / "config.json"
-            if not config.is_file():
-                return "not the Diffusers folder of a ControlNet: config.json is missing"
-            name = read_json(config).get("_class_name")
-            return None if name == class_name else f"this is a {name}; a {class_name} is needed here"
-        kind = recognise_file(path)
-        return None if kind in (None, CONTROLNET) else f"this is {kind}; a ControlNet is needed here"
-
-    name = opts.method.controlnet_model_name_or_path
+    name, problem_of = opts.method.controlnet_model_name_or_path, partial(no_controlnet, class_name=class_name)
     return path_problem("--controlnet_model_name_or_path", name, problem_of) if name else None
+
+
+def no_controlnet(path: Path, class_name: str | None = None) -> str | None:
+    """Why a file or folder cannot give a ControlNet; None when it can.
+
+    Args: class_name: of what a Diffusers folder must hold; None: of any family.
+    """
+    if path.is_dir():
+        config = path / "config.json"
+        if not config.is_file():
+            return "not the Diffusers folder of a ControlNet: config.json is missing"
+        name = str(read_json(config).get("_class_name"))
+        if name == class_name or (class_name is None and name.endswith("ControlNetModel")):
+            return None
+        return f"this is a {name}; a {class_name or 'ControlNetModel'} is needed here"
+    kind = recognise_file(path)
+    return None if kind in (None, CONTROLNET) else f"this is {kind}; a ControlNet is needed here"
 
 
 def read_json(path: Path) -> dict[str, Any]:
