@@ -34,7 +34,7 @@ from library.training.hub import Hub
 from library.training.loop import train
 from library.training.run import Run
 from library.training.saving import check_space, make_save_plan
-from library.training.stepping import OptimizerStepper, equal_parts, parts_by_block
+from library.training.stepping import OptimizerStepper, equal_parts, listed_blocks, parts_by_block
 from library.training.tracking import make_tracker
 from library.training.validation import Validation
 from library.types import Size
@@ -220,7 +220,7 @@ class Session:
         placement.place_text_encoders(models, opts, self.device, grad_text=grad_text, shards=self.shards)
         added = method.added()
         if added is not None:
-            placement.place_trained(added.eval(), opts, self.device)
+            placement.place_trained(added.eval(), opts, self.device, self.shards)
         if cache_text is not None:
             cache_text(self.accelerator)
             self.preview.encode_prompts(models, self.device)
@@ -230,7 +230,8 @@ class Session:
             cache_latents(encoding.latent_encoder(opts, family, models, self.accelerator))
             if self.accelerator.is_main_process:
                 data.index.save()
-            placement.offload(models.vae, opts)
+            if not method.needs_vae():
+                placement.offload(models.vae, opts)
 
     def place(self) -> None:
         """Moves the denoiser to the device; compiles, shards or swaps it as the options say."""
@@ -275,7 +276,7 @@ class Session:
             plan=self.plan,
             accelerator=self.accelerator,
             optimizer=prepared,
-            stepper=OptimizerStepper(opts, optimizer, prepared, _stepped_together(opts, family, models, weights)),
+            stepper=OptimizerStepper(opts, optimizer, prepared, self._stepped_together(weights)),
             schedule=schedule,
             saves=saves,
             preview=self.preview,
@@ -290,6 +291,16 @@ class Session:
             ema=EMA(weights, opts.training.ema_decay) if opts.training.ema else None,
             shards=self.shards,
         )
+
+    def _stepped_together(self, weights: list[Tensor]) -> list[list[Tensor]] | None:
+        """The weights by the parts that are stepped inside the backward pass; None: they are not, or each by itself."""
+        fused, added = self.opts.fused, self.method.added()
+        if not fused.in_use:
+            return None
+        if fused.blockwise_fused_optimizers:
+            blocks = self.family.denoiser.blocks(self.models) if added is None else listed_blocks(added)
+            return parts_by_block(weights, blocks)
+        return equal_parts(weights, fused.fused_optimizer_groups)
 
     def _metadata_maker(self, optimizer: torch.optim.Optimizer) -> Callable[[Progress], dict[str, str]]:
         """A function that makes a file's metadata at any point of the run."""
@@ -320,15 +331,3 @@ class Session:
             )
 
         return make
-
-
-def _stepped_together(
-    opts: Options, family: Family, models: Models, weights: list[Tensor]
-) -> list[list[Tensor]] | None:
-    """The weights by the parts that are stepped inside the backward pass; None: they are not, or each by itself."""
-    fused = opts.fused
-    if not fused.in_use:
-        return None
-    if fused.blockwise_fused_optimizers:
-        return parts_by_block(weights, family.denoiser.blocks(models))
-    return equal_parts(weights, fused.fused_optimizer_groups)

@@ -101,7 +101,7 @@ class Batch:
 Denoise = Callable[["Tensor", "Tensor", TextCond, Batch], "Tensor"]
 
 
-# What a ControlNet adds to the denoiser's hidden states, in the family's own order and shapes. See `Control.residuals`.
+# What a ControlNet adds to the denoiser's hidden states, in the family's own order and shapes.
 Residuals = tuple["Tensor", ...]
 
 

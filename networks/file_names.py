@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+from library.checkpoints.embeddings import BUNDLED
 from library.errors import UserError
-from networks.layouts import BUNDLED, kohya_name, nearest_layout
+from networks.layouts import kohya_name, nearest_layout
 from networks.registry import TYPES
 from networks.spec import NetworkType
 

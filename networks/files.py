@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from library.checkpoints.embeddings import BUNDLED
 from library.checkpoints.reading import file_format, read_header, read_state_dict
 from library.errors import UserError
 from library.runtime.logs import LOGGER
 from networks.file_names import SHOWN, named_format
 from networks.fused import join
-from networks.layouts import BUNDLED, kohya_name
+from networks.layouts import kohya_name
 
 if TYPE_CHECKING:
     from library.types import LoraTarget
@@ -131,7 +132,11 @@ def read(path: str | Path) -> NetworkFile:
     if not layers:
         raise UserError(f"{path}: holds no layer of a network.{named_format(tensors)}")
     if len(layers) < len(tensors):
-        LOGGER.warning("%s: its embeddings (%s*) have no effect here; its layers are used", path, BUNDLED)
+        LOGGER.warning(
+            "%s: its embeddings (%s*) act only where --token_string names their words",
+            path,
+            BUNDLED,
+        )
     for name, tensor in layers.items():
         layer, dot, rest = kohya_name(name).partition(".")
         if not dot:

@@ -32,7 +32,6 @@ _OTHER = re.compile(
 _BIAS = re.compile(r"(?P<layer>.+?)\.lora_B(?:\.default)?\.bias")
 _MAGNITUDE = re.compile(r"(?P<layer>.+?)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 _STREAMS = {"1": "img", "2": "txt"}  # of xlabs' FLUX blocks
-BUNDLED = "bundle_emb."  # before OneTrainer's embeddings, which are in a file beside the layers
 
 # Layouts by who writes them: how names begin and end.
 LAYOUTS = {

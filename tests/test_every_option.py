@@ -35,7 +35,11 @@ TRAINING = [
 PREPARATION = {f"{script.parent.name}/{script.stem}": script for script in preparation_scripts()}
 EXITS = ("output_config",)  # writes a file and ends the script
 CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
-OF_METHOD = {"network": ["--network_module=networks.lora"], "embedding": ["--token_string=zwx"]}
+OF_METHOD = {
+    "network": ["--network_module=networks.lora"],
+    "embedding": ["--token_string=zwx"],
+    "xti": ["--token_string=zwx"],
+}
 IN_A_MODEL = (  # what a Stable Diffusion 1.x file is recognised by; few names, as thousands of cases read them
     "model.diffusion_model.input_blocks.0.0.weight",
     "cond_stage_model.transformer.text_model.final_layer_norm.weight",

@@ -27,7 +27,6 @@ from PIL import Image
 
 from library.inference.generate import generate
 from library.inference.prompts import ControlImage, SamplePrompt
-from library.methods.control_net import denoise_with
 from library.preparation.images.edges import canny
 
 NEAR = np.ones((5, 5), np.uint8)  # two pixels to each side
@@ -74,7 +73,7 @@ def main() -> None:
     family, models = load(args.model)
     net = family.control.load(models, str(args.controlnet))
     prompts, shown = prompts_for(scenes, args.steps, args.scale), []
-    for name, denoise in (("without", None), ("with", partial(denoise_with, family, models, net))):
+    for name, denoise in (("without", None), ("with", partial(family.control.predict, models, net))):
         made = generate(family, models, prompts, "cpu", batch_size=32, denoise=denoise)
         scores = [agreement(image, edges) for image, (_, edges) in zip(made, scenes, strict=True)]
         shapes = sum(pic.read(image).shape == scene.shape for image, (scene, _) in zip(made, scenes, strict=True))

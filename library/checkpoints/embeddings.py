@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Other names of the same vectors, in files of diffusers' training scripts.
 _ALIASES = {"clip_l": ("text_encoders_0",), "clip_g": ("text_encoders_1",), "t5xxl": ("t5",)}
 _A1111 = "string_to_param"
+BUNDLED = "bundle_emb."  # in a network's file before "<word>.<name of vectors>"
 _SHOWN = 4  # names that a message lists
 
 
@@ -36,6 +37,19 @@ def read_embedding(path: str | Path) -> dict[str, Tensor]:
     if len({len(vectors) for vectors in found.values()}) > 1:
         counts = ", ".join(f"{name} {len(vectors)}" for name, vectors in list(found.items())[:_SHOWN])
         raise UserError(f"{path}: not one embedding, as the numbers of vectors differ: {counts}")
+    return found
+
+
+def read_bundled(path: str | Path) -> dict[str, dict[str, Tensor]]:
+    """The embeddings in a network's file, by word: vectors by their names, each (n, width) float32 on the CPU.
+
+    Raises: UserError: missing or damaged.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in _tensors(Path(path)).items():
+        word, _, key = name.removeprefix(BUNDLED).partition(".")
+        if name.startswith(BUNDLED):
+            found.setdefault(word, {})[key] = _vectors(value, name, Path(path))
     return found
 
 

@@ -44,13 +44,18 @@ def read_data(specs: list[DatasetSpec], opts: Options, traits: FamilyTraits, pro
         processes.barrier()
     for line in data.report():
         LOGGER.info("%s", line)
-    if opts.method.caption_word and not opts.data.debug_dataset:
-        _require_word(data, opts.method.caption_word)
+    words = () if opts.data.debug_dataset else (*opts.method.caption_words, *opts.words.caption_words)
+    for word in words:  # templates hold one word only
+        _require_word(data, word, templates=len(words) == 1 and "use_object_template" in opts.flat())
     return data
 
 
-def _require_word(data: TrainingData, word: str) -> None:
-    """Raises: UserError: no caption holds the word that is to be trained; some that do not are a warning."""
+def _require_word(data: TrainingData, word: str, *, templates: bool) -> None:
+    """Looks for a word that is to be trained in the captions; where some do not hold it there is a warning.
+
+    Args: templates: whether the script can make captions itself.
+    Raises: UserError: no caption holds it.
+    """
 
     def texts(record: Record) -> Sequence[str]:  # what the caption of an image is made from
         options = record.subset.captions
@@ -60,7 +65,8 @@ def _require_word(data: TrainingData, word: str) -> None:
     pattern = word_pattern(word)
     records = [record for record in data.records if not record.subset.is_reg]
     without = [record.path for record in records if not any(map(pattern.search, texts(record)))]
-    hint = f"write {word!r} into the captions, or add --use_object_template or --use_style_template"
+    hint = f"write {word!r} into the captions"
+    hint += ", or add --use_object_template or --use_style_template" if templates else ""
     if records and len(without) == len(records):
         raise UserError(f"--token_string: no caption holds {word!r}, so nothing would be learned; {hint}")
     if without:

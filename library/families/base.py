@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -102,7 +103,7 @@ class Denoiser(Role, ABC):
         Args:
             timesteps: (B,), in the units of the family's objective.
             batch: carries sizes for families with size conditioning, and the guidance of distilled models.
-            residuals: what a ControlNet adds to the hidden states, see `Control.residuals`.
+            residuals: what a ControlNet adds to the hidden states, in the family's own order and shapes.
         """
 
     @abstractmethod
@@ -149,14 +150,16 @@ class Writer(Role, ABC):
 
 
 class Control(Role, ABC):
-    """ControlNets: networks that read an image beside the latents and add to the denoiser's hidden states.
+    """ControlNets: networks that read an image beside the latents and steer the denoiser.
 
     Zhang et al. 2023, arXiv:2302.05543.
     """
 
+    needs_vae: bool = False  # whether predictions use the VAE: some ControlNets read latents of the control image
+
     @abstractmethod
     def build(self, models: Models) -> nn.Module:
-        """A new ControlNet with copies of the denoiser's weights; all that it adds is zero until it is trained."""
+        """A new ControlNet for the denoiser, which changes nothing until it is trained."""
 
     @abstractmethod
     def load(self, models: Models, name: str) -> nn.Module:
@@ -167,8 +170,10 @@ class Control(Role, ABC):
         """
 
     @abstractmethod
-    def residuals(self, net: nn.Module, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch) -> Residuals:
-        """What `Denoiser.predict` takes, from `batch.control` and what it is itself given; differentiable."""
+    def predict(
+        self, models: Models, net: nn.Module, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch
+    ) -> Tensor:
+        """`Denoiser.predict` with the ControlNet, which acts where `batch` has control images; differentiable."""
 
     @abstractmethod
     def save(
@@ -177,7 +182,7 @@ class Control(Role, ABC):
         """Writes a ControlNet in the layout that programs read.
 
         Args:
-            save_as: safetensors, ckpt, pt, or diffusers for a folder.
+            save_as: safetensors, ckpt, pt, or, where diffusers has such networks, diffusers for a folder.
             dtype: of every tensor; None: as in memory.
             metadata: modelspec.* values, for .safetensors files of families whose ControlNets have some.
         """
@@ -186,7 +191,9 @@ class Control(Role, ABC):
 class Family:
     """A model family, made from the options of a run: one object for each role.
 
-    `control` is None where there are no ControlNets for it here.
+    `control` and `lllite` are None where there are no ControlNets and no ControlNet-LLLite for it here. `text_places`
+    gives the paths of the denoiser's cross-attention layers by the names that files have for their places, in the
+    order of the denoiser; None where no such files are known.
     """
 
     traits: FamilyTraits
@@ -202,6 +209,8 @@ class Family:
         targets: Targets,
         writer: Writer,
         control: Control | None = None,
+        lllite: Control | None = None,
+        text_places: Callable[[Models], dict[str, list[str]]] | None = None,
     ):
         self.opts = opts
         self.loader = loader
@@ -211,3 +220,5 @@ class Family:
         self.targets = targets
         self.writer = writer
         self.control = control
+        self.lllite = lllite
+        self.text_places = text_places

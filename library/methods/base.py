@@ -45,6 +45,10 @@ class Method(ABC):
         """By text encoder, a checksum of what changes its outputs while it is frozen, for the notes of cache files."""
         return {}
 
+    def needs_vae(self) -> bool:
+        """Whether predictions use the VAE, which then stays on the device where latents are cached, too."""
+        return False
+
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups: {"params": [...], "lr": float, "name": str}; the name labels the rate in the logs."""

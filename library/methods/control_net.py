@@ -13,17 +13,21 @@ from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from library.families.base import Control, Family
     from library.options.base import Options
-    from library.types import Batch, Denoise, Models, TextCond
+    from library.types import Denoise, Models
 
 ADDED = "controlnet_"  # how the names of layers begin that the denoiser does not have
 
 
 class ControlNetMethod(Method):
-    """A ControlNet, new or read from a file. Its residuals go into every prediction whose batch has control images."""
+    """A ControlNet, new or read from a file. It acts in every prediction whose batch has control images."""
+
+    title, new = "ControlNet", "with copies of the base model's weights"  # for the log
+    label = "controlnet"  # of the learning rate in the logs
+    suffix = "/controlnet"  # of the architecture in metadata
 
     def __init__(self, opts: Options):
         super().__init__(opts)
@@ -34,19 +38,25 @@ class ControlNetMethod(Method):
 
     def attach(self, family: Family, models: Models) -> None:
         models.freeze()
-        control = family.control
-        assert control is not None, "a family that offers this method has ControlNets"
-        name = self.opts.method.controlnet_model_name_or_path
+        control = self._control_of(family)
+        name = self.opts.method.start_from
         net = control.load(models, name) if name else self._build(control, models)
         self._control, self._net = control, net
         for weight, rate in zip(net.parameters(), self._rates(), strict=True):
             weight.requires_grad_(bool(rate))  # the options have made sure that one of the rates is not 0
+        self._prepare(net)
+        count = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
+        source = f"read from {name}" if name else self.new
+        LOGGER.info("%s %s: %.1f million weights are trained", self.title, source, count / 1e6)
+
+    def _prepare(self, net: nn.Module) -> None:
         set_attention(net, self.opts.memory)
         if self.opts.memory.gradient_checkpointing:
             net.enable_gradient_checkpointing()
-        count = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
-        source = f"read from {name}" if name else "with copies of the base model's weights"
-        LOGGER.info("ControlNet %s: %.1f million weights are trained", source, count / 1e6)
+
+    def _control_of(self, family: Family) -> Control:
+        assert family.control is not None, "a family that offers this method has ControlNets"
+        return family.control
 
     def _build(self, control: Control, models: Models) -> nn.Module:
         """A new one; the layers that the denoiser does not have begin as the run's seed says, in every process."""
@@ -64,14 +74,17 @@ class ControlNetMethod(Method):
         return self._attached()
 
     def denoise(self, family: Family, models: Models) -> Denoise:
-        """The family's denoiser with the ControlNet's residuals; alone where the batch has no control images."""
-        return partial(denoise_with, family, models, self._attached())
+        """The family's denoiser with the ControlNet; alone where the batch has no control images."""
+        return partial(self._control_of(family).predict, models, self._attached())
+
+    def needs_vae(self) -> bool:
+        return self._control is not None and self._control.needs_vae
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         net, by_name = self._attached(), {}
         for (name, weight), rate in zip(net.named_parameters(), self._rates(), strict=True):
             if weight.requires_grad:
-                label = "controlnet" if name.startswith(ADDED) or self.opts.method.added_rate is None else "unet"
+                label = self.label if name.startswith(ADDED) or self.opts.method.added_rate is None else "unet"
                 by_name.setdefault(label, {"params": [], "lr": rate, "name": label})["params"].append(weight)
         return list(by_name.values())
 
@@ -93,10 +106,10 @@ class ControlNetMethod(Method):
 
     def file_suffix(self) -> str:
         save_as = self._save_as()
-        return "" if save_as == "diffusers" else f".{save_as}"
+        return "" if save_as.startswith("diffusers") else f".{save_as}"
 
     def metadata(self) -> dict[str, Any]:
-        return {"modelspec.suffix": "/controlnet"}
+        return {"modelspec.suffix": self.suffix}
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
         """Writes the ControlNet in its family's layout, with what the metadata says about the model alone."""
@@ -108,20 +121,16 @@ class ControlNetMethod(Method):
         return self.opts.saving.save_model_as or "safetensors"
 
 
-def denoise_with(
-    family: Family,
-    models: Models,
-    net: nn.Module,
-    noisy: Tensor,
-    timesteps: Tensor,
-    cond: TextCond,
-    batch: Batch,
-) -> Tensor:
-    """The prediction, shaped like `noisy`, with the residuals of a ControlNet where `batch` has control images.
+class LlliteMethod(ControlNetMethod):
+    """A ControlNet-LLLite, new or read from a file."""
 
-    See `Denoiser.predict` and `Control.residuals`.
-    """
-    residuals = None
-    if batch.control is not None:
-        residuals = family.control.residuals(net, noisy, timesteps, cond, batch)
-    return family.denoiser.predict(models, noisy, timesteps, cond, batch, residuals)
+    title, new = "ControlNet-LLLite", "new"
+    label = "lllite"
+    suffix = "/control-net-lllite"
+
+    def _control_of(self, family: Family) -> Control:
+        assert family.lllite is not None, "a family that offers this method has such networks"
+        return family.lllite
+
+    def _prepare(self, net: nn.Module) -> None:
+        """It has no attention, and is recomputed with the layers of the model that it stands before."""

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from library.checkpoints.embeddings import BUNDLED, read_bundled, write_embedding
 from library.checkpoints.hashes import weights_fingerprint
 from library.checkpoints.metadata import finalise
 from library.checkpoints.writing import write_safetensors, write_torch
 from library.errors import UserError
 from library.methods.base import Method
+from library.methods.embedding_spec import as_name, trained_keys
 from library.methods.network_spec import require_network_module, split_args
+from library.methods.words import TrainedWords
 from library.options.network import resolved_module
 from library.runtime.logs import LOGGER
 from networks.build import merge
@@ -44,6 +47,7 @@ class NetworkMethod(Method):
         self._builder = network_builder(opts.method.network_module)
         self._args = split_args(opts.method.network_args)
         self._network: TrainableNetwork | None = None
+        self._words = _trained_words(opts) if opts.words.caption_words else None
         self._multiplier = 1.0  # as the network is now
         self._rates: dict[str, float] = {}
 
@@ -72,6 +76,8 @@ class NetworkMethod(Method):
         for parameter in self._network.parameters():
             parameter.requires_grad_(id(parameter) in trained)
         self._network.attach(models)
+        if self._words is not None:
+            self._words.attach(models, trained_keys(self.opts, family.traits))
         counts = ", ".join(f"{count} in {part}" for part, count in self._network.counts().items())
         rank = f"; rank {self._dim_text()}" if self._network.ranks() else ""
         LOGGER.info("network %s: layers: %s%s", options.network_module, counts, rank)
@@ -119,25 +125,31 @@ class NetworkMethod(Method):
             )
 
     def trainable(self) -> nn.Module:
-        return self._attached()
+        return self.added()
 
     def added(self) -> nn.Module:
-        return self._attached()
+        network = self._attached()
+        return network if self._words is None else nn.ModuleDict({"network": network, "words": self._words.rows})
 
     def text_fingerprint(self) -> dict[str, str]:
+        changes = self._words.fingerprint() if self._words is not None else {}
         if not self.opts.method.network_weights or self.opts.method.network_train_unet_only:
-            return {}  # a network that has learned nothing leaves the encoders' outputs as they are
-        adapted = [part for part in self._attached().parts() if part != "denoiser"]
-        return dict.fromkeys(adapted, f"network {weights_fingerprint(self._attached())}") if adapted else {}
+            return changes  # a network that has learned nothing leaves the encoders' outputs as they are
+        for part in self._attached().parts():
+            if part != "denoiser":
+                own = f"network {weights_fingerprint(self._attached())}"
+                changes[part] = f"{own} and {changes[part]}" if part in changes else own
+        return changes
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups = self._attached().parameter_groups(self._rates)
         if not groups:
             raise UserError(_nothing_trained(self._rates))
-        return groups
+        return groups if self._words is None else [*groups, *self._words.groups(self.opts.words.embedding_lr)]
 
     def trained_text_encoders(self) -> list[str]:
-        return [part for part in self._attached().parts() if part != "denoiser" and self._rates.get(part)]
+        adapted = [part for part in self._attached().parts() if part != "denoiser" and self._rates.get(part)]
+        return list(dict.fromkeys([*adapted, *(self._words.keys if self._words is not None else ())]))
 
     def start_epoch(self, epoch: int) -> None:
         self._attached().start_epoch()
@@ -185,6 +197,8 @@ class NetworkMethod(Method):
             "ss_training_comment": options.training_comment,
             "modelspec.suffix": "/lora",
         }
+        if self._words is not None:  # a key of our own, so only where it is set
+            values["ss_token_string"] = json.dumps(self._words.names)
         if self._args:
             values["ss_network_args"] = json.dumps(self._args)
         if self.opts.memory.quantize_base:  # a key of our own, so only where it is set
@@ -199,15 +213,36 @@ class NetworkMethod(Method):
         return str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
-        """Every tensor, alpha too, in `dtype`, or as trained where that is None; .ckpt and .pt hold `torch_content`."""
-        tensors = {
-            name: value.detach().to("cpu", dtype or value.dtype).contiguous()
-            for name, value in self._attached().file_state().items()
-        }
+        """Every tensor, alpha too, in `dtype`, or as trained where that is None. .ckpt and .pt hold `torch_content`.
+
+        Vectors of new words are in the network's file, and in one of their own for each word.
+        """
+        state, vectors = self._attached().file_state(), self._words.vectors() if self._words is not None else {}
+        state |= {f"{BUNDLED}{word}.{key}": rows for word, own in vectors.items() for key, rows in own.items()}
+        tensors = {name: value.detach().to("cpu", dtype or value.dtype).contiguous() for name, value in state.items()}
+        for word, file in self._word_files(path).items():
+            write_embedding(file, vectors[word], dtype, None)
         if path.suffix in (".ckpt", ".pt"):
             write_torch(path, self._attached().torch_content(tensors, path.stem, metadata or {}))
         else:
             write_safetensors(path, tensors, None if metadata is None else finalise(metadata, tensors))
+
+    def companions(self, path: Path) -> list[Path]:
+        return list(self._word_files(path).values())
+
+    def _word_files(self, path: Path) -> dict[str, Path]:
+        """By word, the file of its vectors beside a network's file."""
+        words = self._words.names if self._words is not None else ()
+        return {word: path.with_name(f"{path.stem}_{as_name(word)}{path.suffix}") for word in words}
+
+
+def _trained_words(opts: Options) -> TrainedWords:
+    """The words of --token_string; those that --network_weights holds go on from there."""
+    file, files = opts.method.network_weights, {}
+    if file:
+        held = read_bundled(file)
+        files = {word: (file, held[word]) for word in opts.words.caption_words if word in held}
+    return TrainedWords(opts.words, opts.training.seed, files)
 
 
 def _nothing_trained(rates: dict[str, float]) -> str:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from library.checkpoints.reading import file_format, read_header, require_weights
 from library.entry_points import EntryPoint
 from library.errors import UserError
+from library.methods.embedding_spec import known_words
 from library.methods.spec import MethodSpec
 from library.options.network import LARGEST_RANK, NetworkOptions, find_module, resolved_module
+from library.options.words import WordOptions
 from library.runtime.logs import LOGGER
 from networks.file_names import require_types
 from networks.hypernetwork_files import is_hypernetwork_file
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str]:
     """One line for each mistake; arguments that have no effect are logged as warnings."""
-    options, problems = opts.method, []
+    options, problems = opts.method, known_words(opts.words.caption_words)
     for path in filter(None, [options.network_weights, *(options.base_weights or [])]):
         try:
             require_weights(path)
@@ -114,7 +116,7 @@ NETWORK = MethodSpec(
     name="network",
     title="Trains a LoRA-type network on {model}.",
     tracker="network_train",
-    groups=(NetworkOptions,),
+    groups=(NetworkOptions, WordOptions),
     method=EntryPoint("library.methods.network:NetworkMethod"),
     check=check_options,
     complete_options=with_file_format,

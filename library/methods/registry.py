@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from library.methods.control_net_spec import CONTROL_NET
-from library.methods.embedding_spec import EMBEDDING
+from library.methods.control_net_spec import CONTROL_NET, LLLITE
+from library.methods.embedding_spec import EMBEDDING, XTI
 from library.methods.finetune_spec import DREAMBOOTH, FINETUNE
 from library.methods.network_spec import NETWORK
 
-METHODS = {spec.name: spec for spec in (NETWORK, FINETUNE, DREAMBOOTH, EMBEDDING, CONTROL_NET)}
+METHODS = {spec.name: spec for spec in (NETWORK, FINETUNE, DREAMBOOTH, EMBEDDING, XTI, CONTROL_NET, LLLITE)}

@@ -30,6 +30,7 @@ class WholeModelOptions(MethodOptions, title="Training"):
     """The options of every script that trains whole models."""
 
     trains_model: ClassVar[bool] = True
+    can_be_sharded: ClassVar[bool] = True
 
     learning_rate_te: float | None = opt(None, "learning rate of the text encoders; --learning_rate if not given")
 

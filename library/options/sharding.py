@@ -64,8 +64,8 @@ def problems(opts: Options, environ: Mapping[str, str] = os.environ) -> Iterator
     if sharding is None:
         return
     by, memory = sharding.asked_by, opts.memory
-    if not opts.method.trains_model:
-        yield f"{by} shards a whole model that is trained; here leave it out and use accelerate launch --multi_gpu"
+    if not opts.method.can_be_sharded:
+        yield f"{by} shards a whole model or a ControlNet; here leave it out and use accelerate launch --multi_gpu"
         return
     if memory.mixed_precision == "fp16" or memory.full_fp16:
         yield f"{by} cannot be used with fp16, which overflows differently in each process; use --mixed_precision bf16"

@@ -168,8 +168,14 @@ def _place(
     part.to(home or device, dtype)
 
 
-def place_trained(trained: nn.Module, opts: Options, device: torch.device) -> None:
-    """Moves what is trained to `device`, in `trained_dtype`. Buffers, such as alphas, keep their dtype."""
+def place_trained(trained: nn.Module, opts: Options, device: torch.device, shards: Shards | None = None) -> None:
+    """Moves what is trained beside the model to `device`, in `trained_dtype`; sharded where there are `shards`.
+
+    Buffers, such as alphas, keep their dtype.
+    """
+    if shards is not None:
+        shards.shard(trained, None, trained_dtype(opts), _compute_dtype(opts))
+        return
     trained.to(device)
     for parameter in trained.parameters():
         if parameter.requires_grad:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from library.errors import UserError
 from library.runtime.logs import LOGGER
+from library.training.stepping import listed_blocks
 
 if TYPE_CHECKING:
     from library.options.sharding import Sharding
@@ -50,7 +51,7 @@ class Shards:
             "mp_policy": MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy() if self._offloads else OffloadPolicy(),
         }
-        for part in (*(_listed(module) if blocks is None else blocks), module):
+        for part in (*(listed_blocks(module) if blocks is None else blocks), module):
             for weight in part.parameters():
                 if not isinstance(weight, DTensor):
                     weight.data = weight.data.to(self._device, dtype)
@@ -175,12 +176,6 @@ def check_optimizer(make: Callable[[list[Tensor]], torch.optim.Optimizer], name:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
     if reason:
         raise UserError(f"--optimizer_type: {name} cannot step sharded weights ({reason}); AdamW and SGD can")
-
-
-def _listed(module: nn.Module) -> list[nn.Module]:
-    if isinstance(module, nn.ModuleList):
-        return list(module)
-    return [block for child in module.children() for block in _listed(child)]
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

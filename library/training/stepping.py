@@ -145,6 +145,13 @@ def parts_by_block(weights: Sequence[Tensor], blocks: Sequence[nn.Module]) -> li
     return [part for part in [*parts, list(left.values())] if part]
 
 
+def listed_blocks(module: nn.Module) -> list[nn.Module]:
+    """The members of a module's outermost lists, which are its repeated blocks."""
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    return [block for child in module.children() for block in listed_blocks(child)]
+
+
 def step_chunked(optimizer: torch.optim.Optimizer, most: int = _CHUNK) -> None:
     """``optimizer.step()`` over at most `most` elements at a time, or one weight where that is larger."""
     parts: list[dict[int, list[Tensor]]] = [{}]

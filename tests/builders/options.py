@@ -14,7 +14,11 @@ def options_for(family: str, method: str, **values: Any) -> Options:
 
 
 def options_with(*groups: type[OptionGroup], **values: Any) -> Options:
-    """These groups; `values` by the options' names, as if given on the command line."""
-    unknown = values.keys() - {option.dest for group in groups for option in options_of(group)}
+    """These groups; `values` by the options' names, as if given on the command line. A text may stand for a list."""
+    options = {option.dest: option for group in groups for option in options_of(group)}
+    unknown = values.keys() - options.keys()
     assert not unknown, f"no options of these groups: {unknown}"
+    values = {
+        name: [value] if options[name].many and isinstance(value, str) else value for name, value in values.items()
+    }
     return build_options(groups, {name: Given(value, COMMAND_LINE) for name, value in values.items()})

@@ -88,8 +88,7 @@ def test_the_prediction_is_that_of_diffusers(case):
     expected = models.denoiser(
         noisy, timesteps, down_block_additional_residuals=down, mid_block_additional_residual=middle, **theirs
     ).sample
-    residuals = family.control.residuals(net, noisy, timesteps, cond, batch)
-    found = family.denoiser.predict(models, noisy, timesteps, cond, batch, residuals)
+    found = family.control.predict(models, net, noisy, timesteps, cond, batch)
     plain = family.denoiser.predict(models, noisy, timesteps, cond, batch)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (found - plain).abs().max() > 1e-2 * expected.abs().max()
@@ -106,8 +105,7 @@ def test_a_new_one_copies_the_denoiser_and_changes_nothing(cases, name):
     assert all(torch.equal(own[key], base[key]) for key in own if key in base)
     noisy, timesteps, cond, _ = inputs_of(family)
     batch = batch_of()
-    residuals = family.control.residuals(net, noisy, timesteps, cond, batch)
-    with_it = family.denoiser.predict(models, noisy, timesteps, cond, batch, residuals)
+    with_it = family.control.predict(models, net, noisy, timesteps, cond, batch)
     assert torch.equal(with_it, family.denoiser.predict(models, noisy, timesteps, cond, batch))
 
 

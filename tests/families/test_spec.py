@@ -23,6 +23,7 @@ ROLES = {
     "targets": Targets,
     "writer": Writer,
 }
+OPTIONAL = ("opts", "control", "lllite", "text_places")
 
 
 @pytest.mark.parametrize("spec", FAMILIES.values(), ids=FAMILIES)
@@ -33,10 +34,12 @@ def test_every_entry_point_can_be_called(spec):
     assert issubclass(adapter, Family)
     assert adapter.traits is spec.traits
     family = adapter(parse_options(groups_for(spec.name, "network"), []))
-    roles = {name: role for name, role in vars(family).items() if name not in ("opts", "control")}
+    roles = {name: role for name, role in vars(family).items() if name not in OPTIONAL}
     assert roles.keys() == ROLES.keys()
     assert all(isinstance(role, ROLES[name]) for name, role in roles.items())
-    assert isinstance(family.control, Control) == ("control_net" in spec.scripts.values())
+    assert callable(family.text_places) == ("xti" in spec.scripts.values())
+    for control, method in ((family.control, "control_net"), (family.lllite, "lllite")):
+        assert isinstance(control, Control) == (method in spec.scripts.values())
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(FamilySpec) if field.default_factory is MISSING])

@@ -15,8 +15,9 @@ from tokenizers import AddedToken
 
 from library import registry
 from library.errors import UserError
-from library.methods.embedding import EmbeddingMethod, ExtendedEmbedding, random_vectors
+from library.methods.embedding import EmbeddingMethod
 from library.methods.embedding_spec import check_options, name_by_word
+from library.methods.words import ExtendedEmbedding, random_vectors
 from library.options.validation import problems, warnings
 from library.runtime.logs import LOGGER
 from library.training.step import StepParts, training_step
@@ -401,3 +402,67 @@ def test_the_extended_embedding(dtype):
     assert torch.equal(rows.grad, torch.tensor([[1.0], [2.0]]).expand(2, 4))
     with pytest.raises(IndexError):
         extended(torch.tensor([7]))
+
+
+# ---- several words
+
+
+def test_each_word_has_its_vectors_and_its_place_in_captions(tmp_path):
+    """float32, against transformers' own way of adding the tokens of both words."""
+    run = attached(token_string=[WORD, "<qpr>"], init_word=["red house", "blue"])
+    alone = attached(init_word="red house")
+    (first, second), table = run.method._words.vectors().values(), run.models.text_encoders["te"].get_input_embeddings()
+    assert torch.equal(first["emb_params"], alone.rows["te"])
+    (blue,) = alone.models.tokenizers["te"]("blue", add_special_tokens=False).input_ids
+    assert torch.equal(second["emb_params"], table.weight[[blue] * COUNT].float())
+    with torch.no_grad():
+        run.rows["te"].add_(0.02 * torch.randn(run.rows["te"].shape, generator=torch.Generator().manual_seed(9)))
+    words = [*WORDS, *(f"<qpr>{number}" for number in range(COUNT))]
+    _, adapter, models = loaded("sd", pretrained_model_name_or_path=str(TINY_SD))
+    tokenizer, encoder = deepcopy(models.tokenizers["te"]), models.text_encoders["te"]
+    assert tokenizer.add_tokens(words) == len(words)
+    encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    ids = tokenizer.convert_tokens_to_ids(words)
+    with torch.no_grad():
+        encoder.get_input_embeddings().weight[ids] = run.rows["te"].detach()
+    models.tokenizers["te"] = tokenizer
+    captions = [f"a {WORD} beside a <qpr>", "<QPR> in the style of zwx"]
+    theirs = [f"a {' '.join(WORDS)} beside a {' '.join(words[COUNT:])}"]
+    theirs += [f"{' '.join(words[COUNT:])} in the style of {' '.join(WORDS)}"]
+    with torch.no_grad():
+        found, wanted = run.family.text.encode(run.models, captions), adapter.text.encode(models, theirs)
+    torch.testing.assert_close(found.tensors["context"], wanted.tensors["context"], rtol=1e-6, atol=1e-6)
+    assert run.method.text_fingerprint() != {"te": alone.method.text_fingerprint()["te"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [({}, ["zwx-step2.pt", "q_r-step2.pt"]), ({"output_name": "a"}, ["a-step2.pt", "a_q_r-step2.pt"])],
+)
+def test_each_word_has_its_file(given, names, tmp_path):
+    opts = name_by_word(options_for("sd", "embedding", **STYLE | {"token_string": [WORD, "q/r"]}, **given))
+    method = EmbeddingMethod(opts.replaced(pretrained_model_name_or_path=str(TINY_SD)))
+    adapter = registry.FAMILIES["sd"].adapter(method.opts)
+    models = adapter.loader.load()
+    method.attach(adapter, models)
+    path = tmp_path / f"{opts.saving.output_name}-step2.pt"
+    method.save(path, None, None)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names)
+    assert method.companions(path) == [tmp_path / names[1]]
+    files = [str(tmp_path / name) for name in names]
+    again = attached(token_string=[WORD, "q/r"], weights=files)
+    assert torch.equal(again.rows["te"], method.trainable()["te"])
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"token_string": [WORD, "ZWX"]}, "--token_string: zwx is given twice; capitals make no other word"),
+        ({"init_word": ["red", "blue"]}, "--init_word: 2 are given for 1 of --token_string; give one for each, in quo"),
+        ({"token_string": [WORD, "b"], "use_style_template": True}, "--use_style_template: its texts hold one word"),
+        ({"weights": ["a", "b"]}, "--weights: there are 2 files for 1 of --token_string"),
+    ],
+)
+def test_what_several_words_cannot_have(given, line, tmp_path):
+    opts = options_for("sd", "embedding", **{**STYLE, **given}, output_dir=str(tmp_path))
+    assert any(problem.startswith(line) for problem in problems(opts, registry.FAMILIES["sd"].traits))

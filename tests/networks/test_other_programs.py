@@ -222,7 +222,7 @@ def test_onetrainers_embeddings_are_left_out_with_a_line(tmp_path, caplog):
         assert merge([target], models, read(tmp_path / "a.safetensors"), 1.0) == (1, 0)
     torch.testing.assert_close(models.denoiser["a"].weight, bare + 2)
     (record,) = caplog.records
-    assert record.getMessage().endswith("its embeddings (bundle_emb.*) have no effect here; its layers are used")
+    assert record.getMessage().endswith("its embeddings (bundle_emb.*) act only where --token_string names their words")
 
 
 def test_onetrainers_numbers_of_pieces(tmp_path):

@@ -262,3 +262,51 @@ def test_a_large_controlnet_with_all_that_is_cached_has_two_rates(train, pairs, 
     assert metadata["modelspec.title"] == "net"
     assert not any(key.startswith("ss_") for key in metadata)
     assert len(images_of(first)) == 2
+
+
+# ---- ControlNet-LLLite
+
+LLLITE = {"script": "sdxl_train_control_net_lllite.py", "network_dim": 8, "cond_emb_dim": 8, "learning_rate": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def lllite(train, pairs, large, tmp_path_factory) -> SimpleNamespace:
+    """A run with everything cached, dropout, sample images, states, an average and validation."""
+    more = {"cache_latents": True, "cache_text_encoder_outputs": True, "ema": True, "validation_split": 0.25}
+    more |= {"validate_every_n_steps": 2, "save_state": True, "save_every_n_steps": 2, "network_dropout": 0.1}
+    more |= {"gradient_checkpointing": True, "disable_mmap_load_safetensors": True}
+    out = tmp_path_factory.mktemp("lllite")
+    run = train(out, base=large, **LLLITE, **more, **SAMPLES, sample_prompts=pairs / "prompts.txt")
+    return SimpleNamespace(options=more, **vars(run))
+
+
+@pytest.mark.rows("R332", "R333")
+def test_a_lllite_learns_and_acts_where_there_is_a_control_image(lllite):
+    images = images_of(lllite)
+    assert np.array_equal(images["000000_00"], images["000000_01"])
+    assert np.array_equal(images["000004_01"], images["000000_01"])
+    assert not np.array_equal(images["000004_00"], images["000000_00"])
+    before = load_file(lllite.file.parent / "net-step00000002.safetensors")
+    still = {key.partition(".")[0] for key in before if torch.equal(before[key], lllite.weights[key])}
+    assert all("middle_block" in name and "attn1_to_" in name for name in still), still  # one position, seen by itself
+    assert {key.partition(".")[2] for key in before} >= {"conditioning1.0.weight", "down.0.bias", "mid.0.weight"}
+    with safe_open(lllite.file, "pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/control-net-lllite"
+    assert lllite.said.count("validation loss") == 2
+
+
+def test_a_resumed_lllite_is_the_same(lllite, train, large, tmp_path):
+    state = lllite.file.parent / "net-step00000002-state"
+    again = train(tmp_path, base=large, **LLLITE, **lllite.options, resume=state)
+    assert furthest(again.weights, lllite.weights) == 0
+
+
+def test_a_lllite_goes_on_from_its_file(lllite, train, large, tmp_path):
+    """With the widths of the file; other ones are refused before the model is read."""
+    kept = {**LLLITE, "network_dim": None, "cond_emb_dim": None, "network_weights": lllite.file, "base": large}
+    again = train(tmp_path, **{**kept, "learning_rate": 1e-12, "max_train_steps": 1}, fp8_base=True)
+    assert furthest(again.weights, lllite.weights) < 1e-9
+    said = train(tmp_path / "no", **{**kept, "network_dim": 4}, status=2).said
+    assert "its --network_dim is 8, not 4; leave the option out" in said
+    assert "loaded " not in said

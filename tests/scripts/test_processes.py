@@ -76,4 +76,4 @@ def test_networks_are_not_sharded(run_script, train_arguments, tmp_path, monkeyp
     monkeypatch.setenv(engine, "true")
     done = run_script(*train_arguments(tmp_path))
     assert done.returncode == 2
-    assert "shards a whole model that is trained; here leave it out" in done.stderr
+    assert "shards a whole model or a ControlNet; here leave it out" in done.stderr

@@ -307,3 +307,95 @@ def test_large_families(run_script, arguments, large, tmp_path, family, given, k
     if "train_t5xxl" not in given:
         again = train(tmp_path / "again", resume=tmp_path / "whole" / f"{WORD}-step00000001-state")
         assert furthest(vectors, again) == 0
+
+
+# ---- several words, vectors by layer, and words beside a network
+
+
+def test_several_words_with_vectors_for_each_layer(run_script, arguments, small_model, tmp_path):
+    """What the loop offers: sample images, an average, validation, and a run that goes on exactly."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"a {WORD} --w 64 --h 64 --s 2 --d 1\na circle --w 64 --h 64 --s 2 --d 1\n")
+    more = {"token_string": None, "init_word": None, "pretrained_model_name_or_path": small_model, "max_train_steps": 4}
+    more |= {"ema": True, "validation_split": 0.2, "validate_every_n_steps": 2, "max_validation_steps": 1}
+    more |= {"save_state": True, "save_every_n_steps": 2, "cache_latents": True, "gradient_checkpointing": True}
+    more["caption_prefix"] = "a rewolf and"
+    samples = {"sample_prompts": prompts, "sample_at_first": True, "sample_every_n_steps": 4}
+
+    def line(out, **given):
+        _, *words = arguments(out, **more, **given)
+        return ["train_textual_inversion_XTI.py", *words, "--token_string", WORD, "rewolf"]
+
+    said = ran(run_script, line(tmp_path / "whole", **samples))
+    files = [tmp_path / "whole" / f"{word}.safetensors" for word in (WORD, "rewolf")]
+    tensors = [load_file(file) for file in files]
+    places = sorted(tensors[0])
+    assert {"IN01", "MID"} <= set(places) == set(tensors[1])
+    before = load_file(tmp_path / "whole" / f"{WORD}-step00000002.safetensors")
+    assert all(not torch.equal(before[place], tensors[0][place]) for place in places), "each has been trained"
+    images = sorted((tmp_path / "whole" / "sample").iterdir())
+    shown = [Image.open(path).tobytes() for path in images]
+    assert len(shown) == 4
+    assert shown[0] != shown[2], "only the prompt with the word changes"
+    assert shown[1] == shown[3]
+    assert said.count("validation loss") == 2
+    state = tmp_path / "whole" / f"{WORD}-step00000002-state"
+    ran(run_script, line(tmp_path / "again", resume=state))
+    for file, wanted in zip(files, tensors, strict=True):
+        assert furthest(load_file(tmp_path / "again" / file.name), wanted) == 0
+
+
+@pytest.fixture(scope="module")
+def pivotal(run_script, train_arguments, tmp_path_factory) -> SimpleNamespace:
+    """A LoRA and a word at once, the LoRA on the U-Net alone."""
+    out = tmp_path_factory.mktemp("pivotal")
+    options = {"token_string": WORD, "num_vectors_per_token": 2, "init_word": "flower", "embedding_lr": 1e-2}
+    options |= {"network_train_unet_only": True, "save_state": True, "save_every_n_steps": 2, "ema": True}
+    ran(run_script, train_arguments(out, **options))
+    return SimpleNamespace(out=out, options=options, weights=load_file(out / "lora.safetensors"))
+
+
+def test_a_word_is_trained_beside_a_network(pivotal, run_script, train_arguments, tmp_path):
+    """Its vectors are in the network's file and in one of their own; neither is as it is without the other."""
+    inside = {key: value for key, value in pivotal.weights.items() if not key.startswith("lora_unet_")}
+    assert inside.keys() == {f"bundle_emb.{WORD}.emb_params"}
+    (vectors,) = inside.values()
+    assert torch.equal(vectors, load_file(pivotal.out / f"lora_{WORD}.safetensors")["emb_params"])
+    earlier = load_file(pivotal.out / f"lora-step00000002_{WORD}.safetensors")["emb_params"]
+    assert (vectors - earlier).abs().min() > 0
+    ups = {key: value for key, value in pivotal.weights.items() if "lora_up" in key}
+    assert any(value.any() for value in ups.values())
+    assert read_metadata(pivotal.out / "lora.safetensors")["ss_token_string"] == f'["{WORD}"]'
+    alone = {"token_string": None, "num_vectors_per_token": None, "init_word": None, "embedding_lr": None}
+    ran(run_script, train_arguments(tmp_path, **{**pivotal.options, **alone}))
+    plain = load_file(tmp_path / "lora.safetensors")
+    assert plain.keys() == pivotal.weights.keys() - inside.keys()
+    assert furthest(plain, {key: pivotal.weights[key] for key in plain}) > 0
+
+
+def test_a_word_beside_a_network_goes_on_exactly_and_from_the_file(pivotal, run_script, train_arguments, tmp_path):
+    state = pivotal.out / "lora-step00000002-state"
+    ran(run_script, train_arguments(tmp_path / "state", **pivotal.options, resume=state))
+    assert furthest(load_file(tmp_path / "state" / "lora.safetensors"), pivotal.weights) == 0
+    kept = {"network_weights": pivotal.out / "lora.safetensors", "embedding_lr": 1e-12, "learning_rate": 1e-12}
+    given = {**pivotal.options, **kept, "num_vectors_per_token": None, "max_train_steps": 1, "save_state": None}
+    ran(run_script, train_arguments(tmp_path / "file", **given))
+    assert furthest(load_file(tmp_path / "file" / "lora.safetensors"), pivotal.weights) < 1e-9
+
+
+def test_the_recipe_with_a_network(run_script, tmp_path):
+    """As it is printed, but for fewer steps and another place."""
+    (printed,) = re.findall(r"```\n(python train_network.*?)```", Path("docs/textual_inversion.md").read_text(), re.S)
+    _, *words = shlex.split(printed.replace("\\\n", " "))
+    ran(run_script, [*words, f"--output_dir={tmp_path}", "--max_train_steps=1", "--max_data_loader_n_workers=0"])
+    assert load_file(tmp_path / "flower_sks.safetensors")["emb_params"].shape == (2, 64)
+
+
+def test_what_words_beside_a_network_cannot_be(run_script, train_arguments, tmp_path):
+    said = ran(run_script, train_arguments(tmp_path, token_string="house"), fails=True)
+    assert "error: --token_string: 'house' is a token of the text encoder already" in said
+    said = ran(run_script, train_arguments(tmp_path, token_string="a.b"), fails=True)
+    assert "error: --token_string: a.b has a dot, which divides names in network files" in said
+    said = ran(run_script, train_arguments(tmp_path, token_string="zwx"), fails=True)
+    assert "no caption holds 'zwx', so nothing would be learned; write 'zwx' into the captions" in said
+    assert "template" not in said

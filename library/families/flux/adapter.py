@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from library.errors import UserError
 from library.families.base import Denoiser, Family, Loader, Targets, TextEncoding, Writer
+from library.families.flux.controlnet import FluxControl
 from library.families.flux.loading import (
     SCALING_FACTOR,
     SHIFT_FACTOR,
@@ -16,9 +17,13 @@ from library.families.flux.loading import (
 )
 from library.families.flux.options import TRAITS, FluxOptions, resolution_shift
 from library.families.flux.prediction import (
+    POOLED,
+    T5_MASK,
+    T5_OUT,
+    TXT_IDS,
+    asked_guidance,
     attention_mask,
-    image_ids,
-    pack_latents,
+    model_inputs,
     unpack_latents,
     unrounded_timesteps,
 )
@@ -42,8 +47,6 @@ if TYPE_CHECKING:
     from library.types import Batch, Residuals, TextLayout
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
-# What the denoiser takes from the text, by the names that cache files have.
-POOLED, T5_OUT, TXT_IDS, T5_MASK = "l_pooled", "t5_out", "txt_ids", "t5_attn_mask"
 T5_LENGTHS = {"dev": 512, "schnell": 256}
 # Options that are written into the metadata of networks as ss_*.
 METADATA_OPTIONS = (
@@ -56,14 +59,16 @@ class FluxFamily(Family):
     traits = TRAITS
 
     def __init__(self, opts: Options):
+        denoiser = FluxDenoiser(opts)
         super().__init__(
             opts,
             loader=FluxLoader(opts),
             latents=VaeLatents(SCALING_FACTOR, SHIFT_FACTOR, cached_scaled=True),
             text=FluxText(opts),
-            denoiser=FluxDenoiser(opts),
+            denoiser=denoiser,
             targets=FluxTargets(opts),
             writer=FluxWriter(opts),
+            control=FluxControl(opts, denoiser),
         )
 
 
@@ -142,32 +147,21 @@ class FluxDenoiser(Denoiser):
     ) -> Tensor:
         """The velocity, see `Denoiser.predict`. `batch.guidance`, where it is given, replaces --guidance_scale.
 
-        Residuals, (B, h/2 * w/2, width) each, are distributed evenly over the blocks with two streams.
+        Residuals, (B, h/2 * w/2, width) each, are one for every block with two streams, and behind them perhaps one
+        for every block with one stream.
         """
-        denoiser, text = models.denoiser, cond.tensors
+        denoiser = models.denoiser
         height, width = noisy.shape[-2:]
-        tokens = pack_latents(noisy)
-        guidance = None
-        if denoiser.config.guidance_embeds:
-            asked = batch.guidance if batch is not None else None
-            scale = self.opts.family.guidance_scale if asked is None else asked
-            guidance = noisy.new_full((len(noisy),), float(scale))
+        inputs = model_inputs(denoiser, noisy, timesteps, cond, asked_guidance(self.opts.family, batch))
         attention = {}
         if self.opts.family.apply_t5_attn_mask:
-            attention["attention_mask"] = attention_mask(text[T5_MASK], tokens.shape[1])
-        timesteps = timesteps.to(noisy.device)
-        with unrounded_timesteps(denoiser, timesteps, guidance):
-            output = denoiser(
-                hidden_states=tokens,
-                encoder_hidden_states=text[T5_OUT].to(noisy.dtype),
-                pooled_projections=text[POOLED].to(noisy.dtype),
-                timestep=timesteps / 1000,
-                img_ids=image_ids(height, width, noisy.device),
-                txt_ids=text[TXT_IDS][0].float(),
-                guidance=guidance,
-                joint_attention_kwargs=attention,
-                controlnet_block_samples=residuals,
-            ).sample
+            attention["attention_mask"] = attention_mask(cond.tensors[T5_MASK], inputs["hidden_states"].shape[1])
+        if residuals is not None:
+            double = len(denoiser.transformer_blocks)
+            inputs["controlnet_block_samples"] = residuals[:double]
+            inputs["controlnet_single_block_samples"] = residuals[double:] or None
+        with unrounded_timesteps(denoiser, timesteps.to(noisy.device), inputs["guidance"]):
+            output = denoiser(**inputs, joint_attention_kwargs=attention).sample
         return unpack_latents(output, height, width)
 
     def objective(self) -> Objective:

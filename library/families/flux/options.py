@@ -114,3 +114,7 @@ class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
             yield "timestep_sampling"
         if self.weighting_scheme in ("sigma_sqrt", "cosmap") and self.model_prediction_type != "sigma_scaled":
             yield "model_prediction_type"
+
+
+class FluxControlNetFamily(FluxOptions, without=("controlnet_model_name_or_path",)):
+    """The family's options where a ControlNet is trained, which the method's option names."""

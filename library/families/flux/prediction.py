@@ -10,6 +10,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from library.families.flux.options import FluxOptions
+    from library.types import Batch, TextCond
+
+# What the denoiser takes from the text, by the names that cache files have.
+POOLED, T5_OUT, TXT_IDS, T5_MASK = "l_pooled", "t5_out", "txt_ids", "t5_attn_mask"
+
 
 def pack_latents(latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) with even h and w to one token for each 2 x 2 patch, (B, h/2 * w/2, 4C), by rows."""
@@ -35,6 +41,32 @@ def image_ids(height: int, width: int, device: torch.device) -> Tensor:
         indexing="ij",
     )
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+
+
+def asked_guidance(family: FluxOptions, batch: Batch | None) -> float:
+    """The guidance value for distilled models: the batch's, else that of --guidance_scale."""
+    return family.guidance_scale if batch is None or batch.guidance is None else batch.guidance
+
+
+def model_inputs(
+    net: nn.Module, noisy: Tensor, timesteps: Tensor, cond: TextCond, guidance: float
+) -> dict[str, Tensor | None]:
+    """What the denoiser, and a ControlNet of it, take, by the names of diffusers.
+
+    Args:
+        net: one of them; it says whether it takes guidance.
+        noisy, timesteps, cond: see `Denoiser.predict`.
+    """
+    height, width = noisy.shape[-2:]
+    return {
+        "hidden_states": pack_latents(noisy),
+        "encoder_hidden_states": cond.tensors[T5_OUT].to(noisy.dtype),
+        "pooled_projections": cond.tensors[POOLED].to(noisy.dtype),
+        "timestep": timesteps.to(noisy.device) / 1000,
+        "img_ids": image_ids(height, width, noisy.device),
+        "txt_ids": cond.tensors[TXT_IDS][0].float(),
+        "guidance": noisy.new_full((len(noisy),), float(guidance)) if net.config.guidance_embeds else None,
+    }
 
 
 def attention_mask(text_mask: Tensor, image_tokens: int) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from library.entry_points import EntryPoint
-from library.families.flux.options import TRAITS, FluxOptions
+from library.families.flux.options import TRAITS, FluxControlNetFamily, FluxOptions
 from library.families.flux.tools import FluxExtractOptions, FluxMergeOptions
 from library.families.spec import FamilySpec, ModelKind
+from library.options.control_net import FUSED_CONTROL_NET_GROUPS
 from library.options.embedding import T5_EMBEDDING_GROUPS
 from library.options.finetune import DENOISER_ONLY_GROUPS
 from library.options.large_models import LargeModelOptions, SplitModeOptions, TextCacheOptions
@@ -33,11 +34,13 @@ SPEC = FamilySpec(
         "flux_train_network": "network",
         "flux_train": "finetune",
         "flux_train_textual_inversion": "embedding",
+        "flux_train_control_net": "control_net",
     },
     groups={
         "network": (LargeModelOptions, TextCacheOptions, SplitModeOptions),
         "finetune": DENOISER_ONLY_GROUPS,
         "embedding": T5_EMBEDDING_GROUPS,
+        "control_net": (FluxControlNetFamily, *FUSED_CONTROL_NET_GROUPS),
     },
     tools={"flux_merge_lora": FluxMergeOptions, "flux_extract_lora": FluxExtractOptions},
     kinds=(FLUX,),

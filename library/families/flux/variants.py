@@ -13,6 +13,7 @@ from library.errors import UserError
 from library.families.flux.keymap import AE, ENCODERS, PREFIX
 from library.families.flux.spec import FLUX, FOLDERS
 from library.families.shared.recognition import (
+    controlnet_problem,
     file_shapes,
     path_problem,
     pipeline_kind,
@@ -79,6 +80,7 @@ def check_paths(opts: Options) -> list[str]:
     if not opts.model.pretrained_model_name_or_path:
         return [_NO_MODEL]
     problems = [*_text_problems(opts), opts.family.ae and path_problem("--ae", opts.family.ae, _ae_problem)]
+    problems.append(controlnet_problem(opts, "FluxControlNetModel"))
     return [problem for problem in problems if problem] or _missing_parts(opts, (*FLAGS, "vae"))
 
 

@@ -9,12 +9,12 @@ from library.families.base import Family, Loader, Targets, TextEncoding, Writer
 from library.families.sd.loading import SCALING_FACTOR, load_model
 from library.families.sd.options import TRAITS
 from library.families.sd.saving import save_model
-from library.families.sd.targets import text_targets, unet_targets
+from library.families.sd.targets import text_places, text_targets, unet_targets
 from library.families.sd.tokenizer import sd_tokenizer
 from library.families.sd.variants import ORIGINAL_CODE, model_facts
 from library.families.shared.clip import encode_clip
-from library.families.shared.controlnet import UnetControl
 from library.families.shared.roles import UnetDenoiser, VaeLatents
+from library.families.shared.unet_controlnet import UnetControl
 from library.text.chunking import tokenize
 from library.text.emphasis import tokenize_weighted
 from library.types import LoraTarget, Models, TextCond
@@ -43,6 +43,7 @@ class SdFamily(Family):
             targets=SdTargets(opts),
             writer=SdWriter(opts),
             control=UnetControl(opts, denoiser, original_names=True),
+            text_places=text_places,
         )
 
 

@@ -19,6 +19,7 @@ SPEC = FamilySpec(
         "train_db": "dreambooth",
         "fine_tune": "finetune",
         "train_textual_inversion": "embedding",
+        "train_textual_inversion_XTI": "xti",
         "train_control_net": "control_net",
         "train_controlnet": "control_net",
     },

@@ -26,7 +26,10 @@ from library.types import LoraTarget
 if TYPE_CHECKING:
     from torch import nn
 
+    from library.types import Models
+
 PER_LEVEL, SAMPLER_PLACE = 3, 2
+_WAYS = {"input_blocks": "IN", "output_blocks": "OUT"}  # of blocks' names in XTI files
 FIRST_DOWN_BLOCK, MID_BLOCK, FIRST_UP_BLOCK = 1, 12, 13
 
 
@@ -69,3 +72,17 @@ def block_index(path: str) -> int | None:
     way, level, kind, layer = match.groups()
     place = PER_LEVEL * int(level) + (SAMPLER_PLACE if kind.endswith("samplers") else int(layer))
     return (FIRST_DOWN_BLOCK if way == "down" else FIRST_UP_BLOCK) + place
+
+
+def text_places(models: Models) -> dict[str, list[str]]:
+    """The paths of cross-attention layers by the names of their blocks in XTI files, in the denoiser's order.
+
+    The published models have 16: IN01 to IN08 on the way down, MID, and OUT03 to OUT11 on the way up.
+    """
+    keys, found = map_of_config(models.denoiser.config, prefix=""), {}
+    for path, _ in models.denoiser.named_modules():
+        if path.endswith(".attn2"):
+            kind, number = keys.file_name(f"{path}.to_k").split(".")[:2]
+            name = "MID" if kind == "middle_block" else f"{_WAYS[kind]}{int(number):02d}"
+            found.setdefault(name, []).append(path)
+    return dict(sorted(found.items()))

@@ -69,7 +69,7 @@ def check_paths(opts: Options) -> list[str]:
     problems = [path_problem(flag, model, lambda path: _model_problem(path, opts.family.v2, needs_vae=not vae))]
     if vae:
         problems.append(path_problem("--vae", vae, lambda path: vae_problem(path, VAE_SOURCES)))
-    problems.append(controlnet_problem(opts))
+    problems.append(controlnet_problem(opts, "ControlNetModel"))
     return [problem for problem in problems if problem]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from library.errors import UserError
 from library.families.base import Denoiser, Family, Loader, Targets, TextEncoding, Writer
 from library.families.sd3 import text
+from library.families.sd3.controlnet import Sd3Control
 from library.families.sd3.loading import (
     SCALING_FACTOR,
     SHIFT_FACTOR,
@@ -42,14 +43,16 @@ class Sd3Family(Family):
     traits = TRAITS
 
     def __init__(self, opts: Options):
+        denoiser = Sd3Denoiser(opts)
         super().__init__(
             opts,
             loader=Sd3Loader(opts),
             latents=VaeLatents(SCALING_FACTOR, SHIFT_FACTOR),
             text=Sd3Text(opts),
-            denoiser=Sd3Denoiser(opts),
+            denoiser=denoiser,
             targets=Sd3Targets(opts),
             writer=Sd3Writer(opts),
+            control=Sd3Control(opts, denoiser),
         )
 
 

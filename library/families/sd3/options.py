@@ -85,3 +85,13 @@ class Sd3Options(FlowOptions, group="family", title="Stable Diffusion 3/3.5"):
         for name in ("save_clip", "save_t5xxl"):
             if getattr(self, name) and not opts.method.trains_model:
                 yield f"--{name}: has no effect here; {_SAVED_APART}"
+
+
+class Sd3ControlNetFamily(
+    Sd3Options,
+    without=(  # the ControlNet would see other texts and other positions than the denoiser
+        *("clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate"),
+        *("pos_emb_random_crop_rate", "enable_scaled_pos_embed", "save_clip", "save_t5xxl"),
+    ),
+):
+    """The family's options where a ControlNet is trained."""

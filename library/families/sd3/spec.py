@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from library.entry_points import EntryPoint
-from library.families.sd3.options import TRAITS, Sd3Options
+from library.families.sd3.options import TRAITS, Sd3ControlNetFamily, Sd3Options
 from library.families.sd3.tools import Sd3ExtractOptions, Sd3MergeOptions
 from library.families.spec import FamilySpec, ModelKind
+from library.options.control_net import ONE_RATE_CONTROL_NET_GROUPS
 from library.options.embedding import T5_EMBEDDING_GROUPS
 from library.options.finetune import THREE_ENCODER_GROUPS
 from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
@@ -21,11 +22,13 @@ SPEC = FamilySpec(
         "sd3_train_network": "network",
         "sd3_train": "finetune",
         "sd3_train_textual_inversion": "embedding",
+        "sd3_train_control_net": "control_net",
     },
     groups={
         "network": (LargeModelOptions, TextCacheOptions, BlockSwapOptions),
         "finetune": THREE_ENCODER_GROUPS,
         "embedding": T5_EMBEDDING_GROUPS,
+        "control_net": (Sd3ControlNetFamily, *ONE_RATE_CONTROL_NET_GROUPS),
     },
     tools={"sd3_merge_lora": Sd3MergeOptions, "sd3_extract_lora": Sd3ExtractOptions},
     kinds=(SD3,),

@@ -14,6 +14,7 @@ from library.errors import UserError
 from library.families.sd3.keymap import ENCODERS, MMDIT
 from library.families.sd3.spec import FOLDERS, SD3
 from library.families.shared.recognition import (
+    controlnet_problem,
     file_shapes,
     path_problem,
     pipeline_kind,
@@ -68,7 +69,8 @@ def check_paths(opts: Options) -> list[str]:
     if not opts.model.pretrained_model_name_or_path:
         return [_NO_MODEL]
     vae = opts.model.vae and path_problem("--vae", opts.model.vae, lambda path: vae_problem(path, (SD3,)))
-    problems = [problem for problem in (*_text_problems(opts), vae) if problem]
+    net = controlnet_problem(opts, "SD3ControlNetModel")
+    problems = [problem for problem in (*_text_problems(opts), vae, net) if problem]
     parts = None if problems else _parts_of(opts)
     if parts is None:
         return problems

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.families.base import Family, Loader, Targets, TextEncoding, Writer
+from library.families.sdxl.lllite import LlliteControl
 from library.families.sdxl.loading import SCALING_FACTOR, load_model, load_text_encoders
 from library.families.sdxl.options import TRAITS
 from library.families.sdxl.saving import save_model
@@ -13,9 +14,9 @@ from library.families.sdxl.targets import block_index, text_targets, unet_target
 from library.families.sdxl.tokenizers import sdxl_tokenizers
 from library.families.sdxl.variants import model_facts
 from library.families.shared.clip import encode_penultimate, project_first_eos
-from library.families.shared.controlnet import UnetControl
 from library.families.shared.roles import UnetDenoiser, VaeLatents
 from library.families.shared.unet import map_of_config
+from library.families.shared.unet_controlnet import UnetControl
 from library.text.chunking import tokenize
 from library.text.emphasis import tokenize_weighted
 from library.types import LoraTarget, Models, TextCond, TextLayout
@@ -48,6 +49,7 @@ class SdxlFamily(Family):
             targets=SdxlTargets(opts),
             writer=SdxlWriter(opts),
             control=UnetControl(opts, denoiser, original_names=False),
+            lllite=LlliteControl(opts, denoiser),
         )
 
 

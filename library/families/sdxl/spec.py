@@ -6,7 +6,7 @@ from library.entry_points import EntryPoint
 from library.families.sdxl.options import TRAITS, SdxlOptions
 from library.families.sdxl.tools import SdxlMergeOptions
 from library.families.spec import FamilySpec, ModelKind
-from library.options.control_net import LARGE_CONTROL_NET_GROUPS
+from library.options.control_net import LARGE_CONTROL_NET_GROUPS, ONE_RATE_CONTROL_NET_GROUPS
 from library.options.embedding import TWO_ENCODER_EMBEDDING_GROUPS
 from library.options.finetune import TWO_ENCODER_GROUPS
 from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
@@ -23,12 +23,14 @@ SPEC = FamilySpec(
         "sdxl_train": "finetune",
         "sdxl_train_textual_inversion": "embedding",
         "sdxl_train_control_net": "control_net",
+        "sdxl_train_control_net_lllite": "lllite",
     },
     groups={
         "network": (LargeModelOptions, TextCacheOptions, BlockSwapOptions),
         "finetune": TWO_ENCODER_GROUPS,
         "embedding": TWO_ENCODER_EMBEDDING_GROUPS,
         "control_net": LARGE_CONTROL_NET_GROUPS,
+        "lllite": ONE_RATE_CONTROL_NET_GROUPS,
     },
     tools={"sdxl_merge_lora": SdxlMergeOptions},
     kinds=(SDXL,),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.families.sdxl.keymap import PROJECTION, PROJECTION_LAYER, TE1, TE2
+from library.families.sdxl.lllite_file import PREFIX, sizes_of
 from library.families.sdxl.spec import SDXL
 from library.families.shared.recognition import (
     controlnet_problem,
@@ -51,8 +52,29 @@ def check_paths(opts: Options) -> list[str]:
     problems = _model_problems(opts, needs_vae=not vae)
     if vae:
         problems.append(path_problem("--vae", vae, lambda path: vae_problem(path, VAE_SOURCES)))
-    problems.append(controlnet_problem(opts))
+    problems.append(controlnet_problem(opts, "ControlNetModel"))
+    lllite = opts.method.lllite_weights
+    if lllite:
+        problems.append(path_problem("--network_weights", lllite, lambda path: _lllite_problem(path, opts)))
     return [problem for problem in problems if problem]
+
+
+def _lllite_problem(path: Path, opts: Options) -> str | None:
+    """What is wrong with the file of a ControlNet-LLLite; options may not say other widths than it has."""
+    shapes = file_shapes(path)
+    if shapes is None:
+        return None
+    if not any(key.startswith(PREFIX) for key in shapes):
+        return f"this is {recognise(shapes)}; a ControlNet-LLLite is needed here"
+    sizes = sizes_of(shapes).values()
+    for option, found in (
+        ("cond_emb_dim", {size.embedding for size in sizes}),
+        ("network_dim", {size.inner for size in sizes}),
+    ):
+        asked = getattr(opts.method, option)
+        if asked and found != {asked}:
+            return f"its --{option} is {', '.join(map(str, sorted(found)))}, not {asked}; leave the option out"
+    return None
 
 
 def check_text_paths(opts: Options) -> list[str]:

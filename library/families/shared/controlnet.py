@@ -1,149 +1,106 @@
-"""ControlNets of U-Nets: diffusers' ControlNetModel, made from a U-Net or read, and the names in its files."""
+"""What the ControlNets of all families share: residuals in the prediction, copies of the denoiser, and writing."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from functools import partial
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoints.keymap import Each, KeyMap, Rename, Rule
-from library.checkpoints.reading import open_weights
-from library.checkpoints.writing import Deferred, materialise, write_safetensors, write_torch
+from library.checkpoints.keymap import KeyMap, Rename, Rule
+from library.checkpoints.writing import materialise, write_safetensors, write_torch
 from library.errors import UserError
 from library.families.base import Control
-from library.families.shared.building import build
-from library.families.shared.reading import error_prefix, from_pretrained
-from library.families.shared.unet import unet_rules
+from library.families.shared.writing import deferred_part
 from library.runtime.durable import replacing_folder
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from library.families.shared.roles import UnetDenoiser
+    from library.families.base import Denoiser
     from library.options.base import Options
     from library.types import Batch, Models, Residuals, TextCond
 
-PREFIX = "control_model."  # before every name in files of the original code
-DIFFERENCE = "difference"  # a key of files whose weights are to be added to the U-Net's
-EMBEDDING = "controlnet_cond_embedding."  # what turns the control image into something of the latents' size
-# Those of the original code are numbered through, the output included; diffusers' conv_in stands before its blocks.
-_EMBEDDING_CONVOLUTION = re.compile(
-    rf"(input_hint_block\.|{re.escape(EMBEDDING)}blocks\.)(?P<place>\d+)\.weight|{re.escape(EMBEDDING)}conv_in\.weight"
-)
+SAME_NAMES = KeyMap(Rename("{rest}", "{rest}"))
 _WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # in a Diffusers folder
-_SAME_IN_BOTH = ("block_out_channels", "layers_per_block", "down_block_types", "cross_attention_dim")
 
 
-class UnetControl(Control):
-    """ControlNets whose residuals go to a U-Net's skip connections and, as the last one, to its middle block.
+class ResidualControl(Control):
+    """ControlNets whose outputs are added to the denoiser's hidden states."""
 
-    Args:
-        denoiser: knows what the U-Net takes, which is what a ControlNet takes too.
-        original_names: whether files have the names of the original code, without metadata; else those of diffusers.
-    """
-
-    def __init__(self, opts: Options, denoiser: UnetDenoiser, *, original_names: bool):
+    def __init__(self, opts: Options, denoiser: Denoiser):
         super().__init__(opts)
-        self._denoiser, self._original_names = denoiser, original_names
+        self._denoiser = denoiser
 
-    def build(self, models: Models) -> nn.Module:
-        from diffusers import ControlNetModel
+    @abstractmethod
+    def residuals(
+        self, models: Models, net: nn.Module, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch
+    ) -> Residuals:
+        """What `Denoiser.predict` takes, from `batch.control` and what it is itself given; differentiable."""
 
-        return ControlNetModel.from_unet(models.denoiser)
-
-    def load(self, models: Models, name: str) -> nn.Module:
-        from diffusers import ControlNetModel
-
-        if Path(name).is_file():
-            with error_prefix(name):
-                return _from_file(models.denoiser, name)
-        net = from_pretrained(ControlNetModel, name, None)
-        for word in _SAME_IN_BOTH:
-            values = (module.config[word] for module in (net, models.denoiser))
-            own, wanted = (list(value) if isinstance(value, tuple) else value for value in values)
-            if own != wanted:
-                raise UserError(f"{name}: this ControlNet is made for another model: {word} is {own}, not {wanted}")
-        return net
-
-    def residuals(self, net: nn.Module, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch) -> Residuals:
-        """See `Control.residuals`: one for each skip connection, shaped like it, then the middle block's."""
-        inputs = self._denoiser.inputs(noisy, cond, batch)
-        output = net(noisy, timesteps, controlnet_cond=batch.control, **inputs)
-        return (*output.down_block_res_samples, output.mid_block_res_sample)
-
-    def save(
-        self, net: nn.Module, path: Path, *, save_as: str, dtype: torch.dtype | None, metadata: dict[str, str]
-    ) -> None:
-        state = {name: _cast(tensor.detach(), dtype) for name, tensor in net.state_dict().items()}
-        if save_as == "diffusers":
-            with replacing_folder(path) as folder:
-                net.save_config(folder)
-                write_safetensors(folder / _WEIGHTS_FILE, state, {"format": "pt"})
-            return
-        if self._original_names:
-            state = {entry.file: state[entry.models[0]] for entry in control_map(net.config).entries(state)}
-        if save_as == "safetensors":
-            write_safetensors(path, state, None if self._original_names else metadata)
-        else:
-            write_torch(path, {name: materialise(tensor) for name, tensor in state.items()})
+    def predict(
+        self, models: Models, net: nn.Module, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch
+    ) -> Tensor:
+        """See `Control.predict`."""
+        residuals = None
+        if batch.control is not None:
+            residuals = self.residuals(models, net, noisy, timesteps, cond, batch)
+        return self._denoiser.predict(models, noisy, timesteps, cond, batch, residuals)
 
 
-def control_map(config: Mapping[str, Any]) -> KeyMap:
-    """The original code's names, without `PREFIX`, against those of ControlNetModel. Args: config: of the model."""
-    attention = tuple("CrossAttn" in block for block in config["down_block_types"])
-    layers = config["layers_per_block"]
-    steps = 2 * (len(config["conditioning_embedding_out_channels"]) - 1)  # convolutions between the first and the last
-    rules: list[Rule] = [
-        *unet_rules(layers, attention, added=config.get("addition_embed_type") is not None),
-        Rename("zero_convs.{i}.0.{p}", "controlnet_down_blocks.{i}.{p}"),
-        Rename("middle_block_out.0.{p}", "controlnet_mid_block.{p}"),
-        # Every other place in the file's list is an activation.
-        Rename("input_hint_block.0.{p}", f"{EMBEDDING}conv_in.{{p}}"),
-        *(Rename(f"input_hint_block.{2 * step + 2}.{{p}}", f"{EMBEDDING}blocks.{step}.{{p}}") for step in range(steps)),
-        Rename(f"input_hint_block.{2 * steps + 2}.{{p}}", f"{EMBEDDING}conv_out.{{p}}"),
-    ]
-    return KeyMap(Each("", "", *rules))
+def with_copies(make: Callable[[], nn.Module], denoiser: nn.Module) -> nn.Module:
+    """A new ControlNet with the denoiser's weights where both have the same names and shapes; float32, on the CPU."""
+    net = make()
+    own = net.state_dict()
+    weights = denoiser.state_dict()
+    copied = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
+    net.load_state_dict(copied, strict=False)
+    return net
 
 
-def _from_file(unet: nn.Module, name: str) -> nn.Module:
-    import torch
-    from diffusers import ControlNetModel
+def require_same(net: Mapping[str, Any], denoiser: Mapping[str, Any], words: tuple[str, ...], name: str) -> None:
+    """Compares the configurations of a ControlNet and its denoiser.
 
-    weights = open_weights(name)
-    tensors = {key.removeprefix(PREFIX): weights[key] for key in weights if key.removeprefix(PREFIX) != DIFFERENCE}
-    widths = _embedding_widths({key: tuple(tensor.shape) for key, tensor in tensors.items()})
-    make = partial(
-        ControlNetModel.from_unet, unet, conditioning_embedding_out_channels=widths, load_weights_from_unet=False
-    )
-    if not any(key.startswith(EMBEDDING) for key in tensors):
-        config = {**unet.config, "conditioning_embedding_out_channels": widths}
-        tensors = control_map(config).to_model(tensors)
-    tensors = {key: tensor.to(torch.float32) for key, tensor in tensors.items()}
-    if any(key.removeprefix(PREFIX) == DIFFERENCE for key in weights):
-        base = unet.state_dict()
-        tensors = {key: tensor + base[key] if key in base else tensor for key, tensor in tensors.items()}
-    return build(make, tensors, "the ControlNet")
-
-
-def _embedding_widths(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """Channels of the control image's embedding: after its first convolution, and after each that halves the size.
-
-    Between two of these stands a convolution that keeps the size, and behind the last one the output.
+    Args: words: the entries that must be equal. name: of the ControlNet, for messages.
+    Raises: UserError: they are not, as the ControlNet is for another model.
     """
-    by_place = {}
-    for key, shape in shapes.items():
-        match = _EMBEDDING_CONVOLUTION.fullmatch(key)
-        if match:
-            by_place[int(match["place"]) if match["place"] else -1] = shape[0]
-    if not by_place:
-        raise UserError("this is no ControlNet: it has no embedding of the control image")
-    in_order = [by_place[place] for place in sorted(by_place)]
-    return tuple((in_order if -1 in by_place else in_order[:-1])[::2])
+    for word in words:
+        own, wanted = (list(value) if isinstance(value, tuple) else value for value in (net[word], denoiser[word]))
+        if own != wanted:
+            raise UserError(f"{name}: this ControlNet is made for another model: {word} is {own}, not {wanted}")
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Deferred:
-    kept = dtype or tensor.dtype
-    return Deferred(kept, tuple(tensor.shape), lambda: tensor.cpu().to(kept))
+def hint_rules(file: str, model: str, steps: int) -> list[Rule]:
+    """Names of the convolutions that read the control image; files number them together with their activations.
+
+    Args: steps: the number of convolutions between the first and the last.
+    """
+    between = (Rename(f"{file}.{2 * step + 2}.{{p}}", f"{model}.blocks.{step}.{{p}}") for step in range(steps))
+    first, last = Rename(f"{file}.0.{{p}}", f"{model}.conv_in.{{p}}"), f"{file}.{2 * steps + 2}.{{p}}"
+    return [first, *between, Rename(last, f"{model}.conv_out.{{p}}")]
+
+
+def write_controlnet(
+    net: nn.Module,
+    path: Path,
+    keys: KeyMap,
+    *,
+    save_as: str,
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str] | None,
+) -> None:
+    """Writes a ControlNet of diffusers. See `Control.save`. Args: keys: a single file's names against the model's."""
+    how = {"tensor_specs": {}, "folder_dtype": None, "dtype": dtype}
+    if save_as.startswith("diffusers"):
+        with replacing_folder(path) as folder:
+            net.save_config(folder)
+            write_safetensors(
+                folder / _WEIGHTS_FILE, deferred_part(SAME_NAMES, net.state_dict(), **how), {"format": "pt"}
+            )
+        return
+    tensors = deferred_part(keys, net.state_dict(), **how)
+    if save_as == "safetensors":
+        write_safetensors(path, tensors, metadata)
+    else:
+        write_torch(path, {name: materialise(tensor) for name, tensor in tensors.items()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ NETWORK = ModelKind(
 _NO_MODELS = (
     NETWORK,
     ModelKind("a Textual Inversion embedding", keys=r"^emb_params$|^clip_[lg]$|^string_to_param"),
+    ModelKind("a ControlNet-LLLite", keys=r"^lllite_"),
     CONTROLNET,
 )
 _PARTS = (
@@ -138,19 +140,28 @@ def vae_kind_problem(kind: ModelKind, kinds: tuple[ModelKind, ...]) -> str | Non
     return f"this is {kind}; a VAE, or {' or '.join(map(str, kinds))}, is needed here"
 
 
-def controlnet_problem(opts: Options) -> str | None:
-    """What is wrong with the ControlNet that the options name, as far as names show; None where they name none."""
-    name = opts.method.controlnet_model_name_or_path
-    return path_problem("--controlnet_model_name_or_path", name, _no_controlnet) if name else None
+def controlnet_problem(opts: Options, class_name: str) -> str | None:
+    """What is wrong with the ControlNet that the options name, as far as names show; None where they name none.
+
+    Args: class_name: what diffusers calls the family's ControlNets.
+    """
+    name, problem_of = opts.method.controlnet_model_name_or_path, partial(no_controlnet, class_name=class_name)
+    return path_problem("--controlnet_model_name_or_path", name, problem_of) if name else None
 
 
-def _no_controlnet(path: Path) -> str | None:
+def no_controlnet(path: Path, class_name: str | None = None) -> str | None:
+    """Why a file or folder cannot give a ControlNet; None when it can.
+
+    Args: class_name: of what a Diffusers folder must hold; None: of any family.
+    """
     if path.is_dir():
         config = path / "config.json"
         if not config.is_file():
             return "not the Diffusers folder of a ControlNet: config.json is missing"
-        name = read_json(config).get("_class_name")
-        return None if name == "ControlNetModel" else f"this is a {name}; a ControlNetModel is needed here"
+        name = str(read_json(config).get("_class_name"))
+        if name == class_name or (class_name is None and name.endswith("ControlNetModel")):
+            return None
+        return f"this is a {name}; a {class_name or 'ControlNetModel'} is needed here"
     kind = recognise_file(path)
     return None if kind in (None, CONTROLNET) else f"this is {kind}; a ControlNet is needed here"
 

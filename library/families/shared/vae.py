@@ -160,11 +160,20 @@ def encode_pixels(
     Returns: raw latents, (B, C, H/8, W/8), dtype of the VAE.
     Source: Kingma and Welling 2014 (arXiv:1312.6114), eq. 10.
     """
+    return _posterior(vae, pixels).sample(generator)
+
+
+def encode_mean(vae: nn.Module, pixels: Tensor) -> Tensor:
+    """The mean of the distribution that `encode_pixels` draws from; the same arguments and shape."""
+    return _posterior(vae, pixels).mode()
+
+
+def _posterior(vae: nn.Module, pixels: Tensor) -> Any:
     import torch
 
     weight = next(vae.parameters())
     with torch.autocast(weight.device.type, enabled=False):  # half precision overflows in some published VAEs
-        return vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist.sample(generator)
+        return vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
 
 
 def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
