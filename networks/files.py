@@ -79,9 +79,10 @@ class NetworkFile:
                 found[target.key] = self._fused(target, pieces, rows(target))
         if not found:
             raise UserError(
-                f"{self.path}: none of its {len(self.entries)} layers fits the {len(targets)} layers that are trained "
-                f"here; its first is {next(iter(self.entries))}, here the first is {targets[0].key}. "
-                f"Was it made for another kind of model, or for a part that is not trained?{named_format(self.entries)}"
+                f"{self.path}: none of its {len(self.entries)} layers fits the {len(targets)} layers that it could "
+                f"have here; its first is {next(iter(self.entries))}, here the first is {targets[0].key}. "
+                "Was it made for another kind of model, or for a part that is not there or not trained?"
+                f"{named_format(self.entries)}"
             )
         return found
 

@@ -33,12 +33,14 @@ class AddedWordTokenizer:
     def __init__(self, tokenizer: Any, word: str, count: int):
         from tokenizers import AddedToken
 
-        assert 0 < count <= _MOST
-        if not is_new(tokenizer.get_vocab(), word):
+        vocabulary = tokenizer.get_vocab()
+        taken = sum(len(token) == 1 and _PRIVATE_USE <= ord(token) <= _PRIVATE_USE + _MOST for token in vocabulary)
+        assert 0 < count <= _MOST - taken
+        if not is_new(vocabulary, word):
             raise UserError(token_is_known(word))
         self._tokenizer = copy.deepcopy(tokenizer)
         self._pattern = word_pattern(word)
-        names = [chr(_PRIVATE_USE + number) for number in range(count)]
+        names = [chr(_PRIVATE_USE + number) for number in range(taken, taken + count)]  # after those of other words
         # Without the blanks around them, of which T5 would make tokens.
         self._tokenizer.add_tokens([AddedToken(name, normalized=False, lstrip=True, rstrip=True) for name in names])
         self.first_id, *others = self._tokenizer.convert_tokens_to_ids(names)

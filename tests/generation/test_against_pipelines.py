@@ -1,0 +1,324 @@
+"""Final latents against diffusers' own pipelines around the same tiny weights, in float32: texts, noise and sampler.
+
+The pipelines tokenise, encode and draw noise themselves. Latents are of order 1 to 10, the same operations are done in
+another order, and every pipeline's result moves by more than 0.01 where one of its settings is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from torch import Tensor
+
+from library.families.flux.adapter import FluxFamily
+from library.families.sd.adapter import SdFamily
+from library.families.sd3.adapter import Sd3Family
+from library.families.sdxl.adapter import SdxlFamily
+from library.generation.model import Model
+from library.generation.networks import Networks
+from library.inference.generate import sample_latents
+from library.inference.prompts import SamplePrompt, SizeConditions, SourceImage
+from library.options.inference import GenerationTextOptions
+from library.registry import groups_for
+from tests.builders import sd_options, tiny_sd
+from tests.builders.flux import flux_options, write_flux, write_parts
+from tests.builders.options import options_with
+from tests.builders.sd3 import sd3_options, write_tiny_sd3
+from tests.builders.sdxl import tiny_sdxl
+from tests.builders.t5 import write_t5_tokenizer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+CPU = torch.device("cpu")
+CLOSE = 1e-3  # what is asked for; what is seen is below 1e-4
+PROMPT = SamplePrompt("a red house", "blue tree", 64, 96, 7, 3, 4.0, "ddim")
+SD_CONFIG = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+
+
+def model_of(family, models, opts) -> Model:
+    return Model(family, models, opts, CPU, torch.float32, Networks())
+
+
+def ours(model: Model, *prompts: SamplePrompt) -> Tensor:
+    """As gen_img.py draws: texts by the cache, without the text encoders."""
+    texts = [text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt, "")]
+    return sample_latents(
+        model.family,
+        model.without_texts,
+        prompts,
+        CPU,
+        cached=model.conditioning(texts),
+        denoise=model.denoise,
+    )
+
+
+def arguments(prompt: SamplePrompt) -> dict:
+    return {
+        "prompt": prompt.prompt,
+        "negative_prompt": prompt.negative_prompt,
+        "width": prompt.width,
+        "height": prompt.height,
+        "num_inference_steps": prompt.steps,
+        "guidance_scale": prompt.scale,
+        "generator": torch.Generator().manual_seed(prompt.seed),
+        "output_type": "latent",
+    }
+
+
+def run(pipe, **given) -> Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(**given).images
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    assert one.shape == other.shape
+    return (one - other).abs().max().item()
+
+
+# --- Stable Diffusion 1.x and 2.x -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sd1():
+    return tiny_sd()
+
+
+def texts_of_generation(family: str, **values):
+    return options_with(*groups_for(family, "network"), GenerationTextOptions, **values)
+
+
+def sd_pipe(kind, models, prediction: str = "epsilon", scheduler=DDIMScheduler):
+    return kind(
+        vae=models.vae,
+        text_encoder=models.text_encoders["te"],
+        tokenizer=models.tokenizers["te"],
+        unet=models.denoiser,
+        scheduler=scheduler.from_config({**SD_CONFIG, "prediction_type": prediction}),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "theirs"),
+    [({}, {}), ({"scale": 1.0}, {}), ({"sampler": "euler"}, {})],
+    ids=["guided", "unguided", "euler"],
+)
+def test_sd1(sd1, changes, theirs):
+    prompt = replace(PROMPT, **changes)
+    scheduler = EulerDiscreteScheduler if prompt.sampler == "euler" else DDIMScheduler
+    pipe = sd_pipe(StableDiffusionPipeline, sd1, scheduler=scheduler)
+    found = ours(model_of(SdFamily(sd_options("")), sd1, sd_options("")), prompt)
+    assert difference(found, run(pipe, **arguments(prompt), **theirs)) < CLOSE
+
+
+def test_sd1_at_another_layer(sd1):
+    """The pipeline gets states of transformers' own model, as its way to the last norm is that of older versions."""
+    opts, encoder, tokenizer = texts_of_generation("sd", clip_skip=2), sd1.text_encoders["te"], sd1.tokenizers["te"]
+    found = ours(model_of(SdFamily(opts), sd1, opts), PROMPT)
+
+    def states(text: str) -> Tensor:
+        ids = tokenizer(text, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        hidden = encoder(ids, output_hidden_states=True).hidden_states[-2]
+        return getattr(encoder, "text_model", encoder).final_layer_norm(hidden)
+
+    given = arguments(PROMPT)
+    texts = {"prompt_embeds": given.pop("prompt"), "negative_prompt_embeds": given.pop("negative_prompt")}
+    with torch.no_grad():
+        texts = {name: states(text) for name, text in texts.items()}
+    pipe = sd_pipe(StableDiffusionPipeline, sd1)
+    assert difference(found, run(pipe, **given, **texts)) < CLOSE
+    assert difference(found, run(pipe, **arguments(PROMPT))) > 0.01
+
+
+def test_sd2_that_predicts_v():
+    models = tiny_sd(v2=True)
+    opts = sd_options("", v2=True, v_parameterization=True)
+    found = ours(model_of(SdFamily(opts), models, opts), PROMPT)
+    pipe = sd_pipe(StableDiffusionPipeline, models, "v_prediction")
+    assert difference(found, run(pipe, **arguments(PROMPT))) < CLOSE
+
+
+def image(seed: int = 3) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (PROMPT.height, PROMPT.width, 3), np.uint8)
+
+
+def as_theirs(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_image_to_image(sd1, strength):
+    prompt = replace(PROMPT, steps=4, strength=strength, source=SourceImage(Path("x"), pixels=image()))
+    found = ours(model_of(SdFamily(sd_options("")), sd1, sd_options("")), prompt)
+    pipe = sd_pipe(StableDiffusionImg2ImgPipeline, sd1)
+    given = arguments(prompt)
+    del given["width"], given["height"]
+    assert difference(found, run(pipe, **given, image=as_theirs(image()), strength=strength)) < CLOSE
+
+
+def test_inpainting_by_blending(sd1):
+    mask = np.zeros((PROMPT.height, PROMPT.width), np.uint8)
+    mask[16:56, 8:48] = 255
+    source = SourceImage(Path("x"), Path("m"), pixels=image(), mask_pixels=mask)
+    prompt = replace(PROMPT, steps=4, strength=0.75, source=source)
+    found = ours(model_of(SdFamily(sd_options("")), sd1, sd_options("")), prompt)
+    pipe = sd_pipe(StableDiffusionInpaintPipeline, sd1)
+    theirs = {"image": as_theirs(image()), "mask_image": torch.from_numpy(mask)[None, None] / 255, "strength": 0.75}
+    assert difference(found, run(pipe, **arguments(prompt), **theirs)) < CLOSE
+    assert (
+        difference(
+            found,
+            ours(
+                model_of(SdFamily(sd_options("")), sd1, sd_options("")),
+                replace(prompt, source=replace(source, mask=None)),
+            ),
+        )
+        > 0.01
+    )
+
+
+# --- SDXL -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    return tiny_sdxl()
+
+
+@pytest.mark.parametrize(
+    ("changes", "theirs", "clip_skip"),
+    [
+        ({}, {}, None),
+        ({"scale": 1.0}, {}, 2),
+        ({"scale": 1.0}, {"clip_skip": 1}, 3),  # which theirs has for the prompt alone
+        (
+            {"sizes": SizeConditions(300, 200, 500, 400, 16, 24)},
+            {
+                "original_size": (200, 300),
+                "negative_original_size": (400, 500),
+                "crops_coords_top_left": (16, 24),
+                "negative_crops_coords_top_left": (16, 24),
+                "negative_target_size": (96, 64),
+            },
+            None,
+        ),
+    ],
+    ids=["guided", "unguided", "layer", "sizes"],
+)
+def test_sdxl(sdxl, changes, theirs, clip_skip):
+    prompt = replace(PROMPT, steps=2, **changes)
+    opts = texts_of_generation("sdxl", clip_skip=clip_skip)
+    pipe = StableDiffusionXLPipeline(
+        vae=sdxl.vae,
+        text_encoder=sdxl.text_encoders["te1"],
+        tokenizer=sdxl.tokenizers["te1"],
+        text_encoder_2=sdxl.text_encoders["te2"],
+        tokenizer_2=sdxl.tokenizers["te2"],
+        unet=sdxl.denoiser,
+        scheduler=DDIMScheduler.from_config(SD_CONFIG),
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+    given = {**arguments(prompt), "original_size": (96, 64), "target_size": (96, 64), **theirs}
+    found = ours(model_of(SdxlFamily(opts), sdxl, opts), prompt)
+    assert difference(found, run(pipe, **given)) < CLOSE
+
+
+# --- rectified flow ---------------------------------------------------------------------------------------------------
+
+
+def even(steps: int) -> Sequence[float]:
+    """Noise levels before the shift. Without them the pipelines of diffusers shift the last one twice."""
+    return np.linspace(1.0, 1 / steps, steps)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_sd3(tmp_path, scale):
+    write_t5_tokenizer(tmp_path / "google_t5-v1_1-xxl")
+    opts = sd3_options(
+        write_tiny_sd3(tmp_path / "sd3.safetensors", encoders=("te1", "te2", "te3")), cache=str(tmp_path)
+    )
+    family = Sd3Family(opts)
+    models = family.loader.load()
+    prompt = replace(PROMPT, scale=scale, sampler="euler")
+    pipe = StableDiffusion3Pipeline(
+        transformer=models.denoiser,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=models.vae,
+        text_encoder=models.text_encoders["te1"],
+        tokenizer=models.tokenizers["te1"],
+        text_encoder_2=models.text_encoders["te2"],
+        tokenizer_2=models.tokenizers["te2"],
+        text_encoder_3=models.text_encoders["te3"],
+        tokenizer_3=models.tokenizers["te3"],
+    )
+    expected = run(pipe, **arguments(prompt), sigmas=even(prompt.steps), max_sequence_length=256)
+    assert difference(ours(model_of(family, models, opts), prompt), expected) < CLOSE
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_flux(tmp_path, scale):
+    opts = flux_options(write_flux(tmp_path, "dev"), t5xxl_max_token_length=16, **write_parts(tmp_path))
+    family = FluxFamily(opts)
+    models = family.loader.load()
+    prompt = replace(PROMPT, scale=scale, sampler="euler", guidance=2.5)
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=models.vae,
+        text_encoder=models.text_encoders["te1"],
+        tokenizer=models.tokenizers["te1"],
+        text_encoder_2=models.text_encoders["te3"],
+        tokenizer_2=models.tokenizers["te3"],
+        transformer=models.denoiser,
+    )
+    given = {**arguments(prompt), "guidance_scale": 2.5, "true_cfg_scale": scale, "max_sequence_length": 16}
+    packed = run(pipe, **given)
+    expected = FluxPipeline._unpack_latents(packed, prompt.height, prompt.width, 8)
+    assert difference(ours(model_of(family, models, opts), prompt), expected) < CLOSE
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_of_four_is_four_single_images(sd1):
+    model = model_of(SdFamily(sd_options("")), sd1, sd_options(""))
+    prompts = [replace(PROMPT, prompt=text, seed=seed) for seed, text in enumerate(("a", "red", "a cat", ""))]
+    together = ours(model, *prompts)
+    alone = torch.cat([ours(model, prompt) for prompt in prompts])
+    assert difference(together, alone) < CLOSE
+
+
+def test_a_weight_of_one_is_none(sd1):
+    for mode in ("original", "abs", "none"):
+        opts = texts_of_generation("sd", emb_normalize_mode=mode)
+        model = model_of(SdFamily(opts), sd1, opts)
+        assert difference(ours(model, replace(PROMPT, prompt="a (red:1.0) house")), ours(model, PROMPT)) < 1e-6

@@ -1,0 +1,147 @@
+"""The scripts as users run them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+import tests.generation.test_networks_and_words as networks
+from library.generation.script import ALL_FAMILIES, ONE_FAMILY, run
+from library.runtime.logs import LOGGER
+
+files = networks.files
+
+
+def test_a_prompt_file_becomes_images(run_script, small_model, files, tmp_path):
+    """A line that is wrong costs its own image only, and the exit status says so."""
+    (tmp_path / "p.txt").write_text("a {e$$red|blue} cat --n ugly\nbad --s few\na dog --w 96 --am 0.5 --f dog\n")
+    words = [f"--ckpt={small_model}", f"--from_file={tmp_path / 'p.txt'}", f"--outdir={tmp_path / 'out'}"]
+    words += ["--W=64", "--H=64", "--steps=2", "--scale=2", "--seed=1", "--batch_size=2", "--vae_batch_size=1"]
+    result = run_script(
+        "gen_img.py", *words, "--network_weights", *files, "--network_mul", "1", "0.5", "--vae_slices=2"
+    )
+    assert result.returncode == 1
+    assert "3 done, 1 failed" in result.stderr
+    assert "p.txt, line 2: --s needs a whole number, got 'few'" in result.stderr
+    found = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert found[0] == "dog.png"
+    assert [name.split("_", 2)[2] for name in found[1:]] == ["0000_1.png", found[2].split("_", 2)[2]]
+    with Image.open(tmp_path / "out" / "dog.png") as dog, Image.open(tmp_path / "out" / found[1]) as red:
+        assert (dog.size, red.size) == ((96, 64), (64, 64))
+        assert red.text["prompt"] == "a red cat"
+        assert red.text["raw-prompt"] == "a {e$$red|blue} cat --n ugly"
+        assert red.text["parameters"].startswith("a red cat <lora:1:1> <lora:2:0.5>\nNegative prompt: ugly\nSteps: 2, ")
+        assert "a dog <lora:1:0.5> <lora:2:0.5>\n" in dog.text["parameters"]
+
+
+@pytest.mark.parametrize("script", ["sdxl_gen_img.py", "gen_img_diffusers.py"])
+def test_the_other_scripts_take_their_own_options(run_script, small_model, tmp_path, script):
+    words = [f"--ckpt={small_model}", "--prompt=a cat", "--W=64", "--H=64", "--steps=1", "--seed=5"]
+    words += [f"--outdir={tmp_path}", "--sequential_file_name", "--image_format=webp"]
+    result = run_script(script, *words)
+    if script == "sdxl_gen_img.py":
+        assert result.returncode == 2
+        assert "this is a Stable Diffusion 1.x model" in result.stderr
+        assert "--ckpt: " in result.stderr
+    else:
+        assert result.returncode == 0, result.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["im_0000000.webp"]
+
+
+@pytest.fixture
+def refused(small_model, tmp_path, capsys, monkeypatch):
+    """The lines with which gen_img.py refuses a command line."""
+    monkeypatch.setattr(LOGGER, "handlers", [])
+
+    def refused(*words: str, groups=ALL_FAMILIES) -> str:
+        usual = [] if any(word.startswith("--ckpt") for word in words) else [f"--ckpt={small_model}"]
+        with pytest.raises(SystemExit) as end:
+            run("Generates.", groups, argv=[*usual, f"--outdir={tmp_path / 'out'}", *words])
+        assert end.value.code == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--prompt=a", "--sampler=eular"], "--sampler: must be one of ddim, pndm"),
+        (["--prompt=a", "--sampler=eular"], "got 'eular'; did you mean 'euler'?"),
+        (["--prompt=a", "--W=100"], "--W: must be a multiple of 8 with Stable Diffusion 1.x/2.x, got 100; 96 and 104"),
+        (["--prompt=a", "--ckpt=gone.safetensors"], "gone.safetensors: no such file or folder"),
+        (["--ckpt="], "--ckpt: missing; give a checkpoint file"),
+        ([], "--prompt: missing; give a prompt, or prompts with --from_file"),
+        (["--prompt=a", "--from_file=p.txt"], "--prompt and --from_file exclude each other"),
+        (["--prompt=a", "--fp16", "--bf16"], "--fp16: cannot be used with --bf16"),
+        (["--prompt=a", "--network_weights=gone.safetensors"], "--network_weights: gone.safetensors: "),
+        (["--prompt=a", "--network_mul", "1", "2"], "--network_mul: has more values than --network_weights, 0"),
+        (["--prompt=a", "--network_module=networks.nothing"], "--network_module: there is no module"),
+        (["--prompt=a", "--v2"], "this is a Stable Diffusion 1.x model; remove --v2"),
+        (["--prompt=a", "--sdxl", "--flux"], "--sdxl and --flux exclude each other"),
+        (["--prompt=a", "--vae=gone.pt"], "--vae: gone.pt: no such file or folder"),
+        (["--prompt=a", "--control_net_models=x"], "--control_net_models: not available yet"),
+        (["--interactive"], "--interactive: not available yet"),
+        (["--prompt=a", "--mask_path=m.png"], "--mask_path: regions of a prompt are not available yet"),
+        (
+            ["--prompt=a", "--pyramid_noise_discount_range", "2", "1"],
+            "--pyramid_noise_discount_range: the lowest comes",
+        ),
+        (["--prompt=a", "--strength=2"], "--strength: must be at least 0 and at most 1, got 2"),
+        (["--prompt=a", "--vae_batch_size=1.5"], "--vae_batch_size: must be a whole number or a share below 1"),
+    ],
+)
+def test_mistakes_are_one_line(refused, words, line):
+    said = refused(*words)
+    assert line in said
+    assert said.count("\n") <= 4
+
+
+def test_a_network_of_another_model_is_refused(refused, tmp_path):
+    import torch
+
+    place = "lora_unet_double_blocks_0_img_attn_qkv"
+    save_file(
+        {f"{place}.lora_down.weight": torch.zeros(2, 64), f"{place}.lora_up.weight": torch.zeros(192, 2)},
+        tmp_path / "other.safetensors",
+    )
+    said = refused("--prompt=a", "--W=64", "--H=64", f"--network_weights={tmp_path / 'other.safetensors'}")
+    assert "other.safetensors: none of its 1 layers fits" in said
+
+
+def test_the_only_line_of_a_file_being_wrong_makes_nothing(small_model, tmp_path, capsys):
+    (tmp_path / "p.json").write_text(json.dumps([{"prompt": "a", "width": "wide"}]))
+    with pytest.raises(SystemExit) as end:
+        run(
+            "",
+            ALL_FAMILIES,
+            argv=[f"--ckpt={small_model}", f"--from_file={tmp_path / 'p.json'}", f"--outdir={tmp_path / 'o'}"],
+        )
+    assert end.value.code == 1
+    assert "prompt 1: width needs a whole number, got 'wide'" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_help_names_the_samplers(capsys):
+    for groups in (ALL_FAMILIES, ONE_FAMILY):
+        with pytest.raises(SystemExit) as end:
+            run("Generates.", groups, argv=["--help"])
+        assert not end.value.code
+        assert "k_dpm_2_a" in capsys.readouterr().out
+
+
+def test_the_bundled_model_draws_a_flower(run_script, tmp_path):
+    """Looked at as well: docs/gen_img.md shows it."""
+    words = ["--ckpt=examples/tiny_model/tiny-sd.safetensors", "--prompt=a photo of red square", "--W=64", "--H=64"]
+    result = run_script("gen_img.py", *words, "--steps=8", "--seed=3", f"--outdir={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    (path,) = Path(tmp_path).iterdir()
+    with Image.open(path) as image:
+        red, green, blue = image.convert("RGB").getpixel((32, 32))
+    assert red > 150
+    assert max(green, blue) < 80
