@@ -3,28 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from library.inference.generate import MakeNoise, decode, sample_latents, settings_of, warn_of_overflow
+from library.inference.generate import (
+    MakeNoise,
+    decode,
+    sample_latents,
+    settings_of,
+    total_steps,
+    warn_of_overflow,
+)
 from library.inference.images import to_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from library.generation.highres import Highres
     from library.generation.model import Model
     from library.generation.requests import Request
+    from library.inference.prompts import SamplePrompt
     from library.options.inference import PrecisionOptions
 
 _AHEAD = 1  # batches that may wait to be decoded, so that memory stays flat
 
-# Takes a request, its image, and the networks' names and strengths; called from another thread.
-Receive = Callable[["Request", "Image", list[tuple[str, float]]], None]
+
+@dataclass(frozen=True)
+class Drawn:
+    """An image with what it was made with."""
+
+    request: Request
+    prompt: SamplePrompt  # as it was drawn, which is otherwise than requested where images are drawn twice
+    image: Image
+    networks: list[tuple[str, float]]  # names and strengths
+    stage: str  # "" where images are drawn once, "0" for the first and "1" for the second drawing
+
+
+Receive = Callable[[Drawn], None]  # called from another thread
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,18 @@ class HowToDraw:
     zero_terminal_snr: bool = False
     zero_offset: bool = False
     noise: MakeNoise | None = None
+    highres: Highres | None = None
+    keeps_first: bool = False  # of two drawings
+
+    def decoding_dtype(self, model: Model) -> torch.dtype:
+        return torch.float32 if self.vae_float32 else model.dtype
+
+    def steps(self, requests: Iterable[Request]) -> int:
+        """The steps that are made for all of these."""
+        prompts = [request.prompt for request in requests]
+        if self.highres is None:
+            return total_steps(prompts)
+        return sum(total_steps([self.highres.first(prompt), self.highres.second(prompt)]) for prompt in prompts)
 
 
 def decoded_at_once(precision: PrecisionOptions, batch_size: int) -> int:
@@ -84,8 +116,8 @@ def draw(
                 while len(waiting) > ahead or (waiting and waiting[0].done()):
                     waiting.pop(0).result()
                 model.networks.use(batch[0].prompt.multipliers, strengths)
-                latents = _latents(model, batch, how, progress)
-                waiting.append(decoding.submit(_finish, model, batch, latents, how, model.networks.called(), receive))
+                for drawing in _drawings(model, batch, how, progress):
+                    waiting.append(decoding.submit(_finish, model, batch, drawing, how, receive))
             for one in waiting:
                 one.result()
         except BaseException:
@@ -94,8 +126,32 @@ def draw(
             raise
 
 
-def _latents(model: Model, batch: Sequence[Request], how: HowToDraw, progress: Callable[[int], object]) -> Tensor:
-    prompts = [request.prompt for request in batch]
+@dataclass(frozen=True)
+class _Drawing:
+    """Latents of a batch that are to become files."""
+
+    prompts: list[SamplePrompt]
+    latents: Tensor
+    networks: list[tuple[str, float]]
+    stage: str
+
+
+def _drawings(
+    model: Model, batch: Sequence[Request], how: HowToDraw, progress: Callable[[int], object]
+) -> Iterator[_Drawing]:
+    prompts, networks, stage = [request.prompt for request in batch], model.networks.called(), ""
+    if how.highres is not None:
+        first = [how.highres.first(prompt) for prompt in prompts]
+        latents = _latents(model, first, how, progress)
+        if how.keeps_first:
+            yield _Drawing(first, latents, networks, "0")
+        prompts, stage = how.highres.with_first(model, prompts, latents, how.decoding_dtype(model)), "1"
+    yield _Drawing(prompts, _latents(model, prompts, how, progress), networks, stage)
+
+
+def _latents(
+    model: Model, prompts: Sequence[SamplePrompt], how: HowToDraw, progress: Callable[[int], object]
+) -> Tensor:
     texts = [text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt, "")]
     return sample_latents(
         model.family,
@@ -108,29 +164,21 @@ def _latents(model: Model, batch: Sequence[Request], how: HowToDraw, progress: C
         cached=model.conditioning(texts),
         denoise=model.denoise,
         noise=how.noise,
+        at_step=None if model.control is None else model.control.at_step,
         progress=progress,
     )
 
 
-def _finish(
-    model: Model,
-    batch: Sequence[Request],
-    latents: Tensor,
-    how: HowToDraw,
-    networks: list[tuple[str, float]],
-    receive: Receive,
-) -> None:
+def _finish(model: Model, batch: Sequence[Request], drawing: _Drawing, how: HowToDraw, receive: Receive) -> None:
     """Decodes a batch and gives its images away."""
-    dtype = torch.float32 if how.vae_float32 else model.dtype
     if how.tiles:
-        _tile(model, latents, how.tiles)
+        _tile(model, drawing.latents, how.tiles)
     for start in range(0, len(batch), how.decoded_at_once):
-        some = batch[start : start + how.decoded_at_once]
-        part = latents[start : start + how.decoded_at_once]
-        pixels = decode(model.family, model.models, part, dtype)
-        warn_of_overflow([request.prompt for request in some], pixels)
-        for request, image in zip(some, to_images(pixels), strict=True):
-            receive(request, image, networks)
+        some = slice(start, start + how.decoded_at_once)
+        pixels = decode(model.family, model.models, drawing.latents[some], how.decoding_dtype(model))
+        warn_of_overflow(drawing.prompts[some], pixels)
+        for request, prompt, image in zip(batch[some], drawing.prompts[some], to_images(pixels), strict=True):
+            receive(Drawn(request, prompt, image, drawing.networks, drawing.stage))
     if how.tiles:
         model.models.vae.disable_tiling()
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-_NUMBERED = re.compile(r"im_\d(\d{6,})\.\w+")
+_NUMBERED = re.compile(r"im_\d?(\d{6})\.\w+")
 
 
 @dataclass
@@ -32,18 +32,16 @@ class Names:
     _given: set[str] = field(default_factory=set)
     _next: int | None = None
 
-    def timed(self, number: int, seed: int | None, *, highres: bool = False) -> Path:
-        """``im_<moment>_<0 or 1><number>_<seed>``."""
-        return self._free(f"im_{self.moment}_{int(highres)}{number:03d}_{seed}", self.ending)
+    def timed(self, number: int, seed: int | None, stage: str = "") -> Path:
+        """``im_<moment>_<stage><number>_<seed>``; the stage is 0 or 1 where images are drawn twice."""
+        return self._free(f"im_{self.moment}_{stage}{number:03d}_{seed}", self.ending)
 
-    def sequential(self, *, highres: bool = False) -> Path:
-        """``im_<0 or 1><number>``, going on after the largest number in the folder."""
+    def sequential(self, number: int, stage: str = "") -> Path:
+        """``im_<stage><number>``, going on after the largest number in the folder. Args: number: from 0 on."""
         if self._next is None:
             found = map(_NUMBERED.fullmatch, os.listdir(self.folder) if self.folder.is_dir() else ())
-            self._next = 1 + max((int(match[1]) for match in found if match), default=-1)
-        number = self._next
-        self._next += 1
-        return self._free(f"im_{int(highres)}{number:06d}", self.ending)
+            self._next = 1 + max((int(match[1]) for match in found if match), default=0)
+        return self._free(f"im_{stage}{self._next + number:06d}", self.ending)
 
     def called(self, name: str) -> Path:
         """The name, with the ending that it has or the folder's; with a number where it is taken."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.errors import UserError
+from library.generation.control import ControlNets, load_control_nets
 from library.generation.networks import Networks, attach_rest, check_files, merge_first
 from library.generation.words import add_words, read_words
 from library.memory.attention import set_attention
@@ -35,10 +36,13 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     networks: Networks
+    control: ControlNets | None = None
     _texts: dict[tuple[str, tuple[float, ...]], TextCond] = field(default_factory=dict)
 
     @property
     def denoise(self) -> Denoise:
+        if self.control is not None:
+            return self.control.denoise
         return partial(self.family.denoiser.predict, self.models)
 
     @property
@@ -88,4 +92,5 @@ def load_model(opts: Options, spec: FamilySpec, training: Options) -> Model:
         module.eval()
     networks = attach_rest(opts.networks, files, family, models, device)
     dtype = placement.WEIGHT_DTYPES[training.memory.mixed_precision]
-    return Model(family, models, training, device, dtype, networks)
+    control = load_control_nets(opts.control, family, models, dtype)
+    return Model(family, models, training, device, dtype, networks, control)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from library.runtime.logs import LOGGER
 from library.runtime.seeds import derive
 
 if TYPE_CHECKING:
+    from library.generation.control import Guides
     from library.options.base import Options
     from library.types import FamilyTraits
 
@@ -99,14 +101,21 @@ class Requests:
     Args:
         base: what prompts that say nothing else have.
         sources: what images begin with; None: noise.
+        guides: what ControlNets read; None: there are none.
         failed: is called with the place of each prompt that cannot be used, and why.
     """
 
     def __init__(
-        self, opts: Options, traits: FamilyTraits, base: SamplePrompt, sources: Sources | None, failed: Failed
+        self,
+        opts: Options,
+        traits: FamilyTraits,
+        base: SamplePrompt,
+        failed: Failed,
+        sources: Sources | None = None,
+        guides: Guides | None = None,
     ):
         self._opts, self._traits, self._base, self._failed = opts.prompts, traits, base, failed
-        self._sources = sources
+        self._sources, self._guides = sources, guides
         self._sides = [name for name, side in (("width", opts.image.W), ("height", opts.image.H)) if side]  # given
         self._syntax = Syntax(GENERATION)
         self._made = 0  # images so far
@@ -155,6 +164,11 @@ class Requests:
             own["source"] = source = self._sources.at(self._made, where)
             if not {*self._sides, *own} & {"width", "height"}:
                 own["width"], own["height"] = size_of(source, where)
+        control = own.pop("control", None)
+        if self._guides is not None:
+            own["guides"] = self._guides.at(self._made, control and Path(control).expanduser(), where)
+        elif control:
+            LOGGER.warning("%s: --cn has no effect without --control_net_models", where)
         prompt = finish(self._base, own, self._traits, where, FLOW_SAMPLERS)
         if prompt.seed is None:
             prompt = replace(prompt, seed=common[place] if self._opts.iter_same_seed else self._next_seed())

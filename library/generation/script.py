@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import UserError
+from library.generation.control import Guides, check_control_nets
 from library.generation.files import Names, require_folder, write
 from library.generation.model_options import CheckpointOptions, OneFamilyOptions, family_spec, training_options
 from library.generation.parameters import Made, model_name, texts_of
@@ -20,9 +21,8 @@ from library.runtime import logs
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from library.families.spec import FamilySpec
+    from library.generation.drawing import Drawn, Receive
     from library.generation.requests import Request
     from library.options.base import OptionGroup, Options
     from library.types import FamilyTraits
@@ -58,11 +58,13 @@ def generate(opts: Options, fixed: str | None = None) -> Outcome:
     refused = list(not_available(opts.flat()))
     if refused:
         raise UserError(*refused)
+    check_control_nets(opts.control)
     spec, of_kind = family_spec(opts.checkpoint, fixed)
     training = training_options(opts, spec, of_kind)
     outcome = Outcome()
     sources = Sources.of(opts.source)
-    requests = Requests(opts, spec.traits, base_prompt(opts, spec.traits), sources, outcome.fail)
+    guides = Guides.of(opts) if opts.control.control_net_models else None
+    requests = Requests(opts, spec.traits, base_prompt(opts, spec.traits), outcome.fail, sources, guides)
     prompts = entries_of(opts, sources)
     iterations = [requests.of(prompts) for _ in range(opts.prompts.n_iter)]
     if any(iterations):
@@ -80,8 +82,8 @@ def _draw_all(
 ) -> None:
     from library.generation.drawing import HowToDraw, decoded_at_once, draw
     from library.generation.first_noise import varied_noise
+    from library.generation.highres import Highres
     from library.generation.model import load_model
-    from library.inference.generate import total_steps
 
     size = opts.image.batch_size
     how = HowToDraw(
@@ -92,44 +94,58 @@ def _draw_all(
         zero_terminal_snr=training.noise.zero_terminal_snr,
         zero_offset=opts.image.force_scheduler_zero_steps_offset,
         noise=varied_noise(opts.image),
+        highres=Highres.of(opts.highres),
+        keeps_first=opts.highres.highres_fix_save_1st,
     )
     model = load_model(opts, spec, training)
     receive = _writer(opts, iterations, outcome)
-    steps = sum(total_steps(request.prompt for request in requests) for requests in iterations)
+    steps = sum(map(how.steps, iterations))
     with logs.progress(steps, "images", unit="step") as bar:
         for requests in iterations:
             draw(model, requests, how, opts.networks.multipliers(), receive, bar.update)
 
 
-def _writer(
-    opts: Options, iterations: Sequence[Sequence[Request]], outcome: Outcome
-) -> Callable[[Request, Image, list[tuple[str, float]]], None]:
+def _writer(opts: Options, iterations: Sequence[Sequence[Request]], outcome: Outcome) -> Receive:
     """What writes each image, under the name that its place among all gives it."""
     names = Names(Path(opts.output.outdir), f".{opts.output.image_format}", time.strftime("%Y%m%d%H%M%S"))
     everything = [request for requests in iterations for request in requests]
-    paths = {id(request): _name(opts, names, number, request) for number, request in enumerate(everything)}
+    paths = {
+        (id(request), stage): _name(opts, names, number, request, stage)
+        for number, request in enumerate(everything)
+        for stage in _stages(opts)
+    }
 
-    def receive(request: Request, image: Image, networks: list[tuple[str, float]]) -> None:
+    def receive(drawn: Drawn) -> None:
+        request = drawn.request
         made = Made(
             request.raw,
             model_name(opts.checkpoint.ckpt),
-            networks,
+            drawn.networks,
             opts.texts.clip_skip,
             request.clip_prompt,
         )
-        path = paths[id(request)]
-        write(image, path, texts_of(request.prompt, made))
+        path = paths[id(request), drawn.stage]
+        # Of two drawings the second is what was asked for, with the seed that makes both.
+        write(drawn.image, path, texts_of(drawn.prompt if drawn.stage == "0" else request.prompt, made))
         outcome.done += 1
         LOGGER.debug("wrote %s", path)
 
     return receive
 
 
-def _name(opts: Options, names: Names, number: int, request: Request) -> Path:
+def _stages(opts: Options) -> tuple[str, ...]:
+    """Those of each image that become files."""
+    if opts.highres.highres_fix_scale is None:
+        return ("",)
+    return ("0", "1") if opts.highres.highres_fix_save_1st else ("1",)
+
+
+def _name(opts: Options, names: Names, number: int, request: Request, stage: str) -> Path:
+    first = "first_" if stage == "0" else ""
     if request.file_name is not None:
-        return names.called(request.file_name)
+        return names.called(first + request.file_name)
     if opts.output.use_original_file_name and request.prompt.source is not None:
-        return names.called(request.prompt.source.path.stem)
+        return names.called(first + request.prompt.source.path.stem)
     if opts.output.sequential_file_name:
-        return names.sequential()
-    return names.timed(number, request.prompt.seed)
+        return names.sequential(number, stage)
+    return names.timed(number, request.prompt.seed, stage)

@@ -33,8 +33,8 @@ class Sources:
         """Those that the options name; None: there are none. Raises: UserError: they are not there."""
         if not options.image_path:
             return None
-        masks = _files("--mask_path", options.mask_path) if options.mask_path else ()
-        return cls(_files("--image_path", options.image_path), masks)
+        masks = files_of("--mask_path", options.mask_path) if options.mask_path else ()
+        return cls(files_of("--image_path", options.image_path), masks)
 
     def at(self, number: int, where: str) -> SourceImage:
         """That of the image of this number; of a prompt that an image gave, that image. Args: where: of the prompt."""
@@ -86,7 +86,8 @@ def _texts(image: Any) -> dict[str, str]:
     return {key: value for key, value in image.info.items() if isinstance(value, str)}
 
 
-def _files(option: str, path: str) -> tuple[Path, ...]:
+def files_of(option: str, path: str) -> tuple[Path, ...]:
+    """The file that an option names, or the images of the folder. Raises: UserError: it is not there, or empty."""
     if os.path.isdir(path):
         return tuple(find_images(Path(path), recursive=False))
     if not os.path.isfile(path):

@@ -111,6 +111,7 @@ def sample_latents(
     cached: Mapping[str, TextCond] | None = None,
     denoise: Denoise | None = None,
     noise: MakeNoise | None = None,
+    at_step: Callable[[float], object] | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Denoised latents, (B, C, H/8, W/8), float32, scaled; of prompts as `batches` puts them together.
@@ -118,6 +119,7 @@ def sample_latents(
     Args:
         zero_offset: see `make_scheduler`.
         noise: draws what drawing begins with; None: `initial_noise`.
+        at_step: is called before each evaluation with the share of them that is made after it.
     """
     scheduler = _scheduler(family, prompts[0], device, zero_terminal_snr=zero_terminal_snr, zero_offset=zero_offset)
     generators = [torch.Generator("cpu").manual_seed(with_seed(prompt).seed) for prompt in prompts]
@@ -138,6 +140,8 @@ def sample_latents(
         )
         steps, evaluations = prompts[0].steps_made, len(timesteps)  # some samplers need more than one per step
         for index, timestep in enumerate(timesteps):
+            if at_step is not None:
+                at_step((index + 1) / evaluations)
             prediction = guidance.predict(as_input(latents, timestep), timestep)
             latents = scheduler.step(prediction, timestep, latents, **step_extras).prev_sample.float()
             if source is not None and source.mask is not None:
@@ -232,9 +236,10 @@ def batches(prompts: Sequence[SamplePrompt], size: int) -> list[list[SamplePromp
 
 def settings_of(prompt: SamplePrompt) -> Hashable:
     """What prompts that are made in one batch must have in common."""
-    alike = replace(prompt, prompt="", negative_prompt="", seed=0, control=None, source=None, sizes=SizeConditions())
-    source = prompt.source
-    return alike, prompt.control is not None, source is not None, source is not None and source.mask is not None
+    own = {"prompt": "", "negative_prompt": "", "seed": 0, "sizes": SizeConditions()}
+    alike, source = replace(prompt, **own, control=None, guides=(), source=None), prompt.source
+    images = prompt.control is not None, len(prompt.guides), source is not None and (True, source.mask is not None)
+    return alike, images
 
 
 def _precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:

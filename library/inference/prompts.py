@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -18,6 +18,7 @@ from library.runtime.logs import LOGGER
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from library.types import FamilyTraits
 
@@ -31,12 +32,16 @@ RANDOM_SEED = -1  # as in web interfaces: another one each time
 MAX_SEED = 2**64 - 1  # what torch's generators take
 
 
+Prepare = Callable[["NDArray[np.uint8]"], "NDArray[np.uint8]"]  # RGB (H, W, 3) to one of the same shape
+
+
 @dataclass(frozen=True)
 class ControlImage:
     """The image of --cn; `control_images.with_control` reads it."""
 
     path: Path
     pixels: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)  # (height, width, 3), as sampled
+    prepare: Prepare | None = None  # what makes the control image of the one in the file; None: it is one
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class SourceImage:
     mask: Path | None = None  # bright is drawn again, dark is kept; None: all is drawn again
     pixels: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)  # (height, width, 3), as sampled
     mask_pixels: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)  # (height, width)
+    latents: Tensor | None = field(default=None, compare=False, repr=False)  # in place of pixels: (C, h, w), scaled
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class SamplePrompt:
     multipliers: tuple[float, ...] | None = None  # strengths of the networks; None: those of the options
     sizes: SizeConditions = SizeConditions()
     source: SourceImage | None = None  # None: drawing begins with noise
+    guides: tuple[ControlImage, ...] = ()  # one for each of several ControlNets, in place of `control`
     strength: float = 0.8  # with a source: share of the steps that are made, 0..1
 
     @property

@@ -56,11 +56,12 @@ def with_source(prompt: SamplePrompt) -> SamplePrompt:
     Raises: UserError: a file cannot be read.
     """
     source = prompt.source
-    if source is None or source.pixels is not None:
+    if source is None:
         return prompt
-    size, mask = Size(prompt.width, prompt.height), None
-    pixels = images.resize(_read(source.path, "image", images.read_image), size)
-    if source.mask is not None:
+    size, pixels, mask = Size(prompt.width, prompt.height), source.pixels, source.mask_pixels
+    if pixels is None and source.latents is None:
+        pixels = images.resize(_read(source.path, "image", images.read_image), size)
+    if mask is None and source.mask is not None:
         mask = images.resize_values(_read(source.mask, "mask", images.read_values), size).max(axis=2)
     return replace(prompt, source=replace(source, pixels=pixels, mask_pixels=mask))
 
@@ -77,8 +78,11 @@ def encode_sources(
     Raises: UserError: a file cannot be read.
     """
     sources = [with_source(prompt).source for prompt in prompts]
-    pixels = torch.stack([images.to_pixels(source.pixels) for source in sources])
-    latents = family.latents.scale(family.latents.encode(models, pixels.to(device), generators)).float()
+    if sources[0].latents is not None:
+        latents = torch.stack([source.latents for source in sources]).to(device)
+    else:
+        pixels = torch.stack([images.to_pixels(source.pixels) for source in sources])
+        latents = family.latents.scale(family.latents.encode(models, pixels.to(device), generators)).float()
     if sources[0].mask is None:
         return Source(latents, None)
     masks = torch.stack([torch.from_numpy(source.mask_pixels >= _KEPT_BELOW).float() for source in sources])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from library.runtime.packages import remedy
 if TYPE_CHECKING:
     from library.types import FamilyTraits
 
+CANNY = re.compile(r"canny(?:_(\d{1,3})_(\d{1,3}))?")  # a value of --control_net_preps, with its limits
 PROMPT_FILES = (".txt", ".toml", ".json")
 
 
@@ -236,9 +238,25 @@ class HighresOptions(OptionGroup, group="highres", title="Highres fix"):
     )
     highres_fix_save_1st: bool = opt(False, "save the first images too")
     highres_fix_latents_upscaling: bool = opt(False, "enlarge latents (bicubic) in place of images (Lanczos)")
-    highres_fix_upscaler: str | None = opt(None, "module that enlarges, with a function create_upscaler")
+    highres_fix_upscaler: str | None = opt(
+        None, "module that enlarges: its create_upscaler gives an object with upscale(images, width, height)"
+    )
     highres_fix_upscaler_args: str | None = opt(None, "arguments of that module, as name=value;name=value")
     highres_fix_disable_control_net: bool = opt(False, "draw again without ControlNets")
+
+    def check(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
+        name = self.highres_fix_upscaler
+        if name and not find_module(name):
+            yield f"--highres_fix_upscaler: there is no module {name!r}; check the name"
+        if name and self.highres_fix_latents_upscaling:
+            yield "--highres_fix_upscaler: cannot be used with --highres_fix_latents_upscaling; use one of them"
+        if self.highres_fix_upscaler_args:
+            yield from not_pairs("--highres_fix_upscaler_args", self.highres_fix_upscaler_args.split(";"))
+
+    def warnings(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
+        for name in self.__dataclass_fields__ if self.highres_fix_scale is None else ():
+            if name in opts.explicit and name != "highres_fix_scale":
+                yield f"--{name}: has no effect without --highres_fix_scale"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +271,20 @@ class ControlOptions(OptionGroup, group="control", title="ControlNets"):
         None, "share of the steps, from the first on, in which each ControlNet acts; 1 where there is none",
         at_least=0, at_most=1,
     )  # fmt: skip
+
+    def check(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
+        count = len(self.control_net_models or ())
+        for name in self.control_net_preps or ():
+            if name != "none" and not CANNY.fullmatch(name):
+                yield f"--control_net_preps: {name!r} is no preparation; use none, canny, or canny_63_191"
+        for name in ("control_net_preps", "control_net_multipliers", "control_net_ratios"):
+            if len(getattr(self, name) or ()) > count:
+                yield f"--{name}: has more values than --control_net_models, {count}"
+        guides = len(opts.source.guide_image_path or ())
+        if guides > max(count, 0):
+            yield f"--guide_image_path: has more values than --control_net_models, {count}"
+        elif 1 < guides < count:
+            yield f"--guide_image_path: give one for all {count} ControlNets, or one for each, got {guides}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +344,7 @@ class GradualOptions(OptionGroup, group="gradual", title="Gradual Latent"):
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions(OptionGroup, group="output", title="Files"):
     outdir: str = opt("outputs", "folder of the images; made if missing")
-    sequential_file_name: bool = opt(False, "number the images, im_0000001.png and so on, going on after those there")
+    sequential_file_name: bool = opt(False, "number the images, im_000001.png and so on, going on after those there")
     use_original_file_name: bool = opt(False, "name each image after the one that it begins with")
     image_format: Literal["png", "jpg", "webp"] = opt("png", "format of the files")
 
@@ -321,11 +353,8 @@ class OutputOptions(OptionGroup, group="output", title="Files"):
 _NOT_YET: dict[str, Any] = {
     "from_module": None,
     "interactive": False,
-    "guide_image_path": None,
     "clip_vision_strength": None,
-    "highres_fix_scale": None,
     "control_net_lllite_models": None,
-    "control_net_models": None,
     "ds_depth_1": None,
     "ds_depth_2": None,
     "gradual_latent_timesteps": None,

@@ -6,9 +6,11 @@ another order, and every pipeline's result moves by more than 0.01 where one of 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,21 +21,29 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     StableDiffusion3Pipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from PIL import Image
 from torch import Tensor
 
+from library.errors import UserError
 from library.families.flux.adapter import FluxFamily
 from library.families.sd.adapter import SdFamily
 from library.families.sd3.adapter import Sd3Family
 from library.families.sdxl.adapter import SdxlFamily
+from library.generation.control import ControlNets
+from library.generation.drawing import HowToDraw, draw
+from library.generation.highres import Highres
 from library.generation.model import Model
 from library.generation.networks import Networks
-from library.inference.generate import sample_latents
-from library.inference.prompts import SamplePrompt, SizeConditions, SourceImage
+from library.generation.requests import Request
+from library.inference.generate import decode, sample_latents
+from library.inference.images import to_images
+from library.inference.prompts import ControlImage, SamplePrompt, SizeConditions, SourceImage
 from library.options.inference import GenerationTextOptions
 from library.registry import groups_for
 from tests.builders import sd_options, tiny_sd
@@ -76,6 +86,7 @@ def ours(model: Model, *prompts: SamplePrompt) -> Tensor:
         CPU,
         cached=model.conditioning(texts),
         denoise=model.denoise,
+        at_step=model.control and model.control.at_step,
     )
 
 
@@ -204,6 +215,113 @@ def test_inpainting_by_blending(sd1):
         )
         > 0.01
     )
+
+
+@pytest.fixture(scope="module")
+def control_nets(sd1):
+    nets = []
+    for seed in (1, 2):
+        net = SdFamily(sd_options("")).control.build(sd1)
+        torch.manual_seed(seed)
+        for name, weight in net.named_parameters():
+            if name.startswith("controlnet_"):
+                weight.data = 0.05 * torch.randn_like(weight)
+        nets.append(net.eval())
+    return nets
+
+
+def test_several_control_nets(sd1, control_nets):
+    """The first with all of the steps, the second with half of them."""
+    family, guides = SdFamily(sd_options("")), tuple(ControlImage(Path("x"), image(seed)) for seed in (5, 6))
+    model = model_of(family, sd1, sd_options(""))
+    model.control = ControlNets(family, sd1, control_nets, (0.8, 1.5), (1.0, 0.5))
+    prompt = replace(PROMPT, steps=4, guides=guides)
+    found = ours(model, prompt)
+    pipe = StableDiffusionControlNetPipeline(
+        vae=sd1.vae,
+        text_encoder=sd1.text_encoders["te"],
+        tokenizer=sd1.tokenizers["te"],
+        unet=sd1.denoiser,
+        controlnet=control_nets,
+        scheduler=DDIMScheduler.from_config(SD_CONFIG),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    theirs = {
+        "image": [as_theirs(guide.pixels) for guide in guides],
+        "controlnet_conditioning_scale": [0.8, 1.5],
+        "control_guidance_end": [1.0, 0.5],
+    }
+    assert difference(found, run(pipe, **arguments(prompt), **theirs)) < CLOSE
+    assert difference(found, run(pipe, **arguments(prompt), **{**theirs, "control_guidance_end": 1.0})) > 0.01
+
+
+def test_highres_fix_by_latents(sd1, options):
+    """The same with two pipelines: text to image, then image to image from latents, each with its own seed."""
+    model, taken = model_of(SdFamily(sd_options("")), sd1, sd_options("")), []
+    highres = Highres.of(
+        options(highres_fix_scale=0.5, highres_fix_steps=3, highres_fix_latents_upscaling=True).highres
+    )
+    prompt = replace(PROMPT, width=128, height=192, steps=4, strength=0.5)
+    first = highres.first(prompt)
+    assert (first.width, first.height, first.steps) == (64, 96, 3)
+    how = HowToDraw(1, 1, vae_float32=True, tiles=None, highres=highres, keeps_first=True)
+    done: list[int] = []
+    draw(model, [Request(prompt, "")], how, (), taken.append, done.append)
+    assert sum(done) == how.steps([Request(prompt, "")]) == 5
+    assert [(one.stage, one.image.size) for one in taken] == [("0", (64, 96)), ("1", (128, 192))]
+    small = run(sd_pipe(StableDiffusionPipeline, sd1), **arguments(first))
+    large = torch.nn.functional.interpolate(small, (24, 16), mode="bicubic")
+    again = arguments(replace(prompt, seed=prompt.seed + 1))
+    del again["width"], again["height"]
+    pipe = sd_pipe(StableDiffusionImg2ImgPipeline, sd1)
+    expected = run(pipe, **{**again, "output_type": "np"}, image=large, strength=0.5)
+    assert np.abs(np.asarray(taken[1].image) / 255 - expected[0]).max() < 1.01 / 255  # rounded to 8 bits
+
+
+class Upscaler:
+    """As --highres_fix_upscaler takes it."""
+
+    def __init__(self, by: int):
+        self.by = by
+
+    def upscale(self, images, width, height):
+        return [image.resize((image.width * self.by, image.height * self.by)) for image in images]
+
+
+def create_upscaler(by: str = "2") -> Upscaler:
+    return Upscaler(int(by))
+
+
+@pytest.mark.parametrize("module", [None, __name__])
+def test_highres_fix_by_images(sd1, options, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, __name__, SimpleNamespace(create_upscaler=create_upscaler))
+    model, taken = model_of(SdFamily(sd_options("")), sd1, sd_options("")), []
+    highres = Highres.of(options(highres_fix_scale=0.5, highres_fix_steps=1, highres_fix_upscaler=module).highres)
+    prompt = replace(PROMPT, width=128, height=192, steps=2, strength=0.0)  # what is enlarged stays as it is
+    draw(model, [Request(prompt, "")], HowToDraw(1, 1, True, None, highres=highres), (), taken.append, lambda _: None)
+    (drawn,) = taken
+    assert (drawn.stage, drawn.image.size, drawn.prompt.seed) == ("1", (128, 192), 8)
+    latents = sample_latents(model.family, model.models, [highres.first(prompt)], CPU)
+    first = to_images(decode(model.family, model.models, latents, torch.float32))[0]
+    how = {"resample": Image.Resampling.LANCZOS} if module is None else {}
+    pixels = torch.from_numpy(np.array(first.resize((128, 192), **how))).permute(2, 0, 1)[None] / 127.5 - 1
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        again = sd1.vae.decode(sd1.vae.encode(pixels).latent_dist.sample(generator)).sample
+    assert np.abs(np.asarray(drawn.image) - np.asarray(to_images(again)[0]).astype(int)).max() <= 1
+
+
+def test_an_upscaler_that_does_not_fit_is_said(sd1, options, monkeypatch):
+    monkeypatch.setitem(sys.modules, __name__, SimpleNamespace(create_upscaler=create_upscaler))
+    model = model_of(SdFamily(sd_options("")), sd1, sd_options(""))
+    given = {"highres_fix_scale": 0.5, "highres_fix_steps": 1, "highres_fix_upscaler": __name__}
+    highres = Highres.of(options(**given, highres_fix_upscaler_args="by=3").highres)
+    prompt = replace(PROMPT, width=128, height=192, steps=1)
+    how = HowToDraw(1, 1, True, None, highres=highres)
+    with pytest.raises(UserError, match="--highres_fix_upscaler: gave 192x288 where 1 of 128x192 are needed"):
+        draw(model, [Request(prompt, "")], how, (), lambda _: None, lambda _: None)
 
 
 # --- SDXL -------------------------------------------------------------------------------------------------------------

@@ -17,10 +17,10 @@ MADE = Made("raw {a|b}", "tiny-sd", [("style", 0.8)], clip_skip=2)
 
 def test_names_are_the_known_ones(tmp_path):
     names = Names(tmp_path, ".png", "20260101120000")
-    assert names.timed(3, 99).name == "im_20260101120000_0003_99.png"
-    assert names.timed(4, 99, highres=True).name == "im_20260101120000_1004_99.png"
-    assert names.sequential().name == "im_0000000.png"
-    assert names.sequential().name == "im_0000001.png"
+    assert names.timed(3, 99).name == "im_20260101120000_003_99.png"
+    assert names.timed(4, 99, "1").name == "im_20260101120000_1004_99.png"
+    assert names.sequential(0).name == "im_000001.png"
+    assert names.sequential(1, "1").name == "im_1000002.png"
 
 
 @pytest.mark.rows("R469")
@@ -39,7 +39,7 @@ def test_no_file_is_replaced(tmp_path):
     (tmp_path / "cat.png").write_bytes(b"mine")
     (tmp_path / "im_0000041.png").write_bytes(b"mine")
     assert [names.called("cat").name for _ in range(3)] == ["cat_2.png", "cat_3.png", "cat_4.png"]
-    assert names.sequential().name == "im_0000042.png"
+    assert names.sequential(0).name == "im_000042.png"
     assert (tmp_path / "cat.png").read_bytes() == b"mine"
 
 
@@ -107,5 +107,5 @@ def test_a_folder_that_cannot_be_is_said(tmp_path):
     with pytest.raises(UserError, match=r"--outdir: .*file is no folder"):
         require_folder(tmp_path / "file" / "below", "--outdir")
     require_folder(tmp_path / "new" / "folder", "--outdir")
-    assert Names(tmp_path / "new", ".png", "now").sequential().name == "im_0000000.png"
+    assert Names(tmp_path / "new", ".png", "now").sequential(0).name == "im_000001.png"
     assert not (tmp_path / "new").exists()

@@ -20,7 +20,7 @@ def requests_for(opts, traits=SD, failed=None):
     """Those of all iterations."""
     sources = Sources.of(opts.source)
     fail = failed.append if failed is not None else pytest.fail
-    requests = Requests(opts, traits, base_prompt(opts, traits), sources, lambda where, why: fail(f"{where}: {why}"))
+    requests = Requests(opts, traits, base_prompt(opts, traits), lambda where, why: fail(f"{where}: {why}"), sources)
     prompts = entries_of(opts, sources)
     return [request for _ in range(opts.prompts.n_iter) for request in requests.of(prompts)]
 

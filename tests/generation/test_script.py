@@ -29,7 +29,7 @@ def test_a_prompt_file_becomes_images(run_script, small_model, files, tmp_path):
     assert "p.txt, line 2: --s needs a whole number, got 'few'" in result.stderr
     found = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert found[0] == "dog.png"
-    assert [name.split("_", 2)[2] for name in found[1:]] == ["0000_1.png", found[2].split("_", 2)[2]]
+    assert [name.split("_", 2)[2] for name in found[1:]] == ["000_1.png", found[2].split("_", 2)[2]]
     with Image.open(tmp_path / "out" / "dog.png") as dog, Image.open(tmp_path / "out" / found[1]) as red:
         assert (dog.size, red.size) == ((96, 64), (64, 64))
         assert red.text["prompt"] == "a red cat"
@@ -49,7 +49,7 @@ def test_the_other_scripts_take_their_own_options(run_script, small_model, tmp_p
         assert "--ckpt: " in result.stderr
     else:
         assert result.returncode == 0, result.stderr
-        assert [path.name for path in tmp_path.iterdir()] == ["im_0000000.webp"]
+        assert [path.name for path in tmp_path.iterdir()] == ["im_000001.webp"]
 
 
 @pytest.fixture
@@ -85,7 +85,10 @@ def refused(small_model, tmp_path, capsys, monkeypatch):
         (["--prompt=a", "--v2"], "this is a Stable Diffusion 1.x model; remove --v2"),
         (["--prompt=a", "--sdxl", "--flux"], "--sdxl and --flux exclude each other"),
         (["--prompt=a", "--vae=gone.pt"], "--vae: gone.pt: no such file or folder"),
-        (["--prompt=a", "--control_net_models=x"], "--control_net_models: not available yet"),
+        (["--prompt=a", "--control_net_models=x"], "--control_net_models: x: no such file or folder"),
+        (["--prompt=a", "--control_net_lllite_models=x"], "--control_net_lllite_models: not available yet"),
+        (["--prompt=a", "--control_net_preps=cany"], "--control_net_preps: 'cany' is no preparation; use none, canny"),
+        (["--prompt=a", "--highres_fix_upscaler=nothing.here"], "--highres_fix_upscaler: there is no module"),
         (["--interactive"], "--interactive: not available yet"),
         (["--prompt=a", "--mask_path=m.png"], "--mask_path: regions of a prompt are not available yet"),
         (

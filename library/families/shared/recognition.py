@@ -137,10 +137,11 @@ def vae_kind_problem(kind: ModelKind, kinds: tuple[ModelKind, ...]) -> str | Non
 def controlnet_problem(opts: Options) -> str | None:
     """What is wrong with the ControlNet that the options name, as far as names show; None where they name none."""
     name = opts.method.controlnet_model_name_or_path
-    return path_problem("--controlnet_model_name_or_path", name, _no_controlnet) if name else None
+    return path_problem("--controlnet_model_name_or_path", name, no_controlnet) if name else None
 
 
-def _no_controlnet(path: Path) -> str | None:
+def no_controlnet(path: Path) -> str | None:
+    """Why a file or folder is no ControlNet, as far as names show; None: it may be one."""
     if path.is_dir():
         config = path / "config.json"
         if not config.is_file():
