@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,8 @@ from library.generation.control import Guides, check_control_nets
 from library.generation.files import Names, require_folder, write
 from library.generation.model_options import CheckpointOptions, OneFamilyOptions, family_spec, training_options
 from library.generation.parameters import Made, model_name, texts_of
-from library.generation.requests import Requests, base_prompt, entries_of
+from library.generation.prompters import interactive_lines, lines_of_module
+from library.generation.requests import Entry, Request, Requests, base_prompt, entries_of
 from library.generation.sources import Sources
 from library.options.inference import ANY_MODEL_GROUPS, OLD_GROUPS, not_available
 from library.preparation.common.script import run_script
@@ -22,8 +24,8 @@ from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
     from library.families.spec import FamilySpec
-    from library.generation.drawing import Drawn, Receive
-    from library.generation.requests import Request
+    from library.generation.drawing import Drawn, HowToDraw
+    from library.generation.model import Model
     from library.options.base import OptionGroup, Options
     from library.types import FamilyTraits
 
@@ -65,87 +67,125 @@ def generate(opts: Options, fixed: str | None = None) -> Outcome:
     sources = Sources.of(opts.source)
     guides = Guides.of(opts) if opts.control.control_net_models else None
     requests = Requests(opts, spec.traits, base_prompt(opts, spec.traits), outcome.fail, sources, guides)
+    require_folder(Path(opts.output.outdir), "--outdir")
+    if opts.prompts.interactive or opts.prompts.from_module:
+        studio = Studio.of(opts, spec, training, outcome)
+        if opts.prompts.interactive:
+            _ask(opts, studio, requests, outcome)
+        else:
+            lines = lines_of_module(opts, studio.model)
+            studio.make_all(requests.of([(f"{opts.prompts.from_module}, prompt {n}", line)]) for n, line in lines)
+        return outcome
     prompts = entries_of(opts, sources)
     iterations = [requests.of(prompts) for _ in range(opts.prompts.n_iter)]
     if any(iterations):
-        require_folder(Path(opts.output.outdir), "--outdir")
-        _draw_all(opts, spec, training, iterations, outcome)
+        Studio.of(opts, spec, training, outcome).make(*iterations)
     return outcome
 
 
-def _draw_all(
-    opts: Options,
-    spec: FamilySpec,
-    training: Options,
-    iterations: Sequence[Sequence[Request]],
-    outcome: Outcome,
-) -> None:
-    from library.generation.drawing import HowToDraw, decoded_at_once, draw
-    from library.generation.first_noise import varied_noise
-    from library.generation.highres import Highres
-    from library.generation.model import load_model
+@dataclass
+class Studio:
+    """A loaded model, how it draws, and where images are written."""
 
-    size = opts.image.batch_size
-    how = HowToDraw(
-        batch_size=size,
-        decoded_at_once=decoded_at_once(opts.precision, size),
-        vae_float32=training.model.no_half_vae,
-        tiles=opts.precision.vae_slices,
-        zero_terminal_snr=training.noise.zero_terminal_snr,
-        zero_offset=opts.image.force_scheduler_zero_steps_offset,
-        noise=varied_noise(opts.image),
-        highres=Highres.of(opts.highres),
-        keeps_first=opts.highres.highres_fix_save_1st,
-    )
-    model = load_model(opts, spec, training)
-    receive = _writer(opts, iterations, outcome)
-    steps = sum(map(how.steps, iterations))
-    with logs.progress(steps, "images", unit="step") as bar:
-        for requests in iterations:
-            draw(model, requests, how, opts.networks.multipliers(), receive, bar.update)
+    opts: Options
+    model: Model
+    how: HowToDraw
+    outcome: Outcome
+    names: Names
+    _made: int = 0  # images that have a name
+    _paths: dict[tuple[int, str], Path] = field(default_factory=dict)  # by request and stage
+    written: list[Path] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, opts: Options, spec: FamilySpec, training: Options, outcome: Outcome) -> Studio:
+        """Loads the model. Raises: UserError: a file that cannot be used."""
+        from library.generation.drawing import HowToDraw, decoded_at_once
+        from library.generation.first_noise import varied_noise
+        from library.generation.highres import Highres
+        from library.generation.model import load_model
 
-def _writer(opts: Options, iterations: Sequence[Sequence[Request]], outcome: Outcome) -> Receive:
-    """What writes each image, under the name that its place among all gives it."""
-    names = Names(Path(opts.output.outdir), f".{opts.output.image_format}", time.strftime("%Y%m%d%H%M%S"))
-    everything = [request for requests in iterations for request in requests]
-    paths = {
-        (id(request), stage): _name(opts, names, number, request, stage)
-        for number, request in enumerate(everything)
-        for stage in _stages(opts)
-    }
+        size = opts.image.batch_size
+        how = HowToDraw(
+            batch_size=size,
+            decoded_at_once=decoded_at_once(opts.precision, size),
+            vae_float32=training.model.no_half_vae,
+            tiles=opts.precision.vae_slices,
+            zero_terminal_snr=training.noise.zero_terminal_snr,
+            zero_offset=opts.image.force_scheduler_zero_steps_offset,
+            noise=varied_noise(opts.image),
+            highres=Highres.of(opts.highres),
+            keeps_first=opts.highres.highres_fix_save_1st,
+        )
+        names = Names(Path(opts.output.outdir), f".{opts.output.image_format}", time.strftime("%Y%m%d%H%M%S"))
+        return cls(opts, load_model(opts, spec, training), how, outcome, names)
 
-    def receive(drawn: Drawn) -> None:
-        request = drawn.request
+    def make(self, *iterations: Sequence[Request]) -> list[Path]:
+        """Makes the images of all iterations, with one progress bar, and returns their files."""
+        from library.generation.drawing import draw
+
+        self.written = []
+        with logs.progress(sum(map(self.how.steps, iterations)), "images", unit="step") as bar:
+            for requests in iterations:
+                for request in requests:
+                    self._name(request)
+                strengths = self.opts.networks.multipliers()
+                draw(self.model, requests, self.how, strengths, self._receive, bar.update)
+        return self.written
+
+    def make_all(self, parts: Iterable[Sequence[Request]]) -> None:
+        """`make` for one part after the other, each of which is only asked for when the one before is made."""
+        for requests in parts:
+            self.make(requests)
+
+    def _name(self, request: Request) -> None:
+        """Gives the files of a request their names, by its place among all."""
+        stages = [""]
+        if self.how.highres is not None:
+            stages = ["0", "1"] if self.how.keeps_first else ["1"]
+        for stage in stages:
+            self._paths[id(request), stage] = self._path(request, stage)
+        self._made += 1
+
+    def _path(self, request: Request, stage: str) -> Path:
+        output, first = self.opts.output, "first_" if stage == "0" else ""
+        if request.file_name is not None:
+            return self.names.called(first + request.file_name)
+        if output.use_original_file_name and request.prompt.source is not None:
+            return self.names.called(first + request.prompt.source.path.stem)
+        if output.sequential_file_name:
+            return self.names.sequential(self._made, stage)
+        return self.names.timed(self._made, request.prompt.seed, stage)
+
+    def _receive(self, drawn: Drawn) -> None:
+        request, path = drawn.request, self._paths.pop((id(drawn.request), drawn.stage))
         made = Made(
             request.raw,
-            model_name(opts.checkpoint.ckpt),
+            model_name(self.opts.checkpoint.ckpt),
             drawn.networks,
-            opts.texts.clip_skip,
+            self.opts.texts.clip_skip,
             request.clip_prompt,
         )
-        path = paths[id(request), drawn.stage]
         # Of two drawings the second is what was asked for, with the seed that makes both.
         write(drawn.image, path, texts_of(drawn.prompt if drawn.stage == "0" else request.prompt, made))
-        outcome.done += 1
+        self.outcome.done += 1
+        self.written.append(path)
         LOGGER.debug("wrote %s", path)
 
-    return receive
 
+def _ask(opts: Options, studio: Studio, requests: Requests, outcome: Outcome) -> None:
+    """Makes the images of one line after the other; a line that is wrong costs nothing but itself."""
+    from library.data.report.contact_sheet import show
 
-def _stages(opts: Options) -> tuple[str, ...]:
-    """Those of each image that become files."""
-    if opts.highres.highres_fix_scale is None:
-        return ("",)
-    return ("0", "1") if opts.highres.highres_fix_save_1st else ("1",)
-
-
-def _name(opts: Options, names: Names, number: int, request: Request, stage: str) -> Path:
-    first = "first_" if stage == "0" else ""
-    if request.file_name is not None:
-        return names.called(first + request.file_name)
-    if opts.output.use_original_file_name and request.prompt.source is not None:
-        return names.called(first + request.prompt.source.path.stem)
-    if opts.output.sequential_file_name:
-        return names.sequential(number, stage)
-    return names.timed(number, request.prompt.seed, stage)
+    for number, line in enumerate(interactive_lines(), 1):
+        entry: tuple[str, Entry] = f"line {number}", line
+        try:
+            paths = studio.make(requests.of([entry]))
+        except UserError as error:
+            for problem in error.problems:
+                outcome.fail(f"line {number}", problem)
+            continue
+        for path in paths:
+            print(path)
+        if not opts.prompts.no_preview:
+            show(paths)
+    outcome.failed.clear()  # each was named when it happened, and could be given again

@@ -38,7 +38,9 @@ class PromptOptions(OptionGroup, group="prompts", title="Prompts"):
         "file of prompts: .txt with a prompt line each, or a .toml or .json file as for --sample_prompts",
         exists="file",
     )
-    from_module: str | None = opt(None, "module whose get_prompter makes the prompts")
+    from_module: str | None = opt(
+        None, "module, or file of one, whose get_prompter(args, pipe, networks) gives prompt lines"
+    )
     prompter_module_args: str | None = opt(None, "arguments of --from_module")
     interactive: bool = opt(False, "ask for prompt lines until the input ends")
     no_preview: bool = opt(False, "with --interactive: do not show the images", only_with=("interactive",))
@@ -56,6 +58,8 @@ class PromptOptions(OptionGroup, group="prompts", title="Prompts"):
             yield "--prompt: missing; give a prompt, or prompts with --from_file"
         if len(given) > 1:
             yield f"{' and '.join(given)} exclude each other; give one of them"
+        if self.from_module and not self.from_module.endswith(".py") and not find_module(self.from_module):
+            yield f"--from_module: there is no module {self.from_module!r}; check the name"
         if self.from_file and Path(self.from_file).suffix.lower() not in PROMPT_FILES:
             yield f"--from_file: must be a .txt, .toml or .json file, got {self.from_file!r}"
 
@@ -351,8 +355,6 @@ class OutputOptions(OptionGroup, group="output", title="Files"):
 
 # Options that are known, and their values which ask for nothing; any other is refused until they are there.
 _NOT_YET: dict[str, Any] = {
-    "from_module": None,
-    "interactive": False,
     "clip_vision_strength": None,
     "control_net_lllite_models": None,
     "ds_depth_1": None,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 import tests.generation.test_networks_and_words as networks
+from library.families.sd.adapter import SdFamily
 from library.generation.script import ALL_FAMILIES, ONE_FAMILY, run
 from library.runtime.logs import LOGGER
+from tests.builders import sd_options
 
 files = networks.files
 
@@ -89,7 +93,8 @@ def refused(small_model, tmp_path, capsys, monkeypatch):
         (["--prompt=a", "--control_net_lllite_models=x"], "--control_net_lllite_models: not available yet"),
         (["--prompt=a", "--control_net_preps=cany"], "--control_net_preps: 'cany' is no preparation; use none, canny"),
         (["--prompt=a", "--highres_fix_upscaler=nothing.here"], "--highres_fix_upscaler: there is no module"),
-        (["--interactive"], "--interactive: not available yet"),
+        (["--from_module=nothing.here"], "--from_module: there is no module 'nothing.here'"),
+        (["--interactive", "--prompt=a"], "--prompt and --interactive exclude each other"),
         (["--prompt=a", "--mask_path=m.png"], "--mask_path: regions of a prompt are not available yet"),
         (
             ["--prompt=a", "--pyramid_noise_discount_range", "2", "1"],
@@ -106,8 +111,6 @@ def test_mistakes_are_one_line(refused, words, line):
 
 
 def test_a_network_of_another_model_is_refused(refused, tmp_path):
-    import torch
-
     place = "lora_unet_double_blocks_0_img_attn_qkv"
     save_file(
         {f"{place}.lora_down.weight": torch.zeros(2, 64), f"{place}.lora_up.weight": torch.zeros(192, 2)},
@@ -148,3 +151,87 @@ def test_the_bundled_model_draws_a_flower(run_script, tmp_path):
         red, green, blue = image.convert("RGB").getpixel((32, 32))
     assert red > 150
     assert max(green, blue) < 80
+
+
+@pytest.fixture
+def draw_here(small_model, tmp_path, monkeypatch):
+    """Runs gen_img.py in this process, and gives its exit status and the folder of its images."""
+    monkeypatch.setattr(LOGGER, "handlers", [])
+
+    def draw(*words: str) -> tuple[int, Path]:
+        usual = [f"--ckpt={small_model}", f"--outdir={tmp_path / 'out'}", "--steps=1", "--scale=1", "--seed=1"]
+        status: object = 0
+        try:
+            run("Generates.", ALL_FAMILIES, argv=[*usual, "--W=64", "--H=64", *words])
+        except SystemExit as end:
+            status = end.code
+        assert isinstance(status, int)
+        return status, tmp_path / "out"
+
+    return draw
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_lines_that_are_typed(draw_here, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a cat --f one\n\nbad --w wide\ncn --f three --t 7\na dog --f two"))
+    status, folder = draw_here("--interactive")
+    said = capsys.readouterr()
+    assert status == 0
+    assert names(folder) == ["one.png", "two.png"]
+    assert said.out.splitlines() == [str(folder / "one.png"), str(folder / "two.png")]
+    assert "line 2: --w needs a whole number, got 'wide'" in said.err
+    assert "line 3: the strength must be from 0 to 1, got 7" in said.err
+    assert "2 done" in said.err
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_lines_of_a_module(draw_here, tmp_path, called):
+    lines = 'lambda: (f"{args.prompter_module_args} --f {n}" for n in range(2))'
+    (tmp_path / "mine.py").write_text(
+        f"def get_prompter(args, pipe, networks):\n    return ({lines}){'' if called else '()'}\n"
+    )
+    status, folder = draw_here(f"--from_module={tmp_path / 'mine.py'}", "--prompter_module_args=a cat")
+    assert status == 0
+    assert names(folder) == ["0.png", "1.png"]
+    with Image.open(folder / "1.png") as image:
+        assert image.text["prompt"] == "a cat"
+
+
+def test_a_module_that_fails_is_said(draw_here, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def get_prompter(args, pipe, networks):\n    return [3]\n")
+    assert draw_here(f"--from_module={tmp_path / 'mine.py'}")[0] == 2
+    assert "mine.py: prompt 1 is no text but int" in capsys.readouterr().err
+    (tmp_path / "mine.py").write_text("1 / 0\n")
+    assert draw_here(f"--from_module={tmp_path / 'mine.py'}")[0] == 2
+    assert "mine.py cannot be used: ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_images_in(draw_here, small_model, image, tmp_path, capsys):
+    """An image with a mask, a ControlNet that reads its edges, and two drawings of each."""
+    family = SdFamily(sd_options(small_model))
+    models = family.loader.load()
+    family.control.save(
+        family.control.build(models), tmp_path / "net.safetensors", save_as="safetensors", dtype=None, metadata={}
+    )
+    Image.linear_gradient("L").save(tmp_path / "mask.png")
+    words = [f"--image_path={image}", f"--mask_path={tmp_path / 'mask.png'}", f"--guide_image_path={image}"]
+    words += ["--strength=1", f"--control_net_models={tmp_path / 'net.safetensors'}", "--control_net_preps=canny"]
+    words += ["--highres_fix_scale=0.5", "--highres_fix_steps=1", "--highres_fix_save_1st", "--use_original_file_name"]
+    status, folder = draw_here("--prompt=a cat --w 128", *words)
+    assert status == 0, capsys.readouterr().err
+    assert names(folder) == ["first_from.png", "from.png"]
+    with Image.open(folder / "from.png") as second, Image.open(folder / "first_from.png") as first:
+        assert (second.size, first.size) == ((128, 64), (64, 64))
+        assert (second.text["seed"], first.text["seed"]) == ("1", "1")
+        assert second.text["strength"] == "1.0"
+
+
+def test_a_control_net_without_an_image_is_said(draw_here, small_model, tmp_path, capsys):
+    save_file({"input_hint_block.0.weight": torch.zeros(1)}, tmp_path / "net.safetensors")
+    status, folder = draw_here("--prompt=a", f"--control_net_models={tmp_path / 'net.safetensors'}")
+    assert status == 1
+    assert "--prompt: no control image: give --guide_image_path, or --cn in the prompt" in capsys.readouterr().err
+    assert not folder.exists()
