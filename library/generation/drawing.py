@@ -108,7 +108,8 @@ def draw(
         strengths: of the networks, for prompts that say nothing of them.
         progress: as for `sample_latents`.
     """
-    ahead = 0 if how.tiles else _AHEAD  # with tiles it is about memory, and encoding must not find them switched on
+    # Where it is about memory nothing overlaps; encoding must not find tiles switched on either.
+    ahead = 0 if how.tiles or model.offload else _AHEAD
     with ThreadPoolExecutor(1, "decoding") as decoding:
         waiting: list[Future[None]] = []
         try:
@@ -118,6 +119,8 @@ def draw(
                 model.networks.use(batch[0].prompt.multipliers, strengths)
                 for drawing in _drawings(model, batch, how, progress):
                     waiting.append(decoding.submit(_finish, model, batch, drawing, how, receive))
+                    if not ahead:
+                        waiting.pop().result()
             for one in waiting:
                 one.result()
         except BaseException:
@@ -153,6 +156,8 @@ def _latents(
     model: Model, prompts: Sequence[SamplePrompt], how: HowToDraw, progress: Callable[[int], object]
 ) -> Tensor:
     texts = [text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt, "")]
+    cached = model.conditioning(texts)
+    model.bring(model.models.denoiser, model.models.vae)
     return sample_latents(
         model.family,
         model.without_texts,
@@ -161,7 +166,7 @@ def _latents(
         model.dtype,
         zero_terminal_snr=how.zero_terminal_snr,
         zero_offset=how.zero_offset,
-        cached=model.conditioning(texts),
+        cached=cached,
         denoise=model.denoise,
         noise=how.noise,
         at_step=None if model.control is None else model.control.at_step,
@@ -171,6 +176,7 @@ def _latents(
 
 def _finish(model: Model, batch: Sequence[Request], drawing: _Drawing, how: HowToDraw, receive: Receive) -> None:
     """Decodes a batch and gives its images away."""
+    model.bring(model.models.vae)
     if how.tiles:
         _tile(model, drawing.latents, how.tiles)
     for start in range(0, len(batch), how.decoded_at_once):

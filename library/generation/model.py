@@ -18,6 +18,8 @@ from library.training import placement
 from library.types import TextCond
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from library.families.base import Family
     from library.families.spec import FamilySpec
     from library.options.base import Options
@@ -37,6 +39,8 @@ class Model:
     dtype: torch.dtype
     networks: Networks
     control: ControlNets | None = None
+    offload: bool = False  # only what computes is on the device
+    second_text: str | None = None  # what all text encoders but the first read in place of prompts
     _texts: dict[tuple[str, tuple[float, ...]], TextCond] = field(default_factory=dict)
 
     @property
@@ -59,17 +63,44 @@ class Model:
         if len(self._texts) + len(missing) > _MOST_TEXTS:
             self._texts.clear()
             missing = list(wanted)
+        if missing:
+            self.bring(*self.models.text_encoders.values())
         for text in missing:
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                found = self.family.text.encode(self.models, [text], emphasis=True)
-            self._texts[text, strengths] = found.map(lambda tensor: tensor.cpu())
+            self._texts[text, strengths] = self._encode(text)
         return {text: self._texts[text, strengths] for text in wanted}
 
+    def _encode(self, text: str) -> TextCond:
+        """On the CPU."""
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            found = self.family.text.encode(self.models, [text], emphasis=True)
+            if self.second_text is not None and text:
+                layout = self.family.text.layout()
+                assert layout is not None, "a family with two text encoders has cache files"
+                other = self.family.text.encode(self.models, [self.second_text], emphasis=True)
+                # The first of the arrays is the first text encoder's.
+                found = TextCond({**other.tensors, layout.keys[0]: found.tensors[layout.keys[0]]})
+        return found.map(lambda tensor: tensor.cpu())
 
-def load_model(opts: Options, spec: FamilySpec, training: Options) -> Model:
+    def bring(self, *wanted: nn.Module | None) -> None:
+        """With offloading: these parts come to the device, and all others leave it."""
+        if not self.offload:
+            return
+        kept = {id(part) for part in wanted}
+        parts = [self.models.denoiser, self.models.vae, *self.models.text_encoders.values()]
+        for part in parts:
+            if id(part) not in kept:
+                part.to("cpu")
+        for part in parts:
+            if id(part) in kept:
+                part.to(self.device)
+
+
+def load_model(opts: Options, spec: FamilySpec, training: Options, *, offload: bool = False) -> Model:
     """Loads the model that the options name, with its networks and words.
 
-    Args: training: see `model_options.training_options`.
+    Args:
+        training: see `model_options.training_options`.
+        offload: see `Model.bring`.
     Raises: UserError: a file that cannot be used.
     """
     if training.memory.mixed_precision == "fp16" and not torch.accelerator.is_available():
@@ -81,9 +112,11 @@ def load_model(opts: Options, spec: FamilySpec, training: Options) -> Model:
     models = family.loader.load()
     models.freeze()
     merge_first(opts.networks, files, family, models)
-    placement.place_text_encoders(models, training, device, grad_text=False)
-    placement.place_vae(models, training, device)
-    placement.place_denoiser(models, training, device)
+    offload = offload and device.type != "cpu"
+    home = torch.device("cpu") if offload else device  # of what waits
+    placement.place_text_encoders(models, training, home, grad_text=False)
+    placement.place_vae(models, training, home)
+    placement.place_denoiser(models, training, home)
     set_attention(models.denoiser, training.memory)
     if opts.precision.opt_channels_last:
         models.denoiser.to(memory_format=torch.channels_last)
@@ -93,4 +126,4 @@ def load_model(opts: Options, spec: FamilySpec, training: Options) -> Model:
     networks = attach_rest(opts.networks, files, family, models, device)
     dtype = placement.WEIGHT_DTYPES[training.memory.mixed_precision]
     control = load_control_nets(opts.control, family, models, dtype)
-    return Model(family, models, training, device, dtype, networks, control)
+    return Model(family, models, training, device, dtype, networks, control, offload)

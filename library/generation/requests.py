@@ -13,7 +13,7 @@ from library.errors import UserError
 from library.generation.files import name_problem
 from library.generation.sources import Sources, said_by, size_of
 from library.inference.dynamic_prompts import variants
-from library.inference.prompt_lines import GENERATION, Syntax
+from library.inference.prompt_lines import GENERATION, PromptOption, Syntax
 from library.inference.prompts import (
     FLOW_SAMPLERS,
     SamplePrompt,
@@ -102,6 +102,7 @@ class Requests:
         base: what prompts that say nothing else have.
         sources: what images begin with; None: noise.
         guides: what ControlNets read; None: there are none.
+        syntax: the options that may stand in a prompt.
         failed: is called with the place of each prompt that cannot be used, and why.
     """
 
@@ -113,11 +114,12 @@ class Requests:
         failed: Failed,
         sources: Sources | None = None,
         guides: Guides | None = None,
+        syntax: Sequence[PromptOption] = GENERATION,
     ):
         self._opts, self._traits, self._base, self._failed = opts.prompts, traits, base, failed
         self._sources, self._guides = sources, guides
         self._sides = [name for name, side in (("width", opts.image.W), ("height", opts.image.H)) if side]  # given
-        self._syntax = Syntax(GENERATION)
+        self._syntax = Syntax(syntax)
         self._made = 0  # images so far
         self._iteration = 0
 

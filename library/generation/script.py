@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.generation.control import Guides, check_control_nets
@@ -16,6 +16,7 @@ from library.generation.parameters import Made, model_name, texts_of
 from library.generation.prompters import interactive_lines, lines_of_module
 from library.generation.requests import Entry, Request, Requests, base_prompt, entries_of
 from library.generation.sources import Sources
+from library.inference.prompt_lines import GENERATION, PromptOption
 from library.options.inference import ANY_MODEL_GROUPS, OLD_GROUPS, not_available
 from library.preparation.common.script import run_script
 from library.preparation.common.summary import Outcome
@@ -55,31 +56,46 @@ def run(
     run_script(work, groups, argv, description=description, traits=traits)
 
 
-def generate(opts: Options, fixed: str | None = None) -> Outcome:
+@dataclass(frozen=True)
+class Start:
+    """What a script has beside the options of gen_img.py."""
+
+    entry: Entry | None = None  # the prompt, in place of the options'
+    syntax: Sequence[PromptOption] = GENERATION
+    negative_prompt: str = ""  # of prompts without their own
+    training: Mapping[str, Any] = field(default_factory=dict)  # options of training, and "offload"
+    second_text: str | None = None  # what all text encoders but the first read in place of the prompt
+
+
+def generate(opts: Options, fixed: str | None = None, start: Start | None = None) -> Outcome:
     """Makes the images that the options ask for. Raises: UserError."""
+    start = start or Start()
     refused = list(not_available(opts.flat()))
     if refused:
         raise UserError(*refused)
     check_control_nets(opts.control)
     spec, of_kind = family_spec(opts.checkpoint, fixed)
-    training = training_options(opts, spec, of_kind)
+    training = training_options(opts, spec, of_kind).replaced(
+        **{name: value for name, value in start.training.items() if name != "offload"}
+    )
     outcome = Outcome()
     sources = Sources.of(opts.source)
     guides = Guides.of(opts) if opts.control.control_net_models else None
-    requests = Requests(opts, spec.traits, base_prompt(opts, spec.traits), outcome.fail, sources, guides)
+    base = replace(base_prompt(opts, spec.traits), negative_prompt=start.negative_prompt)
+    requests = Requests(opts, spec.traits, base, outcome.fail, sources, guides, start.syntax)
     require_folder(Path(opts.output.outdir), "--outdir")
     if opts.prompts.interactive or opts.prompts.from_module:
-        studio = Studio.of(opts, spec, training, outcome)
+        studio = Studio.of(opts, spec, training, outcome, start)
         if opts.prompts.interactive:
             _ask(opts, studio, requests, outcome)
         else:
             lines = lines_of_module(opts, studio.model)
             studio.make_all(requests.of([(f"{opts.prompts.from_module}, prompt {n}", line)]) for n, line in lines)
         return outcome
-    prompts = entries_of(opts, sources)
+    prompts = entries_of(opts, sources) if start.entry is None else [("--prompt", start.entry)]
     iterations = [requests.of(prompts) for _ in range(opts.prompts.n_iter)]
     if any(iterations):
-        Studio.of(opts, spec, training, outcome).make(*iterations)
+        Studio.of(opts, spec, training, outcome, start).make(*iterations)
     return outcome
 
 
@@ -97,7 +113,7 @@ class Studio:
     written: list[Path] = field(default_factory=list)
 
     @classmethod
-    def of(cls, opts: Options, spec: FamilySpec, training: Options, outcome: Outcome) -> Studio:
+    def of(cls, opts: Options, spec: FamilySpec, training: Options, outcome: Outcome, start: Start) -> Studio:
         """Loads the model. Raises: UserError: a file that cannot be used."""
         from library.generation.drawing import HowToDraw, decoded_at_once
         from library.generation.first_noise import varied_noise
@@ -117,7 +133,9 @@ class Studio:
             keeps_first=opts.highres.highres_fix_save_1st,
         )
         names = Names(Path(opts.output.outdir), f".{opts.output.image_format}", time.strftime("%Y%m%d%H%M%S"))
-        return cls(opts, load_model(opts, spec, training), how, outcome, names)
+        model = load_model(opts, spec, training, offload=start.training.get("offload", False))
+        model.second_text = start.second_text
+        return cls(opts, model, how, outcome, names)
 
     def make(self, *iterations: Sequence[Request]) -> list[Path]:
         """Makes the images of all iterations, with one progress bar, and returns their files."""

@@ -108,6 +108,16 @@ GENERATION = (
     PromptOption("glus", "gradual_latent_unsharp_params", None, numbers),
     PromptOption("f", "file_name", "file_name"),
 )
+MINIMAL = (
+    PromptOption("n", "negative_prompt", "negative_prompt", text_or_empty),
+    PromptOption("w", "width", "width", int),
+    PromptOption("h", "height", "height", int),
+    PromptOption("d", "seed", "seeds", whole_numbers),
+    PromptOption("s", "sample_steps", "steps", int),
+    PromptOption("g", "guidance_scale", "guidance", float),
+    PromptOption("m", "network_mul", "multipliers", numbers),
+    PromptOption("c", "scale", "scale", float),
+)
 
 
 class Syntax:

@@ -332,6 +332,30 @@ def sdxl():
     return tiny_sdxl()
 
 
+def sdxl_pipe(sdxl) -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline(
+        vae=sdxl.vae,
+        text_encoder=sdxl.text_encoders["te1"],
+        tokenizer=sdxl.tokenizers["te1"],
+        text_encoder_2=sdxl.text_encoders["te2"],
+        tokenizer_2=sdxl.tokenizers["te2"],
+        unet=sdxl.denoiser,
+        scheduler=DDIMScheduler.from_config(SD_CONFIG),
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+
+
+def test_sdxl_with_another_text_for_the_second_encoder(sdxl):
+    model = model_of(SdxlFamily(texts_of_generation("sdxl")), sdxl, texts_of_generation("sdxl"))
+    model.second_text = "a cat of blue"
+    prompt = replace(PROMPT, steps=2, scale=1.0)
+    given = {**arguments(prompt), "original_size": (96, 64), "target_size": (96, 64)}
+    found = ours(model, prompt)
+    assert difference(found, run(sdxl_pipe(sdxl), **given, prompt_2="a cat of blue")) < CLOSE
+    assert difference(found, run(sdxl_pipe(sdxl), **{**given, "generator": torch.Generator().manual_seed(7)})) > 0.01
+
+
 @pytest.mark.parametrize(
     ("changes", "theirs", "clip_skip"),
     [
@@ -355,20 +379,9 @@ def sdxl():
 def test_sdxl(sdxl, changes, theirs, clip_skip):
     prompt = replace(PROMPT, steps=2, **changes)
     opts = texts_of_generation("sdxl", clip_skip=clip_skip)
-    pipe = StableDiffusionXLPipeline(
-        vae=sdxl.vae,
-        text_encoder=sdxl.text_encoders["te1"],
-        tokenizer=sdxl.tokenizers["te1"],
-        text_encoder_2=sdxl.text_encoders["te2"],
-        tokenizer_2=sdxl.tokenizers["te2"],
-        unet=sdxl.denoiser,
-        scheduler=DDIMScheduler.from_config(SD_CONFIG),
-        force_zeros_for_empty_prompt=False,
-        add_watermarker=False,
-    )
     given = {**arguments(prompt), "original_size": (96, 64), "target_size": (96, 64), **theirs}
     found = ours(model_of(SdxlFamily(opts), sdxl, opts), prompt)
-    assert difference(found, run(pipe, **given)) < CLOSE
+    assert difference(found, run(sdxl_pipe(sdxl), **given)) < CLOSE
 
 
 # --- rectified flow ---------------------------------------------------------------------------------------------------
