@@ -81,6 +81,12 @@ class Model:
                 found = TextCond({**other.tensors, layout.keys[0]: found.tensors[layout.keys[0]]})
         return found.map(lambda tensor: tensor.cpu())
 
+    def use_networks(self, networks: Networks) -> None:
+        """Takes other networks in place of those that are attached."""
+        self.networks.detach()
+        self.networks = networks
+        self._texts.clear()
+
     def bring(self, *wanted: nn.Module | None) -> None:
         """With offloading: these parts come to the device, and all others leave it."""
         if not self.offload:

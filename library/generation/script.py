@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from library.checkpoints.reading import require_weights
 from library.errors import UserError
 from library.generation.control import Guides, check_control_nets
 from library.generation.files import Names, require_folder, write
+from library.generation.grid import WEIGHTS, axes_of, cells_of, grid_requests
 from library.generation.model_options import CheckpointOptions, OneFamilyOptions, family_spec, training_options
-from library.generation.parameters import Made, model_name, texts_of
+from library.generation.parameters import PARAMETERS, Made, model_name, texts_of
 from library.generation.prompters import interactive_lines, lines_of_module
 from library.generation.requests import Entry, Request, Requests, base_prompt, entries_of
 from library.generation.sources import Sources
@@ -81,6 +84,9 @@ def generate(opts: Options, fixed: str | None = None, start: Start | None = None
     outcome = Outcome()
     sources = Sources.of(opts.source)
     guides = Guides.of(opts) if opts.control.control_net_models else None
+    if opts.grid.grid:  # what is compared begins with the same noise
+        seed = secrets.randbits(32) if opts.prompts.seed is None else opts.prompts.seed
+        opts = opts.replaced(iter_same_seed=True, seed=seed)
     base = replace(base_prompt(opts, spec.traits), negative_prompt=start.negative_prompt)
     requests = Requests(opts, spec.traits, base, outcome.fail, sources, guides, start.syntax)
     require_folder(Path(opts.output.outdir), "--outdir")
@@ -92,11 +98,65 @@ def generate(opts: Options, fixed: str | None = None, start: Start | None = None
             lines = lines_of_module(opts, studio.model)
             studio.make_all(requests.of([(f"{opts.prompts.from_module}, prompt {n}", line)]) for n, line in lines)
         return outcome
+    if opts.grid.grid:
+        _make_grid(opts, spec, training, outcome, start, requests)
+        return outcome
     prompts = entries_of(opts, sources) if start.entry is None else [("--prompt", start.entry)]
     iterations = [requests.of(prompts) for _ in range(opts.prompts.n_iter)]
     if any(iterations):
         Studio.of(opts, spec, training, outcome, start).make(*iterations)
     return outcome
+
+
+def _make_grid(
+    opts: Options, spec: FamilySpec, training: Options, outcome: Outcome, start: Start, requests: Requests
+) -> None:
+    """Makes the images of --grid, one network after the other, and their sheets. Raises: UserError."""
+    from library.data.report.contact_sheet import show
+    from library.generation.grid_sheets import Shown, write_sheets
+    from library.generation.networks import attach_rest, check_files
+
+    axes = axes_of(opts.grid.grid)
+    weights = next((axis.values for axis in axes if axis.name == WEIGHTS), ())
+    for value in weights:
+        require_weights(value.value)
+    cells = cells_of(axes)
+    wanted = grid_requests(requests, axes, cells, opts)
+    if outcome.failed:
+        raise UserError(*(f"{where}: {why}" for where, why in outcome.failed.items()))
+    moment = time.strftime("%Y%m%d%H%M%S")
+    folder = Path(opts.output.outdir) / f"grid_{moment}"
+    studio = Studio.of(opts, spec, training, outcome, start)
+    studio.names = replace(studio.names, folder=folder / "images")
+    base, merged = list(opts.networks.network_weights or ()), opts.networks.merged()
+    shown: list[Shown] = []
+    for value in weights or (None,):
+        mine = [place for place, cell in enumerate(cells) if value is None or cell.of(axes, WEIGHTS) == value]
+        if value is not None:
+            strengths = [*opts.networks.multipliers(), 1.0]
+            studio.opts = opts.replaced(
+                network_weights=[*base, value.value],
+                network_mul=strengths,
+                network_merge=False,
+                network_merge_n_models=merged,
+                network_show_meta=False,
+            )
+            model, options = studio.model, studio.opts.networks
+            model.use_networks(attach_rest(options, check_files(options), model.family, model.models, model.device))
+        files = {id(one.request): one for one in studio.make([wanted[place] for place in mine])}
+        for place in mine:
+            one = files[id(wanted[place])]
+            shown.append(Shown(cells[place], one.path, one.texts[PARAMETERS]))
+    written = write_sheets(folder, axes, shown)
+    for path in written:
+        LOGGER.info("wrote %s", path)
+    show(written[-1:])
+
+
+class Written(NamedTuple):
+    request: Request
+    path: Path
+    texts: dict[str, str]
 
 
 @dataclass
@@ -110,7 +170,7 @@ class Studio:
     names: Names
     _made: int = 0  # images that have a name
     _paths: dict[tuple[int, str], Path] = field(default_factory=dict)  # by request and stage
-    written: list[Path] = field(default_factory=list)
+    written: list[Written] = field(default_factory=list)
 
     @classmethod
     def of(cls, opts: Options, spec: FamilySpec, training: Options, outcome: Outcome, start: Start) -> Studio:
@@ -137,7 +197,7 @@ class Studio:
         model.second_text = start.second_text
         return cls(opts, model, how, outcome, names)
 
-    def make(self, *iterations: Sequence[Request]) -> list[Path]:
+    def make(self, *iterations: Sequence[Request]) -> list[Written]:
         """Makes the images of all iterations, with one progress bar, and returns their files."""
         from library.generation.drawing import draw
 
@@ -184,9 +244,10 @@ class Studio:
             request.clip_prompt,
         )
         # Of two drawings the second is what was asked for, with the seed that makes both.
-        write(drawn.image, path, texts_of(drawn.prompt if drawn.stage == "0" else request.prompt, made))
+        texts = texts_of(drawn.prompt if drawn.stage == "0" else request.prompt, made)
+        write(drawn.image, path, texts)
         self.outcome.done += 1
-        self.written.append(path)
+        self.written.append(Written(request, path, texts))
         LOGGER.debug("wrote %s", path)
 
 
@@ -197,7 +258,7 @@ def _ask(opts: Options, studio: Studio, requests: Requests, outcome: Outcome) ->
     for number, line in enumerate(interactive_lines(), 1):
         entry: tuple[str, Entry] = f"line {number}", line
         try:
-            paths = studio.make(requests.of([entry]))
+            paths = [one.path for one in studio.make(requests.of([entry]))]
         except UserError as error:
             for problem in error.problems:
                 outcome.fail(f"line {number}", problem)

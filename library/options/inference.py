@@ -54,7 +54,8 @@ class PromptOptions(OptionGroup, group="prompts", title="Prompts"):
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterator[str]:
         given = [f"--{name}" for name in ("prompt", "from_file", "from_module", "interactive") if getattr(self, name)]
-        if not given and not opts.source.image_path:
+        axes = [entry.partition("=")[0].strip() for entry in opts.grid.grid or ()]
+        if not given and not opts.source.image_path and "prompt" not in axes:
             yield "--prompt: missing; give a prompt, or prompts with --from_file"
         if len(given) > 1:
             yield f"{' and '.join(given)} exclude each other; give one of them"
@@ -353,6 +354,28 @@ class OutputOptions(OptionGroup, group="output", title="Files"):
     image_format: Literal["png", "jpg", "webp"] = opt("png", "format of the files")
 
 
+@dataclass(frozen=True, kw_only=True)
+class GridOptions(OptionGroup, group="grid", title="Grid"):
+    grid: list[str] | None = opt(
+        None,
+        "draw the product of settings: name=value,value each, of network_weights (patterns such as out/*.safetensors), "
+        "network_mul, seed, scale, sampler, steps and prompt (a text, or a file with a line each); gives labelled "
+        "sheets and index.html",
+    )
+
+    def check(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
+        if not self.grid:
+            return
+        for name in ("from_file", "from_module", "interactive", "shuffle_prompts", "iter_same_seed"):
+            if getattr(opts.prompts, name):
+                yield f"--grid: cannot be used with --{name}; give one --prompt, or prompt= as an axis"
+        for name in ("n_iter", "images_per_prompt"):
+            if getattr(opts.prompts, name) > 1:
+                yield f"--grid: cannot be used with --{name}; give several seeds as an axis, as in seed=1,2,3"
+        if opts.networks.network_pre_calc:
+            yield "--grid: cannot be used with --network_pre_calc"
+
+
 # Options that are known, and their values which ask for nothing; any other is refused until they are there.
 _NOT_YET: dict[str, Any] = {
     "clip_vision_strength": None,
@@ -373,7 +396,8 @@ def not_available(options: dict[str, Any]) -> Iterable[str]:
 
 ANY_MODEL_GROUPS: tuple[type[OptionGroup], ...] = (
     *(PromptOptions, ImageOptions, GenerationTextOptions, PrecisionOptions, NetworksOptions, SourceOptions),
-    *(HighresOptions, ControlOptions, ShrinkOptions, GradualOptions, OutputOptions, GenerationConsole),
+    *(HighresOptions, ControlOptions, ShrinkOptions, GradualOptions, GridOptions, OutputOptions),
+    GenerationConsole,
 )
 OLD_GROUPS = (
     *(OldControlOptions if group is ControlOptions else group for group in ANY_MODEL_GROUPS),
