@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from library.runtime.durable import replacing
 if TYPE_CHECKING:
     from library.generation.grid import Value
 
-_MARGIN, _GAP, _LABEL = 16, 6, 140  # pixels; the last one is the width of labels beside rows
+_MARGIN, _GAP = 16, 6  # pixels
+_LABEL = 140  # width of labels beside rows in pixels, at most
 _SIDE = 512  # pixels of an image's longer side on a sheet, at most
 _PAPER, _INK, _QUIET = "#ffffff", "#1a1a1a", "#666666"
 _TITLE = 16
@@ -69,7 +71,10 @@ def draw_sheet(sheet: Sheet, axes: Sequence[Axis]) -> Image.Image:
     sizes = [_shown_size(one.path) for one in sheet.images.values()]
     width, height = (max(side) for side in zip(*sizes, strict=True))
     rows, columns = max(1, len(sheet.rows)), max(1, len(sheet.columns))
-    left = _MARGIN + (_LABEL if sheet.rows else 0)
+    beside = min(
+        _LABEL, math.ceil(max((length(value.label, TEXT) for value in sheet.rows), default=-2 * _GAP)) + 2 * _GAP
+    )
+    left = _MARGIN + beside
     inside = columns * (width + _GAP) - _GAP
     named = " by ".join(axis.name for axis in (row_axis, column_axis) if axis is not None)
     heads = [wrap(value.label, width, 2) for value in sheet.columns]
@@ -87,7 +92,7 @@ def draw_sheet(sheet: Sheet, axes: Sequence[Axis]) -> Image.Image:
             at = left + column * (width + _GAP) + (width - length(line, TEXT)) / 2
             write(pen, at, top - _GAP - (len(lines) - number) * step(TEXT), line, TEXT, _INK)
     for row, value in enumerate(sheet.rows):
-        for number, line in enumerate(wrap(value.label, _LABEL - _GAP, 6)):
+        for number, line in enumerate(wrap(value.label, beside - _GAP, 6)):
             write(pen, _MARGIN, top + row * (height + _GAP) + number * step(TEXT), line, TEXT, _INK)
     for (row, column), one in sheet.images.items():
         with Image.open(one.path) as image:
