@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from library.options.base import Options
     from library.types import FamilyTraits
 
+_REGIONS = " AND "
 Entry = str | dict[str, Any]
 Failed = Callable[[str, str], None]  # the place of a prompt that cannot be used, and why
 
@@ -156,6 +157,8 @@ class Requests:
     def _request(self, where: str, changes: Mapping[str, Any], raw: str, place: int, common: Sequence[int]) -> Request:
         own = dict(changes)
         seeds, file_name, clip_prompt = (own.pop(name, None) for name in ("seeds", "file_name", "clip_prompt"))
+        if _REGIONS in own["prompt"]:
+            raise UserError(f"{where}: prompts of several regions, joined by AND, are not available yet")
         problem = name_problem(file_name) if file_name is not None else None
         if problem:
             raise UserError(f"{where}: --f {problem}")

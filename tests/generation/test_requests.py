@@ -136,7 +136,9 @@ def test_dynamic_prompts_are_drawn_for_each_image(options):
 
 
 def test_a_broken_line_is_named_and_the_others_are_made(options, tmp_path):
-    (tmp_path / "p.txt").write_text("good\nbad --w wide\n# fine\nworse --ss eular\nslashes --f a/b\nalso good\n")
+    (tmp_path / "p.txt").write_text(
+        "good\nbad --w wide\n# fine\nworse --ss eular\nslashes --f a/b\nalso good\na AND b\n"
+    )
     failed: list[str] = []
     found = requests_for(options(from_file=str(tmp_path / "p.txt")), failed=failed)
     assert [request.prompt.prompt for request in found] == ["good", "also good"]
@@ -144,7 +146,8 @@ def test_a_broken_line_is_named_and_the_others_are_made(options, tmp_path):
     assert failed[0] == f"{file}, line 2: --w needs a whole number, got 'wide'"
     assert failed[1].startswith(f"{file}, line 4: unknown sampler 'eular'; did you mean 'euler'?")
     assert failed[2] == f"{file}, line 5: --f must be the name of a file, without folders, got 'a/b'"
-    assert len(failed) == 3
+    assert failed[3] == f"{file}, line 7: prompts of several regions, joined by AND, are not available yet"
+    assert len(failed) == 4
 
 
 def test_shuffled_prompts_are_all_there(options, tmp_path):
