@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from library.errors import UserError
 from library.families.shared.recognition import no_controlnet, path_problem
 from library.inference.prompts import ControlImage
-from library.options.inference import CANNY
+from library.options.inference_images import CANNY
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from library.families.base import Family
     from library.inference.prompts import Prepare
     from library.options.base import Options
-    from library.options.inference import ControlOptions
+    from library.options.inference_images import ControlOptions
     from library.types import Batch, Models, TextCond
 
 _CANNY_LIMITS = 63, 191  # where --control_net_preps says none

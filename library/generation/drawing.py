@@ -18,6 +18,7 @@ from library.inference.generate import (
     total_steps,
     warn_of_overflow,
 )
+from library.inference.guidance import texts_read
 from library.inference.images import to_images
 
 if TYPE_CHECKING:
@@ -155,8 +156,7 @@ def _drawings(
 def _latents(
     model: Model, prompts: Sequence[SamplePrompt], how: HowToDraw, progress: Callable[[int], object]
 ) -> Tensor:
-    texts = [text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt, "")]
-    cached = model.conditioning(texts)
+    cached = model.conditioning([text for prompt in prompts for text in texts_read(prompt)])
     model.bring(model.models.denoiser, model.models.vae)
     return sample_latents(
         model.family,

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
-from library.inference.prompts import SAMPLERS
+from library.inference.prompts import FLOW_SAMPLERS, SAMPLERS, finish
 from library.options.nearest import did_you_mean
 from library.runtime.documents import read_text
 
 if TYPE_CHECKING:
     from library.generation.requests import Request, Requests
-    from library.inference.prompts import SamplePrompt
+    from library.inference.prompt_lines import Changes
     from library.options.base import Options
+    from library.types import FamilyTraits
 
 WEIGHTS, STRENGTH, PROMPT = "network_weights", "network_mul", "prompt"
-# Axes that are one number or word of a prompt: its field, and what turns a text into the value.
-_FIELDS = {"seed": ("seed", int), "scale": ("scale", float), "steps": ("steps", int), "sampler": ("sampler", str)}
-AXES = (WEIGHTS, STRENGTH, *_FIELDS, PROMPT)
+KINDS = {"seed": int, "scale": float, "steps": int, "sampler": str}  # of axes that are fields of a prompt
+AXES = (WEIGHTS, STRENGTH, *KINDS, PROMPT)
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,15 @@ class Cell:
     def labels(self, axes: Sequence[Axis]) -> dict[str, str]:
         return {axis.name: value.label for axis, value in zip(axes, self.values, strict=True)}
 
-    def applied(self, axes: Sequence[Axis], prompt: SamplePrompt, fixed: Sequence[float]) -> SamplePrompt:
-        """The prompt with what the axes say of it. Args: fixed: strengths of networks that are on no axis."""
-        for name, (field_name, _) in _FIELDS.items():
-            value = self.of(axes, name)
-            if value is not None:
-                prompt = replace(prompt, **{field_name: value.value})
+    def changes(self, axes: Sequence[Axis], fixed: Sequence[float]) -> Changes:
+        """What the axes say of a prompt. Args: fixed: strengths of networks that are on no axis."""
+        found: Changes = {
+            axis.name: value.value for axis, value in zip(axes, self.values, strict=True) if axis.name in KINDS
+        }
         strength, weights = self.of(axes, STRENGTH), self.of(axes, WEIGHTS)
-        if strength is None:
-            return prompt
-        return replace(prompt, multipliers=(*(fixed if weights else ()), strength.value))
+        if strength is not None:
+            found["multipliers"] = (*(fixed if weights else ()), strength.value)
+        return found
 
 
 def axes_of(entries: Sequence[str]) -> list[Axis]:
@@ -91,8 +90,10 @@ def cells_of(axes: Sequence[Axis]) -> list[Cell]:
     return [Cell(values) for values in product(*(axis.values for axis in axes))]
 
 
-def grid_requests(requests: Requests, axes: Sequence[Axis], cells: Sequence[Cell], opts: Options) -> list[Request]:
-    """The request of every cell. Raises: UserError: a prompt that stands for several."""
+def grid_requests(
+    requests: Requests, axes: Sequence[Axis], cells: Sequence[Cell], opts: Options, traits: FamilyTraits
+) -> list[Request]:
+    """The request of every cell. Raises: UserError: a prompt that stands for several, or a value that cannot be."""
     prompts = next((axis.values for axis in axes if axis.name == PROMPT), (Value("", opts.prompts.prompt),))
     found = requests.of([(f"--prompt {value.value!r}", value.value) for value in prompts])
     if len(found) > len(prompts):
@@ -104,7 +105,8 @@ def grid_requests(requests: Requests, axes: Sequence[Axis], cells: Sequence[Cell
         own = cell.of(axes, PROMPT)
         request = by_prompt.get(opts.prompts.prompt if own is None else own.value)
         if request is not None:  # else it has failed, which stops the run
-            made.append(replace(request, prompt=cell.applied(axes, request.prompt, fixed)))
+            prompt = finish(request.prompt, cell.changes(axes, fixed), traits, "--grid", FLOW_SAMPLERS)
+            made.append(replace(request, prompt=prompt))
     return made
 
 
@@ -128,7 +130,7 @@ def _values(name: str, text: str) -> Iterator[Value]:
         elif name == STRENGTH:
             yield Value(part, _number(part, float))
         else:
-            yield Value(part, _number(part, _FIELDS[name][1]))
+            yield Value(part, _number(part, KINDS[name]))
     if not text.strip(", "):
         raise ValueError("has no value")
 

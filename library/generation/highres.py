@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from library.generation.model import Model
-    from library.options.inference import HighresOptions
+    from library.options.inference_images import HighresOptions
 
 _STEP = 32  # pixels; sides of the first drawing are multiples of it
 

@@ -71,8 +71,8 @@ def base_prompt(opts: Options, traits: FamilyTraits, where: str = "the options")
     )
     changes: dict[str, Any] = {"negative_scale": image.negative_scale, "sizes": sizes}
     changes |= {name: value for name, value in (("width", image.W), ("height", image.H)) if value is not None}
-    changes |= {"guidance": image.guidance_scale} if image.guidance_scale is not None else {}
-    changes |= {"flow_shift": image.flow_shift} if image.flow_shift is not None else {}
+    if flow:
+        changes |= {"guidance": image.guidance_scale, "flow_shift": image.flow_shift}
     if opts.source.strength is not None:
         changes["strength"] = opts.source.strength
     return finish(base, changes, traits, where, FLOW_SAMPLERS)
@@ -120,7 +120,7 @@ class Requests:
         self._opts, self._traits, self._base, self._failed = opts.prompts, traits, base, failed
         self._sources, self._guides = sources, guides
         self._sides = [name for name, side in (("width", opts.image.W), ("height", opts.image.H)) if side]  # given
-        self._syntax = Syntax(syntax)
+        self._syntax, self._knows_regions = Syntax(syntax), syntax is GENERATION
         self._made = 0  # images so far
         self._iteration = 0
 
@@ -157,7 +157,7 @@ class Requests:
     def _request(self, where: str, changes: Mapping[str, Any], raw: str, place: int, common: Sequence[int]) -> Request:
         own = dict(changes)
         seeds, file_name, clip_prompt = (own.pop(name, None) for name in ("seeds", "file_name", "clip_prompt"))
-        if _REGIONS in own["prompt"]:
+        if _REGIONS in own["prompt"] and self._knows_regions:
             raise UserError(f"{where}: prompts of several regions, joined by AND, are not available yet")
         problem = name_problem(file_name) if file_name is not None else None
         if problem:

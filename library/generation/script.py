@@ -121,7 +121,7 @@ def _make_grid(
     for value in weights:
         require_weights(value.value)
     cells = cells_of(axes)
-    wanted = grid_requests(requests, axes, cells, opts)
+    wanted = grid_requests(requests, axes, cells, opts, spec.traits)
     if outcome.failed:
         raise UserError(*(f"{where}: {why}" for where, why in outcome.failed.items()))
     moment = time.strftime("%Y%m%d%H%M%S")
@@ -202,6 +202,7 @@ class Studio:
         from library.generation.drawing import draw
 
         self.written = []
+        self._require_sizes(iterations)
         with logs.progress(sum(map(self.how.steps, iterations)), "images", unit="step") as bar:
             for requests in iterations:
                 for request in requests:
@@ -209,6 +210,14 @@ class Studio:
                 strengths = self.opts.networks.multipliers()
                 draw(self.model, requests, self.how, strengths, self._receive, bar.update)
         return self.written
+
+    def _require_sizes(self, iterations: Sequence[Sequence[Request]]) -> None:
+        """Raises: UserError: an image is larger than the model takes."""
+        most = self.model.models.longest_side
+        for request in (request for requests in iterations for request in requests):
+            width, height = request.prompt.width, request.prompt.height
+            if most is not None and max(width, height) > most:
+                raise UserError(f"{width}x{height}: this model draws images of at most {most} pixels on a side")
 
     def make_all(self, parts: Iterable[Sequence[Request]]) -> None:
         """`make` for one part after the other, each of which is only asked for when the one before is made."""

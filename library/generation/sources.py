@@ -13,7 +13,7 @@ from library.inference.prompts import SourceImage
 from library.preparation.common.images import find_images
 
 if TYPE_CHECKING:
-    from library.options.inference import SourceOptions
+    from library.options.inference_images import SourceOptions
     from library.types import Size
 
 _STEP = 32  # pixels; sides of images that are drawn at the size of their source are multiples of it

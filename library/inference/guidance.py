@@ -88,6 +88,13 @@ class Guidance:
         return self.denoise(noisy, timesteps, cond, sizes).float()
 
 
+def texts_read(prompt: SamplePrompt) -> list[str]:
+    """The texts whose conditioning the branches of a prompt need."""
+    if prompt.negative_scale is not None:
+        return [prompt.prompt, prompt.negative_prompt, ""]
+    return [prompt.prompt, prompt.negative_prompt] if prompt.scale != 1.0 else [prompt.prompt]
+
+
 def _conditioning(
     family: Family, models: Models, texts: list[str], device: torch.device, cached: Mapping[str, TextCond] | None
 ) -> TextCond:

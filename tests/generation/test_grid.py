@@ -124,6 +124,8 @@ def test_a_grid_of_prompts_and_steps(draw_here, tmp_path):
 def test_what_a_grid_cannot_be_used_with(draw_here, capsys):
     assert draw_here("--prompt=a", "--grid", "seed=1", "--images_per_prompt=2")[0] == 2
     assert "--grid: cannot be used with --images_per_prompt" in capsys.readouterr().err
+    assert draw_here("--prompt=a", "--grid", "seed=-5")[0] == 2
+    assert "--grid: the seed must be from 0 to" in capsys.readouterr().err
     assert draw_here("--prompt=a --s few", "--grid", "seed=1")[0] == 2
     assert "--s needs a whole number, got 'few'" in capsys.readouterr().err
     assert draw_here("--prompt={e$$a|b}", "--grid", "seed=1")[0] == 2
