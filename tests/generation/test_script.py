@@ -15,7 +15,10 @@ import tests.generation.test_networks_and_words as networks
 from library.families.sd.adapter import SdFamily
 from library.generation.script import ALL_FAMILIES, ONE_FAMILY, run
 from library.runtime.logs import LOGGER
-from tests.builders import sd_options
+from tests.builders import sd_options, write_tiny_sd2
+from tests.builders.flux import write_flux, write_part_files
+from tests.builders.sd3 import write_tiny_sd3
+from tests.builders.sdxl import write_tiny_sdxl
 
 files = networks.files
 
@@ -235,3 +238,34 @@ def test_a_control_net_without_an_image_is_said(draw_here, small_model, tmp_path
     assert status == 1
     assert "--prompt: no control image: give --guide_image_path, or --cn in the prompt" in capsys.readouterr().err
     assert not folder.exists()
+
+
+def model_of(family: str, folder: Path) -> list[str]:
+    """A tiny model of the family, as options name it."""
+    if family == "sd2":
+        return [f"--ckpt={write_tiny_sd2(folder / 'a.safetensors')}"]
+    if family == "sd2 folder":
+        return [f"--ckpt={write_tiny_sd2(folder / 'a')}"]
+    if family == "sdxl":
+        return [f"--ckpt={write_tiny_sdxl(folder / 'a.safetensors')}"]
+    if family == "sd3":
+        return [f"--ckpt={write_tiny_sd3(folder / 'a.safetensors', encoders=('te1', 'te2'))}"]
+    parts = write_part_files(folder, vocabulary=32128)  # that of the tokenizer that is bundled
+    return [f"--ckpt={write_flux(folder)}", *(f"--{name}={path}" for name, path in parts.items())]
+
+
+@pytest.mark.parametrize("family", ["sd2", "sd2 folder", "sdxl", "sd3", "flux"])
+def test_the_family_is_recognised_by_the_file(draw_here, tmp_path, capsys, family):
+    model = model_of(family, tmp_path)
+    status, folder = draw_here("--prompt=a cat --f it", *model)
+    assert status == 0, capsys.readouterr().err
+    with Image.open(folder / "it.png") as image:
+        assert image.size == (64, 64)
+        assert image.text["sampler"] == ("euler" if family in ("sd3", "flux") else "ddim")
+
+
+def test_parts_that_a_model_lacks_are_named(draw_here, tmp_path, capsys):
+    status, _ = draw_here("--prompt=a cat", f"--ckpt={write_flux(tmp_path)}")
+    said = capsys.readouterr().err
+    assert status == 2
+    assert all(f"--{name}: needed, as " in said for name in ("clip_l", "t5xxl", "ae"))
