@@ -20,6 +20,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -392,28 +393,44 @@ def even(steps: int) -> Sequence[float]:
     return np.linspace(1.0, 1 / steps, steps)
 
 
-@pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_sd3(tmp_path, scale):
-    write_t5_tokenizer(tmp_path / "google_t5-v1_1-xxl")
-    opts = sd3_options(
-        write_tiny_sd3(tmp_path / "sd3.safetensors", encoders=("te1", "te2", "te3")), cache=str(tmp_path)
-    )
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory) -> Model:
+    folder = tmp_path_factory.mktemp("sd3")
+    write_t5_tokenizer(folder / "google_t5-v1_1-xxl")
+    opts = sd3_options(write_tiny_sd3(folder / "sd3.safetensors", encoders=("te1", "te2", "te3")), cache=str(folder))
     family = Sd3Family(opts)
-    models = family.loader.load()
-    prompt = replace(PROMPT, scale=scale, sampler="euler")
-    pipe = StableDiffusion3Pipeline(
-        transformer=models.denoiser,
+    return model_of(family, family.loader.load(), opts)
+
+
+def sd3_pipe(kind, model: Model):
+    encoders, tokenizers = model.models.text_encoders, model.models.tokenizers
+    return kind(
+        transformer=model.models.denoiser,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=models.vae,
-        text_encoder=models.text_encoders["te1"],
-        tokenizer=models.tokenizers["te1"],
-        text_encoder_2=models.text_encoders["te2"],
-        tokenizer_2=models.tokenizers["te2"],
-        text_encoder_3=models.text_encoders["te3"],
-        tokenizer_3=models.tokenizers["te3"],
+        vae=model.models.vae,
+        text_encoder=encoders["te1"],
+        tokenizer=tokenizers["te1"],
+        text_encoder_2=encoders["te2"],
+        tokenizer_2=tokenizers["te2"],
+        text_encoder_3=encoders["te3"],
+        tokenizer_3=tokenizers["te3"],
     )
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_sd3(sd3, scale):
+    prompt = replace(PROMPT, scale=scale, sampler="euler")
+    pipe = sd3_pipe(StableDiffusion3Pipeline, sd3)
     expected = run(pipe, **arguments(prompt), sigmas=even(prompt.steps), max_sequence_length=256)
-    assert difference(ours(model_of(family, models, opts), prompt), expected) < CLOSE
+    assert difference(ours(sd3, prompt), expected) < CLOSE
+
+
+def test_image_to_image_of_a_flow_model(sd3):
+    source = SourceImage(Path("x"), pixels=image())
+    prompt = replace(PROMPT, scale=2.0, sampler="euler", steps=4, strength=0.5, source=source)
+    given = {**arguments(prompt), "sigmas": even(4), "max_sequence_length": 256}
+    pipe = sd3_pipe(StableDiffusion3Img2ImgPipeline, sd3)
+    assert difference(ours(sd3, prompt), run(pipe, **given, image=as_theirs(image()), strength=0.5)) < CLOSE
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
