@@ -26,7 +26,6 @@ from tests.networks.builders import lora
 
 CPU = torch.device("cpu")
 PROMPT = SamplePrompt("a red house", "", 64, 64, 7, 2, 3.0, "ddim")
-LORA = "networks.lora"
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
@@ -81,14 +80,8 @@ def by_formula(models, path: str, strength: float) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    [
-        {},
-        {"network_merge": True},
-        {"network_merge_n_models": 1},
-        {"network_pre_calc": True},
-        {"network_module": ["networks.lora"] * 2},
-    ],
-    ids=["attached", "merged", "one merged", "calculated before", "by module"],
+    [{}, {"network_merge": True}, {"network_merge_n_models": 1}, {"network_pre_calc": True}],
+    ids=["attached", "merged", "one merged", "calculated before"],
 )
 def test_two_networks_act_as_their_formula_says(models, files, how):
     reference = copy.deepcopy(models)
