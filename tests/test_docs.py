@@ -22,6 +22,7 @@ from library.data.sample import buckets
 from library.data.sample.captions import CaptionOptions, make_caption
 from library.data.sample.dataset import build_training_data
 from library.families.sd.options import TRAITS
+from library.inference import prompt_lines
 from library.options import parsing
 from library.preparation.metadata.cleaning import clean_caption, clean_tags
 from library.runtime.documents import parse_toml
@@ -50,6 +51,7 @@ GUIDES = (
     "tagging.md",
     "image_tools.md",
     "model_tools.md",
+    "gen_img.md",
 )
 FAMILIES = sorted(file.parent.name for file in Path(library.families.__path__[0]).glob("*/options.py"))
 GROUPS = registry.groups_for("sd", "network")
@@ -285,6 +287,7 @@ def test_flags_and_commands_exist(guide):
     # Of accelerate launch, of tensorboard, of prompt lines, and of the bundled model's scripts.
     known = {"--num_cpu_threads_per_process", "--multi_gpu", "--num_processes", "--logdir", "--cn"}
     known |= {"--scenes", "--count", "--controlnet", "--sheet"}
+    known |= {f"--{option.letter}" for option in prompt_lines.GENERATION}
     for own in groups.values():
         known |= set(parsing.build_parser(own, prog="x", description="x")._option_string_actions)
     assert set(re.findall(r"--\w+", text)) - known == set()

@@ -41,6 +41,7 @@ LEVELS = (
     ("library.train_util", "library.model_util", "library.flux_train_utils", "library.huggingface_util"),
     ("library.preparation",),
     ("library.model_tools",),
+    ("library.generation",),
     ("scripts",),  # everything that a user starts
 )
 SIBLINGS_APART = 3  # the level whose packages meet only through contracts

@@ -26,8 +26,8 @@ _KINDS = {
     "Path": "path",
     "int_or_float": "steps or share",
 }
-_HOMES = ("library.preparation", "library.model_tools")
-_STARTS_PREPARATION = re.compile(r"^(from|import) library\.(preparation|model_tools)\b", re.MULTILINE)
+_HOMES = ("library.preparation", "library.model_tools", "library.generation")
+_STARTS_PREPARATION = re.compile(r"^(from|import) library\.(preparation|model_tools|generation)\b", re.MULTILINE)
 
 
 _OF_TRAINING = """Every option is a flag on the command line and, without the dashes, a key of the file given with
@@ -69,8 +69,9 @@ def pages() -> Iterator[tuple[Path, str]]:
 
 
 def preparation_scripts() -> list[Path]:
-    """The scripts that work with `library.preparation` or `library.model_tools`."""
-    scripts = [file for folder in ("finetune", "tools", "networks") for file in sorted(ROOT.glob(f"{folder}/*.py"))]
+    """The scripts that work with `library.preparation`, `library.model_tools` or `library.generation`."""
+    places = ("finetune", "tools", "networks", "")
+    scripts = [file for folder in places for file in sorted((ROOT / folder).glob("*.py"))]
     return [script for script in scripts if _STARTS_PREPARATION.search(script.read_text(encoding="utf-8"))]
 
 
@@ -86,7 +87,7 @@ def preparation_groups(script: Path) -> Sequence[type[OptionGroup]]:
 
 
 def _home(value: Any) -> ModuleType | None:
-    """The module of library.preparation or library.model_tools that `value` is or comes from."""
+    """The module of one of `_HOMES` that `value` is or comes from."""
     module = value if isinstance(value, ModuleType) else sys.modules.get(getattr(value, "__module__", None) or "")
     return module if module is not None and module.__name__.startswith(_HOMES) else None
 

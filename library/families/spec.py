@@ -25,6 +25,9 @@ class ModelKind:
     label: str  # with its article, for messages: "an SDXL model"
     keys: str  # regular expression that is found in a tensor's name
     pipeline: str | None = None  # how the class name in model_index.json begins; None: no pipeline is this kind alone
+    options: Mapping[str, object] = field(
+        default_factory=dict, hash=False
+    )  # of its family, that go with every such model
     unsupported: tuple[tuple[str, str], ...] = ()  # (regular expression for names, why such a file cannot be used)
 
     def __str__(self) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from library.data.sample import images
 from library.errors import UserError
-from library.inference.prompts import SamplePrompt
+from library.inference.prompts import ControlImage, SamplePrompt
 from library.types import Size
 
 if TYPE_CHECKING:
@@ -21,25 +21,40 @@ def with_control(prompt: SamplePrompt) -> SamplePrompt:
 
     Raises: UserError: the file cannot be read.
     """
-    control = prompt.control
-    if control is None or control.pixels is not None:
+    if prompt.control is None:
         return prompt
+    return replace(prompt, control=_read(prompt.control, Size(prompt.width, prompt.height), "--cn "))
+
+
+def _read(control: ControlImage, size: Size, option: str) -> ControlImage:
+    if control.pixels is not None:
+        return control
     try:
         values = images.read_values(control.path)
     except (OSError, ValueError) as error:
         reason = images.reason(error)
-        raise UserError(f"--cn {control.path}: the control image cannot be read ({reason})") from None
-    pixels = images.resize_values(values, Size(prompt.width, prompt.height))
-    return replace(prompt, control=replace(control, pixels=pixels))
+        raise UserError(f"{option}{control.path}: the control image cannot be read ({reason})") from None
+    pixels = images.resize_values(values, size)
+    return replace(control, pixels=pixels if control.prepare is None else control.prepare(pixels))
 
 
 def control_batch(prompts: Sequence[SamplePrompt], device: torch.device) -> Tensor | None:
-    """`Batch.control` of prompts that all have a control image, or none of them: (B, 3, H, W) in [0, 1], or None.
+    """`Batch.control` of prompts that all have control images, or none of them: (B, 3, H, W) in [0, 1], or None.
+
+    Of prompts with `guides`, these follow each other: (B, 3 n, H, W).
 
     Raises: UserError: a file cannot be read.
     """
     import torch
 
-    if prompts[0].control is None:
+    if prompts[0].control is None and not prompts[0].guides:
         return None
-    return torch.stack([images.to_unit(with_control(prompt).control.pixels) for prompt in prompts]).to(device)
+    rows = [torch.cat([images.to_unit(one.pixels) for one in _controls(prompt)]) for prompt in prompts]
+    return torch.stack(rows).to(device)
+
+
+def _controls(prompt: SamplePrompt) -> list[ControlImage]:
+    """The control images of a prompt, read."""
+    if not prompt.guides:
+        return [with_control(prompt).control]
+    return [_read(guide, Size(prompt.width, prompt.height), "") for guide in prompt.guides]

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import inspect
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from library.inference.control_images import control_batch
+from library.inference.guidance import Guidance
 from library.inference.images import to_images
 from library.inference.placement import in_float32
-from library.inference.prompts import SamplePrompt
+from library.inference.prompts import SamplePrompt, SizeConditions
 from library.inference.samplers import make_flow_scheduler, make_scheduler
+from library.inference.source_images import Source, encode_sources
 from library.runtime.logs import LOGGER
-from library.types import Batch, Denoise, Models, TextCond
+from library.types import Denoise, Models, TextCond
 
 if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
     from PIL.Image import Image
     from torch import Tensor
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from library.types import FamilyTraits
 
 Progress = Callable[[int], object]
+# Prompts, traits and a generator for each prompt to noise, (B, C, H/s, W/s) float32 on the CPU.
+MakeNoise = Callable[[Sequence[SamplePrompt], "FamilyTraits", Sequence[torch.Generator]], "Tensor"]
 
 
 def generate(
@@ -64,7 +68,7 @@ def generate(
     prompts = [prompts] if isinstance(prompts, SamplePrompt) else list(prompts)
     device = torch.device(device)
     images = []
-    for group in _batches(prompts, batch_size):
+    for group in batches(prompts, batch_size):
         latents = sample_latents(
             family,
             models,
@@ -77,16 +81,21 @@ def generate(
             progress=progress,
         )
         pixels = decode(family, models, latents, torch.float32 if vae_float32 else dtype, widen=vae_float32)
-        for prompt, finite in zip(group, pixels.isfinite().flatten(1).all(1).tolist(), strict=True):
-            if not finite:
-                LOGGER.warning(f"the image of {prompt.prompt!r} holds NaN or infinite values (overflow?)")
+        warn_of_overflow(group, pixels)
         images += to_images(pixels)
     return images
 
 
-def total_steps(prompts: Sequence[SamplePrompt]) -> int:
+def total_steps(prompts: Iterable[SamplePrompt]) -> int:
     """The number of steps that `progress` counts in all."""
-    return sum(prompt.steps for prompt in prompts)
+    return sum(prompt.steps_made for prompt in prompts)
+
+
+def warn_of_overflow(prompts: Sequence[SamplePrompt], pixels: Tensor) -> None:
+    """Names the prompts whose pixels, (B, 3, H, W), are not all finite."""
+    for prompt, finite in zip(prompts, pixels.isfinite().flatten(1).all(1).tolist(), strict=True):
+        if not finite:
+            LOGGER.warning(f"the image of {prompt.prompt!r} holds NaN or infinite values (overflow?)")
 
 
 @torch.no_grad()
@@ -98,40 +107,77 @@ def sample_latents(
     dtype: torch.dtype = torch.float32,
     *,
     zero_terminal_snr: bool = False,
+    zero_offset: bool = False,
     cached: Mapping[str, TextCond] | None = None,
     denoise: Denoise | None = None,
+    noise: MakeNoise | None = None,
+    at_step: Callable[[float], object] | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Denoised latents, (B, C, H/8, W/8), float32, scaled; of prompts as `_batches` puts them together."""
-    first, prediction_type = prompts[0], family.denoiser.prediction_type()
-    if prediction_type == "flow":
-        scheduler = make_flow_scheduler(steps=first.steps, shift=flow_shift(family.traits, first), device=device)
-    else:
-        scheduler = make_scheduler(
-            first.sampler,
-            steps=first.steps,
-            prediction_type=prediction_type,
-            zero_terminal_snr=zero_terminal_snr,
-            device=device,
-        )
+    """Denoised latents, (B, C, H/8, W/8), float32, scaled; of prompts as `batches` puts them together.
+
+    Args:
+        zero_offset: see `make_scheduler`.
+        noise: draws what drawing begins with; None: `initial_noise`.
+        at_step: is called before each evaluation with the share of them that is made after it.
+    """
+    scheduler = _scheduler(family, prompts[0], device, zero_terminal_snr=zero_terminal_snr, zero_offset=zero_offset)
     generators = [torch.Generator("cpu").manual_seed(with_seed(prompt).seed) for prompt in prompts]
     step_extras = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    latents = initial_noise(prompts, family.traits, generators).to(device)
-    # The scheduler for flow has neither: it starts from plain noise, and the denoiser takes latents as they are.
-    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+    # The schedulers for flow may have neither: they start from plain noise, and the denoiser takes latents as they are.
     as_input = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
+    first_noise_scale = getattr(scheduler, "init_noise_sigma", 1.0)
     with _precision(device, dtype):
-        guidance = _Guidance.of(
+        source = None
+        if prompts[0].source is not None:
+            source = encode_sources(family, models, prompts, generators, device)
+        drawn = (noise or initial_noise)(prompts, family.traits, generators).to(device)
+        timesteps, latents = scheduler.timesteps, drawn * first_noise_scale
+        if source is not None:
+            timesteps, latents = _start_from(source, scheduler, prompts[0], drawn)
+        guidance = Guidance.of(
             family, models, prompts, device, cached, denoise or partial(family.denoiser.predict, models)
         )
-        evaluations = len(scheduler.timesteps)  # of the denoiser; some samplers need more than one per step
-        for index, timestep in enumerate(scheduler.timesteps):
+        steps, evaluations = prompts[0].steps_made, len(timesteps)  # some samplers need more than one per step
+        for index, timestep in enumerate(timesteps):
+            if at_step is not None:
+                at_step((index + 1) / evaluations)
             prediction = guidance.predict(as_input(latents, timestep), timestep)
             latents = scheduler.step(prediction, timestep, latents, **step_extras).prev_sample.float()
-            completed = (index + 1) * first.steps // evaluations - index * first.steps // evaluations
+            if source is not None and source.mask is not None:
+                latents = source.keep(latents, scheduler, drawn, timesteps[index + 1 : index + 2])
+            completed = (index + 1) * steps // evaluations - index * steps // evaluations
             if progress is not None and completed:
                 progress(completed * len(prompts))
     return latents
+
+
+def _scheduler(
+    family: Family, prompt: SamplePrompt, device: torch.device, *, zero_terminal_snr: bool, zero_offset: bool
+) -> SchedulerMixin:
+    prediction_type = family.denoiser.prediction_type()
+    if prediction_type == "flow":
+        shift = flow_shift(family.traits, prompt)
+        return make_flow_scheduler(prompt.sampler, steps=prompt.steps, shift=shift, device=device)
+    return make_scheduler(
+        prompt.sampler,
+        steps=prompt.steps,
+        prediction_type=prediction_type,
+        zero_terminal_snr=zero_terminal_snr,
+        zero_offset=zero_offset,
+        device=device,
+    )
+
+
+def _start_from(
+    source: Source, scheduler: SchedulerMixin, prompt: SamplePrompt, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The timesteps of the last `steps_made` steps, and the source's latents with the noise that the first has."""
+    begin = (prompt.steps - prompt.steps_made) * getattr(scheduler, "order", 1)
+    timesteps = scheduler.timesteps[begin:]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    return timesteps, source.noised(scheduler, noise, timesteps[:1])
 
 
 @torch.no_grad()
@@ -176,92 +222,24 @@ def encode_texts(
         }
 
 
-def _conditioning(
-    family: Family, models: Models, texts: list[str], device: torch.device, cached: Mapping[str, TextCond] | None
-) -> TextCond:
-    if cached is None:
-        return family.text.encode(models, texts, emphasis=True)
-    found = TextCond.cat([cached[text] for text in texts]).map(lambda tensor: tensor.to(device))
-    return family.text.encode(models, texts, emphasis=True, cached=found) if models.text_encoders else found
-
-
-@dataclass(frozen=True)
-class _Guidance:
-    """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598) over a batch of prompts."""
-
-    denoise: Denoise
-    positive: TextCond
-    negative: TextCond | None  # None: scale 1, where the unconditional half would cancel out
-    scale: float
-    sizes: Batch
-    sizes_twice: Batch  # for both halves in one pass
-
-    @staticmethod
-    def of(
-        family: Family,
-        models: Models,
-        prompts: Sequence[SamplePrompt],
-        device: torch.device,
-        cached: Mapping[str, TextCond] | None,
-        denoise: Denoise,
-    ) -> _Guidance:
-        scale = prompts[0].scale
-        positive = _conditioning(family, models, [prompt.prompt for prompt in prompts], device, cached)
-        negative = None
-        if scale != 1.0:
-            negative = _conditioning(family, models, [prompt.negative_prompt for prompt in prompts], device, cached)
-        sizes, sizes_twice = _sizes(prompts, device), _sizes([*prompts, *prompts], device)
-        return _Guidance(denoise, positive, negative, scale, sizes, sizes_twice)
-
-    def predict(self, noisy: Tensor, timestep: Tensor) -> Tensor:
-        """float32, (B, C, h, w)."""
-        if self.negative is None:
-            return self._predict(noisy, timestep, self.positive, self.sizes)
-        negative, positive = self.negative.tensors, self.positive.tensors
-        if all(value.shape[1:] == positive[name].shape[1:] for name, value in negative.items()):
-            both = TextCond.cat([self.negative, self.positive])
-            prediction = self._predict(torch.cat([noisy, noisy]), timestep, both, self.sizes_twice)
-            without, with_text = prediction.chunk(2)
-        else:
-            without = self._predict(noisy, timestep, self.negative, self.sizes)
-            with_text = self._predict(noisy, timestep, self.positive, self.sizes)
-        return without + self.scale * (with_text - without)
-
-    def _predict(self, noisy: Tensor, timestep: Tensor, cond: TextCond, sizes: Batch) -> Tensor:
-        timesteps = timestep.to(noisy.device).expand(len(noisy))
-        return self.denoise(noisy, timesteps, cond, sizes).float()
-
-
-def _sizes(prompts: Sequence[SamplePrompt], device: torch.device) -> Batch:
-    """The size, guidance and control conditioning of the images: uncropped, of the requested size."""
-    sizes = torch.tensor([(prompt.width, prompt.height) for prompt in prompts], device=device)
-    return Batch(
-        captions=[prompt.prompt for prompt in prompts],
-        latents=None,
-        pixels=None,
-        loss_weights=torch.ones(len(prompts), device=device),
-        masks=None,
-        original_sizes=sizes,
-        crop_top_lefts=torch.zeros_like(sizes),
-        target_sizes=sizes,
-        guidance=prompts[0].guidance,
-        control=control_batch(prompts, device),
-    )
-
-
-def _batches(prompts: Sequence[SamplePrompt], size: int) -> list[list[SamplePrompt]]:
+def batches(prompts: Sequence[SamplePrompt], size: int) -> list[list[SamplePrompt]]:
     """Runs of neighbours that can be made together, `size` at most; seeds are filled in."""
 
-    def settings(prompt: SamplePrompt) -> tuple[SamplePrompt, bool]:
-        return replace(prompt, prompt="", negative_prompt="", seed=0, control=None), prompt.control is not None
-
-    batches: list[list[SamplePrompt]] = []
+    found: list[list[SamplePrompt]] = []
     for prompt in map(with_seed, prompts):
-        if batches and len(batches[-1]) < size and settings(batches[-1][0]) == settings(prompt):
-            batches[-1].append(prompt)
+        if found and len(found[-1]) < size and settings_of(found[-1][0]) == settings_of(prompt):
+            found[-1].append(prompt)
         else:
-            batches.append([prompt])
-    return batches
+            found.append([prompt])
+    return found
+
+
+def settings_of(prompt: SamplePrompt) -> Hashable:
+    """What prompts that are made in one batch must have in common."""
+    own = {"prompt": "", "negative_prompt": "", "seed": 0, "sizes": SizeConditions()}
+    alike, source = replace(prompt, **own, control=None, guides=(), source=None), prompt.source
+    images = prompt.control is not None, len(prompt.guides), source is not None and (True, source.mask is not None)
+    return alike, images
 
 
 def _precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:

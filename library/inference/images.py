@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from library.inference.prompts import SamplePrompt
 
 
+_EXIF, _USER_COMMENT = 0x8769, 0x9286  # the table of a camera's settings, and the user's comment in it
+_QUALITY = 95  # of JPEG and WebP, of 100
+
+
 def to_images(pixels: Tensor) -> list[Image]:
     """Pixels (B, 3, H, W), about [-1, 1] and clamped to it, to B RGB images. What is not a number becomes grey."""
     from PIL import Image
@@ -47,3 +51,14 @@ def save_png(image: Image, path: Path, text: dict[str, str]) -> None:
         info.add_text(key, value)
     with replacing(path) as unfinished:
         image.save(unfinished, format="PNG", pnginfo=info)
+
+
+def save_with_comment(image: Image, path: Path, comment: str) -> None:
+    """Writes a JPEG or WebP file, by its ending, with a comment where web interfaces look for it. Raises: OSError."""
+    from PIL import Image as pillow
+
+    exif = pillow.Exif()
+    exif.get_ifd(_EXIF)[_USER_COMMENT] = b"UNICODE\0" + comment.encode("utf-16-be", "surrogatepass")
+    kind = "WEBP" if path.suffix == ".webp" else "JPEG"
+    with replacing(path) as unfinished:
+        image.save(unfinished, format=kind, quality=_QUALITY, exif=exif)

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from library.errors import UserError
+from library.inference.prompt_lines import Syntax
+from library.options.nearest import did_you_mean
+from library.options.sampling import Sampler
 from library.runtime.documents import parse_json, parse_toml, read_text
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from library.types import FamilyTraits
 
-SAMPLERS = (
-    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
-    "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
-)  # fmt: skip
-FLOW_SAMPLER = "euler"  # the only one for flow models
+SAMPLERS: tuple[str, ...] = get_args(Sampler)
+FLOW_SAMPLER = "euler"  # of flow models, if no other is asked for
+FLOW_SAMPLERS = (FLOW_SAMPLER, "heun", "dpmsolver++")  # those that flow models have; "k_" before them changes nothing
 MIN_SIDE = 64  # pixels
 MAX_SIDE = 8192  # pixels; larger images fit into no memory
 MAX_STEPS = 1000
 RANDOM_SEED = -1  # as in web interfaces: another one each time
 MAX_SEED = 2**64 - 1  # what torch's generators take
+
+
+Prepare = Callable[["NDArray[np.uint8]"], "NDArray[np.uint8]"]  # RGB (H, W, 3) to one of the same shape
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,30 @@ class ControlImage:
 
     path: Path
     pixels: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)  # (height, width, 3), as sampled
+    prepare: Prepare | None = None  # what makes the control image of the one in the file; None: it is one
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """The image that drawing begins with, and what of it is drawn again; `source_images.with_source` reads both."""
+
+    path: Path
+    mask: Path | None = None  # bright is drawn again, dark is kept; None: all is drawn again
+    pixels: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)  # (height, width, 3), as sampled
+    mask_pixels: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)  # (height, width)
+    latents: Tensor | None = field(default=None, compare=False, repr=False)  # in place of pixels: (C, h, w), scaled
+
+
+@dataclass(frozen=True)
+class SizeConditions:
+    """What a model with size conditioning is given in place of the image's own size, in pixels; None: that."""
+
+    original_width: int | None = None
+    original_height: int | None = None
+    negative_width: int | None = None  # of the negative prompt; None: as above
+    negative_height: int | None = None
+    crop_top: int = 0
+    crop_left: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,35 +82,17 @@ class SamplePrompt:
     guidance: float | None = None  # guidance value fed to distilled flow models
     flow_shift: float | None = None  # shift of a flow model's noise levels, above 0; None: the family's own
     control: ControlImage | None = None  # what a ControlNet reads
+    negative_scale: float | None = None  # own scale of the negative prompt, beside an empty one; None: there is none
+    multipliers: tuple[float, ...] | None = None  # strengths of the networks; None: those of the options
+    sizes: SizeConditions = SizeConditions()
+    source: SourceImage | None = None  # None: drawing begins with noise
+    guides: tuple[ControlImage, ...] = ()  # one for each of several ControlNets, in place of `control`
+    strength: float = 0.8  # with a source: share of the steps that are made, 0..1
 
-
-@dataclass(frozen=True)
-class _Option:
-    """An option of a prompt line and the same thing's key in .toml and .json files."""
-
-    letter: str
-    key: str  # in files
-    field: str | None  # of SamplePrompt; None: not available yet
-    kind: Callable[[str], Any] = str
-
-
-_OPTIONS = (
-    _Option("n", "negative_prompt", "negative_prompt"),
-    _Option("w", "width", "width", int),
-    _Option("h", "height", "height", int),
-    _Option("d", "seed", "seed", int),
-    _Option("s", "sample_steps", "steps", int),
-    _Option("l", "scale", "scale", float),
-    _Option("g", "guidance_scale", "guidance", float),
-    _Option("ss", "sample_sampler", "sampler"),
-    _Option("cn", "controlnet_image", "control"),
-    _Option("ctr", "cfg_trunc_ratio", None),
-    _Option("rcfg", "renorm_cfg", None),
-    _Option("fs", "flow_shift", "flow_shift", float),
-)
-_BY_LETTER = {option.letter: option for option in _OPTIONS}
-_BY_KEY = {option.key: option for option in _OPTIONS}
-_KIND_NAMES = {int: "a whole number", float: "a number", str: "a text"}
+    @property
+    def steps_made(self) -> int:
+        """The steps that are made of `steps`."""
+        return self.steps if self.source is None else min(int(self.steps * self.strength), self.steps)
 
 
 def default_prompt(traits: FamilyTraits, sampler: str) -> SamplePrompt:
@@ -95,47 +105,53 @@ def default_prompt(traits: FamilyTraits, sampler: str) -> SamplePrompt:
     return SamplePrompt("", "", side, side, None, traits.sample_steps, traits.sample_scale, sampler)
 
 
-def flow_sampler_note(traits: FamilyTraits) -> str:
+def flow_sampler_note(traits: FamilyTraits, samplers: tuple[str, ...] = (FLOW_SAMPLER,)) -> str:
     """Why a flow model does not take another sampler, to end a message with."""
-    return f"images of {traits.label} are always made with {FLOW_SAMPLER}"
+    if len(samplers) == 1:
+        return f"images of {traits.label} are always made with {samplers[0]}"
+    return f"{traits.label} has the samplers {', '.join(samplers)}; {FLOW_SAMPLER} is used"
 
 
 def load_prompts(path: str | Path, traits: FamilyTraits, sampler: str) -> list[SamplePrompt]:
-    """The prompts of a file, in its order.
-
-    .txt: one prompt line each; blank lines and lines that start with # are skipped. .toml: a [prompt] table of shared
-    keys with [[prompt.subset]] tables. .json: a list of prompt lines or tables.
+    """The prompts of a file, in its order; see `entries`.
 
     Raises: UserError: an unreadable file, another type, or a bad entry, with the file and the line or entry.
     """
-    path = Path(path)
-    if path.suffix.lower() not in (".txt", ".toml", ".json"):
-        raise UserError(f"{path}: a prompt file must be .txt, .toml or .json")
-    base = default_prompt(traits, sampler)
-    prompts = []
-    for where, entry in _entries(path, read_text(path, "the prompt file")):
-        changes = _parse_line(entry, where) if isinstance(entry, str) else _parse_table(entry, where)
-        prompts.append(_finish(base, changes, traits, where))
-    if not prompts:
-        raise UserError(f"{path}: the file holds no prompt")
-    return prompts
+    base, syntax = default_prompt(traits, sampler), Syntax()
+    return [finish(base, syntax.parse(entry, where), traits, where) for where, entry in entries(path)]
 
 
 def parse_prompt(line: str, traits: FamilyTraits, sampler: str, where: str = "prompt") -> SamplePrompt:
     """One prompt line, e.g. ``a cat --n blurry --w 768 --h 512 --d 1 --s 28 --l 7.5``.
 
-    An option starts at `` --`` and extends to the next one; its letters may be of either case. Dashes with a blank
-    behind them are part of the text before them. Options that are not known are left out, with a warning.
+    Dashes with a blank behind them are part of the text before them. Options that are not known are left out, with a
+    warning.
 
     Args:
         where: names the line in messages, e.g. "prompts.txt, line 3".
     Raises: UserError: a bad value, or an option that is not available yet.
     """
-    return _finish(default_prompt(traits, sampler), _parse_line(line, where), traits, where)
+    return finish(default_prompt(traits, sampler), Syntax().parse(line, where), traits, where)
+
+
+def entries(path: str | Path) -> list[tuple[str, str | dict[str, Any]]]:
+    """(place for messages, prompt line or table) of each prompt in a file.
+
+    .txt: one prompt line each; blank lines and lines that start with # are skipped. .toml: a [prompt] table of shared
+    keys with [[prompt.subset]] tables. .json: a list of prompt lines or tables.
+
+    Raises: UserError: an unreadable file, another type, or no prompt in it.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".txt", ".toml", ".json"):
+        raise UserError(f"{path}: a prompt file must be .txt, .toml or .json")
+    found = list(_entries(path, read_text(path, "the prompt file")))
+    if not found:
+        raise UserError(f"{path}: the file holds no prompt")
+    return found
 
 
 def _entries(path: Path, text: str) -> Iterator[tuple[str, str | dict[str, Any]]]:
-    """(place for messages, prompt line or table) of each prompt in a file."""
     if path.suffix.lower() == ".txt":
         for number, line in enumerate(map(str.strip, text.split("\n")), start=1):
             if line and not line.startswith("#"):
@@ -148,91 +164,51 @@ def _entries(path: Path, text: str) -> Iterator[tuple[str, str | dict[str, Any]]
         subsets = shared.pop("subset", [{}])
         if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
             raise UserError(f"{path}: `subset` must be [[prompt.subset]] tables")
-        entries = [{**shared, **subset} for subset in subsets]
+        tables = [{**shared, **subset} for subset in subsets]
     else:
-        entries = parse_json(text, path)
-        if not isinstance(entries, list):
+        tables = parse_json(text, path)
+        if not isinstance(tables, list):
             raise UserError(f"{path}: must hold a list of prompt lines or tables")
-    for number, entry in enumerate(entries, start=1):
+    for number, entry in enumerate(tables, start=1):
         where = f"{path}, prompt {number}"
         if not isinstance(entry, (str, dict)):
             raise UserError(f"{where}: must be a prompt line or a table, got {entry!r}")
         yield where, entry
 
 
-def _parse_line(line: str, where: str) -> dict[str, Any]:
-    # The leading blank lets a line begin with an option.
-    prompt, *parts = f" {line.strip()}".split(" --")
-    changes: dict[str, Any] = {"prompt": prompt.strip()}
-    text = "prompt"  # the field that free dashes are part of
-    for part in parts:
-        letters, _, value = re.sub(r"\s", " ", part).partition(" ")
-        value = value.strip()
-        if not letters:  # dashes with a blank behind them belong to the text
-            changes[text] = f"{changes[text]} -- {value}".strip()
-            continue
-        option = _BY_LETTER.get(letters.lower())
-        if option is None:
-            known = " ".join(f"--{o.letter}" for o in _OPTIONS)
-            LOGGER.warning("%s: ignored: --%s is no option of a prompt; these are %s", where, letters, known)
-            continue
-        name = f"--{option.letter}"
-        text = "negative_prompt" if option.field == "negative_prompt" else "prompt"
-        if not value and option.field != "negative_prompt":
-            raise UserError(f"{where}: {name} needs a value")
-        try:
-            changes[_available(option, name, where)] = option.kind(value)
-        except ValueError:
-            raise UserError(f"{where}: {name} needs {_KIND_NAMES[option.kind]}, got {value!r}") from None
-    return changes
+def finish(
+    base: SamplePrompt,
+    changes: Mapping[str, Any],
+    traits: FamilyTraits,
+    where: str,
+    flow_samplers: tuple[str, ...] = (FLOW_SAMPLER,),
+) -> SamplePrompt:
+    """The prompt `base` with the values of `Syntax.parse`, as it is drawn.
 
-
-def _parse_table(table: dict[str, Any], where: str) -> dict[str, Any]:
-    if not isinstance(table.get("prompt"), str):
-        raise UserError(f"{where}: needs a `prompt` text")
-    changes: dict[str, Any] = {"prompt": table["prompt"]}
-    for key, value in table.items():
-        if key == "prompt":
-            continue
-        option = _BY_KEY.get(key)
-        if option is None:
-            LOGGER.warning("%s: ignored: unknown key %r; the keys are prompt, %s", where, key, ", ".join(_BY_KEY))
-            continue
-        accepted = (int, float) if option.kind is float else option.kind
-        if isinstance(value, bool) or not isinstance(value, accepted):
-            raise UserError(f"{where}: {key} needs {_KIND_NAMES[option.kind]}, got {value!r}")
-        try:
-            changes[_available(option, key, where)] = option.kind(value)
-        except OverflowError:
-            raise UserError(f"{where}: {key}: the number is too large") from None
-    return changes
-
-
-def _available(option: _Option, name: str, where: str) -> str:
-    if option.field is None:
-        raise UserError(f"{where}: {name} ({option.key}) is not available yet")
-    return option.field
-
-
-def _finish(base: SamplePrompt, changes: dict[str, Any], traits: FamilyTraits, where: str) -> SamplePrompt:
-    if "control" in changes:
-        changes = {**changes, "control": ControlImage(Path(changes["control"]).expanduser())}
-    prompt = replace(base, **changes)
+    Args: flow_samplers: those that a flow model takes; others have no effect.
+    Raises: UserError: a value that no image can be made with.
+    """
+    prompt = _changed(base, changes)
     if prompt.sampler not in SAMPLERS:
-        raise UserError(f"{where}: unknown sampler {prompt.sampler!r}; choose one of {', '.join(SAMPLERS)}")
+        near = did_you_mean(prompt.sampler, SAMPLERS)
+        raise UserError(f"{where}: unknown sampler {prompt.sampler!r}{near}; choose one of {', '.join(SAMPLERS)}")
     if prompt.seed == RANDOM_SEED:
         prompt = replace(prompt, seed=None)
     if prompt.seed is not None and not 0 <= prompt.seed <= MAX_SEED:
         raise UserError(f"{where}: the seed must be from 0 to {MAX_SEED}, got {prompt.seed}")
-    for name, value in (("scale", prompt.scale), ("guidance", prompt.guidance)):
+    numbers = {"scale": prompt.scale, "guidance": prompt.guidance, "negative scale": prompt.negative_scale}
+    for name, value in numbers.items():
         if value is not None and not math.isfinite(value):
             raise UserError(f"{where}: the {name} must be a finite number, got {value}")
+    if not 0 <= prompt.strength <= 1:
+        raise UserError(f"{where}: the strength must be from 0 to 1, got {prompt.strength}")
     if prompt.flow_shift is not None and not 0 < prompt.flow_shift < math.inf:
         raise UserError(f"{where}: the flow shift must be a finite number above 0, got {prompt.flow_shift}")
     if traits.objective == "flow":
-        if prompt.sampler.removeprefix("k_") != FLOW_SAMPLER:
-            LOGGER.warning(f"{where}: --ss (sample_sampler) has no effect: {flow_sampler_note(traits)}")
-        prompt = replace(prompt, sampler=FLOW_SAMPLER)
+        if prompt.sampler.removeprefix("k_") not in flow_samplers:
+            LOGGER.warning(f"{where}: --ss (sample_sampler) has no effect: {flow_sampler_note(traits, flow_samplers)}")
+            prompt = replace(prompt, sampler=FLOW_SAMPLER)
+        prompt = replace(prompt, sampler=prompt.sampler.removeprefix("k_"))
     else:
         without_effect = {"--g (guidance_scale)": prompt.guidance, "--fs (flow_shift)": prompt.flow_shift}
         for name, value in without_effect.items():
@@ -245,6 +221,18 @@ def _finish(base: SamplePrompt, changes: dict[str, Any], traits: FamilyTraits, w
         height=_side("height", prompt.height, traits.pixel_multiple, where),
         steps=min(max(prompt.steps, 1), MAX_STEPS),
     )
+
+
+def _changed(base: SamplePrompt, changes: Mapping[str, Any]) -> SamplePrompt:
+    """The prompt with other values; "sizes.crop_top" is a field of its field `sizes`."""
+    own = {name: value for name, value in changes.items() if "." not in name}
+    if "control" in own:
+        own["control"] = ControlImage(Path(own["control"]).expanduser())
+    for name, value in changes.items():
+        if "." in name:
+            group, _, field_name = name.partition(".")
+            own[group] = replace(own.get(group, getattr(base, group)), **{field_name: value})
+    return replace(base, **own)
 
 
 def _side(name: str, pixels: int, multiple: int, where: str) -> int:

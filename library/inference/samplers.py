@@ -6,7 +6,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
-from library.inference.prompts import SAMPLERS
+from library.inference.prompts import FLOW_SAMPLER, FLOW_SAMPLERS, SAMPLERS
 from library.objectives import ddpm
 from library.runtime.packages import remedy
 
@@ -45,6 +45,7 @@ def make_scheduler(
     steps: int,
     prediction_type: str,
     zero_terminal_snr: bool = False,
+    zero_offset: bool = False,
     device: torch.device | str = "cpu",
 ) -> SchedulerMixin:
     """A fresh diffusers scheduler whose timesteps are set, on `device`.
@@ -54,6 +55,7 @@ def make_scheduler(
         steps: denoising steps, 1..1000.
         prediction_type: "epsilon" or "v_prediction"; flow models have `make_flow_scheduler`.
         zero_terminal_snr: for models trained so; the first step then starts at the last timestep, from pure noise.
+        zero_offset: samplers whose timesteps begin one later than they would by even division do without that.
     Raises: UserError: unknown name, a missing package, or too few steps for the sampler.
     """
     import diffusers
@@ -82,6 +84,8 @@ def make_scheduler(
     # offset would reach past the last, and the multistep solvers' "linspace" would name one timestep twice.
     if (leading and zero_terminal_snr) or (steps == ddpm.NUM_TIMESTEPS and (leading or multistep)):
         settings |= {"timestep_spacing": "trailing", "steps_offset": 0}
+    if zero_offset and "steps_offset" in settings:
+        settings["steps_offset"] = 0
     scheduler = getattr(diffusers, class_name)(**settings)
     scheduler.set_timesteps(steps, device=device)
     if not scheduler.timesteps.isfinite().all():  # differences of sigmas, rounded below zero
@@ -89,20 +93,46 @@ def make_scheduler(
     return scheduler
 
 
-def make_flow_scheduler(*, steps: int, shift: float, device: torch.device | str = "cpu") -> SchedulerMixin:
-    """A fresh Euler scheduler for models that predict the velocity of a rectified flow; timesteps are 1000 * sigma.
+def make_flow_scheduler(
+    name: str = FLOW_SAMPLER, *, steps: int, shift: float, device: torch.device | str = "cpu"
+) -> SchedulerMixin:
+    """A fresh scheduler for models that predict the velocity of a rectified flow; timesteps are 1000 * sigma.
 
     Sigma goes from 1 to 0 in `steps` equal parts, each level then shifted to ``s sigma / (1 + (s - 1) sigma)``.
+    DPM++ computes with log(1 - sigma), so that it begins at 0.999 in place of 1.
 
     Args:
-        steps: denoising steps, 1..1000.
+        name: one of FLOW_SAMPLERS.
+        steps: denoising steps, 1..1000. Heun evaluates the denoiser twice in each but the last.
         shift: s above 0; 1 leaves the levels as they are, above 1 more of the steps are spent on noisy latents.
         device: of the timesteps and sigmas.
     """
     import diffusers
     import numpy
+    import torch
 
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=ddpm.NUM_TIMESTEPS, shift=shift)
-    scheduler.set_timesteps(sigmas=numpy.linspace(1, 1 / steps, steps), device=device)
+    assert name in FLOW_SAMPLERS, name
+    if name == "dpmsolver++":
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            num_train_timesteps=ddpm.NUM_TIMESTEPS,
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=shift,
+        )
+        scheduler.set_timesteps(steps, device=device)
+        # It rounds them to whole numbers, which is not where the latents are.
+        scheduler.timesteps = (scheduler.sigmas[:-1] * ddpm.NUM_TIMESTEPS).to(device)
+    elif name == "heun":
+        scheduler = diffusers.FlowMatchHeunDiscreteScheduler(num_train_timesteps=ddpm.NUM_TIMESTEPS)
+        scheduler.set_timesteps(steps, device=device)
+        # Its own levels are shifted twice, and come so close to 0 that the last step does next to nothing.
+        levels = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+        levels = (shift * levels / (1 + (shift - 1) * levels)).to(device, torch.float32)
+        last = levels.new_zeros(1)
+        scheduler.sigmas = torch.cat([levels[:1], levels[1:].repeat_interleave(2), last])
+        scheduler.timesteps = scheduler.sigmas[:-1] * ddpm.NUM_TIMESTEPS
+    else:
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=ddpm.NUM_TIMESTEPS, shift=shift)
+        scheduler.set_timesteps(sigmas=numpy.linspace(1, 1 / steps, steps), device=device)
     scheduler.set_begin_index(0)  # otherwise it looks for its place by timestep, which waits for the device
     return scheduler

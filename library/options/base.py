@@ -34,6 +34,7 @@ class Details:
     synonyms: Mapping[Any, Any] | None = None  # other values in circulation -> the value that they mean
     instead: Mapping[Any, str] | None = None  # values that are none of the choices -> where what they mean is to be had
     verbatim: bool = False  # white space alone is a value, as of a separator
+    values: int | None = None  # of a list: how many it has, no more and no fewer; None: any number
     comma_list: bool = False  # text on the command line; a config file may also hold a number or an array
     exists: Literal["file", "folder"] | None = None  # what a value must be the path of
     deprecated: str | None = None  # what to use instead

@@ -171,7 +171,7 @@ def _argument(option: Option) -> dict[str, Any]:
         shown["choices"] = (*option.choices, None) if option.optional else option.choices
         shown["metavar"] = "{" + ",".join(map(str, option.choices)) + "}"
     if option.many:
-        shown["nargs"] = "*"
+        shown["nargs"] = option.details.values or "*"
     return {**shown, "type": _converter(option)}
 
 

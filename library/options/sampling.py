@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from library.types import FamilyTraits
 
 
+Sampler = Literal[
+    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
+    "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
+]  # fmt: skip
 _OCCASIONS = ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")
 
 
@@ -26,10 +30,7 @@ class SamplingOptions(OptionGroup, group="sampling", title="Sample images"):
         None, "generate sample images every N optimizer steps", at_least=1, lenient=True
     )
     sample_every_n_epochs: int | None = opt(None, "generate sample images every N epochs", at_least=1, lenient=True)
-    sample_sampler: Literal[
-        "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
-        "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
-    ] = opt("ddim", "sampler of the sample images")  # fmt: skip
+    sample_sampler: Sampler = opt("ddim", "sampler of the sample images")
 
     @property
     def draws(self) -> bool:
@@ -44,6 +45,24 @@ class SamplingOptions(OptionGroup, group="sampling", title="Sample images"):
         given = [f"--{name}" for name in _OCCASIONS if getattr(self, name)]
         if given and not self.sample_prompts:
             yield f"{given[0]}: no sample images without --sample_prompts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTextOptions(OptionGroup, group="texts", title="Texts", always=True):
+    """How prompts become conditioning. Training offers none of it: there, texts are as they are trained."""
+
+    clip_skip: int | None = opt(
+        None,
+        "use the output of this layer of the text encoder, counted from the end (1: the last, 2: the one before it); "
+        "by default 1, with SDXL 2",
+        at_least=1,
+        off=0,
+    )
+    emb_normalize_mode: Literal["original", "none", "abs"] = opt(
+        "none",
+        "how weights such as (word:1.2) change the whole text: original keeps the mean of its encoding, abs that of "
+        "absolute values, none neither",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from library.options.base import Option
+from library.options.nearest import did_you_mean
 from library.screen import hide
 
 _WANTED = {
@@ -104,9 +105,14 @@ def _chosen(option: Option, value: Any) -> Any:
     value = (option.details.synonyms or {}).get(value, value)
     if option.choices and value not in option.choices:
         instead = (option.details.instead or {}).get(value)
-        way_out = f"; {instead}" if instead else ""
+        near = did_you_mean(value, filter(_is_text, option.choices)) if _is_text(value) else ""
+        way_out = f"; {instead}" if instead else near
         raise ValueError(f"must be one of {', '.join(map(str, option.choices))}; got {value!r}{way_out}")
     return value
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _steps(text: str) -> int | float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from library.text.chunking import CHUNK, chunk_ids, content_ids
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 STEP = 1.1
+Evening = Literal["original", "abs", "none"]  # how weighted states are scaled, see `weighted`
 
 TOKEN = re.compile(
     r"\\(?P<escaped>[\\()\[\]])"
@@ -90,3 +91,22 @@ def tokenize_weighted(
         ids.append(chunk_ids(content, length, **special))
         weights.append([1.0, *strengths] + [1.0] * (length - len(strengths) + 1))
     return torch.tensor(ids), torch.tensor(weights)
+
+
+def weighted(states: Tensor, weights: Tensor, evening: Evening = "none") -> Tensor:
+    """The states of texts times the weights of their positions.
+
+    Args:
+        states: (B, n, width).
+        weights: (B, n).
+        evening: "original" scales each text to the mean that its states had before, "abs" to the mean of their absolute
+            values, and "none" leaves them.
+    """
+    result = states * weights[:, :, None].to(states)
+    if evening == "none":
+        return result
+    before, after = states.float(), result.float()
+    if evening == "abs":
+        before, after = before.abs(), after.abs()
+    factor = before.mean(dim=(1, 2), keepdim=True) / after.mean(dim=(1, 2), keepdim=True)
+    return result * factor.to(result)

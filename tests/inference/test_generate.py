@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -13,6 +14,8 @@ from library.families.sd.adapter import SdFamily
 from library.inference.generate import decode, generate, sample_latents, total_steps
 from library.inference.images import to_images
 from library.inference.prompts import SamplePrompt
+from library.inference.samplers import make_scheduler
+from library.text.emphasis import weighted
 from tests.builders import sd_options, tiny_sd
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # diffusers with newer numpy
@@ -213,3 +216,39 @@ def test_a_prompt_without_seed_leaves_the_global_random_state(models, make_famil
 def test_no_gradient_is_kept(models, make_family):
     models.denoiser.requires_grad_(True)
     assert not sample_latents(make_family(), models, [PROMPT], CPU).requires_grad
+
+
+@pytest.mark.parametrize("evening", ["original", "abs", "none"])
+def test_weighted_states_keep_a_mean(evening):
+    """Reference: numpy."""
+    rng = np.random.default_rng(0)
+    states, weights = rng.normal(0.5, 1, (2, 5, 3)), rng.uniform(0.5, 1.5, (2, 5))
+    result = states * weights[:, :, None]
+    size = np.abs if evening == "abs" else np.asarray
+    if evening != "none":
+        result *= (size(states).mean((1, 2)) / size(result).mean((1, 2)))[:, None, None]
+    ours = weighted(torch.tensor(states), torch.tensor(weights), evening)
+    torch.testing.assert_close(ours, torch.tensor(result), rtol=0, atol=1e-6)  # means in float32
+
+
+def test_a_negative_prompt_with_a_scale_of_its_own(models, make_family):
+    """By hand, with DDIM: away from the negative prompt and towards the prompt, both as seen from an empty text."""
+    family, prompt = make_family(), replace(PROMPT, negative_scale=1.5)
+    ours = sample_latents(family, models, [prompt], CPU)
+    scheduler = CLASSES["ddim"].from_config(SD_CONFIG)
+    scheduler.set_timesteps(PROMPT.steps)
+    x = torch.randn(1, 4, 12, 8, generator=torch.Generator().manual_seed(7))
+    texts = (PROMPT.prompt, PROMPT.negative_prompt, "")
+    states = [family.text.encode(models, [text]).tensors["states"] for text in texts]
+    for t in scheduler.timesteps:
+        yes, no, empty = (models.denoiser(x, t, each).sample for each in states)
+        x = scheduler.step(empty + PROMPT.scale * (yes - empty) - 1.5 * (no - empty), t, x).prev_sample
+    assert (ours - x).abs().max() < 1e-4
+    assert {call[0] for call in family.calls} == {3}
+
+
+def test_zero_offset_begins_the_timesteps_at_zero():
+    for name in ("ddim", "pndm"):
+        given = {"steps": 4, "prediction_type": "epsilon"}
+        plain, zero = make_scheduler(name, **given), make_scheduler(name, **given, zero_offset=True)
+        assert (plain.timesteps - zero.timesteps).unique().tolist() == [1]

@@ -8,17 +8,27 @@ from pathlib import Path
 import pytest
 
 from library.families.sd3.options import Sd3Options
+from library.generation.model_options import CheckpointOptions
 from library.options.base import options_of
+from library.options.inference import ANY_MODEL_GROUPS
 from library.options.parsing import build_parser
+from library.registry import FAMILIES
 from tests.options.flag_table import SCRIPTS, described, expected, flags_of
 from tools.option_tables import preparation_groups, preparation_scripts
 
 ROOT = Path(__file__).parents[2]
 # Scripts that are still to come; whoever writes one takes it out.
 NOT_THERE: set[str] = set()
-FACTS = {script: flags_of(script) for script in SCRIPTS if "/" in script}
+TRAINING = {f"{script}.py" for spec in FAMILIES.values() for script in spec.scripts}
+FACTS = {script: flags_of(script) for script in SCRIPTS if script not in TRAINING}
 THERE = [script for script in FACTS if script not in NOT_THERE]
 COUNTS = {
+    "gen_img.py": 94,
+    "sdxl_gen_img.py": 78,
+    "gen_img_diffusers.py": 79,
+    "sdxl_minimal_inference.py": 7,
+    "sd3_minimal_inference.py": 21,
+    "flux_minimal_inference.py": 24,
     "finetune/clean_captions_and_tags.py": 3,
     "finetune/make_captions.py": 14,
     "finetune/make_captions_by_git.py": 9,
@@ -54,7 +64,14 @@ COUNTS = {
 OURS = {"strict", "console_log_level", "console_log_file", "console_log_simple"}
 _CACHED = {"data_index_dir", "fp8_base_unet", "quantize_base", "sd3", "no_half_vae", "weighted_captions"}
 _CACHED |= {option.dest for option in options_of(Sd3Options)}  # one family more than those scripts had
+_GENERATING = {"grid", "image_format", "guidance_scale", "flow_shift", "clip_l", "clip_g", "t5xxl", "ae"}
+_GENERATING |= {"t5xxl_max_token_length", "apply_lg_attn_mask", "apply_t5_attn_mask"}
+_EVERY_MODEL = {option.dest for option in options_of(CheckpointOptions)}
+_EVERY_MODEL |= {option.dest for group in ANY_MODEL_GROUPS for option in options_of(group)}
 OURS_OF: dict[str, set[str]] = {  # of one script
+    "gen_img.py": _GENERATING | FAMILIES.keys(),
+    "sdxl_gen_img.py": _EVERY_MODEL,  # that script has lagged behind
+    "gen_img_diffusers.py": _EVERY_MODEL,
     "networks/lora_diffusers.py": {"device", "flux", "multiplier", "output", "sd3", "steps"},
     "tools/latent_upscaler.py": {"device", "seed", "steps"},
     "tools/cache_latents.py": _CACHED,

@@ -16,7 +16,7 @@ from library.families.shared.clip import encode_clip
 from library.families.shared.roles import UnetDenoiser, VaeLatents
 from library.families.shared.unet_controlnet import UnetControl
 from library.text.chunking import tokenize
-from library.text.emphasis import tokenize_weighted
+from library.text.emphasis import tokenize_weighted, weighted
 from library.types import LoraTarget, Models, TextCond
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class SdText(TextEncoding):
         if family.weighted_captions if emphasis is None else emphasis:
             ids, weights = tokenize_weighted(tokenizer, captions, family.max_token_length)
             states = encode_clip(text_encoder, ids, family.clip_skip)
-            return TextCond({CONTEXT: states * weights[:, :, None].to(states)})
+            return TextCond({CONTEXT: weighted(states, weights, self.opts.texts.emb_normalize_mode)})
         ids = tokenize(tokenizer, captions, family.max_token_length, pad=not self.opts.method.no_token_padding)
         return TextCond({CONTEXT: encode_clip(text_encoder, ids, family.clip_skip)})
 

@@ -8,7 +8,7 @@ from library.families.sd.tools import InterrogateOptions, SdExtractOptions, SdMe
 from library.families.spec import FamilySpec, ModelKind
 
 SD1 = ModelKind("a Stable Diffusion 1.x model", keys=r"^cond_stage_model\.transformer\.")
-SD2 = ModelKind("a Stable Diffusion 2.x model", keys=r"^cond_stage_model\.model\.")
+SD2 = ModelKind("a Stable Diffusion 2.x model", keys=r"^cond_stage_model\.model\.", options={"v2": True})
 
 SPEC = FamilySpec(
     name="sd",

@@ -13,12 +13,12 @@ from library.families.sdxl.saving import save_model
 from library.families.sdxl.targets import block_index, text_targets, unet_targets
 from library.families.sdxl.tokenizers import sdxl_tokenizers
 from library.families.sdxl.variants import model_facts
-from library.families.shared.clip import encode_penultimate, project_first_eos
+from library.families.shared.clip import PENULTIMATE, encode_at_layer, project_first_eos
 from library.families.shared.roles import UnetDenoiser, VaeLatents
 from library.families.shared.unet import map_of_config
 from library.families.shared.unet_controlnet import UnetControl
 from library.text.chunking import tokenize
-from library.text.emphasis import tokenize_weighted
+from library.text.emphasis import tokenize_weighted, weighted
 from library.types import LoraTarget, Models, TextCond, TextLayout
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ class SdxlText(TextEncoding):
                 ids, weights = tokenize_weighted(tokenizer, captions, family.max_token_length)
             else:
                 ids, weights = tokenize(tokenizer, captions, family.max_token_length), None
-            states, first_chunk = encode_penultimate(text_encoder, ids)
-            tensors[key] = states if weights is None else states * weights[:, :, None].to(states)
+            states, first_chunk = encode_at_layer(text_encoder, ids, self.opts.texts.clip_skip or PENULTIMATE)
+            tensors[key] = states if weights is None else weighted(states, weights, self.opts.texts.emb_normalize_mode)
         # The last of them is the second text encoder; emphasis does not reach the pooled text.
         tensors[POOLED] = project_first_eos(text_encoder, ids[:, 0], first_chunk, tokenizer.eos_token_id)
         return TextCond(tensors)

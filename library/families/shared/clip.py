@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 HEAD_WIDTH = 64  # of every published CLIP text encoder
 LEVEL = "text_model."
 BOS_ID, EOS_ID = 49406, 49407
+PENULTIMATE = 2  # the layer before the last, counted from the end
 
 
 def public_name(name: str) -> str:
@@ -100,9 +101,7 @@ def encode_clip(text_encoder: nn.Module, input_ids: Tensor, clip_skip: int | Non
     def states(flat: Tensor) -> Tensor:
         if clip_skip in (None, 1):
             return text_encoder(flat).last_hidden_state
-        layers = text_encoder.config.num_hidden_layers
-        if not 1 <= clip_skip <= layers:
-            raise UserError(f"--clip_skip {clip_skip}: the text encoder has {layers} layers; give 1 to {layers}")
+        layers = _require_layer(text_encoder, clip_skip)
         hidden = text_encoder(flat, output_hidden_states=True).hidden_states  # the embeddings, then every layer
         assert len(hidden) == layers + 1, "transformers changed what hidden_states holds"
         return final_layer_norm(text_encoder)(hidden[layers + 1 - clip_skip])
@@ -110,22 +109,25 @@ def encode_clip(text_encoder: nn.Module, input_ids: Tensor, clip_skip: int | Non
     return _in_chunks(input_ids, text_encoder, states)
 
 
-def encode_penultimate(text_encoder: nn.Module, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Chunks of token ids to the states of the layer before the last, without the final norm.
+def encode_at_layer(text_encoder: nn.Module, input_ids: Tensor, clip_skip: int = PENULTIMATE) -> tuple[Tensor, Tensor]:
+    """Chunks of token ids to the states of one layer, without the final norm.
 
     Args:
         text_encoder: CLIPTextModel, with projection or without.
         input_ids: (B, n, 77).
+        clip_skip: the layer, counted from the end; 1: the last.
     Returns: (B, n * 75 + 2, width), put together as by `encode_clip`; and the first chunk's states after the last
         layer and the final norm, (B, 77, width).
+    Raises: UserError: clip_skip is larger than the number of layers.
     """
     last: list[Tensor] = []
 
     def states(flat: Tensor) -> Tensor:
         found = text_encoder(flat, output_hidden_states=True)
         last.append(found.last_hidden_state)
-        return found.hidden_states[-2]  # the embeddings, then every layer
+        return found.hidden_states[-clip_skip]  # the embeddings, then every layer
 
+    _require_layer(text_encoder, clip_skip)
     joined = _in_chunks(input_ids, text_encoder, states)
     return joined, last[0].unflatten(0, input_ids.shape[:2])[:, 0]
 
@@ -143,6 +145,14 @@ def project_first_eos(text_encoder: nn.Module, input_ids: Tensor, states: Tensor
     # Not the model's own pooling: a config from before transformers 4.31 has another id for EOS.
     place = (input_ids == eos).int().argmax(-1).to(states.device)
     return text_encoder.text_projection(states[torch.arange(len(states), device=states.device), place])
+
+
+def _require_layer(text_encoder: nn.Module, clip_skip: int) -> int:
+    """The number of layers. Raises: UserError: there is none so far from the end."""
+    layers = text_encoder.config.num_hidden_layers
+    if not 1 <= clip_skip <= layers:
+        raise UserError(f"--clip_skip {clip_skip}: the text encoder has {layers} layers; give 1 to {layers}")
+    return layers
 
 
 def _in_chunks(input_ids: Tensor, text_encoder: nn.Module, states_of: Callable[[Tensor], Tensor]) -> Tensor:

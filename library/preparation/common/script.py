@@ -31,11 +31,11 @@ def run_script(
 ) -> None:
     """Runs one script. It returns when all went well; else it exits.
 
-    1: images failed, see `Outcome.status`. 2: a user error. 130: interrupted.
+    1: images failed, see `Outcome.status`; scripts without --strict are strict. 2: a user error. 130: interrupted.
 
     Args:
         work: what the script does. What it returns is added up over all processes and reported at the end.
-        groups: one of them with `strict` and the `console_log_...` options, such as `WorkOptions`.
+        groups: one of them with the `console_log_...` options, such as `WorkOptions`.
         traits: those of the model family, where option groups of training are among `groups`.
     """
     logs.quiet_third_parties()
@@ -58,7 +58,7 @@ def run_script(
             whole = Outcome.together(all_gather(outcome))
             for line in whole.lines():
                 LOGGER.info("%s", line)
-            status = whole.status(values["strict"])
+            status = whole.status(values.get("strict", True))
         processes().close()
     except UserError as error:
         logs.fail(error)

@@ -15,13 +15,13 @@ _NAMED = 20  # failures in the summary; each was named when it happened
 
 @dataclass
 class Outcome:
-    """Counts of images, and the reason of each failure by its path."""
+    """Counts of images, and the reason of each failure by its path, or by what else names it."""
 
     done: int = 0
     skipped: int = 0  # there was nothing to do
-    failed: dict[Path, str] = field(default_factory=dict)
+    failed: dict[Path | str, str] = field(default_factory=dict)
 
-    def fail(self, path: Path, reason: str) -> None:
+    def fail(self, path: Path | str, reason: str) -> None:
         """Names an image that could not be used, now and in the summary. `reason`: a few words, or an error's text."""
         self.failed[path] = reason.removeprefix(f"{path}: ")
         LOGGER.warning("%s: %s; left out", path, self.failed[path])

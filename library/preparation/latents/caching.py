@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.families.registry import FAMILIES
+from library.families.shared.every_family import group_with, options_of_families, switches
 from library.options import caching as groups
-from library.options.base import OptionGroup, Options, build_options, opt, options_of
+from library.options.base import OptionGroup, Options, build_options, options_of
 from library.preparation.common.images import all_gather, is_first, require_room_beside
 from library.preparation.common.summary import Outcome
 from library.preparation.latents import encoders as parts
@@ -19,31 +21,6 @@ from library.runtime.logs import LOGGER
 if TYPE_CHECKING:
     from library.families.spec import FamilySpec
     from library.types import FamilyTraits
-
-
-def _families() -> type[OptionGroup]:
-    """The choice of the family, and the options of all families: a training command line may be used as it is.
-
-    Of options of one name the first family's is shown, without a default where families have several.
-    """
-    switches = {name: (bool, opt(False, f"the model is {spec.traits.label}")) for name, spec in _others().items()}
-    merged: dict[str, tuple[Any, Any]] = {}
-    for spec in FAMILIES.values():
-        hints = get_type_hints(spec.options)
-        for option in options_of(spec.options):
-            found = spec.options.__dataclass_fields__[option.dest]
-            hint, shown = merged.setdefault(option.dest, (hints[option.dest], found))
-            if shown.default != found.default:
-                # one without a default explains what counts instead
-                explained = found if found.default is None else shown
-                merged[option.dest] = hint | None, field(default=None, metadata=explained.metadata)
-    members = [
-        (name, hint, field(default=made.default, metadata=made.metadata))
-        for name, (hint, made) in {**switches, **merged}.items()
-    ]
-    return make_dataclass(
-        "FamiliesOptions", members, bases=(_AnyFamily,), frozen=True, kw_only=True, namespace={"__module__": __name__}
-    )
 
 
 def _others() -> dict[str, FamilySpec]:
@@ -56,7 +33,8 @@ class _AnyFamily(OptionGroup, group="family", title="Model families"):
     """The family's own checks come once it is known which one it is."""
 
 
-FamiliesOptions = _families()
+# A training command line may be used as it is.
+FamiliesOptions = group_with(_AnyFamily, chain(switches(), options_of_families()), "FamiliesOptions", __name__)
 GROUPS = (*groups.BEFORE_FAMILIES, FamiliesOptions, *groups.AFTER_FAMILIES)
 
 

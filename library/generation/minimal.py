@@ -1,0 +1,78 @@
+"""The small inference scripts: their options in the words of gen_img.py, which does the work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from library.errors import UserError
+from library.families.registry import FAMILIES
+from library.generation.script import ALL_FAMILIES, Start, generate
+from library.inference.prompt_lines import MINIMAL
+from library.options import validation
+from library.options.base import COMMAND_LINE, Given, Options, build_options
+from library.options.inference import GenerationConsole
+from library.preparation.common.script import run_script
+from library.preparation.common.summary import Outcome
+
+if TYPE_CHECKING:
+    from library.families.shared.minimal import MinimalOptions
+    from library.options.base import OptionGroup
+
+# Options of gen_img.py by which messages may begin, and what they are called here.
+_NAMES = {
+    "ckpt": "ckpt_path",
+    "outdir": "output_dir",
+    "network_weights": "lora_weights",
+    "W": "width",
+    "H": "height",
+    "scale": "cfg_scale",
+    "guidance_scale": "guidance",
+    "t5xxl_max_token_length": "t5xxl_token_length",
+}
+
+
+def groups_of(options: type[MinimalOptions]) -> tuple[type[OptionGroup], ...]:
+    return (options, GenerationConsole)
+
+
+def run(description: str, groups: Sequence[type[OptionGroup]], family: str, argv: Sequence[str] | None = None) -> None:
+    """Runs the script of a family and exits; see `library.generation.script.run`."""
+
+    def work(opts: Options) -> Outcome:
+        return _generate(opts, family)
+
+    run_script(work, groups, argv, description=description, traits=lambda opts: FAMILIES[family].traits)
+
+
+def _generate(opts: Options, family: str) -> Outcome:
+    options: MinimalOptions = opts.minimal
+    given = {name: Given(value, COMMAND_LINE) for name, value in options.generating().items() if value is not None}
+    if not options.interactive:
+        given["prompt"] = Given(options.prompt, COMMAND_LINE)
+    made = build_options(ALL_FAMILIES, given)
+    entry = {"prompt": _literal(options.prompt), "negative_prompt": options.negative_prompt or ""}
+    start = Start(
+        entry=entry,
+        syntax=MINIMAL,
+        negative_prompt=options.negative_prompt or "",
+        training=options.training(),
+        second_text=getattr(options, "prompt2", None),
+    )
+    try:
+        problems = validation.problems(made, FAMILIES[family].traits)
+        if problems:
+            raise UserError(*problems)
+        return generate(made, family, start)
+    except UserError as error:
+        raise UserError(*map(_in_our_words, error.problems), hint=error.hint) from error
+
+
+def _literal(text: str) -> str:
+    """A text in which braces are no choice."""
+    return text.replace("{", "\\{").replace("}", "\\}")
+
+
+def _in_our_words(problem: str) -> str:
+    return re.sub(r"^--(\w+)", lambda match: f"--{_NAMES.get(match[1], match[1])}", problem)

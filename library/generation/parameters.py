@@ -1,0 +1,92 @@
+"""What an image file says about how it was made: keys of its own, and the line that web interfaces read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.inference.images import png_text
+from library.inference.prompts import SamplePrompt
+
+PARAMETERS = "parameters"  # the key of AUTOMATIC1111's line
+# Our samplers by the names there; others are written as they are.
+_SAMPLERS = {
+    "ddim": "DDIM",
+    "pndm": "PLMS",
+    "lms": "LMS",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpm_2": "DPM2",
+    "dpm_2_a": "DPM2 a",
+    "dpmsolver++": "DPM++ 2M",
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What is known of an image beside its prompt."""
+
+    raw_prompt: str  # as it was given
+    model: str  # the name of its file
+    networks: Sequence[tuple[str, float]] = ()  # names and strengths
+    clip_skip: int | None = None
+    clip_prompt: str | None = None
+
+
+def texts_of(prompt: SamplePrompt, made: Made) -> dict[str, str]:
+    """The texts of an image's file by their keys."""
+    sizes = prompt.sizes
+    given = {
+        "negative-scale": prompt.negative_scale,
+        "clip-prompt": made.clip_prompt,
+        "strength": None if prompt.source is None else prompt.strength,
+        "original-width": sizes.original_width,
+        "original-height": sizes.original_height,
+        "original-width-negative": sizes.negative_width,
+        "original-height-negative": sizes.negative_height,
+        "crop-top": sizes.crop_top or None,
+        "crop-left": sizes.crop_left or None,
+    }
+    return {
+        **png_text(prompt),
+        **{name: str(value) for name, value in given.items() if value is not None},
+        "raw-prompt": made.raw_prompt,
+        PARAMETERS: parameters_of(prompt, made),
+    }
+
+
+def parameters_of(prompt: SamplePrompt, made: Made) -> str:
+    """The prompt, the negative prompt and the settings, as AUTOMATIC1111's "PNG info" restores them."""
+    networks = "".join(f" <lora:{name}:{strength:g}>" for name, strength in made.networks)
+    lines = [f"{prompt.prompt}{networks}"]
+    if prompt.negative_prompt:
+        lines.append(f"Negative prompt: {prompt.negative_prompt}")
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in _settings(prompt, made)))
+    return "\n".join(lines)
+
+
+def _settings(prompt: SamplePrompt, made: Made) -> Iterator[tuple[str, str]]:
+    yield "Steps", str(prompt.steps)
+    yield "Sampler", _SAMPLERS.get(prompt.sampler.removeprefix("k_"), prompt.sampler)
+    yield "CFG scale", f"{prompt.scale:g}"
+    if prompt.guidance is not None:
+        yield "Distilled CFG Scale", f"{prompt.guidance:g}"
+    yield "Seed", str(prompt.seed)
+    yield "Size", f"{prompt.width}x{prompt.height}"
+    yield "Model", made.model
+    if prompt.source is not None:
+        yield "Denoising strength", f"{prompt.strength:g}"
+    if made.clip_skip is not None:
+        yield "Clip skip", str(made.clip_skip)
+
+
+def _quoted(value: str) -> str:
+    """Values with a comma, a colon or a line's end are quoted, as their reader expects."""
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' if re.search(r"[,:\n]", value) else value
+
+
+def model_name(path: str) -> str:
+    return Path(path).stem if Path(path).is_file() else Path(path).name

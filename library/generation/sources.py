@@ -1,0 +1,95 @@
+"""The images that drawing begins with: which of them an image begins with, and what they say of themselves."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError
+from library.generation.parameters import PARAMETERS
+from library.inference.prompts import SourceImage
+from library.preparation.common.images import find_images
+
+if TYPE_CHECKING:
+    from library.options.inference_images import SourceOptions
+    from library.types import Size
+
+_STEP = 32  # pixels; sides of images that are drawn at the size of their source are multiples of it
+# Fields of a prompt by their keys in files of ours, and what turns their texts into values.
+_FIELDS = {"scale": float, "steps": int, "sampler": str, "seed": int, "negative-prompt": str, "prompt": str}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Images to begin with, and masks, each taken in turn."""
+
+    images: tuple[Path, ...]
+    masks: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, options: SourceOptions) -> Sources | None:
+        """Those that the options name; None: there are none. Raises: UserError: they are not there."""
+        if not options.image_path:
+            return None
+        masks = files_of("--mask_path", options.mask_path) if options.mask_path else ()
+        return cls(files_of("--image_path", options.image_path), masks)
+
+    def at(self, number: int, where: str) -> SourceImage:
+        """That of the image of this number; of a prompt that an image gave, that image. Args: where: of the prompt."""
+        own = (place for place, path in enumerate(self.images) if str(path) == where)
+        number = next(own, number)
+        mask = self.masks[number % len(self.masks)] if self.masks else None
+        return SourceImage(self.images[number % len(self.images)], mask)
+
+
+def size_of(source: SourceImage, where: str) -> Size:
+    """Width and height of the source, floored to what every model takes. Raises: UserError: it cannot be read."""
+    from library.data.sample import images
+    from library.types import Size
+
+    try:
+        size = images.image_size(source.path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {source.path}: the image cannot be read ({images.reason(error)})") from None
+    return Size(*(max(_STEP, side // _STEP * _STEP) for side in size))
+
+
+def said_by(path: Path) -> dict[str, Any]:
+    """The fields of a prompt that an image's own texts give: of this program, else of web interfaces.
+
+    Raises: UserError: it cannot be read, or says nothing.
+    """
+    from library.data.sample import images
+
+    try:
+        texts = images.use_image(path, lambda image, _file, _length: _texts(image))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: the image cannot be read ({images.reason(error)})") from None
+    if "prompt" not in texts and PARAMETERS not in texts:
+        raise UserError(f"{path}: the image does not say which prompt it was made with; give one with --prompt")
+    found: dict[str, Any] = {}
+    if "prompt" in texts:
+        for key, kind in _FIELDS.items():
+            try:
+                found[key.replace("-", "_")] = kind(texts[key])
+            except (KeyError, ValueError):
+                continue
+        return found
+    prompt, _, rest = texts[PARAMETERS].partition("\nNegative prompt: ")
+    negative = rest.split("\nSteps: ")[0]
+    return {"prompt": prompt.split("\nSteps: ")[0], "negative_prompt": negative}
+
+
+def _texts(image: Any) -> dict[str, str]:
+    return {key: value for key, value in image.info.items() if isinstance(value, str)}
+
+
+def files_of(option: str, path: str) -> tuple[Path, ...]:
+    """The file that an option names, or the images of the folder. Raises: UserError: it is not there, or empty."""
+    if os.path.isdir(path):
+        return tuple(find_images(Path(path), recursive=False))
+    if not os.path.isfile(path):
+        raise UserError(f"{option}: there is no file or folder {path!r}")
+    return (Path(path),)

@@ -1,0 +1,136 @@
+"""Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598) over a batch of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from library.inference.control_images import control_batch
+from library.inference.prompts import SamplePrompt
+from library.types import Batch, Denoise, Models, TextCond
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from library.families.base import Family
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One of the predictions that are put together."""
+
+    text: TextCond
+    scale: float  # of its difference from the first branch; the first one's own is not used
+    sizes: Batch
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """``first + sum of scale * (other - first)`` over the branches; with one of them, that alone."""
+
+    denoise: Denoise
+    branches: tuple[Branch, ...]
+    together: Batch  # sizes of all branches, for one pass
+
+    @staticmethod
+    def of(
+        family: Family,
+        models: Models,
+        prompts: Sequence[SamplePrompt],
+        device: torch.device,
+        cached: Mapping[str, TextCond] | None,
+        denoise: Denoise,
+    ) -> Guidance:
+        """The branches of prompts that have the same scales.
+
+        The negative prompt is the first branch. With a scale of its own it is pushed away from as far as that says,
+        and an empty text is the first, as in composable diffusion (Liu et al. 2022, arXiv:2206.01714). With scale 1
+        the first branch would cancel out, and is left out.
+        """
+        scale, own_scale = prompts[0].scale, prompts[0].negative_scale
+        texts, negatives = [prompt.prompt for prompt in prompts], [prompt.negative_prompt for prompt in prompts]
+        wanted: list[tuple[list[str], float, bool]] = [(texts, scale, False)]  # texts, scale, whether negative
+        if own_scale is not None:
+            wanted = [([""] * len(prompts), 0.0, True), *wanted, (negatives, -own_scale, True)]
+        elif scale != 1.0:
+            wanted = [(negatives, 0.0, True), *wanted]
+        branches = tuple(
+            Branch(
+                _conditioning(family, models, words, device, cached), factor, _sizes([(p, no) for p in prompts], device)
+            )
+            for words, factor, no in wanted
+        )
+        together = _sizes([(prompt, no) for _, _, no in wanted for prompt in prompts], device)
+        return Guidance(denoise, branches, together)
+
+    def predict(self, noisy: Tensor, timestep: Tensor) -> Tensor:
+        """float32, (B, C, h, w)."""
+        first, *others = self._predictions(noisy, timestep)
+        found = first
+        for branch, prediction in zip(self.branches[1:], others, strict=True):
+            found = found + branch.scale * (prediction - first)
+        return found
+
+    def _predictions(self, noisy: Tensor, timestep: Tensor) -> Sequence[Tensor]:
+        """One for each branch, in one pass where their texts are equally long."""
+        texts = [branch.text for branch in self.branches]
+        shapes = {tuple((name, value.shape[1:]) for name, value in sorted(text.tensors.items())) for text in texts}
+        if len(texts) > 1 and len(shapes) == 1:
+            noisy = torch.cat([noisy] * len(texts))
+            return self._predict(noisy, timestep, TextCond.cat(texts), self.together).chunk(len(texts))
+        return [self._predict(noisy, timestep, branch.text, branch.sizes) for branch in self.branches]
+
+    def _predict(self, noisy: Tensor, timestep: Tensor, cond: TextCond, sizes: Batch) -> Tensor:
+        timesteps = timestep.to(noisy.device).expand(len(noisy))
+        return self.denoise(noisy, timesteps, cond, sizes).float()
+
+
+def texts_read(prompt: SamplePrompt) -> list[str]:
+    """The texts whose conditioning the branches of a prompt need."""
+    if prompt.negative_scale is not None:
+        return [prompt.prompt, prompt.negative_prompt, ""]
+    return [prompt.prompt, prompt.negative_prompt] if prompt.scale != 1.0 else [prompt.prompt]
+
+
+def _conditioning(
+    family: Family, models: Models, texts: list[str], device: torch.device, cached: Mapping[str, TextCond] | None
+) -> TextCond:
+    if cached is None:
+        return family.text.encode(models, texts, emphasis=True)
+    found = TextCond.cat([cached[text] for text in texts]).map(lambda tensor: tensor.to(device))
+    return family.text.encode(models, texts, emphasis=True, cached=found) if models.text_encoders else found
+
+
+def _sizes(rows: Sequence[tuple[SamplePrompt, bool]], device: torch.device) -> Batch:
+    """The size, guidance and control conditioning of images: uncropped, of the requested size, or as prompts say.
+
+    Args: rows: prompts, and whether it is for the negative side.
+    """
+    prompts = [prompt for prompt, _ in rows]
+    target = torch.tensor([(prompt.width, prompt.height) for prompt in prompts], device=device)
+    return Batch(
+        captions=[prompt.prompt for prompt in prompts],
+        latents=None,
+        pixels=None,
+        loss_weights=torch.ones(len(prompts), device=device),
+        masks=None,
+        original_sizes=torch.tensor([_original_size(prompt, no) for prompt, no in rows], device=device),
+        crop_top_lefts=torch.tensor([(p.sizes.crop_top, p.sizes.crop_left) for p in prompts], device=device),
+        target_sizes=target,
+        guidance=prompts[0].guidance,
+        control=control_batch(prompts, device),
+    )
+
+
+def _original_size(prompt: SamplePrompt, negative: bool) -> tuple[int, int]:
+    """Width and height in pixels that a model with size conditioning is given as those of the original image."""
+    sizes = prompt.sizes
+    width = prompt.width if sizes.original_width is None else sizes.original_width
+    height = prompt.height if sizes.original_height is None else sizes.original_height
+    if negative:
+        width = width if sizes.negative_width is None else sizes.negative_width
+        height = height if sizes.negative_height is None else sizes.negative_height
+    return width, height

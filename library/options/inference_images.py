@@ -1,0 +1,183 @@
+"""More options of the scripts that generate images: images that go in, ways of drawing, and files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from library.options.base import OptionGroup, Options, opt
+from library.options.network import find_module
+from library.options.optimizer import not_pairs
+
+if TYPE_CHECKING:
+    from library.types import FamilyTraits
+
+CANNY = re.compile(r"canny(?:_(\d{1,3})_(\d{1,3}))?")  # a value of --control_net_preps, with its limits
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions(OptionGroup, group="source", title="Images to begin with"):
+    image_path: str | None = opt(None, "image to begin with, or a folder of such: one for each image that is made")
+    mask_path: str | None = opt(
+        None, "mask of --image_path, or a folder of them: bright parts are drawn again, dark ones are kept"
+    )
+    strength: float | None = opt(
+        None,
+        "how far images to begin with are changed: the share of the steps; 0.8 if not given",
+        at_least=0,
+        at_most=1,
+    )
+    guide_image_path: list[str] | None = opt(None, "images that guide: for ControlNets, one for each, or folders")
+    clip_vision_strength: float | None = opt(None, "SDXL: strength of the guide image as seen by CLIP")
+
+    def check(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
+        if self.strength is not None and not self.image_path and not opts.highres.highres_fix_scale:
+            yield "--strength: needs --image_path, the image to begin with"
+        if self.mask_path and not self.image_path:
+            yield "--mask_path: regions of a prompt are not available yet; with --image_path a mask is"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HighresOptions(OptionGroup, group="highres", title="Highres fix"):
+    highres_fix_scale: float | None = opt(
+        None, "draw images first at this share of their size, enlarge them, and draw them again", above=0, at_most=1
+    )
+    highres_fix_steps: int = opt(28, "steps of the first drawing", at_least=1, at_most=1000)
+    highres_fix_strength: float | None = opt(
+        None, "--strength of the first drawing, with --image_path; --strength if not given", at_least=0, at_most=1
+    )
+    highres_fix_save_1st: bool = opt(False, "save the first images too")
+    highres_fix_latents_upscaling: bool = opt(False, "enlarge latents (bicubic) in place of images (Lanczos)")
+    highres_fix_upscaler: str | None = opt(
+        None, "module that enlarges: its create_upscaler gives an object with upscale(images, width, height)"
+    )
+    highres_fix_upscaler_args: str | None = opt(None, "arguments of that module, as name=value;name=value")
+    highres_fix_disable_control_net: bool = opt(False, "draw again without ControlNets")
+
+    def check(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
+        name = self.highres_fix_upscaler
+        if name and not find_module(name):
+            yield f"--highres_fix_upscaler: there is no module {name!r}; check the name"
+        if name and self.highres_fix_latents_upscaling:
+            yield "--highres_fix_upscaler: cannot be used with --highres_fix_latents_upscaling; use one of them"
+        if self.highres_fix_upscaler_args:
+            yield from not_pairs("--highres_fix_upscaler_args", self.highres_fix_upscaler_args.split(";"))
+
+    def warnings(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
+        for name in self.__dataclass_fields__ if self.highres_fix_scale is None else ():
+            if name in opts.explicit and name != "highres_fix_scale":
+                yield f"--{name}: has no effect without --highres_fix_scale"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlOptions(OptionGroup, group="control", title="ControlNets"):
+    control_net_lllite_models: list[str] | None = opt(None, "files of ControlNet-LLLite")
+    control_net_models: list[str] | None = opt(None, "ControlNets: files, Diffusers folders or hub ids")
+    control_net_preps: list[str] | None = opt(
+        None, "preparation of each guide image: none, canny, or canny with its limits as in canny_63_191"
+    )
+    control_net_multipliers: list[float] | None = opt(None, "strength of each ControlNet; 1 where there is none")
+    control_net_ratios: list[float] | None = opt(
+        None, "share of the steps, from the first on, in which each ControlNet acts; 1 where there is none",
+        at_least=0, at_most=1,
+    )  # fmt: skip
+
+    def check(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
+        count = len(self.control_net_models or ())
+        for name in self.control_net_preps or ():
+            if name != "none" and not CANNY.fullmatch(name):
+                yield f"--control_net_preps: {name!r} is no preparation; use none, canny, or canny_63_191"
+        for name in ("control_net_preps", "control_net_multipliers", "control_net_ratios"):
+            if len(getattr(self, name) or ()) > count:
+                yield f"--{name}: has more values than --control_net_models, {count}"
+        guides = len(opts.source.guide_image_path or ())
+        if guides > max(count, 0):
+            yield f"--guide_image_path: has more values than --control_net_models, {count}"
+        elif 1 < guides < count:
+            yield f"--guide_image_path: give one for all {count} ControlNets, or one for each, got {guides}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OldControlOptions(ControlOptions, without=("control_net_lllite_models",)):
+    control_net_weights: list[float] | None = opt(
+        None, "the same as --control_net_multipliers", alias_of="control_net_multipliers"
+    )
+
+
+_DROPPED = "not supported; guidance by another network is no longer offered"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OldGuidanceOptions(OptionGroup, group="old_guidance", title="Guidance by other networks"):
+    """What one script only has offered."""
+
+    XTI_embeddings: list[str] | None = opt(None, "files of extended Textual Inversion; refused")
+    clip_guidance_scale: float = opt(0.0, "strength of guidance by CLIP; refused above 0")
+    clip_image_guidance_scale: float = opt(0.0, "strength of guidance by CLIP and an image; refused above 0")
+    vgg16_guidance_scale: float = opt(0.0, "strength of guidance by VGG16 and an image; refused above 0")
+    vgg16_guidance_layer: int = opt(20, "layer of VGG16; has no effect")
+
+    def check(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
+        if self.XTI_embeddings:
+            yield "--XTI_embeddings: not supported; --textual_inversion_embeddings takes plain embeddings"
+        for name in ("clip_guidance_scale", "clip_image_guidance_scale", "vgg16_guidance_scale"):
+            if getattr(self, name):
+                yield f"--{name}: {_DROPPED}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkOptions(OptionGroup, group="shrink", title="Deep Shrink"):
+    ds_depth_1: int | None = opt(
+        None, "input block of the U-Net before which its features are made smaller", at_least=0
+    )
+    ds_timesteps_1: int = opt(650, "until this timestep, counted down from 1000", at_least=0, at_most=1000)
+    ds_depth_2: int | None = opt(None, "a second input block, for the timesteps after those of the first", at_least=0)
+    ds_timesteps_2: int = opt(650, "until this timestep", at_least=0, at_most=1000)
+    ds_ratio: float = opt(0.5, "how much smaller", above=0, at_most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradualOptions(OptionGroup, group="gradual", title="Gradual Latent"):
+    gradual_latent_timesteps: int | None = opt(
+        None, "begin with small latents, and enlarge them from this timestep on", at_least=0, at_most=1000
+    )
+    gradual_latent_ratio: float = opt(0.5, "how small they are at the beginning", above=0, at_most=1)
+    gradual_latent_ratio_step: float = opt(0.125, "by how much each enlargement raises that", above=0, at_most=1)
+    gradual_latent_every_n_steps: int = opt(3, "steps between two enlargements", at_least=1)
+    gradual_latent_s_noise: float = opt(1.0, "strength of the noise that enlarged latents get", at_least=0)
+    gradual_latent_unsharp_params: str | None = opt(
+        None, "sharpening of enlarged latents: size, sigma, strength, and 1 for what is predicted, as in 3,0.5,0.5,1",
+        comma_list=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(OptionGroup, group="output", title="Files"):
+    outdir: str = opt("outputs", "folder of the images; made if missing")
+    sequential_file_name: bool = opt(False, "number the images, im_000001.png and so on, going on after those there")
+    use_original_file_name: bool = opt(False, "name each image after the one that it begins with")
+    image_format: Literal["png", "jpg", "webp"] = opt("png", "format of the files")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridOptions(OptionGroup, group="grid", title="Grid"):
+    grid: list[str] | None = opt(
+        None,
+        "draw the product of settings: name=value,value each, of network_weights (patterns such as out/*.safetensors), "
+        "network_mul, seed, scale, sampler, steps and prompt (a text, or a file with a line each); gives labelled "
+        "sheets and index.html",
+    )
+
+    def check(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
+        if not self.grid:
+            return
+        for name in ("from_file", "from_module", "interactive", "shuffle_prompts", "iter_same_seed"):
+            if getattr(opts.prompts, name):
+                yield f"--grid: cannot be used with --{name}; give one --prompt, or prompt= as an axis"
+        for name in ("n_iter", "images_per_prompt"):
+            if getattr(opts.prompts, name) > 1:
+                yield f"--grid: cannot be used with --{name}; give several seeds as an axis, as in seed=1,2,3"
+        if opts.networks.network_pre_calc:
+            yield "--grid: cannot be used with --network_pre_calc"
