@@ -66,7 +66,6 @@ class ControlNets:
     """Loaded ControlNets."""
 
     family: Family
-    control: ResidualControl
     models: Models
     nets: list[nn.Module]
     strengths: Sequence[float]
@@ -80,12 +79,14 @@ class ControlNets:
         """The prediction with the residuals of every ControlNet that acts now, where the batch has control images."""
         residuals = None
         if batch.control is not None:
+            control_role = self.family.control
+            assert isinstance(control_role, ResidualControl), "checked when they are loaded"
             controls = batch.control.chunk(len(self.nets), dim=1)
             for net, strength, share, control in zip(self.nets, self.strengths, self.shares, controls, strict=True):
                 if self.share_after > share or not strength:
                     continue
                 given = replace(batch, control=control)
-                own = self.control.residuals(self.models, net, noisy, timesteps, cond, given)
+                own = control_role.residuals(self.models, net, noisy, timesteps, cond, given)
                 if residuals is not None and len(own) != len(residuals):
                     raise UserError("--control_net_models: these have different numbers of blocks; give one at a time")
                 own = tuple(strength * residual for residual in own)
@@ -122,7 +123,6 @@ def load_control_nets(
             raise UserError(*(f"--control_net_models: {p}" for p in error.problems), hint=error.hint) from error
     return ControlNets(
         family,
-        family.control,
         models,
         nets,
         padded(options.control_net_multipliers, len(nets)),
