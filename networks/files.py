@@ -29,6 +29,7 @@ Entries = dict[str, dict[str, Tensor]]  # for each layer its tensors, by what st
 PREFIXES = ("lora", "oft", "lycoris")  # of layers' names, by who wrote the file and for which type
 # Other names of parts: a file may count text encoders in another way than the family does.
 _PARTS = {"denoiser": ("unet",), "te": ("te", "te1"), "te1": ("te1", "te"), "te2": ("te2",), "te3": ("te3", "te2")}
+_NORMS = {"diff": "w_norm", "diff_b": "b_norm"}  # ComfyUI's names for differences of norms, and LyCORIS'
 
 
 def names_of(target: LoraTarget) -> list[str]:
@@ -82,7 +83,9 @@ class NetworkFile:
                 entry = self.entries[name]
                 live = name not in (target.key, target.alias) and target.swap_halves
                 entry = swapped(entry) if live else entry
-                found[target.key] = _of_norm(entry) if target.norm else entry
+                if target.norm:
+                    entry = {_NORMS.get(tensor, tensor): value for tensor, value in entry.items()}
+                found[target.key] = entry
                 continue
             named = (filter(None, map(self.entries.get, names)) for names in names_of_pieces(target))
             pieces = [next(entries, None) for entries in named]
@@ -185,12 +188,6 @@ def _alphas(path: str | Path, entries: Entries) -> dict[str, float]:
         if isinstance(alpha, int | float):
             found[layer] = alpha * (len(entries[layer]["lora_down.weight"]) ** 0.5 if rslora else 1)
     return found
-
-
-def _of_norm(entry: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entry of a norm, whose differences have another name in ComfyUI's files than in LyCORIS'."""
-    names = {"diff": "w_norm", "diff_b": "b_norm"}
-    return {names.get(name, name): tensor for name, tensor in entry.items()}
 
 
 def _beginning(path: str) -> str:

@@ -227,11 +227,23 @@ class ThirdPartyNetwork(TrainableNetwork):
         found = {name: layer for name, layer in self.network.named_children() if name in entries}
         if not found:
             raise _nothing_fits(file, self.layers())
+        hint = "give the --network_args, --network_dim and --network_alpha of its training, or --dim_from_weights"
         for name, layer in found.items():
-            own = layer.state_dict()
-            _check_entry(file.path, self._names.public(name), own, entries[name])
+            own, entry = layer.state_dict(), entries[name]
+            where = f"{file.path}: {self._names.public(name)}"
+            if own.keys() - {"alpha"} != entry.keys() - {"alpha"}:
+                names = [", ".join(sorted(keys - {"alpha"})[:SHOWN]) for keys in (entry.keys(), own.keys())]
+                raise UserError(f"{where}: holds {names[0]}, the network has {names[1]}", hint=hint)
+            for key, value in entry.items():
+                if key in own and value.shape != own[key].shape:
+                    shapes = f"{tuple(value.shape)} does not fit {tuple(own[key].shape)}"
+                    raise UserError(f"{where}.{key}: shape {shapes}", hint=hint)
+            # A network's scale follows from the alpha that it was made with, not from the one it loads.
+            if "alpha" in own and "alpha" in entry and not math.isclose(own["alpha"], entry["alpha"], rel_tol=1e-2):
+                alphas = f"alpha is {float(entry['alpha']):g}, the network's {float(own['alpha']):g}"
+                raise UserError(f"{where}: {alphas}", hint=hint)
             # Some modules compute in the file's dtype while they load.
-            layer.load_state_dict({key: value.to(own[key]) for key, value in entries[name].items()}, strict=False)
+            layer.load_state_dict({key: value.to(own[key]) for key, value in entry.items()}, strict=False)
         return len(found)
 
     def holds(self, file: NetworkFile) -> bool:
@@ -249,21 +261,6 @@ class ThirdPartyNetwork(TrainableNetwork):
                 if mine.shape != theirs.shape or not torch.allclose(mine, theirs, rtol=1e-3, atol=1e-5):
                     return False
         return True
-
-
-def _check_entry(path: Path, layer: str, own: Mapping[str, Tensor], entry: Mapping[str, Tensor]) -> None:
-    hint = "give the --network_args, --network_dim and --network_alpha of its training, or --dim_from_weights"
-    if own.keys() - {"alpha"} != entry.keys() - {"alpha"}:
-        names = [", ".join(sorted(keys - {"alpha"})[:SHOWN]) for keys in (entry.keys(), own.keys())]
-        raise UserError(f"{path}: {layer}: holds {names[0]}, the network has {names[1]}", hint=hint)
-    for name, value in entry.items():
-        if name in own and value.shape != own[name].shape:
-            shapes = f"{tuple(value.shape)} does not fit {tuple(own[name].shape)}"
-            raise UserError(f"{path}: {layer}.{name}: shape {shapes}", hint=hint)
-    # A network's scale follows from the alpha that it was made with, not from the one it loads.
-    if "alpha" in own and "alpha" in entry and not math.isclose(own["alpha"], entry["alpha"], rel_tol=1e-2):
-        alphas = f"alpha is {float(entry['alpha']):g}, the network's {float(own['alpha']):g}"
-        raise UserError(f"{path}: {layer}: {alphas}", hint=hint)
 
 
 def _nothing_fits(file: NetworkFile, layers: Mapping[str, nn.Module]) -> UserError:

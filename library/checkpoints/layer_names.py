@@ -84,7 +84,10 @@ class PartNames:
         for name, rule, side in names:
             path = name.removesuffix(_PARAMETER).replace(".", "_")
             kind = _NUMBER.sub("#", _PLACEHOLDER.sub("0", path))
-            found.setdefault(kind, []).append((_pattern(path), rule, side))
+            # Every second piece is the word of a placeholder.
+            pieces = enumerate(_PLACEHOLDER.split(path))
+            pattern = "".join(f"(?P<{p}>{PLACEHOLDERS[p]})" if place % 2 else re.escape(p) for place, p in pieces)
+            found.setdefault(kind, []).append((re.compile(pattern), rule, side))
         return found
 
     def _found(self, rule: Rename | Fused, side: int, numbers: dict[str, str]) -> Found:
@@ -95,13 +98,3 @@ class PartNames:
         shares = rule.rows if isinstance(rule, Fused) and rule.rows else (1,) * len(modules)
         layer = Layer(self, named(rule.file), modules, shares, isinstance(rule, SwapHalves))
         return Found(layer, side if side >= 0 and len(modules) > 1 else None, side >= 0)
-
-
-def _pattern(path: str) -> re.Pattern[str]:
-    """A pattern for a path with placeholders, as key maps have them."""
-    pieces = _PLACEHOLDER.split(path)
-    text = "".join(
-        re.escape(piece) if place % 2 == 0 else f"(?P<{piece}>{PLACEHOLDERS[piece]})"
-        for place, piece in enumerate(pieces)
-    )
-    return re.compile(text)

@@ -86,7 +86,8 @@ def parse(text: str) -> BlockWeights:
     if len(numbers) not in LISTS:
         raise UserError(f"--lbws {text}: {len(numbers)} numbers; {FORM}")
     slots = zip(LISTS[len(numbers)], numbers, strict=True)
-    return BlockWeights(text, tuple(_slot(slot, float(weight)) for slot, weight in slots), is_list=True)
+    rules = (Rule(str(slot), lambda name, slot=slot: slot_of(name) == slot, float(weight)) for slot, weight in slots)
+    return BlockWeights(text, tuple(rules), is_list=True)
 
 
 def parse_all(texts: Sequence[str] | None, networks: int) -> list[BlockWeights | None]:
@@ -125,10 +126,6 @@ def slot_of(name: str) -> int | None:
     place = PER_LEVEL * level + (PER_LEVEL - 1 if kind.endswith("samplers") else layer)
     slot = FIRST_IN + 1 + place if way == "down" else FIRST_OUT + place
     return slot if slot < (MIDDLE if way == "down" else SLOTS) else None
-
-
-def _slot(slot: int, weight: float) -> Rule:
-    return Rule(str(slot), lambda name: slot_of(name) == slot, weight)
 
 
 def _named(part: str, text: str) -> Rule:

@@ -79,7 +79,12 @@ def interrogate(opts: Options) -> None:
     """
     own = opts.interrogate
     source = read_network(own.model)
-    models = _text_encoders(own)
+    name = family_of(own.base_model)
+    skip = [] if own.clip_skip is None else [f"--clip_skip={own.clip_skip}"]
+    arguments = [f"--pretrained_model_name_or_path={own.base_model}", *(["--v2"] if own.v2 else []), *skip]
+    model_opts = FAMILIES[name].complete_options(parse_options(groups_for(name, "network"), arguments))
+    LOGGER.info("loading %s", own.base_model)
+    models = FAMILIES[name].adapter(model_opts).loader.load(texts_only=True)
     file = NetworkFile(source.path, source.entries)
     found = False
     for part, encoder in models.text_encoders.items():
@@ -100,16 +105,6 @@ def interrogate(opts: Options) -> None:
             show(f"[{place:3d}] {token:5d} {models.tokenizers[part].convert_ids_to_tokens(token):<20} {size:.5f}")
     if not found:
         raise UserError(f"{own.model}: adapts no text encoder, so that there is nothing to ask")
-
-
-def _text_encoders(own: Any) -> Models:
-    """The model, of which only text encoders are needed."""
-    name = family_of(own.base_model)
-    skip = [] if own.clip_skip is None else [f"--clip_skip={own.clip_skip}"]
-    arguments = [f"--pretrained_model_name_or_path={own.base_model}", *(["--v2"] if own.v2 else []), *skip]
-    opts = FAMILIES[name].complete_options(parse_options(groups_for(name, "network"), arguments))
-    LOGGER.info("loading %s", own.base_model)
-    return FAMILIES[name].adapter(opts).loader.load(texts_only=True)
 
 
 def _words(tokenizer: Any) -> list[list[int]]:

@@ -98,7 +98,7 @@ def require_same_kind(models: Sequence[WeightFile]) -> None:
             raise UserError(f"{model.path}: shares no tensor's name with {first.path}; {_GIVE}")
         for key in shared:
             ours, theirs = first.shape(key), model.shape(key)
-            if ours != theirs and not _same_but_for_ones(ours, theirs):
+            if prod(ours) != prod(theirs) or ours[:2] != theirs[:2]:  # 1x1 convolutions may be stored flat
                 raise UserError(f"{model.path}: {key} has shape {theirs}, in {first.path} {ours}; {_GIVE}")
 
 
@@ -116,8 +116,3 @@ def report_differences(models: Sequence[WeightFile], summed: set[str], *, named:
             if keys:
                 names = ", ".join(keys) if named else first_few(keys, 3)
                 LOGGER.warning("%s: %d tensors %s: %s", model.path, len(keys), what, names)
-
-
-def _same_but_for_ones(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
-    """Whether two shapes are of one weight: 1x1 convolutions may be stored flat."""
-    return prod(first) == prod(second) and first[:2] == second[:2]

@@ -92,11 +92,20 @@ class ModelFolder:
         return weight_shape(self._models, target)
 
     def weight(self, target: LoraTarget) -> Tensor:
-        """Float32: rows over all modules of the layer, in the order of network files."""
+        """Float32: rows over all modules of the layer, in the order of network files.
+
+        Raises: UserError: the folder lacks one of them.
+        """
         if target.part not in self._files:
             self._files[target.part] = WeightFile(self.path / self._folders[target.part])
         file = self._files[target.part]
-        rows = [file.read(_stored(file, f"{module}.weight"), torch.float32) for module in target.modules]
+        rows = []
+        for name in (f"{module}.weight" for module in target.modules):
+            names = (name, _LEVEL + name, name.removeprefix(_LEVEL))
+            stored = next((known for known in names if known in file.weights), None)
+            if stored is None:
+                raise UserError(f"{file.path}: lacks the tensor {name}")
+            rows.append(file.read(stored, torch.float32))
         whole = rows[0] if len(rows) == 1 else torch.cat(rows)
         return whole.roll(len(whole) // 2, 0) if target.swap_halves else whole
 
@@ -116,11 +125,3 @@ class ModelFolder:
             raise UserError(f"{self.path / folder}: a {names[0]} is not known here as a text encoder")
         model = getattr(transformers, names[0])
         return meta_model(lambda: model(model.config_class.from_dict(config)))
-
-
-def _stored(file: WeightFile, name: str) -> str:
-    """The name under which a file has a tensor of a live model. Raises: UserError: it has none."""
-    for known in (name, _LEVEL + name, name.removeprefix(_LEVEL)):
-        if known in file.weights:
-            return known
-    raise UserError(f"{file.path}: lacks the tensor {name}")

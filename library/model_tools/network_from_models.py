@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,7 +86,8 @@ def extract(opts: Options) -> None:
     entries = extracted(pair, own)
     _report_others(pair, entries)
     metadata = _metadata(path, pair, entries, own)
-    write_network(path, _flat(entries), metadata, dtype_of(own.save_precision or "float"))
+    tensors = {f"{layer}.{name}": tensor for layer, entry in entries.items() for name, tensor in entry.items()}
+    write_network(path, tensors, metadata, dtype_of(own.save_precision or "float"))
     LOGGER.info("wrote %s: %d layers", path, len(entries))
 
 
@@ -116,10 +117,11 @@ def extracted(pair: Pair, own: ExtractOptions) -> Entries:
     """
     ranks = {target.key: rank for target in pair.original.targets if (rank := rank_of(pair, target, own))}
     targets = [target for target in pair.original.targets if target.key in ranks]
-    same = [part for part in pair.parts if part != "denoiser" and not _differs(pair, targets, part, own.least_change)]
-    for part in same:
-        LOGGER.info("text encoder %s: no weight differs by more than %g; left out", part, own.least_change)
-    targets = [target for target in targets if target.part not in same]
+    for part in pair.parts:
+        changes = (pair.change(target) for target in targets if target.part == part)
+        if part != "denoiser" and not any((change.abs() > own.least_change).any() for change in changes):
+            LOGGER.info("text encoder %s: no weight differs by more than %g; left out", part, own.least_change)
+            targets = [target for target in targets if target.part != part]
     decompose = low_rank.exact_svd if own.exact else low_rank.truncated_svd
     is_lokr = own.type == "lokr"
     make = partial(lokr_entry, factor=own.factor) if is_lokr else partial(lora_entry, clamp=own.clamp_quantile)
@@ -157,11 +159,6 @@ def rank_of(pair: Pair, target: LoraTarget, own: ExtractOptions) -> int:
     kernel = isinstance(module, nn.Conv2d) and tuple(module.kernel_size) != (1, 1)
     shape = pair.original.shape(target)
     return min(own.rank_of_kernels if kernel else own.dim, shape[0], math.prod(shape[1:]))
-
-
-def _differs(pair: Pair, targets: Sequence[LoraTarget], part: str, least: float) -> bool:
-    """Whether any weight of a part differs by more than `least`."""
-    return any(bool((pair.change(target).abs() > least).any()) for target in targets if target.part == part)
 
 
 def _size(pair: Pair, target: LoraTarget) -> int:
@@ -211,20 +208,16 @@ def _report_others(pair: Pair, entries: Entries) -> None:
     inside = {name for file in files for target in file.targets if target.key in entries for name in file.names(target)}
     known = inside | set(filter(is_scale, pair.original.weights))
     shared = [key for key in pair.original.weights if key in pair.tuned.weights and key not in known]
-    others = [key for key in shared if not _equal(*(file.weights[key] for file in files))]
+    others = []
+    for key in shared:
+        first, second = (file.weights[key] for file in files)
+        if first.dtype != second.dtype:
+            first, second = first.float(), second.float()
+        if not torch.equal(first, second):
+            others.append(key)
     if others:
         what = "%d other tensors differ, which the network does not hold (such as %s)"
         LOGGER.info(what, len(others), others[0])
-
-
-def _equal(first: Tensor, second: Tensor) -> bool:
-    if first.dtype != second.dtype:
-        first, second = first.float(), second.float()
-    return torch.equal(first, second)
-
-
-def _flat(entries: Entries) -> dict[str, Tensor]:
-    return {f"{layer}.{name}": tensor for layer, entry in entries.items() for name, tensor in entry.items()}
 
 
 def _metadata(path: Path, pair: Pair, entries: Entries, own: ExtractOptions) -> dict[str, str]:
@@ -233,7 +226,11 @@ def _metadata(path: Path, pair: Pair, entries: Entries, own: ExtractOptions) -> 
         metadata["modelspec.prediction_type"] = "v"
     metadata["ss_network_module"] = "networks.lokr" if own.type == "lokr" else own.NETWORK
     metadata |= {"ss_network_dim": str(own.dim), "ss_network_alpha": str(float(own.dim)), **rank_metadata(entries)}
-    arguments = dict(_network_arguments(own))
+    arguments = {}
+    if own.rank_of_kernels:
+        arguments |= {"conv_dim": str(own.rank_of_kernels), "conv_alpha": str(float(own.rank_of_kernels))}
+    if own.type == "lokr":
+        arguments["factor"] = str(own.factor)
     if arguments:
         metadata["ss_network_args"] = json.dumps(arguments)
     files = [pair.original.path, pair.tuned.path]
@@ -242,10 +239,3 @@ def _metadata(path: Path, pair: Pair, entries: Entries, own: ExtractOptions) -> 
     architecture = f"{metadata['modelspec.architecture']}/lora"
     metadata |= modelspec(path, metadata, {"architecture": architecture})
     return minimal(metadata) if own.no_metadata else metadata
-
-
-def _network_arguments(own: ExtractOptions) -> Iterator[tuple[str, str]]:
-    if own.rank_of_kernels:
-        yield from (("conv_dim", str(own.rank_of_kernels)), ("conv_alpha", str(float(own.rank_of_kernels))))
-    if own.type == "lokr":
-        yield "factor", str(own.factor)

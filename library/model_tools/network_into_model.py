@@ -77,7 +77,18 @@ def merge(opts: Options) -> None:
     ratios = own.ratios or [1.0] * len(paths)
     weights = parse_all(own.lbws, len(paths))
     if not models:
-        _merge_networks(own, paths, ratios, weights)
+        merge_networks(
+            paths,
+            ratios,
+            str(own.save_to),
+            weights=weights,
+            concat=own.concat,
+            shuffle=own.shuffle,
+            legacy_ratio=own.legacy_ratio,
+            precision=own.precision,
+            save_precision=own.save_precision,
+            no_metadata=own.no_metadata,
+        )
         return
     inputs = [*paths, *(model.path for model in models)]
     for model in models:
@@ -91,23 +102,6 @@ def merge(opts: Options) -> None:
         LOGGER.info("%s: %d layers change", model.path, len({key for key, _ in edits}))
         metadata = {} if own.no_metadata else _metadata(Path(model.save_to), file, networks)
         _write(Path(model.save_to), file, file.with_edits(edits, dtype_of(own.save_precision)), metadata)
-
-
-def _merge_networks(
-    own: MergeOptions, paths: Sequence[str], ratios: Sequence[float], weights: Sequence[BlockWeights | None]
-) -> None:
-    merge_networks(
-        paths,
-        ratios,
-        str(own.save_to),
-        weights=weights,
-        concat=own.concat,
-        shuffle=own.shuffle,
-        legacy_ratio=own.legacy_ratio,
-        precision=own.precision,
-        save_precision=own.save_precision,
-        no_metadata=own.no_metadata,
-    )
 
 
 # ---- which layer changes by what
@@ -135,8 +129,11 @@ def shares_by_layer(
             network.weights.check(matching)
         for key, entry in matching.items():
             share = Share(entry, network.factor(key))
-            with named(f"{path}: {key}"):
-                _check(*places[key], share)
+            file, target = places[key]
+            with named(f"{path}: {key}"):  # on the meta device nothing is computed
+                _, bias = share.change(torch.empty(file.shape(target), device="meta"))
+                if bias is not None and not file.has(target, "bias"):
+                    raise UserError("changes a bias, and the model has none there")
             if share.factor:
                 shares.setdefault(key, []).append(share)
     return shares
@@ -159,13 +156,6 @@ def _report_unused(path: Path, layers: Iterable[str], known: set[str], given: Se
     hint = "; to merge them, too, give the model's other files" if elsewhere else ""
     what = "%s: %d of its %d layers have no place in what is given, the first is %s%s"
     LOGGER.warning(what, path, len(unused), len(layers), unused[0], hint)
-
-
-def _check(file: ModelFile, target: LoraTarget, share: Share) -> None:
-    """Raises: UserError: a share does not fit its layer. All is on the meta device, so that nothing is computed."""
-    _, bias = share.change(torch.empty(file.shape(target), device="meta"))
-    if bias is not None and not file.has(target, "bias"):
-        raise UserError("changes a bias, and the model has none there")
 
 
 def edits_of(

@@ -62,6 +62,7 @@ class Share:
 
     @property
     def is_sum(self) -> bool:
+        """Whether its tensors are the change itself, so that they can be added to others."""
         return type_of(self.entry) in (FULL, NORM)
 
     @cached_property
@@ -107,7 +108,8 @@ def merge_networks(
     Args:
         weights: `--lbws`, for each file.
         concat: ranks side by side: exact.
-        shuffle: mixes the order of the ranks, by which nothing changes but what a later cut at a rank would keep.
+        shuffle: mixes the order of the ranks, the same way in every run. Nothing changes but what a later cut at a
+            rank would keep.
         legacy_ratio: strengths as sd-scripts up to 0.10 has them, see `_legacy`.
         precision: of what is read; sums are float32.
         save_precision: of the file; None: `precision`.
@@ -120,7 +122,10 @@ def merge_networks(
     combine = partial(_legacy, concat=concat) if legacy_ratio else partial(_combined, concat=concat)
     entries = merged(sources, ratios, weights, combine, dtype_of(precision))
     if shuffle:
-        entries = {layer: _shuffled(entry) for layer, entry in entries.items()}
+        for layer, entry in entries.items():
+            if DOWN in entry and MID not in entry:  # other types stay as they are
+                order = torch.randperm(len(entry[DOWN]), generator=torch.Generator().manual_seed(SHUFFLE_SEED))
+                entries[layer] = {**entry, DOWN: entry[DOWN][order], UP: entry[UP][:, order]}
     made = recipe(way, models, ratios, weights)
     metadata = merged_metadata(sources, entries, made, save_to, no_metadata=no_metadata)
     write_network(save_to, in_own_names(entries, sources), metadata, dtype_of(save_precision or precision))
@@ -171,38 +176,37 @@ def merged(
 
     Raises: UserError: layers that cannot be added up.
     """
-    shares = shares_by_layer([_rounded(source, dtype) for source in sources], ratios, weights)
+    shares = shares_by_layer(sources, ratios, weights)
     entries: Entries = {}
     with progress(len(shares), "merging", " layers") as bar:
         for layer, own in shares.items():
+            if dtype != torch.float32:
+                rounded = ({name: tensor.to(dtype) for name, tensor in share.entry.items()} for share in own)
+                own = [replace(share, entry=entry) for share, entry in zip(own, rounded, strict=True)]
             with named(layer):
-                entries[layer] = _summed(own) if all(share.is_sum for share in own) else combine(own)
+                if all(share.is_sum for share in own):
+                    entries[layer] = {}
+                    for name in dict.fromkeys(name for share in own for name in share.entry):
+                        changes = [share.entry[name].float() * share.factor for share in own if name in share.entry]
+                        entries[layer][name] = sum(changes)
+                else:
+                    entries[layer] = combine(own)
             bar.update()
     return entries
-
-
-def _rounded(source: Source, dtype: torch.dtype) -> Source:
-    if dtype == torch.float32:
-        return source
-    entries = {
-        layer: {name: tensor.to(dtype) for name, tensor in entry.items()} for layer, entry in source.entries.items()
-    }
-    return replace(source, entries=entries)
-
-
-def _summed(shares: Sequence[Share]) -> dict[str, Tensor]:
-    """Tensors that are the change itself, added up."""
-    names = {name: tensor for share in shares for name, tensor in share.entry.items()}
-    return {
-        name: sum(share.entry[name].float() * share.factor for share in shares if name in share.entry) for name in names
-    }
 
 
 def _combined(shares: Sequence[Share], *, concat: bool) -> dict[str, Tensor]:
     if len(shares) == 1:
         return _scaled(shares[0])
     require_products(shares)
-    return _concatenated(shares) if concat else approximated(shares, max(share.rank for share in shares))
+    if not concat:
+        return approximated(shares, max(share.rank for share in shares))
+    # Ranks side by side. Alpha / rank is that of the first file, whose matrices stay as they are at a ratio of 1.
+    scale = scale_of(shares[0].entry)
+    up, down = low_rank.side_by_side([share.product(over=scale) for share in shares])
+    alpha = torch.tensor(scale * len(down))
+    up, down = low_rank.restored(up, down, shares[0].shape)
+    return {UP: up, DOWN: down, ALPHA: alpha}
 
 
 def require_products(shares: Sequence[Share]) -> None:
@@ -230,15 +234,6 @@ def approximated(
     found = low_rank.svd_of_sum([share.product(device) for share in shares])
     up, down = low_rank.restored(*low_rank.clamped(*found.factors(rank), clamp), shares[0].shape)
     return {UP: up.cpu(), DOWN: down.cpu(), ALPHA: torch.tensor(float(rank))}
-
-
-def _concatenated(shares: Sequence[Share]) -> dict[str, Tensor]:
-    """Ranks side by side. Alpha / rank is that of the first file, whose matrices stay as they are at a ratio of 1."""
-    scale = scale_of(shares[0].entry)
-    up, down = low_rank.side_by_side([share.product(over=scale) for share in shares])
-    rank = len(down)
-    up, down = low_rank.restored(up, down, shares[0].shape)
-    return {UP: up, DOWN: down, ALPHA: torch.tensor(scale * rank)}
 
 
 def _legacy(shares: Sequence[Share], *, concat: bool) -> dict[str, Tensor]:
@@ -275,11 +270,3 @@ def _scaled(share: Share) -> dict[str, Tensor]:
             hint="merge it into a model instead: give the model too",
         )
     return {**entry, linear: entry[linear].float() * factor}
-
-
-def _shuffled(entry: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """LoRA with its ranks in another order, the same in every run; other types as they are."""
-    if DOWN not in entry or MID in entry:
-        return dict(entry)
-    order = torch.randperm(len(entry[DOWN]), generator=torch.Generator().manual_seed(SHUFFLE_SEED))
-    return {**entry, DOWN: entry[DOWN][order], UP: entry[UP][:, order]}

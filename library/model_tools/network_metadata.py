@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -54,7 +54,13 @@ def merged_metadata(
         path: the new file.
         no_metadata: only type, base model, modelspec and hashes.
     """
-    shared = _shared([source.metadata for source in sources])
+    shared = {}  # what the files say alike; files that say nothing agree with all
+    for key in _SHARED:
+        values = {source.metadata[key] for source in sources if key in source.metadata}
+        if len(values) == 1:
+            shared[key] = values.pop()
+        elif len(values) > 1 and key in _BASE_MODEL:
+            LOGGER.warning("the files were made for different base models: %s %s", key, ", ".join(sorted(values)))
     titles = ", ".join(source.metadata.get("modelspec.title") or source.path.stem for source in sources)
     metadata = {key: value for key, value in shared.items() if key.startswith("ss_")}
     metadata |= {"ss_network_module": "networks.lora", **rank_metadata(entries), RECIPE: made}
@@ -82,15 +88,3 @@ def rank_metadata(entries: Entries) -> dict[str, str]:
 def is_plain(down: Tensor) -> bool:
     """Whether a down matrix is one of a linear layer or of a 1x1 convolution."""
     return down.dim() == 2 or tuple(down.shape[2:]) == (1, 1)
-
-
-def _shared(all_metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """What the files say alike; files that say nothing agree with all. A base model that differs is warned about."""
-    shared = {}
-    for key in _SHARED:
-        values = {metadata[key] for metadata in all_metadata if key in metadata}
-        if len(values) == 1:
-            shared[key] = values.pop()
-        elif len(values) > 1 and key in _BASE_MODEL:
-            LOGGER.warning("the files were made for different base models: %s %s", key, ", ".join(sorted(values)))
-    return shared

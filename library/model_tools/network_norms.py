@@ -47,7 +47,13 @@ def change_norm(entry: Mapping[str, Tensor]) -> float | None:
         first, second = pair(wide)
         return abs(_change_layer(entry).scale_of(wide)) * float(first.norm() * second.norm())
     if kind == LOHA:
-        return abs(_change_layer(entry).scale_of(wide)) * _hadamard_norm(wide)
+        layer = _change_layer(entry)
+        a1, b1, a2, b2 = (wide[f"hada_w{half}_{side}"] for half in "12" for side in "ab")
+        if "hada_t1" in wide or b1.shape[0] * b2.shape[0] * b2.shape[0] > b1.shape[1]:
+            return abs(layer.scale_of(wide)) * float(layer.product(wide).norm())
+        left = (a1[:, :, None] * a2[:, None, :]).flatten(1)
+        right = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
+        return abs(layer.scale_of(wide)) * product_norm(left, right)
     return None
 
 
@@ -70,15 +76,6 @@ def require_shape(entry: Mapping[str, Tensor], shape: torch.Size) -> None:
 def product_norm(left: Tensor, right: Tensor) -> float:
     """The norm of ``left @ right``, (a, r) and (r, b), by two r x r products."""
     return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt())
-
-
-def _hadamard_norm(entry: Mapping[str, Tensor]) -> float:
-    a1, b1, a2, b2 = (entry[f"hada_w{half}_{side}"] for half in "12" for side in "ab")
-    if "hada_t1" in entry or b1.shape[0] * b2.shape[0] * b2.shape[0] > b1.shape[1]:
-        return float(_change_layer(entry).product(entry).norm())
-    left = (a1[:, :, None] * a2[:, None, :]).flatten(1)
-    right = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
-    return product_norm(left, right)
 
 
 def _layer(entry: Mapping[str, Tensor]) -> type[AdapterLayer]:

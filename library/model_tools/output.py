@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,6 @@ from library.runtime.files import reason
 from library.runtime.logs import LOGGER, progress
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     FileTensors = Mapping[str, Tensor | Deferred]
@@ -52,7 +52,7 @@ def write_tensors(path: Path, tensors: FileTensors, metadata: Mapping[str, str],
 
     Raises: UserError: there is no room for it, the disk refuses it, or a tensor holds NaN or infinite values.
     """
-    sizes = {name: _size(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    sizes = {name: tensor.dtype.itemsize * prod(tensor.shape) for name, tensor in tensors.items()}
     total = sum(sizes.values())
     require_room(path, total)
     with progress(total, desc, unit="B", unit_scale=True) as bar:
@@ -94,10 +94,3 @@ def require_finite(name: str, tensor: Tensor) -> None:
             f"{name}: {count:,} of {tensor.numel():,} values are NaN or infinite in {kind}; the file that it comes "
             "from is broken, or its values are too large for this precision"
         )
-
-
-def _size(dtype: torch.dtype, shape: Iterable[int]) -> int:
-    size = dtype.itemsize
-    for side in shape:
-        size *= side
-    return size

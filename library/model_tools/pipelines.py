@@ -31,8 +31,6 @@ from networks.files import names_in_files, read
 from networks.targets import live_modules
 
 if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
     from library.types import LoraTarget
     from networks.files import NetworkFile
     from networks.network import Network
@@ -48,7 +46,12 @@ class AttachedNetwork:
         self.layers = len(network.layers())
         self.unused = unused  # layers of the file that have no place in the pipeline
         self._network = network
-        self._moving = _follow_inputs(network, models)
+        # Each layer goes where its input is, in its precision: pipelines are moved, and offloaded part by part.
+        self._moving = [
+            module.register_forward_pre_hook(partial(_move, layer))
+            for key, layer in network.layers().items()
+            for module in live_modules(models, network.targets[key])
+        ]
         network.requires_grad_(False).eval()
         network.attach(models)
         self.multiplier = multiplier
@@ -126,15 +129,6 @@ def _require_fit(file: NetworkFile, targets: list[LoraTarget]) -> list[str]:
         count = len(unused)
         LOGGER.warning("%s: %d layers have no place in the pipeline: %s", file.path, count, first_few(unused))
     return unused
-
-
-def _follow_inputs(network: Network, models: Models) -> list[RemovableHandle]:
-    """Each layer goes where its input is, in its precision: pipelines are moved, and offloaded part by part."""
-    handles = []
-    for key, layer in network.layers().items():
-        for module in live_modules(models, network.targets[key]):
-            handles.append(module.register_forward_pre_hook(partial(_move, layer)))
-    return handles
 
 
 def _move(layer: nn.Module, _module: nn.Module, args: tuple[Any, ...]) -> None:

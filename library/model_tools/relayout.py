@@ -26,19 +26,15 @@ def relaid(
         dtype: of all floating tensors; None: as stored.
         device: where they are converted.
     """
+    import torch
+
     tensors: dict[str, Tensor | Deferred] = {}
     for entry in entries:
         stored = file.dtype(entry.models[0])
         kept = dtype if dtype is not None and stored.is_floating_point else stored
-        tensors[entry.file] = Deferred(kept, _shape(file, entry), partial(_make, file, entry, kept, device))
+        shape = entry.rule.join([torch.empty(file.shape(name), device="meta") for name in entry.models]).shape
+        tensors[entry.file] = Deferred(kept, tuple(shape), partial(_make, file, entry, kept, device))
     return tensors
-
-
-def _shape(file: WeightFile, entry: Entry) -> tuple[int, ...]:
-    import torch
-
-    parts = [torch.empty(file.shape(name), device="meta") for name in entry.models]
-    return tuple(entry.rule.join(parts).shape)
 
 
 def _make(file: WeightFile, entry: Entry, dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -156,19 +156,14 @@ def _metadata(metadata: Mapping[str, str], old: Entries, new: Entries, own: Resi
         "ss_training_comment": what + (f"; {comment}" if comment not in (None, "None") else ""),
     }
     found.pop(ADAPTER_METADATA, None)  # it has the old ranks; the scale is in the matrices now
-    arguments = _json(found.get("ss_network_args"))
-    if arguments and "conv_dim" in arguments:
+    try:
+        arguments = json.loads(found.get("ss_network_args") or "{}")
+    except ValueError:
+        arguments = None
+    if isinstance(arguments, dict) and "conv_dim" in arguments:
         kernels = {name: entry for name, entry in new.items() if DOWN in entry and not is_plain(entry[DOWN])}
         if kernels:
             values = rank_metadata(kernels)
             arguments |= {"conv_dim": values["ss_network_dim"], "conv_alpha": values["ss_network_alpha"]}
             found["ss_network_args"] = json.dumps(arguments)
     return found
-
-
-def _json(text: str | None) -> dict[str, str]:
-    try:
-        found = json.loads(text or "{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -117,7 +117,9 @@ def verify(path: str | Path, model: str | None = None, encoders: Mapping[str, st
         return report
     report.in_file = len(file.entries)
     report.layout = layout_of(names_in_file(path))
-    _find_broken(file, report)
+    broken = [name for name, tensor in file.flat().items() if not tensor.double().isfinite().all()]
+    if broken:
+        report.errors.append(f"{file.path}: {len(broken)} tensors hold NaN or infinite values: {first_few(broken)}")
     if sources:
         report.model = model
         report.family = sources[0].family
@@ -128,7 +130,11 @@ def verify(path: str | Path, model: str | None = None, encoders: Mapping[str, st
         _measure_alone(file, found[1] if found else (), report)
     if not report.errors:
         _find_suspicious(report)
-    _find_readers(report)
+    if report.family is not None:
+        for program in PROGRAMS:
+            facts = ((one.part, one.type, one.block != OUTSIDE) for one in report.layers)
+            why = [program.unread(report.family, report.layout, *each) for each in facts]
+            report.programs[program.name] = (why.count(None), Counter(reason for reason in why if reason is not None))
     return report
 
 
@@ -242,12 +248,6 @@ def names_in_file(path: str | Path) -> list[str]:
     return list(read_state_dict(path) if names is None else names)
 
 
-def _find_broken(file: NetworkFile, report: Report) -> None:
-    broken = [name for name, tensor in file.flat().items() if not tensor.double().isfinite().all()]
-    if broken:
-        report.errors.append(f"{file.path}: {len(broken)} tensors hold NaN or infinite values: {first_few(broken)}")
-
-
 def _find_suspicious(report: Report) -> None:
     """Layers that do nothing, have no place, or change much more than the others of their part."""
     path, measured = report.path, [layer for layer in report.layers if layer.change is not None]
@@ -283,17 +283,6 @@ def _find_suspicious(report: Report) -> None:
             f"{path}: its change is {whole.relative:.1f} times as large as the weights; use a small multiplier, or "
             "look at its alpha"
         )
-
-
-def _find_readers(report: Report) -> None:
-    if report.family is None:
-        return
-    for program in PROGRAMS:
-        why = [
-            program.unread(report.family, report.layout, one.part, one.type, one.block != OUTSIDE)
-            for one in report.layers
-        ]
-        report.programs[program.name] = (why.count(None), Counter(reason for reason in why if reason is not None))
 
 
 def _together(norms: Iterator[float | None]) -> float | None:

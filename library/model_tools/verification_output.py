@@ -6,13 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.families.registry import FAMILIES
 from library.model_tools.output import require_output
-from library.model_tools.verification import Block, Layer, Report, verify
+from library.model_tools.verification import Block, Report, verify
 from library.options.base import Options
 from library.options.logging import ConsoleOptions
 from library.options.model_files import VerifyOptions
@@ -50,7 +51,9 @@ def verify_file(opts: Options) -> None:
     if chosen.json is not None:
         _write(chosen.json, json.dumps(as_json(report), indent=2).encode())
     if chosen.plot is not None and report.layers:
-        _write_image(chosen.plot, drawn(report))
+        stream = BytesIO()
+        drawn(report).save(stream, format="PNG")
+        _write(chosen.plot, stream.getvalue())
     if report.status:
         raise SystemExit(report.status)
 
@@ -65,8 +68,12 @@ def text_lines(report: Report, *, layers: bool = False) -> Iterator[str]:
         "type": _counted(layer.type for layer in report.layers),
         "layout": report.layout or "mixed or not known",
         "model": FAMILIES[report.family].traits.label if report.family else "not known",
-        **{part: _part_line([one for one in report.layers if one.part == part]) for part in _parts(report)},
     }
+    for part in _parts(report):
+        own = [layer for layer in report.layers if layer.part == part]
+        ranks = _counted(layer.rank for layer in own if layer.rank is not None) or "-"
+        alphas = _counted(f"{layer.alpha:g}" for layer in own if layer.alpha is not None)
+        facts[part] = f"{len(own)} layers, rank {ranks}, alpha {alphas or 'none, which means the rank'}"
     if report.layers:
         for name, text in facts.items():
             yield f"  {name:<8} {text}"
@@ -74,10 +81,15 @@ def text_lines(report: Report, *, layers: bool = False) -> Iterator[str]:
         if where:
             yield f"  matched  {report.in_file - len(report.unmatched)} of {report.in_file} layers in {where}"
         for program, (read, reasons) in report.programs.items():
-            yield f"  {program:<14} {_reader_text(read, reasons, len(report.layers))}"
+            counts = [f"{count} it {reason}" for reason, count in reasons.items()]
+            why = ", ".join(counts if len(counts) > 1 else [f"it {reason}" for reason in reasons])
+            shown = f"{read or 'none'} of {len(report.layers)} layers: {why}" if why else f"all {read} layers"
+            yield f"  {program:<14} reads {shown}"
         yield from _table(report.blocks())
-    if layers:
-        yield from (_layer_line(layer) for layer in report.layers)
+    for layer in report.layers if layers else ():
+        change = "-" if layer.change is None else f"{layer.change:.3g}"
+        share = "" if layer.relative is None else f" ({layer.relative:.3g} of the weight)"
+        yield f"  {layer.name}: {layer.type}, rank {layer.rank or '-'}, change {change}{share}"
     yield from (f"not usable: {problem}" for problem in report.errors)
     yield from (f"warning: {problem}" for problem in report.warnings)
     yield ("usable", "usable, with warnings", "not usable")[report.status]
@@ -85,20 +97,6 @@ def text_lines(report: Report, *, layers: bool = False) -> Iterator[str]:
 
 def _parts(report: Report) -> list[str]:
     return list(dict.fromkeys(layer.part for layer in report.layers))
-
-
-def _reader_text(read: int, reasons: Counter[str], layers: int) -> str:
-    if read == layers:
-        return f"reads all {layers} layers"
-    counts = reasons.items() if len(reasons) > 1 else [(next(iter(reasons)), "")]
-    why = ", ".join(f"{count} it {reason}".strip() for reason, count in counts)
-    return f"reads {read or 'none'} of {layers} layers: {why}"
-
-
-def _part_line(layers: list[Layer]) -> str:
-    ranks = _counted(one.rank for one in layers if one.rank is not None)
-    alphas = _counted(f"{one.alpha:g}" for one in layers if one.alpha is not None)
-    return f"{len(layers)} layers, rank {ranks or '-'}, alpha {alphas or 'none, which means the rank'}"
 
 
 def _counted(values: Iterable[Any]) -> str:
@@ -125,12 +123,6 @@ def measure(relative: bool) -> str:
 
 def _value(block: Block, relative: bool) -> float | None:
     return block.relative if relative else block.change
-
-
-def _layer_line(layer: Layer) -> str:
-    change = "-" if layer.change is None else f"{layer.change:.3g}"
-    share = "" if layer.relative is None else f" ({layer.relative:.3g} of the weight)"
-    return f"  {layer.name}: {layer.type}, rank {layer.rank or '-'}, change {change}{share}"
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -190,14 +182,6 @@ def drawn(report: Report) -> Image:
         shown = "not known" if value is None else f"{value:.3g}"
         write(pen, left + width + 8, top, shown, _LETTERS, _QUIET)
     return image
-
-
-def _write_image(path: str, image: Image) -> None:
-    from io import BytesIO
-
-    stream = BytesIO()
-    image.save(stream, format="PNG")
-    _write(path, stream.getvalue())
 
 
 def _write(path: str, content: bytes) -> None:

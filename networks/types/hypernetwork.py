@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,13 @@ class ContextNetwork(nn.Module):
 
     def __init__(self, width: int, args: HypernetworkArgs):
         super().__init__()
-        self.linear = nn.Sequential(*(_stage(args, *stage) for stage in args.stages(width)))
+        stages: list[nn.Module] = []
+        for kind, inner, outer in args.stages(width):
+            if kind == "linear":  # drawing must not touch the global random stream
+                stages.append(nn.utils.skip_init(nn.Linear, inner, outer))
+            else:
+                stages.append(nn.LayerNorm(outer) if kind == "norm" else _ACTIVATION_CLASSES[args.activation]())
+        self.linear = nn.Sequential(*stages)
         self.dropout = args.dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,12 +90,6 @@ class ContextNetwork(nn.Module):
                 parameter.copy_(tensors[name])
 
 
-def _stage(args: HypernetworkArgs, kind: str, inner: int, outer: int) -> nn.Module:
-    if kind == "linear":
-        return nn.utils.skip_init(nn.Linear, inner, outer)  # drawing must not touch the global random stream
-    return nn.LayerNorm(outer) if kind == "norm" else _ACTIVATION_CLASSES[args.activation]()
-
-
 def _shown(shapes: list[dict[str, tuple[int, ...]]]) -> str:
     return ", ".join("x".join(map(str, layer.get("weight", ()))) for layer in shapes) or "no kind"
 
@@ -107,7 +107,7 @@ class Hypernetwork(TrainableNetwork):
         for width, pair in self.layers().items():
             for network, projections in zip(pair, self._places[int(width)], strict=True):
                 for projection in projections:
-                    projection.register_forward_pre_hook(_before(network))
+                    projection.register_forward_pre_hook(lambda _, args, net=network: (net(args[0]), *args[1:]))
 
     def layers(self) -> dict[str, nn.ModuleList]:
         return dict(self.named_children())
@@ -147,10 +147,6 @@ class Hypernetwork(TrainableNetwork):
             "weight_initialization": "Normal",
         }
         return file_content(tensors, facts, name, metadata)
-
-
-def _before(network: ContextNetwork) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    return lambda _projection, args: (network(args[0]), *args[1:])
 
 
 @dataclass(frozen=True)

@@ -67,11 +67,20 @@ class FluxControl(ResidualControl):
         return self._masked(with_copies(partial(FluxControlNetModel, **config), models.denoiser))
 
     def load(self, models: Models, name: str) -> nn.Module:
+        import torch
         from diffusers import FluxControlNetModel
 
         if Path(name).is_file():
             with error_prefix(name):
-                net = _from_file(name)
+                weights = open_weights(name)
+                shape = flux_shape(weights.shapes)
+                last = f"{shape.prefix}{HINT}.{'conv_out' if shape.diffusers else 2 * HINT_STEPS + 2}.weight"
+                if last not in weights:
+                    raise UserError(_READS_LATENTS)
+                tensors = {key.removeprefix(shape.prefix): weights[key].to(torch.float32) for key in weights}
+                keys = SAME_NAMES if shape.diffusers else CONTROL_MAP
+                config = {**shape.diffusers_config(), **_hint_config(weights.shapes[last][0], shape.in_channels)}
+                net = build(partial(FluxControlNetModel, **config), keys.to_model(tensors), "the ControlNet")
         else:
             net = from_pretrained(FluxControlNetModel, name, None)
             if net.input_hint_block is None:
@@ -119,18 +128,3 @@ class FluxControl(ResidualControl):
 def _hint_config(channels: int, in_channels: int) -> dict[str, int]:
     """The arguments that say how the control image is read. Args: in_channels: of a token."""
     return {"conditioning_embedding_channels": channels, "patch_size": math.isqrt(in_channels // channels)}
-
-
-def _from_file(name: str) -> nn.Module:
-    import torch
-    from diffusers import FluxControlNetModel
-
-    weights = open_weights(name)
-    shape = flux_shape(weights.shapes)
-    last = f"{shape.prefix}{HINT}.{'conv_out' if shape.diffusers else 2 * HINT_STEPS + 2}.weight"
-    if last not in weights:
-        raise UserError(_READS_LATENTS)
-    tensors = {key.removeprefix(shape.prefix): weights[key].to(torch.float32) for key in weights}
-    keys = SAME_NAMES if shape.diffusers else CONTROL_MAP
-    config = {**shape.diffusers_config(), **_hint_config(weights.shapes[last][0], shape.in_channels)}
-    return build(partial(FluxControlNetModel, **config), keys.to_model(tensors), "the ControlNet")

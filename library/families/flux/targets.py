@@ -17,6 +17,7 @@ DOUBLE_LAYERS = tuple(
     f"{stream}_{layer}" for stream in ("img", "txt") for layer in ("mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2")
 )
 SINGLE_LAYERS = ("linear1", "linear2", "modulation.lin")
+_BLOCK_CLASSES = {"double_blocks": "DoubleStreamBlock", "single_blocks": "SingleStreamBlock"}
 # Outside the blocks: adapted only where a network asks for them. The final layer never is.
 OUTER_LAYERS = (
     "img_in",
@@ -36,20 +37,14 @@ def transformer_targets(denoiser: nn.Module) -> list[LoraTarget]:
         entry = keys.by_file(f"{name}.weight")
         assert entry is not None
         modules = tuple(model.removesuffix(".weight") for model in entry.models)
-        place = FilePlace(name, _classes(name))
+        # The classes that contain the layer in the code of the model's authors.
+        kind, *inside = name.split(".")
+        classes = [(f"{kind}.{inside[0]}", _BLOCK_CLASSES[kind])] if kind in _BLOCK_CLASSES else []
+        if "_attn." in name:
+            classes.append((name.rpartition(".")[0], "SelfAttention"))
+        place = FilePlace(name, tuple(classes))
         targets.append(LoraTarget(lora_key("unet", name), "denoiser", modules, optional=name in outer, place=place))
     return targets
-
-
-def _classes(name: str) -> tuple[tuple[str, str], ...]:
-    """The classes that contain a layer in the code of the model's authors."""
-    block = ".".join(name.split(".")[:2])
-    if name.startswith("single_blocks."):
-        return ((block, "SingleStreamBlock"),)
-    if not name.startswith("double_blocks."):
-        return ()
-    within = ((f"{block}.{stream}_attn", "SelfAttention") for stream in ("img", "txt"))
-    return ((block, "DoubleStreamBlock"), *(entry for entry in within if name.startswith(f"{entry[0]}.")))
 
 
 def text_targets(text_encoders: Mapping[str, nn.Module]) -> list[LoraTarget]:

@@ -66,21 +66,21 @@ def check_paths(opts: Options) -> list[str]:
     flag, model, vae = "--pretrained_model_name_or_path", opts.model.pretrained_model_name_or_path, opts.model.vae
     if not model:
         return [f"{flag}: name a model: a file, a Diffusers folder or a hub id"]
-    problems = [path_problem(flag, model, lambda path: _model_problem(path, opts.family.v2, needs_vae=not vae))]
+
+    def of_model(path: Path) -> str | None:
+        if path.is_dir():
+            return folder_problem(path, opts.family.v2) or (None if vae else missing_vae_folder(path))
+        shapes = file_shapes(path)
+        if shapes is None:
+            return None
+        lacking = None if vae else missing_vae(shapes)
+        return mismatch(recognise(shapes), opts.family.v2) or input_problem(shapes) or lacking
+
+    problems = [path_problem(flag, model, of_model)]
     if vae:
         problems.append(path_problem("--vae", vae, lambda path: vae_problem(path, VAE_SOURCES)))
     problems.append(controlnet_problem(opts, "ControlNetModel"))
     return [problem for problem in problems if problem]
-
-
-def _model_problem(path: Path, v2: bool, *, needs_vae: bool) -> str | None:
-    if path.is_dir():
-        return folder_problem(path, v2) or (missing_vae_folder(path) if needs_vae else None)
-    shapes = file_shapes(path)
-    if shapes is None:
-        return None
-    lacking = missing_vae(shapes) if needs_vae else None
-    return mismatch(recognise(shapes), v2) or input_problem(shapes) or lacking
 
 
 def folder_problem(path: Path, v2: bool) -> str | None:

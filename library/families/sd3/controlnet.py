@@ -68,7 +68,10 @@ class Sd3Control(ResidualControl):
 
         if Path(name).is_file():
             with error_prefix(name):
-                net = _from_file(name, models.denoiser.config)
+                weights = open_weights(name)
+                make = partial(SD3ControlNetModel, **_config_of(weights.shapes, models.denoiser.config))
+                tensors = {key: weights[key].to(torch.float32) for key in weights}
+                net = build(make, tensors, "the ControlNet")
         else:
             net = from_pretrained(SD3ControlNetModel, name, None)
         require_same(net.config, models.denoiser.config, _WIDTHS, name)
@@ -100,18 +103,12 @@ class Sd3Control(ResidualControl):
         write_controlnet(net, path, SAME_NAMES, save_as=save_as, dtype=dtype, metadata=metadata)
 
 
-def _from_file(name: str, base: Mapping[str, Any]) -> nn.Module:
-    """Reads a single file with diffusers' names. Args: base: the denoiser's configuration."""
-    from diffusers import SD3ControlNetModel
-
-    weights = open_weights(name)
-    make = partial(SD3ControlNetModel, **_config_of(weights.shapes, base))
-    tensors = {key: weights[key].to(torch.float32) for key in weights}
-    return build(make, tensors, "the ControlNet")
-
-
 def _config_of(shapes: Mapping[str, tuple[int, ...]], base: Mapping[str, Any]) -> dict[str, Any]:
-    """SD3ControlNetModel's arguments. Raises: UserError: the names are not those of one."""
+    """SD3ControlNetModel's arguments, from a file with diffusers' names.
+
+    Args: base: the denoiser's configuration.
+    Raises: UserError: the names are not those of such a ControlNet.
+    """
     image, pooled = "pos_embed_input.proj.weight", "time_text_embed.text_embedder.linear_1.weight"
     blocks = {int(match[1]) for key in shapes if (match := re.match(r"transformer_blocks\.(\d+)\.", key))}
     if not blocks or image not in shapes or pooled not in shapes:

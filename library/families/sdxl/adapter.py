@@ -94,8 +94,15 @@ class SdxlDenoiser(UnetDenoiser):
         """See `UnetDenoiser.inputs`. Without a batch, sizes are those of uncropped images."""
         import torch
 
+        # Original height and width, top and left of the crop, height and width of the bucket; (B, 6).
+        if batch is None:
+            height, width = (side * TRAITS.latent_stride for side in noisy.shape[-2:])
+            time_ids = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(noisy), -1)
+        else:
+            sizes = (batch.original_sizes.flip(-1), batch.crop_top_lefts, batch.target_sizes.flip(-1))
+            time_ids = torch.cat(sizes, dim=-1)
         states = torch.cat([cond.tensors[key] for key in STATES.values()], dim=-1)
-        added = {"text_embeds": cond.tensors[POOLED], "time_ids": _time_ids(noisy, batch)}
+        added = {"text_embeds": cond.tensors[POOLED], "time_ids": time_ids.to(noisy.device, torch.float32)}
         return {"encoder_hidden_states": states, "added_cond_kwargs": added}
 
     def block_number(self, models: Models, name: str) -> int:
@@ -127,15 +134,3 @@ class SdxlWriter(Writer):
 
     def metadata(self, models: Models) -> dict[str, Any]:
         return model_facts(self.opts.family.v_parameterization)
-
-
-def _time_ids(noisy: Tensor, batch: Batch | None) -> Tensor:
-    """Original height and width, top and left of the crop, height and width of the bucket; (B, 6) float32."""
-    import torch
-
-    if batch is None:
-        height, width = (side * TRAITS.latent_stride for side in noisy.shape[-2:])
-        whole = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=noisy.device)
-        return whole.repeat(len(noisy), 1)
-    sizes = (batch.original_sizes.flip(-1), batch.crop_top_lefts, batch.target_sizes.flip(-1))
-    return torch.cat(sizes, dim=-1).to(noisy.device, torch.float32)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 EMBEDDING, WIDTH = 32, 64  # channels of the embedded control image, and inner width, where no option says
 # The layers of the way down and of the middle that a new one has networks before.
-_TRAINED = re.compile(r"(input_blocks_\d+|middle_block)_\d+_transformer_blocks_\d+_attn(1_to_[qkv]|2_to_q)")
+_TRAINED = re.compile(r"(?:input_blocks_(\d+)|middle_block)_\d+_transformer_blocks_\d+_attn(1_to_[qkv]|2_to_q)")
 # By depth, the convolutions that embed the control image: kernel size and stride of each.
 _STEPS = {1: (4, 2), 2: (4, 4), 3: (4, 4, 2)}
 
@@ -122,13 +122,14 @@ class LlliteControl(Control):
         """See `Control.build`. It is attached to the denoiser of `models`."""
         options = self.opts.method
         embedding, inner = options.cond_emb_dim or EMBEDDING, options.network_dim or WIDTH
-        places = {
-            name: place for name, place in places_of(models.denoiser).items() if _TRAINED.fullmatch(name, len(PREFIX))
-        }
-        layers = {
-            name: LlliteLayer(place.width, _depth(name), embedding, inner, dropout=options.network_dropout or 0.0)
-            for name, place in places.items()
-        }
+        dropout = options.network_dropout or 0.0
+        layers, places = {}, places_of(models.denoiser)
+        for name, place in places.items():
+            trained = _TRAINED.fullmatch(name, len(PREFIX))
+            if trained:
+                block = trained[1]  # the numbers of SDXL's blocks say the depth: three to a level, and then the middle
+                depth = 3 if block is None else 1 + min(int(block) // 3, 2)
+                layers[name] = LlliteLayer(place.width, depth, embedding, inner, dropout=dropout)
         return _attached(Lllite(layers), models.denoiser, places)
 
     def load(self, models: Models, name: str) -> nn.Module:
@@ -180,12 +181,6 @@ def places_of(unet: nn.Module) -> dict[str, Place]:
         width = module.in_channels if conv else module.in_features
         places[PREFIX + target.key.removeprefix("lora_unet_")] = Place(path, width, conv)
     return places
-
-
-def _depth(name: str) -> int:
-    """The depth of a layer of the way down or of the middle. Source: the numbers of SDXL's blocks."""
-    block = re.match(rf"{PREFIX}input_blocks_(\d+)", name)
-    return 1 + min(int(block[1]) // 3, 2) if block else 3
 
 
 def _attached(net: Lllite, unet: nn.Module, places: Mapping[str, Place]) -> Lllite:

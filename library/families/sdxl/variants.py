@@ -86,16 +86,16 @@ def _model_problems(opts: Options, *, needs_vae: bool) -> list[str | None]:
     flag, model = "--pretrained_model_name_or_path", opts.model.pretrained_model_name_or_path
     if not model:
         return [f"{flag}: name a model: a file, a Diffusers folder or a hub id"]
-    return [path_problem(flag, model, lambda path: _model_problem(path, needs_vae=needs_vae))]
 
+    def of_model(path: Path) -> str | None:
+        if path.is_dir():
+            return folder_problem(path) or (missing_vae_folder(path) if needs_vae else None)
+        shapes = file_shapes(path)
+        if shapes is None:
+            return None
+        return file_problem(shapes) or input_problem(shapes) or (missing_vae(shapes) if needs_vae else None)
 
-def _model_problem(path: Path, *, needs_vae: bool) -> str | None:
-    if path.is_dir():
-        return folder_problem(path) or (missing_vae_folder(path) if needs_vae else None)
-    shapes = file_shapes(path)
-    if shapes is None:
-        return None
-    return file_problem(shapes) or input_problem(shapes) or (missing_vae(shapes) if needs_vae else None)
+    return [path_problem(flag, model, of_model)]
 
 
 def file_problem(keys: Iterable[str]) -> str | None:

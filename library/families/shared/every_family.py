@@ -35,7 +35,8 @@ def options_of_families(only: Collection[str] | None = None) -> Iterator[Member]
                 # one without a default explains what counts instead
                 explained = found if found.default is None else shown
                 merged[option.dest] = hint | None, field(default=None, metadata=explained.metadata)
-    yield from ((name, hint, _fresh(found)) for name, (hint, found) in merged.items())
+    for name, (hint, found) in merged.items():
+        yield name, hint, field(default=found.default, metadata=found.metadata)  # a field belongs to one class only
 
 
 def group_with(base: type[OptionGroup], members: Iterator[Member], name: str, module: str) -> type[OptionGroup]:
@@ -43,8 +44,3 @@ def group_with(base: type[OptionGroup], members: Iterator[Member], name: str, mo
     return make_dataclass(
         name, list(members), bases=(base,), frozen=True, kw_only=True, namespace={"__module__": module}
     )
-
-
-def _fresh(found: Any) -> Any:
-    """A field belongs to one class only."""
-    return field(default=found.default, metadata=found.metadata)

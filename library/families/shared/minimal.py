@@ -28,7 +28,9 @@ class MinimalOptions(OptionGroup, group="minimal", title="Image"):
     def check(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
         for entry in self.lora_weights or ():
             _, semicolon, strength = entry.rpartition(";")
-            if semicolon and not _is_number(strength):
+            try:
+                float(strength if semicolon else 1)
+            except ValueError:
                 yield f"--lora_weights: {strength!r} behind the semicolon of {entry!r} is no number"
 
     def networks(self) -> tuple[list[str], list[float]]:
@@ -56,11 +58,3 @@ class MinimalOptions(OptionGroup, group="minimal", title="Image"):
 def renamed(values: Mapping[str, Any], **names: str) -> dict[str, Any]:
     """Values under gen_img.py's names. Args: names: ours for theirs, e.g. W="width"; None is left out."""
     return {ours: values[theirs] for ours, theirs in names.items() if values[theirs] is not None}
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -58,14 +58,27 @@ class UnetControl(ResidualControl):
         return ControlNetModel.from_unet(models.denoiser)
 
     def load(self, models: Models, name: str) -> nn.Module:
+        import torch
         from diffusers import ControlNetModel
 
-        if Path(name).is_file():
-            with error_prefix(name):
-                return _from_file(models.denoiser, name)
-        net = from_pretrained(ControlNetModel, name, None)
-        require_same(net.config, models.denoiser.config, _SAME_IN_BOTH, name)
-        return net
+        unet = models.denoiser
+        if not Path(name).is_file():
+            net = from_pretrained(ControlNetModel, name, None)
+            require_same(net.config, unet.config, _SAME_IN_BOTH, name)
+            return net
+        with error_prefix(name):
+            weights = open_weights(name)
+            tensors = {key.removeprefix(PREFIX): weights[key] for key in weights}
+            is_difference = tensors.pop(DIFFERENCE, None) is not None
+            widths = {"conditioning_embedding_out_channels": _embedding_widths(tensors)}
+            if not any(key.startswith(EMBEDDING) for key in tensors):
+                tensors = control_map({**unet.config, **widths}).to_model(tensors)
+            tensors = {key: tensor.to(torch.float32) for key, tensor in tensors.items()}
+            if is_difference:
+                base = unet.state_dict()
+                tensors = {key: tensor + base[key] if key in base else tensor for key, tensor in tensors.items()}
+            make = partial(ControlNetModel.from_unet, unet, load_weights_from_unet=False, **widths)
+            return build(make, tensors, "the ControlNet")
 
     def residuals(
         self, models: Models, net: nn.Module, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch
@@ -98,36 +111,16 @@ def control_map(config: Mapping[str, Any]) -> KeyMap:
     return KeyMap(Each("", "", *rules))
 
 
-def _from_file(unet: nn.Module, name: str) -> nn.Module:
-    import torch
-    from diffusers import ControlNetModel
-
-    weights = open_weights(name)
-    tensors = {key.removeprefix(PREFIX): weights[key] for key in weights if key.removeprefix(PREFIX) != DIFFERENCE}
-    widths = _embedding_widths({key: tuple(tensor.shape) for key, tensor in tensors.items()})
-    make = partial(
-        ControlNetModel.from_unet, unet, conditioning_embedding_out_channels=widths, load_weights_from_unet=False
-    )
-    if not any(key.startswith(EMBEDDING) for key in tensors):
-        config = {**unet.config, "conditioning_embedding_out_channels": widths}
-        tensors = control_map(config).to_model(tensors)
-    tensors = {key: tensor.to(torch.float32) for key, tensor in tensors.items()}
-    if any(key.removeprefix(PREFIX) == DIFFERENCE for key in weights):
-        base = unet.state_dict()
-        tensors = {key: tensor + base[key] if key in base else tensor for key, tensor in tensors.items()}
-    return build(make, tensors, "the ControlNet")
-
-
-def _embedding_widths(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+def _embedding_widths(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Channels of the control image's embedding: after its first convolution, and after each that halves the size.
 
     Between two of these stands a convolution that keeps the size, and behind the last one the output.
     """
     by_place = {}
-    for key, shape in shapes.items():
+    for key, tensor in tensors.items():
         match = _EMBEDDING_CONVOLUTION.fullmatch(key)
         if match:
-            by_place[int(match["place"]) if match["place"] else -1] = shape[0]
+            by_place[int(match["place"]) if match["place"] else -1] = tensor.shape[0]
     if not by_place:
         raise UserError("this is no ControlNet: it has no embedding of the control image")
     in_order = [by_place[place] for place in sorted(by_place)]
