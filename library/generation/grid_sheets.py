@@ -48,10 +48,11 @@ class Sheet:
 def sheets_of(axes: Sequence[Axis], shown: Sequence[Shown]) -> list[Sheet]:
     """The images by sheets; each has one combination of the axes that are neither its rows nor its columns."""
     row_axis, column_axis = sheet_axes(axes)
+    of_sheet = {axis.name for axis in (row_axis, column_axis) if axis is not None}
     found: dict[tuple[str, ...], dict[tuple[int, int], Shown]] = {}
     for one in shown:
         labels = one.cell.labels(axes)
-        rest = tuple(f"{name}: {label}" for name, label in labels.items() if name not in _names(row_axis, column_axis))
+        rest = tuple(f"{name}: {label}" for name, label in labels.items() if name not in of_sheet)
         place = tuple(
             0 if axis is None else axis.values.index(one.cell.values[list(axes).index(axis)])
             for axis in (row_axis, column_axis)
@@ -61,14 +62,14 @@ def sheets_of(axes: Sequence[Axis], shown: Sequence[Shown]) -> list[Sheet]:
     return [Sheet(", ".join(rest), rows, columns, images) for rest, images in found.items()]
 
 
-def _names(*axes: Axis | None) -> set[str]:
-    return {axis.name for axis in axes if axis is not None}
-
-
 def draw_sheet(sheet: Sheet, axes: Sequence[Axis]) -> Image.Image:
     """The sheet as an image, with labels above its columns and beside its rows."""
     row_axis, column_axis = sheet_axes(axes)
-    sizes = [_shown_size(one.path) for one in sheet.images.values()]
+    sizes = []
+    for one in sheet.images.values():
+        with Image.open(one.path) as image:
+            scale = min(1.0, _SIDE / max(image.size))
+            sizes.append([max(1, round(side * scale)) for side in image.size])
     width, height = (max(side) for side in zip(*sizes, strict=True))
     rows, columns = max(1, len(sheet.rows)), max(1, len(sheet.columns))
     beside = min(
@@ -99,12 +100,6 @@ def draw_sheet(sheet: Sheet, axes: Sequence[Axis]) -> Image.Image:
             image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
             drawn.paste(image.convert("RGB"), (left + column * (width + _GAP), top + row * (height + _GAP)))
     return drawn
-
-
-def _shown_size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
-        scale = min(1.0, _SIDE / max(image.size))
-        return max(1, round(image.width * scale)), max(1, round(image.height * scale))
 
 
 def write_sheets(folder: Path, axes: Sequence[Axis], shown: Sequence[Shown]) -> list[Path]:

@@ -8,7 +8,7 @@ nest. A backslash before a brace makes it an ordinary character, and so does bei
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations, pairwise, product
 from random import Random
@@ -68,17 +68,11 @@ def _enumerated(part: Part) -> list[Part]:
     for size in range(part.low, min(part.high, len(inside)) + 1):
         for chosen in combinations(inside, size):
             for options in product(*chosen):  # each of them alone, so that nothing is left to draw
-                found.append(Choice((_joined(options, part.joiner),), 1, 1, "", False))
+                joined = [piece for option in options for piece in (part.joiner, *option)][1:]
+                found.append(Choice((joined,), 1, 1, "", False))
                 if len(found) > MOST:
                     return found
     return found
-
-
-def _joined(options: Sequence[Parts], joiner: str) -> Parts:
-    parts: Parts = []
-    for number, option in enumerate(options):
-        parts += [*([joiner] if number else []), *option]
-    return parts
 
 
 def _drawn(part: Part, rng: Random) -> str:
