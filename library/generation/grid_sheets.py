@@ -126,25 +126,24 @@ def render_page(sheets: Sequence[Sheet], axes: Sequence[Axis]) -> str:
         lines = [f"<tr><th>{html.escape(corner)}</th>{heads}</tr>"] if sheet.columns else []
         for row in range(max(1, len(sheet.rows))):
             label = html.escape(sheet.rows[row].label) if sheet.rows else ""
-            cells = "".join(
-                _image_cell(sheet.images.get((row, column)), axes) for column in range(max(1, len(sheet.columns)))
-            )
-            lines.append(f"<tr><th>{label}</th>{cells}</tr>")
+            cells = []
+            for column in range(max(1, len(sheet.columns))):
+                one = sheet.images.get((row, column))
+                if one is None:
+                    cells.append("<td></td>")
+                    continue
+                with Image.open(one.path) as image:
+                    buffer = io.BytesIO()
+                    image.convert("RGB").save(buffer, format="WEBP", quality=90)
+                data = base64.b64encode(buffer.getvalue()).decode("ascii")
+                labels = [f"{name}: {label}" for name, label in one.cell.labels(axes).items()]
+                facts = html.escape(json.dumps([*labels, one.settings, one.path.name]), quote=True)
+                shown = f'src="data:image/webp;base64,{data}" alt="{html.escape(one.path.name)}"'
+                cells.append(f'<td><img {shown} data-facts="{facts}"></td>')
+            lines.append(f"<tr><th>{label}</th>{''.join(cells)}</tr>")
         title = f"<h2>{html.escape(sheet.title)}</h2>" if sheet.title else ""
         parts.append(f"{title}<table>{''.join(lines)}</table>")
     return _PAGE.replace("@SHEETS@", "\n".join(parts))
-
-
-def _image_cell(one: Shown | None, axes: Sequence[Axis]) -> str:
-    if one is None:
-        return "<td></td>"
-    with Image.open(one.path) as image:
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, format="WEBP", quality=90)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    labels = [f"{name}: {label}" for name, label in one.cell.labels(axes).items()]
-    facts = html.escape(json.dumps([*labels, one.settings, one.path.name]), quote=True)
-    return f'<td><img src="data:image/webp;base64,{data}" alt="{html.escape(one.path.name)}" data-facts="{facts}"></td>'
 
 
 _PAGE = """<!doctype html>

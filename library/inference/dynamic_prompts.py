@@ -42,7 +42,14 @@ def variants(text: str, count: int, rng: Random) -> list[str]:
 
     Raises: ValueError: it stands for more than `MOST` prompts, or choices are too deep inside others.
     """
-    parts = _parse(text, 0, len(text), _partners(text))
+    partners: dict[int, int] = {}  # the place of the closing brace of each opening one that has one
+    opened: list[int] = []
+    for match in _SIGN.finditer(text):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] == "}" and opened:
+            partners[opened.pop()] = match.start()
+    parts = _parse(text, 0, len(text), partners)
     spaces = [_enumerated(part) if _enumerates(part) else [part] for part in parts]
     total = count
     for space in spaces:
@@ -125,14 +132,3 @@ def _choice(text: str, start: int, end: int, partners: Mapping[int, int], depth:
     high = int(head["high"] or low)
     joiner = ", " if head["joiner"] is None else head["joiner"]
     return Choice(tuple(options), min(low, high), max(low, high), joiner, bool(head["every"]))
-
-
-def _partners(text: str) -> dict[int, int]:
-    """The place of the closing brace of each opening one that has one."""
-    found, opened = {}, []
-    for match in _SIGN.finditer(text):
-        if match[0] == "{":
-            opened.append(match.start())
-        elif match[0] == "}" and opened:
-            found[opened.pop()] = match.start()
-    return found
