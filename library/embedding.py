@@ -10,12 +10,12 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from library import cli, registry
 from library.errors import UserError
 from library.options import parsing
-from library.options.base import COMMAND_LINE, Given, Option, Options, build_options, options_of
+from library.options.base import COMMAND_LINE, Given, build_options, options_of
 from library.options.config_file import read_config
 from library.options.values import from_text, from_toml, is_blank
 from library.runtime.logs import LOGGER
@@ -29,7 +29,26 @@ def train(args: Namespace, *, family: str, method: str) -> None:
             are no options of the script are ignored. --config_file is not read here, see `read_config_from_file`.
     """
     with cli.ending_as_a_script():
-        options = _options(args, family, method)
+        groups = registry.groups_for(family, method)
+        given, problems = {}, []
+        for option in (option for group in groups for option in options_of(group)):
+            value = getattr(args, option.dest, None)
+            if value is None or value == option.default or is_blank(option, value):
+                continue
+            # It comes from a parser, a configuration file or a program.
+            if isinstance(value, list | tuple):
+                value = [str(item) if isinstance(item, Path) else item for item in value]
+            elif isinstance(value, Path):
+                value = str(value)
+            is_text = isinstance(value, str) and option.kind != "bool" and not option.many
+            try:
+                value = from_text(option, value) if is_text else from_toml(option, value)
+                given[option.dest] = Given(value, COMMAND_LINE)
+            except ValueError as error:
+                problems.append(f"{option.flag}: {error}")
+        if problems:
+            raise UserError(*problems)
+        options = build_options(groups, given)
     cli.run(family, method, options=options)
 
 
@@ -80,30 +99,3 @@ def add_missing_options(parser: ArgumentParser, family: str, group: str) -> None
     for action in cli.build_parser(family, "network")._actions:
         if wanted.intersection(action.option_strings) and not known.intersection(action.option_strings):
             parser._add_action(action)
-
-
-def _options(args: Namespace, family: str, method: str) -> Options:
-    groups = registry.groups_for(family, method)
-    given, problems = {}, []
-    for option in (option for group in groups for option in options_of(group)):
-        value = getattr(args, option.dest, None)
-        if value is None or value == option.default or is_blank(option, value):
-            continue
-        try:
-            given[option.dest] = Given(_value(option, value), COMMAND_LINE)
-        except ValueError as error:
-            problems.append(f"{option.flag}: {error}")
-    if problems:
-        raise UserError(*problems)
-    return build_options(groups, given)
-
-
-def _value(option: Option, value: Any) -> Any:
-    """A value of a namespace, from a parser, a configuration file or a program, as the option's type."""
-    if isinstance(value, list | tuple):
-        value = [str(item) if isinstance(item, Path) else item for item in value]
-    elif isinstance(value, Path):
-        value = str(value)
-    if isinstance(value, str) and option.kind != "bool" and not option.many:
-        return from_text(option, value)
-    return from_toml(option, value)

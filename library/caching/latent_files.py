@@ -104,7 +104,10 @@ class LatentCache:
             if name not in given or given[name].shape != expected:
                 raise ValueError(f"{request.image}: {name} must have the shape {expected}")
         note = _note(request, fingerprint)
-        contents, old = _existing(file)
+        try:
+            contents, old = store.summary(file), store.read(file)
+        except (store.CacheDamaged, FileNotFoundError):
+            contents, old = {"arrays": {}, "values": {}, "not_finite": [], "provenance": {}}, {}
         notes = contents["provenance"]
         sized = _size_suffix(shapes[LATENTS])
         is_sized = self.layout.keys_by_size or self._serves_another_size(file, contents, request, fingerprint)
@@ -233,14 +236,6 @@ def _flip_file(image: Path) -> Path:
 
 def _size_suffix(shape: Shape) -> str:
     return f"_{shape[1]}x{shape[2]}"
-
-
-def _existing(file: Path) -> tuple[Mapping[str, Any], dict[str, NDArray[Any]]]:
-    """The summary and the arrays of a file; none where it is missing or damaged."""
-    try:
-        return store.summary(file), store.read(file)
-    except (store.CacheDamaged, FileNotFoundError):
-        return {"arrays": {}, "values": {}, "not_finite": [], "provenance": {}}, {}
 
 
 # ---- notes

@@ -243,8 +243,22 @@ def _encode(
         turned = [pixels[number].flip(-1) for number in mirrored]
         chosen = [group[number] for number in mirrored]
         flipped = dict(zip(mirrored, _run(chosen, turned, encoder, "flipped"), strict=True))
-        made = ((plain[number], flipped.get(number), views[number]) for number in range(len(group)))
-        return [_arrays(one, shapes(one), *parts) for one, parts in zip(group, made, strict=True)]
+        results: list[dict[str, Tensor] | UserError] = []
+        for number, (one, seen) in enumerate(zip(group, views, strict=True)):
+            made = {LATENTS: plain[number]}
+            if number in flipped:
+                made[FLIPPED] = flipped[number]
+            if not all(torch.isfinite(latents).all() for latents in made.values()):
+                why = f"{one.image}: the VAE gives NaN or infinite latents"
+                results.append(UserError(why, hint="--no_half_vae encodes in float32"))
+                continue
+            wanted = shapes(one)
+            if ALPHA in wanted:
+                made[ALPHA] = torch.from_numpy(seen.alpha.astype(np.float32) / 255)
+            if MASK in wanted:
+                made[MASK] = functional.adaptive_avg_pool2d(loss_mask(seen), plain[number].shape[-2:])[0]
+            results.append({name: made[name] for name in wanted})
+        return results
 
     groups = list(batches(jobs, encoder.batch_size, lambda one: one.bucket))
     bar = encoder.progress(total=len(jobs), desc="caching latents", unit="img")
@@ -259,16 +273,3 @@ def _run(group: Sequence[CacheRequest], pixels: Sequence[Tensor], encoder: Encod
     with torch.no_grad():
         latents = encoder.encode(torch.stack(list(pixels)), rngs).float().cpu()
     return [one.clone() for one in latents]  # each its own memory: a view would keep the batch
-
-
-def _arrays(
-    one: CacheRequest, shapes: Mapping[str, Shape], plain: Tensor, flipped: Tensor | None, view: View
-) -> dict[str, Tensor] | UserError:
-    made = {LATENTS: plain} if flipped is None else {LATENTS: plain, FLIPPED: flipped}
-    if not all(torch.isfinite(latents).all() for latents in made.values()):
-        return UserError(f"{one.image}: the VAE gives NaN or infinite latents", hint="--no_half_vae encodes in float32")
-    if ALPHA in shapes:
-        made[ALPHA] = torch.from_numpy(view.alpha.astype(np.float32) / 255)
-    if MASK in shapes:
-        made[MASK] = functional.adaptive_avg_pool2d(loss_mask(view), plain.shape[-2:])[0]
-    return {name: made[name] for name in shapes}

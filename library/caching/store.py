@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from zipfile import BadZipFile, ZipFile, ZipInfo, is_zipfile
 
 import numpy as np
@@ -160,7 +160,14 @@ def _opened(path: Path) -> Iterator[ZipFile]:
                         raise CacheDamaged("there is nothing in it")
                     yield archive
             except (BadZipFile, EOFError, struct.error) as error:
-                raise CacheDamaged(_why_no_zip(file, error)) from None
+                file.seek(0)
+                start = file.read(4)
+                why = "the file is cut off" if start == b"PK\3\4" else "it is no .npz file"
+                if is_zipfile(file):
+                    why = str(error) or "it ends too early"
+                elif not start:
+                    why = "the file is empty"
+                raise CacheDamaged(why) from None
     except NotRegularError as error:
         raise CacheDamaged(reason(error)) from None
     except (zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, OverflowError, ValueError) as error:
@@ -170,16 +177,6 @@ def _opened(path: Path) -> Iterator[ZipFile]:
         if error.errno not in (None, errno.EINVAL):
             raise
         raise CacheDamaged(error.strerror or str(error)) from None
-
-
-def _why_no_zip(file: BinaryIO, error: Exception) -> str:
-    file.seek(0)
-    start = file.read(4)
-    if is_zipfile(file):
-        return str(error) or "it ends too early"
-    if not start:
-        return "the file is empty"
-    return "the file is cut off" if start == b"PK\3\4" else "it is no .npz file"
 
 
 def _members(archive: ZipFile) -> dict[str, ZipInfo]:

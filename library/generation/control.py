@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +44,8 @@ class Guides:
         files = [files_of("--guide_image_path", path) for path in paths]
         if len(files) == 1:
             files *= count
-        return cls(tuple(files[:count]), tuple(_preparation(name) for name in _preps(opts.control, count)))
+        names = [*(opts.control.control_net_preps or ()), *["none"] * count][:count]
+        return cls(tuple(files[:count]), tuple(map(_preparation, names)))
 
     def at(self, number: int, own: Path | None, where: str) -> tuple[ControlImage, ...]:
         """The control images of the image of this number. Args: own: what its prompt names, for all ControlNets.
@@ -136,24 +136,18 @@ def padded(values: Sequence[float] | None, count: int) -> tuple[float, ...]:
     return tuple(given + [1.0] * (count - len(given)))
 
 
-def _preps(options: ControlOptions, count: int) -> list[str]:
-    given = list(options.control_net_preps or ())[:count]
-    return given + ["none"] * (count - len(given))
-
-
 def _preparation(name: str) -> Prepare | None:
     if name == "none":
         return None
     match = CANNY.fullmatch(name)
     assert match is not None, "checked with the options"
     low, high = (int(match[1]), int(match[2])) if match[1] else _CANNY_LIMITS
-    return partial(_edges, low=low, high=high)
 
+    def edges(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:  # white on black, as an RGB image
+        import numpy as np
 
-def _edges(pixels: NDArray[np.uint8], low: int, high: int) -> NDArray[np.uint8]:
-    """Edges, white on black, as an RGB image."""
-    import numpy as np
+        from library.preparation.images.edges import canny
 
-    from library.preparation.images.edges import canny
+        return np.repeat(canny(pixels, low, high)[..., None], 3, axis=2)
 
-    return np.repeat(canny(pixels, low, high)[..., None], 3, axis=2)
+    return edges

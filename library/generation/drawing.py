@@ -176,9 +176,12 @@ def _latents(
 
 def _finish(model: Model, batch: Sequence[Request], drawing: _Drawing, how: HowToDraw, receive: Receive) -> None:
     """Decodes a batch and gives its images away."""
-    model.bring(model.models.vae)
-    if how.tiles:
-        _tile(model, drawing.latents, how.tiles)
+    vae = model.models.vae
+    model.bring(vae)
+    if how.tiles:  # square ones, about that many below each other, which overlap by a quarter
+        side = 4 * math.ceil(drawing.latents.shape[-2] / (0.75 * how.tiles) / 4)
+        vae.enable_tiling()
+        vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * model.family.traits.latent_stride
     for start in range(0, len(batch), how.decoded_at_once):
         some = slice(start, start + how.decoded_at_once)
         pixels = decode(model.family, model.models, drawing.latents[some], how.decoding_dtype(model))
@@ -186,12 +189,4 @@ def _finish(model: Model, batch: Sequence[Request], drawing: _Drawing, how: HowT
         for request, prompt, image in zip(batch[some], drawing.prompts[some], to_images(pixels), strict=True):
             receive(Drawn(request, prompt, image, drawing.networks, drawing.stage))
     if how.tiles:
-        model.models.vae.disable_tiling()
-
-
-def _tile(model: Model, latents: Tensor, rows: int) -> None:
-    """Lets the VAE decode in square tiles, about `rows` below each other, which overlap by a quarter."""
-    vae, stride = model.models.vae, model.family.traits.latent_stride
-    side = 4 * math.ceil(latents.shape[-2] / (0.75 * rows) / 4)
-    vae.enable_tiling()
-    vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * stride
+        vae.disable_tiling()

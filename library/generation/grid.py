@@ -119,7 +119,13 @@ def sheet_axes(axes: Sequence[Axis]) -> tuple[Axis | None, Axis | None]:
 
 def _values(name: str, text: str) -> Iterator[Value]:
     if name == PROMPT:
-        yield from _prompts(text)
+        prompts = [text]
+        if os.path.isfile(text):
+            lines = (line.strip() for line in read_text(Path(text), "the prompts").splitlines())
+            prompts = [line for line in lines if line and not line.startswith("#")]
+            if not prompts:
+                raise ValueError(f"{text} holds no prompt")
+        yield from (Value(prompt, prompt) for prompt in prompts)
         return
     for part in filter(None, (part.strip() for part in text.split(","))):
         if name == WEIGHTS:
@@ -144,18 +150,6 @@ def _number(text: str, kind: Any) -> Any:
         return kind(text)
     except ValueError:
         raise ValueError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
-
-
-def _prompts(text: str) -> Iterator[Value]:
-    """The lines of a file, else the text itself."""
-    if not os.path.isfile(text):
-        yield Value(text, text)
-        return
-    lines = (line.strip() for line in read_text(Path(text), "the prompts").splitlines())
-    found = [line for line in lines if line and not line.startswith("#")]
-    if not found:
-        raise ValueError(f"{text} holds no prompt")
-    yield from (Value(line, line) for line in found)
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

@@ -48,10 +48,11 @@ class Sheet:
 def sheets_of(axes: Sequence[Axis], shown: Sequence[Shown]) -> list[Sheet]:
     """The images by sheets; each has one combination of the axes that are neither its rows nor its columns."""
     row_axis, column_axis = sheet_axes(axes)
+    of_sheet = {axis.name for axis in (row_axis, column_axis) if axis is not None}
     found: dict[tuple[str, ...], dict[tuple[int, int], Shown]] = {}
     for one in shown:
         labels = one.cell.labels(axes)
-        rest = tuple(f"{name}: {label}" for name, label in labels.items() if name not in _names(row_axis, column_axis))
+        rest = tuple(f"{name}: {label}" for name, label in labels.items() if name not in of_sheet)
         place = tuple(
             0 if axis is None else axis.values.index(one.cell.values[list(axes).index(axis)])
             for axis in (row_axis, column_axis)
@@ -61,14 +62,14 @@ def sheets_of(axes: Sequence[Axis], shown: Sequence[Shown]) -> list[Sheet]:
     return [Sheet(", ".join(rest), rows, columns, images) for rest, images in found.items()]
 
 
-def _names(*axes: Axis | None) -> set[str]:
-    return {axis.name for axis in axes if axis is not None}
-
-
 def draw_sheet(sheet: Sheet, axes: Sequence[Axis]) -> Image.Image:
     """The sheet as an image, with labels above its columns and beside its rows."""
     row_axis, column_axis = sheet_axes(axes)
-    sizes = [_shown_size(one.path) for one in sheet.images.values()]
+    sizes = []
+    for one in sheet.images.values():
+        with Image.open(one.path) as image:
+            scale = min(1.0, _SIDE / max(image.size))
+            sizes.append([max(1, round(side * scale)) for side in image.size])
     width, height = (max(side) for side in zip(*sizes, strict=True))
     rows, columns = max(1, len(sheet.rows)), max(1, len(sheet.columns))
     beside = min(
@@ -101,12 +102,6 @@ def draw_sheet(sheet: Sheet, axes: Sequence[Axis]) -> Image.Image:
     return drawn
 
 
-def _shown_size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
-        scale = min(1.0, _SIDE / max(image.size))
-        return max(1, round(image.width * scale)), max(1, round(image.height * scale))
-
-
 def write_sheets(folder: Path, axes: Sequence[Axis], shown: Sequence[Shown]) -> list[Path]:
     """Writes every sheet, sheet_1.png and so on, and index.html; returns their paths."""
     sheets, written = sheets_of(axes, shown), []
@@ -131,25 +126,24 @@ def render_page(sheets: Sequence[Sheet], axes: Sequence[Axis]) -> str:
         lines = [f"<tr><th>{html.escape(corner)}</th>{heads}</tr>"] if sheet.columns else []
         for row in range(max(1, len(sheet.rows))):
             label = html.escape(sheet.rows[row].label) if sheet.rows else ""
-            cells = "".join(
-                _image_cell(sheet.images.get((row, column)), axes) for column in range(max(1, len(sheet.columns)))
-            )
-            lines.append(f"<tr><th>{label}</th>{cells}</tr>")
+            cells = []
+            for column in range(max(1, len(sheet.columns))):
+                one = sheet.images.get((row, column))
+                if one is None:
+                    cells.append("<td></td>")
+                    continue
+                with Image.open(one.path) as image:
+                    buffer = io.BytesIO()
+                    image.convert("RGB").save(buffer, format="WEBP", quality=90)
+                data = base64.b64encode(buffer.getvalue()).decode("ascii")
+                labels = [f"{name}: {label}" for name, label in one.cell.labels(axes).items()]
+                facts = html.escape(json.dumps([*labels, one.settings, one.path.name]), quote=True)
+                shown = f'src="data:image/webp;base64,{data}" alt="{html.escape(one.path.name)}"'
+                cells.append(f'<td><img {shown} data-facts="{facts}"></td>')
+            lines.append(f"<tr><th>{label}</th>{''.join(cells)}</tr>")
         title = f"<h2>{html.escape(sheet.title)}</h2>" if sheet.title else ""
         parts.append(f"{title}<table>{''.join(lines)}</table>")
     return _PAGE.replace("@SHEETS@", "\n".join(parts))
-
-
-def _image_cell(one: Shown | None, axes: Sequence[Axis]) -> str:
-    if one is None:
-        return "<td></td>"
-    with Image.open(one.path) as image:
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, format="WEBP", quality=90)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    labels = [f"{name}: {label}" for name, label in one.cell.labels(axes).items()]
-    facts = html.escape(json.dumps([*labels, one.settings, one.path.name]), quote=True)
-    return f'<td><img src="data:image/webp;base64,{data}" alt="{html.escape(one.path.name)}" data-facts="{facts}"></td>'
 
 
 _PAGE = """<!doctype html>

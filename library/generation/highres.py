@@ -42,12 +42,24 @@ class Highres:
         """As the options say; None: images are drawn once. Raises: UserError: a module that cannot be used."""
         if options.highres_fix_scale is None:
             return None
+        name, upscaler = options.highres_fix_upscaler, None
+        if name:
+            entries = [entry for entry in (options.highres_fix_upscaler_args or "").split(";") if entry]
+            arguments: Mapping[str, str] = split_args(entries)
+            try:
+                upscaler = importlib.import_module(name).create_upscaler(**arguments)
+            except UserError:
+                raise
+            except Exception as error:  # another's code may raise anything
+                raise UserError(
+                    f"--highres_fix_upscaler: {name} cannot be used: {type(error).__name__}: {error}"
+                ) from error
         return cls(
             options.highres_fix_scale,
             options.highres_fix_steps,
             options.highres_fix_strength,
             options.highres_fix_latents_upscaling,
-            _upscaler(options),
+            upscaler,
             not options.highres_fix_disable_control_net,
         )
 
@@ -101,18 +113,3 @@ class Highres:
 def _beginning(prompt: SamplePrompt, **values: Any) -> SamplePrompt:
     assert prompt.source is not None
     return replace(prompt, source=replace(prompt.source, **values))
-
-
-def _upscaler(options: HighresOptions) -> Any:
-    name = options.highres_fix_upscaler
-    if not name:
-        return None
-    arguments: Mapping[str, str] = split_args(
-        [entry for entry in (options.highres_fix_upscaler_args or "").split(";") if entry]
-    )
-    try:
-        return importlib.import_module(name).create_upscaler(**arguments)
-    except UserError:
-        raise
-    except Exception as error:  # another's code may raise anything
-        raise UserError(f"--highres_fix_upscaler: {name} cannot be used: {type(error).__name__}: {error}") from error

@@ -41,38 +41,28 @@ def run(description: str, groups: Sequence[type[OptionGroup]], family: str, argv
     """Runs the script of a family and exits; see `library.generation.script.run`."""
 
     def work(opts: Options) -> Outcome:
-        return _generate(opts, family)
+        options: MinimalOptions = opts.minimal
+        given = {name: Given(value, COMMAND_LINE) for name, value in options.generating().items() if value is not None}
+        if not options.interactive:
+            given["prompt"] = Given(options.prompt, COMMAND_LINE)
+        made = build_options(ALL_FAMILIES, given)
+        literal = options.prompt.replace("{", "\\{").replace("}", "\\}")  # braces are no choice here
+        start = Start(
+            entry={"prompt": literal, "negative_prompt": options.negative_prompt or ""},
+            syntax=MINIMAL,
+            negative_prompt=options.negative_prompt or "",
+            training=options.training(),
+            second_text=getattr(options, "prompt2", None),
+        )
+        try:
+            problems = validation.problems(made, FAMILIES[family].traits)
+            if problems:
+                raise UserError(*problems)
+            return generate(made, family, start)
+        except UserError as error:
+            ours = [
+                re.sub(r"^--(\w+)", lambda flag: f"--{_NAMES.get(flag[1], flag[1])}", one) for one in error.problems
+            ]
+            raise UserError(*ours, hint=error.hint) from error
 
     run_script(work, groups, argv, description=description, traits=lambda opts: FAMILIES[family].traits)
-
-
-def _generate(opts: Options, family: str) -> Outcome:
-    options: MinimalOptions = opts.minimal
-    given = {name: Given(value, COMMAND_LINE) for name, value in options.generating().items() if value is not None}
-    if not options.interactive:
-        given["prompt"] = Given(options.prompt, COMMAND_LINE)
-    made = build_options(ALL_FAMILIES, given)
-    entry = {"prompt": _literal(options.prompt), "negative_prompt": options.negative_prompt or ""}
-    start = Start(
-        entry=entry,
-        syntax=MINIMAL,
-        negative_prompt=options.negative_prompt or "",
-        training=options.training(),
-        second_text=getattr(options, "prompt2", None),
-    )
-    try:
-        problems = validation.problems(made, FAMILIES[family].traits)
-        if problems:
-            raise UserError(*problems)
-        return generate(made, family, start)
-    except UserError as error:
-        raise UserError(*map(_in_our_words, error.problems), hint=error.hint) from error
-
-
-def _literal(text: str) -> str:
-    """A text in which braces are no choice."""
-    return text.replace("{", "\\{").replace("}", "\\}")
-
-
-def _in_our_words(problem: str) -> str:
-    return re.sub(r"^--(\w+)", lambda match: f"--{_NAMES.get(match[1], match[1])}", problem)

@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -128,7 +127,8 @@ def check_files(options: NetworksOptions) -> list[NetworkFile]:
             problems += [f"--network_weights: {problem}" for problem in error.problems]
         else:
             if options.network_show_meta:
-                _show_metadata(Path(path))
+                facts = read_header(path)[0] if file_format(path) == "safetensors" else {}
+                print(f"{path}:\n{json.dumps(facts, indent=2, ensure_ascii=False)}")
     if problems:
         raise UserError(*problems)
     return found
@@ -165,36 +165,26 @@ def attach_rest(
     if options.network_pre_calc:
         networks.weights = MergedWeights(targets, models, rest)
         return networks
-    for number in range(merged, len(files)):
-        networks.networks[number].attached = _attach(options, number, files[number], targets, family, models, device)
+    entries, layout = options.network_args or [], family.traits.block_layout
+    for number, file in enumerate(rest, merged):
+        args = split_args(entries[number].split(";") if number < len(entries) else None)
+        builder = _builder(_module_of(options, number), file)
+        try:
+            network = builder.from_weights(targets, models, file, args=args, layout=layout)
+        except UserError as error:
+            raise UserError(
+                *(f"--network_weights: {problem}" for problem in error.problems), hint=error.hint
+            ) from error
+        network.requires_grad_(False).eval().to(device)
+        network.attach(models)
+        unused = len(file.entries) - len(network.layers())
+        LOGGER.log(
+            logging.WARNING if unused else logging.INFO,
+            "%s: %d layers act; %d have no place in this model",
+            *(file.path, len(network.layers()), unused),
+        )
+        networks.networks[number].attached = network
     return networks
-
-
-def _attach(
-    options: NetworksOptions,
-    number: int,
-    file: NetworkFile,
-    targets: Sequence[LoraTarget],
-    family: Family,
-    models: Models,
-    device: torch.device,
-) -> TrainableNetwork:
-    entries = options.network_args or []
-    args = split_args(entries[number].split(";") if number < len(entries) else None)
-    builder = _builder(_module_of(options, number), file)
-    try:
-        network = builder.from_weights(targets, models, file, args=args, layout=family.traits.block_layout)
-    except UserError as error:
-        raise UserError(*(f"--network_weights: {problem}" for problem in error.problems), hint=error.hint) from error
-    network.requires_grad_(False).eval().to(device)
-    network.attach(models)
-    unused = len(file.entries) - len(network.layers())
-    LOGGER.log(
-        logging.WARNING if unused else logging.INFO,
-        "%s: %d layers act; %d have no place in this model",
-        *(file.path, len(network.layers()), unused),
-    )
-    return network
 
 
 def _builder(module: str | None, file: NetworkFile) -> NetworkBuilder:
@@ -214,8 +204,3 @@ def _builder(module: str | None, file: NetworkFile) -> NetworkBuilder:
 def _module_of(options: NetworksOptions, number: int) -> str | None:
     named = options.network_module or []
     return named[number] if number < len(named) else None
-
-
-def _show_metadata(path: Path) -> None:
-    facts = read_header(path)[0] if file_format(path) == "safetensors" else {}
-    print(f"{path}:\n{json.dumps(facts, indent=2, ensure_ascii=False)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,28 +64,25 @@ def parameters_of(prompt: SamplePrompt, made: Made) -> str:
     lines = [f"{prompt.prompt}{networks}"]
     if prompt.negative_prompt:
         lines.append(f"Negative prompt: {prompt.negative_prompt}")
-    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in _settings(prompt, made)))
+    settings = {
+        "Steps": str(prompt.steps),
+        "Sampler": _SAMPLERS.get(prompt.sampler.removeprefix("k_"), prompt.sampler),
+        "CFG scale": f"{prompt.scale:g}",
+        "Distilled CFG Scale": None if prompt.guidance is None else f"{prompt.guidance:g}",
+        "Seed": str(prompt.seed),
+        "Size": f"{prompt.width}x{prompt.height}",
+        "Model": made.model,
+        "Denoising strength": None if prompt.source is None else f"{prompt.strength:g}",
+        "Clip skip": None if made.clip_skip is None else str(made.clip_skip),
+    }
+    shown = []
+    for name, value in settings.items():
+        if value is not None:
+            if re.search(r"[,:\n]", value):  # quoted, as the reader of these texts expects
+                value = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+            shown.append(f"{name}: {value}")
+    lines.append(", ".join(shown))
     return "\n".join(lines)
-
-
-def _settings(prompt: SamplePrompt, made: Made) -> Iterator[tuple[str, str]]:
-    yield "Steps", str(prompt.steps)
-    yield "Sampler", _SAMPLERS.get(prompt.sampler.removeprefix("k_"), prompt.sampler)
-    yield "CFG scale", f"{prompt.scale:g}"
-    if prompt.guidance is not None:
-        yield "Distilled CFG Scale", f"{prompt.guidance:g}"
-    yield "Seed", str(prompt.seed)
-    yield "Size", f"{prompt.width}x{prompt.height}"
-    yield "Model", made.model
-    if prompt.source is not None:
-        yield "Denoising strength", f"{prompt.strength:g}"
-    if made.clip_skip is not None:
-        yield "Clip skip", str(made.clip_skip)
-
-
-def _quoted(value: str) -> str:
-    """Values with a comma, a colon or a line's end are quoted, as their reader expects."""
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' if re.search(r"[,:\n]", value) else value
 
 
 def model_name(path: str) -> str:

@@ -41,7 +41,15 @@ def lines_of_module(opts: Options, model: Model) -> Iterator[tuple[int, str]]:
     name = opts.prompts.from_module
     networks = [one.attached for one in model.networks.networks]
     try:
-        prompter = _module(name).get_prompter(SimpleNamespace(**opts.flat()), model, networks)
+        if name.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+            assert spec is not None
+            assert spec.loader is not None
+            module: Any = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(name)
+        prompter = module.get_prompter(SimpleNamespace(**opts.flat()), model, networks)
         lines: Iterable[Any] = prompter() if callable(prompter) else prompter
         for number, line in enumerate(lines, 1):
             if not isinstance(line, str):
@@ -51,14 +59,3 @@ def lines_of_module(opts: Options, model: Model) -> Iterator[tuple[int, str]]:
         raise
     except Exception as error:  # another's code may raise anything
         raise UserError(f"--from_module: {name} cannot be used: {type(error).__name__}: {error}") from error
-
-
-def _module(name: str) -> Any:
-    if not name.endswith(".py"):
-        return importlib.import_module(name)
-    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

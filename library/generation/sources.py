@@ -64,9 +64,10 @@ def said_by(path: Path) -> dict[str, Any]:
     from library.data.sample import images
 
     try:
-        texts = images.use_image(path, lambda image, _file, _length: _texts(image))
+        said = images.use_image(path, lambda image, _file, _length: dict(image.info))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: the image cannot be read ({images.reason(error)})") from None
+    texts = {key: value for key, value in said.items() if isinstance(value, str)}
     if "prompt" not in texts and PARAMETERS not in texts:
         raise UserError(f"{path}: the image does not say which prompt it was made with; give one with --prompt")
     found: dict[str, Any] = {}
@@ -80,10 +81,6 @@ def said_by(path: Path) -> dict[str, Any]:
     prompt, _, rest = texts[PARAMETERS].partition("\nNegative prompt: ")
     negative = rest.split("\nSteps: ")[0]
     return {"prompt": prompt.split("\nSteps: ")[0], "negative_prompt": negative}
-
-
-def _texts(image: Any) -> dict[str, str]:
-    return {key: value for key, value in image.info.items() if isinstance(value, str)}
 
 
 def files_of(option: str, path: str) -> tuple[Path, ...]:

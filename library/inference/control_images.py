@@ -49,12 +49,8 @@ def control_batch(prompts: Sequence[SamplePrompt], device: torch.device) -> Tens
 
     if prompts[0].control is None and not prompts[0].guides:
         return None
-    rows = [torch.cat([images.to_unit(one.pixels) for one in _controls(prompt)]) for prompt in prompts]
+    rows = []
+    for prompt in prompts:
+        read = [_read(guide, Size(prompt.width, prompt.height), "") for guide in prompt.guides]
+        rows.append(torch.cat([images.to_unit(one.pixels) for one in read or [with_control(prompt).control]]))
     return torch.stack(rows).to(device)
-
-
-def _controls(prompt: SamplePrompt) -> list[ControlImage]:
-    """The control images of a prompt, read."""
-    if not prompt.guides:
-        return [with_control(prompt).control]
-    return [_read(guide, Size(prompt.width, prompt.height), "") for guide in prompt.guides]

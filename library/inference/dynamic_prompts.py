@@ -8,7 +8,7 @@ nest. A backslash before a brace makes it an ordinary character, and so does bei
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations, pairwise, product
 from random import Random
@@ -42,7 +42,14 @@ def variants(text: str, count: int, rng: Random) -> list[str]:
 
     Raises: ValueError: it stands for more than `MOST` prompts, or choices are too deep inside others.
     """
-    parts = _parse(text, 0, len(text), _partners(text))
+    partners: dict[int, int] = {}  # the place of the closing brace of each opening one that has one
+    opened: list[int] = []
+    for match in _SIGN.finditer(text):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] == "}" and opened:
+            partners[opened.pop()] = match.start()
+    parts = _parse(text, 0, len(text), partners)
     spaces = [_enumerated(part) if _enumerates(part) else [part] for part in parts]
     total = count
     for space in spaces:
@@ -68,17 +75,11 @@ def _enumerated(part: Part) -> list[Part]:
     for size in range(part.low, min(part.high, len(inside)) + 1):
         for chosen in combinations(inside, size):
             for options in product(*chosen):  # each of them alone, so that nothing is left to draw
-                found.append(Choice((_joined(options, part.joiner),), 1, 1, "", False))
+                joined = [piece for option in options for piece in (part.joiner, *option)][1:]
+                found.append(Choice((joined,), 1, 1, "", False))
                 if len(found) > MOST:
                     return found
     return found
-
-
-def _joined(options: Sequence[Parts], joiner: str) -> Parts:
-    parts: Parts = []
-    for number, option in enumerate(options):
-        parts += [*([joiner] if number else []), *option]
-    return parts
 
 
 def _drawn(part: Part, rng: Random) -> str:
@@ -131,14 +132,3 @@ def _choice(text: str, start: int, end: int, partners: Mapping[int, int], depth:
     high = int(head["high"] or low)
     joiner = ", " if head["joiner"] is None else head["joiner"]
     return Choice(tuple(options), min(low, high), max(low, high), joiner, bool(head["every"]))
-
-
-def _partners(text: str) -> dict[int, int]:
-    """The place of the closing brace of each opening one that has one."""
-    found, opened = {}, []
-    for match in _SIGN.finditer(text):
-        if match[0] == "{":
-            opened.append(match.start())
-        elif match[0] == "}" and opened:
-            found[opened.pop()] = match.start()
-    return found

@@ -57,14 +57,17 @@ class Guidance:
             wanted = [([""] * len(prompts), 0.0, True), *wanted, (negatives, -own_scale, True)]
         elif scale != 1.0:
             wanted = [(negatives, 0.0, True), *wanted]
-        branches = tuple(
-            Branch(
-                _conditioning(family, models, words, device, cached), factor, _sizes([(p, no) for p in prompts], device)
-            )
-            for words, factor, no in wanted
-        )
+        branches = []
+        for words, factor, negative in wanted:
+            if cached is None:
+                cond = family.text.encode(models, words, emphasis=True)
+            else:
+                cond = TextCond.cat([cached[text] for text in words]).map(lambda tensor: tensor.to(device))
+                if models.text_encoders:
+                    cond = family.text.encode(models, words, emphasis=True, cached=cond)
+            branches.append(Branch(cond, factor, _sizes([(prompt, negative) for prompt in prompts], device)))
         together = _sizes([(prompt, no) for _, _, no in wanted for prompt in prompts], device)
-        return Guidance(denoise, branches, together)
+        return Guidance(denoise, tuple(branches), together)
 
     def predict(self, noisy: Tensor, timestep: Tensor) -> Tensor:
         """float32, (B, C, h, w)."""
@@ -95,15 +98,6 @@ def texts_read(prompt: SamplePrompt) -> list[str]:
     return [prompt.prompt, prompt.negative_prompt] if prompt.scale != 1.0 else [prompt.prompt]
 
 
-def _conditioning(
-    family: Family, models: Models, texts: list[str], device: torch.device, cached: Mapping[str, TextCond] | None
-) -> TextCond:
-    if cached is None:
-        return family.text.encode(models, texts, emphasis=True)
-    found = TextCond.cat([cached[text] for text in texts]).map(lambda tensor: tensor.to(device))
-    return family.text.encode(models, texts, emphasis=True, cached=found) if models.text_encoders else found
-
-
 def _sizes(rows: Sequence[tuple[SamplePrompt, bool]], device: torch.device) -> Batch:
     """The size, guidance and control conditioning of images: uncropped, of the requested size, or as prompts say.
 
@@ -111,26 +105,24 @@ def _sizes(rows: Sequence[tuple[SamplePrompt, bool]], device: torch.device) -> B
     """
     prompts = [prompt for prompt, _ in rows]
     target = torch.tensor([(prompt.width, prompt.height) for prompt in prompts], device=device)
+    original = []  # what a model with size conditioning is given as the width and height of the original image
+    for prompt, negative in rows:
+        sizes = prompt.sizes
+        width = prompt.width if sizes.original_width is None else sizes.original_width
+        height = prompt.height if sizes.original_height is None else sizes.original_height
+        if negative:
+            width = width if sizes.negative_width is None else sizes.negative_width
+            height = height if sizes.negative_height is None else sizes.negative_height
+        original.append((width, height))
     return Batch(
         captions=[prompt.prompt for prompt in prompts],
         latents=None,
         pixels=None,
         loss_weights=torch.ones(len(prompts), device=device),
         masks=None,
-        original_sizes=torch.tensor([_original_size(prompt, no) for prompt, no in rows], device=device),
+        original_sizes=torch.tensor(original, device=device),
         crop_top_lefts=torch.tensor([(p.sizes.crop_top, p.sizes.crop_left) for p in prompts], device=device),
         target_sizes=target,
         guidance=prompts[0].guidance,
         control=control_batch(prompts, device),
     )
-
-
-def _original_size(prompt: SamplePrompt, negative: bool) -> tuple[int, int]:
-    """Width and height in pixels that a model with size conditioning is given as those of the original image."""
-    sizes = prompt.sizes
-    width = prompt.width if sizes.original_width is None else sizes.original_width
-    height = prompt.height if sizes.original_height is None else sizes.original_height
-    if negative:
-        width = width if sizes.negative_width is None else sizes.negative_width
-        height = height if sizes.negative_height is None else sizes.negative_height
-    return width, height

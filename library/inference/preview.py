@@ -64,8 +64,19 @@ class Preview:
             unused = family.traits.objective == "flow" and chosen.removeprefix("k_") != FLOW_SAMPLER
             if unused and "sample_sampler" in opts.explicit:
                 LOGGER.warning(f"--sample_sampler {chosen} has no effect: {flow_sampler_note(family.traits)}")
-            prompts = load_prompts(sampling.sample_prompts, family.traits, sampling.sample_sampler)
-            prompts = _with_control_images(prompts, sampling.sample_prompts, takes_control=takes_control)
+            file = sampling.sample_prompts
+            prompts = load_prompts(file, family.traits, sampling.sample_sampler)
+            given = sum(prompt.control is not None for prompt in prompts)
+            if takes_control:
+                if given < len(prompts):
+                    LOGGER.warning(
+                        "%s: %d of %d prompts have no --cn; they show the base model alone",
+                        *(file, len(prompts) - given, len(prompts)),
+                    )
+                prompts = [with_control(prompt) for prompt in prompts]
+            elif given:
+                LOGGER.warning("%s: --cn (controlnet_image) has no effect, as no ControlNet is trained here", file)
+                prompts = [replace(prompt, control=None) for prompt in prompts]
         return cls(opts, family, prompts)
 
     def due(self, step: int, epoch_end: int | None = None) -> bool:
@@ -174,19 +185,6 @@ class Preview:
         if prompt.seed is not None:
             return prompt
         return replace(prompt, seed=derive(self.opts.training.seed or 0, "preview", step, index) % 2**32)
-
-
-def _with_control_images(prompts: list[SamplePrompt], file: str, *, takes_control: bool) -> list[SamplePrompt]:
-    """Reads the control images where they are used, and says where they are missing or have no effect."""
-    given = sum(prompt.control is not None for prompt in prompts)
-    if not takes_control:
-        if given:
-            LOGGER.warning("%s: --cn (controlnet_image) has no effect, as no ControlNet is trained here", file)
-        return [replace(prompt, control=None) for prompt in prompts]
-    if given < len(prompts):
-        missing = len(prompts) - given
-        LOGGER.warning("%s: %d of %d prompts have no --cn; they show the base model alone", file, missing, len(prompts))
-    return [with_control(prompt) for prompt in prompts]
 
 
 def _mixed_precision(name: str | None) -> torch.dtype:

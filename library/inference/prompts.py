@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -145,35 +145,30 @@ def entries(path: str | Path) -> list[tuple[str, str | dict[str, Any]]]:
     path = Path(path)
     if path.suffix.lower() not in (".txt", ".toml", ".json"):
         raise UserError(f"{path}: a prompt file must be .txt, .toml or .json")
-    found = list(_entries(path, read_text(path, "the prompt file")))
+    text = read_text(path, "the prompt file")
+    if path.suffix.lower() == ".txt":
+        lines = enumerate(map(str.strip, text.split("\n")), start=1)
+        found = [(f"{path}, line {number}", line) for number, line in lines if line and not line.startswith("#")]
+    else:
+        if path.suffix.lower() == ".toml":
+            shared = parse_toml(text, path).get("prompt")
+            if not isinstance(shared, dict):
+                raise UserError(f"{path}: needs a [prompt] table, with [[prompt.subset]] tables for several prompts")
+            subsets = shared.pop("subset", [{}])
+            if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
+                raise UserError(f"{path}: `subset` must be [[prompt.subset]] tables")
+            tables = [{**shared, **subset} for subset in subsets]
+        else:
+            tables = parse_json(text, path)
+            if not isinstance(tables, list):
+                raise UserError(f"{path}: must hold a list of prompt lines or tables")
+        found = [(f"{path}, prompt {number}", entry) for number, entry in enumerate(tables, start=1)]
+        for where, entry in found:
+            if not isinstance(entry, (str, dict)):
+                raise UserError(f"{where}: must be a prompt line or a table, got {entry!r}")
     if not found:
         raise UserError(f"{path}: the file holds no prompt")
     return found
-
-
-def _entries(path: Path, text: str) -> Iterator[tuple[str, str | dict[str, Any]]]:
-    if path.suffix.lower() == ".txt":
-        for number, line in enumerate(map(str.strip, text.split("\n")), start=1):
-            if line and not line.startswith("#"):
-                yield f"{path}, line {number}", line
-        return
-    if path.suffix.lower() == ".toml":
-        shared = parse_toml(text, path).get("prompt")
-        if not isinstance(shared, dict):
-            raise UserError(f"{path}: needs a [prompt] table, with [[prompt.subset]] tables for several prompts")
-        subsets = shared.pop("subset", [{}])
-        if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
-            raise UserError(f"{path}: `subset` must be [[prompt.subset]] tables")
-        tables = [{**shared, **subset} for subset in subsets]
-    else:
-        tables = parse_json(text, path)
-        if not isinstance(tables, list):
-            raise UserError(f"{path}: must hold a list of prompt lines or tables")
-    for number, entry in enumerate(tables, start=1):
-        where = f"{path}, prompt {number}"
-        if not isinstance(entry, (str, dict)):
-            raise UserError(f"{where}: must be a prompt line or a table, got {entry!r}")
-        yield where, entry
 
 
 def finish(

@@ -42,7 +42,20 @@ def quantise_frozen_to(part: nn.Module, storage_format: str, device: torch.devic
     """
     quantise, kinds = _STORAGE[storage_format]
     for used in {device} if device is not None else {parameter.device for parameter in part.parameters()}:
-        _try_out(storage_format, used)
+        # tried out, as a release of bitsandbytes may fail on a device, or give wrong numbers there
+        sample = torch.linspace(-1, 1, INT8_BLOCK, device=used)
+        try:
+            with torch.no_grad():
+                kept = kinds[nn.Linear].dequantise(*quantise(sample), sample.shape, sample.dtype)
+            off = (kept - sample).abs().max().item()
+        except Exception as error:  # a library without its compiled half raises whatever it likes
+            reason = (str(error).splitlines() or [""])[0]
+            raise UserError(
+                f"--quantize_base: bitsandbytes does not work on {used}: {type(error).__name__}: {reason}; "
+                "try another release of it, or choose fp8"
+            ) from error
+        if not off < 0.2:
+            raise UserError(f"--quantize_base: bitsandbytes gives wrong numbers on {used}; try another release of it")
 
     def quantise_on_device(weight: Tensor) -> tuple[Tensor, Tensor]:
         bits, scales = quantise(weight.to(device or weight.device))
@@ -122,20 +135,3 @@ def _int8_levels(device: torch.device) -> Tensor:
     if device not in _INT8_LEVELS:
         _INT8_LEVELS[device] = bnb.create_linear_map().to(device)
     return _INT8_LEVELS[device]
-
-
-def _try_out(storage_format: str, device: torch.device) -> None:
-    weight = torch.linspace(-1, 1, INT8_BLOCK, device=device)
-    quantise, kinds = _STORAGE[storage_format]
-    try:
-        with torch.no_grad():
-            kept = kinds[nn.Linear].dequantise(*quantise(weight), weight.shape, weight.dtype)
-        off = (kept - weight).abs().max().item()
-    except Exception as error:  # a library without its compiled half raises whatever it likes
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"--quantize_base: bitsandbytes does not work on {device}: {type(error).__name__}: {reason}; "
-            "try another release of it, or choose fp8"
-        ) from error
-    if not off < 0.2:
-        raise UserError(f"--quantize_base: bitsandbytes gives wrong numbers on {device}; try another release of it")

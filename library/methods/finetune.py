@@ -79,7 +79,11 @@ class FinetuneMethod(Method):
         return self._trained
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        names, groups = _group_names(self._trained, self._family.traits.text_encoders), []
+        # As logs call them: where several text encoders are trained, with their numbers among the family's.
+        encoders = enumerate(self._family.traits.text_encoders, 1)
+        numbered = {part: f"text_encoder{number}" for number, part in encoders if part in self._trained}
+        names = {DENOISER: "unet", **(numbered if len(numbered) > 1 else dict.fromkeys(numbered, "text_encoder"))}
+        groups = []
         for part, module in self._trained.items():
             block_rates = self.opts.method.block_rates if part == DENOISER else None
             by_label: dict[str, dict[str, Any]] = {}
@@ -208,9 +212,3 @@ def part_rates(opts: Options, text_encoders: tuple[str, ...]) -> dict[str, float
             rate = options.text_rate(number)
             rates[part] = (common if rate is None else rate) or 0.0
     return rates
-
-
-def _group_names(parts: TrainedParts, encoders: tuple[str, ...]) -> dict[str, str]:
-    """As logs call them: unet, text_encoder; where several are trained, with their numbers among the family's."""
-    numbered = {part: f"text_encoder{number}" for number, part in enumerate(encoders, 1) if part in parts}
-    return {DENOISER: "unet", **(numbered if len(numbered) > 1 else dict.fromkeys(numbered, "text_encoder"))}

@@ -47,7 +47,12 @@ class NetworkMethod(Method):
         self._builder = network_builder(opts.method.network_module)
         self._args = split_args(opts.method.network_args)
         self._network: TrainableNetwork | None = None
-        self._words = _trained_words(opts) if opts.words.caption_words else None
+        self._words: TrainedWords | None = None
+        if opts.words.caption_words:  # those that --network_weights holds go on from there
+            file = opts.method.network_weights
+            held = read_bundled(file) if file else {}
+            files = {word: (file, held[word]) for word in opts.words.caption_words if word in held}
+            self._words = TrainedWords(opts.words, opts.training.seed, files)
         self._multiplier = 1.0  # as the network is now
         self._rates: dict[str, float] = {}
 
@@ -234,15 +239,6 @@ class NetworkMethod(Method):
         """By word, the file of its vectors beside a network's file."""
         words = self._words.names if self._words is not None else ()
         return {word: path.with_name(f"{path.stem}_{as_name(word)}{path.suffix}") for word in words}
-
-
-def _trained_words(opts: Options) -> TrainedWords:
-    """The words of --token_string; those that --network_weights holds go on from there."""
-    file, files = opts.method.network_weights, {}
-    if file:
-        held = read_bundled(file)
-        files = {word: (file, held[word]) for word in opts.words.caption_words if word in held}
-    return TrainedWords(opts.words, opts.training.seed, files)
 
 
 def _nothing_trained(rates: dict[str, float]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +33,17 @@ def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str
         except UserError as error:
             problems += error.problems
     for path in options.base_weights or [] if not problems else []:
-        problems += _merging_problems(path)
+        if is_hypernetwork_file(path):
+            problems.append(
+                f"--base_weights: {path}: this is a hypernetwork, which changes the inputs of layers and cannot be "
+                "merged into their weights; --network_module=networks.hypernetwork continues from it with "
+                "--network_weights"
+            )
+        elif file_format(path) == "safetensors":
+            try:
+                require_types(Path(path), read_header(path)[1])
+            except UserError as error:
+                problems += error.problems
     try:
         require_network_module(options.network_module)
         args, module = split_args(options.network_args), declared_module(resolved_module(options.network_module))
@@ -48,20 +57,6 @@ def check_options(opts: Options, traits: FamilyTraits | None = None) -> list[str
     except UserError as error:
         problems += [problem for problem in error.problems if problem not in problems]
     return problems
-
-
-def _merging_problems(path: str) -> Iterator[str]:
-    """Why a file of --base_weights cannot be merged, as far as names show."""
-    if is_hypernetwork_file(path):
-        yield (
-            f"--base_weights: {path}: this is a hypernetwork, which changes the inputs of layers and cannot be merged "
-            "into their weights; --network_module=networks.hypernetwork continues from it with --network_weights"
-        )
-    elif file_format(path) == "safetensors":
-        try:
-            require_types(Path(path), read_header(path)[1])
-        except UserError as error:
-            yield from error.problems
 
 
 def with_file_format(opts: Options) -> Options:

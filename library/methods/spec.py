@@ -15,14 +15,6 @@ if TYPE_CHECKING:
     from library.types import FamilyTraits, ImageRole
 
 
-def _no_problems(opts: Options, traits: FamilyTraits) -> list[str]:
-    return []
-
-
-def _as_given(opts: Options) -> Options:
-    return opts
-
-
 @dataclass(frozen=True, kw_only=True)
 class MethodSpec:
     """A training method. Raises: TypeError: on construction, where a part is missing."""
@@ -33,9 +25,9 @@ class MethodSpec:
     groups: tuple[type[OptionGroup], ...]  # the method's own group, and others in place of shared ones
     method: EntryPoint[[Options], Method]
     # Problems that options and file headers show, beside those that the groups find.
-    check: Callable[[Options, FamilyTraits], list[str]] = _no_problems
+    check: Callable[[Options, FamilyTraits], list[str]] = lambda opts, traits: []
     image_role: ImageRole = "mask"  # what the images of `conditioning_data_dir` are to it
-    complete_options: Callable[[Options], Options] = _as_given  # by what other options say
+    complete_options: Callable[[Options], Options] = lambda opts: opts  # by what other options say
 
     def __post_init__(self) -> None:
         if not any(issubclass(group, MethodOptions) for group in self.groups):

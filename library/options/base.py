@@ -151,28 +151,28 @@ class OptionGroup:
 def options_of(group: type[OptionGroup]) -> tuple[Option, ...]:
     """The options of a group, in the order of its fields."""
     hints = typing.get_type_hints(group)
-    offered = [f for f in fields(group) if f.name not in group.without]
-    return tuple(_read(f.name, f.default, hints[f.name], f.metadata["details"]) for f in offered)
-
-
-def _read(dest: str, default: Any, hint: Any, details: Details) -> Option:
-    many, choices = False, ()
-    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)  # with a Literal inside it is the second
-    members = set(typing.get_args(hint)) if is_union else {hint}
-    optional = types.NoneType in members
-    members.discard(types.NoneType)
-    if len(members) == 1:
-        inner = members.pop()
-        if typing.get_origin(inner) is list:
-            many, inner = True, typing.get_args(inner)[0]
-        if typing.get_origin(inner) is Literal:
-            choices = typing.get_args(inner)
-            inner = type(choices[0])
-        kind = inner.__name__ if inner is not Path else "Path"
-    else:
-        assert members == {int, float}, f"{dest}: no option can be of type {hint}"
-        kind = "int_or_float"
-    return Option(dest, default, kind, many, optional, choices, details)
+    options = []
+    for one in fields(group):
+        if one.name in group.without:
+            continue
+        hint, many, choices = hints[one.name], False, ()
+        is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)  # with a Literal inside it is the second
+        members = set(typing.get_args(hint)) if is_union else {hint}
+        optional = types.NoneType in members
+        members.discard(types.NoneType)
+        if len(members) == 1:
+            inner = members.pop()
+            if typing.get_origin(inner) is list:
+                many, inner = True, typing.get_args(inner)[0]
+            if typing.get_origin(inner) is Literal:
+                choices = typing.get_args(inner)
+                inner = type(choices[0])
+            kind = inner.__name__ if inner is not Path else "Path"
+        else:
+            assert members == {int, float}, f"{one.name}: no option can be of type {hint}"
+            kind = "int_or_float"
+        options.append(Option(one.name, one.default, kind, many, optional, choices, one.metadata["details"]))
+    return tuple(options)
 
 
 COMMAND_LINE = "command line"

@@ -82,7 +82,16 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
             if given and self.quantize_base not in (None, "fp8"):
                 yield f"--quantize_base: {self.quantize_base} cannot be used with {flag}, which means fp8; use one"
         if self.quantize_base not in (None, "fp8"):
-            lack = _lack_of_bitsandbytes()
+            from importlib import metadata  # here, as it imports many modules that are seldom needed
+
+            lack = None
+            try:
+                found = metadata.version("bitsandbytes")
+                if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < _OLDEST_BITSANDBYTES:
+                    oldest = ".".join(map(str, _OLDEST_BITSANDBYTES))
+                    lack = f"needs bitsandbytes {oldest} or newer, {found} is installed"
+            except metadata.PackageNotFoundError:
+                lack = "needs the package bitsandbytes, which is not installed"
             if lack:
                 yield f"--quantize_base: {self.quantize_base} {lack}; {remedy('bitsandbytes')}; or choose fp8"
 
@@ -150,16 +159,3 @@ class DistributedOptions(OptionGroup, group="distributed", title="Several GPUs")
 
 
 _OLDEST_BITSANDBYTES = 0, 49  # those before crash on CPUs where a whole block of weights is 0
-
-
-def _lack_of_bitsandbytes() -> str | None:
-    from importlib import metadata  # here, as it imports many modules that are seldom needed
-
-    try:
-        found = metadata.version("bitsandbytes")
-    except metadata.PackageNotFoundError:
-        return "needs the package bitsandbytes, which is not installed"
-    if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < _OLDEST_BITSANDBYTES:
-        oldest = ".".join(map(str, _OLDEST_BITSANDBYTES))
-        return f"needs bitsandbytes {oldest} or newer, {found} is installed"
-    return None

@@ -57,11 +57,21 @@ def build_parser(groups: Iterable[type[OptionGroup]], prog: str | None = None, d
     for group in parser.groups:
         section = parser.add_argument_group(group.title)
         for option in options_of(group):
-            if option.details.positional:
+            details = option.details
+            if details.positional:
                 section.add_argument(option.dest, help=_help(option), type=_converter(option))
+                continue
+            shown: dict[str, Any] = {"default": option.default, "help": _help(option), "required": details.required}
+            if option.kind == "bool":
+                shown["action"] = "store_true"
             else:
-                flags = [*filter(None, [option.details.short]), option.flag]
-                section.add_argument(*flags, dest=option.dest, **_argument(option))
+                shown["type"] = _converter(option)
+                if option.choices:
+                    shown["choices"] = (*option.choices, None) if option.optional else option.choices
+                    shown["metavar"] = "{" + ",".join(map(str, option.choices)) + "}"
+                if option.many:
+                    shown["nargs"] = details.values or "*"
+            section.add_argument(*filter(None, [details.short]), option.flag, dest=option.dest, **shown)
     return parser
 
 
@@ -161,18 +171,6 @@ def _unknown_problems(
 
 def _positional(groups: Iterable[type[OptionGroup]]) -> list[str]:
     return [option.dest for group in groups for option in options_of(group) if option.details.positional]
-
-
-def _argument(option: Option) -> dict[str, Any]:
-    shown: dict[str, Any] = {"default": option.default, "help": _help(option), "required": option.details.required}
-    if option.kind == "bool":
-        return {**shown, "action": "store_true"}
-    if option.choices:
-        shown["choices"] = (*option.choices, None) if option.optional else option.choices
-        shown["metavar"] = "{" + ",".join(map(str, option.choices)) + "}"
-    if option.many:
-        shown["nargs"] = option.details.values or "*"
-    return {**shown, "type": _converter(option)}
 
 
 def _converter(option: Option) -> Callable[[str], Any]:

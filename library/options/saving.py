@@ -99,8 +99,15 @@ class SavingOptions(OptionGroup, group="saving", title="Saving"):
             yield "--output_dir: missing; name the folder to save to"
         elif reason := unwritable(Path(self.output_dir)):
             yield f"--output_dir: nothing can be saved to {self.output_dir}: {reason}"
-        if self.output_name and (reason := _no_output_name(self.output_name)):
-            yield f"--output_name: {reason}, got {self.output_name!r}"
+        name = self.output_name or ""
+        leaves = os.path.isabs(name) or os.path.splitdrive(name)[0] or os.pardir in Path(name).parts
+        faults = (
+            ("\0" in name, "no name of a file has a NUL character"),
+            (name.endswith(_SEPARATORS), "must name a file and not a folder"),
+            (leaves, "must stay below --output_dir, which names the place"),
+        )
+        if reason := next((reason for wrong, reason in faults if wrong), None):
+            yield f"--output_name: {reason}, got {name!r}"
         if self.huggingface_repo_id:
             yield from self._check_upload()
         if self.save_state_to_huggingface and not self.huggingface_repo_id:
@@ -160,17 +167,6 @@ def parse_hub_folder(text: str | None) -> HubFolder:
     if kind not in _REPO_KINDS:
         raise ValueError(f"the kind of repository in --resume must be {_either(_REPO_KINDS)}, got {kind!r}")
     return HubFolder(f"{user}/{name}", path, rest[0] if rest else None, kind)
-
-
-def _no_output_name(name: str) -> str | None:
-    """Why a text cannot be the beginning of names below --output_dir; None: it can."""
-    if "\0" in name:
-        return "no name of a file has a NUL character"
-    if name.endswith(_SEPARATORS):
-        return "must name a file and not a folder"
-    if os.path.isabs(name) or os.path.splitdrive(name)[0] or os.pardir in Path(name).parts:
-        return "must stay below --output_dir, which names the place"
-    return None
 
 
 def _either(choices: tuple[str, ...]) -> str:

@@ -41,10 +41,16 @@ def sharding_of(opts: Options, environ: Mapping[str, str] = os.environ) -> Shard
     if _is_on(environ, USE_DEEPSPEED):
         file = environ.get(f"{_DEEPSPEED}CONFIG_FILE", "")
         if file not in ("", "none"):
-            return _zero("DeepSpeed", *_zero_of_file(Path(file)))
-        stage = environ.get(f"{_DEEPSPEED}ZERO_STAGE", "2")
-        devices = (environ.get(f"{_DEEPSPEED}OFFLOAD_{what}_DEVICE") for what in ("OPTIMIZER", "PARAM"))
-        return _zero("DeepSpeed", int(stage), *devices)
+            try:
+                zero: dict[str, Any] = load_json(read_bytes(Path(file), LARGEST_CONFIG)).get("zero_optimization", {})
+                stage = 2 if zero.get("stage", 0) == "auto" else int(zero.get("stage", 0))
+                devices = [zero.get(f"offload_{what}", {}).get("device") for what in ("optimizer", "param")]
+            except (OSError, ValueError, AttributeError, TypeError) as error:
+                raise UserError(f"{Path(file)}: cannot be read as DeepSpeed's configuration ({error})") from None
+            return _zero("DeepSpeed", stage, *devices)
+        stage = int(environ.get(f"{_DEEPSPEED}ZERO_STAGE", "2"))
+        devices = [environ.get(f"{_DEEPSPEED}OFFLOAD_{what}_DEVICE") for what in ("OPTIMIZER", "PARAM")]
+        return _zero("DeepSpeed", stage, *devices)
     if _is_on(environ, USE_FSDP):
         # A strategy may stand in either variable, by name or by FSDP 1's numbers.
         asked = {environ.get(name, "").upper() for name in ("FSDP_SHARDING_STRATEGY", "FSDP_RESHARD_AFTER_FORWARD")}
@@ -102,16 +108,6 @@ def _zero(asked_by: str, stage: int, *devices: str | None) -> Sharding | None:
     if "nvme" in devices:
         raise UserError(f"{asked_by}: weights cannot be kept on disk (nvme); use cpu, or do not offload")
     return Sharding(asked_by, stage == 3, "cpu" in devices) if stage else None
-
-
-def _zero_of_file(file: Path) -> tuple[int, str | None, str | None]:
-    try:
-        zero: dict[str, Any] = load_json(read_bytes(file, LARGEST_CONFIG)).get("zero_optimization", {})
-        stage = zero.get("stage", 0)
-        devices = [zero.get(f"offload_{what}", {}).get("device") for what in ("optimizer", "param")]
-        return 2 if stage == "auto" else int(stage), *devices
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read as DeepSpeed's configuration ({error})") from None
 
 
 def _is_on(environ: Mapping[str, str], name: str) -> bool:

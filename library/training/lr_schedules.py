@@ -110,10 +110,21 @@ def make_schedule(
         return AdafactorRates(optimizer, initial_rate(options))
     if is_schedule_free(options):
         return get_scheduler("constant", optimizer)
-    if options.lr_scheduler_type:
-        return _of_class(optimizer, options, total_steps)
-    name = schedule_name(options)
     arguments = schedule_args(options)
+    if options.lr_scheduler_type:
+        name = options.lr_scheduler_type
+        path = name if "." in name else f"torch.optim.lr_scheduler.{name}"
+        cls = import_class("--lr_scheduler_type", path, "torch.optim.lr_scheduler.LRScheduler")
+        if cls is ReduceLROnPlateau:
+            cls = PlateauSchedule
+        elif issubclass(cls, ReduceLROnPlateau):
+            raise UserError(f"--lr_scheduler_type: {name} needs a loss in every step; use reduce_lr_on_plateau")
+        schedule = construct(cls, name, "--lr_scheduler_args", arguments, optimizer)
+        limit = getattr(schedule, "total_steps", None)  # OneCycleLR fails in the step after
+        if isinstance(limit, int) and limit < total_steps:
+            raise UserError(f"--lr_scheduler_args: {name} ends after {limit} steps, the run has {total_steps}")
+        return schedule
+    name = schedule_name(options)
     if name == "reduce_lr_on_plateau":
         return construct(PlateauSchedule, name, "--lr_scheduler_args", arguments, optimizer)
     if name == "piecewise_constant":
@@ -178,21 +189,3 @@ def _of_transformers(
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"--lr_scheduler_args: {name} refuses {specific}: {error}") from error
-
-
-def _of_class(
-    optimizer: torch.optim.Optimizer, options: OptimizerOptions, total_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule of --lr_scheduler_type."""
-    name, arguments = options.lr_scheduler_type, schedule_args(options)
-    path = name if "." in name else f"torch.optim.lr_scheduler.{name}"
-    cls = import_class("--lr_scheduler_type", path, "torch.optim.lr_scheduler.LRScheduler")
-    if cls is ReduceLROnPlateau:
-        cls = PlateauSchedule
-    elif issubclass(cls, ReduceLROnPlateau):
-        raise UserError(f"--lr_scheduler_type: {name} needs a loss in every step; use reduce_lr_on_plateau")
-    schedule = construct(cls, name, "--lr_scheduler_args", arguments, optimizer)
-    limit = getattr(schedule, "total_steps", None)  # OneCycleLR fails in the step after
-    if isinstance(limit, int) and limit < total_steps:
-        raise UserError(f"--lr_scheduler_args: {name} ends after {limit} steps, the run has {total_steps}")
-    return schedule

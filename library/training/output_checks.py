@@ -27,9 +27,15 @@ _STATE_PARTS = (MODEL, OPTIMIZER, SCHEDULE, PROGRESS, "pytorch_model.bin")
 
 def problems(opts: Options) -> list[str]:
     """One line per output that could not be saved. Leaves no file behind."""
-    found: list[str] = []
-    for suffix in _suffixes(opts):
-        found += _name_problems(opts, make_save_plan(opts.saving, suffix, 1))
+    # The ending of saved models, "" for folders; without --save_model_as the loaded model decides.
+    chosen, source = opts.saving.save_model_as, opts.model.pretrained_model_name_or_path or ""
+    if chosen:
+        suffix = "" if chosen.startswith("diffusers") else f".{chosen}"
+    elif not opts.method.trains_model or (opts.saving.use_safetensors and os.path.isfile(source)):
+        suffix = ".safetensors"
+    else:
+        suffix = (Path(source).suffix or ".safetensors") if os.path.isfile(source) else ""
+    found = list(_name_problems(opts, make_save_plan(opts.saving, suffix, 1)))
     if opts.sampling.sample_prompts:
         folder, start = sample_place(opts.saving)
         found += _try_to_make(folder / fitting(start, "e000000_00_00000000000000_0000000000.png"), folder=False)
@@ -46,19 +52,6 @@ def problems(opts: Options) -> list[str]:
         except UserError as error:
             found += error.problems
     return list(dict.fromkeys(found))
-
-
-def _suffixes(opts: Options) -> list[str]:
-    """The possible endings of saved models, "" for folders; which one it is may be known only from the loaded model."""
-    chosen = opts.saving.save_model_as
-    if chosen:
-        return ["" if chosen.startswith("diffusers") else f".{chosen}"]
-    if not opts.method.trains_model:
-        return [".safetensors"]
-    source = opts.model.pretrained_model_name_or_path or ""
-    if os.path.isfile(source):
-        return [".safetensors" if opts.saving.use_safetensors else Path(source).suffix or ".safetensors"]
-    return [""]
 
 
 def _name_problems(opts: Options, plan: SavePlan) -> Iterator[str]:

@@ -251,7 +251,17 @@ def _ends_well(stream: BinaryIO, length: int) -> bool:
         stream.seek(0)
         head = stream.read(8)
         if head[4:] in (b"ftyp", b"JXL "):
-            return _boxes_end_well(stream, length)
+            end = 0  # of the outermost boxes so far; of an AVIF or JPEG XL file the last one ends where the file does
+            while end < length:
+                stream.seek(end)
+                header = stream.read(16)
+                size = int.from_bytes(header[:4], "big")
+                if size == 0:  # this one reaches to the end, wherever that is
+                    return True
+                if size == 1:
+                    size = int.from_bytes(header[8:16], "big")
+                end += max(size, 8)
+            return end == length
         if head[:4] == b"RIFF":
             return int.from_bytes(head[4:], "little") + 8 <= length
         if head[:2] == b"BM":
@@ -263,21 +273,6 @@ def _ends_well(stream: BinaryIO, length: int) -> bool:
         return b"IEND" in tail if head[:4] == b"\x89PNG" else True
     finally:
         stream.seek(position)
-
-
-def _boxes_end_well(file: BinaryIO, length: int) -> bool:
-    """Whether the outermost boxes of an AVIF or JPEG XL file end where the file does."""
-    position = 0
-    while position < length:
-        file.seek(position)
-        header = file.read(16)
-        size = int.from_bytes(header[:4], "big")
-        if size == 0:  # this one reaches to the end, wherever that is
-            return True
-        if size == 1:
-            size = int.from_bytes(header[8:16], "big")
-        position += max(size, 8)
-    return position == length
 
 
 def _orientation(image: Image.Image) -> int:
