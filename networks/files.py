@@ -121,11 +121,12 @@ class NetworkFile:
         return joined
 
 
-def read(path: str | Path) -> NetworkFile:
+def read(path: str | Path, *, keep_8_bits: bool = False) -> NetworkFile:
     """Reads a .safetensors, or a .ckpt/.pt without running code from it. Names of other programs become kohya's.
 
-    8-bit floats become float32, as little can be computed in them. Embeddings beside the layers are left out.
+    Embeddings beside the layers are left out.
 
+    Args: keep_8_bits: False: 8-bit floats become float32, as little can be computed in them.
     Raises: UserError: missing or broken, or its names are not ``<layer>.<tensor>``.
     """
     entries: Entries = {}
@@ -145,7 +146,7 @@ def read(path: str | Path) -> NetworkFile:
         if not dot:
             shown = ", ".join(list(layers)[:SHOWN])
             raise UserError(f"{path}: holds {shown}, so it is no file of a network.{named_format(tensors)}")
-        if tensor.is_floating_point() and tensor.element_size() == 1:
+        if tensor.is_floating_point() and tensor.element_size() == 1 and not keep_8_bits:
             tensor = tensor.float()
         if rest == "dora_scale" and (tensor.dim() == 1 or "lora_magnitude_vector" in name):
             # PEFT has the magnitudes of rows as a vector, those of convolutions as (1, out, 1, 1).

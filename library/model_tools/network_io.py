@@ -45,7 +45,7 @@ def read_network(path: str | Path, types: Sequence[NetworkType] = TYPES) -> Sour
     names = read_names(path)
     if names is not None:
         require_types(path, names)
-    file = read(path)
+    file = read(path, keep_8_bits=True)
     require_types(path, file.flat())
     for layer, entry in file.entries.items():
         if not any(kind.reads(frozenset(entry)) for kind in types):

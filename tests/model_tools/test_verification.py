@@ -226,9 +226,10 @@ def test_who_reads_what_is_in_the_guide():
     from tests.test_docs import DOCS
 
     text = (DOCS / "networks.md").read_text(encoding="utf-8").partition("## Which programs read the files")[2]
-    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in text.splitlines() if line.startswith("| ")]
-    told = {name: set(types.split(", ")) for name, types in rows if name not in ("program", "LyCORIS")}
-    assert told == {program.name: set(program.types) for program in PROGRAMS}
+    table = text.partition("\n## ")[0].splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table if line.startswith("| ")]
+    documented = {name: set(types.split(", ")) for name, types in rows if name not in ("program", "LyCORIS")}
+    assert documented == {program.name: set(program.types) for program in PROGRAMS}
 
 
 # ---- sound and broken

@@ -11,9 +11,10 @@ from library.checkpoints.layer_names import PartNames
 LayerSizes = Mapping[str, tuple[int, int]]  # (outputs, inputs) of layers by kohya's names, as far as a file shows them
 
 
-def _same(prefix: str, *layers: str) -> KeyMap:
-    """Layers that have the same names in the original and in what is run."""
-    return KeyMap(Each(prefix, prefix, *(Rename(f"{layer}.{{p}}", f"{layer}.{{p}}") for layer in layers)))
+def _same(prefix: str, *layers: str, outside: str = "") -> KeyMap:
+    """Layers that have the same names in the original and in what is run. `outside`: one without the prefix."""
+    rules = [Each(prefix, prefix, *(Rename(f"{layer}.{{p}}", f"{layer}.{{p}}") for layer in layers))]
+    return KeyMap(*rules, *([Rename(f"{outside}.{{p}}", f"{outside}.{{p}}")] if outside else []))
 
 
 _CLIP = _same(
@@ -22,6 +23,9 @@ _CLIP = _same(
     "self_attn.out_proj",
     "mlp.fc1",
     "mlp.fc2",
+    "layer_norm1",
+    "layer_norm2",
+    outside="text_model.final_layer_norm",
 )
 _T5 = _same(
     "encoder.block.{i}",
