@@ -355,6 +355,13 @@ def test_what_cannot_be_trained_is_refused(families, tmp_path):
     for name in ("latents", "g.safetensors"):
         line = refusal(partial(flux.control.load, flux_models, str(tmp_path / name)))
         assert line.startswith(f"{tmp_path / name}: {wanted}")
+    FluxControlNetModel(**{**config, "num_mode": 3}).save_pretrained(tmp_path / "union")
+    for name in ("union", "union/diffusion_pytorch_model.safetensors"):
+        line = refusal(partial(flux.control.load, flux_models, str(tmp_path / name)))
+        assert "for several kinds of images (Union)" in line
+    FluxControlNetModel(**{**config, "num_layers": 0, "num_single_layers": 1}).save_pretrained(tmp_path / "single")
+    line = refusal(partial(flux.control.load, flux_models, str(tmp_path / "single")))
+    assert line.endswith("has no blocks with two streams, which cannot be trained here")
     config = config_of(sd3.control.build(sd3_models))
     SD3ControlNetModel(**{**config, "extra_conditioning_channels": 1}).save_pretrained(tmp_path / "mask")
     for name in ("mask", "mask/diffusion_pytorch_model.safetensors"):

@@ -38,6 +38,9 @@ _WIDTHS = ("in_channels", "attention_head_dim", "num_attention_heads", "joint_at
 _READS_LATENTS = (
     f"this ControlNet reads latents of the control image; one with an {HINT}, which reads the image, is needed here"
 )
+_MODES = "controlnet_mode_embedder"
+_UNION = "this ControlNet is for several kinds of images (Union), which cannot be trained here; give one for one kind"
+_NO_DOUBLE = "this ControlNet has no blocks with two streams, which cannot be trained here"
 CONTROL_MAP = KeyMap(
     Each(
         "",
@@ -75,6 +78,8 @@ class FluxControl(ResidualControl):
                 weights = open_weights(name)
                 shape = flux_shape(weights.shapes)
                 last = f"{shape.prefix}{HINT}.{'conv_out' if shape.diffusers else 2 * HINT_STEPS + 2}.weight"
+                if any(key.startswith(f"{shape.prefix}{_MODES}") for key in weights):
+                    raise UserError(_UNION)
                 if last not in weights:
                     raise UserError(_READS_LATENTS)
                 tensors = {key.removeprefix(shape.prefix): weights[key].to(torch.float32) for key in weights}
@@ -83,8 +88,10 @@ class FluxControl(ResidualControl):
                 net = build(partial(FluxControlNetModel, **config), keys.to_model(tensors), "the ControlNet")
         else:
             net = from_pretrained(FluxControlNetModel, name, None)
-            if net.input_hint_block is None:
-                raise UserError(f"{name}: {_READS_LATENTS}")
+            if net.union or net.input_hint_block is None:
+                raise UserError(f"{name}: {_UNION if net.union else _READS_LATENTS}")
+        if not net.config.num_layers:
+            raise UserError(f"{name}: {_NO_DOUBLE}")
         require_same(net.config, models.denoiser.config, _WIDTHS, name)
         return self._masked(net)
 
