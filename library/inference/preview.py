@@ -159,8 +159,11 @@ class Preview:
                 raise
             LOGGER.warning("no sample images: not enough %s; choose smaller ones in --sample_prompts", memory)
             return []
-        if not write:
-            return []
+        return self._write(prompts, images, step, epoch) if write else []
+
+    def _write(
+        self, prompts: Sequence[SamplePrompt], images: Sequence[Image], step: int, epoch: int | None
+    ) -> list[PreviewImage]:
         now = time.strftime("%Y%m%d%H%M%S")
         made = []
         for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
