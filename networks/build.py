@@ -83,8 +83,9 @@ class DeclaredBuilder(NetworkBuilder):
         layers: dict[str, AdapterLayer] = {}
         for key, entry in self._entries(file, targets, parsed, partial(rows_of, models)).items():
             with _named(key):
-                kind = self.module.type_of_entry(entry, parsed).layer.load()
-                layers[key] = kind.rebuild(file_modules(models, by_key[key]), entry, parsed.layer)
+                kind = self.module.type_of_entry(entry, parsed)
+                modules, own = file_modules(models, by_key[key]), kind.args.like(parsed.layer)
+                layers[key] = kind.layer.load().rebuild(modules, entry, own)
         return _made(layers, targets, parsed)
 
     def load(self, network: Network, file: NetworkFile) -> tuple[int, int, int]:

@@ -20,6 +20,11 @@ class AdapterLayer(nn.Module, ABC):
     multiplier: float = 1.0
     rows: list[int]  # output rows of each module
 
+    def rows_of(self, index: int) -> slice:
+        """The output rows of the `index`-th module among those of all."""
+        start = sum(self.rows[:index])
+        return slice(start, start + self.rows[index])
+
     @classmethod
     def build(cls, modules: Sequence[nn.Module], rank: int, alpha: float | None, args: Any) -> AdapterLayer:
         """A layer on `modules`, whose values `init_weights` or `load` gives.

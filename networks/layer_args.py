@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class LayerArgs(ArgumentGroup):
     """What a type of layer is made with, beside its rank and alpha."""
+
+    @classmethod
+    def like(cls, other: LayerArgs) -> Self:
+        """`other`, or where that is of another type, what both types have of it."""
+        if isinstance(other, cls):
+            return other
+        return cls(**{field.name: getattr(other, field.name) for field in fields(cls) if hasattr(other, field.name)})
 
     def reads_gradients(self) -> str | None:
         """The argument that needs the gradients when the backward pass is over, where there is one."""

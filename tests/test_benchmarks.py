@@ -69,6 +69,39 @@ def test_tools_merge_and_extract_like_plain_ones_at_tiny_size():
     assert float(difference) < 1e-4
 
 
+def test_networks_are_compared_at_tiny_size():
+    types = ["LoHa", "DoRA, columns", "OFT, 4 blocks", "full"]
+    command = ["benchmarks/bench_networks.py", "--tiny", "--rounds=1", "--only", *types]
+    run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    facts, table = run.stdout.split("\n\n")
+    assert f"torch {torch.__version__}" in facts
+    head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    rows = {(cells[0], cells[1]): dict(zip(head, cells, strict=True)) for cells in lines}
+    assert set(rows) == {(block, name) for block in ("sdxl", "flux") for name in types}
+    for (block, _), cells in rows.items():
+        assert all(float(cells[name]) > 0 for name in head if "/" in name and cells[name] != "-")
+        trained = [
+            int(cells[name].replace(",", "")) for name in ("trained", "trained by lycoris") if cells[name] != "-"
+        ]
+        assert block == "flux" or len(set(trained)) == 1  # lycoris-lora has no fused layers
+
+
+def test_live_bytes_are_those_of_tensors_that_are_held(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench_networks
+
+    before = torch.ones(1000)
+    with bench_networks.LiveBytes() as live:
+        first = before * 2
+        second = first.view(10, 100) + 1
+        del first
+        third = second.clone()
+    assert (live.now, live.peak) == (8000, 8000)  # two of 4,000 bytes; views and what was there before cost nothing
+    del second, third
+    assert live.now == 0
+
+
 def test_full_size_architectures_have_the_published_numbers_of_weights(bench_models):
     sizes = {}
     for name in ("SD15", "SDXL", "SD35_LARGE", "FLUX_DEV"):

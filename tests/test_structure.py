@@ -73,7 +73,11 @@ UNUSUAL_ALLOWED = {  # what is said to a model or stands in files, and so cannot
 }
 
 OPTIONAL = {"pillow_jxl", "pip"}  # used where the user has it, missed by nobody
-DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python"}  # where the package is not called as its module
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "cv2": "opencv-python",
+    "lycoris": "lycoris-lora",
+}  # where the package is not called as its module
 
 
 @dataclass(frozen=True)

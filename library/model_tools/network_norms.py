@@ -16,7 +16,7 @@ from networks.registry import FULL, LOCON, LOHA, LOKR, LORA, NORM, type_of
 from networks.types.change import ChangeLayer
 from networks.types.functional import effective_alpha
 from networks.types.locon import DOWN, MID, UP
-from networks.types.lokr import pair
+from networks.types.lokr import both
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +44,7 @@ def change_norm(entry: Mapping[str, Tensor]) -> float | None:
         scale = effective_alpha(None if alpha is None else float(alpha), len(down)) / len(down)
         return abs(scale) * product_norm(up, down.flatten(1))
     if kind == LOKR:
-        first, second = pair(wide)
+        first, second = both(wide)
         return abs(_change_layer(entry).scale_of(wide)) * float(first.norm() * second.norm())
     if kind == LOHA:
         layer = _change_layer(entry)

@@ -16,6 +16,8 @@ from library.errors import UserError
 from networks.layer import AdapterLayer
 from networks.layer_args import ChangeArgs
 from networks.types.functional import effective_alpha, fit_kernel
+from networks.types.magnitudes import LowRankSquares, RebuiltSquares, root
+from networks.types.outputs import OncePerInput, blended
 
 BIAS = "diff_b"  # the change of a bias, which some files have beside that of the weight
 
@@ -60,6 +62,7 @@ class ChangeLayer(AdapterLayer):
         self.scalar = nn.Parameter(torch.zeros(())) if args.use_scalar and shapes is None else None
         if args.dora_wd:
             self.dora_scale = nn.Parameter(_norms(self._weight(), by_row=args.wd_on_output))
+            self._column_factors = OncePerInput(len(modules))
         self.register_load_state_dict_post_hook(_refresh)
 
     # ---- what a type defines
@@ -80,21 +83,28 @@ class ChangeLayer(AdapterLayer):
 
     @property
     def degree(self) -> int:
-        """Where all trained tensors are multiplied by f, the change is multiplied by f to this power."""
-        return len(self.names)
+        """Where all tensors of the weight's change are multiplied by f, it is multiplied by f to this power."""
+        return len(self.names) - (BIAS in self.names)
 
     def whole_change(self) -> Tensor:
         """The change of the weights of all modules together, in any shape."""
         return self.product(self.tensors()) * self.scale
 
+    def pair(self, rows: slice) -> tuple[Tensor, Tensor] | None:
+        """Some rows of the change as a product (rows, r), (r, in * ...), where that costs less than the change itself.
+
+        The second matrix is a convolution's kernel, flattened.
+        """
+        return None
+
     def changed(self, x: Tensor, index: int, factor: float) -> Tensor:
         """``factor * op(x, change)`` for the rows of the `index`-th module."""
-        return self.operate(x, self.delta(index) * factor)
-
-    def squared_norms(self, index: int) -> Tensor:
-        """Squared norms of the rows of the `index`-th module's weight with its change: (rows,)."""
-        weight = self._live[index].weight.detach().to(self.alpha.dtype)
-        return (weight + self.delta(index) * self.scale).flatten(1).square().sum(1)
+        pair = self.pair(self.rows_of(index))
+        if pair is None:
+            return self.operate(x, self.delta(index) * factor)
+        up, down = pair
+        hidden = self.operate(x, down.reshape(-1, *self.shape[1:])) * factor
+        return F.linear(hidden, up) if self.geometry is None else F.conv2d(hidden, up[..., None, None])
 
     # ---- the layer
 
@@ -115,56 +125,80 @@ class ChangeLayer(AdapterLayer):
 
     def tensors(self) -> dict[str, Tensor]:
         """The trained tensors by their names in files, with the trained factor in."""
-        found = {name: getattr(self, _attribute(name)) for name in self.names}
+        pieces = {name: self.pieces(name) for name in self.names}
+        found = {name: own[0] if len(own) == 1 else torch.cat(own) for name, own in pieces.items()}
         if self.scalar is not None:
             found[self.scalar_name] = found[self.scalar_name] * self.scalar
         return found
 
+    def pieces(self, name: str) -> list[nn.Parameter]:
+        """The parameters that are one tensor in files, in the order of its rows."""
+        return [getattr(self, _attribute(name))]
+
     def delta(self, index: int) -> Tensor:
         """The rows of the `index`-th module, before the scale, in the shape of its weight."""
-        start = sum(self.rows[:index])
-        rows = slice(start, start + self.rows[index])
-        return self.product(self.tensors(), rows).reshape(self.rows[index], *self.shape[1:])
+        return self.product(self.tensors(), self.rows_of(index)).reshape(self.rows[index], *self.shape[1:])
 
     def operate(self, x: Tensor, weight: Tensor) -> Tensor:
         """The live module's operation with another weight, and without a bias."""
         return F.linear(x, weight) if self.geometry is None else F.conv2d(x, weight, **self.geometry)
 
     def adapt(self, index: int, x: Tensor, output: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.alpha.dtype)  # the base may be stored in fewer bits than what is trained
-        if self.args.dora_wd:
-            change = self._decomposed(index, x, output) + self._bias(index)
-            return output + self.multiplier * change.to(output.dtype)
-        change = self.changed(x, index, self.multiplier * self.scale) + self._bias(index) * self.multiplier
-        return output + self._dropped(change).to(output.dtype)
+        own = x if torch.is_autocast_enabled(x.device.type) else x.to(self.alpha.dtype)  # the base may have fewer bits
+        if not self.args.dora_wd:
+            change = self._biased(self.changed(own, index, self.multiplier * self.scale), index, self.multiplier)
+            return output + self._dropped(change).to(output.dtype)
+        adapted = self._by_rows(index, own, output) if self.args.wd_on_output else self._by_columns(index, x, own)
+        return blended(output, self._biased(adapted, index), self.multiplier)
 
-    def _bias(self, index: int) -> Tensor | float:
-        """The change of the bias of the `index`-th module, to be added to outputs."""
+    def _biased(self, outputs: Tensor, index: int, factor: float = 1.0) -> Tensor:
+        """Outputs of the `index`-th module with ``factor * change`` of its bias, where that is trained."""
         if BIAS not in self.names:
-            return 0.0
-        start, axis = sum(self.rows[:index]), [-1] if self.geometry is None else [-1, 1, 1]
-        return self.diff_b[start : start + self.rows[index]].reshape(axis)
-
-    def _decomposed(self, index: int, x: Tensor, output: Tensor) -> Tensor:
-        """The change of the output by a weight of trained norms: DoRA.
-
-        ``W' = f (W + change)`` with ``f = dora_scale / (|W + change| + eps)``, so that with the bare output without
-        its bias, ``y = W x``, the change is ``f (y + change x) - y``. Norms of columns need ``W (f x)`` in place of
-        ``f y``.
-        """
-        module, eps = self._live[index], torch.finfo(self.alpha.dtype).eps
+            return outputs
         axis = [-1] if self.geometry is None else [-1, 1, 1]
-        bare = output if module.bias is None else output - module.bias.detach().reshape(axis).to(output.dtype)
-        if self.args.wd_on_output:
-            start = sum(self.rows[:index])
-            magnitude = self.dora_scale[start : start + self.rows[index]].reshape(axis)
-            f = magnitude / (self.squared_norms(index).sqrt().reshape(axis) + eps)
-            return f * (bare + self._dropped(self.changed(x, index, self.scale))) - bare
-        whole = self._weight() + self.product(self.tensors()).reshape(self.shape) * self.scale
-        scaled = x * (self.dora_scale / (_norms(whole, by_row=False) + eps))
-        weight = module.weight.detach().to(scaled.dtype)
-        return self.operate(scaled, weight) + self._dropped(self.changed(scaled, index, self.scale)) - bare
+        return outputs + self.diff_b[self.rows_of(index)].reshape(axis) * factor
+
+    def _by_rows(self, index: int, x: Tensor, output: Tensor) -> Tensor:
+        """The outputs of a weight whose rows have trained norms: DoRA.
+
+        ``W' = f (W + change)`` with ``f = dora_scale / (|W + change| + eps)``. `output` has the bias, which f leaves
+        alone: it returns as ``(1 - f) bias``.
+        """
+        axis = [-1] if self.geometry is None else [-1, 1, 1]
+        f = self._factors(self.dora_scale[self.rows_of(index)].flatten(), self._squares(index, axis=1)).reshape(axis)
+        whole, bias = output + self._dropped(self.changed(x, index, self.scale)), self._live[index].bias
+        return whole * f if bias is None else torch.addcmul((1 - f) * bias.detach().reshape(axis), whole, f)
+
+    def _by_columns(self, index: int, x: Tensor, own: Tensor) -> Tensor:
+        """The same with norms of columns, of the weights of all modules as one: ``W' x = (W + change) (f x)``."""
+        scaled = own * self._column_factors.of(x, self._scales_of_columns)
+        return self._live[index].forward(scaled.to(x.dtype)) + self._dropped(self.changed(scaled, index, self.scale))
+
+    def _scales_of_columns(self) -> Tensor:
+        squares = sum(self._squares(index, axis=0) for index in range(len(self.rows)))  # (in * kernel)
+        f = self._factors(self.dora_scale.flatten(), squares.unflatten(0, (self.shape[1], -1)).sum(1))
+        return f if self.geometry is None else f[:, None, None]
+
+    @staticmethod
+    def _factors(scales: Tensor, squares: Tensor) -> Tensor:
+        return scales / (root(squares) + torch.finfo(scales.dtype).eps)
+
+    def _squares(self, index: int, axis: int) -> Tensor:
+        """Squares of the `index`-th module's weight with its change, flattened to two axes and summed over `axis`."""
+        rows, weight = self.rows_of(index), self._live[index].weight.detach().flatten(1)
+        pair = self.pair(rows)
+        if pair is not None:
+            up, down = pair
+            factors = (weight, up, down) if axis == 1 else (weight.T, down.T, up.T)
+            return LowRankSquares.apply(*factors, self.scale)
+        own = {name: tensor for name, tensor in self.tensors().items() if name != BIAS}
+
+        def build(*tensors: Tensor) -> Tensor:
+            return self.product(dict(zip(own, tensors, strict=True)), rows).reshape(weight.shape)
+
+        if torch.compiler.is_compiling():  # which decides itself what is kept and what is computed again
+            return (weight + build(*own.values()) * self.scale).square().sum(axis)
+        return RebuiltSquares.apply(build, weight, self.scale, axis, *own.values())
 
     def _dropped(self, change: Tensor) -> Tensor:
         """The outputs of the change after the dropouts. Masks rather than early returns: no graph breaks."""
@@ -190,24 +224,26 @@ class ChangeLayer(AdapterLayer):
     # ---- files
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        own = {name: getattr(self, _attribute(name)) for name in self.names}
+        own = {name: self.pieces(name) for name in self.names}
         if self.args.dora_wd:
-            own["dora_scale"] = self.dora_scale
+            own["dora_scale"] = [self.dora_scale]
         given = {name: tensor for name, tensor in tensors.items() if name != "alpha"}
         hint = "give the --network_args and --network_dim of its training, or --dim_from_weights"
         if own.keys() != given.keys():
             raise UserError(f"the file has {', '.join(sorted(given))}, the network {', '.join(sorted(own))}", hint=hint)
         fitted = {}
         for name, tensor in given.items():
+            shape = torch.Size((sum(map(len, own[name])), *own[name][0].shape[1:]))
             try:
-                fitted[name] = fit_kernel(tensor, own[name])
+                fitted[name] = fit_kernel(tensor, shape)
             except ValueError as error:
                 raise UserError(f"{name}: {error}; the file's rank is {self.rank_of(tensors)}", hint=hint) from error
         meta = {name: tensor.to("meta") for name, tensor in given.items()}
         if self.product(meta).numel() != self.shape.numel() or self.product(meta).shape[0] != self.shape[0]:
             raise UserError(f"shape {tuple(self.product(meta).shape)} does not fit {tuple(self.shape)}")
         for name, tensor in fitted.items():
-            own[name].data.copy_(tensor)
+            for piece, part in zip(own[name], tensor.split([len(piece) for piece in own[name]]), strict=True):
+                piece.data.copy_(part)
         alpha = tensors.get("alpha")
         self.alpha.fill_(effective_alpha(None if alpha is None else float(alpha), self.rank))
         self.scale = self.own_scale()
@@ -250,9 +286,8 @@ class ChangeLayer(AdapterLayer):
     @torch.no_grad()
     def limit_norm(self, limit: float) -> None:
         factor = (limit / self.whole_change().norm()).clamp(max=1) ** (1 / self.degree)
-        for name in self.names:
-            if name != BIAS:
-                getattr(self, _attribute(name)).mul_(factor)
+        for tensor in (piece for name in self.names if name != BIAS for piece in self.pieces(name)):
+            tensor.mul_(factor)
 
 
 def _refresh(layer: ChangeLayer, _keys: Any) -> None:

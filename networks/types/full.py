@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from library.errors import UserError
 from networks.layer import AdapterLayer
 from networks.layer_args import ChangeArgs
 from networks.types.change import BIAS, ChangeLayer
+from networks.types.functional import in_computing_dtype
 
 
 class FullLayer(ChangeLayer):
@@ -19,6 +21,15 @@ class FullLayer(ChangeLayer):
 
     def __init__(self, modules: Sequence[nn.Module], rank: int, alpha: float | None, args: ChangeArgs, shapes=None):
         super().__init__(modules, 1, 1.0, args, shapes)
+        # One parameter for each module, in its shape: the gradient of a slice would be as large as the whole.
+        self.diffs = nn.ParameterList(torch.empty(module.weight.shape) for module in modules)
+        del self.diff
+
+    def pieces(self, name: str) -> list[nn.Parameter]:
+        return list(self.diffs) if name == "diff" else super().pieces(name)
+
+    def delta(self, index: int) -> Tensor:
+        return self.diffs[index]
 
     def tensor_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         biased = {BIAS: (self.shape[0],)} if self._live[0].bias is not None else {}
@@ -32,10 +43,6 @@ class FullLayer(ChangeLayer):
     def product(cls, tensors: Mapping[str, Tensor], rows: slice = slice(None)) -> Tensor:
         return tensors["diff"][rows]
 
-    @property
-    def degree(self) -> int:
-        return 1
-
     def init_weights(self, rng: torch.Generator) -> None:
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
@@ -46,12 +53,46 @@ class FullLayer(ChangeLayer):
             tensors = {"diff": torch.zeros_like(torch.cat([module.weight for module in modules])), **tensors}
         return super().rebuild(modules, tensors, args)
 
+    def adapt(self, index: int, x: Tensor, output: Tensor) -> Tensor:
+        weight, args = self._live[index].weight, self.args
+        dropped = self.training and (args.rank_dropout or args.module_dropout)
+        if self.geometry is not None or dropped or not isinstance(weight, nn.Parameter):
+            return super().adapt(index, x, output)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.alpha.dtype)
+        change = DifferentLinear.apply(*in_computing_dtype(x, self.diffs[index]), weight.detach(), self.multiplier)
+        return output.detach() + self._biased(change, index, self.multiplier).to(output.dtype)
+
     @classmethod
     def weight_change(cls, tensors: Mapping[str, Tensor], shape: torch.Size, weight: Callable[[], Tensor]) -> Tensor:
         return super().weight_change(tensors, shape, weight) if "diff" in tensors else torch.zeros(shape)
 
     def file_state(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in super().file_state().items() if name != "alpha"}
+
+
+class DifferentLinear(torch.autograd.Function):
+    """``factor * diff x`` whose input has the gradient of ``(weight + factor * diff) x``.
+
+    Two products are one in the backward pass, and the output of the frozen weight needs no gradient. In the forward
+    pass they stay apart: in fewer bits than float32 the sum of both weights would lose most of `diff`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, diff: Tensor, weight: Tensor, factor: float) -> Tensor:
+        ctx.save_for_backward(x, diff, weight)
+        ctx.factor = factor
+        change = F.linear(x, diff)
+        return change if factor == 1 else change * factor
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        x, diff, weight = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[0]:  # first, so that the sum of the weights is gone when the gradient of `diff` is made
+            grad_x = gradient @ torch.add(weight, diff, alpha=ctx.factor).to(gradient.dtype)
+        grad_diff = gradient.flatten(0, -2).T @ x.flatten(0, -2)
+        return grad_x, grad_diff if ctx.factor == 1 else grad_diff * ctx.factor, None, None
 
 
 class NormLayer(AdapterLayer):

@@ -72,6 +72,14 @@ def kronecker(first: Tensor, second: Tensor) -> Tensor:
     return torch.kron(expanded, second.contiguous())
 
 
+def in_computing_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast would have them, for a function whose backward pass multiplies them without it."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+
+
 class Hadamard(torch.autograd.Function):
     """``(a1 @ b1) * (a2 @ b2)``, of which only the four factors are kept for the backward pass."""
 

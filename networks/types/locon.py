@@ -45,28 +45,16 @@ class LoconLayer(ChangeLayer):
         if self.scalar is None:
             nn.init.zeros_(self.lora_up_weight)
 
-    def changed(self, x: Tensor, index: int, factor: float) -> Tensor:
-        own, start = self.tensors(), sum(self.rows[:index])
-        down, up = own[DOWN], own[UP][start : start + self.rows[index]]
-        if self.geometry is None:
-            return F.linear(F.linear(x, down.flatten(1)) * factor, up.flatten(1))
-        kernels = self.shape[2:]
-        if MID in own:
-            hidden = F.conv2d(x, down.reshape(*down.shape[:2], 1, 1))
-            hidden = F.conv2d(hidden, own[MID], **self.geometry)
-        else:
-            hidden = F.conv2d(x, down.reshape(down.shape[0], -1, *kernels), **self.geometry)
-        return F.conv2d(hidden * factor, up.reshape(*up.shape[:2], 1, 1))
+    def pair(self, rows: slice) -> tuple[Tensor, Tensor] | None:
+        own = self.tensors()
+        return None if MID in own else (own[UP][rows].flatten(1), own[DOWN].flatten(1))
 
-    def squared_norms(self, index: int) -> Tensor:
-        """As small products: ``|W + s U D|^2 = |W|^2 + 2 s <W D^T, U> + s^2 <U (D D^T), U>`` by row."""
-        own, start = self.tensors(), sum(self.rows[:index])
-        if MID in own:
-            return super().squared_norms(index)
-        down, up = own[DOWN].flatten(1), own[UP][start : start + self.rows[index]].flatten(1)
-        weight = self._live[index].weight.detach().flatten(1).to(down.dtype)
-        cross, square = ((weight @ down.T) * up).sum(1), ((up @ (down @ down.T)) * up).sum(1)
-        return weight.square().sum(1) + 2 * self.scale * cross + self.scale**2 * square
+    def changed(self, x: Tensor, index: int, factor: float) -> Tensor:
+        if MID not in self.names:
+            return super().changed(x, index, factor)
+        own = self.tensors()
+        hidden = F.conv2d(F.conv2d(x, own[DOWN]), own[MID], **self.geometry)
+        return F.conv2d(hidden * factor, own[UP])
 
     def fast_parameters(self) -> list[nn.Parameter]:
         return [self.lora_up_weight]

@@ -37,6 +37,15 @@ class LohaLayer(ChangeLayer):
             return tucker(tensors["hada_t1"], a1[:, rows], b1) * tucker(tensors["hada_t2"], a2[:, rows], b2)
         return Hadamard.apply(a1[rows], b1, a2[rows], b2)
 
+    def pair(self, rows: slice) -> tuple[Tensor, Tensor] | None:
+        """With the square of the rank: ``sum_r a1_ir b1_rj sum_s a2_is b2_sj = sum_rs (a1_ir a2_is) (b1_rj b2_sj)``."""
+        own, square, flat = self.tensors(), self.rank**2, self.shape[1:].numel()
+        if "hada_t1" in own or square * (self.shape[0] + flat) >= self.shape.numel():
+            return None
+        a1, b1, a2, b2 = (own[f"hada_w{half}_{side}"] for half in "12" for side in "ab")
+        up = a1[rows, :, None] * a2[rows, None, :]
+        return up.flatten(1), (b1[:, None] * b2).flatten(0, 1)
+
     def init_weights(self, rng: torch.Generator) -> None:
         """Normal values, of which one factor is 0."""
         core = "hada_t1" in self.names

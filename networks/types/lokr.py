@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from networks.factors import factors
 from networks.types.change import ChangeLayer
-from networks.types.functional import kronecker, tucker
+from networks.types.functional import in_computing_dtype, kronecker, tucker
 
 
 class LokrLayer(ChangeLayer):
@@ -58,7 +59,7 @@ class LokrLayer(ChangeLayer):
 
     @classmethod
     def product(cls, tensors: Mapping[str, Tensor], rows: slice = slice(None)) -> Tensor:
-        first, second = pair(tensors)
+        first, second = both(tensors)
         start, stop, _ = rows.indices(first.shape[0] * second.shape[0])
         height = second.shape[0]
         above = start // height * height  # only the blocks of rows that are asked for
@@ -74,21 +75,37 @@ class LokrLayer(ChangeLayer):
 
     def changed(self, x: Tensor, index: int, factor: float) -> Tensor:
         """Without the product, which is larger than its factors: ``w1 X w2^T`` with x as X, (m, n)."""
-        first, second = pair(self.tensors())
-        if self.geometry is not None:
-            return self._changed_image(x, first * factor, second)
-        height, start = second.shape[0], sum(self.rows[:index])
-        above, stop = start // height, start + self.rows[index]
-        folded = x.reshape(*x.shape[:-1], first.shape[1], -1)
-        blocks = KroneckerLinear.apply(folded, first[above : -(-stop // height)] * factor, second)
-        return blocks.flatten(-2)[..., start - above * height : stop - above * height]
+        own = self.tensors()
+        first, rows = _first(own), self.rows_of(index)
+        height = self.shape[0] // len(first)
+        blocks = slice(rows.start // height, -(-rows.stop // height))
+        change = (self._folded if self.geometry is None else self._folded_image)(x, first[blocks] * factor, own)
+        start = blocks.start * height
+        return change if self.geometry else change[..., rows.start - start : rows.stop - start]
 
-    def _changed_image(self, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    def _folded(self, x: Tensor, first: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        """(..., m n) -> (..., l k). `first`: (l, m)."""
+        folded = x.unflatten(-1, (first.shape[1], -1))
+        chain = _chain(own)
+        if chain is None:
+            second = _second(own).flatten(1)  # of a 1x1 convolution in some files
+            return KroneckerLinear.apply(*in_computing_dtype(folded, first, second)).flatten(-2)
+        up, down = chain  # w1 is applied where X is narrowest, at the rank's width
+        return F.linear(first @ F.linear(folded, down), up).flatten(-2)
+
+    def _folded_image(self, x: Tensor, first: Tensor, own: Mapping[str, Tensor]) -> Tensor:
         """(B, m n, H, W) -> (B, l k, H', W')."""
-        second = second.reshape(second.shape[0], -1, *self.shape[2:])
-        inner = self.operate(x.reshape(len(x) * first.shape[1], -1, *x.shape[2:]), second)
-        inner = inner.reshape(len(x), first.shape[1], *inner.shape[1:])
-        return torch.einsum("lm,bmkhw->blkhw", first, inner).flatten(1, 2)
+        pieces = x.unflatten(1, (first.shape[1], -1)).flatten(0, 1)
+        if "lokr_t2" in own:
+            hidden = F.conv2d(pieces, own["lokr_w2_b"][..., None, None])
+            hidden, up = self.operate(hidden, own["lokr_t2"]), own["lokr_w2_a"].T
+        else:
+            up, second = _chain(own) or (None, _second(own))
+            hidden = self.operate(pieces, second.reshape(len(second), -1, *self.shape[2:]))
+        hidden = torch.einsum("lm,bmkhw->blkhw", first, hidden.unflatten(0, (len(x), -1)))
+        if up is not None:
+            hidden = F.conv2d(hidden.flatten(0, 1), up[..., None, None]).unflatten(0, (len(x), -1))
+        return hidden.flatten(1, 2)
 
     def fast_parameters(self) -> list[nn.Parameter]:
         return [getattr(self, self.scalar_name)]
@@ -102,32 +119,51 @@ def _is_whole(names: Container[str]) -> bool:
 class KroneckerLinear(torch.autograd.Function):
     """``w1 X w2^T`` for every X of a batch, which keeps X and the matrices only for the backward pass.
 
-    X (..., m, n), w1 (l, m), w2 (k, n) -> (..., l, k).
+    X (..., m, n), w1 (l, m), w2 (k, n) -> (..., l, k). The matrix that leaves less for the other one is applied first.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
         ctx.save_for_backward(x, first, second)
-        return first @ (x @ second.T)
+        (l, m), (k, n) = first.shape, second.shape  # noqa: E741
+        ctx.narrows = m * k <= l * n
+        return first @ (x @ second.T) if ctx.narrows else (first @ x) @ second.T
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, first, second = (tensor.to(gradient.dtype) for tensor in ctx.saved_tensors)  # autocast has left
-        inner = x @ second.T
-        grad_first = torch.einsum("...lk,...mk->lm", gradient, inner)
-        inner = first.T @ gradient
-        grad_second = torch.einsum("...mk,...mn->kn", inner, x)
-        return inner @ second, grad_first, grad_second
+        x, first, second = ctx.saved_tensors
+        if ctx.narrows:
+            grad_first = torch.einsum("...lk,...mk->lm", gradient, x @ second.T)
+            inner = first.T @ gradient
+            return inner @ second, grad_first, torch.einsum("...mk,...mn->kn", inner, x)
+        inner = gradient @ second
+        grad_second = torch.einsum("...lk,...ln->kn", gradient, first @ x)
+        return first.T @ inner, torch.einsum("...ln,...mn->lm", inner, x), grad_second
 
 
-def pair(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Both matrices, each of them a product where it is stored as one; the second with its kernel, or flattened."""
-    first = tensors.get("lokr_w1")
-    if first is None:
-        first = tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
-    second = tensors.get("lokr_w2")
-    if second is None and "lokr_t2" in tensors:
-        second = tucker(tensors["lokr_t2"], tensors["lokr_w2_a"], tensors["lokr_w2_b"])
-    elif second is None:
-        second = tensors["lokr_w2_a"] @ tensors["lokr_w2_b"]
-    return first, second
+def both(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The matrices whose Kronecker product the change is: (l, m) and (k, n, kernel), or flattened to two axes."""
+    return _first(tensors), _second(tensors)
+
+
+def _first(tensors: Mapping[str, Tensor]) -> Tensor:
+    """(l, m)."""
+    whole = tensors.get("lokr_w1")
+    return tensors["lokr_w1_a"] @ tensors["lokr_w1_b"] if whole is None else whole
+
+
+def _second(tensors: Mapping[str, Tensor]) -> Tensor:
+    """(k, n, kernel), or flattened to two axes."""
+    if "lokr_w2" in tensors:
+        return tensors["lokr_w2"]
+    if "lokr_t2" in tensors:
+        return tucker(tensors["lokr_t2"], tensors["lokr_w2_a"], tensors["lokr_w2_b"])
+    return tensors["lokr_w2_a"] @ tensors["lokr_w2_b"]
+
+
+def _chain(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """The second matrix as a product (k, r), (r, n * ...), where that costs less than the matrix itself."""
+    if "lokr_w2" in tensors or "lokr_t2" in tensors:
+        return None
+    up, down = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
+    return (up, down) if up.numel() + down.numel() < len(up) * down.shape[1] else None

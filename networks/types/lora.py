@@ -109,8 +109,7 @@ class LoraLayer(AdapterLayer):
     def _up(self, index: int, hidden: Tensor) -> Tensor:
         if len(self.rows) == 1:
             return self.lora_up(hidden)
-        start = sum(self.rows[:index])
-        return F.linear(hidden, self.lora_up.weight[start : start + self.rows[index]])
+        return F.linear(hidden, self.lora_up.weight[self.rows_of(index)])
 
     def _drop(self, hidden: Tensor, factor: float) -> tuple[Tensor, float]:
         if self.dropout:

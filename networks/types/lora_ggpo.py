@@ -37,9 +37,8 @@ class PerturbedLoraLayer(LoraLayer):
         if not self.training:
             return adapted
         with torch.no_grad():
-            start = sum(self.rows[:index])
             drawn = torch.randn(self.rows[index], x.shape[-1], dtype=x.dtype, device=x.device)
-            disturbance = F.linear(x, drawn) * self.deviation[start : start + self.rows[index]].to(x.dtype)
+            disturbance = F.linear(x, drawn) * self.deviation[self.rows_of(index)].to(x.dtype)
         return adapted + disturbance.to(adapted.dtype)
 
     @torch.no_grad()

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from library.errors import UserError
 from networks.factors import power_of_two_factors
 from networks.layer import AdapterLayer
 from networks.layer_args import OftArgs
+from networks.types.butterfly import turn_in_stages
 from networks.types.functional import cayley
+from networks.types.outputs import OncePerInput
 
 TINY = 1e-8  # keeps the norm of a rotation that has not begun from being divided by
 
@@ -47,6 +48,7 @@ class OftLayer(AdapterLayer):
         self._constraint = float(self.alpha)
         self._module_dropout = args.module_dropout
         self._rotations: dict[int, Tensor] = {}
+        self._change_of_all = OncePerInput(len(modules))
         self.register_load_state_dict_post_hook(_refresh)
 
     @classmethod
@@ -94,24 +96,41 @@ class OftLayer(AdapterLayer):
     # ---- the rotation
 
     def adapt(self, index: int, x: Tensor, output: Tensor) -> Tensor:
-        bias = self._live[index].bias
-        bare = output.movedim(self.axis, -1)
-        bare = bare if bias is None else bare - bias.detach().to(bare.dtype)
-        change = self.rotated(index, x, bare.to(self.alpha.dtype)) * self.multiplier
+        channels = output.movedim(self.axis, -1)
+        if len(self.blocks) == len(self.rows):
+            change = self._changed(index, channels, self._live[index].bias)
+        else:  # blocks of all modules together: they may lie across modules
+            change = self._change_of_all.of(x, lambda: self._changed_together(x))[..., self.rows_of(index)]
         if self.training and self._module_dropout:
             change = change * (torch.rand((), device=change.device) >= self._module_dropout)
         return output + change.movedim(-1, self.axis).to(output.dtype)
 
-    def rotated(self, index: int, x: Tensor, bare: Tensor) -> Tensor:
-        """The change of one module's outputs without its bias, (..., rows)."""
-        start = sum(self.rows[:index])
-        rows = slice(start, start + self.rows[index])
-        if len(self.blocks) == len(self.rows):
-            turned = _turn(bare, self._rotation(index))
-        else:  # blocks of all modules together: they may lie across modules
-            whole = torch.cat([F.linear(x, module.weight.detach().to(x.dtype)) for module in self._live], -1)
-            turned = _turn(whole.to(bare.dtype), self._rotation(0))[..., rows]
-        return turned - bare if self.rescale is None else turned * self.rescale[rows] - bare
+    def _changed_together(self, x: Tensor) -> Tensor:
+        outputs = torch.cat([module.forward(x) for module in self._live], -1)
+        biases = [module.bias for module in self._live if module.bias is not None]
+        return self._changed(0, outputs, torch.cat(biases) if biases else None)
+
+    def _changed(self, number: int, outputs: Tensor, bias: Tensor | None) -> Tensor:
+        """The change of outputs, (..., rows), by one group of blocks. A bias, which they include, is not rotated."""
+        if not torch.is_autocast_enabled(outputs.device.type):
+            outputs = outputs.to(self.alpha.dtype)
+        rescale = self.rescale
+        if rescale is not None and len(self.blocks) > 1:
+            rescale = rescale[self.rows_of(number)]
+        turn = self.turning(self._rotation(number), rescale)
+        change = turn(outputs)
+        return change if bias is None else change - turn(bias.detach().to(self.alpha.dtype))
+
+    def turning(self, rotation: Tensor, rescale: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """A function that gives the change of vectors, (..., rows), by a rotation and a factor for each row."""
+        if rescale is not None:
+            rotation = rotation * rescale.reshape(len(rotation), 1, -1)
+        # Less the identity, so that fewer bits than float32 have the change itself, and not its sum with the vector.
+        identity = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
+        small = rotation - identity
+        if self.multiplier != 1:
+            small = small * self.multiplier
+        return lambda vectors: _turn(vectors, small)
 
     def _rotation(self, number: int) -> Tensor:
         """R of one group of blocks, (count, size, size): solved once for all forward passes between two steps."""
@@ -135,7 +154,8 @@ class OftLayer(AdapterLayer):
         blocks, base, constraint = _blocks(tensors), weight(), float(tensors.get("alpha", 0.0))
         if blocks[0].dim() == 4:
             return BoftLayer.weight_change(tensors, shape, weight)
-        if sum(each.shape[0] * each.shape[1] for each in blocks) != shape[0]:
+        square = all(each.dim() == 3 and each.shape[1] == each.shape[2] for each in blocks)
+        if not square or sum(each.shape[0] * each.shape[1] for each in blocks) != shape[0]:
             raise UserError(f"shape {[tuple(each.shape) for each in blocks]} does not fit {tuple(shape)}")
         columns = base.flatten(1).T  # (in, out): rows are rotated as outputs are
         parts = columns.split([each.shape[0] * each.shape[1] for each in blocks], -1)
@@ -185,21 +205,22 @@ class BoftLayer(OftLayer):
         layer.load(tensors)
         return layer
 
-    def rotated(self, index: int, x: Tensor, bare: Tensor) -> Tensor:
-        start = sum(self.rows[:index])
-        rows = slice(start, start + self.rows[index])
-        whole = bare
-        if len(self.rows) > 1:
-            whole = torch.cat([F.linear(x, module.weight.detach().to(x.dtype)) for module in self._live], -1)
-        turned = _chain(whole.to(bare.dtype), self._rotation(0))[..., rows]
-        return turned - bare if self.rescale is None else turned * self.rescale[rows] - bare
+    def turning(self, rotation: Tensor, rescale: Tensor | None) -> Callable[[Tensor], Tensor]:
+        def change(vectors: Tensor) -> Tensor:
+            turned = turn_in_stages(vectors, rotation)
+            turned = turned if rescale is None else turned * rescale
+            return (turned - vectors) * self.multiplier
+
+        return change
 
     @classmethod
     def weight_change(cls, tensors: Mapping[str, Tensor], shape: torch.Size, weight: Callable[[], Tensor]) -> Tensor:
         blocks, base = tensors["oft_blocks"].float(), weight()
-        if blocks.shape[1] * blocks.shape[2] != shape[0]:
+        stages, count, size, width = blocks.shape
+        whole = size == width and size % 2 == 0 and count.bit_count() == 1 and stages <= count.bit_length()
+        if not whole or count * size != shape[0]:
             raise UserError(f"shape {tuple(blocks.shape)} does not fit {tuple(shape)}")
-        turned = _chain(base.flatten(1).T, cayley(limited(blocks, float(tensors.get("alpha", 0.0)))))
+        turned = turn_in_stages(base.flatten(1).T, cayley(limited(blocks, float(tensors.get("alpha", 0.0)))))
         if "rescale" in tensors:
             turned = turned * tensors["rescale"].float().flatten()
         return turned.T.reshape(shape) - base
@@ -211,13 +232,15 @@ class Cayley(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, skew: Tensor, rotation: Tensor) -> Tensor:
         ctx.save_for_backward(rotation)
-        return rotation.clone()
+        return rotation.view_as(rotation)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (rotation,) = ctx.saved_tensors
-        shifted = rotation + torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
-        return shifted.mT @ gradient @ shifted.mT / 2, None
+        turned = rotation.mT.flatten(0, -3)
+        gradient = gradient.flatten(0, -3)
+        half = torch.baddbmm(gradient, turned, gradient)  # (I + R)^T g, without another matrix of that size
+        return torch.baddbmm(half, half, turned).div_(2).reshape(rotation.shape), None
 
 
 def limited(blocks: Tensor, constraint: float) -> Tensor:
@@ -246,14 +269,3 @@ def _blocks(tensors: Mapping[str, Tensor]) -> list[Tensor]:
 def _refresh(layer: OftLayer, _keys: Any) -> None:
     layer._constraint = float(layer.alpha)
     layer._rotations.clear()
-
-
-def _chain(outputs: Tensor, rotations: Tensor) -> Tensor:
-    """(..., count * size) through every stage of (stages, count, size, size)."""
-    half = rotations.shape[-1] // 2
-    for stage, rotation in enumerate(rotations):
-        reach = 2**stage * half
-        mixed = outputs.unflatten(-1, (-1, 2, reach)).transpose(-2, -1).flatten(-3)
-        mixed = torch.einsum("bij,...bj->...bi", rotation, mixed.unflatten(-1, rotation.shape[:2])).flatten(-2)
-        outputs = mixed.unflatten(-1, (-1, reach, 2)).transpose(-2, -1).flatten(-3)
-    return outputs

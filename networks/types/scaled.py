@@ -47,7 +47,7 @@ class Ia3Layer(ChangeLayer):
         self.weight.data.copy_(tensors["weight"].reshape(self.weight.shape))
 
     def adapt(self, index: int, x: Tensor, output: Tensor) -> Tensor:
-        start, axis = sum(self.rows[:index]), [-1] if self.geometry is None else [-1, 1, 1]
+        axis = [-1] if self.geometry is None else [-1, 1, 1]
         weight = self.weight.flatten() * self.multiplier
         module = self._live[index]
         if self.args.train_on_input:
@@ -55,7 +55,7 @@ class Ia3Layer(ChangeLayer):
             change = self.operate(scaled, module.weight.detach().to(weight.dtype))
         else:
             bare = output if module.bias is None else output - module.bias.detach().reshape(axis).to(output.dtype)
-            change = bare.to(weight.dtype) * weight[start : start + self.rows[index]].reshape(axis)
+            change = bare.to(weight.dtype) * weight[self.rows_of(index)].reshape(axis)
         return output + self._dropped(change).to(output.dtype)
 
     def file_state(self) -> dict[str, Tensor]:
@@ -120,13 +120,13 @@ class GloraLayer(ChangeLayer):
             nn.init.zeros_(self.b2_weight)
 
     def changed(self, x: Tensor, index: int, factor: float) -> Tensor:
-        own, start = self.tensors(), sum(self.rows[:index])
+        own = self.tensors()
         inner, outer = own["a2.weight"].flatten(1), own["a1.weight"].flatten(1)
         channels = x.movedim(1, -1) if self.geometry else x
         mixed = (channels @ inner.T) @ outer.T
         mixed = mixed.movedim(-1, 1) if self.geometry else mixed
         weight = self._live[index].weight.detach().to(x.dtype)
-        up, down = own["b1.weight"][start : start + self.rows[index]].flatten(1), own["b2.weight"]
+        up, down = own["b1.weight"][self.rows_of(index)].flatten(1), own["b2.weight"]
         hidden = self.operate(x, down.reshape(down.shape[0], *self.shape[1:]))
         beside = (hidden.movedim(1, -1) @ up.T).movedim(-1, 1) if self.geometry else hidden @ up.T
         return (self.operate(mixed, weight) + beside) * factor

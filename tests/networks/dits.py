@@ -59,19 +59,23 @@ def flux_transformer(double=2, single=3, **sizes):
     return FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True, **(sizes or small))
 
 
+@torch.no_grad()
 def flux_output(denoiser):
+    return flux_forward(denoiser)
+
+
+def flux_forward(denoiser):
     rng = torch.Generator().manual_seed(5)
     draw = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
-    with torch.no_grad():
-        return denoiser(
-            hidden_states=draw(2, 6, 4),
-            encoder_hidden_states=draw(2, 3, 6),
-            pooled_projections=draw(2, 5),
-            timestep=torch.tensor([0.1, 0.7]),
-            guidance=torch.ones(2),
-            img_ids=draw(6, 3),
-            txt_ids=draw(3, 3),
-        ).sample
+    return denoiser(
+        hidden_states=draw(2, 6, 4),
+        encoder_hidden_states=draw(2, 3, 6),
+        pooled_projections=draw(2, 5),
+        timestep=torch.tensor([0.1, 0.7]),
+        guidance=torch.ones(2),
+        img_ids=draw(6, 3),
+        txt_ids=draw(3, 3),
+    ).sample
 
 
 FLUX_OUTER = {
@@ -130,16 +134,20 @@ def sd3_transformer(layers=3, dual=(0, 1), **sizes):
     return SD3Transformer2DModel(num_layers=layers, dual_attention_layers=dual, **(sizes or small))
 
 
+@torch.no_grad()
 def sd3_output(denoiser):
+    return sd3_forward(denoiser)
+
+
+def sd3_forward(denoiser):
     rng = torch.Generator().manual_seed(5)
     draw = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
-    with torch.no_grad():
-        return denoiser(
-            hidden_states=draw(2, 4, 8, 8),
-            encoder_hidden_states=draw(2, 3, 6),
-            pooled_projections=draw(2, 5),
-            timestep=torch.tensor([100.0, 700.0]),
-        ).sample
+    return denoiser(
+        hidden_states=draw(2, 4, 8, 8),
+        encoder_hidden_states=draw(2, 3, 6),
+        pooled_projections=draw(2, 5),
+        timestep=torch.tensor([100.0, 700.0]),
+    ).sample
 
 
 SD3_OUTER = {

@@ -100,6 +100,74 @@ def test_outputs_and_gradients_are_those_of_lycoris(algo, name, kind):
         torch.testing.assert_close(gradient, theirs_by_name[own].grad, rtol=1e-4, atol=1e-4)
 
 
+# Which factor is applied first, and whether the change itself is formed, depends on ranks and widths.
+WIDE, TALL, IMAGE = lambda: nn.Linear(36, 16), lambda: nn.Linear(16, 36), lambda: nn.Conv2d(16, 24, 3, padding=1)
+ORDERS = {
+    "locon": [(WIDE, 3, {}), (IMAGE, 3, {}), (IMAGE, 3, {"use_tucker": True})],
+    "loha": [(WIDE, 2, {}), (WIDE, 6, {}), (IMAGE, 3, {}), (IMAGE, 9, {}), (IMAGE, 3, {"use_tucker": True})],
+    "lokr": [
+        *((module, 2, {}) for module in (WIDE, TALL, IMAGE)),
+        *((module, 2, {"full_matrix": True, "factor": 2}) for module in (WIDE, TALL, IMAGE)),
+        (lambda: nn.Linear(3, 36), 5, {"factor": 3}),  # its second matrix is smaller than that matrix's factors
+        (IMAGE, 2, {"use_tucker": True}),
+        (WIDE, 2, {"unbalanced_factorization": True}),
+    ],
+}
+
+
+@pytest.mark.parametrize("dora", [{}, {"dora_wd": True}, {"dora_wd": True, "wd_on_output": False}], ids=str)
+@pytest.mark.parametrize(
+    ("algo", "make", "rank", "given"),
+    [(algo, *order) for algo, orders in ORDERS.items() for order in orders],
+)
+def test_every_order_of_the_factors_gives_the_same(algo, make, rank, given, dora):
+    module = make().requires_grad_(False)
+    layer, theirs = made(algo, {**given, **dora}, module, rank)
+    torch.manual_seed(3)
+    x = torch.randn(2, 16, 5, 5) if isinstance(module, nn.Conv2d) else torch.randn(4, 5, module.in_features)
+    xs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    results = adapted(layer, module, xs[0]), theirs(xs[1])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    for result in results:
+        result.square().mean().backward()
+    torch.testing.assert_close(xs[0].grad, xs[1].grad, rtol=1e-4, atol=1e-5)
+    theirs_by_name = dict(theirs.named_parameters())
+    for own in [*layer.names, *(["dora_scale"] if dora else [])]:
+        gradient = getattr(layer, own.replace(".", "_")).grad
+        torch.testing.assert_close(gradient, theirs_by_name[own].grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+@pytest.mark.parametrize("algo", TYPES)
+def test_a_row_or_column_of_zeros_has_gradients(algo, by_row):
+    """As the last layers of some models have them: the norm of zeros has no slope."""
+    module = nn.Linear(12, 20, bias=False).requires_grad_(False)
+    module.weight[3], module.weight[:, 4] = 0, 0
+    layer = TYPES[algo][0].build([module], 2, 1.0, ChangeArgs(dora_wd=True, wd_on_output=by_row))
+    layer.init_weights(torch.Generator().manual_seed(1))
+    adapted(layer, module, input_for(module)).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+def test_the_norms_of_a_fused_layer_are_computed_once_for_each_input(monkeypatch):
+    from networks.types import change
+
+    counted = []
+    squares = change.LowRankSquares.apply
+    monkeypatch.setattr(change.LowRankSquares, "apply", lambda *args: counted.append(1) or squares(*args))
+    parts = [nn.Linear(12, width) for width in (7, 10, 3)]
+    layer = LoconLayer.build(parts, 2, 1.0, ChangeArgs(dora_wd=True, wd_on_output=False))
+    layer.init_weights(torch.Generator().manual_seed(1))
+    for step in range(1, 3):
+        x = torch.randn(4, 12)
+        sum(layer.adapt(index, x, part(x)).sum() for index, part in enumerate(parts)).backward()
+        assert len(counted) == step * len(parts)
+    with torch.no_grad():
+        layer.adapt(1, x, parts[1](x))
+    layer.adapt(0, x, parts[0](x)).sum().backward()  # what was made without gradients is not used for this one
+    assert len(counted) == 4 * len(parts)
+
+
 @pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize(("algo", "name"), CASES)
 def test_a_file_gives_the_same_layer_and_the_same_weights(algo, name, kind):
@@ -174,6 +242,30 @@ def test_norms_are_limited(algo, name):
     layer.init_weights(torch.Generator().manual_seed(1))  # a change of 0 has no direction
     layer.limit_norm(1e-3)
     assert all(tensor.isfinite().all() for tensor in layer.file_state().values())
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+@pytest.mark.parametrize("name", ["plain", "Tucker", "DoRA", "DoRA by columns", "DoRA with all"])
+def test_a_bias_beside_the_change_is_added_and_trained(name, kind):
+    """As files of other programs have it. The norm that is limited is that of the weight's change alone."""
+    module = MODULES[kind]().requires_grad_(False)
+    plain, _ = made("locon", GIVEN[name], module)
+    bias = torch.randn(len(module.bias), generator=torch.Generator().manual_seed(2))
+    state = {own: tensor.clone() for own, tensor in plain.file_state().items()} | {"diff_b": bias}
+    layer = LoconLayer.rebuild([module], state, ChangeArgs())
+    layer.multiplier = plain.multiplier = 0.5
+    x = input_for(module)
+    axis = [-1] if kind == "linear" else [-1, 1, 1]
+    outputs = [adapted(layer, module, x), adapted(plain, module, x)]
+    torch.testing.assert_close(outputs[0], outputs[1] + bias.reshape(axis) / 2, rtol=1e-5, atol=1e-5)
+    for output in outputs:
+        output.sum().backward()
+    torch.testing.assert_close(layer.diff_b.grad, torch.full_like(bias, outputs[0].numel() / len(bias) / 2))
+    torch.testing.assert_close(layer.lora_down_weight.grad, plain.lora_down_weight.grad, rtol=1e-4, atol=1e-4)
+    limit = float(layer.whole_change().detach().norm()) / 1.7
+    layer.limit_norm(limit)
+    assert float(layer.whole_change().detach().norm()) == pytest.approx(limit, rel=1e-5)
+    assert torch.equal(layer.file_state()["diff_b"], bias)
 
 
 @pytest.mark.parametrize("algo", TYPES)
@@ -280,12 +372,14 @@ def test_what_does_not_fit_is_refused(algo):
             kind.weight_change(state, torch.Size((height, width)), None)
 
 
-@pytest.mark.parametrize("algo", TYPES)
-def test_1x1_convolutions_and_linear_layers_read_each_other(algo):
+@pytest.mark.parametrize(
+    ("algo", "given"), [*((algo, {"factor": 2}) for algo in TYPES), ("lokr", {"factor": 2, "full_matrix": True})]
+)
+def test_1x1_convolutions_and_linear_layers_read_each_other(algo, given):
     convolution, linear = nn.Conv2d(8, 12, 1), nn.Linear(8, 12)
     linear.weight.data, linear.bias.data = convolution.weight.data[:, :, 0, 0], convolution.bias.data
-    kind, args = TYPES[algo][0], ChangeArgs(factor=2)
-    layer, _ = made(algo, {"factor": 2}, convolution)
+    kind, args = TYPES[algo][0], ChangeArgs(**given)
+    layer, _ = made(algo, given, convolution)
     loaded, rebuilt = kind.build([linear], 1, 0.5, args), kind.rebuild([linear], layer.file_state(), args)
     loaded.load(layer.file_state())
     x = input_for(convolution)

@@ -147,6 +147,15 @@ def test_files_are_read_again_and_merged(models, targets, outputs, tmp_path, nam
         torch.testing.assert_close(live, merged, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("args", [{}, {"algo": "boft"}], ids=["without arguments", "of another algorithm"])
+@pytest.mark.parametrize("name", ALGOS)
+def test_a_file_says_the_types_of_its_layers(models, targets, tmp_path, name, args):
+    network = trained(make(OURS, targets, models, ALGOS[name]))
+    file = OURS.read(write(network, tmp_path / "a.safetensors"))
+    rebuilt = OURS.from_weights(targets, models, file, args={**args, "module_dropout": "0.1"}).file_state()
+    assert all(torch.equal(value, rebuilt[key]) for key, value in network.file_state().items())
+
+
 @pytest.mark.parametrize("builder", [LOHA, LOKR])
 def test_loha_and_lokr_have_lora_plus_patterns_and_text_encoders(models, targets, builder):
     args = {"loraplus_unet_lr_ratio": "4", "exclude_patterns": "['.*attn1.*']", "include_patterns": "['.*attn1.to_q']"}

@@ -96,7 +96,7 @@ def test_outputs_and_gradients_are_those_of_lycoris(name, kind):
         for own, parameter in theirs.named_parameters()
     }
     for own, parameter in layer.named_parameters():
-        own = {"blocks.0": "oft_blocks"}.get(own, own.replace("_weight", ".weight"))
+        own = {"blocks.0": "oft_blocks", "diffs.0": "diff"}.get(own, own.replace("_weight", ".weight"))
         gradient = theirs_by_name[own].grad.reshape(parameter.shape)
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
 
@@ -490,3 +490,24 @@ def test_rows_that_cannot_be_cut():
         OftLayer.build([nn.Linear(12, 24)], 5, 1.0, KohyaOftArgs())
     with pytest.raises(UserError, match="7 rows cannot be cut"):
         BoftLayer.build([nn.Linear(12, 7)], 4, 1.0, OftArgs())
+
+
+def test_a_chain_over_fused_layers_is_turned_once_for_each_input(monkeypatch):
+    from networks.types import oft
+
+    turned = []
+    monkeypatch.setattr(oft, "turn_in_stages", lambda *given, of=oft.turn_in_stages: turned.append(1) or of(*given))
+    parts = [nn.Linear(12, width, bias=False) for width in (7, 10, 7)]
+    layer = BoftLayer.build(parts, 6, 1.0, OftArgs())
+    for step in range(1, 3):
+        x = torch.randn(3, 12)
+        sum(layer.adapt(index, x, part(x)).square().sum() for index, part in enumerate(parts)).backward()
+        assert len(turned) == step
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 4, 6, 6), (2, 3, 8, 8), (2, 2, 12, 13), (2, 12, 13), (4, 5, 5), (24, 24)], ids=str
+)
+def test_blocks_that_no_layer_has_are_refused(shape):
+    with pytest.raises(UserError, match="does not fit"):
+        OftLayer.weight_change({"oft_blocks": torch.zeros(shape)}, torch.Size((24, 12)), lambda: torch.ones(24, 12))

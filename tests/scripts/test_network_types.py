@@ -1,4 +1,7 @@
-"""Each type of network through the scripts: two steps, resumed in between, and the file read back, for some family."""
+"""Each type of network through the scripts: two steps, resumed in between, and the file read back, for some family.
+
+tests/networks/test_identities.py has all types on all families.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,8 @@ MODELS = {
     "sd3_train_network": _sd3,
     "flux_train_network": lambda folder: {"pretrained_model_name_or_path": write_flux(folder), **write_parts(folder)},
 }
+COLUMNS = ("algo=locon", "dora_wd=True", "wd_on_output=False")
+DIMS = {"boft": 64}  # the largest size of a block, into which rows must be cut
 # script, network module, its arguments, and a tensor that the file has
 CASES = {
     "loha": ("train_network", "networks.loha", [], "hada_w1_a"),
@@ -40,6 +45,19 @@ CASES = {
     "oft_flux": ("flux_train_network", "networks.oft_flux", ["enable_all_linear=True"], "oft_blocks.0"),
     "dora": ("sd3_train_network", "networks.lycoris", ["algo=locon", "dora_wd=True", "preset=attn-mlp"], "dora_scale"),
     "norms": ("train_network", "networks.lycoris", ["algo=lokr", "train_norm=True", "preset=unet-only"], "w_norm"),
+    "dora of columns": ("flux_train_network", "networks.lycoris", [*COLUMNS, "preset=attn-only"], "dora_scale"),
+    "convolutions": (
+        "train_network",
+        "networks.lycoris",
+        ["algo=locon", "use_tucker=True", "conv_dim=2"],
+        "lora_mid.weight",
+    ),
+    "diag-oft": ("flux_train_network", "networks.lycoris", ["algo=diag-oft", "preset=attn-mlp"], "oft_blocks"),
+    "boft": ("train_network", "networks.lycoris", ["algo=boft", "preset=attn-only"], "oft_blocks"),
+    "glora": ("sd3_train_network", "networks.lycoris", ["algo=glora", "preset=attn-mlp"], "a1.weight"),
+    "ia3": ("flux_train_network", "networks.lycoris", ["algo=ia3", "preset=attn-mlp"], "on_input"),
+    "dylora": ("train_network", "networks.dylora", ["unit=1"], "lora_down.weight"),
+    "lora_fa": ("train_network", "networks.lora_fa", [], "lora_up.weight"),
     "full": ("sdxl_train_network", "networks.lycoris", ["algo=full", "preset=unet-transformer-only"], "diff"),
 }
 
@@ -60,7 +78,7 @@ def test_a_type_trains_resumes_and_is_read_back(run_script, small_model, tmp_pat
         "resolution": 64,
         "learning_rate": 1e-2,
         "network_module": module,
-        "network_dim": 2,
+        "network_dim": DIMS.get(case, 2),
         "network_args": args or None,
         "network_train_unet_only": True,
         "max_train_steps": 2,
