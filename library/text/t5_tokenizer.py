@@ -129,41 +129,46 @@ def _from_sentencepiece(content: bytes) -> Any:
 
     pieces: list[tuple[str, float]] = []
     special: list[str] = []
-    unknown, normalizer = 0, b""
+    unknown, normalizer = None, b""
     for number, value in _fields(content):
         if number == 1:
             piece = dict(_fields(value))
+            name, score = piece[1].decode(), piece.get(2, bytes(4))
             kind = piece.get(3, 1)  # 1 ordinary, 2 unknown, 3 control, 4 user's own
-            name = piece[1].decode()
             if kind == 2:
                 unknown = len(pieces)
             if kind != 1:
                 special.append(name)
-            pieces.append((name, struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0))
+            pieces.append((name, *struct.unpack("<f", score)))
         elif number == 3:
             normalizer = dict(_fields(value)).get(2, b"")
-    tokenizer = Tokenizer(Unigram(pieces, unk_id=unknown, byte_fallback=False))
+    tokenizer = Tokenizer(Unigram(pieces, unk_id=unknown))
     if normalizer:
         tokenizer.normalizer = normalizers.Precompiled(normalizer)
-    spaces = {"replacement": "\u2581", "prepend_scheme": "always"}
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**spaces)]
-    )
-    tokenizer.decoder = decoders.Metaspace(**spaces)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.decoder = decoders.Metaspace()
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in special])
     return tokenizer
 
 
 def _fields(content: bytes) -> Iterator[tuple[int, Any]]:
-    """The numbered fields of a message in Protocol Buffers' wire format: integers, or bytes for everything else."""
+    """The numbered fields of a message in Protocol Buffers' wire format: integers, or bytes for everything else.
+
+    Raises: ValueError: the message ends inside a field, or has a field of a kind that SentencePiece does not use.
+    """
     place = 0
 
-    def varint() -> int:
+    def taken(size: int) -> bytes:
         nonlocal place
+        place += size
+        if place > len(content):
+            raise ValueError("cut short")
+        return content[place - size : place]
+
+    def varint() -> int:
         value = shift = 0
         while True:
-            byte = content[place]
-            place += 1
+            (byte,) = taken(1)
             value |= (byte & 127) << shift
             shift += 7
             if byte < 128:
@@ -173,10 +178,11 @@ def _fields(content: bytes) -> Iterator[tuple[int, Any]]:
         number, wire = divmod(varint(), 8)
         if wire == 0:
             yield number, varint()
-            continue
-        size = {1: 8, 2: None, 5: 4}[wire]
-        size = varint() if size is None else size
-        if place + size > len(content):
-            raise ValueError("cut short")
-        yield number, content[place : place + size]
-        place += size
+        elif wire == 1:
+            yield number, taken(8)
+        elif wire == 2:
+            yield number, taken(varint())
+        elif wire == 5:
+            yield number, taken(4)
+        else:
+            raise ValueError("not a SentencePiece model")
