@@ -63,7 +63,7 @@ ROWS = ("extract", "resize", "merge")
 
 def layer_sizes(*, tiny: bool) -> Counter[tuple[int, ...]]:
     """The sizes of the layers of SDXL's U-Net that LoRA adapts, and how many have each."""
-    unet = build_denoiser(SDXL, SDXL.tiny if tiny else SDXL.config, torch.device("meta"))
+    unet = build_denoiser(SDXL, SDXL.config | (SDXL.tiny if tiny else {}), torch.device("meta"))
     targets = [target for target in unet_targets(unet) if not (target.conv_only or target.optional)]
     return Counter(tuple(unet.get_submodule(target.modules[0]).weight.shape) for target in targets)
 
