@@ -124,7 +124,7 @@ def _from_sentencepiece(content: bytes) -> Any:
 
     transformers would need two further packages to read the same.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import Unigram
 
     pieces: list[tuple[str, float]] = []
@@ -147,7 +147,7 @@ def _from_sentencepiece(content: bytes) -> Any:
         tokenizer.normalizer = normalizers.Precompiled(normalizer)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     tokenizer.decoder = decoders.Metaspace()
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    tokenizer.add_special_tokens(special)
     return tokenizer
 
 

@@ -189,16 +189,15 @@ def field(number: int, content: int | float | bytes) -> bytes:
 
 
 def sentencepiece_fields(pieces, characters: bytes) -> list[bytes]:
-    """The fields of a SentencePiece model. Of a piece, None is left out; `characters`: what equals what."""
+    """The fields of a SentencePiece model. None leaves a part of a piece out; `characters`: which of them are equal."""
     made = []
     for name, score, kind in pieces:
         parts = ((1, name.encode()), (2, score), (3, kind))
         made.append(field(1, b"".join(field(number, value) for number, value in parts if value is not None)))
-    trainer = field(2, field(3, 1) + field(40, next((i for i, piece in enumerate(pieces) if piece[2] == 2), 0)))
-    unused = varint(8 * 201 + 1) + bytes(8) + field(202, 1.5) + field(203, 300)  # a reader skips what it does not know
-    normalizer = (
-        field(3, field(1, b"nmt_nfkc") + field(2, characters) + field(3, 1) + field(4, 1)) if characters else b""
-    )
+    unknown = [kind for _, _, kind in pieces].index(2)
+    trainer = field(2, field(3, 1) + field(40, unknown))
+    unused = varint(8 * 201 + 1) + bytes(8) + field(202, 1.5) + field(203, 256)  # a reader skips what it does not know
+    normalizer = field(3, field(1, b"nmt_nfkc") + field(2, characters) + field(3, 1)) if characters else b""
     return [trainer, unused, *made, normalizer, field(5, field(2, b"not this table"))]
 
 
