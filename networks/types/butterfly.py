@@ -6,6 +6,7 @@ from another, ``2^stage b / 2`` further on. From one stage to the next they are 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,12 +18,17 @@ def turn_in_stages(vectors: Tensor, rotations: Tensor) -> Tensor:
 
     The rotations must be orthogonal: see `Stages`.
     """
-    with torch.autocast(vectors.device.type, enabled=False):
+    with _in_own_dtype(vectors):
         rows = vectors.to(rotations.dtype).flatten(0, -2) if vectors.dim() > 1 else vectors.to(rotations.dtype)[None]
         # Files have pairs in a row, (h, 2) on both sides of a block; here halves are, (2, h).
         halves = rotations.unflatten(-1, (-1, 2)).mT.flatten(-2).unflatten(-2, (-1, 2)).transpose(-3, -2)
         turn = _through if torch.compiler.is_compiling() else Stages.apply
         return turn(rows, halves.flatten(-3, -2)).reshape(vectors.shape)
+
+
+def _in_own_dtype(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context without autocast, which shapes alone (the meta device) do not have."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 class Stages(torch.autograd.Function):
@@ -38,7 +44,7 @@ class Stages(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         rows, rotations = ctx.saved_tensors
         slopes, last = torch.empty_like(rotations), len(rotations) - 1
-        with torch.autocast(gradient.device.type, enabled=False):
+        with _in_own_dtype(gradient):
             blocks, slope = (_blocks_at_end(each, rotations[last], last) for each in (rows, gradient))
             for stage in reversed(range(len(rotations))):
                 blocks = blocks @ rotations[stage]

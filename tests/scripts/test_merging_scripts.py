@@ -169,4 +169,4 @@ def test_memory_does_not_grow_with_the_model(run_script, tmp_path):
     extracting = int(done.stdout)
     assert len(load_file(tmp_path / "again.safetensors")) == 60
     assert size > 190e6
-    assert (merging < 80e6, extracting < 120e6) == (True, True), (merging, extracting)
+    assert (merging < 80e6, extracting < 160e6) == (True, True), (merging, extracting)
