@@ -181,6 +181,7 @@ def same_tensors(first: Path, second: str | Path) -> None:
         assert torch.equal(tensor, two[name]), name
 
 
+@pytest.mark.rows("R463")
 @pytest.mark.parametrize("layout", ["diffusers", "comfyui"])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_there_and_back_changes_no_bit(model, tmp_path, layout, dora):
