@@ -13,6 +13,7 @@ from library.training import saving, state
 from library.training.report import AGAINST_OVERFLOW
 from library.training.scalars import all_finite
 from library.training.state_notes import MODEL
+from networks.network import TrainableNetwork
 
 if TYPE_CHECKING:
     from library.training.plan import Progress
@@ -86,7 +87,8 @@ def save_interrupted(run: Run, progress: Progress) -> None:
     _save_state(run, progress, folder)
     # How to get the current model without further training.
     averaged = run.ema is not None or callable(getattr(run.optimizer.optimizer, "eval", None))
-    if run.method.added() is not None and not averaged:
+    added = run.method.added()
+    if isinstance(added, TrainableNetwork) and added.state_is_file() and not averaged:
         usable = f"{folder / MODEL} can be used as it is, without metadata"
     else:
         final = run.saves.final_path().name
