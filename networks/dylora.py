@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from networks.registry import DYLORA
-from networks.select.unet import OneRankSelection
+from networks.selections.unet import OneRankSelection
 from networks.spec import NetworkModule
 
 MODULE = NetworkModule(name=__name__, type=DYLORA, selection=OneRankSelection)

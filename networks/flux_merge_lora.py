@@ -1,12 +1,11 @@
 """Merges networks into FLUX.1, CLIP-L and T5, or into one network. Guide: docs/model_tools.md"""
 
-import os
 import sys
+from pathlib import Path
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:] = [path for path in sys.path if path != HERE]  # the packages in it would hide Python's own types and select
-if os.path.dirname(HERE) not in sys.path:
-    sys.path.insert(0, os.path.dirname(HERE))
+ROOT = str(Path(__file__).resolve().parent.parent)
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
 
 from library.model_tools.commands import groups_of, merge
 from library.preparation.common.script import run_script

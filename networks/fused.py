@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from networks.types.locon import DOWN, UP
-from networks.types.lora import Entry
+from networks.layers.locon import DOWN, UP
+from networks.layers.lora import Entry
 
 ALPHA, DORA = "alpha", "dora_scale"
 Piece = dict[str, Tensor]

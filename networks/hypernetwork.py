@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Those that both loaders know; "swish" is their word for hard swish.
 ACTIVATIONS = ("linear", "relu", "leakyrelu", "elu", "swish", "tanh", "sigmoid", "softsign", "mish")
 LARGEST_FACTOR = 64  # of a width
-_BUILDER: EntryPoint[..., object] = EntryPoint("networks.types.hypernetwork:HypernetworkBuilder")
+_BUILDER: EntryPoint[..., object] = EntryPoint("networks.layers.hypernetwork:HypernetworkBuilder")
 
 Stage = tuple[Literal["linear", "activation", "norm"], int, int]  # with the widths of its input and output
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from networks.registry import LOHA
-from networks.select.named import NamedSelection
+from networks.selections.named import NamedSelection
 from networks.spec import NetworkModule
 
 MODULE = NetworkModule(name=__name__, type=LOHA, selection=NamedSelection)

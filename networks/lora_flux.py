@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from networks.registry import PERTURBED_LORA
-from networks.select.flux import FluxSelection
+from networks.selections.flux import FluxSelection
 from networks.spec import NetworkModule
 
 MODULE = NetworkModule(name=__name__, type=PERTURBED_LORA, selection=FluxSelection)

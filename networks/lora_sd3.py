@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from networks.registry import SPLIT_LORA
-from networks.select.sd3 import Sd3Selection
+from networks.selections.sd3 import Sd3Selection
 from networks.spec import NetworkModule
 
 MODULE = NetworkModule(name=__name__, type=SPLIT_LORA, selection=Sd3Selection)

@@ -8,7 +8,7 @@ from typing import Any
 
 from networks.arguments import Reader
 from networks.registry import BOFT, FULL, GLORA, IA3, LOCON, LOHA_FULL, LOKR_FULL, LORA, NORM, OFT, type_of
-from networks.select.preset import PresetSelection
+from networks.selections.preset import PresetSelection
 from networks.spec import NetworkArgs, NetworkModule, NetworkType
 
 ALGOS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from networks.registry import NUMBERED_OFT
-from networks.select.oft import OftSelection
+from networks.selections.oft import OftSelection
 from networks.spec import NetworkModule
 
 MODULE = NetworkModule(name=__name__, type=NUMBERED_OFT, selection=OftSelection, lora_plus=False)

@@ -1,4 +1,4 @@
-"""The types of adapter layers. A new one is a module in `networks.types`, its `NetworkType` and a line in TYPES here.
+"""The types of adapter layers. A new one is a module in `networks.layers`, its `NetworkType` and a line in TYPES here.
 
 No torch here. `networks.<name>` are the values of --network_module.
 """
@@ -29,16 +29,16 @@ LORA = NetworkType(
     label="LoRA",
     tensors=r"lora_down\.weight lora_up\.weight",
     args=LoraArgs,
-    layer=EntryPoint("networks.types.lora:LoraLayer"),
+    layer=EntryPoint("networks.layers.lora:LoraLayer"),
 )
 # Trained otherwise; their files are those of LoRA.
-LORA_FA = replace(LORA, layer=EntryPoint("networks.types.lora_fa:LoraFaLayer"))
-DYLORA = replace(LORA, args=DyLoraArgs, layer=EntryPoint("networks.types.dylora:DyLoraLayer"))
+LORA_FA = replace(LORA, layer=EntryPoint("networks.layers.lora_fa:LoraFaLayer"))
+DYLORA = replace(LORA, args=DyLoraArgs, layer=EntryPoint("networks.layers.dylora:DyLoraLayer"))
 SPLIT_LORA = replace(
     LORA,
     args=SplitLoraArgs,
-    layer=EntryPoint("networks.types.lora_split:DitLoraLayer"),
-    correct=EntryPoint("networks.types.lora_split:with_trained_scales"),
+    layer=EntryPoint("networks.layers.lora_split:DitLoraLayer"),
+    correct=EntryPoint("networks.layers.lora_split:with_trained_scales"),
 )
 PERTURBED_LORA = replace(SPLIT_LORA, args=PerturbedLoraArgs)
 
@@ -47,19 +47,19 @@ LOCON = NetworkType(
     label="LoCon",
     tensors=_BIAS + _DORA + r"lora_down\.weight (lora_mid\.weight )?lora_up\.weight",
     args=LyLoconArgs,
-    layer=EntryPoint("networks.types.locon:LoconLayer"),
+    layer=EntryPoint("networks.layers.locon:LoconLayer"),
 )
 LOHA = NetworkType(
     label="LoHa",
     tensors=_DORA + r"(hada_t1 hada_t2 )?hada_w1_a hada_w1_b hada_w2_a hada_w2_b",
     args=LohaArgs,
-    layer=EntryPoint("networks.types.loha:LohaLayer"),
+    layer=EntryPoint("networks.layers.loha:LohaLayer"),
 )
 LOKR = NetworkType(
     label="LoKr",
     tensors=_DORA + r"(lokr_t2 )?lokr_w1(_a lokr_w1_b)? lokr_w2(_a lokr_w2_b)?",
     args=LokrArgs,
-    layer=EntryPoint("networks.types.lokr:LokrLayer"),
+    layer=EntryPoint("networks.layers.lokr:LokrLayer"),
 )
 
 LOHA_FULL = replace(LOHA, args=LyLoconArgs)  # with every argument of LyCORIS
@@ -68,33 +68,33 @@ FULL = NetworkType(
     label="full weight differences",
     tensors=r"diff( diff_b)?|diff_b",
     args=WholeArgs,
-    layer=EntryPoint("networks.types.full:FullLayer"),
+    layer=EntryPoint("networks.layers.full:FullLayer"),
 )
 NORM = NetworkType(
     label="trained norms",
     tensors=r"(b_norm )?w_norm|b_norm",
     args=WholeArgs,
-    layer=EntryPoint("networks.types.full:NormLayer"),
+    layer=EntryPoint("networks.layers.full:NormLayer"),
 )
 IA3 = NetworkType(
     label="(IA)^3",
     tensors=r"on_input weight",
     args=WholeArgs,
-    layer=EntryPoint("networks.types.scaled:Ia3Layer"),
+    layer=EntryPoint("networks.layers.scaled:Ia3Layer"),
 )
 GLORA = NetworkType(
     label="GLoRA",
     tensors=r"a1\.weight a2\.weight b1\.weight b2\.weight",
     args=LyLoconArgs,
-    layer=EntryPoint("networks.types.scaled:GloraLayer"),
+    layer=EntryPoint("networks.layers.scaled:GloraLayer"),
 )
 OFT = NetworkType(
     label="OFT",
     tensors=r"(oft_blocks|oft_blocks\.0( oft_blocks\.\d+)*)( rescale)?",
     args=OftArgs,
-    layer=EntryPoint("networks.types.oft:OftLayer"),
+    layer=EntryPoint("networks.layers.oft:OftLayer"),
 )
-BOFT = replace(OFT, label="BOFT", layer=EntryPoint("networks.types.oft:BoftLayer"))
+BOFT = replace(OFT, label="BOFT", layer=EntryPoint("networks.layers.oft:BoftLayer"))
 # Of sd-scripts: other arguments, and other prefixes of layers' names.
 KOHYA_OFT = replace(OFT, args=KohyaOftArgs, prefix="oft")
 NUMBERED_OFT = replace(OFT, args=NumberedOftArgs, prefix="oft")

@@ -60,11 +60,11 @@ class InFileOrder(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        return _swap_halves(self._live[0].weight, 0)
+        return swap_halves(self._live[0].weight, 0)
 
     @property
     def bias(self) -> Tensor | None:
-        return None if self._live[0].bias is None else _swap_halves(self._live[0].bias, 0)
+        return None if self._live[0].bias is None else swap_halves(self._live[0].bias, 0)
 
 
 def hook(models: Models, target: LoraTarget, layer: AdapterLayer) -> list[RemovableHandle]:
@@ -89,7 +89,7 @@ def weight_of(models: Models, target: LoraTarget) -> Tensor:
     """The weights of the target's modules in float32: rows over all of them, in the file's order."""
     rows = [module.weight.detach().float() for module in live_modules(models, target)]
     weight = rows[0] if len(rows) == 1 else torch.cat(rows)
-    return _swap_halves(weight, 0) if target.swap_halves else weight
+    return swap_halves(weight, 0) if target.swap_halves else weight
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def add_to_weights(models: Models, target: LoraTarget, change: Tensor, name: str
     modules = live_modules(models, target)
     rows = [module.weight.shape[0] for module in modules]
     for module, part in zip(modules, change.split(rows), strict=True):
-        own, part = getattr(module, name), _swap_halves(part, 0) if target.swap_halves else part
+        own, part = getattr(module, name), swap_halves(part, 0) if target.swap_halves else part
         own.copy_(own.float() + part.to(own.device, torch.float32).reshape(own.shape))
 
 
@@ -110,11 +110,12 @@ def _hook(layer: AdapterLayer, index: int, swap: bool) -> Callable[[nn.Module, t
 
     def adapt(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if swap:
-            return _swap_halves(layer.adapt(index, args[0], _swap_halves(output, -1)), -1)
+            return swap_halves(layer.adapt(index, args[0], swap_halves(output, -1)), -1)
         return layer.adapt(index, args[0], output)
 
     return adapt
 
 
-def _swap_halves(tensor: Tensor, axis: int) -> Tensor:
+def swap_halves(tensor: Tensor, axis: int) -> Tensor:
+    """The two halves along an axis in each other's place: from the order of files to that of live modules, and back."""
     return tensor.roll(tensor.shape[axis] // 2, axis)

@@ -496,3 +496,10 @@ def test_an_original_key_is_seen():
 
 def test_a_circle_is_seen():
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
+
+
+def test_no_module_beside_a_script_hides_one_of_python():
+    """Python looks into a script's own folder first."""
+    folders = {file.parent for file in [*entry_scripts(), *code_files("tools", "finetune")]}
+    beside = {path.stem for folder in folders for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert not beside & sys.stdlib_module_names

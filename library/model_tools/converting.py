@@ -28,7 +28,7 @@ from library.options.network_tools import LAYOUTS, ConvertOptions, ConvertPairOp
 from library.runtime.logs import LOGGER
 from networks.files import ADAPTER_METADATA, PREFIXES, Entries
 from networks.fused import ALPHA, DORA
-from networks.types.locon import DOWN, UP
+from networks.layers.locon import DOWN, UP
 
 _LEVEL = "text_model."  # of CLIP; transformers' newer classes do not have it, and PEFT finds paths by their ends
 _PROJECTIONS = ("proj_in", "proj_out")

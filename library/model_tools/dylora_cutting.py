@@ -17,8 +17,8 @@ from library.options.model_tools import WEIGHT_ENDINGS
 from library.options.network_tools import DyLoraOptions
 from library.runtime.logs import LOGGER
 from networks.fused import ALPHA, alpha_like
+from networks.layers.locon import DOWN, UP
 from networks.registry import LORA
-from networks.types.locon import DOWN, UP
 
 
 def cut_dylora(opts: Options) -> None:
@@ -42,8 +42,8 @@ def cut_dylora(opts: Options) -> None:
 def first_ranks(entry: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     """The first ranks of a layer, with the strength at which they were trained.
 
-    In training, n of r ranks are multiplied by ``alpha / r * sqrt(r / n)``, see `networks.types.dylora`; readers divide
-    alpha by n, so that it is ``alpha * sqrt(n / r)`` here.
+    In training, n of r ranks are multiplied by ``alpha / r * sqrt(r / n)``, see `networks.layers.dylora`; readers
+    divide alpha by n, so that it is ``alpha * sqrt(n / r)`` here.
     """
     whole = len(entry[DOWN])
     rank = min(rank, whole)

@@ -26,9 +26,9 @@ from library.types import Models
 from networks.build import merge
 from networks.file_names import named_format
 from networks.files import NetworkFile, names_of
+from networks.layers.locon import DOWN, UP
 from networks.layouts import kohya_name
 from networks.registry import type_of
-from networks.types.locon import DOWN, UP
 
 if TYPE_CHECKING:
     from torch import nn

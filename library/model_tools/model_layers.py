@@ -24,7 +24,7 @@ from library.families.shared.file_model import FileModel, FilePart
 from library.families.shared.reading import Reader, error_prefix, open_model
 from library.families.shared.recognition import FAMILY_OF, recognise
 from library.types import Models
-from networks.targets import rows_of, weight_shape
+from networks.targets import rows_of, swap_halves, weight_shape
 
 if TYPE_CHECKING:
     from library.families.shared.reading import Weights
@@ -103,7 +103,7 @@ class ModelFile:
             return self._read(pieces[0].entry.file).reshape(self._shape(target, name))
         rows = [piece.entry.rule.split(self._read(piece.entry.file))[piece.index] for piece in pieces]
         whole = rows[0] if len(rows) == 1 else torch.cat(rows)
-        return (_swapped(whole) if target.swap_halves else whole).reshape(self._shape(target, name))
+        return (swap_halves(whole, 0) if target.swap_halves else whole).reshape(self._shape(target, name))
 
     def with_edits(self, edits: Edits, dtype: torch.dtype | None) -> dict[str, Tensor | Deferred]:
         """The file's tensors as they are written when some layers are changed; each is made when its turn comes.
@@ -147,7 +147,7 @@ class ModelFile:
         rule = pieces[0].entry.rule
         parts = rule.split(self._read(key))
         for target, name, edit in changes:
-            value = _swapped(edit()) if target.swap_halves else edit()
+            value = swap_halves(edit(), 0) if target.swap_halves else edit()
             rows = value.split(self.rows(target))
             for piece, own in zip(self._pieces(target, name), rows, strict=True):
                 if piece.entry.file == key:
@@ -213,10 +213,6 @@ def _is_whole(target: LoraTarget, pieces: list[_Piece]) -> bool:
     in_order = [piece.index for piece in pieces] == list(range(len(entry.models)))
     same = all(piece.entry.file == entry.file for piece in pieces)
     return same and in_order and isinstance(entry.rule, SwapHalves) == target.swap_halves
-
-
-def _swapped(tensor: Tensor) -> Tensor:
-    return tensor.roll(len(tensor) // 2, 0)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

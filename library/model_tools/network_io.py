@@ -20,10 +20,10 @@ from library.runtime.files import reason
 from networks.file_names import require_types
 from networks.files import Entries, read
 from networks.fused import ALPHA
+from networks.layers.locon import DOWN, MID, UP, LoconLayer
 from networks.layouts import kohya_name
 from networks.registry import TYPES, type_of
 from networks.spec import NetworkType
-from networks.types.locon import DOWN, MID, UP, LoconLayer
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from library.families.registry import FAMILIES
 from library.model_tools.network_io import Source
 from networks.files import PREFIXES, Entries, swapped
 from networks.fused import DORA, cut, join, rows_by_share
+from networks.layers.locon import DOWN, UP
 from networks.registry import type_of
-from networks.types.locon import DOWN, UP
 
 Layout = Literal["kohya", "diffusers", "comfyui"]
 # Beginnings of names by which layouts are known.

@@ -34,8 +34,8 @@ from library.options.model_tools import WEIGHT_ENDINGS
 from library.runtime.logs import LOGGER, progress
 from networks.files import Entries
 from networks.fused import ALPHA, DORA
+from networks.layers.locon import DOWN, MID, UP
 from networks.registry import FULL, NORM, type_of
-from networks.types.locon import DOWN, MID, UP
 
 Combine = Callable[[Sequence["Share"]], dict[str, Tensor]]  # what several files give to a layer -> the layer
 # The tensor of a layer to which its change is proportional.

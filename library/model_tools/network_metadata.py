@@ -14,7 +14,7 @@ from library.model_tools.network_io import Source, scale_of
 from library.model_tools.recipes import file_hashes, modelspec
 from library.runtime.logs import LOGGER
 from networks.files import Entries
-from networks.types.locon import DOWN
+from networks.layers.locon import DOWN
 
 RECIPE = "ss_merge_recipe"
 DYNAMIC = "Dynamic"  # in place of a number where layers differ

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from networks.layer import AdapterLayer
+from networks.layers.change import ChangeLayer
+from networks.layers.functional import effective_alpha
+from networks.layers.locon import DOWN, MID, UP
+from networks.layers.lokr import both
 from networks.registry import FULL, LOCON, LOHA, LOKR, LORA, NORM, type_of
-from networks.types.change import ChangeLayer
-from networks.types.functional import effective_alpha
-from networks.types.locon import DOWN, MID, UP
-from networks.types.lokr import both
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -25,8 +25,8 @@ from library.options.network_tools import ResizeOptions
 from library.runtime.logs import LOGGER, progress
 from networks.files import ADAPTER_METADATA, Entries
 from networks.fused import ALPHA
+from networks.layers.locon import DOWN, UP
 from networks.registry import FULL, LOCON, LORA, NORM
-from networks.types.locon import DOWN, UP
 
 TYPES = (LORA, LOCON, FULL, NORM)  # the last two have no rank, and are kept as they are
 NOTHING = 1e-6  # largest singular value of a layer that does nothing

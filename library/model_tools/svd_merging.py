@@ -16,7 +16,7 @@ from library.options.base import Options
 from library.options.model_tools import WEIGHT_ENDINGS
 from library.options.network_tools import SvdMergeOptions
 from library.runtime.logs import LOGGER
-from networks.types.locon import DOWN
+from networks.layers.locon import DOWN
 
 
 def svd_merge(opts: Options) -> None:

@@ -388,7 +388,7 @@ def test_the_default_alpha_is_no_constraint(given, said, module, caplog):
 def test_a_network_module_may_be_declared_anywhere(tmp_path, monkeypatch):
     (tmp_path / "my_network.py").write_text(
         "from networks.registry import LORA\n"
-        "from networks.select.unet import UnetSelection\n"
+        "from networks.selections.unet import UnetSelection\n"
         "from networks.spec import NetworkModule\n"
         "MODULE = NetworkModule(name=__name__, type=LORA, selection=UnetSelection)\n"
     )

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from networks.files import read
-from networks.types.lora import Entry
+from networks.layers.lora import Entry
 
 # Layers of a small model: a linear one, a 1x1 and a 3x3 convolution, (out, in, ...).
 SHAPES = {

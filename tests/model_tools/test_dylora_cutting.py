@@ -11,7 +11,7 @@ from torch import nn
 from library.errors import UserError
 from library.model_tools import dylora_cutting
 from networks.layer_args import DyLoraArgs
-from networks.types.dylora import DyLoraLayer
+from networks.layers.dylora import DyLoraLayer
 from tests.model_tools.files import lora_tensors, write
 from tests.model_tools.tools import options
 

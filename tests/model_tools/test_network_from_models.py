@@ -21,7 +21,7 @@ from library.model_tools.network_from_models import extract, lokr_entry, lora_en
 from networks.build import change_of
 from networks.factors import factors
 from networks.files import read
-from networks.types.functional import kronecker
+from networks.layers.functional import kronecker
 from tests.builders.flux import flux_tensors
 from tests.builders.hashes import tensor_hash
 from tests.builders.model_files import CASES

@@ -14,9 +14,9 @@ from library.types import LoraTarget, Models
 from networks.build import merge
 from networks.files import NetworkFile
 from networks.layer_args import ChangeArgs
-from networks.types.locon import LoconLayer
-from networks.types.loha import LohaLayer
-from networks.types.lokr import LokrLayer
+from networks.layers.locon import LoconLayer
+from networks.layers.loha import LohaLayer
+from networks.layers.lokr import LokrLayer
 
 MODULES = {
     "linear": lambda: nn.Linear(12, 20),
@@ -150,7 +150,7 @@ def test_a_row_or_column_of_zeros_has_gradients(algo, by_row):
 
 
 def test_the_norms_of_a_fused_layer_are_computed_once_for_each_input(monkeypatch):
-    from networks.types import change
+    from networks.layers import change
 
     counted = []
     squares = change.LowRankSquares.apply

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from networks.types import functional
+from networks.layers import functional
 
 
 def test_linear_delta_is_the_matrix_product():

@@ -13,8 +13,8 @@ from library.errors import UserError
 from library.types import LoraTarget, Models
 from networks import build
 from networks.layer_args import LoraArgs, SplitLoraArgs
-from networks.types.lora import Entry, LoraLayer
-from networks.types.lora_split import DitLoraLayer
+from networks.layers.lora import Entry, LoraLayer
+from networks.layers.lora_split import DitLoraLayer
 from tests.networks.builders import lora
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from networks.layer_args import PerturbedLoraArgs
-from networks.types.lora_ggpo import PerturbedLoraLayer
+from networks.layers.lora_ggpo import PerturbedLoraLayer
 from tests.networks import dits
 from tests.networks.builders import lora_flux
 

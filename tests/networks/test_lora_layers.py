@@ -11,8 +11,8 @@ from torch import nn
 from library.errors import UserError
 from library.types import LoraTarget, Models
 from networks import build, files
+from networks.layers.functional import delta
 from networks.targets import live_modules
-from networks.types.functional import delta
 from tests.networks.builders import lora
 
 

@@ -19,7 +19,7 @@ from library.options.saving import SavingOptions
 from library.options.training import TrainingOptions
 from library.types import Models
 from networks import build
-from networks.types.functional import delta
+from networks.layers.functional import delta
 from tests.networks import dits
 from tests.networks.builders import lora, lora_fa, lora_sd3
 

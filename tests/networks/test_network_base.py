@@ -13,8 +13,8 @@ from library.families.sd.targets import unet_targets
 from library.methods.network import network_builder
 from library.types import LoraTarget, Models
 from networks import build
+from networks.layers.functional import delta
 from networks.targets import add_to_weights
-from networks.types.functional import delta
 from tests.networks.builders import dylora, lora, lora_fa
 
 

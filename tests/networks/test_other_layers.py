@@ -14,9 +14,9 @@ from library.types import LoraTarget, Models
 from networks.build import merge
 from networks.files import NetworkFile
 from networks.layer_args import KohyaOftArgs, LyLoconArgs, NumberedOftArgs, OftArgs, WholeArgs
-from networks.types.full import FullLayer, NormLayer
-from networks.types.oft import BoftLayer, OftLayer
-from networks.types.scaled import GloraLayer, Ia3Layer
+from networks.layers.full import FullLayer, NormLayer
+from networks.layers.oft import BoftLayer, OftLayer
+from networks.layers.scaled import GloraLayer, Ia3Layer
 
 MODULES = {
     "linear": lambda: nn.Linear(12, 24),
@@ -466,7 +466,7 @@ def test_blocks_of_fused_layers_have_numbers_and_constraints_of_their_own():
 
 
 def test_a_rotation_is_solved_once_between_steps(monkeypatch):
-    from networks.types import oft
+    from networks.layers import oft
 
     solved = []
     monkeypatch.setattr(oft, "cayley", lambda skew, of=oft.cayley: solved.append(1) or of(skew))
@@ -493,7 +493,7 @@ def test_rows_that_cannot_be_cut():
 
 
 def test_a_chain_over_fused_layers_is_turned_once_for_each_input(monkeypatch):
-    from networks.types import oft
+    from networks.layers import oft
 
     turned = []
     monkeypatch.setattr(oft, "turn_in_stages", lambda *given, of=oft.turn_in_stages: turned.append(1) or of(*given))

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from networks.layer_args import ChangeArgs, KohyaOftArgs, LoraArgs, OftArgs
-from networks.types.full import FullLayer
-from networks.types.locon import LoconLayer
-from networks.types.loha import LohaLayer
-from networks.types.lokr import LokrLayer
-from networks.types.lora import LoraLayer
-from networks.types.oft import BoftLayer, OftLayer
-from networks.types.scaled import GloraLayer, Ia3Layer
+from networks.layers.full import FullLayer
+from networks.layers.locon import LoconLayer
+from networks.layers.loha import LohaLayer
+from networks.layers.lokr import LokrLayer
+from networks.layers.lora import LoraLayer
+from networks.layers.oft import BoftLayer, OftLayer
+from networks.layers.scaled import GloraLayer, Ia3Layer
 
 CASES = {
     "lora": (LoraLayer, 2, LoraArgs()),

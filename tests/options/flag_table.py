@@ -57,7 +57,7 @@ def described(actions: Mapping[str, Action], added: Mapping[str, set[Any]] = ADD
 
 
 def _value(value: Any) -> str:
-    """Tells 1 from True; 1 and 1.0 are the same, and so are an empty list and nothing."""
+    """1 and True differ; 1 and 1.0 are the same, and so are an empty list and nothing."""
     if value == []:
         value = None
     return repr(float(value)) if type(value) is int else repr(value)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from networks.layer_args import PerturbedLoraArgs
-from networks.types.lora import LoraLayer
+from networks.layers.lora import LoraLayer
 
 
 class PerturbedLoraLayer(LoraLayer):

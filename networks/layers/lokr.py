@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from networks.factors import factors
-from networks.types.change import ChangeLayer
-from networks.types.functional import in_computing_dtype, kronecker, tucker
+from networks.layers.change import ChangeLayer
+from networks.layers.functional import in_computing_dtype, kronecker, tucker
 
 
 class LokrLayer(ChangeLayer):

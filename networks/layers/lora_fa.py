@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from networks.types import functional
-from networks.types.lora import LoraLayer
+from networks.layers import functional
+from networks.layers.lora import LoraLayer
 
 
 class LoraFaLayer(LoraLayer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from networks.select.dit import BlockStack, DitSelection
+from networks.selections.dit import BlockStack, DitSelection
 
 _JOINT = r"^lora_unet_joint_\D*(\d+)_"
 

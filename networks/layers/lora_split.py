@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from library.errors import UserError
 from networks.layer import AdapterLayer
 from networks.layer_args import LoraArgs, PerturbedLoraArgs, SplitLoraArgs
-from networks.types import functional
-from networks.types.lora import Entry, LoraLayer
-from networks.types.lora_ggpo import PerturbedLoraLayer
+from networks.layers import functional
+from networks.layers.lora import Entry, LoraLayer
+from networks.layers.lora_ggpo import PerturbedLoraLayer
 
 if TYPE_CHECKING:
     from library.types import LoraTarget

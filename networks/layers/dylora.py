@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from library.errors import UserError
 from networks.layer import AdapterLayer
 from networks.layer_args import DyLoraArgs
-from networks.types import functional
-from networks.types.lora import Entry, LoraLayer, fitted, matrices, refresh_scale
+from networks.layers import functional
+from networks.layers.lora import Entry, LoraLayer, fitted, matrices, refresh_scale
 
 
 class DyLoraLayer(AdapterLayer):

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from networks.types.change import ChangeLayer
-from networks.types.functional import Hadamard, tucker
+from networks.layers.change import ChangeLayer
+from networks.layers.functional import Hadamard, tucker
 
 
 class LohaLayer(ChangeLayer):

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from library.errors import UserError
 from networks.layer import AdapterLayer
 from networks.layer_args import ChangeArgs
-from networks.types.functional import effective_alpha, fit_kernel
-from networks.types.magnitudes import LowRankSquares, RebuiltSquares, root
-from networks.types.outputs import OncePerInput, blended
+from networks.layers.functional import effective_alpha, fit_kernel
+from networks.layers.magnitudes import LowRankSquares, RebuiltSquares, root
+from networks.layers.outputs import OncePerInput, blended
 
 BIAS = "diff_b"  # the change of a bias, which some files have beside that of the weight
 

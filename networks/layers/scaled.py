@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from networks.layer_args import ChangeArgs
-from networks.types.change import ChangeLayer
+from networks.layers.change import ChangeLayer
 
 
 class Ia3Layer(ChangeLayer):

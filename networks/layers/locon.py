@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks.types.change import ChangeLayer
-from networks.types.functional import tucker
+from networks.layers.change import ChangeLayer
+from networks.layers.functional import tucker
 
 DOWN, MID, UP = "lora_down.weight", "lora_mid.weight", "lora_up.weight"
 

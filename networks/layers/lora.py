@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from library.errors import UserError
 from networks.layer import AdapterLayer
 from networks.layer_args import LoraArgs
-from networks.types import functional
+from networks.layers import functional
 
 
 class Entry(NamedTuple):

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from networks.arguments import Reader, from_file_warnings
-from networks.select.unet import UnetSelection
 from networks.selection import Choice, TargetLayer
+from networks.selections.unet import UnetSelection
 
 Patterns = tuple[re.Pattern[str], ...]
 

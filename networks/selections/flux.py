@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from networks.select.dit import BlockStack, DitSelection
+from networks.selections.dit import BlockStack, DitSelection
 
 _DOUBLE, _SINGLE = r"^lora_unet_double_\D*(\d+)_", r"^lora_unet_single_\D*(\d+)_"
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from library.errors import UserError
 from networks.layer import AdapterLayer
 from networks.layer_args import ChangeArgs
-from networks.types.change import BIAS, ChangeLayer
-from networks.types.functional import in_computing_dtype
+from networks.layers.change import BIAS, ChangeLayer
+from networks.layers.functional import in_computing_dtype
 
 
 class FullLayer(ChangeLayer):

@@ -12,9 +12,9 @@ from library.errors import UserError
 from networks.factors import power_of_two_factors
 from networks.layer import AdapterLayer
 from networks.layer_args import OftArgs
-from networks.types.butterfly import turn_in_stages
-from networks.types.functional import cayley
-from networks.types.outputs import OncePerInput
+from networks.layers.butterfly import turn_in_stages
+from networks.layers.functional import cayley
+from networks.layers.outputs import OncePerInput
 
 TINY = 1e-8  # keeps the norm of a rotation that has not begun from being divided by
 
