@@ -16,6 +16,7 @@ import importlib
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec, SourceFileLoader
@@ -134,14 +135,16 @@ def survivors(module: Path, tests: Sequence[str], sample: int | None = None) -> 
 
     Raises: SystemExit: the tests fail without a mutant.
     """
-    source, imported = (ROOT / module).read_text(encoding="utf-8"), ROOT / ".mutation_imports"
-    if status := run_tests(tests, module, source, 3600, imported):
-        raise SystemExit(f"{module}: {' '.join(tests)} ends with status {status} without a mutant")
-    for name in imported.read_text().split():
+    source = (ROOT / module).read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:  # several may run in one checkout
+        imported = Path(folder, "imported")
+        if status := run_tests(tests, module, source, 3600, imported):
+            raise SystemExit(f"{module}: {' '.join(tests)} ends with status {status} without a mutant")
+        names = imported.read_text().split()
+    for name in names:
         if name.split(".")[0] not in OURS:
             with contextlib.suppress(Exception):  # what cannot be imported alone is imported by the tests
                 importlib.import_module(name)
-    imported.unlink()
     gc.freeze()  # or each child's collector would visit, and so copy, all that was imported
     start = time.monotonic()
     run_tests(tests, module, source, 3600)
@@ -161,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tests", nargs="+", help="test files in place of the mirror test module")
     parser.add_argument("--sample", type=int, metavar="N", help="at most N mutants of each module, at equal distances")
     chosen = parser.parse_args(argv)
+    if chosen.sample is not None and chosen.sample < 1:
+        parser.error(f"--sample: must be at least 1, got {chosen.sample}")
     os.chdir(ROOT)
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")  # read when packages are imported
     sys.path.insert(0, str(ROOT))
