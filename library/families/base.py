@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from library.errors import UserError
 from library.types import FamilyTraits
 
 if TYPE_CHECKING:
@@ -105,6 +107,22 @@ class Denoiser(Role, ABC):
             batch: carries sizes for families with size conditioning, and the guidance of distilled models.
             residuals: what a ControlNet adds to the hidden states, in the family's own order and shapes.
         """
+
+    def inpaints(self, models: Models) -> bool:
+        """Whether the denoiser reads `Batch.inpainting` beside noisy latents."""
+        return False
+
+    def shrinking(
+        self, nets: Sequence[nn.Module], ratio: float
+    ) -> AbstractContextManager[Callable[[int | None], None]]:
+        """Deep Shrink: inside, what it gives says before which input block features become smaller; None: none.
+
+        Args:
+            nets: the denoiser and the ControlNets that act on it.
+            ratio: of the sides, above 0, at most 1.
+        Raises: UserError: the denoiser has no input blocks, or by what it gives: none of this number.
+        """
+        raise UserError("Deep Shrink needs a U-Net, which this model does not have; leave it out")
 
     @abstractmethod
     def objective(self) -> Objective:

@@ -81,7 +81,7 @@ class ControlNets:
         if batch.control is not None:
             control_role = self.family.control
             assert isinstance(control_role, ResidualControl), "checked when they are loaded"
-            controls = batch.control.chunk(len(self.nets), dim=1)
+            controls = self._fitting(batch.control, noisy).chunk(len(self.nets), dim=1)
             for net, strength, share, control in zip(self.nets, self.strengths, self.shares, controls, strict=True):
                 if self.share_after > share or not strength:
                     continue
@@ -92,6 +92,15 @@ class ControlNets:
                 own = tuple(strength * residual for residual in own)
                 residuals = own if residuals is None else tuple(a + b for a, b in zip(residuals, own, strict=True))
         return self.family.denoiser.predict(self.models, noisy, timesteps, cond, batch, residuals)
+
+    def _fitting(self, control: Tensor, noisy: Tensor) -> Tensor:
+        """Control images of the size that latents stand for, which is smaller where these grow."""
+        from torch.nn import functional
+
+        size = [side * self.family.traits.latent_stride for side in noisy.shape[-2:]]
+        if list(control.shape[-2:]) == size:
+            return control
+        return functional.interpolate(control, size=size, mode="bilinear", antialias=True)
 
 
 def check_control_nets(options: ControlOptions) -> None:

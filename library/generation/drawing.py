@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from library.generation.highres import Highres
     from library.generation.model import Model
     from library.generation.requests import Request
+    from library.inference.deep_shrink import DeepShrink
     from library.inference.prompts import SamplePrompt
     from library.options.inference import PrecisionOptions
 
@@ -158,20 +160,33 @@ def _latents(
 ) -> Tensor:
     cached = model.conditioning([text for prompt in prompts for text in texts_read(prompt)])
     model.bring(model.models.denoiser, model.models.vae)
-    return sample_latents(
-        model.family,
-        model.without_texts,
-        prompts,
-        model.device,
-        model.dtype,
-        zero_terminal_snr=how.zero_terminal_snr,
-        zero_offset=how.zero_offset,
-        cached=cached,
-        denoise=model.denoise,
-        noise=how.noise,
-        at_step=None if model.control is None else model.control.at_step,
-        progress=progress,
-    )
+    with _deep_shrink(model, prompts[0].shrink) as at_timestep:
+        return sample_latents(
+            model.family,
+            model.without_texts,
+            prompts,
+            model.device,
+            model.dtype,
+            zero_terminal_snr=how.zero_terminal_snr,
+            zero_offset=how.zero_offset,
+            cached=cached,
+            denoise=model.denoise,
+            noise=how.noise,
+            at_step=None if model.control is None else model.control.at_step,
+            at_timestep=at_timestep,
+            progress=progress,
+        )
+
+
+@contextmanager
+def _deep_shrink(model: Model, shrink: DeepShrink) -> Iterator[Callable[[float], object] | None]:
+    """Inside, Deep Shrink acts on the denoiser and on ControlNets; it has to know each timestep. None: it is off."""
+    if shrink.depth_1 is None:
+        yield None
+        return
+    nets = [model.models.denoiser, *(model.control.nets if model.control is not None else ())]
+    with model.family.denoiser.shrinking(nets, shrink.ratio) as set_depth:
+        yield lambda timestep: set_depth(shrink.depth_at(timestep))
 
 
 def _finish(model: Model, batch: Sequence[Request], drawing: _Drawing, how: HowToDraw, receive: Receive) -> None:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from library.errors import UserError
 from library.generation.files import name_problem
 from library.generation.sources import Sources, said_by, size_of
+from library.inference.deep_shrink import DeepShrink
 from library.inference.dynamic_prompts import variants
-from library.inference.prompt_lines import GENERATION, PromptOption, Syntax
+from library.inference.gradual_latent import GradualLatent
+from library.inference.prompt_lines import GENERATION, PromptOption, Syntax, numbers
 from library.inference.prompts import (
     FLOW_SAMPLERS,
     SamplePrompt,
@@ -28,6 +30,7 @@ from library.runtime.seeds import derive
 if TYPE_CHECKING:
     from library.generation.control import Guides
     from library.options.base import Options
+    from library.options.inference_images import GradualOptions, ShrinkOptions
     from library.types import FamilyTraits
 
 _REGIONS = " AND "
@@ -75,7 +78,33 @@ def base_prompt(opts: Options, traits: FamilyTraits, where: str = "the options")
         changes |= {"guidance": image.guidance_scale, "flow_shift": image.flow_shift}
     if opts.source.strength is not None:
         changes["strength"] = opts.source.strength
+    base = replace(base, shrink=_deep_shrink(opts.shrink), gradual=_gradual_latent(opts.gradual))
     return finish(base, changes, traits, where, FLOW_SAMPLERS)
+
+
+def _deep_shrink(options: ShrinkOptions) -> DeepShrink:
+    return DeepShrink(
+        options.ds_depth_1, options.ds_timesteps_1, options.ds_depth_2, options.ds_timesteps_2, options.ds_ratio
+    )
+
+
+def _gradual_latent(options: GradualOptions) -> GradualLatent:
+    """Raises: UserError: the parameters of sharpening are no numbers."""
+    unsharp = options.gradual_latent_unsharp_params
+    try:
+        values = numbers(unsharp) if unsharp else None
+    except ValueError:
+        raise UserError(
+            f"--gradual_latent_unsharp_params: needs numbers with commas between them, got {unsharp!r}"
+        ) from None
+    return GradualLatent(
+        options.gradual_latent_timesteps,
+        options.gradual_latent_ratio,
+        options.gradual_latent_ratio_step,
+        options.gradual_latent_every_n_steps,
+        options.gradual_latent_s_noise,
+        values,
+    )
 
 
 def table_of(fields: Mapping[str, Any]) -> dict[str, Any]:

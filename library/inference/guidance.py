@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
 
 from library.inference.control_images import control_batch
 from library.inference.prompts import SamplePrompt
@@ -43,12 +44,15 @@ class Guidance:
         device: torch.device,
         cached: Mapping[str, TextCond] | None,
         denoise: Denoise,
+        inpainting: Tensor | None = None,
     ) -> Guidance:
         """The branches of prompts that have the same scales.
 
         The negative prompt is the first branch. With a scale of its own it is pushed away from as far as that says,
         and an empty text is the first, as in composable diffusion (Liu et al. 2022, arXiv:2206.01714). With scale 1
         the first branch would cancel out, and is left out.
+
+        Args: inpainting: `Batch.inpainting` of the prompts.
         """
         scale, own_scale = prompts[0].scale, prompts[0].negative_scale
         texts, negatives = [prompt.prompt for prompt in prompts], [prompt.negative_prompt for prompt in prompts]
@@ -65,8 +69,11 @@ class Guidance:
                 cond = TextCond.cat([cached[text] for text in words]).map(lambda tensor: tensor.to(device))
                 if models.text_encoders:
                     cond = family.text.encode(models, words, emphasis=True, cached=cond)
-            branches.append(Branch(cond, factor, _sizes([(prompt, negative) for prompt in prompts], device)))
+            sizes = _sizes([(prompt, negative) for prompt in prompts], device)
+            branches.append(Branch(cond, factor, replace(sizes, inpainting=inpainting)))
         together = _sizes([(prompt, no) for _, _, no in wanted for prompt in prompts], device)
+        if inpainting is not None:
+            together = replace(together, inpainting=torch.cat([inpainting] * len(wanted)))
         return Guidance(denoise, tuple(branches), together)
 
     def predict(self, noisy: Tensor, timestep: Tensor) -> Tensor:
@@ -88,6 +95,8 @@ class Guidance:
 
     def _predict(self, noisy: Tensor, timestep: Tensor, cond: TextCond, sizes: Batch) -> Tensor:
         timesteps = timestep.to(noisy.device).expand(len(noisy))
+        if sizes.inpainting is not None and sizes.inpainting.shape[-2:] != noisy.shape[-2:]:
+            sizes = replace(sizes, inpainting=functional.interpolate(sizes.inpainting, noisy.shape[-2:]))
         return self.denoise(noisy, timesteps, cond, sizes).float()
 
 

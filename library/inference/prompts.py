@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from library.errors import UserError
+from library.inference.deep_shrink import DeepShrink
+from library.inference.gradual_latent import GradualLatent
 from library.inference.prompt_lines import Syntax
 from library.options.nearest import did_you_mean
 from library.options.sampling import Sampler
@@ -32,6 +34,7 @@ RANDOM_SEED = -1  # as in web interfaces: another one each time
 MAX_SEED = 2**64 - 1  # what torch's generators take
 
 
+_SWITCHED_ON = {"shrink", "gradual"}
 Prepare = Callable[["NDArray[np.uint8]"], "NDArray[np.uint8]"]  # RGB (H, W, 3) to one of the same shape
 
 
@@ -88,6 +91,8 @@ class SamplePrompt:
     source: SourceImage | None = None  # None: drawing begins with noise
     guides: tuple[ControlImage, ...] = ()  # one for each of several ControlNets, in place of `control`
     strength: float = 0.8  # with a source: share of the steps that are made, 0..1
+    shrink: DeepShrink = field(default_factory=DeepShrink)
+    gradual: GradualLatent = field(default_factory=GradualLatent)
 
     @property
     def steps_made(self) -> int:
@@ -199,6 +204,8 @@ def finish(
         raise UserError(f"{where}: the strength must be from 0 to 1, got {prompt.strength}")
     if prompt.flow_shift is not None and not 0 < prompt.flow_shift < math.inf:
         raise UserError(f"{where}: the flow shift must be a finite number above 0, got {prompt.flow_shift}")
+    for problem in (*prompt.shrink.problems(traits), *prompt.gradual.problems(traits, prompt.sampler)):
+        raise UserError(f"{where}: {problem}")
     if traits.objective == "flow":
         if prompt.sampler.removeprefix("k_") not in flow_samplers:
             LOGGER.warning(f"{where}: --ss (sample_sampler) has no effect: {flow_sampler_note(traits, flow_samplers)}")
@@ -219,7 +226,10 @@ def finish(
 
 
 def _changed(base: SamplePrompt, changes: Mapping[str, Any]) -> SamplePrompt:
-    """The prompt with other values; "sizes.crop_top" is a field of its field `sizes`."""
+    """The prompt with other values; "sizes.crop_top" is a field of its field `sizes`.
+
+    Where a prompt says anything of a way of drawing that can be off, it is on.
+    """
     own = {name: value for name, value in changes.items() if "." not in name}
     if "control" in own:
         own["control"] = ControlImage(Path(own["control"]).expanduser())
@@ -227,6 +237,8 @@ def _changed(base: SamplePrompt, changes: Mapping[str, Any]) -> SamplePrompt:
         if "." in name:
             group, _, field_name = name.partition(".")
             own[group] = replace(own.get(group, getattr(base, group)), **{field_name: value})
+    for group in _SWITCHED_ON & own.keys():
+        own[group] = own[group].switched_on()
     return replace(base, **own)
 
 

@@ -228,9 +228,6 @@ class NetworksOptions(OptionGroup, group="networks", title="Networks"):
 _NOT_YET: dict[str, Any] = {
     "clip_vision_strength": None,
     "control_net_lllite_models": None,
-    "ds_depth_1": None,
-    "ds_depth_2": None,
-    "gradual_latent_timesteps": None,
     "network_regional_mask_max_color_codes": None,
 }
 

@@ -51,7 +51,12 @@ class SdLoader(Loader):
     def load(self, *, texts_only: bool = False) -> Models:
         """Loads the whole model, whatever `texts_only` says: no tool encodes only texts of this family."""
         model = self.opts.model
-        parts = load_model(model.pretrained_model_name_or_path, self.opts.family.v2, model.vae)
+        parts = load_model(
+            model.pretrained_model_name_or_path,
+            self.opts.family.v2,
+            model.vae,
+            inpainting=model.takes_inpainting,
+        )
         own = None if parts.source.is_file else parts.source.name
         tokenizer = sd_tokenizer(parts.source.v2, own, model.tokenizer_cache_dir)
         return Models(parts.denoiser, {"te": parts.text_encoder}, {"te": tokenizer}, parts.vae, parts.source)

@@ -57,7 +57,10 @@ class SdxlLoader(Loader):
     def load(self, *, texts_only: bool = False) -> Models:
         model = self.opts.model
         name, mapped = model.pretrained_model_name_or_path, not model.disable_mmap_load_safetensors
-        parts = load_text_encoders(name, mapped=mapped) if texts_only else load_model(name, model.vae, mapped=mapped)
+        if texts_only:
+            parts = load_text_encoders(name, mapped=mapped)
+        else:
+            parts = load_model(name, model.vae, mapped=mapped, inpainting=model.takes_inpainting)
         tokenizers = sdxl_tokenizers(None if Path(name).is_file() else name, model.tokenizer_cache_dir)
         return Models(parts.denoiser, parts.text_encoders, tokenizers, parts.vae, parts.source)
 
