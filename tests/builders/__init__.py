@@ -70,7 +70,8 @@ def tiny_sd(v2: bool = False, seed: int = 0) -> Models:
 def for_inpainting(models: Models) -> Models:
     """The same model but for its U-Net's first convolution, which reads a mask and an image's latents too."""
     unet = models.denoiser
-    wide = type(unet).from_config({**unet.config, "in_channels": 9})
+    settings = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    wide = type(unet)(**{**settings, "in_channels": 9})
     state = unet.state_dict()
     more = 0.05 * torch.randn(unet.conv_in.out_channels, 5, 3, 3, generator=torch.Generator().manual_seed(9))
     wide.load_state_dict({**state, "conv_in.weight": torch.cat([state["conv_in.weight"], more], dim=1)})
