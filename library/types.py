@@ -130,6 +130,7 @@ class Models:
     tokenizers: dict[str, Any]
     vae: nn.Module | None
     source: Any = None
+    inpaints: bool = False  # whether the denoiser reads `Batch.inpainting` beside noisy latents
     longest_side: int | None = None  # pixels of the largest images that the denoiser takes; None: any
 
     def freeze(self) -> None:

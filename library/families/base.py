@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from library.errors import UserError
 from library.types import FamilyTraits
 
 if TYPE_CHECKING:
@@ -18,6 +17,9 @@ if TYPE_CHECKING:
     from library.objectives.objective import Objective
     from library.options.base import Options
     from library.types import Batch, LoraTarget, Models, Residuals, TextCond, TextLayout
+
+
+Shrinking = Callable[["Sequence[nn.Module]", float], "AbstractContextManager[Callable[[int | None], None]]"]
 
 
 class Role:
@@ -108,22 +110,6 @@ class Denoiser(Role, ABC):
             residuals: what a ControlNet adds to the hidden states, in the family's own order and shapes.
         """
 
-    def inpaints(self, models: Models) -> bool:
-        """Whether the denoiser reads `Batch.inpainting` beside noisy latents."""
-        return False
-
-    def shrinking(
-        self, nets: Sequence[nn.Module], ratio: float
-    ) -> AbstractContextManager[Callable[[int | None], None]]:
-        """Deep Shrink: inside, what it gives says before which input block features become smaller; None: none.
-
-        Args:
-            nets: the denoiser and the ControlNets that act on it.
-            ratio: of the sides, above 0, at most 1.
-        Raises: UserError: the denoiser has no input blocks, or by what it gives: none of this number.
-        """
-        raise UserError("Deep Shrink needs a U-Net, which this model does not have; leave it out")
-
     @abstractmethod
     def objective(self) -> Objective:
         """The training objective: noise, target and loss. Raises: UserError: options that contradict each other."""
@@ -211,7 +197,9 @@ class Family:
 
     `control` and `lllite` are None where there are no ControlNets and no ControlNet-LLLite for it here. `text_places`
     gives the paths of the denoiser's cross-attention layers by the names that files have for their places, in the
-    order of the denoiser; None where no such files are known.
+    order of the denoiser; None where no such files are known. `shrinking` is Deep Shrink, of the denoiser and the
+    ControlNets that act on it, to a ratio of the sides: inside, what it gives says before which input block of the
+    denoiser features become smaller, or None for none. It is None where the denoiser is no U-Net.
     """
 
     traits: FamilyTraits
@@ -229,6 +217,7 @@ class Family:
         control: Control | None = None,
         lllite: Control | None = None,
         text_places: Callable[[Models], dict[str, list[str]]] | None = None,
+        shrinking: Shrinking | None = None,
     ):
         self.opts = opts
         self.loader = loader
@@ -240,3 +229,4 @@ class Family:
         self.control = control
         self.lllite = lllite
         self.text_places = text_places
+        self.shrinking = shrinking

@@ -185,7 +185,8 @@ def _deep_shrink(model: Model, shrink: DeepShrink) -> Iterator[Callable[[float],
         yield None
         return
     nets = [model.models.denoiser, *(model.control.nets if model.control is not None else ())]
-    with model.family.denoiser.shrinking(nets, shrink.ratio) as set_depth:
+    assert model.family.shrinking is not None, "checked with the prompts"
+    with model.family.shrinking(nets, shrink.ratio) as set_depth:
         yield lambda timestep: set_depth(shrink.depth_at(timestep))
 
 

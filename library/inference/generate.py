@@ -134,14 +134,10 @@ def sample_latents(
         begin = _beginning(family, models, prompts, scheduler, generators, device, noise or initial_noise)
         timesteps, latents, gradual = begin.timesteps, begin.latents, prompts[0].gradual
         guidance = Guidance.of(
-            family,
-            models,
-            prompts,
-            device,
-            cached,
-            denoise or partial(family.denoiser.predict, models),
-            begin.inpainting,
+            family, models, prompts, device, cached, denoise or partial(family.denoiser.predict, models)
         )
+        if begin.inpainting is not None:
+            guidance = guidance.with_inpainting(begin.inpainting)
         growth: list[Sides | None] = [None] * len(timesteps)
         if gradual.timesteps is not None:
             growth = gradual.growth(timesteps.tolist(), tuple(latents.shape[-2:]))
@@ -186,16 +182,16 @@ def _beginning(
     make_noise: MakeNoise,
 ) -> _Beginning:
     """Noise alone, or with the image that drawing begins with. Models for inpainting see that, and may do without."""
-    inpaints, source = family.denoiser.inpaints(models), None
-    if prompts[0].source is not None and not (inpaints and prompts[0].strength == 1):
+    source = None
+    if prompts[0].source is not None and not (models.inpaints and prompts[0].strength == 1):
         source = encode_sources(family, models, prompts, generators, device)
     noise = make_noise(prompts, family.traits, generators).to(device)
     # The schedulers for flow may have no such number: they start from plain noise.
     timesteps, latents = scheduler.timesteps, noise * getattr(scheduler, "init_noise_sigma", 1.0)
     if source is not None:
         timesteps, latents = _start_from(source, scheduler, prompts[0], noise)
-    kept = source if source is not None and source.mask is not None and not inpaints else None
-    inpainting = encode_inpainting(family, models, prompts, generators, device) if inpaints else None
+    kept = source if source is not None and source.mask is not None and not models.inpaints else None
+    inpainting = encode_inpainting(family, models, prompts, generators, device) if models.inpaints else None
     return _Beginning(timesteps, latents, noise, kept, inpainting)
 
 

@@ -44,15 +44,12 @@ class Guidance:
         device: torch.device,
         cached: Mapping[str, TextCond] | None,
         denoise: Denoise,
-        inpainting: Tensor | None = None,
     ) -> Guidance:
         """The branches of prompts that have the same scales.
 
         The negative prompt is the first branch. With a scale of its own it is pushed away from as far as that says,
         and an empty text is the first, as in composable diffusion (Liu et al. 2022, arXiv:2206.01714). With scale 1
         the first branch would cancel out, and is left out.
-
-        Args: inpainting: `Batch.inpainting` of the prompts.
         """
         scale, own_scale = prompts[0].scale, prompts[0].negative_scale
         texts, negatives = [prompt.prompt for prompt in prompts], [prompt.negative_prompt for prompt in prompts]
@@ -69,12 +66,15 @@ class Guidance:
                 cond = TextCond.cat([cached[text] for text in words]).map(lambda tensor: tensor.to(device))
                 if models.text_encoders:
                     cond = family.text.encode(models, words, emphasis=True, cached=cond)
-            sizes = _sizes([(prompt, negative) for prompt in prompts], device)
-            branches.append(Branch(cond, factor, replace(sizes, inpainting=inpainting)))
+            branches.append(Branch(cond, factor, _sizes([(prompt, negative) for prompt in prompts], device)))
         together = _sizes([(prompt, no) for _, _, no in wanted for prompt in prompts], device)
-        if inpainting is not None:
-            together = replace(together, inpainting=torch.cat([inpainting] * len(wanted)))
         return Guidance(denoise, tuple(branches), together)
+
+    def with_inpainting(self, inpainting: Tensor) -> Guidance:
+        """The same of a model that reads `Batch.inpainting`, (B, 1 + C, h, w)."""
+        branches = [replace(branch, sizes=replace(branch.sizes, inpainting=inpainting)) for branch in self.branches]
+        together = replace(self.together, inpainting=torch.cat([inpainting] * len(branches)))
+        return replace(self, branches=tuple(branches), together=together)
 
     def predict(self, noisy: Tensor, timestep: Tensor) -> Tensor:
         """float32, (B, C, h, w)."""
@@ -95,7 +95,7 @@ class Guidance:
 
     def _predict(self, noisy: Tensor, timestep: Tensor, cond: TextCond, sizes: Batch) -> Tensor:
         timesteps = timestep.to(noisy.device).expand(len(noisy))
-        if sizes.inpainting is not None and sizes.inpainting.shape[-2:] != noisy.shape[-2:]:
+        if sizes.inpainting is not None and sizes.inpainting.shape[-2:] != noisy.shape[-2:]:  # latents that grow
             sizes = replace(sizes, inpainting=functional.interpolate(sizes.inpainting, noisy.shape[-2:]))
         return self.denoise(noisy, timesteps, cond, sizes).float()
 

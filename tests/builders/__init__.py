@@ -75,7 +75,7 @@ def for_inpainting(models: Models) -> Models:
     state = unet.state_dict()
     more = 0.05 * torch.randn(unet.conv_in.out_channels, 5, 3, 3, generator=torch.Generator().manual_seed(9))
     wide.load_state_dict({**state, "conv_in.weight": torch.cat([state["conv_in.weight"], more], dim=1)})
-    return replace(models, denoiser=wide.requires_grad_(False).eval())
+    return replace(models, denoiser=wide.requires_grad_(False).eval(), inpaints=True)
 
 
 @written_once

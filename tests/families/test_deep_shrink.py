@@ -167,6 +167,6 @@ def test_no_hook_is_left(unet):
 def test_a_block_that_is_not_there_is_said(unet):
     with (
         pytest.raises(UserError, match="has the input blocks 0 to 7, and none 11"),
-        SdFamily(sd_options("")).denoiser.shrinking([unet], 0.5) as set_depth,
+        SdFamily(sd_options("")).shrinking([unet], 0.5) as set_depth,
     ):
         set_depth(11)

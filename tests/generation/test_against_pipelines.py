@@ -352,6 +352,35 @@ def test_highres_fix_by_latents(sd1, options):
     assert np.abs(np.asarray(taken[1].image) / 255 - expected[0]).max() < 1.01 / 255  # rounded to 8 bits
 
 
+@pytest.mark.parametrize("disabled", [False, True])
+def test_control_nets_in_the_second_drawing(sd1, control_nets, options, disabled):
+    """--highres_fix_disable_control_net: the second drawing is what image to image alone gives."""
+    family = SdFamily(sd_options(""))
+    model, taken = model_of(family, sd1, sd_options("")), []
+    model.control = ControlNets(family, sd1, control_nets[:1], (1.0,), (1.0,))
+    given = {"highres_fix_scale": 0.5, "highres_fix_steps": 1, "highres_fix_latents_upscaling": True}
+    highres = Highres.of(options(**given, highres_fix_disable_control_net=disabled).highres)
+    guides = (ControlImage(Path("x"), image(5)),)
+    prompt = replace(PROMPT, width=128, height=192, steps=2, scale=1.0, strength=1.0)
+    prompt = replace(prompt, guides=(ControlImage(Path("x"), np.repeat(image(5), 2, 0).repeat(2, 1)),))
+    first = sample_latents(family, sd1, [replace(highres.first(prompt), guides=guides)], CPU, denoise=model.denoise)
+    (second,) = highres.with_first(model, [prompt], first, torch.float32)
+    taken = sample_latents(family, sd1, [second], CPU, denoise=model.denoise)
+    plain = sample_latents(family, sd1, [replace(second, guides=())], CPU)
+    assert (difference(taken, plain) < 1e-6) == disabled
+
+
+def test_the_strength_of_the_first_drawing(options):
+    """--highres_fix_strength, where drawing begins with an image; else the prompt's own."""
+    prompt = replace(PROMPT, strength=0.3, steps=10, source=SourceImage(Path("x"), pixels=image()))
+    for strength, steps in ((None, 3), (0.5, 5), (1.0, 10)):
+        highres = Highres.of(
+            options(highres_fix_scale=0.5, highres_fix_steps=10, highres_fix_strength=strength).highres
+        )
+        assert highres.first(prompt).steps_made == steps
+        assert highres.second(prompt).steps_made == 3
+
+
 class Upscaler:
     """As --highres_fix_upscaler takes it."""
 

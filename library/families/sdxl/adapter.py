@@ -14,8 +14,9 @@ from library.families.sdxl.targets import block_index, text_targets, unet_target
 from library.families.sdxl.tokenizers import sdxl_tokenizers
 from library.families.sdxl.variants import model_facts
 from library.families.shared.clip import PENULTIMATE, encode_at_layer, project_first_eos
+from library.families.shared.deep_shrink import shrinking
 from library.families.shared.roles import UnetDenoiser, VaeLatents
-from library.families.shared.unet import map_of_config
+from library.families.shared.unet import map_of_config, reads_masks
 from library.families.shared.unet_controlnet import UnetControl
 from library.text.chunking import tokenize
 from library.text.emphasis import tokenize_weighted, weighted
@@ -50,6 +51,7 @@ class SdxlFamily(Family):
             writer=SdxlWriter(opts),
             control=UnetControl(opts, denoiser, original_names=False),
             lllite=LlliteControl(opts, denoiser),
+            shrinking=shrinking,
         )
 
 
@@ -62,7 +64,8 @@ class SdxlLoader(Loader):
         else:
             parts = load_model(name, model.vae, mapped=mapped, inpainting=model.takes_inpainting)
         tokenizers = sdxl_tokenizers(None if Path(name).is_file() else name, model.tokenizer_cache_dir)
-        return Models(parts.denoiser, parts.text_encoders, tokenizers, parts.vae, parts.source)
+        inpaints = parts.denoiser is not None and reads_masks(parts.denoiser)
+        return Models(parts.denoiser, parts.text_encoders, tokenizers, parts.vae, parts.source, inpaints=inpaints)
 
 
 class SdxlText(TextEncoding):

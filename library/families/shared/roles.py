@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 from library.families.base import Denoiser, Latents
-from library.families.shared.deep_shrink import shrinking
-from library.families.shared.unet import INPAINTING_CHANNELS, unet_blocks
+from library.families.shared.unet import unet_blocks
 from library.families.shared.vae import decode_latents, encode_pixels
 from library.objectives.objective import DdpmObjective
 
@@ -17,7 +14,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from library.families.shared.deep_shrink import SetDepth
     from library.objectives.objective import Objective
     from library.types import Batch, Models, Residuals, TextCond
 
@@ -75,12 +71,6 @@ class UnetDenoiser(Denoiser):
             *down, middle = residuals
             inputs |= {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         return models.denoiser(noisy, timesteps, **inputs).sample
-
-    def inpaints(self, models: Models) -> bool:
-        return models.denoiser.config.in_channels == INPAINTING_CHANNELS
-
-    def shrinking(self, nets: Sequence[nn.Module], ratio: float) -> AbstractContextManager[SetDepth]:
-        return shrinking(nets, ratio)
 
     def objective(self) -> Objective:
         return DdpmObjective(self.prediction_type(), self.opts.noise, self.opts.loss)

@@ -244,6 +244,11 @@ def _depth(shapes: Shapes, prefix: str) -> int:
     return depth
 
 
+def reads_masks(unet: nn.Module) -> bool:
+    """Whether a U-Net is one for inpainting."""
+    return unet.config.in_channels == INPAINTING_CHANNELS
+
+
 def unet_stages(unet: nn.Module) -> tuple[list[list[nn.Module]], list[list[nn.Module]]]:
     """The input and the output blocks of a UNet2DConditionModel as files number them, each as its modules in order.
 
