@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from library.inference.generate import (
 )
 from library.inference.guidance import texts_read
 from library.inference.images import to_images
+from library.memory.sliced_decoding import in_slices
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,7 +57,7 @@ class HowToDraw:
     batch_size: int
     decoded_at_once: int  # images
     vae_float32: bool
-    tiles: int | None  # below each other, in decoding
+    slices: int | None  # below each other, in decoding
     zero_terminal_snr: bool = False
     zero_offset: bool = False
     noise: MakeNoise | None = None
@@ -111,8 +111,7 @@ def draw(
         strengths: of the networks, for prompts that say nothing of them.
         progress: as for `sample_latents`.
     """
-    # Where it is about memory nothing overlaps; encoding must not find tiles switched on either.
-    ahead = 0 if how.tiles or model.offload else _AHEAD
+    ahead = 0 if how.slices or model.offload else _AHEAD  # where it is about memory nothing overlaps
     with ThreadPoolExecutor(1, "decoding") as decoding:
         waiting: list[Future[None]] = []
         try:
@@ -194,15 +193,10 @@ def _finish(model: Model, batch: Sequence[Request], drawing: _Drawing, how: HowT
     """Decodes a batch and gives its images away."""
     vae = model.models.vae
     model.bring(vae)
-    if how.tiles:  # square ones, about that many below each other, which overlap by a quarter
-        side = 4 * math.ceil(drawing.latents.shape[-2] / (0.75 * how.tiles) / 4)
-        vae.enable_tiling()
-        vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * model.family.traits.latent_stride
     for start in range(0, len(batch), how.decoded_at_once):
         some = slice(start, start + how.decoded_at_once)
-        pixels = decode(model.family, model.models, drawing.latents[some], how.decoding_dtype(model))
+        with in_slices(vae.decoder, how.slices):
+            pixels = decode(model.family, model.models, drawing.latents[some], how.decoding_dtype(model))
         warn_of_overflow(drawing.prompts[some], pixels)
         for request, prompt, image in zip(batch[some], drawing.prompts[some], to_images(pixels), strict=True):
             receive(Drawn(request, prompt, image, drawing.networks, drawing.stage))
-    if how.tiles:
-        vae.disable_tiling()

@@ -185,7 +185,7 @@ class Studio:
             batch_size=size,
             decoded_at_once=decoded_at_once(opts.precision, size),
             vae_float32=training.model.no_half_vae,
-            tiles=opts.precision.vae_slices,
+            slices=opts.precision.vae_slices,
             zero_terminal_snr=training.noise.zero_terminal_snr,
             zero_offset=opts.image.force_scheduler_zero_steps_offset,
             noise=varied_noise(opts.image),

@@ -165,7 +165,7 @@ class PrecisionOptions(OptionGroup, group="precision", title="Memory and speed")
         None, "images decoded at a time, below 1 as a share of --batch_size; as many as are drawn if not given", above=0
     )
     vae_slices: int | None = opt(
-        None, "decode in tiles, this many below each other: less memory, nearly the same image", at_least=1
+        None, "decode in this many slices below each other: less memory, the same image", at_least=1
     )
 
     def check(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:

@@ -338,7 +338,7 @@ def test_highres_fix_by_latents(sd1, options):
     prompt = replace(PROMPT, width=128, height=192, steps=4, strength=0.5)
     first = highres.first(prompt)
     assert (first.width, first.height, first.steps) == (64, 96, 3)
-    how = HowToDraw(1, 1, vae_float32=True, tiles=None, highres=highres, keeps_first=True)
+    how = HowToDraw(1, 1, vae_float32=True, slices=None, highres=highres, keeps_first=True)
     done: list[int] = []
     draw(model, [Request(prompt, "")], how, (), taken.append, done.append)
     assert sum(done) == how.steps([Request(prompt, "")]) == 5
