@@ -7,6 +7,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,18 +25,24 @@ print("ended", flush=True)
 UP, LEFT, DELETE_BACK, END = b"\x1b[A", b"\x1b[D", b"\x7f", b"\x04"
 
 
-def read_until(terminal: int, wanted: str) -> str:
-    """What the terminal shows, up to `wanted`."""
-    shown, latest = b"", time.monotonic() + 60
-    while wanted.encode() not in shown:
-        assert time.monotonic() < latest, shown
-        if select.select([terminal], [], [], 0.1)[0]:
-            shown += os.read(terminal, 1024)
-    return shown.decode()
+def reader(terminal: int) -> Callable[[str], None]:
+    """What reads on until the terminal has shown a text."""
+    shown = bytearray()
+
+    def until(wanted: str) -> None:
+        latest = time.monotonic() + 60
+        while wanted.encode() not in shown:
+            assert time.monotonic() < latest, shown
+            if select.select([terminal], [], [], 0.1)[0]:
+                shown.extend(os.read(terminal, 1024))
+        del shown[: shown.index(wanted.encode()) + len(wanted)]
+
+    return until
 
 
 def test_editing_and_history():
     terminal, other = pty.openpty()
+    until = reader(terminal)
     env = {**os.environ, "TERM": "xterm", "INPUTRC": os.devnull}
     with subprocess.Popen(
         [sys.executable, "-c", CODE], cwd=ROOT, env=env, stdin=other, stdout=other, stderr=other
@@ -47,11 +54,11 @@ def test_editing_and_history():
                 (b"one" + DELETE_BACK * 3 + b"two" + LEFT + b"X\n", "twXo"),
                 (UP + UP + b" at night\n", "a red cat at night"),
             ):
-                read_until(terminal, "prompt: ")
+                until("prompt: ")
                 os.write(terminal, typed)
-                read_until(terminal, f"got {line!r}")
+                until(f"got {line!r}")
             os.write(terminal, b"\n" + END)  # a blank line is none
-            read_until(terminal, "ended")
+            until("ended")
             assert run.wait(10) == 0
         finally:
             run.kill()
