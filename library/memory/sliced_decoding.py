@@ -78,7 +78,7 @@ def _normed_convolution(norm: Any, activation: Any, convolution: Any, features: 
     scale, shift = _group_norm(norm, features, count)
 
     def rows(first: int, end: int) -> Tensor:
-        return activation(torch.addcmul(shift, features[:, :, first:end], scale))
+        return activation(torch.addcmul(shift, features[:, :, first:end].float(), scale).to(features.dtype))
 
     batch, _, height, width = features.shape
     return _convolution(convolution, rows, (batch, height, width), features, count)
@@ -96,14 +96,14 @@ def _convolution(convolution: Any, rows: Any, size: tuple[int, int, int], like: 
 
 
 def _group_norm(norm: Any, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """A group norm as a factor and a summand of each channel, (B, C, 1, 1) both; sums are taken in float32."""
+    """A group norm as a factor and a summand of each channel, (B, C, 1, 1) and float32 both."""
     batch, channels, height, width = features.shape
     groups = (batch, norm.num_groups, -1)
     number = channels // norm.num_groups * height * width
     parts = [features[:, :, first:end] for first, end in _slices(height, count)]
     mean = sum(part.float().reshape(groups).sum(-1, keepdim=True) for part in parts) / number
-    spread = sum((part.float().reshape(groups) - mean).square_().sum(-1, keepdim=True) for part in parts) / number
-    factor = (spread + norm.eps).rsqrt()
+    mean_square = sum((part.float().reshape(groups) - mean).square_().sum(-1, keepdim=True) for part in parts) / number
+    factor = (mean_square + norm.eps).rsqrt()
 
     def of_channels(values: Tensor) -> Tensor:
         return values.expand(batch, norm.num_groups, channels // norm.num_groups).reshape(batch, channels)
@@ -111,4 +111,4 @@ def _group_norm(norm: Any, features: Tensor, count: int) -> tuple[Tensor, Tensor
     weight, bias = norm.weight.float(), norm.bias.float()
     scale = of_channels(factor) * weight
     shift = bias - of_channels(mean) * scale
-    return tuple(values.to(features.dtype)[:, :, None, None] for values in (scale, shift))
+    return scale[:, :, None, None], shift[:, :, None, None]
