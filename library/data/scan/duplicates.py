@@ -1,4 +1,4 @@
-"""Exact duplicates by digests, near duplicates (saved again, resized) by difference hashes, as groups of indices."""
+"""Exact duplicates by digests, near duplicates (saved again, resized) by difference hashes and colours, as groups."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 DISTANCE = 4
 LARGEST_DISTANCE = 16
 
+# Levels of 255, in any of 3x3 fields. Such copies of photos differ by 1, those of drawings with hard edges by a few.
+COLOR_DISTANCE = 12
+
 _COLUMNS, _ROWS = 9, 8
+_COLOR_FIELDS = (3, 3)
 _STEP = 1.0  # grey levels of 255; what differs by less is flat, or noise of a JPEG
 _FEWEST_STEPS = 16  # of the 64 neighbours
 _FEWEST_OF_A_KIND = 8  # bits that are set, and bits that are not
@@ -38,32 +42,73 @@ def exact(digests: Sequence[str]) -> list[list[int]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def difference_hash(path: Path) -> int | None:
-    """A 64-bit difference hash of the upright image: which of 9x8 grey fields are brighter than their left neighbour.
+class Look(NamedTuple):
+    """What of an image its copies share."""
 
-    Returns: None for images with so little in them (flat, a gradient, a dot on a plain ground) that different ones
-        would have the same hash.
+    hash: int | None  # 64 bits: which of 9x8 grey fields are brighter than their left neighbour; None: too little in it
+    colors: Sequence[int]  # 27 levels, 0 to 255: the mean red, green and blue of 3x3 fields
+
+
+def look_at(path: Path) -> Look:
+    """The look of an upright image.
+
+    Its hash is None for images with so little in them (flat, a gradient, a dot on a plain ground) that different ones
+    would have the same one.
+
     Raises: OSError or ValueError: the file is no whole image.
     """
 
     def small(image: Image.Image, *_: Any) -> Image.Image | None:
         if image.format not in ("JPEG", "MPO"):
             return None
-        image.draft("L", _DRAFT)
-        return ImageOps.exif_transpose(image).convert("L")
+        image.draft("RGB", _DRAFT)
+        return ImageOps.exif_transpose(image).convert("RGB")
 
     try:
-        grey = use_image(path, small) or Image.fromarray(read_image(path)).convert("L")
+        image = use_image(path, small) or Image.fromarray(read_image(path))
+        colors = np.asarray(image.convert("RGB").resize(_COLOR_FIELDS, Image.Resampling.BOX))
         # As floats: means rounded to whole levels would make steps where there are none.
-        fields = np.asarray(grey.convert("F").resize((_COLUMNS, _ROWS), Image.Resampling.BOX))
+        fields = np.asarray(image.convert("L").convert("F").resize((_COLUMNS, _ROWS), Image.Resampling.BOX))
     except (SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from None  # what Pillow raises for a broken file
+    return Look(_difference_hash(fields), colors.ravel().tolist())
+
+
+def _difference_hash(fields: NDArray[np.float32]) -> int | None:
     steps = np.diff(fields, axis=1).ravel()
     bits = steps > _STEP
     few = np.count_nonzero(np.abs(steps) > _STEP) < _FEWEST_STEPS
     if few or not _FEWEST_OF_A_KIND <= np.count_nonzero(bits) <= bits.size - _FEWEST_OF_A_KIND:
         return None
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def near_duplicates(looks: Sequence[Look]) -> list[list[int]]:
+    """Groups of images that have similar hashes and similar colours; see `similar`.
+
+    A white and a beige house drawn by one hand have the same hash, and are different images.
+    """
+    return sorted(
+        [group[member] for member in members]
+        for group in similar([look.hash for look in looks])
+        for members in _of_similar_colors(np.array([looks[index].colors for index in group], np.int16))
+    )
+
+
+def _of_similar_colors(colors: NDArray[np.int16]) -> list[list[int]]:
+    """Groups of rows that differ by at most `COLOR_DISTANCE` in each number, directly or by way of others."""
+    left, groups = set(range(len(colors))), []
+    while left:
+        group, todo = [], [min(left)]
+        left.discard(todo[0])
+        while todo:
+            one = todo.pop()
+            group.append(one)
+            near = np.abs(colors - colors[one]).max(axis=1) <= COLOR_DISTANCE
+            todo += (found := left.intersection(np.flatnonzero(near).tolist()))
+            left -= found
+        groups.append(sorted(group))
+    return [group for group in groups if len(group) > 1]
 
 
 def similar(hashes: Sequence[int | None], distance: int = DISTANCE) -> list[list[int]]:
@@ -73,7 +118,7 @@ def similar(hashes: Sequence[int | None], distance: int = DISTANCE) -> list[list
     in common, so only hashes with three equal bands meet.
 
     Args:
-        hashes: as `difference_hash` gives them; images with None are in no group.
+        hashes: those of `look_at`; images with None are in no group.
         distance: bits, 0 to 16; time grows with its third power.
 
     Returns: sorted indices, two and more; groups by their first index.

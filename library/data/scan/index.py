@@ -32,7 +32,7 @@ from library.runtime.signals import leave_interrupts_to_the_parent
 Stamp = tuple[int, int]  # bytes, and the modification time in ns
 Entry = list[Any]
 
-VERSION = 3  # of the index files; raise it when a kind of facts gets another meaning
+VERSION = 4  # of the index files; raise it when a kind of facts gets another meaning
 MANY = 2000  # unknown files from which worker processes, which take half a second to start, pay off
 CHUNK = 64  # files handed to a worker at a time
 

@@ -67,15 +67,15 @@ def decode_all(paths: Sequence[Path], same: Mapping[Path, Path], index: FileInde
     different = list(dict.fromkeys(same.get(path, path) for path in paths))
     if len(different) > MOST:
         return None
-    seen = index.learn("look", different, _hash_or_reason)
-    faults = {path: reason for path, (_, reason) in zip(different, seen, strict=True) if reason}
+    seen = index.learn("look", different, _look_or_reason)
+    faults = {path: reason for path, (*_, reason) in zip(different, seen, strict=True) if reason}
     damaged = {path: faults[same.get(path, path)] for path in paths if same.get(path, path) in faults}
-    groups = duplicates.similar([value for value, _ in seen])
+    groups = duplicates.near_duplicates([duplicates.Look(*look) for *look, _ in seen])
     return DecodedImages(damaged, [[different[member] for member in group] for group in groups])
 
 
-def _hash_or_reason(path: Path) -> tuple[int | None, str]:
+def _look_or_reason(path: Path) -> tuple[int | None, Sequence[int], str]:
     try:
-        return duplicates.difference_hash(path), ""
+        return *duplicates.look_at(path), ""
     except (OSError, ValueError) as error:
-        return None, images.reason(error)
+        return None, (), images.reason(error)
