@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -18,6 +19,24 @@ from library.options.values import from_text, is_blank
 from library.screen import HIDDEN, shown
 
 _ABSENT: Any = object()
+
+
+_HELP = "show this help, or only what a word names, in titles of groups or in flags, as in --help optimizer"
+_METAVARS = {"int": "N", "float": "X", "int_or_float": "N", "Path": "PATH", "str": "TEXT"}
+
+
+_Format = partial(argparse.HelpFormatter, max_help_position=28)  # columns; the fewest lines at 80
+
+
+class _Help(argparse.Action):
+    """Prints the help, whole or of some groups, and ends with status 0."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
+        super().__init__(option_strings, dest, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
+        print(parser.help_on(values) if values else parser.format_help(), end="")
+        parser.exit()
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -40,6 +59,26 @@ class OptionParser(argparse.ArgumentParser):
         defaults = {dest: self.get_default(dest) for dest in values}
         return argparse.Namespace(**{**defaults, **dict(_not_blank(values))})
 
+    def help_on(self, word: str) -> str:
+        """The help of the groups that have `word` in their title, and of the options that have it in their flag.
+
+        Raises: UserError: there are none.
+        """
+        wanted = word.strip("-").replace("-", "_").lower()
+        formatter = self._get_formatter()
+        for group in self._action_groups:
+            actions, title = group._group_actions, (group.title or "").lower()
+            if wanted.replace("_", " ") not in title.replace("-", " "):
+                actions = [one for one in actions if any(wanted in flag for flag in one.option_strings)]
+            if actions:
+                formatter.start_section(group.title)
+                formatter.add_arguments(actions)
+                formatter.end_section()
+        text = formatter.format_help()
+        if not text:
+            raise UserError(f"--help {word}: no group of options and no flag has this word in its name")
+        return text
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if value is not _ABSENT:
             super()._check_value(action, value)
@@ -52,7 +91,8 @@ def build_parser(groups: Iterable[type[OptionGroup]], prog: str | None = None, d
     """A parser with every option of `groups`; flags may be abbreviated as long as they stay unique."""
     groups = tuple(groups)
     usage = " ".join(["%(prog)s [options]", *_positional(groups)])
-    parser = OptionParser(prog=prog, usage=usage, description=description)
+    parser = OptionParser(prog=prog, usage=usage, description=description, add_help=False, formatter_class=_Format)
+    parser.add_argument("-h", "--help", nargs="?", action=_Help, metavar="GROUP", help=_HELP)
     parser.groups = groups
     for group in parser.groups:
         section = parser.add_argument_group(group.title)
@@ -66,6 +106,7 @@ def build_parser(groups: Iterable[type[OptionGroup]], prog: str | None = None, d
                 shown["action"] = "store_true"
             else:
                 shown["type"] = _converter(option)
+                shown["metavar"] = _metavar(option)
                 if option.choices:
                     shown["choices"] = (*option.choices, None) if option.optional else option.choices
                     shown["metavar"] = "{" + ",".join(map(str, option.choices)) + "}"
@@ -171,6 +212,13 @@ def _unknown_problems(
 
 def _positional(groups: Iterable[type[OptionGroup]]) -> list[str]:
     return [option.dest for group in groups for option in options_of(group) if option.details.positional]
+
+
+def _metavar(option: Option) -> str:
+    """What stands for a value in the help; the option's own name, as argparse has it, would break nearly every line."""
+    if option.details.exists or option.dest.endswith("_dir"):
+        return (option.details.exists or "folder").upper()
+    return _METAVARS[option.kind]
 
 
 def _converter(option: Option) -> Callable[[str], Any]:

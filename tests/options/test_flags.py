@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_every_script_of_earlier_trainers_is_compared():
 @pytest.mark.parametrize("script", FACTS)
 def test_no_flag_is_missing_and_new_ones_are_known(script):
     ours = OURS | OURS_OF.get(SCRIPTS[script][1], set()) | OURS_OF.get(script, set())
-    assert ACTIONS[script].keys() ^ (FACTS[script].keys() | ours) == set()
+    assert ACTIONS[script].keys() ^ (FACTS[script].keys() | ours) == set(), "a new option? add it to OURS or OURS_OF"
     assert len(FACTS[script]) == COUNTS[script]
 
 
@@ -107,6 +108,27 @@ def test_every_option_is_explained_in_one_line(script):
             words = option.details.help.split()
             assert len(words) >= 2, option.dest
             assert "\n" not in option.details.help
+
+
+# Options that no line of code names: `metadata_<field>` and `text_encoder_lr<number>` are read by a name that is put
+# together, and the others ask for what is always done.
+READ_BY_OTHER_MEANS = re.compile(r"metadata_\w+|text_encoder_lr\d|mem_eff_save|zero3_\w+|offload_\w+_nvme_path")
+
+
+def test_every_option_is_read():
+    """An option that nothing reads has no effect, whatever its help says. Its declaration does not count."""
+    code = (
+        file.read_text(encoding="utf-8") for folder in ("library", "networks") for file in (ROOT / folder).rglob("*.py")
+    )
+    used = {word for text in code for word in re.findall(r"\w+", re.sub(r"(?m)^    \w+: .*? = ", "", text))}
+    declared = {
+        option.dest
+        for script in SCRIPTS.values()
+        for group in groups_for(*script)
+        for option in options_of(group)
+        if not option.details.alias_of and not READ_BY_OTHER_MEANS.fullmatch(option.dest)
+    }
+    assert declared - used == set(), "nothing reads these options: use them, or do not add them"
 
 
 @pytest.mark.rows("R4")

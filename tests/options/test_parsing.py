@@ -96,6 +96,25 @@ def test_help_shows_positional_values_and_what_is_required():
     assert "what is used (required)" in text
 
 
+def helped(capsys, groups, *words):
+    with pytest.raises(SystemExit) as ended:
+        parse_options(groups, ["--help", *words])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_on_a_word_shows_its_groups_and_flags_only(capsys, groups):
+    everything, found = helped(capsys, groups), helped(capsys, groups, "schedule")
+    assert "--lr_scheduler_num_cycles N" in found
+    assert "--pretrained_model_name_or_path" not in found
+    assert "--pretrained_model_name_or_path" in everything
+    assert "--train_data_dir FOLDER" in helped(capsys, groups, "data set")
+    assert len(found.splitlines()) < len(everything.splitlines()) / 4
+    assert refused(parse_options, groups, ["--help", "zebra"]) == [
+        "--help zebra: no group of options and no flag has this word in its name"
+    ]
+
+
 def test_lists(parse):
     opts = parse("--text_encoder_lr", "1e-4", "2e-5", "--network_args", "conv_dim=4", "x=a=b")
     assert opts.method.text_encoder_lr == [1e-4, 2e-5]
