@@ -100,6 +100,7 @@ def prepare(config: dict) -> list[str]:
                     for number in range(16):
                         Image.new("RGB", (128, 128), (number, 0, 0)).save(folder / f"flower_{number:02}.png")
             if "metadata_file" in subset:
+                Path(subset["metadata_file"]).parent.mkdir(exist_ok=True)
                 Path(subset["metadata_file"]).write_text(json.dumps(ENTRIES), encoding="utf-8")
             if "conditioning_data_dir" in subset:
                 arguments.add("--masked_loss")

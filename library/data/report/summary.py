@@ -109,8 +109,20 @@ def _dataset_lines(spec: DatasetSpec, records: Sequence[Record], number: int) ->
     if spec.enable_bucket or len(counts) > 1:  # prepared latents have buckets of their own
         for bucket, count in sorted(counts.items()):
             lines.append(f"  bucket {bucket.width}x{bucket.height}: {count} images with repeats")
-        lines.append(f"  mean aspect ratio error: {_mean_aspect_error(records):.4f}")
+        lines.append(f"  {_cropping(records)}")
     return lines
+
+
+def _cropping(records: Sequence[Record]) -> str:
+    lost = []
+    for record in records:
+        bucket, whole = record.bucket, record.resized or record.size
+        lost.append((1 - bucket.width * bucket.height / (whole.width * whole.height), record.path.name))
+    most, where = max(lost)
+    if most <= 0:
+        return "no image is cropped"
+    mean = sum(share for share, _ in lost) / len(lost)
+    return f"cropping takes {100 * mean:.1f} % of an image on average, at most {100 * most:.1f} % ({where})"
 
 
 def metadata(data: DataSummary, processes: int) -> dict[str, Any]:

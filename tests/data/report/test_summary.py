@@ -39,8 +39,8 @@ def test_report_counts(folders, make_opts, traits):
         f"  {folders}/reg/1_dog (regularisation): 1 images x 1",
         "  bucket 128x128: 8 images with repeats",
         "  bucket 192x64: 2 images with repeats",
-        # 0 for a, b and r; 130/128 - 1 for c; over four images
-        f"  mean aspect ratio error: {(130 / 128 - 1) / 4:.4f}",
+        # of 130x128 pixels two columns go; nothing of a, b and r
+        f"  cropping takes {100 * 2 / 130 / 4:.1f} % of an image on average, at most {100 * 2 / 130:.1f} % (c.png)",
     ]
 
 
