@@ -2,6 +2,7 @@
 
 python quickstart.py          # makes .venv, installs, trains, writes demo_out/before_after.png
 python quickstart.py --test   # makes .venv if needed, installs, runs the test suite
+python quickstart.py --doctor # says what of this machine and its environment keeps trainings from working
 """
 
 from __future__ import annotations
@@ -194,6 +195,12 @@ def test(arguments: list[str]) -> None:
     run(["-m", "pytest", *(arguments or ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"])])
 
 
+def doctor() -> None:
+    """Checks .venv if it can be used, else the Python that runs this."""
+    python = sys.executable if fault_of_environment() else str(PYTHON)
+    raise SystemExit(subprocess.run([python, "-m", "library.doctor"], cwd=ROOT, check=False).returncode)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -202,11 +209,16 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=STEPS, help=f"of the demo's training, at least 10; {STEPS} if not given"
     )
+    parser.add_argument(
+        "--doctor", action="store_true", help="check versions, GPUs, disk and limits, and say how to repair what is wrong"
+    )
     args, rest = parser.parse_known_args()
     if rest and not args.test:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     if args.test:
         test(rest)
+    elif args.doctor:
+        doctor()
     else:
         demo(args.steps)
 

@@ -35,7 +35,7 @@ LEVELS = (
     ("library.data", "library.caching", "library.memory", "networks"),
     ("library.families", "library.methods", "library.training", "library.inference"),
     ("library.encoding", "library.registry"),
-    ("library.checking", "library.session"),
+    ("library.checking", "library.session", "library.doctor"),
     ("library.cli",),
     ("library.embedding",),
     ("library.train_util", "library.model_util", "library.flux_train_utils", "library.huggingface_util"),
@@ -72,7 +72,7 @@ UNUSUAL_ALLOWED = {  # what is said to a model or stands in files, and so cannot
     "docs/preprocessing.md": "picture",
 }
 
-OPTIONAL = {"pillow_jxl", "pip"}  # used where the user has it, missed by nobody
+OPTIONAL = {"packaging", "pillow_jxl", "pip"}  # used where the user has it, missed by nobody
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "cv2": "opencv-python",
