@@ -210,7 +210,9 @@ def main() -> None:
         "--steps", type=int, default=STEPS, help=f"of the demo's training, at least 10; {STEPS} if not given"
     )
     parser.add_argument(
-        "--doctor", action="store_true", help="check versions, GPUs, disk and limits, and say how to repair what is wrong"
+        "--doctor",
+        action="store_true",
+        help="check versions, GPUs, disk and limits, and say how to repair what is wrong",
     )
     args, rest = parser.parse_known_args()
     if rest and not args.test:
