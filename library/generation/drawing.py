@@ -158,20 +158,21 @@ def _latents(
 ) -> Tensor:
     cached = model.conditioning([text for prompt in prompts for text in texts_read(prompt)])
     model.bring(model.models.denoiser, model.models.vae)
-    return sample_latents(
-        model.family,
-        model.without_texts,
-        prompts,
-        model.device,
-        model.dtype,
-        zero_terminal_snr=how.zero_terminal_snr,
-        zero_offset=how.zero_offset,
-        cached=cached,
-        denoise=model.denoise,
-        noise=how.noise,
-        at_step=None if model.control is None else model.control.at_step,
-        progress=progress,
-    )
+    with model.in_regions_of(prompts[0]):
+        return sample_latents(
+            model.family,
+            model.without_texts,
+            prompts,
+            model.device,
+            model.dtype,
+            zero_terminal_snr=how.zero_terminal_snr,
+            zero_offset=how.zero_offset,
+            cached=cached,
+            denoise=model.denoise,
+            noise=how.noise,
+            at_step=None if model.control is None else model.control.at_step,
+            progress=progress,
+        )
 
 
 def _finish(model: Model, batch: Sequence[Request], drawing: _Drawing, how: HowToDraw, receive: Receive) -> None:

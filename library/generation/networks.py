@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,23 @@ class Networks:
             if self.weights is not None:
                 self.weights.merge([network.file for network in self.networks], wanted)
         return self.strengths
+
+    def attached(self) -> list[TrainableNetwork]:
+        """Those that are not merged."""
+        return [network.attached for network in self.networks if network.attached is not None]
+
+    @contextmanager
+    def only(self, number: int) -> Iterator[None]:
+        """Within it, no attached network but that of this number acts."""
+        pairs = zip(self.networks, self.strengths, strict=True)
+        attached = [(network.attached, strength) for network, strength in pairs if network.attached is not None]
+        try:
+            for place, (network, strength) in enumerate(attached):
+                network.set_multiplier(strength if place == number else 0.0)
+            yield
+        finally:
+            for network, strength in attached:
+                network.set_multiplier(strength)
 
     def called(self) -> list[tuple[str, float]]:
         """(name, strength) of each."""

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.generation.files import name_problem
-from library.generation.sources import Sources, said_by, size_of
+from library.generation.sources import Sources, files_of, require_image, said_by, size_of
 from library.inference.dynamic_prompts import variants
 from library.inference.prompt_lines import GENERATION, PromptOption, Syntax
 from library.inference.prompts import (
     FLOW_SAMPLERS,
+    RegionMask,
     SamplePrompt,
     SizeConditions,
     default_prompt,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from library.options.base import Options
     from library.types import FamilyTraits
 
-_REGIONS = " AND "
+_BETWEEN = " AND "  # parts of a prompt
 Entry = str | dict[str, Any]
 Failed = Callable[[str, str], None]  # the place of a prompt that cannot be used, and why
 
@@ -96,6 +97,78 @@ def entries_of(opts: Options, sources: Sources | None) -> list[tuple[str, Entry]
     return [("--prompt", opts.prompts.prompt)]
 
 
+@dataclass(frozen=True)
+class Regional:
+    """How prompts of several parts are drawn.
+
+    Args: masks: files, taken in turn; (): parts count everywhere.
+    """
+
+    masks: tuple[Path, ...]
+    colors: int | None
+    networks: int  # that are attached, and act in regions
+    pre_calc: bool
+    possible: bool  # whether the family has regions
+    family: str
+
+    @classmethod
+    def of(cls, opts: Options, traits: FamilyTraits) -> Regional:
+        """As the options say. Raises: UserError: the masks are not there."""
+        networks, path = opts.networks, opts.source.mask_path
+        return cls(
+            files_of("--mask_path", path) if path else (),
+            networks.network_regional_mask_max_color_codes,
+            len(networks.network_weights or ()) - networks.merged(),
+            networks.network_pre_calc,
+            traits.text_regions,
+            traits.label,
+        )
+
+    def fields(self, own: Mapping[str, Any], number: int, where: str) -> dict[str, Any]:
+        """The fields that a prompt gets by the parts it has.
+
+        Args: own: those that it has. number: of the image.
+        Raises: UserError: parts that cannot be drawn.
+        """
+        if _BETWEEN not in own["prompt"]:
+            if self.masks and "source" not in own:
+                LOGGER.warning("%s: --mask_path has no effect: this prompt has no parts joined by AND", where)
+            return {}
+        parts = tuple(part.strip() for part in own["prompt"].split(_BETWEEN))
+        if not all(parts):
+            raise UserError(f"{where}: there is no text before or behind an AND")
+        if not self.masks:
+            return {"parts": parts}
+        if not self.possible:
+            raise UserError(f"{where}: --mask_path: {self.family} has no regions; without it parts count everywhere")
+        if self.pre_calc and self.networks:
+            raise UserError(f"{where}: --network_pre_calc: cannot be used with regions; leave it out")
+        if self.networks > len(parts):
+            raise UserError(f"{where}: {too_many(self.networks, len(parts))}")
+        mask = self.masks[number % len(self.masks)]
+        require_image(mask, where)
+        found: dict[str, Any] = {"parts": parts, "regions": RegionMask(mask, self.colors)}
+        if "source" in own:  # the mask is that of regions
+            found["source"] = replace(own["source"], mask=None)
+        return found
+
+
+def too_many(networks: int, parts: int) -> str:
+    return f"the prompt has {parts} parts joined by AND, and there are {networks} networks; at most one for each part"
+
+
+def images_seen(opts: Options, traits: FamilyTraits) -> tuple[Path, ...] | None:
+    """The images that CLIP sees, taken in turn; (): those that drawing begins with; None: it sees none.
+
+    Raises: UserError: they are not there.
+    """
+    if opts.source.clip_vision_strength is None or not traits.pooled_by_image:
+        return None
+    taken = opts.control.nets[1] and opts.source.image_path  # the guides are those of ControlNets
+    guides = () if taken else opts.source.guide_image_path or ()
+    return tuple(path for name in guides for path in files_of("--guide_image_path", name))
+
+
 class Requests:
     """Makes the images' requests of prompts, for one iteration after the other.
 
@@ -118,6 +191,8 @@ class Requests:
         syntax: Sequence[PromptOption] = GENERATION,
     ):
         self._opts, self._traits, self._base, self._failed = opts.prompts, traits, base, failed
+        self._regional = Regional.of(opts, traits)
+        self._seen = images_seen(opts, traits)
         self._sources, self._guides = sources, guides
         self._sides = [name for name, side in (("width", opts.image.W), ("height", opts.image.H)) if side]  # given
         self._syntax, self._knows_regions = Syntax(syntax), syntax is GENERATION
@@ -157,8 +232,6 @@ class Requests:
     def _request(self, where: str, changes: Mapping[str, Any], raw: str, place: int, common: Sequence[int]) -> Request:
         own = dict(changes)
         seeds, file_name, clip_prompt = (own.pop(name, None) for name in ("seeds", "file_name", "clip_prompt"))
-        if _REGIONS in own["prompt"] and self._knows_regions:
-            raise UserError(f"{where}: prompts of several regions, joined by AND, are not available yet")
         problem = name_problem(file_name) if file_name is not None else None
         if problem:
             raise UserError(f"{where}: --f {problem}")
@@ -169,11 +242,16 @@ class Requests:
             own["source"] = source = self._sources.at(self._made, where)
             if not {*self._sides, *own} & {"width", "height"}:
                 own["width"], own["height"] = size_of(source, where)
+        if self._knows_regions:
+            own |= self._regional.fields(own, self._made, where)
+        if self._seen is not None:
+            own["seen"] = self._seen[self._made % len(self._seen)] if self._seen else own["source"].path
+            require_image(own["seen"], where)
         control = own.pop("control", None)
         if self._guides is not None:
             own["guides"] = self._guides.at(self._made, control and Path(control).expanduser(), where)
         elif control:
-            LOGGER.warning("%s: --cn has no effect without --control_net_models", where)
+            LOGGER.warning("%s: --cn has no effect without --control_net_models or --control_net_lllite_models", where)
         prompt = finish(self._base, own, self._traits, where, FLOW_SAMPLERS)
         if prompt.seed is None:
             prompt = replace(prompt, seed=common[place] if self._opts.iter_same_seed else self._next_seed())

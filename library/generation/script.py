@@ -83,7 +83,7 @@ def generate(opts: Options, fixed: str | None = None, start: Start | None = None
     )
     outcome = Outcome()
     sources = Sources.of(opts.source)
-    guides = Guides.of(opts) if opts.control.control_net_models else None
+    guides = Guides.of(opts) if opts.control.nets[1] else None
     if opts.grid.grid:  # what is compared begins with the same noise
         seed = secrets.randbits(32) if opts.prompts.seed is None else opts.prompts.seed
         opts = opts.replaced(iter_same_seed=True, seed=seed)
@@ -202,7 +202,7 @@ class Studio:
         from library.generation.drawing import draw
 
         self.written = []
-        self._require_sizes(iterations)
+        self._require_possible(iterations)
         with logs.progress(sum(map(self.how.steps, iterations)), "images", unit="step") as bar:
             for requests in iterations:
                 for request in requests:
@@ -211,13 +211,15 @@ class Studio:
                 draw(self.model, requests, self.how, strengths, self._receive, bar.update)
         return self.written
 
-    def _require_sizes(self, iterations: Sequence[Sequence[Request]]) -> None:
-        """Raises: UserError: an image is larger than the model takes."""
+    def _require_possible(self, iterations: Sequence[Sequence[Request]]) -> None:
+        """Raises: UserError: an image is larger than the model takes, or has regions, and networks know none."""
         most = self.model.models.longest_side
         for request in (request for requests in iterations for request in requests):
             width, height = request.prompt.width, request.prompt.height
             if most is not None and max(width, height) > most:
                 raise UserError(f"{width}x{height}: this model draws images of at most {most} pixels on a side")
+            if request.prompt.regions is not None:
+                self.model.confine_networks()
 
     def make_all(self, parts: Iterable[Sequence[Request]]) -> None:
         """`make` for one part after the other, each of which is only asked for when the one before is made."""

@@ -46,14 +46,20 @@ class Sources:
 
 def size_of(source: SourceImage, where: str) -> Size:
     """Width and height of the source, floored to what every model takes. Raises: UserError: it cannot be read."""
-    from library.data.sample import images
     from library.types import Size
 
-    try:
-        size = images.image_size(source.path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: {source.path}: the image cannot be read ({images.reason(error)})") from None
+    size = require_image(source.path, where)
     return Size(*(max(_STEP, side // _STEP * _STEP) for side in size))
+
+
+def require_image(path: Path, where: str) -> Size:
+    """The size of an image. Raises: UserError: it cannot be read. Args: where: of the prompt."""
+    from library.data.sample import images
+
+    try:
+        return images.image_size(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {path}: the image cannot be read ({images.reason(error)})") from None
 
 
 def said_by(path: Path) -> dict[str, Any]:

@@ -145,6 +145,9 @@ class GenerationTextOptions(PromptTextOptions):
     textual_inversion_embeddings: list[str] | None = opt(
         None, "files of Textual Inversion embeddings; in prompts the file's name stands for each"
     )
+    XTI_embeddings: list[str] | None = opt(
+        None, "files of extended Textual Inversion, with other vectors for each layer; SD 1.x and 2.x only"
+    )
 
     def warnings(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
         if traits is not None and traits.objective == "flow":
@@ -194,7 +197,11 @@ class NetworksOptions(OptionGroup, group="networks", title="Networks"):
         False, "merge the networks, and again where a prompt changes their strengths; takes a copy of the weights"
     )
     network_regional_mask_max_color_codes: int | None = opt(
-        None, "number of regions that the mask of regional prompts distinguishes by colour", at_least=1
+        None,
+        "prompts with AND: how many parts have a color of their own in --mask_path, whose bits, red 1, green 2 and "
+        "blue 4, are the part's number; without it red, green and blue are the first three parts",
+        at_least=1,
+        at_most=7,
     )
 
     def check(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
@@ -226,12 +233,9 @@ class NetworksOptions(OptionGroup, group="networks", title="Networks"):
 
 # Options that are known, and their values which ask for nothing; any other is refused until they are there.
 _NOT_YET: dict[str, Any] = {
-    "clip_vision_strength": None,
-    "control_net_lllite_models": None,
     "ds_depth_1": None,
     "ds_depth_2": None,
     "gradual_latent_timesteps": None,
-    "network_regional_mask_max_color_codes": None,
 }
 
 
