@@ -57,8 +57,8 @@ class Regions:
         for number, network in enumerate(networks):
             if not isinstance(network, Network):
                 raise UserError(
-                    f"prompts of several regions: network {number + 1} is of another package, whose networks act on "
-                    "the whole image"
+                    f"prompts of several regions: network {number + 1} acts on the whole image, as hypernetworks and "
+                    "networks of other packages do; leave it out"
                 )
             self._confine(number, network, layers)
 

@@ -93,7 +93,11 @@ def entries_of(opts: Options, sources: Sources | None) -> list[tuple[str, Entry]
     if opts.prompts.from_file:
         return entries(opts.prompts.from_file)
     if opts.prompts.prompt is None and sources is not None:
-        return [(str(path), table_of(said_by(path))) for path in sources.images]
+        asked = {"guidance" if name == "guidance_scale" else name for name in opts.explicit}  # which counts more
+        return [
+            (str(path), table_of({name: value for name, value in said_by(path).items() if name not in asked}))
+            for path in sources.images
+        ]
     return [("--prompt", opts.prompts.prompt)]
 
 

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
-from library.generation.parameters import PARAMETERS
+from library.generation.parameters import PARAMETERS, said_in
+from library.inference.images import EXIF, USER_COMMENT
 from library.inference.prompts import SourceImage
 from library.preparation.common.images import find_images
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from library.options.inference_images import SourceOptions
     from library.types import Size
 
 _STEP = 32  # pixels; sides of images that are drawn at the size of their source are multiples of it
 # Fields of a prompt by their keys in files of ours, and what turns their texts into values.
-_FIELDS = {"scale": float, "steps": int, "sampler": str, "seed": int, "negative-prompt": str, "prompt": str}
+_FIELDS: dict[str, Callable[[str], Any]] = {
+    "prompt": str, "negative-prompt": str, "sampler": str, "seed": int, "steps": int, "scale": float,
+    "negative-scale": float, "guidance": float, "flow-shift": float,
+}  # fmt: skip
+_CODES = {b"UNICODE\0": "utf-16-be", b"ASCII\0\0\0": "ascii"}  # of a comment, by how it begins
 
 
 @dataclass(frozen=True)
@@ -70,10 +78,9 @@ def said_by(path: Path) -> dict[str, Any]:
     from library.data.sample import images
 
     try:
-        said = images.use_image(path, lambda image, _file, _length: dict(image.info))
+        texts = images.use_image(path, lambda image, _file, _length: _texts_in(image))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: the image cannot be read ({images.reason(error)})") from None
-    texts = {key: value for key, value in said.items() if isinstance(value, str)}
     if "prompt" not in texts and PARAMETERS not in texts:
         raise UserError(f"{path}: the image does not say which prompt it was made with; give one with --prompt")
     found: dict[str, Any] = {}
@@ -84,9 +91,16 @@ def said_by(path: Path) -> dict[str, Any]:
             except (KeyError, ValueError):
                 continue
         return found
-    prompt, _, rest = texts[PARAMETERS].partition("\nNegative prompt: ")
-    negative = rest.split("\nSteps: ")[0]
-    return {"prompt": prompt.split("\nSteps: ")[0], "negative_prompt": negative}
+    return said_in(texts[PARAMETERS], str(path))
+
+
+def _texts_in(image: Image) -> dict[str, str]:
+    """The texts of an image's file by their keys; a comment, which is all that some formats have, as parameters."""
+    texts = {key: value for key, value in image.info.items() if isinstance(value, str)}
+    comment = image.getexif().get_ifd(EXIF).get(USER_COMMENT)
+    if isinstance(comment, bytes) and comment[:8] in _CODES and PARAMETERS not in texts:
+        texts[PARAMETERS] = comment[8:].decode(_CODES[comment[:8]], "replace")
+    return texts
 
 
 def files_of(option: str, path: str) -> tuple[Path, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,18 +127,23 @@ def calls_of(models, path: str) -> list[tuple[tuple, dict, Tensor]]:
 def test_networks_act_in_their_regions_layer_by_layer(model):
     """For a linear layer and a convolution: the layer's own output, and where a mask is 1 that network's change."""
     regions = model.confine_networks()
-    paths = {
-        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q": (8, 8),
-        "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_ff_net_0_proj": (4, 4),
-        "lora_unet_down_blocks_1_attentions_1_proj_in": (4, 4),
-    }
+    keys = [
+        f"lora_unet_{place}"
+        for place in (
+            "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+            "down_blocks_0_attentions_0_proj_in",
+            "mid_block_attentions_0_transformer_blocks_0_ff_net_2",
+        )
+    ]
     first, second = model.networks.attached()
-    calls = {key: calls_of(model.models, first.targets[key].modules[0]) for key in paths}
+    calls = {key: calls_of(model.models, first.targets[key].modules[0]) for key in keys}
     with regions.use(halves()):
         regions.predict(noisy_latents(), TIME, coupled(model, "a", "a cat"))
-    for key, size in paths.items():
+    for key in keys:
         module = model.models.denoiser.get_submodule(first.targets[key].modules[0])
-        ((x,), _, output), masks = calls[key][0], F.interpolate(halves()[None], size=size, mode="area")[0]
+        (x,), _, output = calls[key][0]
+        side = output.shape[-1] if output.ndim == 4 else math.isqrt(output.shape[1])
+        masks = F.interpolate(halves()[None], size=(side, side), mode="area")[0]
         apply = F.conv2d if isinstance(module, nn.Conv2d) else F.linear
         bare, expected = apply(x, module.weight, module.bias), 0
         for network, mask in zip((first, second), masks, strict=True):
@@ -267,7 +273,7 @@ def test_the_families_that_say_so_have_layers_that_read_text(model):
 
 def test_networks_of_other_packages_and_too_many_are_refused(model):
     other = ThirdPartyNetwork.__new__(ThirdPartyNetwork)
-    with pytest.raises(UserError, match="network 1 is of another package"):
+    with pytest.raises(UserError, match="network 1 acts on the whole image"):
         Regions(model.family, model.models, [other])
     with (
         pytest.raises(UserError, match="the prompt has 1 parts joined by AND, and there are 2 networks"),

@@ -8,9 +8,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from library.errors import UserError
+from library.generation.files import write
+from library.generation.parameters import Made, texts_of
 from library.generation.requests import Requests, base_prompt, entries_of
 from library.generation.sources import Sources
-from library.inference.prompts import SizeConditions
+from library.inference.prompts import SamplePrompt, SizeConditions
 from library.registry import FAMILIES
 
 SD, XL, FLOW = (FAMILIES[name].traits for name in ("sd", "sdxl", "flux"))
@@ -137,7 +139,7 @@ def test_dynamic_prompts_are_drawn_for_each_image(options):
 
 def test_a_broken_line_is_named_and_the_others_are_made(options, tmp_path):
     (tmp_path / "p.txt").write_text(
-        "good\nbad --w wide\n# fine\nworse --ss eular\nslashes --f a/b\nalso good\na AND b\n"
+        "good\nbad --w wide\n# fine\nworse --ss eular\nslashes --f a/b\nalso good\na AND  AND b\n"
     )
     failed: list[str] = []
     found = requests_for(options(from_file=str(tmp_path / "p.txt")), failed=failed)
@@ -193,6 +195,18 @@ def test_without_a_prompt_the_images_own_counts(options, tmp_path, ours):
     assert (request.prompt.prompt, request.prompt.negative_prompt) == ("a dog", "ugly")
     if ours:
         assert (request.prompt.scale, request.prompt.seed) == (3.5, 4)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "webp", "png"])
+def test_images_of_this_program_say_what_they_were_made_with(options, tmp_path, ending):
+    """Options of the command line count more."""
+    made = SamplePrompt("a dog", "ugly", 64, 64, 4, 12, 3.5, "euler_a")
+    write(Image.new("RGB", (64, 64)), tmp_path / f"a.{ending}", texts_of(made, Made("a dog", "model")))
+    given = {"image_path": str(tmp_path / f"a.{ending}"), "W": 64, "H": 64}
+    (request,) = requests_for(options(**given))
+    assert replace(request.prompt, source=None) == made
+    (request,) = requests_for(options(**given, steps=9, scale=2.0))
+    assert (request.prompt.steps, request.prompt.scale, request.prompt.seed) == (9, 2.0, 4)
 
 
 def test_what_is_wrong_with_images_is_said(options, tmp_path, image):
