@@ -81,7 +81,7 @@ class Networks:
             for network, strength in zip(self.networks, wanted, strict=True):
                 network.act(strength)
             if self.weights is not None:
-                self.weights.merge(self.networks, wanted)
+                self.weights.merge(self.networks[self.merged :], wanted[self.merged :])
         return self.strengths
 
     def attached(self) -> list[TrainableNetwork]:

@@ -91,7 +91,7 @@ def read_masks(mask: RegionMask, count: int, device: torch.device) -> Tensor:
         pixels = images.read_values(mask.path)
     except (OSError, ValueError) as error:
         raise UserError(f"{mask.path}: the mask cannot be read ({images.reason(error)})") from None
-    values = torch.from_numpy(pixels).to(device).permute(2, 0, 1).float() / 255
+    values = images.to_unit(pixels).to(device)
     bits = values >= 0.5
     found = []
     for number in range(count):

@@ -88,8 +88,14 @@ def by_formula(models, path: str, strength: float, factor=lambda key: 1.0) -> No
 
 @pytest.mark.parametrize(
     "how",
-    [{}, {"network_merge": True}, {"network_merge_n_models": 1}, {"network_pre_calc": True}],
-    ids=["attached", "merged", "one merged", "calculated before"],
+    [
+        {},
+        {"network_merge": True},
+        {"network_merge_n_models": 1},
+        {"network_pre_calc": True},
+        {"network_merge_n_models": 1, "network_pre_calc": True},
+    ],
+    ids=["attached", "merged", "one merged", "calculated before", "one of each"],
 )
 def test_two_networks_act_as_their_formula_says(models, files, how):
     reference = copy.deepcopy(models)

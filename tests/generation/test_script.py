@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -43,6 +44,29 @@ def test_a_prompt_file_becomes_images(run_script, small_model, files, tmp_path):
         assert red.text["raw-prompt"] == "a {e$$red|blue} cat --n ugly"
         assert red.text["parameters"].startswith("a red cat <lora:1:1> <lora:2:0.5>\nNegative prompt: ugly\nSteps: 2, ")
         assert "a dog <lora:1:0.5> <lora:2:0.5>\n" in dog.text["parameters"]
+
+
+def test_regions_of_the_bundled_model(run_script, tmp_path):
+    """Each half of the image shows its own part, where without a mask both are everywhere."""
+    mask = np.zeros((32, 32, 3), np.uint8)
+    mask[:, :16, 0], mask[:, 16:, 1] = 255, 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    lines = (
+        "a photo of a red square AND a photo of a blue square --d 3 --f regions\na AND  AND b\nred AND blue --f plain"
+    )
+    (tmp_path / "p.txt").write_text(lines)
+    words = ["--ckpt=examples/tiny_model/tiny-sd.safetensors", f"--from_file={tmp_path / 'p.txt'}", "--W=64", "--H=64"]
+    result = run_script(
+        "gen_img.py", *words, f"--mask_path={tmp_path / 'mask.png'}", "--steps=8", f"--outdir={tmp_path / 'out'}"
+    )
+    assert result.returncode == 1
+    assert "p.txt, line 2: there is no text before or behind an AND" in result.stderr
+    with Image.open(tmp_path / "out" / "regions.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+        assert image.text["prompt"] == "a photo of a red square AND a photo of a blue square"
+    left, right = pixels[16:48, :32].mean((0, 1)), pixels[16:48, 32:].mean((0, 1))
+    assert (left - right)[0] > 40
+    assert (right - left)[2] > 40
 
 
 @pytest.mark.parametrize("script", ["sdxl_gen_img.py", "gen_img_diffusers.py"])
