@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from library.errors import UserError
-from library.generation.requests import too_many
+from library.generation.parts import too_many
 from library.inference.regions import CoupledText
 from library.runtime.logs import LOGGER
 from networks.network import Network

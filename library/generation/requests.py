@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.generation.files import name_problem
-from library.generation.sources import Sources, files_of, require_image, said_by, size_of
+from library.generation.parts import Regional
+from library.generation.sources import Sources, images_seen, require_image, said_by, size_of
 from library.inference.dynamic_prompts import variants
 from library.inference.prompt_lines import GENERATION, PromptOption, Syntax
 from library.inference.prompts import (
     FLOW_SAMPLERS,
-    RegionMask,
     SamplePrompt,
     SizeConditions,
     default_prompt,
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from library.options.base import Options
     from library.types import FamilyTraits
 
-_BETWEEN = " AND "  # parts of a prompt
 Entry = str | dict[str, Any]
 Failed = Callable[[str, str], None]  # the place of a prompt that cannot be used, and why
 
@@ -99,78 +98,6 @@ def entries_of(opts: Options, sources: Sources | None) -> list[tuple[str, Entry]
             for path in sources.images
         ]
     return [("--prompt", opts.prompts.prompt)]
-
-
-@dataclass(frozen=True)
-class Regional:
-    """How prompts of several parts are drawn.
-
-    Args: masks: files, taken in turn; (): parts count everywhere.
-    """
-
-    masks: tuple[Path, ...]
-    colors: int | None
-    networks: int  # that are attached, and act in regions
-    pre_calc: bool
-    possible: bool  # whether the family has regions
-    family: str
-
-    @classmethod
-    def of(cls, opts: Options, traits: FamilyTraits) -> Regional:
-        """As the options say. Raises: UserError: the masks are not there."""
-        networks, path = opts.networks, opts.source.mask_path
-        return cls(
-            files_of("--mask_path", path) if path else (),
-            networks.network_regional_mask_max_color_codes,
-            len(networks.network_weights or ()) - networks.merged(),
-            networks.network_pre_calc,
-            traits.text_regions,
-            traits.label,
-        )
-
-    def fields(self, own: Mapping[str, Any], number: int, where: str) -> dict[str, Any]:
-        """The fields that a prompt gets by the parts it has.
-
-        Args: own: those that it has. number: of the image.
-        Raises: UserError: parts that cannot be drawn.
-        """
-        if _BETWEEN not in own["prompt"]:
-            if self.masks and "source" not in own:
-                LOGGER.warning("%s: --mask_path has no effect: this prompt has no parts joined by AND", where)
-            return {}
-        parts = tuple(part.strip() for part in own["prompt"].split(_BETWEEN))
-        if not all(parts):
-            raise UserError(f"{where}: there is no text before or behind an AND")
-        if not self.masks:
-            return {"parts": parts}
-        if not self.possible:
-            raise UserError(f"{where}: --mask_path: {self.family} has no regions; without it parts count everywhere")
-        if self.pre_calc and self.networks:
-            raise UserError(f"{where}: --network_pre_calc: cannot be used with regions; leave it out")
-        if self.networks > len(parts):
-            raise UserError(f"{where}: {too_many(self.networks, len(parts))}")
-        mask = self.masks[number % len(self.masks)]
-        require_image(mask, where)
-        found: dict[str, Any] = {"parts": parts, "regions": RegionMask(mask, self.colors)}
-        if "source" in own:  # the mask is that of regions
-            found["source"] = replace(own["source"], mask=None)
-        return found
-
-
-def too_many(networks: int, parts: int) -> str:
-    return f"the prompt has {parts} parts joined by AND, and there are {networks} networks; at most one for each part"
-
-
-def images_seen(opts: Options, traits: FamilyTraits) -> tuple[Path, ...] | None:
-    """The images that CLIP sees, taken in turn; (): those that drawing begins with; None: it sees none.
-
-    Raises: UserError: they are not there.
-    """
-    if opts.source.clip_vision_strength is None or not traits.pooled_by_image:
-        return None
-    taken = opts.control.nets[1] and opts.source.image_path  # the guides are those of ControlNets
-    guides = () if taken else opts.source.guide_image_path or ()
-    return tuple(path for name in guides for path in files_of("--guide_image_path", name))
 
 
 class Requests:
@@ -242,25 +169,43 @@ class Requests:
         if clip_prompt is not None:
             LOGGER.warning("%s: --c has no effect but to be noted in the image's file", where)
         own["seed"] = seeds[place] if seeds and place < len(seeds) else None
-        if self._sources is not None:
-            own["source"] = source = self._sources.at(self._made, where)
-            if not {*self._sides, *own} & {"width", "height"}:
-                own["width"], own["height"] = size_of(source, where)
-        if self._knows_regions:
-            own |= self._regional.fields(own, self._made, where)
-        if self._seen is not None:
-            own["seen"] = self._seen[self._made % len(self._seen)] if self._seen else own["source"].path
-            require_image(own["seen"], where)
-        control = own.pop("control", None)
-        if self._guides is not None:
-            own["guides"] = self._guides.at(self._made, control and Path(control).expanduser(), where)
-        elif control:
+        try:
+            own |= self._images(own, where)
+        except UserError:
+            self._made += 1  # the next one has its turn, so that one image that is broken costs no others
+            raise
+        if own.pop("control", None) and self._guides is None:
             LOGGER.warning("%s: --cn has no effect without --control_net_models or --control_net_lllite_models", where)
         prompt = finish(self._base, own, self._traits, where, FLOW_SAMPLERS)
         if prompt.seed is None:
             prompt = replace(prompt, seed=common[place] if self._opts.iter_same_seed else self._next_seed())
         self._made += 1
         return Request(prompt, raw, file_name, clip_prompt)
+
+    def _images(self, own: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The fields that images give a prompt, or that say how it reads them. Args: own: the fields that it has.
+
+        Raises: UserError: one of them is not there or cannot be read.
+        """
+        found: dict[str, Any] = {}
+        if self._sources is not None:
+            found["source"] = source = self._sources.at(self._made, where)
+            size = size_of(source, where)
+            if source.mask is not None:
+                require_image(source.mask, where)
+            if not {*self._sides, *own} & {"width", "height"}:
+                found["width"], found["height"] = size
+        if self._knows_regions:
+            found |= self._regional.fields({**own, **found}, self._made, where)
+        if self._seen is not None:
+            found["seen"] = self._seen[self._made % len(self._seen)] if self._seen else found["source"].path
+            require_image(found["seen"], where)
+        if self._guides is not None:
+            control = own.get("control")
+            found["guides"] = self._guides.at(self._made, control and Path(control).expanduser(), where)
+            for guide in found["guides"]:
+                require_image(guide.path, where)
+        return found
 
     def _next_seed(self) -> int:
         """The seed of the image that is made next: --seed for the first, for others what is derived from it."""

@@ -17,8 +17,9 @@ from library.preparation.common.images import find_images
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from library.options.base import Options
     from library.options.inference_images import SourceOptions
-    from library.types import Size
+    from library.types import FamilyTraits, Size
 
 _STEP = 32  # pixels; sides of images that are drawn at the size of their source are multiples of it
 # Fields of a prompt by their keys in files of ours, and what turns their texts into values.
@@ -101,6 +102,18 @@ def _texts_in(image: Image) -> dict[str, str]:
     if isinstance(comment, bytes) and comment[:8] in _CODES and PARAMETERS not in texts:
         texts[PARAMETERS] = comment[8:].decode(_CODES[comment[:8]], "replace")
     return texts
+
+
+def images_seen(opts: Options, traits: FamilyTraits) -> tuple[Path, ...] | None:
+    """The images that CLIP sees, taken in turn; (): those that drawing begins with; None: it sees none.
+
+    Raises: UserError: they are not there.
+    """
+    if opts.source.clip_vision_strength is None or not traits.pooled_by_image:
+        return None
+    taken = opts.control.nets[1] and opts.source.image_path  # the guides are those of ControlNets
+    guides = () if taken else opts.source.guide_image_path or ()
+    return tuple(path for name in guides for path in files_of("--guide_image_path", name))
 
 
 def files_of(option: str, path: str) -> tuple[Path, ...]:

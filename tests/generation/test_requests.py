@@ -8,6 +8,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from library.errors import UserError
+from library.generation.control import Guides
 from library.generation.files import write
 from library.generation.parameters import Made, texts_of
 from library.generation.requests import Requests, base_prompt, entries_of
@@ -148,7 +149,7 @@ def test_a_broken_line_is_named_and_the_others_are_made(options, tmp_path):
     assert failed[0] == f"{file}, line 2: --w needs a whole number, got 'wide'"
     assert failed[1].startswith(f"{file}, line 4: unknown sampler 'eular'; did you mean 'euler'?")
     assert failed[2] == f"{file}, line 5: --f must be the name of a file, without folders, got 'a/b'"
-    assert failed[3] == f"{file}, line 7: prompts of several regions, joined by AND, are not available yet"
+    assert failed[3] == f"{file}, line 7: there is no text before or behind an AND"
     assert len(failed) == 4
 
 
@@ -218,6 +219,28 @@ def test_what_is_wrong_with_images_is_said(options, tmp_path, image):
     failed: list[str] = []
     assert requests_for(options(prompt="a", image_path=str(tmp_path / "broken.png")), failed=failed) == []
     assert "broken.png: the image cannot be read" in failed[0]
+
+
+def test_a_broken_image_costs_its_own_turn(options, tmp_path):
+    """With a size on the command line too; masks and control images alike."""
+    for folder in ("images", "masks", "guides"):
+        (tmp_path / folder).mkdir()
+        for number in range(3):
+            Image.new("RGB", (64, 64)).save(tmp_path / folder / f"{number}.png")
+    for number, folder in enumerate(("images", "masks", "guides")):
+        (tmp_path / folder / f"{number}.png").write_text("no image")
+    opts = options(
+        prompt="a", n_iter=4, W=64, H=64, image_path=str(tmp_path / "images"), mask_path=str(tmp_path / "masks"),
+        guide_image_path=[str(tmp_path / "guides")], control_net_models=["x"],
+    )  # fmt: skip
+    failed: dict[int, str] = {}
+    requests = Requests(
+        opts, SD, base_prompt(opts, SD), lambda _, why: failed.__setitem__(len(failed), why), Sources.of(opts.source),
+        Guides.of(opts),
+    )  # fmt: skip
+    found = [request for _ in range(4) for request in requests.of([("--prompt", "a")])]
+    assert not found
+    assert [Path(why.split(":")[0]).parent.name for why in failed.values()][:3] == ["images", "masks", "guides"]
 
 
 def test_the_steps_that_are_made(options, image):
