@@ -76,6 +76,9 @@ class Batch:
     attributes: list[Mapping[str, Any] | None] = field(default_factory=list)  # custom_attributes of the dataset config
     guidance: float | None = None  # value fed to distilled models; None: the one of the options
     control: Tensor | None = None  # (B, 3, H, W) in [0, 1], RGB: what a ControlNet reads, cropped as the images are
+    # (B, 1 + C, H/s, W/s), what models for inpainting read behind noisy latents: the mask, 1 where something is to be
+    # drawn, and the latents of the masked image as the denoiser sees them.
+    inpainting: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `change` applied to every tensor."""
@@ -127,6 +130,7 @@ class Models:
     tokenizers: dict[str, Any]
     vae: nn.Module | None
     source: Any = None
+    inpaints: bool = False  # whether the denoiser reads `Batch.inpainting` beside noisy latents
     longest_side: int | None = None  # pixels of the largest images that the denoiser takes; None: any
 
     def freeze(self) -> None:

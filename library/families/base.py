@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from library.objectives.objective import Objective
     from library.options.base import Options
     from library.types import Batch, LoraTarget, Models, Residuals, TextCond, TextLayout
+
+
+Shrinking = Callable[["Sequence[nn.Module]", float], "AbstractContextManager[Callable[[int | None], None]]"]
 
 
 class Role:
@@ -207,7 +211,9 @@ class Family:
 
     `control` and `lllite` are None where there are no ControlNets and no ControlNet-LLLite for it here. `text_places`
     gives the paths of the denoiser's cross-attention layers by the names that files have for their places, in the
-    order of the denoiser; None where no such files are known.
+    order of the denoiser; None where no such files are known. `shrinking` is Deep Shrink, of the denoiser and the
+    ControlNets that act on it, to a ratio of the sides: inside, what it gives says before which input block of the
+    denoiser features become smaller, or None for none. It is None where the denoiser is no U-Net.
     """
 
     traits: FamilyTraits
@@ -225,6 +231,7 @@ class Family:
         control: Control | None = None,
         lllite: Control | None = None,
         text_places: Callable[[Models], dict[str, list[str]]] | None = None,
+        shrinking: Shrinking | None = None,
     ):
         self.opts = opts
         self.loader = loader
@@ -236,3 +243,4 @@ class Family:
         self.control = control
         self.lllite = lllite
         self.text_places = text_places
+        self.shrinking = shrinking

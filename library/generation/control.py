@@ -86,20 +86,29 @@ class GuidedNets(ABC):
     def denoise(self, predict: Predict, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch) -> Tensor:
         """The prediction with every network that acts now, where the batch has control images."""
 
-    def acting(self, batch: Batch) -> Iterator[tuple[nn.Module, float, Tensor]]:
+    def acting(self, batch: Batch, noisy: Tensor) -> Iterator[tuple[nn.Module, float, Tensor]]:
         """(network, strength, its control images, (B, 3, H, W) in [0, 1]) of those that act in the present step."""
         if batch.control is None:
             return
-        controls = batch.control.chunk(len(self.nets), dim=1)
+        controls = self._fitting(batch.control, noisy).chunk(len(self.nets), dim=1)
         for net, strength, share, control in zip(self.nets, self.strengths, self.shares, controls, strict=True):
             if self.share_after <= share and strength:
                 yield net, strength, control
+
+    def _fitting(self, control: Tensor, noisy: Tensor) -> Tensor:
+        """Control images of the size that latents stand for, which is smaller where these grow."""
+        from torch.nn import functional
+
+        size = [side * self.family.traits.latent_stride for side in noisy.shape[-2:]]
+        if list(control.shape[-2:]) == size:
+            return control
+        return functional.interpolate(control, size=size, mode="bilinear", antialias=True)
 
 
 class ControlNets(GuidedNets):
     def denoise(self, predict: Predict, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch) -> Tensor:
         residuals = None
-        for net, strength, control in self.acting(batch):
+        for net, strength, control in self.acting(batch, noisy):
             control_role = self.family.control
             assert isinstance(control_role, ResidualControl), "checked when they are loaded"
             given = replace(batch, control=control)
@@ -117,7 +126,7 @@ class Lllites(GuidedNets):
     def denoise(self, predict: Predict, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch) -> Tensor:
         for net in self.nets:
             net.image = None
-        for net, strength, control in self.acting(batch):
+        for net, strength, control in self.acting(batch, noisy):
             net.image, net.multiplier = control * 2 - 1, strength
         return predict(noisy, timesteps, cond, batch)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from library.inference.generate import (
 )
 from library.inference.guidance import texts_read
 from library.inference.images import to_images
+from library.memory.sliced_decoding import in_slices
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from library.generation.highres import Highres
     from library.generation.model import Model
     from library.generation.requests import Request
+    from library.inference.deep_shrink import DeepShrink
     from library.inference.prompts import SamplePrompt
     from library.options.inference import PrecisionOptions
 
@@ -55,7 +57,7 @@ class HowToDraw:
     batch_size: int
     decoded_at_once: int  # images
     vae_float32: bool
-    tiles: int | None  # below each other, in decoding
+    slices: int | None  # below each other, in decoding
     zero_terminal_snr: bool = False
     zero_offset: bool = False
     noise: MakeNoise | None = None
@@ -109,8 +111,7 @@ def draw(
         strengths: of the networks, for prompts that say nothing of them.
         progress: as for `sample_latents`.
     """
-    # Where it is about memory nothing overlaps; encoding must not find tiles switched on either.
-    ahead = 0 if how.tiles or model.offload else _AHEAD
+    ahead = 0 if how.slices or model.offload else _AHEAD  # where it is about memory nothing overlaps
     with ThreadPoolExecutor(1, "decoding") as decoding:
         waiting: list[Future[None]] = []
         try:
@@ -158,7 +159,7 @@ def _latents(
 ) -> Tensor:
     cached = model.conditioning([text for prompt in prompts for text in texts_read(prompt)])
     model.bring(model.models.denoiser, model.models.vae)
-    with model.in_regions_of(prompts[0]):
+    with model.in_regions_of(prompts[0]), _deep_shrink(model, prompts[0].shrink) as at_timestep:
         return sample_latents(
             model.family,
             model.without_texts,
@@ -171,23 +172,31 @@ def _latents(
             denoise=model.denoise,
             noise=how.noise,
             at_step=None if model.control is None else model.control.at_step,
+            at_timestep=at_timestep,
             progress=progress,
         )
+
+
+@contextmanager
+def _deep_shrink(model: Model, shrink: DeepShrink) -> Iterator[Callable[[float], object] | None]:
+    """Inside, Deep Shrink acts on the denoiser and on ControlNets; it has to know each timestep. None: it is off."""
+    if shrink.depth_1 is None:
+        yield None
+        return
+    nets = [model.models.denoiser, *(model.control.nets if model.control is not None else ())]
+    assert model.family.shrinking is not None, "checked with the prompts"
+    with model.family.shrinking(nets, shrink.ratio) as set_depth:
+        yield lambda timestep: set_depth(shrink.depth_at(timestep))
 
 
 def _finish(model: Model, batch: Sequence[Request], drawing: _Drawing, how: HowToDraw, receive: Receive) -> None:
     """Decodes a batch and gives its images away."""
     vae = model.models.vae
     model.bring(vae)
-    if how.tiles:  # square ones, about that many below each other, which overlap by a quarter
-        side = 4 * math.ceil(drawing.latents.shape[-2] / (0.75 * how.tiles) / 4)
-        vae.enable_tiling()
-        vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * model.family.traits.latent_stride
     for start in range(0, len(batch), how.decoded_at_once):
         some = slice(start, start + how.decoded_at_once)
-        pixels = decode(model.family, model.models, drawing.latents[some], how.decoding_dtype(model))
+        with in_slices(vae.decoder, how.slices):
+            pixels = decode(model.family, model.models, drawing.latents[some], how.decoding_dtype(model))
         warn_of_overflow(drawing.prompts[some], pixels)
         for request, prompt, image in zip(batch[some], drawing.prompts[some], to_images(pixels), strict=True):
             receive(Drawn(request, prompt, image, drawing.networks, drawing.stage))
-    if how.tiles:
-        vae.disable_tiling()

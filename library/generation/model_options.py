@@ -14,6 +14,7 @@ from library.families.registry import FAMILIES
 from library.families.shared.every_family import group_with, options_of_families, switches
 from library.families.shared.finding import family_of, kind_of
 from library.options.base import COMMAND_LINE, Given, OptionGroup, Options, build_options, opt, options_of
+from library.options.models import ModelOptions
 
 if TYPE_CHECKING:
     from library.families.spec import FamilySpec
@@ -98,7 +99,7 @@ def training_options(opts: Options, spec: FamilySpec, of_kind: Mapping[str, Any]
     given["mixed_precision"] = opts.precision.mixed_precision
     if values.get("diffusers_xformers"):
         given["xformers"] = True
-    groups = [*registry.groups_for(spec.name, "network"), type(texts)]
+    groups = [_inpainting_too(group) for group in registry.groups_for(spec.name, "network")] + [type(texts)]
     known = {option.dest for group in groups for option in options_of(group)}
     made = build_options(groups, {n: Given(v, COMMAND_LINE) for n, v in given.items() if n in known})
     with _about_ckpt():
@@ -106,6 +107,13 @@ def training_options(opts: Options, spec: FamilySpec, of_kind: Mapping[str, Any]
         if problems:
             raise UserError(*problems)
         return spec.complete_options(made)
+
+
+def _inpainting_too(group: type[OptionGroup]) -> type[OptionGroup]:
+    """The group, but that the one about the model takes models for inpainting."""
+    if not issubclass(group, ModelOptions):
+        return group
+    return type(group.__name__, (group,), {"takes_inpainting": True})
 
 
 @contextmanager

@@ -13,8 +13,10 @@ from library.errors import UserError
 from library.generation.files import name_problem
 from library.generation.parts import Regional
 from library.generation.sources import Sources, images_seen, require_image, said_by, size_of
+from library.inference.deep_shrink import DeepShrink
 from library.inference.dynamic_prompts import variants
-from library.inference.prompt_lines import GENERATION, PromptOption, Syntax
+from library.inference.gradual_latent import GradualLatent
+from library.inference.prompt_lines import GENERATION, PromptOption, Syntax, numbers
 from library.inference.prompts import (
     FLOW_SAMPLERS,
     SamplePrompt,
@@ -29,6 +31,7 @@ from library.runtime.seeds import derive
 if TYPE_CHECKING:
     from library.generation.control import Guides
     from library.options.base import Options
+    from library.options.inference_images import GradualOptions, ShrinkOptions
     from library.types import FamilyTraits
 
 Entry = str | dict[str, Any]
@@ -75,7 +78,33 @@ def base_prompt(opts: Options, traits: FamilyTraits, where: str = "the options")
         changes |= {"guidance": image.guidance_scale, "flow_shift": image.flow_shift}
     if opts.source.strength is not None:
         changes["strength"] = opts.source.strength
+    base = replace(base, shrink=_deep_shrink(opts.shrink), gradual=_gradual_latent(opts.gradual))
     return finish(base, changes, traits, where, FLOW_SAMPLERS)
+
+
+def _deep_shrink(options: ShrinkOptions) -> DeepShrink:
+    return DeepShrink(
+        options.ds_depth_1, options.ds_timesteps_1, options.ds_depth_2, options.ds_timesteps_2, options.ds_ratio
+    )
+
+
+def _gradual_latent(options: GradualOptions) -> GradualLatent:
+    """Raises: UserError: the parameters of sharpening are no numbers."""
+    unsharp = options.gradual_latent_unsharp_params
+    try:
+        values = numbers(unsharp) if unsharp else None
+    except ValueError:
+        raise UserError(
+            f"--gradual_latent_unsharp_params: needs numbers with commas between them, got {unsharp!r}"
+        ) from None
+    return GradualLatent(
+        options.gradual_latent_timesteps,
+        options.gradual_latent_ratio,
+        options.gradual_latent_ratio_step,
+        options.gradual_latent_every_n_steps,
+        options.gradual_latent_s_noise,
+        values,
+    )
 
 
 def table_of(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,7 +152,7 @@ class Requests:
     ):
         self._opts, self._traits, self._base, self._failed = opts.prompts, traits, base, failed
         self._regional = Regional.of(opts, traits)
-        self._seen = images_seen(opts, traits)
+        self._seen, self._lllites = images_seen(opts, traits), bool(opts.control.control_net_lllite_models)
         self._sources, self._guides = sources, guides
         self._sides = [name for name, side in (("width", opts.image.W), ("height", opts.image.H)) if side]  # given
         self._syntax, self._knows_regions = Syntax(syntax), syntax is GENERATION
@@ -177,6 +206,8 @@ class Requests:
         if own.pop("control", None) and self._guides is None:
             LOGGER.warning("%s: --cn has no effect without --control_net_models or --control_net_lllite_models", where)
         prompt = finish(self._base, own, self._traits, where, FLOW_SAMPLERS)
+        if prompt.shrink.depth_1 is not None and self._lllites:
+            raise UserError(f"{where}: Deep Shrink cannot be used with --control_net_lllite_models")
         if prompt.seed is None:
             prompt = replace(prompt, seed=common[place] if self._opts.iter_same_seed else self._next_seed())
         self._made += 1

@@ -20,7 +20,7 @@ from library.generation.prompters import interactive_lines, lines_of_module
 from library.generation.requests import Entry, Request, Requests, base_prompt, entries_of
 from library.generation.sources import Sources
 from library.inference.prompt_lines import GENERATION, PromptOption
-from library.options.inference import ANY_MODEL_GROUPS, OLD_GROUPS, not_available
+from library.options.inference import ANY_MODEL_GROUPS, OLD_GROUPS
 from library.preparation.common.script import run_script
 from library.preparation.common.summary import Outcome
 from library.runtime import logs
@@ -73,9 +73,6 @@ class Start:
 def generate(opts: Options, fixed: str | None = None, start: Start | None = None) -> Outcome:
     """Makes the images that the options ask for. Raises: UserError."""
     start = start or Start()
-    refused = list(not_available(opts.flat()))
-    if refused:
-        raise UserError(*refused)
     check_control_nets(opts.control)
     spec, of_kind = family_spec(opts.checkpoint, fixed)
     training = training_options(opts, spec, of_kind).replaced(
@@ -185,7 +182,7 @@ class Studio:
             batch_size=size,
             decoded_at_once=decoded_at_once(opts.precision, size),
             vae_float32=training.model.no_half_vae,
-            tiles=opts.precision.vae_slices,
+            slices=opts.precision.vae_slices,
             zero_terminal_snr=training.noise.zero_terminal_snr,
             zero_offset=opts.image.force_scheduler_zero_steps_offset,
             noise=varied_noise(opts.image),

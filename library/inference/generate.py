@@ -8,16 +8,17 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from library.inference.growing import enlarging_step, shrunk
 from library.inference.guidance import Guidance
 from library.inference.images import to_images
 from library.inference.placement import in_float32
 from library.inference.prompts import SamplePrompt, SizeConditions
 from library.inference.samplers import make_flow_scheduler, make_scheduler
-from library.inference.source_images import Source, encode_sources
+from library.inference.source_images import Source, encode_inpainting, encode_sources
 from library.runtime.logs import LOGGER
 from library.types import Denoise, Models, TextCond
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from library.families.base import Family
+    from library.inference.gradual_latent import Sides
     from library.types import FamilyTraits
 
 Progress = Callable[[int], object]
@@ -112,6 +114,7 @@ def sample_latents(
     denoise: Denoise | None = None,
     noise: MakeNoise | None = None,
     at_step: Callable[[float], object] | None = None,
+    at_timestep: Callable[[float], object] | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Denoised latents, (B, C, H/8, W/8), float32, scaled; of prompts as `batches` puts them together.
@@ -121,36 +124,76 @@ def sample_latents(
         cached: the conditioning of each text of `texts_read`.
         noise: draws what drawing begins with; None: `initial_noise`.
         at_step: is called before each evaluation with the share of them that is made after it.
+        at_timestep: is called before each evaluation with its timestep.
     """
     scheduler = _scheduler(family, prompts[0], device, zero_terminal_snr=zero_terminal_snr, zero_offset=zero_offset)
     generators = [torch.Generator("cpu").manual_seed(with_seed(prompt).seed) for prompt in prompts]
     step_extras = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    # The schedulers for flow may have neither: they start from plain noise, and the denoiser takes latents as they are.
+    # The schedulers for flow may have none: the denoiser takes latents as they are.
     as_input = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
-    first_noise_scale = getattr(scheduler, "init_noise_sigma", 1.0)
     with _precision(device, dtype):
-        source = None
-        if prompts[0].source is not None:
-            source = encode_sources(family, models, prompts, generators, device)
-        drawn = (noise or initial_noise)(prompts, family.traits, generators).to(device)
-        timesteps, latents = scheduler.timesteps, drawn * first_noise_scale
-        if source is not None:
-            timesteps, latents = _start_from(source, scheduler, prompts[0], drawn)
+        begin = _beginning(family, models, prompts, scheduler, generators, device, noise or initial_noise)
+        timesteps, latents, gradual = begin.timesteps, begin.latents, prompts[0].gradual
         guidance = Guidance.of(
             family, models, prompts, device, cached, denoise or partial(family.denoiser.predict, models)
         )
+        if begin.inpainting is not None:
+            guidance = guidance.with_inpainting(begin.inpainting)
+        growth: list[Sides | None] = [None] * len(timesteps)
+        if gradual.timesteps is not None:
+            growth = gradual.growth(timesteps.tolist(), tuple(latents.shape[-2:]))
+            latents = shrunk(latents, gradual)
+        times = timesteps.tolist() if at_timestep is not None else ()
         steps, evaluations = prompts[0].steps_made, len(timesteps)  # some samplers need more than one per step
         for index, timestep in enumerate(timesteps):
             if at_step is not None:
                 at_step((index + 1) / evaluations)
-            prediction = guidance.predict(as_input(latents, timestep), timestep)
-            latents = scheduler.step(prediction, timestep, latents, **step_extras).prev_sample.float()
-            if source is not None and source.mask is not None:
-                latents = source.keep(latents, scheduler, drawn, timesteps[index + 1 : index + 2])
+            if at_timestep is not None:
+                at_timestep(times[index])
+            prediction, size = guidance.predict(as_input(latents, timestep), timestep), growth[index]
+            if size is not None:
+                latents = enlarging_step(scheduler, prediction, timestep, latents, size, gradual, generators)
+            else:
+                latents = scheduler.step(prediction, timestep, latents, **step_extras).prev_sample.float()
+            if begin.kept is not None:
+                latents = begin.kept.keep(latents, scheduler, begin.noise, timesteps[index + 1 : index + 2])
             completed = (index + 1) * steps // evaluations - index * steps // evaluations
             if progress is not None and completed:
                 progress(completed * len(prompts))
     return latents
+
+
+class _Beginning(NamedTuple):
+    """What steps begin with."""
+
+    timesteps: Tensor  # of the steps that are made
+    latents: Tensor
+    noise: Tensor  # that was drawn for them
+    kept: Source | None  # of which parts stay as they are; None: there are none
+    inpainting: Tensor | None  # see `Batch`; None: the denoiser reads none
+
+
+def _beginning(
+    family: Family,
+    models: Models,
+    prompts: Sequence[SamplePrompt],
+    scheduler: SchedulerMixin,
+    generators: list[torch.Generator],
+    device: torch.device,
+    make_noise: MakeNoise,
+) -> _Beginning:
+    """Noise alone, or with the image that drawing begins with. Models for inpainting see that, and may do without."""
+    source = None
+    if prompts[0].source is not None and not (models.inpaints and prompts[0].strength == 1):
+        source = encode_sources(family, models, prompts, generators, device)
+    noise = make_noise(prompts, family.traits, generators).to(device)
+    # The schedulers for flow may have no such number: they start from plain noise.
+    timesteps, latents = scheduler.timesteps, noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    if source is not None:
+        timesteps, latents = _start_from(source, scheduler, prompts[0], noise)
+    kept = source if source is not None and source.mask is not None and not models.inpaints else None
+    inpainting = encode_inpainting(family, models, prompts, generators, device) if models.inpaints else None
+    return _Beginning(timesteps, latents, noise, kept, inpainting)
 
 
 def _scheduler(

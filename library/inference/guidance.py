@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional
 
 from library.inference.control_images import control_batch
 from library.inference.prompts import SamplePrompt
@@ -81,6 +82,12 @@ class Guidance:
         together = _sizes([(prompt, no) for _, _, no in wanted for prompt in prompts], device)
         return Guidance(denoise, tuple(branches), together)
 
+    def with_inpainting(self, inpainting: Tensor) -> Guidance:
+        """The same of a model that reads `Batch.inpainting`, (B, 1 + C, h, w)."""
+        branches = [replace(branch, sizes=replace(branch.sizes, inpainting=inpainting)) for branch in self.branches]
+        together = replace(self.together, inpainting=torch.cat([inpainting] * len(branches)))
+        return replace(self, branches=tuple(branches), together=together)
+
     def predict(self, noisy: Tensor, timestep: Tensor) -> Tensor:
         """float32, (B, C, h, w)."""
         first, *others = self._predictions(noisy, timestep)
@@ -101,6 +108,8 @@ class Guidance:
 
     def _predict(self, noisy: Tensor, timestep: Tensor, cond: TextCond, sizes: Batch) -> Tensor:
         timesteps = timestep.to(noisy.device).expand(len(noisy))
+        if sizes.inpainting is not None and sizes.inpainting.shape[-2:] != noisy.shape[-2:]:  # latents that grow
+            sizes = replace(sizes, inpainting=functional.interpolate(sizes.inpainting, noisy.shape[-2:]))
         return self.denoise(noisy, timesteps, cond, sizes).float()
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from library.errors import UserError
+from library.inference.deep_shrink import DeepShrink
+from library.inference.gradual_latent import GradualLatent
 from library.inference.prompt_lines import Syntax
 from library.options.nearest import did_you_mean
 from library.options.sampling import Sampler
@@ -32,6 +34,7 @@ RANDOM_SEED = -1  # as in web interfaces: another one each time
 MAX_SEED = 2**64 - 1  # what torch's generators take
 
 
+_SWITCHED_ON = {"shrink", "gradual"}
 Prepare = Callable[["NDArray[np.uint8]"], "NDArray[np.uint8]"]  # RGB (H, W, 3) to one of the same shape
 
 
@@ -99,6 +102,8 @@ class SamplePrompt:
     parts: tuple[str, ...] = ()  # of a prompt of several, each of which is read by itself; (): it is one text
     regions: RegionMask | None = None  # where each part counts; None: all of them count everywhere
     seen: Path | None = None  # the image that CLIP sees in place of the pooled text; None: there is none
+    shrink: DeepShrink = field(default_factory=DeepShrink)
+    gradual: GradualLatent = field(default_factory=GradualLatent)
 
     @property
     def steps_made(self) -> int:
@@ -210,6 +215,8 @@ def finish(
         raise UserError(f"{where}: the strength must be from 0 to 1, got {prompt.strength}")
     if prompt.flow_shift is not None and not 0 < prompt.flow_shift < math.inf:
         raise UserError(f"{where}: the flow shift must be a finite number above 0, got {prompt.flow_shift}")
+    for problem in (*prompt.shrink.problems(traits), *prompt.gradual.problems(traits, prompt.sampler)):
+        raise UserError(f"{where}: {problem}")
     if traits.objective == "flow":
         if prompt.sampler.removeprefix("k_") not in flow_samplers:
             LOGGER.warning(f"{where}: --ss (sample_sampler) has no effect: {flow_sampler_note(traits, flow_samplers)}")
@@ -230,7 +237,10 @@ def finish(
 
 
 def _changed(base: SamplePrompt, changes: Mapping[str, Any]) -> SamplePrompt:
-    """The prompt with other values; "sizes.crop_top" is a field of its field `sizes`."""
+    """The prompt with other values; "sizes.crop_top" is a field of its field `sizes`.
+
+    Where a prompt says anything of a way of drawing that can be off, it is on.
+    """
     own = {name: value for name, value in changes.items() if "." not in name}
     if "control" in own:
         own["control"] = ControlImage(Path(own["control"]).expanduser())
@@ -238,6 +248,8 @@ def _changed(base: SamplePrompt, changes: Mapping[str, Any]) -> SamplePrompt:
         if "." in name:
             group, _, field_name = name.partition(".")
             own[group] = replace(own.get(group, getattr(base, group)), **{field_name: value})
+    for group in _SWITCHED_ON & own.keys():
+        own[group] = own[group].switched_on()
     return replace(base, **own)
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from library.data.sample import images
 from library.errors import UserError
+from library.inference.growing import resized
 from library.inference.prompts import SamplePrompt
 from library.types import Size
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from library.families.base import Family
+    from library.inference.prompts import SourceImage
     from library.types import Models
 
 _KEPT_BELOW = 128  # grey value of the mask
@@ -47,6 +49,10 @@ class Source:
 
         As by Avrahami et al. 2022, "Blended Latent Diffusion" (arXiv:2206.02779).
         """
+        size = latents.shape[-2:]
+        if size != self.mask.shape[-2:]:  # latents that grow
+            small = Source(resized(self.latents, size), functional.interpolate(self.mask, size=size))
+            return small.keep(latents, scheduler, resized(noise, size), next_timestep)
         return self.mask * latents + (1 - self.mask) * self.noised(scheduler, noise, next_timestep)
 
 
@@ -85,9 +91,43 @@ def encode_sources(
         latents = family.latents.scale(family.latents.encode(models, pixels.to(device), generators)).float()
     if sources[0].mask is None:
         return Source(latents, None)
-    masks = torch.stack([torch.from_numpy(source.mask_pixels >= _KEPT_BELOW).float() for source in sources])
-    small = functional.interpolate(masks[:, None], size=latents.shape[-2:], mode="nearest")
-    return Source(latents, small.to(device))
+    return Source(latents, functional.interpolate(_masks(sources).to(device), size=latents.shape[-2:]))
+
+
+def encode_inpainting(
+    family: Family,
+    models: Models,
+    prompts: Sequence[SamplePrompt],
+    generators: list[torch.Generator],
+    device: torch.device,
+) -> Tensor:
+    """`Batch.inpainting` of prompts. Without a mask all is drawn, so that nothing is left of an image.
+
+    What the mask covers is grey, the middle of the pixels' range, as models for inpainting are trained.
+
+    Raises: UserError: a file cannot be read.
+    """
+    sources = [with_source(prompt).source for prompt in prompts]
+    height, width = prompts[0].height, prompts[0].width
+    first = sources[0]
+    if first is None or first.mask is None:
+        masks = torch.ones(len(prompts), 1, height, width, device=device)
+        pixels = torch.zeros(len(prompts), 3, height, width, device=device)
+    else:
+        masks = _masks(sources).to(device)
+        if first.pixels is not None:
+            pixels = torch.stack([images.to_pixels(source.pixels) for source in sources]).to(device)
+        else:  # latents are what drawing begins with
+            latents = torch.stack([source.latents for source in sources]).to(device)
+            pixels = family.latents.decode(models, latents).float().clamp(-1, 1)
+        pixels = pixels * (1 - masks)
+    masked = family.latents.scale(family.latents.encode(models, pixels, generators)).float()
+    return torch.cat([functional.interpolate(masks, size=masked.shape[-2:]), masked], dim=1)
+
+
+def _masks(sources: Sequence[SourceImage]) -> Tensor:
+    """(B, 1, H, W): 1 is drawn again, 0 is kept."""
+    return torch.stack([torch.from_numpy(source.mask_pixels >= _KEPT_BELOW).float() for source in sources])[:, None]
 
 
 def _read(path: Path, what: str, read: Callable[[Path], NDArray[np.uint8]]) -> NDArray[np.uint8]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL.Image import Resampling
 
 from library.data.sample.images import read_image
 from library.data.scan.folders import is_image
@@ -30,10 +31,12 @@ from library.preparation.images.resizing import without_namesakes
 from library.registry import groups_for
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor, nn
 
 GROUPS = (UpscalingOptions, WorkOptions)
 PIPELINE = "StableDiffusionLatentUpscalePipeline"
+LANCZOS = Resampling.LANCZOS
 MULTIPLE = 64  # pixels; the upscaler halves latents, which have an eighth of an image's side, three times
 
 
@@ -58,13 +61,9 @@ def upscale_images(opts: Options) -> Outcome:
     paths = my_share(without_namesakes(paths, outcome))
     read = read_ahead(paths, cut, outcome, workers=None, desc="upscaling", batch=chosen.batch_size)
     for group in batches_of_one_size(read, chosen.batch_size):
-        pixels = np.stack([image for _, image in group])
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        images = pixels_of([image for _, image in group])
         encoded = torch.cat([encode(pipeline.vae, few) for few in images.split(chosen.vae_batch_size)])
-        rngs = [torch.Generator("cpu").manual_seed(chosen.seed) for _ in group]
-        with torch.no_grad():
-            how: dict[str, Any] = {"num_inference_steps": chosen.steps, "guidance_scale": 0, "output_type": "latent"}
-            latents = pipeline([""] * len(group), image=encoded, generator=rngs, **how).images
+        latents = upscaled(pipeline, encoded, chosen.steps, chosen.seed)
         results = {"": latents, "_vae": encoded} if chosen.debug else {"": latents}
         for ending, made in results.items():
             decoded = (image for few in made.split(chosen.vae_batch_size) for image in decode(pipeline.vae, few))
@@ -72,6 +71,56 @@ def upscale_images(opts: Options) -> Outcome:
                 save_png(image, target / f"{path.stem}{ending}.png", {})
         outcome.done += len(group)
     return outcome
+
+
+def pixels_of(images: Sequence[np.ndarray]) -> Tensor:
+    """Images (H, W, 3) of one size, 8 bits, to pixels (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def upscaled(pipeline: Any, encoded: Tensor, steps: int, seed: int) -> Tensor:
+    """Scaled latents (B, 4, h, w) to those of twice the sides. Args: seed: of each image's noise."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for _ in encoded]
+    how: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 0, "output_type": "latent"}
+    return pipeline([""] * len(encoded), image=encoded, generator=generators, **how).images
+
+
+class LatentUpscaler:
+    """What --highres_fix_upscaler takes, around a pipeline of `load_upscaler`. Args: steps, seed: as for `upscaled`."""
+
+    def __init__(self, pipeline: Any, steps: int, seed: int):
+        self._pipeline, self._steps, self._seed = pipeline, steps, seed
+
+    def upscale(self, images: Sequence[Image], width: int, height: int) -> list[Image]:
+        """Images of this size, each upscaled by two from half of it, with sides rounded up to multiples of 64."""
+        half = tuple(-(-side // (2 * MULTIPLE)) * MULTIPLE for side in (width, height))
+        found = []
+        for image in images:
+            small = image if image.size == half else image.resize(half, LANCZOS)
+            encoded = encode(self._pipeline.vae, pixels_of([np.array(small.convert("RGB"))]))
+            (large,) = decode(self._pipeline.vae, upscaled(self._pipeline, encoded, self._steps, self._seed))
+            found.append(large if large.size == (width, height) else large.resize((width, height), LANCZOS))
+        return found
+
+
+def create_upscaler(
+    weights: str | None = None, vae_path: str | None = None, steps: str = "20", seed: str = "0"
+) -> LatentUpscaler:
+    """What --highres_fix_upscaler calls with the values of --highres_fix_upscaler_args, which are texts.
+
+    Raises: UserError: no upscaler is named, it cannot be used, or a number is none.
+    """
+    if weights is None:
+        raise UserError("--highres_fix_upscaler_args: name the latent upscaler's Diffusers folder, weights=FOLDER")
+    try:
+        numbers = max(1, int(steps)), int(seed)
+    except ValueError:
+        raise UserError(
+            f"--highres_fix_upscaler_args: steps and seed must be whole numbers, got {steps!r} and {seed!r}"
+        ) from None
+    device = require_device("cuda" if torch.cuda.is_available() else "cpu")
+    return LatentUpscaler(load_upscaler(weights, vae_path).to(device), *numbers)
 
 
 def load_upscaler(name: str, vae: str | None) -> Any:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from library.options.base import OptionGroup, Options, opt
 from library.options.inference_images import (
@@ -168,7 +168,7 @@ class PrecisionOptions(OptionGroup, group="precision", title="Memory and speed")
         None, "images decoded at a time, below 1 as a share of --batch_size; as many as are drawn if not given", above=0
     )
     vae_slices: int | None = opt(
-        None, "decode in tiles, this many below each other: less memory, nearly the same image", at_least=1
+        None, "decode in this many slices below each other: less memory, the same image", at_least=1
     )
 
     def check(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
@@ -229,21 +229,6 @@ class NetworksOptions(OptionGroup, group="networks", title="Networks"):
         if self.network_merge_n_models is not None:
             return min(self.network_merge_n_models, count)
         return count if self.network_merge else 0
-
-
-# Options that are known, and their values which ask for nothing; any other is refused until they are there.
-_NOT_YET: dict[str, Any] = {
-    "ds_depth_1": None,
-    "ds_depth_2": None,
-    "gradual_latent_timesteps": None,
-}
-
-
-def not_available(options: dict[str, Any]) -> Iterable[str]:
-    """A line for each option that is given and not available yet."""
-    for name, neutral in _NOT_YET.items():
-        if options.get(name, neutral) != neutral:
-            yield f"--{name}: not available yet"
 
 
 ANY_MODEL_GROUPS: tuple[type[OptionGroup], ...] = (

@@ -154,27 +154,51 @@ class OldGuidanceOptions(OptionGroup, group="old_guidance", title="Guidance by o
 @dataclass(frozen=True, kw_only=True)
 class ShrinkOptions(OptionGroup, group="shrink", title="Deep Shrink"):
     ds_depth_1: int | None = opt(
-        None, "input block of the U-Net before which its features are made smaller", at_least=0
+        None,
+        "input block of the U-Net before which its features are made smaller, such as 3: of 0 to 11, with SDXL 0 to 8",
+        at_least=0,
     )
     ds_timesteps_1: int = opt(650, "until this timestep, counted down from 1000", at_least=0, at_most=1000)
-    ds_depth_2: int | None = opt(None, "a second input block, for the timesteps after those of the first", at_least=0)
-    ds_timesteps_2: int = opt(650, "until this timestep", at_least=0, at_most=1000)
-    ds_ratio: float = opt(0.5, "how much smaller", above=0, at_most=1)
+    ds_depth_2: int | None = opt(
+        None, "a second input block, from --ds_timesteps_1 down to --ds_timesteps_2", at_least=0
+    )
+    ds_timesteps_2: int = opt(650, "until this timestep, below --ds_timesteps_1", at_least=0, at_most=1000)
+    ds_ratio: float = opt(0.5, "how small features are made: this share of their sides", above=0, at_most=1)
+
+    def warnings(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
+        if self.ds_depth_1 is None:
+            for name in sorted(self.__dataclass_fields__.keys() & opts.explicit):
+                yield f"--{name}: has no effect without --ds_depth_1, but on prompts with Deep Shrink of their own"
+        elif self.ds_depth_2 is not None and self.ds_timesteps_2 >= self.ds_timesteps_1:
+            yield "--ds_depth_2: has no effect, as --ds_timesteps_2 is not below --ds_timesteps_1"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradualOptions(OptionGroup, group="gradual", title="Gradual Latent"):
     gradual_latent_timesteps: int | None = opt(
-        None, "begin with small latents, and enlarge them from this timestep on", at_least=0, at_most=1000
+        None,
+        "begin with small latents, and enlarge them below this timestep, such as 750; with --sampler euler_a or euler",
+        at_least=0,
+        at_most=1000,
     )
     gradual_latent_ratio: float = opt(0.5, "how small they are at the beginning", above=0, at_most=1)
     gradual_latent_ratio_step: float = opt(0.125, "by how much each enlargement raises that", above=0, at_most=1)
     gradual_latent_every_n_steps: int = opt(3, "steps between two enlargements", at_least=1)
     gradual_latent_s_noise: float = opt(1.0, "strength of the noise that enlarged latents get", at_least=0)
     gradual_latent_unsharp_params: str | None = opt(
-        None, "sharpening of enlarged latents: size, sigma, strength, and 1 for what is predicted, as in 3,0.5,0.5,1",
+        None,
+        "sharpening of enlarged latents: size, sigma, strength, and 1 to sharpen what a step gives or 0 for what it "
+        "begins with, as in 3,0.5,0.5,1 or 3,1,1,0",
         comma_list=True,
-    )  # fmt: skip
+    )
+
+    def warnings(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
+        if self.gradual_latent_timesteps is None:
+            for name in sorted(self.__dataclass_fields__.keys() & opts.explicit):
+                yield (
+                    f"--{name}: has no effect without --gradual_latent_timesteps, but on prompts with Gradual Latent "
+                    "of their own"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

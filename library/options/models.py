@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(OptionGroup, group="model", title="Model"):
     needs_name: ClassVar[bool] = True  # False: parts of a model may be enough
+    takes_inpainting: ClassVar[bool] = False  # whether models that read a mask and an image beside latents will do
 
     pretrained_model_name_or_path: str | None = opt(
         None, "base model: a checkpoint file, a Diffusers folder, or a hub id such as owner/model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,17 @@ def tiny_sd(v2: bool = False, seed: int = 0) -> Models:
     return Models(unet, {"te": text_encoder}, {"te": tokenizer}, vae, source)
 
 
+def for_inpainting(models: Models) -> Models:
+    """The same model but for its U-Net's first convolution, which reads a mask and an image's latents too."""
+    unet = models.denoiser
+    settings = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    wide = type(unet)(**{**settings, "in_channels": 9})
+    state = unet.state_dict()
+    more = 0.05 * torch.randn(unet.conv_in.out_channels, 5, 3, 3, generator=torch.Generator().manual_seed(9))
+    wide.load_state_dict({**state, "conv_in.weight": torch.cat([state["conv_in.weight"], more], dim=1)})
+    return replace(models, denoiser=wide.requires_grad_(False).eval(), inpaints=True)
+
+
 @written_once
 def write_tiny_sd1(path: str | Path, seed: int = 0, dtype: torch.dtype | None = None) -> Path:
     """Writes a tiny SD 1.x model: .safetensors, .ckpt, or a Diffusers folder when there is no such ending."""
@@ -81,6 +93,12 @@ def write_tiny_sd2(path: str | Path, seed: int = 0, dtype: torch.dtype | None = 
 def sd_options(model: str | Path, **values: Any) -> Options:
     """All options of the family's network script, with their defaults but for `values`."""
     return options_for("sd", "network", pretrained_model_name_or_path=str(model), **values)
+
+
+@written_once
+def write_tiny_inpainting(path: str | Path, v2: bool = False) -> Path:
+    """Writes a tiny model for inpainting, see `write_tiny_sd1`."""
+    return _write(for_inpainting(tiny_sd(v2)), Path(path), None)
 
 
 def _write(models: Models, path: Path, dtype: torch.dtype | None) -> Path:

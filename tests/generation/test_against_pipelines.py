@@ -26,6 +26,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
 from PIL import Image
@@ -45,9 +46,10 @@ from library.generation.requests import Request
 from library.inference.generate import decode, sample_latents
 from library.inference.images import to_images
 from library.inference.prompts import ControlImage, SamplePrompt, SizeConditions, SourceImage
+from library.inference.source_images import encode_inpainting
 from library.options.inference import GenerationTextOptions
 from library.registry import groups_for
-from tests.builders import sd_options, tiny_sd
+from tests.builders import for_inpainting, sd_options, tiny_sd
 from tests.builders.flux import flux_options, write_flux, write_parts
 from tests.builders.options import options_with
 from tests.builders.sd3 import sd3_options, write_tiny_sd3
@@ -218,6 +220,75 @@ def test_inpainting_by_blending(sd1):
     )
 
 
+def half_masked() -> np.ndarray:
+    mask = np.zeros((PROMPT.height, PROMPT.width), np.uint8)
+    mask[16:56, 8:48] = 200
+    return mask
+
+
+def inpainted(sampler: str, strength: float, mask: np.ndarray) -> SamplePrompt:
+    source = SourceImage(Path("x"), Path("m"), pixels=image(), mask_pixels=mask)
+    return replace(PROMPT, steps=4, sampler=sampler, strength=strength, source=source)
+
+
+def inpainting_arguments(prompt: SamplePrompt) -> dict:
+    mask = torch.from_numpy(prompt.source.mask_pixels)[None, None] / 255
+    return {
+        **arguments(prompt),
+        "image": as_theirs(prompt.source.pixels),
+        "mask_image": mask,
+        "strength": prompt.strength,
+    }
+
+
+@pytest.mark.parametrize(
+    ("v2", "sampler", "strength"), [(False, "ddim", 1.0), (False, "euler", 0.5), (True, "ddim", 0.8)]
+)
+def test_models_for_inpainting(v2, sampler, strength):
+    """They read the mask and the masked image; nothing is blended."""
+    opts = sd_options("", v2=v2)
+    models = for_inpainting(tiny_sd(v2))
+    prompt = inpainted(sampler, strength, half_masked())
+    found = ours(model_of(SdFamily(opts), models, opts), prompt)
+    scheduler = EulerDiscreteScheduler if sampler == "euler" else DDIMScheduler
+    pipe = sd_pipe(StableDiffusionInpaintPipeline, models, scheduler=scheduler)
+    assert difference(found, run(pipe, **inpainting_arguments(prompt))) < CLOSE
+    other = inpainted(sampler, strength, np.roll(half_masked(), 16))
+    assert difference(found, run(pipe, **inpainting_arguments(other))) > 0.01
+
+
+def test_models_for_inpainting_without_an_image_or_a_mask():
+    """The mask then covers all, so that what is under it does not count."""
+    opts, models = sd_options(""), for_inpainting(tiny_sd())
+    model = model_of(SdFamily(opts), models, opts)
+    everything = np.full((PROMPT.height, PROMPT.width), 255, np.uint8)
+    pipe = sd_pipe(StableDiffusionInpaintPipeline, models)
+    prompt = inpainted("ddim", 1.0, everything)
+    expected = run(pipe, **inpainting_arguments(prompt))
+    assert difference(ours(model, replace(prompt, source=None)), expected) < CLOSE
+    assert difference(ours(model, replace(prompt, source=replace(prompt.source, mask=None))), expected) < CLOSE
+    several = [replace(prompt, source=None, seed=seed) for seed in (7, 8)]
+    assert difference(ours(model, *several)[:1], expected) < CLOSE
+
+
+def test_a_model_for_inpainting_with_two_drawings(options):
+    """The second drawing sees what the first one has made outside of the mask, of latents too."""
+    opts, models = sd_options(""), for_inpainting(tiny_sd())
+    model, prompt = model_of(SdFamily(opts), models, opts), inpainted("ddim", 0.5, half_masked())
+    prompt = replace(prompt, width=128, height=192, source=replace(prompt.source, pixels=None, path=Path("gone")))
+    highres = Highres.of(options(highres_fix_scale=0.5, highres_fix_latents_upscaling=True).highres)
+    latents = torch.randn(1, 4, 12, 8, generator=torch.Generator().manual_seed(1))
+    (second,) = highres.with_first(model, [prompt], latents, torch.float32)
+    second = replace(second, source=replace(second.source, mask_pixels=np.zeros((192, 128), np.uint8)))
+    seen = encode_inpainting(model.family, models, [second], [torch.Generator().manual_seed(2)], CPU)
+    with torch.no_grad():
+        pixels = models.vae.decode(second.source.latents[None] / 0.18215).sample.clamp(-1, 1)
+        expected = models.vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(2)) * 0.18215
+    assert seen.shape == (1, 5, 24, 16)
+    assert not seen[:, 0].any()
+    assert difference(seen[:, 1:], expected) < CLOSE
+
+
 @pytest.fixture(scope="module")
 def control_nets(sd1):
     nets = []
@@ -267,7 +338,7 @@ def test_highres_fix_by_latents(sd1, options):
     prompt = replace(PROMPT, width=128, height=192, steps=4, strength=0.5)
     first = highres.first(prompt)
     assert (first.width, first.height, first.steps) == (64, 96, 3)
-    how = HowToDraw(1, 1, vae_float32=True, tiles=None, highres=highres, keeps_first=True)
+    how = HowToDraw(1, 1, vae_float32=True, slices=None, highres=highres, keeps_first=True)
     done: list[int] = []
     draw(model, [Request(prompt, "")], how, (), taken.append, done.append)
     assert sum(done) == how.steps([Request(prompt, "")]) == 5
@@ -279,6 +350,35 @@ def test_highres_fix_by_latents(sd1, options):
     pipe = sd_pipe(StableDiffusionImg2ImgPipeline, sd1)
     expected = run(pipe, **{**again, "output_type": "np"}, image=large, strength=0.5)
     assert np.abs(np.asarray(taken[1].image) / 255 - expected[0]).max() < 1.01 / 255  # rounded to 8 bits
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_control_nets_in_the_second_drawing(sd1, control_nets, options, disabled):
+    """--highres_fix_disable_control_net: the second drawing is what image to image alone gives."""
+    family = SdFamily(sd_options(""))
+    model, taken = model_of(family, sd1, sd_options("")), []
+    model.control = ControlNets(family, sd1, control_nets[:1], (1.0,), (1.0,))
+    given = {"highres_fix_scale": 0.5, "highres_fix_steps": 1, "highres_fix_latents_upscaling": True}
+    highres = Highres.of(options(**given, highres_fix_disable_control_net=disabled).highres)
+    guides = (ControlImage(Path("x"), image(5)),)
+    prompt = replace(PROMPT, width=128, height=192, steps=2, scale=1.0, strength=1.0)
+    prompt = replace(prompt, guides=(ControlImage(Path("x"), np.repeat(image(5), 2, 0).repeat(2, 1)),))
+    first = sample_latents(family, sd1, [replace(highres.first(prompt), guides=guides)], CPU, denoise=model.denoise)
+    (second,) = highres.with_first(model, [prompt], first, torch.float32)
+    taken = sample_latents(family, sd1, [second], CPU, denoise=model.denoise)
+    plain = sample_latents(family, sd1, [replace(second, guides=())], CPU)
+    assert (difference(taken, plain) < 1e-6) == disabled
+
+
+def test_the_strength_of_the_first_drawing(options):
+    """--highres_fix_strength, where drawing begins with an image; else the prompt's own."""
+    prompt = replace(PROMPT, strength=0.3, steps=10, source=SourceImage(Path("x"), pixels=image()))
+    for strength, steps in ((None, 3), (0.5, 5), (1.0, 10)):
+        highres = Highres.of(
+            options(highres_fix_scale=0.5, highres_fix_steps=10, highres_fix_strength=strength).highres
+        )
+        assert highres.first(prompt).steps_made == steps
+        assert highres.second(prompt).steps_made == 3
 
 
 class Upscaler:
@@ -333,8 +433,8 @@ def sdxl():
     return tiny_sdxl()
 
 
-def sdxl_pipe(sdxl) -> StableDiffusionXLPipeline:
-    return StableDiffusionXLPipeline(
+def sdxl_pipe(sdxl, kind=StableDiffusionXLPipeline):
+    return kind(
         vae=sdxl.vae,
         text_encoder=sdxl.text_encoders["te1"],
         tokenizer=sdxl.tokenizers["te1"],
@@ -383,6 +483,16 @@ def test_sdxl(sdxl, changes, theirs, clip_skip):
     given = {**arguments(prompt), "original_size": (96, 64), "target_size": (96, 64), **theirs}
     found = ours(model_of(SdxlFamily(opts), sdxl, opts), prompt)
     assert difference(found, run(sdxl_pipe(sdxl), **given)) < CLOSE
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_sdxl_for_inpainting(sdxl, strength):
+    models, opts = for_inpainting(sdxl), texts_of_generation("sdxl")
+    prompt = inpainted("ddim", strength, half_masked())
+    found = ours(model_of(SdxlFamily(opts), models, opts), prompt)
+    sizes = {"original_size": (96, 64), "target_size": (96, 64)}
+    pipe = sdxl_pipe(models, StableDiffusionXLInpaintPipeline)
+    assert difference(found, run(pipe, **inpainting_arguments(prompt), **sizes)) < CLOSE
 
 
 # --- rectified flow ---------------------------------------------------------------------------------------------------

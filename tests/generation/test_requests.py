@@ -13,6 +13,8 @@ from library.generation.files import write
 from library.generation.parameters import Made, texts_of
 from library.generation.requests import Requests, base_prompt, entries_of
 from library.generation.sources import Sources
+from library.inference.deep_shrink import DeepShrink
+from library.inference.gradual_latent import GradualLatent
 from library.inference.prompts import SamplePrompt, SizeConditions
 from library.registry import FAMILIES
 
@@ -64,6 +66,51 @@ def test_every_option_of_a_prompt_line(options):
     assert (prompt.strength, prompt.multipliers, prompt.sampler) == (0.25, (0.5, 1.0), "euler_a")
     assert prompt.sizes == SizeConditions(10, 20, 30, 40, 1, 2)
     assert (request.file_name, request.raw) == ("name", line)
+
+
+def test_deep_shrink_and_gradual_latent_of_lines(options):
+    line = "a --dsd1 4 --dst1 700 --dsd2 5 --dst2 300 --dsr 0.25 --ss euler_a"
+    line += " --glt 800 --glr 0.25 --gle 2 --gls 0.25 --glsn 0.5 --glus 3,0.5,0.5,1"
+    (request,) = requests_for(options(prompt=line))
+    assert request.prompt.shrink == DeepShrink(4, 700, 5, 300, 0.25)
+    assert request.prompt.gradual == GradualLatent(800, 0.25, 0.25, 2, 0.5, (3, 0.5, 0.5, 1))
+    (plain,) = requests_for(options(prompt="a"))
+    assert (plain.prompt.shrink, plain.prompt.gradual) == (DeepShrink(), GradualLatent())
+
+
+def test_what_a_line_says_of_them_switches_them_on(options):
+    """With the options' values, and the usual ones where there are none."""
+    (request,) = requests_for(options(prompt="a --dsr 0.75 --gle 5 --ss euler_a"))
+    assert request.prompt.shrink == DeepShrink(3, ratio=0.75)
+    assert request.prompt.gradual == GradualLatent(650, every_n_steps=5)
+    given = {"ds_depth_1": 5, "ds_timesteps_1": 800, "gradual_latent_timesteps": 700, "sampler": "euler_a"}
+    given |= {"gradual_latent_unsharp_params": "3,1,1,0", "gradual_latent_ratio": 0.75}
+    (request,) = requests_for(options(prompt="a --dsr 0.75 --glsn 0.5", **given))
+    assert request.prompt.shrink == DeepShrink(5, 800, ratio=0.75)
+    assert request.prompt.gradual == GradualLatent(700, 0.75, s_noise=0.5, unsharp=(3, 1, 1, 0))
+    (request,) = requests_for(options(prompt="a", **given))
+    assert (request.prompt.shrink.depth_1, request.prompt.gradual.timesteps) == (5, 700)
+
+
+def test_flow_models_have_neither(options):
+    failed: list[str] = []
+    for line in ("a --dsd1 3", "a --glt 700"):
+        requests_for(options(prompt=line), FLOW, failed)
+    assert failed == [
+        "--prompt: Deep Shrink (ds_depth_1) needs a U-Net, and FLUX.1 has none; leave it out",
+        "--prompt: Gradual Latent (gradual_latent_timesteps) is not for FLUX.1; leave it out",
+    ]
+
+
+def test_deep_shrink_by_timestep():
+    shrink = DeepShrink(3, 650, 6, 350)
+    assert [shrink.depth_at(time) for time in (999, 650, 649.9, 350, 349)] == [3, 3, 6, 6, None]
+    assert DeepShrink(3).depth_at(649) is None
+    assert DeepShrink().depth_at(999) is None
+    assert list(DeepShrink(8).problems(XL)) == []
+    assert list(DeepShrink(2, depth_2=9).problems(XL)) == [
+        f"Deep Shrink's ds_depth_2 must be from 0 to 8 with {XL.label}, got 9"
+    ]
 
 
 def test_the_options_are_the_defaults_of_lines(options):
@@ -248,3 +295,9 @@ def test_the_steps_that_are_made(options, image):
     assert request.prompt.steps_made == 3
     assert replace(request.prompt, source=None).steps_made == 10
     assert Path(image).is_file()
+
+
+def test_deep_shrink_and_lllites_exclude_each_other(options):
+    opts, failed = options(prompt="a --dsd1 1", control_net_lllite_models=["x"]), []
+    assert requests_for(opts, XL, failed) == []
+    assert failed == ["--prompt: Deep Shrink cannot be used with --control_net_lllite_models"]

@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import tests.generation.test_networks_and_words as networks
 from library.families.sd.adapter import SdFamily
+from library.families.sd.variants import check_paths
+from library.families.sdxl.saving import save_model as save_sdxl
 from library.generation.script import ALL_FAMILIES, ONE_FAMILY, run
 from library.runtime.logs import LOGGER
-from tests.builders import sd_options, write_tiny_sd2
+from tests.builders import for_inpainting, sd_options, write_tiny_inpainting, write_tiny_sd2
 from tests.builders.flux import write_flux, write_part_files
 from tests.builders.sd3 import write_tiny_sd3
-from tests.builders.sdxl import write_tiny_sdxl
+from tests.builders.sdxl import tiny_sdxl, write_tiny_sdxl
 
 files = networks.files
 
@@ -133,6 +135,19 @@ def refused(small_model, tmp_path, capsys, monkeypatch):
             ["--prompt=a", "--pyramid_noise_discount_range", "2", "1"],
             "--pyramid_noise_discount_range: the lowest comes",
         ),
+        (["--prompt=a", "--gradual_latent_timesteps=700"], "samplers euler_a and euler, not with ddim"),
+        (["--prompt=a", "--gradual_latent_unsharp_params=3,a"], "--gradual_latent_unsharp_params: needs numbers with"),
+        (
+            [
+                "--prompt=a",
+                "--sampler=euler_a",
+                "--gradual_latent_timesteps=9",
+                "--gradual_latent_unsharp_params=2,1,1",
+            ],
+            "the size, which comes first, must be an odd number from 1 to 99, got 2,1,1",
+        ),
+        (["--prompt=a", "--ds_depth_1=12"], "ds_depth_1 must be from 0 to 11 with Stable Diffusion 1.x/2.x, got 12"),
+        (["--prompt=a", "--ds_depth_1=-1"], "--ds_depth_1: must be at least 0, got -1"),
         (["--prompt=a", "--strength=2"], "--strength: must be at least 0 and at most 1, got 2"),
         (["--prompt=a", "--vae_batch_size=1.5"], "--vae_batch_size: must be a whole number or a share below 1"),
     ],
@@ -218,6 +233,115 @@ def test_lines_that_are_typed(draw_here, monkeypatch, capsys):
     assert "line 2: --w needs a whole number, got 'wide'" in said.err
     assert "line 3: the strength must be from 0 to 1, got 7" in said.err
     assert "2 done" in said.err
+
+
+class Terminal(io.StringIO):
+    """What a person types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("more", [(), ("--no_preview",)])
+def test_images_of_lines_are_shown_where_there_is_a_screen(draw_here, monkeypatch, more):
+    opened: list[list[str]] = []
+    monkeypatch.setattr("sys.stdin", Terminal("a cat --f one\n"))
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr("subprocess.Popen", lambda words, **_: opened.append(words))
+    status, folder = draw_here("--interactive", *more)
+    assert status == 0
+    assert opened == ([] if more else [["xdg-open", str(folder / "one.png")]])
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def test_deep_shrink_and_gradual_latent(draw_here, tmp_path, capsys):
+    """Lines change what the options say; of each other line only its own image changes."""
+    lines = ["--f plain", "--f shrunk --dsd1 1 --dst1 0", "--f never --dsd1 1 --dst1 1000 --dst2 1000"]
+    lines += ["--f grown --glt 1000 --gle 1 --gls 0.5", "--f sharp --glt 1000 --gle 1 --gls 0.5 --glus 3,0.5,2,1"]
+    (tmp_path / "p.txt").write_text("\n".join(f"a cat {line} --w 128 --h 128 --s 3 --ss euler_a" for line in lines))
+    status, folder = draw_here(f"--from_file={tmp_path / 'p.txt'}", "--iter_same_seed")
+    assert status == 0, capsys.readouterr().err
+    found = {path.stem: pixels(path) for path in folder.iterdir()}
+    assert sorted(found) == ["grown", "never", "plain", "sharp", "shrunk"]
+    assert all(image.shape == (128, 128, 3) for image in found.values())
+    assert np.array_equal(found["plain"], found["never"])
+    for one, other in (("plain", "shrunk"), ("plain", "grown"), ("shrunk", "grown"), ("grown", "sharp")):
+        assert not np.array_equal(found[one], found[other]), (one, other)
+
+
+def test_a_command_with_both(run_script, small_model, tmp_path):
+    """As users type them; an option that has no effect is said."""
+    words = [f"--ckpt={small_model}", "--prompt=a cat --f it", "--W=128", "--H=64", "--steps=4", "--scale=1"]
+    words += [
+        "--seed=1",
+        f"--outdir={tmp_path / 'out'}",
+        "--sampler=k_euler_a",
+        "--ds_depth_1=3",
+        "--ds_timesteps_1=500",
+    ]
+    words += ["--ds_depth_2=2", "--ds_ratio=0.75", "--gradual_latent_timesteps=900", "--gradual_latent_every_n_steps=1"]
+    words += ["--gradual_latent_unsharp_params=3,0.5,0.5,1", "--gradual_latent_s_noise=0.9"]
+    result = run_script("gen_img.py", *words, "--gradual_latent_ratio_step=0.25", "--gradual_latent_ratio=0.5")
+    assert result.returncode == 0, result.stderr
+    assert "--ds_depth_2: has no effect, as --ds_timesteps_2 is not below --ds_timesteps_1" in result.stderr
+    assert pixels(tmp_path / "out" / "it.png").shape == (64, 128, 3)
+
+
+def test_a_prompt_of_which_no_image_can_be_made(draw_here, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a --dsd1 40\nb --glt 700\nc --gle 0 --ss euler_a\nd --dsr 2\n")
+    assert draw_here(f"--from_file={tmp_path / 'p.txt'}")[0] == 1
+    said = capsys.readouterr().err
+    for line in (
+        "line 1: Deep Shrink's ds_depth_1 must be from 0 to 11 with Stable Diffusion 1.x/2.x, got 40",
+        "line 2: Gradual Latent works with the samplers euler_a and euler, not with ddim",
+        "line 3: Gradual Latent's every_n_steps must be at least 1, got 0",
+        "line 4: Deep Shrink's ds_ratio must be above 0 and at most 1, got 2",
+    ):
+        assert line in said
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "folder"])
+def test_models_for_inpainting(draw_here, image, tmp_path, capsys, name):
+    """With an image and a mask, and as any other model without; training refuses them as before."""
+    model = write_tiny_inpainting(tmp_path / name, v2=name == "folder")
+    Image.linear_gradient("L").save(tmp_path / "mask.png")
+    given = [f"--ckpt={model}", f"--image_path={image}"]
+    assert draw_here("--prompt=a cat --f in", *given, f"--mask_path={tmp_path / 'mask.png'}")[0] == 0
+    assert draw_here("--prompt=a cat --f all", *given, "--strength=1")[0] == 0
+    status, folder = draw_here("--prompt=a cat --f text", f"--ckpt={model}")
+    assert status == 0, capsys.readouterr().err
+    assert np.array_equal(pixels(folder / "all.png"), pixels(folder / "text.png"))
+    assert not np.array_equal(pixels(folder / "in.png"), pixels(folder / "text.png"))
+    (problem,) = check_paths(sd_options(model, v2=name == "folder"))
+    assert problem.endswith(
+        "this is an inpainting model: its U-Net takes 9 channels; only those that take 4 can be trained here"
+    )
+
+
+def test_an_sdxl_for_inpainting(draw_here, image, tmp_path, capsys):
+    models = for_inpainting(tiny_sdxl())
+    save_sdxl(models, tmp_path / "xl.safetensors", save_as="safetensors", dtype=None, metadata={})
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    given = [f"--ckpt={tmp_path / 'xl.safetensors'}", f"--image_path={image}", f"--mask_path={tmp_path / 'mask.png'}"]
+    status, folder = draw_here("--prompt=a cat --f it", *given)
+    assert status == 0, capsys.readouterr().err
+    assert names(folder) == ["it.png"]
+
+
+def test_a_model_with_another_input_is_named(draw_here, small_model, tmp_path, capsys):
+    tensors = load_file(small_model)
+    tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(64, 8, 3, 3)
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert draw_here("--prompt=a cat", f"--ckpt={tmp_path / 'a.safetensors'}")[0] == 2
+    assert (
+        "this is an instruct-pix2pix model: its U-Net takes 8 channels; only those that take 4, or 9 for inpainting, "
+        "can be used here"
+    ) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("called", [True, False])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from library.errors import UserError
 from tests.builders import write_tiny_sd1
 from tests.builders.upscaler import write_upscaler
 
@@ -54,6 +55,29 @@ def test_images_come_out_as_diffusers_makes_them(run_script, upscaler, images, t
     for name in "ab":
         wanted = expected(pipe, Image.open(images / f"{name}.png"))
         assert np.abs(np.asarray(names[f"{name}.png"]) - wanted).max() <= 1  # rounding
+
+
+@pytest.mark.parametrize("size", [(128, 256), (200, 120)])
+def test_as_the_upscaler_of_highres_fix(upscaler, size):
+    """Images become as large as they are asked for; where sides do not divide, they are resized before and after."""
+    from tools.latent_upscaler import create_upscaler
+
+    folder, pipe = upscaler
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (128, 64, 3), np.uint8))
+    (found,) = create_upscaler(weights=str(folder), steps="2").upscale([image], *size)
+    assert found.size == size
+    if size == (128, 256):
+        assert np.abs(np.asarray(found) - expected(pipe, image)).max() <= 1  # rounding
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [({}, "weights=FOLDER"), ({"weights": "x", "steps": "few"}, "got 'few'")]
+)
+def test_wrong_arguments_of_highres_fix(given, message):
+    from library.model_tools.upscaling import create_upscaler
+
+    with pytest.raises(UserError, match=f"--highres_fix_upscaler_args: .*{message}"):
+        create_upscaler(**given)
 
 
 def test_another_vae(run_script, upscaler, images, tmp_path):

@@ -37,6 +37,10 @@ CLIP_MARKER_KEY = "encoder.layers.0.mlp.fc1.weight"
 DIFFUSERS_MARKER_KEY = "transformer_blocks.0.attn.add_k_proj.bias"
 _NO_MODEL = "--pretrained_model_name_or_path: name a model: a file, a Diffusers folder or a hub id"
 IN_CHANNELS = 64  # 16 of the latents, in patches of 2 x 2
+SPECIAL_CHANNELS = {  # in patches of 2 x 2 as well -> what such a model is
+    2 * IN_CHANNELS: "a FLUX.1 for control images, such as Canny or Depth",  # the latents of one image more
+    384: "FLUX.1 Fill",  # the latents of the masked image, and a mask of the image's size
+}
 HEAD_UNIT = 32  # rotary axes take 1/8, 7/16 and 7/16 of a head's width, in pairs
 
 
@@ -66,10 +70,8 @@ def channels_problem(channels: int) -> str | None:
     """The problem of a denoiser with this many input channels per patch, or None."""
     if channels == IN_CHANNELS:
         return None
-    return (
-        f"its input has {channels} channels instead of {IN_CHANNELS}: a FLUX.1 for filling in or for control images, "
-        "which cannot be trained here"
-    )
+    what = SPECIAL_CHANNELS.get(channels, "a FLUX.1 for filling in or for control images")
+    return f"its input has {channels} channels instead of {IN_CHANNELS}: this is {what}, which cannot be used here"
 
 
 def check_paths(opts: Options) -> list[str]:

@@ -13,7 +13,9 @@ from library.families.sd.targets import text_places, text_targets, unet_targets
 from library.families.sd.tokenizer import sd_tokenizer
 from library.families.sd.variants import ORIGINAL_CODE, model_facts
 from library.families.shared.clip import encode_clip
+from library.families.shared.deep_shrink import shrinking
 from library.families.shared.roles import UnetDenoiser, VaeLatents
+from library.families.shared.unet import reads_masks
 from library.families.shared.unet_controlnet import UnetControl
 from library.text.chunking import tokenize
 from library.text.emphasis import tokenize_weighted, weighted
@@ -44,6 +46,7 @@ class SdFamily(Family):
             writer=SdWriter(opts),
             control=UnetControl(opts, denoiser, original_names=True),
             text_places=text_places,
+            shrinking=shrinking,
         )
 
 
@@ -51,10 +54,22 @@ class SdLoader(Loader):
     def load(self, *, texts_only: bool = False) -> Models:
         """Loads the whole model, whatever `texts_only` says: no tool encodes only texts of this family."""
         model = self.opts.model
-        parts = load_model(model.pretrained_model_name_or_path, self.opts.family.v2, model.vae)
+        parts = load_model(
+            model.pretrained_model_name_or_path,
+            self.opts.family.v2,
+            model.vae,
+            inpainting=model.takes_inpainting,
+        )
         own = None if parts.source.is_file else parts.source.name
         tokenizer = sd_tokenizer(parts.source.v2, own, model.tokenizer_cache_dir)
-        return Models(parts.denoiser, {"te": parts.text_encoder}, {"te": tokenizer}, parts.vae, parts.source)
+        return Models(
+            parts.denoiser,
+            {"te": parts.text_encoder},
+            {"te": tokenizer},
+            parts.vae,
+            parts.source,
+            inpaints=reads_masks(parts.denoiser),
+        )
 
 
 class SdText(TextEncoding):

@@ -53,7 +53,9 @@ class Parts:
     source: Source
 
 
-def load_model(name: str, v2: bool, vae_name: str | None = None, *, variant: str | None = None) -> Parts:
+def load_model(
+    name: str, v2: bool, vae_name: str | None = None, *, variant: str | None = None, inpainting: bool = False
+) -> Parts:
     """Loads a whole model on the CPU, in float32, frozen.
 
     Args:
@@ -61,12 +63,13 @@ def load_model(name: str, v2: bool, vae_name: str | None = None, *, variant: str
         v2: whether it must be a 2.x model (else it must be 1.x).
         vae_name: where to take the VAE from instead; see `load_vae`.
         variant: of a Diffusers model's weights, see `from_pretrained`.
+        inpainting: whether models for inpainting will do.
     Raises: UserError: missing, unreadable, incomplete or of another family.
     """
     if Path(name).is_file():
-        parts = _load_file(name, v2, with_vae=not vae_name)
+        parts = _load_file(name, v2, with_vae=not vae_name, inpainting=inpainting)
     else:
-        parts = _load_folder(name, v2, variant, with_vae=not vae_name)
+        parts = _load_folder(name, v2, variant, with_vae=not vae_name, inpainting=inpainting)
     if vae_name:
         parts.vae, tensor_specs = load_vae(vae_name)
         parts.source = parts.source.with_vae(vae_name, tensor_specs)
@@ -86,7 +89,7 @@ def load_vae_alone(opts: Options) -> nn.Module:
 # --- single files -----------------------------------------------------------------------------------------------------
 
 
-def _load_file(name: str, v2: bool, *, with_vae: bool) -> Parts:
+def _load_file(name: str, v2: bool, *, with_vae: bool, inpainting: bool) -> Parts:
     """`with_vae`: False leaves the file's VAE unread, whatever it is."""
     import torch
 
@@ -99,7 +102,8 @@ def _load_file(name: str, v2: bool, *, with_vae: bool) -> Parts:
             raise UserError(problem)
         reader = Reader(weights, torch.float32)
         level = v2 or has_text_model_level(weights)
-        denoiser, text_encoder = unet_of_file(reader, v2), text_encoder_of_file(reader, v2, level)
+        denoiser = unet_of_file(reader, v2, inpainting=inpainting)
+        text_encoder = text_encoder_of_file(reader, v2, level)
         if with_vae:
             vae, vae_specs = reading.vae_of_model_file(weights, SCALING_FACTOR)
     tensor_specs = reader.tensor_specs | vae_specs
@@ -117,11 +121,11 @@ def _load_file(name: str, v2: bool, *, with_vae: bool) -> Parts:
     return Parts(denoiser, text_encoder, vae, source)
 
 
-def unet_of_file(reader: Reader, v2: bool) -> nn.Module:
+def unet_of_file(reader: Reader, v2: bool, *, inpainting: bool = False) -> nn.Module:
     """Raises: UserError: the U-Net is incomplete, or of another kind."""
     from diffusers import UNet2DConditionModel
 
-    shape = unet_shape(reader.weights.shapes)
+    shape = unet_shape(reader.weights.shapes, inpainting=inpainting)
     keys = unet_map(shape.layers, shape.attention)
     make = partial(UNet2DConditionModel, **shape.diffusers_config(heads=None if v2 else SD1_HEADS))
     unet_keys = [key for key in reader.weights if key.startswith(UNET)]
@@ -139,14 +143,14 @@ def text_encoder_of_file(reader: Reader, v2: bool, level: bool) -> nn.Module:
 # --- Diffusers folders and the hub ------------------------------------------------------------------------------------
 
 
-def _load_folder(name: str, v2: bool, variant: str | None, *, with_vae: bool) -> Parts:
+def _load_folder(name: str, v2: bool, variant: str | None, *, with_vae: bool, inpainting: bool) -> Parts:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
     reading.require_model_name(name)
     with error_prefix(name):
         if Path(name).is_dir():
-            problem = folder_problem(Path(name), v2)
+            problem = folder_problem(Path(name), v2, inpainting=inpainting)
             if problem:
                 raise UserError(problem)
         text_encoder = from_pretrained(CLIPTextModel, name, "text_encoder", variant=variant)
@@ -154,7 +158,7 @@ def _load_folder(name: str, v2: bool, variant: str | None, *, with_vae: bool) ->
         if problem:
             raise UserError(problem)
         denoiser = from_pretrained(UNet2DConditionModel, name, "unet", variant=variant)
-        problem = channels_problem(denoiser.config.in_channels)
+        problem = channels_problem(denoiser.config.in_channels, inpainting=inpainting)
         if problem:
             raise UserError(problem)
         vae = reading.vae_of_model_folder(name, variant) if with_vae else None

@@ -67,14 +67,18 @@ def check_paths(opts: Options) -> list[str]:
     if not model:
         return [f"{flag}: name a model: a file, a Diffusers folder or a hub id"]
 
+    inpainting = opts.model.takes_inpainting
+
     def of_model(path: Path) -> str | None:
         if path.is_dir():
-            return folder_problem(path, opts.family.v2) or (None if vae else missing_vae_folder(path))
+            problem = folder_problem(path, opts.family.v2, inpainting=inpainting)
+            return problem or (None if vae else missing_vae_folder(path))
         shapes = file_shapes(path)
         if shapes is None:
             return None
         lacking = None if vae else missing_vae(shapes)
-        return mismatch(recognise(shapes), opts.family.v2) or input_problem(shapes) or lacking
+        problem = mismatch(recognise(shapes), opts.family.v2) or input_problem(shapes, inpainting=inpainting)
+        return problem or lacking
 
     problems = [path_problem(flag, model, of_model)]
     if vae:
@@ -83,14 +87,17 @@ def check_paths(opts: Options) -> list[str]:
     return [problem for problem in problems if problem]
 
 
-def folder_problem(path: Path, v2: bool) -> str | None:
-    """Why a Diffusers folder is not the model that is asked for; None when it is."""
+def folder_problem(path: Path, v2: bool, *, inpainting: bool = False) -> str | None:
+    """Why a Diffusers folder is not the model that is asked for; None when it is.
+
+    Args: inpainting: whether models for inpainting will do.
+    """
     if not (path / "unet" / "config.json").is_file():
         kind = pipeline_kind(path)
         return f"this is {kind}" if kind else "not a Diffusers model folder: unet/config.json is missing"
     kind = pipeline_kind(path) or folder_kind(path)
     channels = read_json(path / "unet" / "config.json").get("in_channels", CHANNELS)
-    return mismatch(kind, v2) or channels_problem(channels)
+    return mismatch(kind, v2) or channels_problem(channels, inpainting=inpainting)
 
 
 def folder_kind(path: Path) -> ModelKind:

@@ -15,8 +15,9 @@ from library.families.sdxl.targets import block_index, text_targets, unet_target
 from library.families.sdxl.tokenizers import sdxl_tokenizers
 from library.families.sdxl.variants import model_facts
 from library.families.shared.clip import PENULTIMATE, encode_at_layer, project_first_eos
+from library.families.shared.deep_shrink import shrinking
 from library.families.shared.roles import UnetDenoiser, VaeLatents
-from library.families.shared.unet import map_of_config
+from library.families.shared.unet import map_of_config, reads_masks
 from library.families.shared.unet_controlnet import UnetControl
 from library.text.chunking import tokenize
 from library.text.emphasis import tokenize_weighted, weighted
@@ -51,6 +52,7 @@ class SdxlFamily(Family):
             writer=SdxlWriter(opts),
             control=UnetControl(opts, denoiser, original_names=False),
             lllite=LlliteControl(opts, denoiser),
+            shrinking=shrinking,
         )
 
 
@@ -58,9 +60,13 @@ class SdxlLoader(Loader):
     def load(self, *, texts_only: bool = False) -> Models:
         model = self.opts.model
         name, mapped = model.pretrained_model_name_or_path, not model.disable_mmap_load_safetensors
-        parts = load_text_encoders(name, mapped=mapped) if texts_only else load_model(name, model.vae, mapped=mapped)
+        if texts_only:
+            parts = load_text_encoders(name, mapped=mapped)
+        else:
+            parts = load_model(name, model.vae, mapped=mapped, inpainting=model.takes_inpainting)
         tokenizers = sdxl_tokenizers(None if Path(name).is_file() else name, model.tokenizer_cache_dir)
-        return Models(parts.denoiser, parts.text_encoders, tokenizers, parts.vae, parts.source)
+        inpaints = parts.denoiser is not None and reads_masks(parts.denoiser)
+        return Models(parts.denoiser, parts.text_encoders, tokenizers, parts.vae, parts.source, inpaints=inpaints)
 
 
 class SdxlText(TextEncoding):

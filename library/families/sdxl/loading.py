@@ -47,19 +47,20 @@ class Parts:
     source: Source | None
 
 
-def load_model(name: str, vae_name: str | None = None, *, mapped: bool = True) -> Parts:
+def load_model(name: str, vae_name: str | None = None, *, mapped: bool = True, inpainting: bool = False) -> Parts:
     """Loads a whole model on the CPU, frozen, in the formats that it is stored in; the VAE in float32.
 
     Args:
         name: a single file, a Diffusers folder or a hub id.
         vae_name: where to take the VAE from instead; see `load_vae`.
         mapped: False reads a .safetensors file from its beginning to its end instead of mapping it.
+        inpainting: whether models for inpainting will do.
     Raises: UserError: missing, unreadable, incomplete or of another family.
     """
     if Path(name).is_file():
-        parts = _load_file(name, mapped=mapped, with_vae=not vae_name)
+        parts = _load_file(name, mapped=mapped, with_vae=not vae_name, inpainting=inpainting)
     else:
-        parts = _load_folder(name, with_vae=not vae_name)
+        parts = _load_folder(name, with_vae=not vae_name, inpainting=inpainting)
     if vae_name:
         parts.vae, tensor_specs = load_vae(vae_name)
         parts.source = parts.source.with_vae(vae_name, tensor_specs)
@@ -91,13 +92,13 @@ def load_vae_alone(opts: Options) -> nn.Module:
 # --- single files -----------------------------------------------------------------------------------------------------
 
 
-def _load_file(name: str, *, mapped: bool, with_vae: bool) -> Parts:
+def _load_file(name: str, *, mapped: bool, with_vae: bool, inpainting: bool) -> Parts:
     """`with_vae`: False leaves the file's VAE unread, whatever it is."""
     vae, vae_specs = None, {}
     with error_prefix(name):
         weights = _open_file(Path(name), mapped)
         reader = Reader(weights, None)
-        denoiser, text_encoders = unet_of_file(reader), text_encoders_of_file(reader)
+        denoiser, text_encoders = unet_of_file(reader, inpainting=inpainting), text_encoders_of_file(reader)
         if with_vae:
             vae, vae_specs = reading.vae_of_model_file(weights, SCALING_FACTOR)
     tensor_specs = reader.tensor_specs | vae_specs
@@ -122,11 +123,11 @@ def _open_file(path: Path, mapped: bool) -> Weights:
     return weights
 
 
-def unet_of_file(reader: Reader) -> nn.Module:
+def unet_of_file(reader: Reader, *, inpainting: bool = False) -> nn.Module:
     """Raises: UserError: the U-Net is incomplete, or of another kind."""
     from diffusers import UNet2DConditionModel
 
-    shape = unet_shape(reader.weights.shapes)
+    shape = unet_shape(reader.weights.shapes, inpainting=inpainting)
     if shape.added is None:
         raise UserError(f"the U-Net lacks the tensor {UNET}label_emb.0.0.weight of the size conditioning")
     keys = unet_map(shape.layers, shape.attention, added=True)
@@ -156,26 +157,26 @@ def _text_encoder(reader: Reader, prefix: str, keys: KeyMap, *, hidden_act: str,
 # --- Diffusers folders and the hub ------------------------------------------------------------------------------------
 
 
-def _load_folder(name: str, *, with_vae: bool) -> Parts:
+def _load_folder(name: str, *, with_vae: bool, inpainting: bool) -> Parts:
     from diffusers import UNet2DConditionModel
 
     reading.require_model_name(name)
     with error_prefix(name):
-        dtypes = _folder_dtypes(name)
+        dtypes = _folder_dtypes(name, inpainting=inpainting)
         text_encoders = _text_encoders_of_folder(name, dtypes)
         denoiser = from_pretrained(UNet2DConditionModel, name, "unet", dtypes.get("unet"))
         if denoiser.config.addition_embed_type != "text_time":
             raise UserError("its U-Net has no size conditioning (add_embedding), so this is no SDXL model")
-        problem = channels_problem(denoiser.config.in_channels)
+        problem = channels_problem(denoiser.config.in_channels, inpainting=inpainting)
         if problem:
             raise UserError(problem)
         vae = reading.vae_of_model_folder(name) if with_vae else None
     return Parts(denoiser, text_encoders, vae, Source(name, name, is_file=False, part_dtypes=dtypes))
 
 
-def _folder_dtypes(name: str) -> dict[str, torch.dtype]:
+def _folder_dtypes(name: str, *, inpainting: bool = False) -> dict[str, torch.dtype]:
     """The dtype of each part of a folder; none of a hub model. Raises: UserError: a folder of another family."""
-    problem = folder_problem(Path(name)) if Path(name).is_dir() else None
+    problem = folder_problem(Path(name), inpainting=inpainting) if Path(name).is_dir() else None
     if problem:
         raise UserError(problem)
     return reading.folder_dtypes(Path(name), PARTS)

@@ -87,13 +87,17 @@ def _model_problems(opts: Options, *, needs_vae: bool) -> list[str | None]:
     if not model:
         return [f"{flag}: name a model: a file, a Diffusers folder or a hub id"]
 
+    inpainting = opts.model.takes_inpainting
+
     def of_model(path: Path) -> str | None:
         if path.is_dir():
-            return folder_problem(path) or (missing_vae_folder(path) if needs_vae else None)
+            problem = folder_problem(path, inpainting=inpainting)
+            return problem or (missing_vae_folder(path) if needs_vae else None)
         shapes = file_shapes(path)
         if shapes is None:
             return None
-        return file_problem(shapes) or input_problem(shapes) or (missing_vae(shapes) if needs_vae else None)
+        problem = file_problem(shapes) or input_problem(shapes, inpainting=inpainting)
+        return problem or (missing_vae(shapes) if needs_vae else None)
 
     return [path_problem(flag, model, of_model)]
 
@@ -109,8 +113,11 @@ def file_problem(keys: Iterable[str]) -> str | None:
     return None
 
 
-def folder_problem(path: Path) -> str | None:
-    """Why a Diffusers folder is not the model that is asked for; None when it is."""
+def folder_problem(path: Path, *, inpainting: bool = False) -> str | None:
+    """Why a Diffusers folder is not the model that is asked for; None when it is.
+
+    Args: inpainting: whether models for inpainting will do.
+    """
     kind = pipeline_kind(path)
     if not (path / "unet" / "config.json").is_file():
         return _mismatch(kind) if kind else "not a Diffusers model folder: unet/config.json is missing"
@@ -120,7 +127,8 @@ def folder_problem(path: Path) -> str | None:
         return _mismatch("a Diffusers model with one text encoder")
     if not (path / "text_encoder").is_dir():
         return "this is an SDXL model with one text encoder (the refiner?); the base model, which has two, is needed"
-    return channels_problem(read_json(path / "unet" / "config.json").get("in_channels", CHANNELS))
+    channels = read_json(path / "unet" / "config.json").get("in_channels", CHANNELS)
+    return channels_problem(channels, inpainting=inpainting)
 
 
 def _mismatch(kind: ModelKind | str) -> str:

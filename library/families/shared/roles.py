@@ -62,7 +62,11 @@ class UnetDenoiser(Denoiser):
         residuals: Residuals | None = None,
     ) -> Tensor:
         """See `Denoiser.predict`. The last of the residuals is for the middle block."""
+        import torch
+
         inputs = self.inputs(noisy, cond, batch)
+        if batch is not None and batch.inpainting is not None:
+            noisy = torch.cat([noisy, batch.inpainting.to(noisy.dtype)], dim=1)
         if residuals is not None:
             *down, middle = residuals
             inputs |= {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 
 CHANNELS = 4  # of latents, and so of a U-Net's input and output
-UNSUPPORTED_CHANNELS = {  # number of input channels -> what such a model is
+INPAINTING_CHANNELS = 2 * CHANNELS + 1  # noisy latents, mask, latents of the masked image
+SPECIAL_CHANNELS = {  # number of input channels -> what such a model is
     5: "a depth-to-image model",
     7: "an upscaler",
     8: "an instruct-pix2pix model",
-    9: "an inpainting model",
+    INPAINTING_CHANNELS: "an inpainting model",
 }
 
 UNET = "model.diffusion_model."  # before every name in a single file
@@ -101,18 +102,24 @@ def unet_rules(
     return tuple(rules)
 
 
-def channels_problem(channels: int) -> str | None:
-    """What is wrong with a U-Net that takes so many channels; None for none."""
-    if channels == CHANNELS:
+def channels_problem(channels: int, *, inpainting: bool = False) -> str | None:
+    """What is wrong with a U-Net that takes so many channels; None for none.
+
+    Args: inpainting: whether models for inpainting will do.
+    """
+    if channels == CHANNELS or (inpainting and channels == INPAINTING_CHANNELS):
         return None
-    what = f"this is {UNSUPPORTED_CHANNELS[channels]}: " if channels in UNSUPPORTED_CHANNELS else ""
-    return f"{what}its U-Net takes {channels} channels; only those that take {CHANNELS} can be trained here"
+    what = f"this is {SPECIAL_CHANNELS[channels]}: " if channels in SPECIAL_CHANNELS else ""
+    wanted = f"{CHANNELS} can be trained here"
+    if inpainting:
+        wanted = f"{CHANNELS}, or {INPAINTING_CHANNELS} for inpainting, can be used here"
+    return f"{what}its U-Net takes {channels} channels; only those that take {wanted}"
 
 
-def input_problem(shapes: Shapes) -> str | None:
+def input_problem(shapes: Shapes, *, inpainting: bool = False) -> str | None:
     """`channels_problem` of the U-Net in a single file, whose names have the file's prefix."""
     shape = shapes.get(f"{UNET}input_blocks.0.0.weight", ())
-    return channels_problem(shape[1]) if len(shape) > 1 else None
+    return channels_problem(shape[1], inpainting=inpainting) if len(shape) > 1 else None
 
 
 @cache  # it is asked about every single weight
@@ -179,14 +186,15 @@ class UnetShape:
         return config
 
 
-def unet_shape(shapes: Shapes) -> UnetShape:
+def unet_shape(shapes: Shapes, *, inpainting: bool = False) -> UnetShape:
     """Reads the U-Net's architecture from a single file's shapes.
 
     Args:
         shapes: of the whole file, names as in the file.
+        inpainting: whether models for inpainting will do.
     Raises: UserError: the names are not those of such a U-Net, or it takes other channels than latents have.
     """
-    problem = input_problem(shapes)
+    problem = input_problem(shapes, inpainting=inpainting)
     if problem:
         raise UserError(problem)
     try:
@@ -234,6 +242,32 @@ def _depth(shapes: Shapes, prefix: str) -> int:
     while f"{prefix}transformer_blocks.{depth}.norm1.weight" in shapes:
         depth += 1
     return depth
+
+
+def reads_masks(unet: nn.Module) -> bool:
+    """Whether a U-Net is one for inpainting."""
+    return unet.config.in_channels == INPAINTING_CHANNELS
+
+
+def unet_stages(unet: nn.Module) -> tuple[list[list[nn.Module]], list[list[nn.Module]]]:
+    """The input and the output blocks of a UNet2DConditionModel as files number them, each as its modules in order.
+
+    A ControlNet of such a U-Net has no output blocks.
+    """
+    inputs, outputs = [[unet.conv_in]], []
+    for level in unet.down_blocks:
+        inputs += _layers(level)
+        inputs += [[downsampler] for downsampler in level.downsamplers or ()]
+    for level in getattr(unet, "up_blocks", ()):
+        outputs += _layers(level)
+        outputs[-1] += level.upsamplers or ()
+    return inputs, outputs
+
+
+def _layers(level: nn.Module) -> list[list[nn.Module]]:
+    """The resnets of a level, each with the transformer behind it, if it has one."""
+    attentions = list(getattr(level, "attentions", None) or ())
+    return [[resnet, *attentions[number : number + 1]] for number, resnet in enumerate(level.resnets)]
 
 
 def unet_blocks(unet: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,83 @@
+"""Decoding in slices against the whole decoder of diffusers, and what it takes of memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from library.memory.sliced_decoding import in_slices
+from tests.builders.memory import most_memory, needs_linux
+
+CLOSE = 1e-4  # pixels are of order 1; sums are taken in another order
+
+
+def vae_of(channels: tuple[int, ...]) -> AutoencoderKL:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+    )
+    for parameter in vae.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return vae.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    return vae_of((16, 32, 32))
+
+
+@pytest.mark.parametrize("slices", [2, 3, 7, 1000])
+@pytest.mark.parametrize("size", [(8, 6), (13, 5)])
+def test_the_image_is_the_same(vae, slices, size):
+    latents = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(1))
+    whole = vae.decode(latents).sample
+    with in_slices(vae.decoder, slices):
+        found = vae.decode(latents).sample
+    assert found.shape == whole.shape
+    assert (found - whole).abs().max() < CLOSE
+    assert not any("forward" in vars(module) for module in vae.modules())
+    assert torch.equal(vae.decode(latents).sample, whole)
+
+
+@pytest.mark.parametrize("slices", [None, 1])
+def test_one_slice_is_the_whole(vae, slices):
+    latents = torch.randn(1, 4, 8, 8)
+    with in_slices(vae.decoder, slices):
+        assert torch.equal(vae.decode(latents).sample, vae.decode(latents).sample)
+        assert not any("forward" in vars(module) for module in vae.modules())
+
+
+def test_in_bf16(vae):
+    """Sums are in float32, as in torch's own norm; the rest is rounded as often, at other places."""
+    import copy
+
+    narrow = copy.deepcopy(vae).to(torch.bfloat16)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    exact, whole = vae.decode(latents).sample, narrow.decode(latents.bfloat16()).sample.float()
+    with in_slices(narrow.decoder, 4):
+        found = narrow.decode(latents.bfloat16()).sample.float()
+    assert (found - exact).square().mean().sqrt() < 1.5 * (whole - exact).square().mean().sqrt()
+
+
+@needs_linux
+def test_it_takes_less_memory():
+    vae = vae_of((64, 64))
+    latents = torch.randn(1, 4, 96, 96)
+
+    def work(slices: int | None) -> int:
+        def decode() -> None:
+            with in_slices(vae.decoder, slices):
+                vae.decode(latents)
+
+        return most_memory(decode)
+
+    work(8)  # what is made once
+    whole, sliced = work(None), work(8)
+    assert sliced < 0.75 * whole, (sliced / 2**20, whole / 2**20)
