@@ -201,6 +201,8 @@ class FamilyTraits:
     # By text encoder: the name of its vectors in files of Textual Inversion embeddings.
     embedding_keys: Mapping[str, str] = field(default_factory=dict)
     block_layout: BlockLayout | None = None  # how block-wise lists of networks are divided; None: there are no such
+    text_regions: bool = False  # whether parts of a text can be read by parts of an image, see `Denoiser.text_layers`
+    pooled_by_image: bool = False  # whether an image, as CLIP sees it, can stand for the text as a whole
     hypernetworks: bool = False  # whether image programs load hypernetworks for such models
     blocks_per_swap: float = 1.0  # that --blocks_to_swap counts as one
     # Flow models: (height, width) of the latents -> s; sampling takes sigma' = s sigma / (1 + (s - 1) sigma).

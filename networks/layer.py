@@ -18,6 +18,8 @@ class AdapterLayer(nn.Module, ABC):
     """
 
     multiplier: float = 1.0
+    # What becomes of a module's output; it gets this, and what gives the adapted one. None: that takes its place.
+    within: Callable[[Tensor, Callable[[], Tensor]], Tensor] | None = None
     rows: list[int]  # output rows of each module
 
     def rows_of(self, index: int) -> slice:

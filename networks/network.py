@@ -53,6 +53,10 @@ class TrainableNetwork(nn.Module, ABC):
     def set_multiplier(self, multiplier: float) -> None:
         """Strength of the whole network; 1 is as trained, 0 the bare model."""
 
+    def detach(self) -> None:
+        """Takes the network away from the model, or leaves it there without any effect."""
+        self.set_multiplier(0.0)
+
     def can_limit_norms(self) -> bool:
         return True
 

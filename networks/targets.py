@@ -109,9 +109,12 @@ def _hook(layer: AdapterLayer, index: int, swap: bool) -> Callable[[nn.Module, t
     """`swap`: the layer sees the output as the file orders it, so that its tensors are the file's."""
 
     def adapt(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if swap:
-            return swap_halves(layer.adapt(index, args[0], swap_halves(output, -1)), -1)
-        return layer.adapt(index, args[0], output)
+        def adapted() -> Tensor:
+            if swap:
+                return swap_halves(layer.adapt(index, args[0], swap_halves(output, -1)), -1)
+            return layer.adapt(index, args[0], output)
+
+        return adapted() if layer.within is None else layer.within(output, adapted)
 
     return adapt
 

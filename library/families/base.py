@@ -81,6 +81,13 @@ class TextEncoding(Role, ABC):
         without such weights ignore it.
         """
 
+    def with_pooled(self, cond: TextCond, pooled: Tensor) -> TextCond:
+        """The conditioning with another vector, (B, width), for the text as a whole.
+
+        Only families with `FamilyTraits.pooled_by_image` have it. Raises: UserError: it is of another width.
+        """
+        raise NotImplementedError
+
     def layout(self, models: Models | None = None) -> TextLayout | None:
         """The layout of cache files of text-encoder outputs; None: this family has none.
 
@@ -121,6 +128,13 @@ class Denoiser(Role, ABC):
     @abstractmethod
     def blocks(self, models: Models) -> list[nn.Module]:
         """The denoiser's repeated blocks in execution order: checkpointing, compiling and swapping work on these."""
+
+    def text_layers(self, models: Models) -> list[str]:
+        """Paths of the layers in which the image, and nothing else, reads the text, diffusers' `Attention` each.
+
+        Empty where images and texts go through the same layers.
+        """
+        return []
 
     def block_number(self, models: Models, name: str) -> int | None:
         """The entry of `traits.block_layout` that a tensor of the denoiser belongs to; None: none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.errors import UserError
 from library.families.base import Family, Loader, Targets, TextEncoding, Writer
 from library.families.sdxl.lllite import LlliteControl
 from library.families.sdxl.loading import SCALING_FACTOR, load_model, load_text_encoders
@@ -87,6 +88,14 @@ class SdxlText(TextEncoding):
         # The last of them is the second text encoder; emphasis does not reach the pooled text.
         tensors[POOLED] = project_first_eos(text_encoder, ids[:, 0], first_chunk, tokenizer.eos_token_id)
         return TextCond(tensors)
+
+    def with_pooled(self, cond: TextCond, pooled: Tensor) -> TextCond:
+        expected, found = cond.tensors[POOLED].shape[-1], pooled.shape[-1]
+        if found != expected:
+            raise UserError(
+                f"the vision model gives {found} numbers for an image; {expected} are needed, as CLIP-G gives"
+            )
+        return TextCond({**cond.tensors, POOLED: pooled})
 
     def layout(self, models: Models | None = None) -> TextLayout:
         names = ("max_token_length", "weighted_captions")
