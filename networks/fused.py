@@ -17,6 +17,7 @@ from networks.layers.locon import DOWN, UP
 from networks.layers.lora import Entry
 
 ALPHA, DORA = "alpha", "dora_scale"
+ROWS = "rows"  # of a piece, in an entry that `stacked` makes
 Piece = dict[str, Tensor]
 
 
@@ -58,6 +59,15 @@ def cut(entry: Mapping[str, Tensor], rows: Sequence[int]) -> list[Piece | None]:
     return pieces
 
 
+def can_join(pieces: Sequence[Mapping[str, Tensor] | None]) -> bool:
+    """Whether `join` can put these pieces together: LoRA, or DoRA of rows in all of them."""
+    known = [piece for piece in pieces if piece is not None]
+    if not known or any(piece.keys() - {ALPHA, DORA} != {DOWN, UP} or piece[DOWN].dim() != 2 for piece in known):
+        return False
+    dora = [piece[DORA] for piece in known if DORA in piece]
+    return not dora or (len(dora) == len(pieces) and all(len(scales) > 1 for scales in dora))
+
+
 def join(pieces: Sequence[Mapping[str, Tensor] | None], rows: Sequence[int], *, share: bool = True) -> Piece:
     """The inverse of `cut`; a change of the rows that a missing piece has is zero.
 
@@ -93,6 +103,24 @@ def join(pieces: Sequence[Mapping[str, Tensor] | None], rows: Sequence[int], *, 
     if DORA in present[0]:
         joined[DORA] = torch.cat([piece[DORA] for piece in present])
     return joined
+
+
+def stacked(pieces: Sequence[Mapping[str, Tensor] | None], rows: Sequence[int]) -> Piece:
+    """Pieces of any types as one entry, which `unstacked` takes apart: ``0/rows``, ``0/<tensor>``, ``1/rows``, ..."""
+    whole: Piece = {}
+    for place, (piece, count) in enumerate(zip(pieces, rows, strict=True)):
+        whole[f"{place}/{ROWS}"] = torch.tensor(count)
+        whole |= {f"{place}/{name}": tensor for name, tensor in (piece or {}).items()}
+    return whole
+
+
+def unstacked(entry: Mapping[str, Tensor]) -> list[tuple[int, Piece]]:
+    """(output rows, tensors) of each module of a fused layer; no tensors where the file has nothing of it."""
+    pieces: dict[int, Piece] = {}
+    for name, tensor in entry.items():
+        place, _, own = name.partition("/")
+        pieces.setdefault(int(place), {})[own] = tensor
+    return [(int(pieces[place].pop(ROWS)), pieces[place]) for place in sorted(pieces)]
 
 
 def _require_lora(entry: Mapping[str, Tensor]) -> None:

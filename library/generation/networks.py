@@ -18,6 +18,7 @@ from library.runtime.logs import LOGGER
 from networks.build import DeclaredBuilder, merge
 from networks.file_names import require_places, require_types
 from networks.files import names_in_files, read
+from networks.inputs import with_all_inputs
 from networks.targets import live_modules
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ def check_files(options: NetworksOptions) -> list[NetworkFile]:
 def merge_first(options: NetworksOptions, files: Sequence[NetworkFile], family: Family, models: Models) -> None:
     """Merges those that --network_merge means. To be called before weights are cast."""
     targets = family.targets.lora(models)
+    files = with_all_inputs(files, targets, models)
     for file, strength in zip(files[: options.merged()], options.multipliers(), strict=False):
         require_places(file.path, file.entries, names_in_files(targets))
         used, unused = merge(targets, models, file, strength)
@@ -160,6 +162,7 @@ def attach_rest(
     if not rest:
         return networks
     targets = family.targets.lora(models)
+    rest = with_all_inputs(rest, targets, models)
     for file in rest:
         require_places(file.path, file.entries, names_in_files(targets))
     if options.network_pre_calc:
@@ -177,7 +180,7 @@ def attach_rest(
             ) from error
         network.requires_grad_(False).eval().to(device)
         network.attach(models)
-        unused = len(file.entries) - len(network.layers())
+        unused = len(file.unused(targets))
         LOGGER.log(
             logging.WARNING if unused else logging.INFO,
             "%s: %d layers act; %d have no place in this model",

@@ -202,7 +202,7 @@ class Requests:
         if self._guides is not None:
             own["guides"] = self._guides.at(self._made, control and Path(control).expanduser(), where)
         elif control:
-            LOGGER.warning("%s: --cn has no effect without --control_net_models", where)
+            LOGGER.warning("%s: --cn has no effect without --control_net_models or a control LoRA", where)
         prompt = finish(self._base, own, self._traits, where, FLOW_SAMPLERS)
         if prompt.seed is None:
             prompt = replace(prompt, seed=common[place] if self._opts.iter_same_seed else self._next_seed())

@@ -19,6 +19,7 @@ from library.generation.parameters import PARAMETERS, Made, model_name, texts_of
 from library.generation.prompters import interactive_lines, lines_of_module
 from library.generation.requests import Entry, Request, Requests, base_prompt, entries_of
 from library.generation.sources import Sources
+from library.families.shared.control_inputs import reads_control
 from library.inference.prompt_lines import GENERATION, PromptOption
 from library.options.inference import ANY_MODEL_GROUPS, OLD_GROUPS, not_available
 from library.preparation.common.script import run_script
@@ -83,7 +84,7 @@ def generate(opts: Options, fixed: str | None = None, start: Start | None = None
     )
     outcome = Outcome()
     sources = Sources.of(opts.source)
-    guides = Guides.of(opts) if opts.control.control_net_models else None
+    guides = _guides_of(opts, spec)
     if opts.grid.grid:  # what is compared begins with the same noise
         seed = secrets.randbits(32) if opts.prompts.seed is None else opts.prompts.seed
         opts = opts.replaced(iter_same_seed=True, seed=seed)
@@ -106,6 +107,22 @@ def generate(opts: Options, fixed: str | None = None, start: Start | None = None
     if any(iterations):
         Studio.of(opts, spec, training, outcome, start).make(*iterations)
     return outcome
+
+
+def _guides_of(opts: Options, spec: FamilySpec) -> Guides | None:
+    """The control images, where something reads them: ControlNets, or the model itself with a control LoRA.
+
+    Raises: UserError: both, or nothing reads those that are given.
+    """
+    control_nets = opts.control.control_net_models
+    control_loras = [path for path in opts.networks.network_weights or () if reads_control(spec, path)]
+    if control_nets and control_loras:
+        raise UserError(f"--control_net_models: cannot be used with {control_loras[0]}, by which the model itself reads it")
+    if control_nets or control_loras:
+        return Guides.of(opts)
+    if opts.source.guide_image_path:
+        raise UserError("--guide_image_path: nothing reads it; give --control_net_models, or a control LoRA")
+    return None
 
 
 def _make_grid(

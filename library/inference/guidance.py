@@ -44,12 +44,15 @@ class Guidance:
         device: torch.device,
         cached: Mapping[str, TextCond] | None,
         denoise: Denoise,
+        control: Tensor | None = None,
     ) -> Guidance:
         """The branches of prompts that have the same scales.
 
         The negative prompt is the first branch. With a scale of its own it is pushed away from as far as that says,
         and an empty text is the first, as in composable diffusion (Liu et al. 2022, arXiv:2206.01714). With scale 1
         the first branch would cancel out, and is left out.
+
+        Args: control: `Batch.control_latents` of the prompts.
         """
         scale, own_scale = prompts[0].scale, prompts[0].negative_scale
         texts, negatives = [prompt.prompt for prompt in prompts], [prompt.negative_prompt for prompt in prompts]
@@ -66,8 +69,8 @@ class Guidance:
                 cond = TextCond.cat([cached[text] for text in words]).map(lambda tensor: tensor.to(device))
                 if models.text_encoders:
                     cond = family.text.encode(models, words, emphasis=True, cached=cond)
-            branches.append(Branch(cond, factor, _sizes([(prompt, negative) for prompt in prompts], device)))
-        together = _sizes([(prompt, no) for _, _, no in wanted for prompt in prompts], device)
+            branches.append(Branch(cond, factor, _sizes([(prompt, negative) for prompt in prompts], device, control)))
+        together = _sizes([(prompt, no) for _, _, no in wanted for prompt in prompts], device, control)
         return Guidance(denoise, tuple(branches), together)
 
     def with_inpainting(self, inpainting: Tensor) -> Guidance:
@@ -107,10 +110,14 @@ def texts_read(prompt: SamplePrompt) -> list[str]:
     return [prompt.prompt, prompt.negative_prompt] if prompt.scale != 1.0 else [prompt.prompt]
 
 
-def _sizes(rows: Sequence[tuple[SamplePrompt, bool]], device: torch.device) -> Batch:
+def _sizes(
+    rows: Sequence[tuple[SamplePrompt, bool]], device: torch.device, control_latents: Tensor | None
+) -> Batch:
     """The size, guidance and control conditioning of images: uncropped, of the requested size, or as prompts say.
 
-    Args: rows: prompts, and whether it is for the negative side.
+    Args:
+        rows: prompts, and whether it is for the negative side.
+        control_latents: of the prompts, which follow each other as often as there are branches.
     """
     prompts = [prompt for prompt, _ in rows]
     target = torch.tensor([(prompt.width, prompt.height) for prompt in prompts], device=device)
@@ -133,5 +140,8 @@ def _sizes(rows: Sequence[tuple[SamplePrompt, bool]], device: torch.device) -> B
         crop_top_lefts=torch.tensor([(p.sizes.crop_top, p.sizes.crop_left) for p in prompts], device=device),
         target_sizes=target,
         guidance=prompts[0].guidance,
-        control=control_batch(prompts, device),
+        control=control_batch(prompts, device) if control_latents is None else None,
+        control_latents=None
+        if control_latents is None
+        else control_latents.repeat(len(rows) // len(control_latents), 1, 1, 1),
     )

@@ -24,7 +24,8 @@ from library.model_tools.network_norms import change_norm, full_change_norm, nor
 from library.runtime.logs import progress
 from networks.file_names import require_places, require_types
 from networks.files import NetworkFile, names_in_files, read
-from networks.registry import BOFT, LOCON, LORA, OFT, type_of
+from networks.fused import unstacked
+from networks.registry import BOFT, LOCON, LORA, OFT, STACK, type_of
 
 if TYPE_CHECKING:
     from library.checkpoints.layer_names import PartNames
@@ -147,6 +148,8 @@ def type_label(entry: Mapping[str, Tensor]) -> str:
     """The word for a layer's type, as in tables of who reads what."""
     kind = type_of(entry)
     assert kind is not None
+    if kind == STACK:
+        return type_label(next(piece for _, piece in unstacked(entry) if piece))
     if "dora_scale" in entry:
         return DORA
     if kind in (LORA, LOCON):
