@@ -111,20 +111,12 @@ class NetworkFile:
 
         Raises: UserError: a piece is of another size.
         """
-        biases = [(piece or {}).get("diff_b") for piece in pieces]
-        weights = [
-            {name: tensor for name, tensor in (piece or {}).items() if name != "diff_b"} or None for piece in pieces
-        ]
-        if not can_join(weights):
+        if not can_join(pieces):
             return stacked(pieces, rows)
         try:
-            joined = join(weights, rows, share=False)
+            return join(pieces, rows, share=False)
         except UserError as error:
             raise UserError(*(f"{self.path}: {target.key}: {problem}" for problem in error.problems)) from error
-        if any(bias is not None for bias in biases):
-            filled = zip(biases, rows, strict=True)
-            joined["diff_b"] = torch.cat([torch.zeros(n) if bias is None else bias.float() for bias, n in filled])
-        return joined
 
 
 def read(path: str | Path, *, keep_8_bits: bool = False) -> NetworkFile:
@@ -167,7 +159,7 @@ def read(path: str | Path, *, keep_8_bits: bool = False) -> NetworkFile:
     for layer in scaled:
         entry = entries[layer]
         rank = len(entry.get("lora_down.weight", [1]))
-        entry["diff_b"] = entry["diff_b"].float() * (float(entry.get("alpha", 0)) or rank) / rank
+        entry["diff_b"] = entry["diff_b"].float() * ((float(entry.get("alpha", 0)) or rank) / rank)
     return NetworkFile(Path(path), entries)
 
 

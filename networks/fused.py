@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from networks.layers.change import BIAS
 from networks.layers.locon import DOWN, UP
 from networks.layers.lora import Entry
 
@@ -40,7 +41,7 @@ def cut(entry: Mapping[str, Tensor], rows: Sequence[int]) -> list[Piece | None]:
         raise UserError(f"has {len(whole.up)} outputs where {sum(rows)} are expected")
     scale = whole.alpha / whole.rank
     ups = whole.up.split(list(rows))
-    columns = _columns(ups, whole.rank)
+    columns = [None] * len(ups) if BIAS in entry else _columns(ups, whole.rank)
     pieces: list[Piece | None] = []
     start = 0
     for up, own in zip(ups, columns, strict=True):
@@ -52,8 +53,9 @@ def cut(entry: Mapping[str, Tensor], rows: Sequence[int]) -> list[Piece | None]:
         if piece is not None:
             if ALPHA in entry:
                 piece[ALPHA] = alpha_like(scale * len(piece[DOWN]), entry[ALPHA])
-            if DORA in entry:
-                piece[DORA] = entry[DORA][start : start + len(up)].clone()
+            for name in (DORA, BIAS):
+                if name in entry:
+                    piece[name] = entry[name][start : start + len(up)].clone()
         pieces.append(piece)
         start += len(up)
     return pieces
@@ -62,7 +64,7 @@ def cut(entry: Mapping[str, Tensor], rows: Sequence[int]) -> list[Piece | None]:
 def can_join(pieces: Sequence[Mapping[str, Tensor] | None]) -> bool:
     """Whether `join` can put these pieces together: LoRA, or DoRA of rows in all of them."""
     known = [piece for piece in pieces if piece is not None]
-    if not known or any(piece.keys() - {ALPHA, DORA} != {DOWN, UP} or piece[DOWN].dim() != 2 for piece in known):
+    if not known or any(piece.keys() - {ALPHA, DORA, BIAS} != {DOWN, UP} or piece[DOWN].dim() != 2 for piece in known):
         return False
     dora = [piece[DORA] for piece in known if DORA in piece]
     return not dora or (len(dora) == len(pieces) and all(len(scales) > 1 for scales in dora))
@@ -102,6 +104,9 @@ def join(pieces: Sequence[Mapping[str, Tensor] | None], rows: Sequence[int], *, 
         joined[ALPHA] = alpha_like(scale * len(down), present[0].get(ALPHA))
     if DORA in present[0]:
         joined[DORA] = torch.cat([piece[DORA] for piece in present])
+    if any(BIAS in piece for piece in present):
+        own = zip(pieces, rows, strict=True)
+        joined[BIAS] = torch.cat([piece[BIAS] if piece and BIAS in piece else torch.zeros(n) for piece, n in own])
     return joined
 
 
@@ -124,7 +129,7 @@ def unstacked(entry: Mapping[str, Tensor]) -> list[tuple[int, Piece]]:
 
 
 def _require_lora(entry: Mapping[str, Tensor]) -> None:
-    if entry.keys() - {ALPHA, DORA} != {DOWN, UP}:
+    if entry.keys() - {ALPHA, DORA, BIAS} != {DOWN, UP}:
         raise UserError(f"only LoRA can be cut or joined, and it has {', '.join(sorted(entry))}")
     if entry[DOWN].dim() != 2 or (DORA in entry and len(entry[DORA]) == 1):
         raise UserError("is of a shape that cannot be cut or joined")
