@@ -96,7 +96,9 @@ class DeclaredBuilder(NetworkBuilder):
             with _named(key):
                 if STACK.reads(frozenset(entry)) and STACK.layer.load() is not type(layers[key]):
                     hint = "--dim_from_weights continues with them so"
-                    raise UserError("the file has the modules of this layer one by one, with changes of their own", hint=hint)
+                    raise UserError(
+                        "the file has the modules of this layer one by one, with changes of their own", hint=hint
+                    )
                 layers[key].load(entry)
         return len(entries), len(layers) - len(entries), len(file.unused(network.targets.values()))
 

@@ -24,7 +24,11 @@ FORMATS = (
     (r"\.(oft_blocks|oft_diag|oft_R\.weight)$", "OFT", _LYCORIS),
     (r"\.on_input$", "IA3", _LYCORIS),
     (r"\.[ab]1\.weight$", "GLoRA", _LYCORIS),
-    (r"norm\.(query|key)_norm\.scale$|\.set_weight$", "a control LoRA, whose model takes an image beside the latents", _CONTROL),
+    (
+        r"norm\.(query|key)_norm\.scale$|\.set_weight$",
+        "a control LoRA, whose model takes an image beside the latents",
+        _CONTROL,
+    ),
     (r"\.(diff|diff_b)$", "differences of weights or biases", _LYCORIS),
     (r"\.w_norm$", "LyCORIS with trained norms", _LYCORIS),
     (r"\.lora_mid\.weight$", "LoCon in Tucker form", _LYCORIS),

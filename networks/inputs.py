@@ -48,8 +48,8 @@ def with_inputs_of(file: NetworkFile, targets: Sequence[LoraTarget], models: Mod
         for name, inputs in new_inputs(file, [target]).items():
             if inputs > module.in_features:
                 LOGGER.warning(
-                    "%s: is a control LoRA; there is no control image here, so what %d of the %d inputs of %s would read "
-                    "of it is left out",
+                    "%s: is a control LoRA; there is no control image here, so what %d of the %d inputs of %s would "
+                    "read of it is left out",
                     *(file.path, inputs - module.in_features, inputs, name),
                 )
             if inputs == module.in_features:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from library.checkpoints.reading import require_weights
 from library.errors import UserError
+from library.families.shared.control_inputs import reads_control
 from library.generation.control import Guides, check_control_nets
 from library.generation.files import Names, require_folder, write
 from library.generation.grid import WEIGHTS, axes_of, cells_of, grid_requests
@@ -19,7 +20,6 @@ from library.generation.parameters import PARAMETERS, Made, model_name, texts_of
 from library.generation.prompters import interactive_lines, lines_of_module
 from library.generation.requests import Entry, Request, Requests, base_prompt, entries_of
 from library.generation.sources import Sources
-from library.families.shared.control_inputs import reads_control
 from library.inference.prompt_lines import GENERATION, PromptOption
 from library.options.inference import ANY_MODEL_GROUPS, OLD_GROUPS, not_available
 from library.preparation.common.script import run_script
@@ -117,7 +117,9 @@ def _guides_of(opts: Options, spec: FamilySpec) -> Guides | None:
     control_nets = opts.control.control_net_models
     control_loras = [path for path in opts.networks.network_weights or () if reads_control(spec, path)]
     if control_nets and control_loras:
-        raise UserError(f"--control_net_models: cannot be used with {control_loras[0]}, by which the model itself reads it")
+        raise UserError(
+            f"--control_net_models: cannot be used with {control_loras[0]}, by which the model itself reads it"
+        )
     if control_nets or control_loras:
         return Guides.of(opts)
     if opts.source.guide_image_path:

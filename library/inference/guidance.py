@@ -110,9 +110,7 @@ def texts_read(prompt: SamplePrompt) -> list[str]:
     return [prompt.prompt, prompt.negative_prompt] if prompt.scale != 1.0 else [prompt.prompt]
 
 
-def _sizes(
-    rows: Sequence[tuple[SamplePrompt, bool]], device: torch.device, control_latents: Tensor | None
-) -> Batch:
+def _sizes(rows: Sequence[tuple[SamplePrompt, bool]], device: torch.device, control_latents: Tensor | None) -> Batch:
     """The size, guidance and control conditioning of images: uncropped, of the requested size, or as prompts say.
 
     Args:

@@ -29,7 +29,9 @@ class SourceOptions(OptionGroup, group="source", title="Images to begin with"):
         at_least=0,
         at_most=1,
     )
-    guide_image_path: list[str] | None = opt(None, "control images: for ControlNets, one for each, or folders; one for a control LoRA")
+    guide_image_path: list[str] | None = opt(
+        None, "control images: for ControlNets, one for each, or folders; one for a control LoRA"
+    )
     clip_vision_strength: float | None = opt(None, "SDXL: strength of the guide image as seen by CLIP")
 
     def check(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:

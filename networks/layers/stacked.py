@@ -108,7 +108,10 @@ class StackedLayer(AdapterLayer):
 
     @classmethod
     def bias_change(cls, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        pieces = [(rows, _type_of(entry).layer.load().bias_change(entry) if entry else None) for rows, entry in unstacked(tensors)]
+        pieces = [
+            (rows, _type_of(entry).layer.load().bias_change(entry) if entry else None)
+            for rows, entry in unstacked(tensors)
+        ]
         if all(bias is None for _, bias in pieces):
             return None
         device = _device(tensors)

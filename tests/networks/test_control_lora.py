@@ -63,7 +63,9 @@ def require_tensors(denoiser, tensors):
     found = flux_map().to_file(denoiser.state_dict())
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("multiplier", [1.0, 0.5, 0.0])
@@ -86,7 +88,9 @@ def test_without_a_control_image_its_inputs_are_left_out(models, file, caplog):
 
 def test_another_network_beside_it_gets_inputs_of_zeros(models, file, tmp_path):
     down, up = torch.randn(2, IN_CHANNELS), torch.randn(64, 2)
-    save_file({"lora_unet_img_in.lora_down.weight": down, "lora_unet_img_in.lora_up.weight": up}, tmp_path / "a.safetensors")
+    save_file(
+        {"lora_unet_img_in.lora_down.weight": down, "lora_unet_img_in.lora_up.weight": up}, tmp_path / "a.safetensors"
+    )
     targets, before = transformer_targets(models.denoiser), models.denoiser.x_embedder.weight.detach().clone()
     _, other = with_all_inputs([read(file), read(tmp_path / "a.safetensors")], targets, models)
     merge(targets, models, other, 1.0)
@@ -119,7 +123,10 @@ def test_attached_it_is_what_it_is_merged(models, file):
     torch.testing.assert_close(found, run(models.denoiser, 2 * IN_CHANNELS), rtol=1e-4, atol=1e-4)
     assert (found - bare).abs().max() > 0.1
     state = network.file_state()
-    assert torch.equal(state["lora_unet_single_blocks_1_norm_key_norm.set_weight"], load_file(file)["single_blocks.1.norm.key_norm.scale"])
+    assert torch.equal(
+        state["lora_unet_single_blocks_1_norm_key_norm.set_weight"],
+        load_file(file)["single_blocks.1.norm.key_norm.scale"],
+    )
     again = builder.from_weights(targets, models, type(network_file)(file, _entries(state)), args={})
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.file_state().items())
 

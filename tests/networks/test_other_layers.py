@@ -139,7 +139,7 @@ def test_a_new_layer_changes_nothing_and_neither_does_a_multiplier_of_0(name):
 @pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize("name", ["full", "ia3", "glora", "diag-oft", "diag-oft limited", "boft"])
 def test_a_multiplier_is_that_of_lycoris(name, kind, multiplier):
-    """Outputs, gradients, and weights that are merged; BOFT's acts in every stage. See docs/networks.md for the others."""
+    """Outputs, gradients, and weights that are merged; BOFT's acts in every stage. docs/networks.md has the others."""
     module = module_of(kind)
     layer, theirs = made(name, module)
     layer.multiplier = theirs.multiplier = multiplier
@@ -180,7 +180,10 @@ def test_a_full_difference_needs_no_live_output_in_training(biased):
     module.register_forward_pre_hook(lambda _module, args: rows.append(len(args[0])))
     handles = hook(models, target, layer)
     module.register_forward_hook(lambda _module, args, output: rows.append(len(args[0])))
-    x, wanted = input_for(module).requires_grad_(), {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
+    x, wanted = (
+        input_for(module).requires_grad_(),
+        {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()},
+    )
     diff, bias = wanted["diffs.0"], module.bias + 0.7 * wanted["diff_b"] if biased else None
     expected = nn.functional.linear(x, module.weight + 0.7 * diff, bias)
     gradients = torch.autograd.grad(expected.square().mean(), [x, *wanted.values()])

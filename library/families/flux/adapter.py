@@ -158,7 +158,8 @@ class FluxDenoiser(Denoiser):
         height, width = noisy.shape[-2:]
         inputs = model_inputs(denoiser, noisy, timesteps, cond, asked_guidance(self.opts.family, batch))
         if self.control_channels(models):
-            assert batch is not None and batch.control_latents is not None, "checked before drawing"
+            assert batch is not None, "checked before drawing"
+            assert batch.control_latents is not None, "checked before drawing"
             control = pack_latents(batch.control_latents).to(noisy.dtype)
             inputs["hidden_states"] = torch.cat([inputs["hidden_states"], control], dim=-1)
         attention = {}
