@@ -67,8 +67,8 @@ def _networks_of_others(opts: Options, family: FamilySpec) -> list[str]:
     found = []
     if given[0] and reads_control(family, given[0]):
         found.append(
-            f"--network_weights: {given[0]}: is a control LoRA, by which the model reads a control image; training gives "
-            "it none. gen_img.py generates with it, and --base_weights merges it for a network that is trained beside it"
+            f"--network_weights: {given[0]}: is a control LoRA, by which the model reads a control image; training "
+            "gives it none. gen_img.py generates with it, and --base_weights merges it for a network beside it"
         )
     for path in filter(None, given):
         layers = {kohya_name(name).partition(".")[0] for name in read_names(path) or ()}

@@ -51,7 +51,7 @@ LAYOUTS = {
     "diffusers' for U-Nets": ("unet.", ".lora_A.weight"),
     "PEFT's": ("base_model.model.", ".lora_A.weight"),
     "xlabs'": ("", ".processor.qkv_lora1.down.weight"),
-    "BFL's": ("double_blocks.", ".lora_A.weight"),
+    "BFL's": ("", ".lora_B.bias"),
 }
 
 
