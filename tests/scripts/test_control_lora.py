@@ -112,8 +112,7 @@ def test_training_says_why_it_cannot_go_on_with_one_and_merges_it(run_script, fi
     done = run_script("flux_train_network.py", *as_words({**given, "network_weights": folder / "canny.safetensors"}))
     assert done.returncode == 2
     assert (
-        "canny.safetensors: is a control LoRA, by which the model reads a control image; training gives it"
-        in done.stderr
+        "canny.safetensors: is a control LoRA, by which the model reads a control image; training gives" in done.stderr
     )
     assert "Traceback" not in done.stderr
     done = run_script("flux_train_network.py", *as_words({**given, "base_weights": [folder / "canny.safetensors"]}))
