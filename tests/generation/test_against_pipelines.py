@@ -53,8 +53,6 @@ from library.inference.source_images import encode_inpainting
 from library.options.inference import GenerationTextOptions
 from library.registry import groups_for
 from tests.builders import for_inpainting, sd_options, tiny_sd
-from tests.builders.flux import flux_options, write_flux, write_parts
-from tests.builders import sd_options, tiny_sd
 from tests.builders.flux import as_diffusers_names, control_lora, flux_options, write_flux, write_parts
 from tests.builders.options import options_with
 from tests.builders.sd3 import sd3_options, write_tiny_sd3
