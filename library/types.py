@@ -79,6 +79,7 @@ class Batch:
     # (B, 1 + C, H/s, W/s), what models for inpainting read behind noisy latents: the mask, 1 where something is to be
     # drawn, and the latents of the masked image as the denoiser sees them.
     inpainting: Tensor | None = None
+    control_latents: Tensor | None = None  # (B, C, H/s, W/s): what the denoiser itself reads of a control image
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `change` applied to every tensor."""
@@ -164,7 +165,8 @@ class LoraTarget:
     alias: str | None = None  # another key under which files may have it
     optional: bool = False  # a target only where a file has it, or arguments ask for it by name
     from_file: bool = False  # `optional`, and no argument asks for it
-    norm: bool = False  # a layer norm or group norm, which few types of networks adapt
+    norm: bool = False  # a norm, which few types of networks adapt
+    grows: bool = False  # files may have more inputs than the live module: it reads a control image with them
     place: FilePlace | None = None  # where the live model is not laid out as files are
 
 

@@ -65,6 +65,14 @@ class AdapterLayer(nn.Module, ABC):
         raise NotImplementedError
 
     @classmethod
+    def merged_change(
+        cls, tensors: Mapping[str, Tensor], shape: torch.Size, weight: Callable[[], Tensor], multiplier: float
+    ) -> Tensor:
+        """What a file's entry adds to a weight at a multiplier, float32; 0 at 0. See `weight_change`."""
+        change = cls.weight_change(tensors, shape, weight)
+        return change if multiplier == 1 else change * multiplier
+
+    @classmethod
     def bias_change(cls, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """What a file's entry adds to a bias at multiplier 1, float32; None: nothing."""
         return None
@@ -72,6 +80,13 @@ class AdapterLayer(nn.Module, ABC):
     @abstractmethod
     def adapt(self, index: int, x: Tensor, output: Tensor) -> Tensor:
         """The output that the `index`-th module of the layer shall have for input `x`, instead of `output`."""
+
+    def instead(self, index: int, x: Tensor) -> Tensor | None:
+        """The same, where the layer makes it without the live module's output, which then is not computed; else None.
+
+        Only in training, when one network at most acts on a module.
+        """
+        return None
 
     def before_step(self) -> None:
         """Called before each optimizer step, when the gradients are as the step sees them; never waits."""

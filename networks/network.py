@@ -129,10 +129,16 @@ class Network(TrainableNetwork):
 
     def file_state(self) -> dict[str, Tensor]:
         return {
-            f"{key.replace('lora', self.args.type.prefix, 1)}.{name}": tensor
+            self._name_in_file(key, name): tensor
             for key, layer in self.layers().items()
             for name, tensor in layer.file_state().items()
         }
+
+    def _name_in_file(self, key: str, tensor: str) -> str:
+        place, of_piece, name = tensor.partition("/")
+        if not of_piece:
+            return f"{key.replace('lora', self.args.type.prefix, 1)}.{tensor}"
+        return f"lycoris_{self.targets[key].modules[int(place)].replace('.', '_')}.{name}"  # as SimpleTuner writes them
 
     def before_step(self) -> None:
         for layer in self.layers().values():

@@ -117,6 +117,10 @@ class Denoiser(Role, ABC):
             residuals: what a ControlNet adds to the hidden states, in the family's own order and shapes.
         """
 
+    def control_channels(self, models: Models) -> int:
+        """Channels of `Batch.control_latents`, which the denoiser then reads beside the noisy latents; 0: none."""
+        return 0
+
     @abstractmethod
     def objective(self) -> Objective:
         """The training objective: noise, target and loss. Raises: UserError: options that contradict each other."""

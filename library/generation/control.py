@@ -37,7 +37,7 @@ _CANNY_LIMITS = 63, 191  # where --control_net_preps says none
 
 @dataclass(frozen=True)
 class Guides:
-    """Where the control images of a run come from: for each ControlNet its files, which are taken in turn."""
+    """Where the control images of a run come from: for each ControlNet, or the model, files that are taken in turn."""
 
     files: tuple[tuple[Path, ...], ...]
     prepare: tuple[Prepare | None, ...]
@@ -47,7 +47,7 @@ class Guides:
         """Those of the options. Raises: UserError: there are none for a ControlNet, or they are not there."""
         from library.generation.sources import files_of
 
-        count, paths = len(opts.control.nets[1]), opts.source.guide_image_path or ()
+        count, paths = len(opts.control.nets[1]) or 1, opts.source.guide_image_path or ()
         files = [files_of("--guide_image_path", path) for path in paths]
         if len(files) == 1:
             files *= count

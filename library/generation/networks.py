@@ -22,6 +22,7 @@ from networks.file_names import require_places, require_types
 from networks.files import names_in_files, read
 from networks.hypernetwork_files import is_hypernetwork_file
 from networks.network import Network
+from networks.inputs import with_all_inputs
 from networks.targets import live_modules
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def _read(path: str, options: NetworksOptions, number: int) -> NetworkFile:
 def merge_first(options: NetworksOptions, files: Sequence[NetworkFile], family: Family, models: Models) -> None:
     """Merges those that --network_merge means. To be called before weights are cast."""
     targets = family.targets.lora(models)
+    files = with_all_inputs(files, targets, models)
     for number, (file, strength) in enumerate(
         zip(files[: options.merged()], options.multipliers(), strict=False),
     ):
@@ -205,6 +207,7 @@ def attach_rest(
     if not rest:
         return networks
     targets = family.targets.lora(models)
+    rest = with_all_inputs(rest, targets, models)
     for file in rest:
         if not is_hypernetwork_file(file.path):
             require_places(file.path, file.entries, names_in_files(targets))
@@ -227,7 +230,7 @@ def attach_rest(
             )
         network.requires_grad_(False).eval().to(device)
         network.attach(models)
-        unused = len(file.entries) - len(network.layers())
+        unused = len(file.unused(targets))
         LOGGER.log(
             logging.WARNING if unused else logging.INFO,
             "%s: %d layers act; %d have no place in this model",

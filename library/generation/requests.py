@@ -204,7 +204,10 @@ class Requests:
             self._made += 1  # the next one has its turn, so that one image that is broken costs no others
             raise
         if own.pop("control", None) and self._guides is None:
-            LOGGER.warning("%s: --cn has no effect without --control_net_models or --control_net_lllite_models", where)
+            LOGGER.warning(
+                "%s: --cn has no effect without --control_net_models, --control_net_lllite_models or a control LoRA",
+                where,
+            )
         prompt = finish(self._base, own, self._traits, where, FLOW_SAMPLERS)
         if prompt.shrink.depth_1 is not None and self._lllites:
             raise UserError(f"{where}: Deep Shrink cannot be used with --control_net_lllite_models")

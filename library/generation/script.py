@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from library.checkpoints.reading import require_weights
 from library.errors import UserError
+from library.families.shared.control_inputs import reads_control
 from library.generation.control import Guides, check_control_nets
 from library.generation.files import Names, require_folder, write
 from library.generation.grid import WEIGHTS, axes_of, cells_of, grid_requests
@@ -80,7 +81,7 @@ def generate(opts: Options, fixed: str | None = None, start: Start | None = None
     )
     outcome = Outcome()
     sources = Sources.of(opts.source)
-    guides = Guides.of(opts) if opts.control.nets[1] else None
+    guides = _guides_of(opts, spec)
     if opts.grid.grid:  # what is compared begins with the same noise
         seed = secrets.randbits(32) if opts.prompts.seed is None else opts.prompts.seed
         opts = opts.replaced(iter_same_seed=True, seed=seed)
@@ -103,6 +104,24 @@ def generate(opts: Options, fixed: str | None = None, start: Start | None = None
     if any(iterations):
         Studio.of(opts, spec, training, outcome, start).make(*iterations)
     return outcome
+
+
+def _guides_of(opts: Options, spec: FamilySpec) -> Guides | None:
+    """The control images, where something reads them: networks beside the model, or the model with a control LoRA.
+
+    Raises: UserError: both, or nothing reads those that are given.
+    """
+    option, control_nets = opts.control.nets
+    control_loras = [path for path in opts.networks.network_weights or () if reads_control(spec, path)]
+    if control_nets and control_loras:
+        raise UserError(
+            f"{option}: cannot be used with {control_loras[0]}, with which the model itself reads control images"
+        )
+    if control_nets or control_loras:
+        return Guides.of(opts)
+    if opts.source.guide_image_path and opts.source.clip_vision_strength is None:
+        raise UserError("--guide_image_path: nothing reads it; give --control_net_models, or a control LoRA")
+    return None
 
 
 def _make_grid(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from library.inference.control_images import encode_control
 from library.inference.growing import enlarging_step, shrunk
 from library.inference.guidance import Guidance
 from library.inference.images import to_images
@@ -132,10 +133,11 @@ def sample_latents(
     # The schedulers for flow may have none: the denoiser takes latents as they are.
     as_input = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
     with _precision(device, dtype):
+        control = encode_control(family, models, prompts, generators, device)
         begin = _beginning(family, models, prompts, scheduler, generators, device, noise or initial_noise)
         timesteps, latents, gradual = begin.timesteps, begin.latents, prompts[0].gradual
         guidance = Guidance.of(
-            family, models, prompts, device, cached, denoise or partial(family.denoiser.predict, models)
+            family, models, prompts, device, cached, denoise or partial(family.denoiser.predict, models), control
         )
         if begin.inpainting is not None:
             guidance = guidance.with_inpainting(begin.inpainting)

@@ -45,6 +45,7 @@ class Guidance:
         device: torch.device,
         cached: Mapping[Any, TextCond] | None,
         denoise: Denoise,
+        control: Tensor | None = None,
     ) -> Guidance:
         """The branches of prompts that have the same scales.
 
@@ -53,7 +54,9 @@ class Guidance:
         prompt without regions are put together in the same way, each with the whole scale. With scale 1 and one part
         the first branch would cancel out, and is left out.
 
-        Args: cached: by `Text`.
+        Args:
+            cached: by `Text`.
+            control: `Batch.control_latents` of the prompts.
         """
         scale, own_scale, coupled = prompts[0].scale, prompts[0].negative_scale, prompts[0].regions is not None
 
@@ -76,10 +79,10 @@ class Guidance:
         elif scale != 1.0 or len(wanted) > 1:
             wanted = [(read(negatives), 0.0, True), *wanted]
         branches = [
-            Branch(cond, factor, _sizes([(prompt, negative) for prompt in prompts], device))
+            Branch(cond, factor, _sizes([(prompt, negative) for prompt in prompts], device, control))
             for cond, factor, negative in wanted
         ]
-        together = _sizes([(prompt, no) for _, _, no in wanted for prompt in prompts], device)
+        together = _sizes([(prompt, no) for _, _, no in wanted for prompt in prompts], device, control)
         return Guidance(denoise, tuple(branches), together)
 
     def with_inpainting(self, inpainting: Tensor) -> Guidance:
@@ -123,10 +126,12 @@ def texts_read(prompt: SamplePrompt) -> list[Text]:
     return found
 
 
-def _sizes(rows: Sequence[tuple[SamplePrompt, bool]], device: torch.device) -> Batch:
+def _sizes(rows: Sequence[tuple[SamplePrompt, bool]], device: torch.device, control_latents: Tensor | None) -> Batch:
     """The size, guidance and control conditioning of images: uncropped, of the requested size, or as prompts say.
 
-    Args: rows: prompts, and whether it is for the negative side.
+    Args:
+        rows: prompts, and whether it is for the negative side.
+        control_latents: of the prompts, which follow each other as often as there are branches.
     """
     prompts = [prompt for prompt, _ in rows]
     target = torch.tensor([(prompt.width, prompt.height) for prompt in prompts], device=device)
@@ -149,5 +154,8 @@ def _sizes(rows: Sequence[tuple[SamplePrompt, bool]], device: torch.device) -> B
         crop_top_lefts=torch.tensor([(p.sizes.crop_top, p.sizes.crop_left) for p in prompts], device=device),
         target_sizes=target,
         guidance=prompts[0].guidance,
-        control=control_batch(prompts, device),
+        control=control_batch(prompts, device) if control_latents is None else None,
+        control_latents=None
+        if control_latents is None
+        else control_latents.repeat(len(rows) // len(control_latents), 1, 1, 1),
     )

@@ -32,7 +32,9 @@ class SourceOptions(OptionGroup, group="source", title="Images to begin with"):
         at_most=1,
     )
     guide_image_path: list[str] | None = opt(
-        None, "images that guide: for ControlNets, one for each, or folders; else one for --clip_vision_strength"
+        None,
+        "images that guide: for ControlNets or a control LoRA, one for each, or folders; else one for "
+        "--clip_vision_strength",
     )
     clip_vision_strength: float | None = opt(
         None,
@@ -117,10 +119,11 @@ class ControlOptions(OptionGroup, group="control", title="ControlNets"):
             if name != "none" and not CANNY.fullmatch(name):
                 yield f"--control_net_preps: {name!r} is no preparation; use none, canny, or canny_63_191"
         for name in ("control_net_preps", "control_net_multipliers", "control_net_ratios"):
-            if len(getattr(self, name) or ()) > count:
+            # A control LoRA reads a guide image, too, and has a strength in --network_mul.
+            if len(getattr(self, name) or ()) > (count or (name == "control_net_preps")):
                 yield f"--{name}: has more values than {option}, {count}"
         guides = len(opts.source.guide_image_path or ())
-        if guides > (count or opts.source.clip_vision_strength is not None):
+        if guides > max(count, 1):
             yield f"--guide_image_path: has more values than {option}, {count}"
         elif 1 < guides < count:
             yield f"--guide_image_path: give one for all {count} ControlNets, or one for each, got {guides}"

@@ -24,6 +24,7 @@ FLUX = ModelKind(
         ),
     ),
 )
+IN_CHANNELS = 64  # 16 of the latents, in patches of 2 x 2
 FOLDERS = {"te1": "text_encoder", "te3": "text_encoder_2"}  # of a Diffusers model
 
 SPEC = FamilySpec(
@@ -45,6 +46,7 @@ SPEC = FamilySpec(
     tools={"flux_merge_lora": FluxMergeOptions, "flux_extract_lora": FluxExtractOptions},
     kinds=(FLUX,),
     network_layers=r"_unet_(double_blocks|single_blocks|single_transformer_blocks)_\d",
+    input_layers={"lora_unet_img_in": IN_CHANNELS, "lora_unet_x_embedder": IN_CHANNELS},
     folders={**FOLDERS, "denoiser": "transformer"},
     adapter=EntryPoint("library.families.flux.adapter:FluxFamily"),
     check_paths=EntryPoint("library.families.flux.variants:check_paths"),
