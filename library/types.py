@@ -104,6 +104,11 @@ class Batch:
 Denoise = Callable[["Tensor", "Tensor", TextCond, Batch], "Tensor"]
 
 
+# A batch and the source of all randomness (on the batch's device) to noisy latents, times, and what the prediction is
+# compared with. A method that trains without images makes it (`MethodSpec.draw`).
+Draw = Callable[[Batch, "torch.Generator"], "NoiseDraw"]
+
+
 # What a ControlNet adds to the denoiser's hidden states, in the family's own order and shapes.
 Residuals = tuple["Tensor", ...]
 
