@@ -44,7 +44,8 @@ def make_draw(method: Method, family: Family, objective: Objective, denoise: Den
 
     Raises: UserError: --min_timestep and --max_timestep leave no time at which an image could be left unfinished.
     """
-    unfinished(objective, method.opts.method.max_denoising_steps, 1.0)  # a flow's shift follows from the size
+    if family.traits.flow_shift is None:  # else the times follow from the size, and the first step checks them
+        unfinished(objective, method.opts.method.max_denoising_steps, 1.0)
     return partial(_draw, method, family.traits, objective, denoise)
 
 
