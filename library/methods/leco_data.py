@@ -58,7 +58,7 @@ class PromptData:
     def __init__(self, opts: Options, traits: FamilyTraits, processes: int):
         self.opts, self.seed = opts, opts.training.seed
         self.file = Path(opts.method.prompts_file)
-        self.pairs = read_pairs(self.file, traits)
+        self.pairs = read_pairs(self.file, traits, remarks=False)  # they are in the log already
         self.items = _Items(self.pairs, self.seed, opts.training.gradient_accumulation_steps * processes)
         self._encoded: Mapping[str, TextCond] = {}
 

@@ -62,20 +62,21 @@ _FILES = ("neutral_prompt_file", "prompt_file")
 _OF_SLIDERS = ("target_class", "positive", "negative", "neutral", "neutrals", *_FILES, "resolutions", *_COMMON)
 
 
-def read_pairs(path: str | Path, traits: FamilyTraits) -> list[PromptPair]:
+def read_pairs(path: str | Path, traits: FamilyTraits, *, remarks: bool = True) -> list[PromptPair]:
     """The pairs of a prompt file, in its order; a slider's are made here.
 
+    Args: remarks: whether what has no effect is logged.
     Raises: UserError: the file cannot be read, or every problem in it.
     """
     content = read_toml(path, "the prompt file", option=OPTION)
-    reader = _Reader(Path(path), traits)
+    reader = _Reader(Path(path), traits, remarks)
     pairs = list(reader.pairs(content))
     if not pairs and not reader.problems:
         reader.problems.append(f"{OPTION}: {path} holds neither [[prompts]] nor [[targets]]")
     if reader.problems:
         raise UserError(*dict.fromkeys(reader.problems))
     for size in dict.fromkeys(pair.size for pair in pairs if pair.dynamic_resolution):
-        if size.width != size.height:
+        if remarks and size.width != size.height:
             LOGGER.warning("%s: dynamic_resolution has no effect at %dx%d, as only squares vary", path, *size)
     return pairs
 
@@ -83,8 +84,8 @@ def read_pairs(path: str | Path, traits: FamilyTraits) -> list[PromptPair]:
 class _Reader:
     """Turns tables into pairs, and collects every problem on the way."""
 
-    def __init__(self, path: Path, traits: FamilyTraits):
-        self.path, self.traits = path, traits
+    def __init__(self, path: Path, traits: FamilyTraits, remarks: bool):
+        self.path, self.traits, self.remarks = path, traits, remarks
         self.problems: list[str] = []
 
     def pairs(self, content: Mapping[str, Any]) -> Iterator[PromptPair]:
@@ -121,7 +122,7 @@ class _Reader:
 
     def _pair(self, table: Mapping[str, Any], outer: Mapping[str, Any], place: str) -> Iterator[PromptPair]:
         if table is not outer:
-            for key in table.keys() - set(_OF_PAIRS):
+            for key in sorted(table.keys() - set(_OF_PAIRS)):
                 self._note(place, f"unknown key {key!r}{did_you_mean(key, _OF_PAIRS)}")
         found = self._common(table, outer, place)
         texts = {name: self._text(name, table, outer, place) for name in _TEXTS}
@@ -242,7 +243,7 @@ class _Reader:
         return iter(())
 
     def _warn_of_unknown(self, table: Mapping[str, Any], known: Iterable[str], place: str) -> None:
-        for key in table.keys() - set(known):
+        for key in sorted(table.keys() - set(known)) if self.remarks else ():
             LOGGER.warning(
                 "%s: %s, %s: %r has no effect%s", OPTION, self.path, place, key, did_you_mean(key, sorted(known))
             )
