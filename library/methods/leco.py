@@ -111,7 +111,7 @@ def begin_image(
     height, width = batch.size.height // stride, batch.size.width // stride
     shift = 1.0 if traits.flow_shift is None else traits.flow_shift(height, width)
     times, counts = unfinished(objective, steps, shift)
-    times = times.to(rng.device)
+    times = times.to(rng.device, non_blocking=True)
     noise = objective.noise(torch.zeros(count, traits.latent_channels, height, width, device=rng.device), rng)
     latents, conds = noise, [batch.unconditional, batch.text]
     if scale == 1:
