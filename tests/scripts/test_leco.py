@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -154,6 +156,16 @@ def test_another_network_goes_on_from_its_file(run_script, arguments, tmp_path):
     kept = {"network_weights": file, "dim_from_weights": True, "learning_rate": 1e-12, "output_name": "more"}
     ran(run_script, arguments(tmp_path, max_train_steps=1, network_module="networks.loha", **kept))
     assert furthest(load_file(tmp_path / "more.safetensors"), before) < 1e-9
+
+
+def test_the_recipes_of_the_guide(run_script, tmp_path):
+    """As they are printed, but for fewer steps and another place."""
+    printed = re.findall(r"```\n(python train_leco.*?)\npython", Path("docs/leco.md").read_text(), re.S)
+    assert len(printed) == 2
+    for number, text in enumerate(printed):
+        _, *words = shlex.split(text.replace("\\\n", " "))
+        ran(run_script, [*words, f"--output_dir={tmp_path}", f"--output_name={number}", "--max_train_steps=1"])
+        assert load_file(tmp_path / f"{number}.safetensors")
 
 
 @pytest.mark.parametrize(
