@@ -41,11 +41,8 @@ def check(opts: Options, family: FamilySpec, method: MethodSpec) -> list[Dataset
             leftovers.clear(opts.saving)
         problems += method.check(opts, traits) or _networks_of_others(opts, family)
         problems += family.check_paths(opts)
-        for look in (
-            lambda: specs.extend(build_specs(opts, traits, method.image_role)),
-            lambda: distributed.seed_of_state(opts),
-            opencv,
-        ):
+        images = (lambda: specs.extend(build_specs(opts, traits, method.image_role)), opencv)
+        for look in (*(images if method.data is None else ()), lambda: distributed.seed_of_state(opts)):
             try:
                 look()
             except UserError as error:

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
-    from library.data.sample.dataset import TrainingData
-    from library.data.types import DatasetSpec
+    from library.data.types import DatasetSpec, RunData
+    from library.entry_points import EntryPoint
     from library.families.base import Family
     from library.families.spec import FamilySpec
     from library.memory.block_swap import BlockSwap
@@ -65,7 +65,7 @@ def run_session(opts: Options, family: FamilySpec, method: MethodSpec, specs: li
     """
     opts, accelerator, shards = join(opts)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
-    data, run_plan = open_data(opts, specs, family.traits, accelerator, processes)
+    data, run_plan = open_data(opts, specs, family.traits, accelerator, processes, method.data)
     if opts.data.debug_dataset:
         show_data(opts, data, accelerator)
     else:
@@ -74,7 +74,7 @@ def run_session(opts: Options, family: FamilySpec, method: MethodSpec, specs: li
         session.load()
         session.encode()
         session.place()
-        run = session.build(method.tracker)
+        run = session.build(method)
         with run.tracker, run.hub:
             train(run)
     processes.close()
@@ -108,10 +108,23 @@ def join(opts: Options) -> tuple[Options, Accelerator, Shards | None]:
 
 
 def open_data(
-    opts: Options, specs: list[DatasetSpec], traits: FamilyTraits, accelerator: Accelerator, processes: Processes
-) -> tuple[TrainingData, RunPlan]:
-    """Lists the images and sorts them into batches, from which the length of the run follows."""
-    data = read_data(specs, opts, traits, processes)
+    opts: Options,
+    specs: list[DatasetSpec],
+    traits: FamilyTraits,
+    accelerator: Accelerator,
+    processes: Processes,
+    own_data: EntryPoint[[Options, FamilyTraits, int], RunData] | None = None,
+) -> tuple[RunData, RunPlan]:
+    """Lists the images and sorts them into batches, from which the length of the run follows.
+
+    Args: own_data: makes the data of a method that trains without images.
+    """
+    if own_data is None:
+        data = read_data(specs, opts, traits, processes)
+    else:
+        data = own_data(opts, traits, processes.world)
+        for line in data.report():
+            LOGGER.info("%s", line)
     run_plan = plan.make_plan(
         data.batches_per_epoch,
         accelerator.num_processes,
@@ -126,7 +139,7 @@ def open_data(
     return data, run_plan
 
 
-def show_data(opts: Options, data: TrainingData, accelerator: Accelerator) -> None:
+def show_data(opts: Options, data: RunData, accelerator: Accelerator) -> None:
     """Writes and shows the contact sheets of --debug_dataset."""
     if not accelerator.is_main_process:
         return
@@ -152,7 +165,7 @@ class Session:
     opts: Options
     family: Family
     method: Method
-    data: TrainingData
+    data: RunData
     plan: RunPlan
     accelerator: Accelerator
     shards: Shards | None = None
@@ -200,7 +213,7 @@ class Session:
             self.models = self.family.loader.load()
         LOGGER.info("loaded %s in %.1f s", self.opts.model.pretrained_model_name_or_path, time.time() - started)
         most = self.models.longest_side
-        sizes = {Size(*record.bucket): "a bucket of" for record in self.data.all_records}
+        sizes = self.data.sizes()
         sizes |= {Size(prompt.width, prompt.height): "--sample_prompts: an image of" for prompt in self.preview.prompts}
         large = [f"{what} {size.width}x{size.height}" for size, what in sizes.items() if most and max(size) > most]
         if large:
@@ -225,7 +238,8 @@ class Session:
             cache_text(self.accelerator)
             self.preview.encode_prompts(models, self.device)
             placement.release_text_encoders(models, keep=method.live_text_encoders())
-        placement.place_vae(models, opts, self.device)
+        if opts.data.of_images or method.needs_vae():
+            placement.place_vae(models, opts, self.device)
         if cache_latents is not None:
             cache_latents(encoding.latent_encoder(opts, family, models, self.accelerator))
             if self.accelerator.is_main_process:
@@ -245,8 +259,8 @@ class Session:
         self.swap = placement.swap_blocks(self.family, models, opts, self.device)
         LOGGER.info("device %s, mixed precision %s, attention %s", self.device, opts.memory.mixed_precision, attention)
 
-    def build(self, tracker: str) -> Run:
-        """The run, with optimizer and schedule over what is trained. `tracker` names the logs' folder or project."""
+    def build(self, spec: MethodSpec) -> Run:
+        """The run, with optimizer and schedule over what is trained; of the method's spec, its logs and its steps."""
         opts, family, method, models, data = self.opts, self.family, self.method, self.models, self.data
         optimizer = optimizers.make_optimizer(method.parameter_groups(), opts.optimizer)
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -264,14 +278,16 @@ class Session:
         prepared = self.accelerator.prepare_optimizer(optimizer)
         saves = make_save_plan(opts.saving, method.file_suffix(), self.plan.epochs)
         check_space(saves.final_path().parent, state.size_of(method.trainable().state_dict()), "what is to be saved")
+        denoise, objective = method.denoise(family, models), family.denoiser.objective()
         return Run(
             opts=opts,
             seed=opts.training.seed,
             family=family,
             method=method,
             models=models,
-            denoise=method.denoise(family, models),
-            objective=family.denoiser.objective(),
+            denoise=denoise,
+            objective=objective,
+            draw=None if spec.draw is None else spec.draw(method, family, objective, denoise),
             data=data,
             plan=self.plan,
             accelerator=self.accelerator,
@@ -281,7 +297,7 @@ class Session:
             saves=saves,
             preview=self.preview,
             validation=Validation(opts, data.held_out, opts.training.seed),
-            tracker=make_tracker(opts, tracker, enabled=self.accelerator.is_main_process),
+            tracker=make_tracker(opts, spec.tracker, enabled=self.accelerator.is_main_process),
             hub=Hub(opts.saving, enabled=self.accelerator.is_main_process),
             make_metadata=self._metadata_maker(optimizer),
             save_dtype=SAVE_DTYPES[opts.saving.save_precision],
@@ -312,9 +328,6 @@ class Session:
             "ss_optimizer": optimizers.describe_optimizer(optimizer, options),
             "ss_max_train_steps": run_plan.total_steps,
             "ss_num_epochs": run_plan.epochs,
-            "ss_num_batches_per_epoch": run_plan.batches_per_epoch,
-            "ss_num_train_images": data.num_train_images,
-            "ss_num_reg_images": data.num_reg_images,
         }
 
         def make(progress: Progress) -> dict[str, str]:

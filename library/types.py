@@ -105,6 +105,11 @@ class Batch:
 Denoise = Callable[["Tensor", "Tensor", TextCond, Batch], "Tensor"]
 
 
+# A batch and the source of all randomness (on the batch's device) to noisy latents, times, and what the prediction is
+# compared with. A method that trains without images makes it (`MethodSpec.draw`).
+Draw = Callable[[Batch, "torch.Generator"], "NoiseDraw"]
+
+
 # What a ControlNet adds to the denoiser's hidden states, in the family's own order and shapes.
 Residuals = tuple["Tensor", ...]
 
@@ -203,7 +208,7 @@ class FamilyTraits:
     # By text encoder: the name of its vectors in files of Textual Inversion embeddings.
     embedding_keys: Mapping[str, str] = field(default_factory=dict)
     block_layout: BlockLayout | None = None  # how block-wise lists of networks are divided; None: there are no such
-    text_regions: bool = False  # whether parts of a text can be read by parts of an image, see `Denoiser.text_layers`
+    text_regions: bool = False  # whether parts of a text can be read by parts of an image, see `Family.text_layers`
     pooled_by_image: bool = False  # whether an image, as CLIP sees it, can stand for the text as a whole
     hypernetworks: bool = False  # whether image programs load hypernetworks for such models
     blocks_per_swap: float = 1.0  # that --blocks_to_swap counts as one

@@ -133,13 +133,6 @@ class Denoiser(Role, ABC):
     def blocks(self, models: Models) -> list[nn.Module]:
         """The denoiser's repeated blocks in execution order: checkpointing, compiling and swapping work on these."""
 
-    def text_layers(self, models: Models) -> list[str]:
-        """Paths of the layers in which the image, and nothing else, reads the text, diffusers' `Attention` each.
-
-        Empty where images and texts go through the same layers.
-        """
-        return []
-
     def block_number(self, models: Models, name: str) -> int | None:
         """The entry of `traits.block_layout` that a tensor of the denoiser belongs to; None: none."""
         return None
@@ -215,7 +208,9 @@ class Family:
 
     `control` and `lllite` are None where there are no ControlNets and no ControlNet-LLLite for it here. `text_places`
     gives the paths of the denoiser's cross-attention layers by the names that files have for their places, in the
-    order of the denoiser; None where no such files are known. `shrinking` is Deep Shrink, of the denoiser and the
+    order of the denoiser; None where no such files are known. `text_layers` gives the paths of the layers in which the
+    image, and nothing else, reads the text, diffusers' `Attention` each; it is None where images and texts go through
+    the same layers. `shrinking` is Deep Shrink, of the denoiser and the
     ControlNets that act on it, to a ratio of the sides: inside, what it gives says before which input block of the
     denoiser features become smaller, or None for none. It is None where the denoiser is no U-Net.
     """
@@ -235,6 +230,7 @@ class Family:
         control: Control | None = None,
         lllite: Control | None = None,
         text_places: Callable[[Models], dict[str, list[str]]] | None = None,
+        text_layers: Callable[[Models], list[str]] | None = None,
         shrinking: Shrinking | None = None,
     ):
         self.opts = opts
@@ -247,4 +243,5 @@ class Family:
         self.control = control
         self.lllite = lllite
         self.text_places = text_places
+        self.text_layers = text_layers
         self.shrinking = shrinking

@@ -21,8 +21,8 @@ from networks.build import DeclaredBuilder, merge
 from networks.file_names import require_places, require_types
 from networks.files import names_in_files, read
 from networks.hypernetwork_files import is_hypernetwork_file
-from networks.network import Network
 from networks.inputs import with_all_inputs
+from networks.network import Network
 from networks.targets import live_modules
 
 if TYPE_CHECKING:

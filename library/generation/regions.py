@@ -46,9 +46,9 @@ class Regions:
         self._by_size: dict[tuple[int, int], Tensor] = {}  # the masks
         self._latents = (1, 1)  # height and width
         self._reading: int | None = None  # the part whose network acts where the text is read
-        layers = family.denoiser.text_layers(models)
-        if not layers:
+        if family.text_layers is None:
             raise UserError(f"prompts of several regions: not possible with {family.traits.label}")
+        layers = family.text_layers(models)
         for path in layers:
             attention = models.denoiser.get_submodule(path)
             processor = attention.processor

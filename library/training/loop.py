@@ -29,7 +29,7 @@ def train(run: Run) -> Progress:
     """
     with Interruption() as interruption:
         grad_text = bool(run.method.trained_text_encoders())
-        parts = StepParts(run.family, run.models, run.denoise, run.objective, grad_text)
+        parts = StepParts(run.family, run.models, run.denoise, run.objective, grad_text, run.draw)
         placement.training_modes(run.models, run.method.trainable(), grad_text=grad_text)
         if run.resume is not None:
             saved, sharded = checkpointing.state_parts(run), run.shards is not None

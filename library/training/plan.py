@@ -85,9 +85,10 @@ def choose_start(plan: RunPlan, opts: TrainingOptions, saved: Progress | None) -
 
 
 def describe(plan: RunPlan, images: int, reg_images: int) -> list[str]:
-    """The lines shown before the first step. `images` and `reg_images` count repeats."""
+    """The lines shown before the first step. `images` and `reg_images` count repeats; 0: nothing is said of them."""
+    regular = f" + {reg_images} regularisation" if reg_images else ""
     lines = [
-        f"images x repeats per epoch: {images}" + (f" + {reg_images} regularisation" if reg_images else ""),
+        *([f"images x repeats per epoch: {images}{regular}"] if images else []),
         f"batches per epoch: {plan.batches_per_epoch}; processes: {plan.processes}; "
         f"gradient accumulation: {plan.accumulation}",
         f"optimizer steps per epoch: ceil(ceil({plan.batches_per_epoch} / {plan.processes}) / {plan.accumulation}) "

@@ -13,18 +13,22 @@ from library.runtime import seeds
 if TYPE_CHECKING:
     from library.families.base import Family
     from library.objectives.objective import Objective
-    from library.types import Batch, Denoise, Models, TextCond
+    from library.types import Batch, Denoise, Draw, Models, TextCond
 
 
 @dataclass
 class StepParts:
-    """The inputs of a step: `denoise` computes the prediction, `grad_text` says whether text encoders get gradients."""
+    """The inputs of a step: `denoise` computes the prediction, `grad_text` says whether text encoders get gradients.
+
+    `draw` gives noisy latents and targets where there are no images; None: noise on the images' latents.
+    """
 
     family: Family
     models: Models
     denoise: Denoise
     objective: Objective
     grad_text: bool
+    draw: Draw | None = None
 
 
 def batch_latents(parts: StepParts, batch: Batch, rng: torch.Generator) -> Tensor:
@@ -57,9 +61,9 @@ class StepResult(NamedTuple):
 
 def training_step(parts: StepParts, batch: Batch, rng: torch.Generator) -> StepResult:
     """The losses of one batch. All randomness of noise and time comes from `rng` (on the batch's device)."""
-    latents = batch_latents(parts, batch, rng)
+    latents = batch_latents(parts, batch, rng) if parts.draw is None else None
     cond = batch_text(parts, batch)
-    draw = parts.objective.draw(latents, rng)
+    draw = parts.objective.draw(latents, rng) if parts.draw is None else parts.draw(batch, rng)
     prediction = parts.denoise(draw.noisy, draw.timesteps, cond, batch)
     losses = parts.objective.loss(prediction.float(), draw, batch.loss_weights, batch.masks)
     return StepResult(losses, draw.timesteps)

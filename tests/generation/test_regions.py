@@ -265,7 +265,7 @@ def test_control_nets_read_the_last_part(model):
 
 def test_the_families_that_say_so_have_layers_that_read_text(model):
     assert {name for name, spec in FAMILIES.items() if spec.traits.text_regions} == {"sd", "sdxl"}
-    assert len(model.family.denoiser.text_layers(model.models)) > 3
+    assert len(model.family.text_layers(model.models)) > 3
     flow = FluxFamily(options_for("flux", "network"))
     with pytest.raises(UserError, match=r"prompts of several regions: not possible with FLUX"):
         Regions(flow, model.models, [])

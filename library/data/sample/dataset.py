@@ -212,6 +212,14 @@ class TrainingData:
         """The records, then those held out."""
         return [*self.records, *(self.held_out.records if self.held_out is not None else ())]
 
+    def sizes(self) -> dict[Size, str]:
+        """The sizes of buckets, each with the words before it in a message."""
+        return {Size(*record.bucket): "a bucket of" for record in self.all_records}
+
+    def content(self) -> list[str]:
+        """A line for each image, sorted; other lines are other data."""
+        return sorted(f"{one.path.name}/{one.size}/{one.bucket}/{one.repeats}" for one in self.all_records)
+
     def loader(
         self, epoch: int, first_batch: int = 0, rank: int = 0, world: int = 1, workers: int | None = None
     ) -> BatchLoader:

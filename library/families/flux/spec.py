@@ -10,6 +10,7 @@ from library.options.control_net import FUSED_CONTROL_NET_GROUPS
 from library.options.embedding import T5_EMBEDDING_GROUPS
 from library.options.finetune import DENOISER_ONLY_GROUPS
 from library.options.large_models import LargeModelOptions, SplitModeOptions, TextCacheOptions
+from library.options.leco import SPLIT_LECO_GROUPS
 
 FLUX = ModelKind(
     "a FLUX model",
@@ -36,12 +37,14 @@ SPEC = FamilySpec(
         "flux_train": "finetune",
         "flux_train_textual_inversion": "embedding",
         "flux_train_control_net": "control_net",
+        "flux_train_leco": "leco",
     },
     groups={
         "network": (LargeModelOptions, TextCacheOptions, SplitModeOptions),
         "finetune": DENOISER_ONLY_GROUPS,
         "embedding": T5_EMBEDDING_GROUPS,
         "control_net": (FluxControlNetFamily, *FUSED_CONTROL_NET_GROUPS),
+        "leco": SPLIT_LECO_GROUPS,
     },
     tools={"flux_merge_lora": FluxMergeOptions, "flux_extract_lora": FluxExtractOptions},
     kinds=(FLUX,),

@@ -17,7 +17,7 @@ from library.families.sdxl.variants import model_facts
 from library.families.shared.clip import PENULTIMATE, encode_at_layer, project_first_eos
 from library.families.shared.deep_shrink import shrinking
 from library.families.shared.roles import UnetDenoiser, VaeLatents
-from library.families.shared.unet import map_of_config, reads_masks
+from library.families.shared.unet import map_of_config, reads_masks, text_layers
 from library.families.shared.unet_controlnet import UnetControl
 from library.text.chunking import tokenize
 from library.text.emphasis import tokenize_weighted, weighted
@@ -52,6 +52,7 @@ class SdxlFamily(Family):
             writer=SdxlWriter(opts),
             control=UnetControl(opts, denoiser, original_names=False),
             lllite=LlliteControl(opts, denoiser),
+            text_layers=text_layers,
             shrinking=shrinking,
         )
 

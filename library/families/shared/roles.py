@@ -78,8 +78,5 @@ class UnetDenoiser(Denoiser):
     def prediction_type(self) -> Literal["epsilon", "v_prediction", "flow"]:
         return "v_prediction" if self.opts.family.v_parameterization else "epsilon"
 
-    def text_layers(self, models: Models) -> list[str]:
-        return [path for path, _ in models.denoiser.named_modules() if path.endswith(".attn2")]
-
     def blocks(self, models: Models) -> list[nn.Module]:
         return unet_blocks(models.denoiser)
