@@ -96,7 +96,9 @@ function samples() {
   gallery(made, [{
     title: "", corner: "", columns: steps.map(step => (step ? `step ${count(step)}` : "before")), rows: numbers.map(latest),
     cells: numbers.map(number => steps.map(step => cell(at.get(`${number} ${step}`)))),
-  }]);
+  }], innerWidth < 640 ? 104 : 160);
+  const sheet = made.querySelector(".sheet");
+  sheet.scrollLeft = sheet.scrollWidth;  // the newest ones
   if (data.samples_left_out) made.append(make("p", { className: "quiet", textContent:
     `${count(data.samples_left_out)} images in between are left out here, to keep this page small; all are in the folder of the samples.` }));
 }
@@ -113,7 +115,9 @@ const PANELS = [  // title, which series, whether the control smooths them
 function curves() {
   const known = Object.entries(data.series).filter(([, one]) => one.points.length);
   if (!known.length) return;
-  const slider = make("input", { type: "range", min: 0, max: 99, value: 90 }), shown = make("span");
+  const longest = Math.max(...known.map(([, one]) => one.points.length));
+  const slider = make("input", { type: "range", min: 0, max: 99, value: longest > 1000 ? 98 : longest > 200 ? 95 : 90 });
+  const shown = make("span");
   const charts = make("div", { className: "charts" });
   const made = section("Curves", make("div", { className: "tools" }, make("label", {}, "smoothing", slider, shown)), charts);
   const draw = () => {

@@ -20,12 +20,13 @@ from library.options.logging import TENSORBOARD_KEYS
 from library.options.parsing import parse_options
 from library.registry import groups_for
 from library.runtime.logs import LOGGER
-from library.training.tracking import Tracker, loggable, make_tracker
+from library.training.tracking import Sink, Tracker, loggable, make_tracker
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "0123456789abcdef0123456789abcdef01234567"
 OFFLINE_RUN = """
 import sys
+from pathlib import Path
 from PIL import Image
 from library.options.parsing import parse_options
 from library.registry import groups_for
@@ -35,7 +36,7 @@ with make_tracker(parse_options(groups_for("sd", "network"), sys.argv[1:]), "net
     tracker.scalars(10, {"loss/validation": 0.5})
     for step in (9, 10):
         tracker.scalars(step, {"loss/current": 1 / step, "lr/unet": 1e-4})
-    tracker.image(10, "sample/00", Image.new("RGB", (8, 8), "red"), "a red square")
+    tracker.image(10, "sample/00", Image.new("RGB", (8, 8), "red"), "a red square", Path("0.png"))
 """
 TRACKER_CONFIG = """
 [tensorboard]
@@ -75,7 +76,7 @@ def test_tensorboard_with_settings_of_its_own(tmp_path):
     with make_tracker(options(*flags), "network_train") as tracker:
         tracker.scalars(1, {"loss/current": 0.25})
         tracker.scalars(2, {"loss/current": 0.125})
-        tracker.image(2, "sample/00", Image.new("RGB", (8, 8), "red"), "a red square")
+        tracker.image(2, "sample/00", Image.new("RGB", (8, 8), "red"), "a red square", Path("0.png"))
     (run,) = (tmp_path / "logs").iterdir()
     (file,) = (run / "mine").iterdir()
     assert file.name.endswith(".mine")
@@ -206,7 +207,7 @@ def test_what_may_be_logged():
 # ---- what goes wrong
 
 
-class Memory:
+class Memory(Sink):
     """A tracker that keeps what it gets, waits for `gate` before each value, and raises at the values in `bad`."""
 
     def __init__(self, bad=(), gate: threading.Event | None = None):
@@ -220,7 +221,7 @@ class Memory:
             raise OSError("no space\nleft")
         self.values.append((step, values))
 
-    def image(self, step, name, image, caption):
+    def image(self, step, name, image, caption, path):
         self.values.append((step, name, caption))
 
     def close(self, failed):
@@ -233,7 +234,7 @@ def test_one_that_fails_is_left_out_and_named_once(messages):
         for step in range(1, 6):
             tracker.scalars(step, {"loss": float(step)})
             time.sleep(0.01)
-        tracker.image(5, "sample/00", Image.new("RGB", (1, 1)), "text")
+        tracker.image(5, "sample/00", Image.new("RGB", (1, 1)), "text", Path("0.png"))
     assert good.values == [*((step, {"loss": float(step)}) for step in range(1, 6)), (5, "sample/00", "text")]
     assert (bad.values, bad.calls) == ([(1, {"loss": 1.0})], 2)
     assert messages() == ["Bad failed, nothing more is logged there: no space"]
