@@ -197,8 +197,8 @@ def demo(steps: int) -> None:
     run(["examples/before_after.py", f"{OUT}/sample", "examples/concept", f"{OUT}/before_after.png"])
     page = out / f"{NAME}.html"
     say(f"look at {out / 'before_after.png'}: the same prompts and seeds without and with the LoRA.")
-    say("It worked if 'sks flower' has become a flower with round petals, and the red circle is a circle still;")
-    say("a flower that is only half there on dark backgrounds is what so few steps give.")
+    say("It worked if the triangles have become pink flowers of five petals, and circle and star are what they were;")
+    say("a middle that is not yellow yet, on dark backgrounds, is what so few steps give.")
     say(f"{page} shows the run: samples by step, curves, settings, and the commands to use {NAME}.safetensors.")
     say('Now your own images: README.md, "Training on your own images"')
     open_page(page)

@@ -281,7 +281,7 @@ class Session:
         saves = make_save_plan(opts.saving, method.file_suffix(), self.plan.epochs)
         check_space(saves.final_path().parent, state.size_of(method.trainable().state_dict()), "what is to be saved")
         origin = Origin(tuple(script for script, name in scripts.items() if name == spec.name), spec.usage)
-        sinks = {**self._pages(origin, saves, about), "--notify": notifier}
+        sinks = {**self._pages(origin, saves, about), **notifier.sinks()}
         return Run(
             opts=opts,
             seed=opts.training.seed,

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from library.checkpoints.sizes import with_size
 from library.errors import UserError
 from library.generation.control import ControlNets, load_control_nets
 from library.generation.networks import Networks, attach_rest, check_files, merge_first
 from library.generation.words import add_words, read_words
 from library.memory.attention import set_attention
+from library.runtime.logs import LOGGER
 from library.training import placement
 from library.types import TextCond
 
@@ -115,6 +117,7 @@ def load_model(opts: Options, spec: FamilySpec, training: Options, *, offload: b
     words = read_words(opts.texts.textual_inversion_embeddings or ())
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     family = spec.adapter(training)
+    LOGGER.info("loading %s", with_size(opts.checkpoint.ckpt))
     models = family.loader.load()
     models.freeze()
     merge_first(opts.networks, files, family, models)

@@ -24,6 +24,7 @@ LARGEST_PAGE = 200 << 20  # bytes of a page that is read back; those written her
 _FOLDER = Path(__file__).parent
 _INCLUDE = re.compile(r"@include ([a-z]+\.[a-z]+)@")
 _START, _END = '<script type="application/json" id="data">', "</script>"
+_TINY = 128  # pixels
 _MARKUP = ("<", ">", "&")  # could end the element or begin a comment in it; in JSON they stand in texts only
 
 
@@ -55,11 +56,11 @@ def read_data(path: Path) -> Any:
 
 
 def data_url(image: Image.Image, longest: int = LONGEST_SIDE, quality: int = 85) -> str:
-    """The image as WebP in a URL, at most `longest` pixels on a side."""
+    """The image as WebP in a URL, at most `longest` pixels on a side; tiny ones without loss."""
     small = image.convert("RGBA" if "A" in image.getbands() else "RGB")
     small.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    small.save(buffer, format="WEBP", quality=quality)
+    small.save(buffer, format="WEBP", quality=quality, lossless=max(small.size) <= _TINY)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 

@@ -91,7 +91,7 @@ function samples() {
   const at = new Map(data.samples.map(one => [`${one.number} ${one.step}`, one]));
   const latest = number => data.samples.filter(one => one.number === number).pop().prompt;
   const cell = one => one && { src: one.src, name: one.prompt, file: one.href,
-    facts: [`step ${count(one.step)}, epoch ${count(one.epoch)}`, one.prompt] };
+    facts: [one.step ? `step ${count(one.step)}, epoch ${count(one.epoch)}` : "before the first step", one.prompt] };
   const made = section("Samples");
   gallery(made, [{
     title: "", corner: "", columns: steps.map(step => (step ? `step ${count(step)}` : "before")), rows: numbers.map(latest),

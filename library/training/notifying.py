@@ -37,6 +37,10 @@ class Notifier(Sink):
 
     # ---- as a sink
 
+    def sinks(self) -> dict[str, Sink]:
+        """Itself, by its name in messages, where there is a URL."""
+        return {"--notify": self} if self._urls else {}
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._step = max(self._step, step)
         self._loss = values.get("loss/average", self._loss)
@@ -45,7 +49,8 @@ class Notifier(Sink):
         self._image = path
 
     def saved(self, step: int, path: Path) -> None:
-        self._file = path
+        if not path.name.endswith("-state"):
+            self._file = path
 
     def ended(self, ending: Ending) -> None:
         self._ending = ending

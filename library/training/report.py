@@ -90,4 +90,4 @@ class Report:
         steps = progress.step - self._run.start.step
         hours, rest = divmod(int(seconds), 3600)
         clock = f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
-        LOGGER.info("%d steps in %s, %.2f steps/s", steps, clock, steps / max(seconds, 1e-9))
+        LOGGER.info("%d steps in %s, %.2f s/step", steps, clock, seconds / max(steps, 1))

@@ -45,6 +45,7 @@ FACTS = {
 # What a person does; the findings become the page's only text.
 USE = """
 <script>
+{
 const found = {}, at = which => document.querySelector(which), all = which => document.querySelectorAll(which);
 found.sections = [...all("h2")].map(one => one.textContent);
 found.images = all(".sheet img").length;
@@ -78,6 +79,7 @@ found.text = document.body.innerText;
 found.title = document.title;
 document.body.innerHTML = "<pre></pre>";
 at("pre").textContent = "FOUND" + btoa(encodeURIComponent(JSON.stringify(found))) + "END";
+}
 </script>
 """
 

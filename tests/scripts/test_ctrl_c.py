@@ -53,7 +53,9 @@ def test_every_script_ends_in_one_line_with_130(run_script):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     line = re.compile(r"interrupted; what was (saved|written) before is whole(, and --skip_existing .*)?\n")
-    wrong = {script: end for script, end in found.items() if end[0] != 130 or not line.fullmatch(end[1])}
+    wrong = {
+        script: end for script, end in found.items() if end[0] != 130 or not line.fullmatch(end[1].splitlines(True)[-1])
+    }
     assert found.keys() == set(SCRIPTS)
     assert not wrong
 

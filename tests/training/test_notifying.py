@@ -61,6 +61,7 @@ def test_a_run_that_is_done_says_so_with_its_last_image(server, tmp_path):
         tracker.scalars(7, {"loss/average": 0.125})
         tracker.image(7, "sample/00", Image.new("RGB", (8, 8)), "a cat", tmp_path / "last.png")
         tracker.saved(7, tmp_path / "flower.safetensors")
+        tracker.saved(7, tmp_path / "flower-state")
         tracker.ended(Ending("done", ""))
 
     run(options(url), work)

@@ -44,7 +44,7 @@ def test_a_file_has_all_of_it_in_the_shape_that_programs_read(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("columns", "total", "memory"), [(80, 20_000, ""), (80, 2000, ", 11.2GB"), (WIDE - 1, 20_000, ", 11.2GB")]
+    ("columns", "total", "memory"), [(80, 20_000, ""), (84, 2000, ", 11.2GB"), (WIDE - 1, 20_000, ", 11.2GB")]
 )
 def test_a_narrow_terminal_shows_what_matters_and_what_has_room(monkeypatch, columns, total, memory):
     text = line(monkeypatch, Terminal(), columns=columns, total=total)

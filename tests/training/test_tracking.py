@@ -21,6 +21,7 @@ from library.options.parsing import parse_options
 from library.registry import groups_for
 from library.runtime.logs import LOGGER
 from library.training.tracking import Sink, Tracker, loggable, make_tracker
+from tests.builders.wandb_log import records
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -85,31 +86,23 @@ def test_tensorboard_with_settings_of_its_own(tmp_path):
     assert events.Tags()["images"] == ["sample/00 a red square"]
 
 
+def test_the_folder_of_a_run_carries_the_output_name(tmp_path):
+    def name(*flags):
+        opts = options(f"--logging_dir={tmp_path}", *flags)
+        return opts.logging.folder_of_run("20261129131500", opts.saving.output_name).name
+
+    assert name() == "20261129131500"
+    assert name("--output_name=styles/flower", "--log_prefix=v1_") == "v1_20261129131500-flower"
+    assert name("--output_name=" + "猫" * 80, "--log_prefix=" + "p" * 235) == f"{'p' * 235}20261129131500"
+    long = name("--output_name=" + "猫" * 80, "--log_prefix=" + "p" * 100)
+    assert long.startswith(f"{'p' * 100}20261129131500-猫")
+    assert len(long.encode()) <= 255
+
+
 def test_the_settings_we_name_are_those_of_the_writer():
     from torch.utils.tensorboard import SummaryWriter
 
     assert {*TENSORBOARD_KEYS} == {*inspect.signature(SummaryWriter.__init__).parameters} - {"self", "log_dir"}
-
-
-def records(file: Path) -> list:
-    """The messages in a file of wandb: a LevelDB log, whose records are split where a block of 32 KiB ends."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, place, found, part = file.read_bytes(), 7, [], b""
-    while place + 7 <= len(data):
-        left = 32768 - place % 32768
-        if left < 7:
-            place += left
-            continue
-        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-        part += data[place + 7 : place + 7 + size]
-        place += 7 + size
-        if kind in (1, 4):  # whole, or the last part
-            record = Record()
-            record.ParseFromString(part)
-            found.append(record)
-            part = b""
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ class ResultsPage(Sink):
 
     def image(self, step: int, name: str, image: Image.Image, caption: str, path: Path) -> None:
         number = int(name.rpartition("/")[2])
-        link = quote(os.fsencode(os.path.relpath(path, self.path.parent)))
+        link = quote(os.fsencode(Path(os.path.relpath(path, self.path.parent)).as_posix()))
         self._record.sample(step, self._course.epoch(step), number, caption, link, data_url(image))
 
     def saved(self, step: int, path: Path) -> None:
