@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -94,6 +95,19 @@ def test_the_page_holds_the_run(whole):
     assert TOKEN not in text
     assert text.count("</script>") == 2
     assert not list(whole.out.glob(".*"))
+
+
+def test_the_run_says_what_it_is_about_and_how_far_it_is(whole):
+    said = whole.said
+    assert re.search(r"loading .*/tiny-sd\.safetensors \(\d+\.\d MB\)\n", said)
+    block = (
+        r"total: 6 optimizer steps.*\n.*seed: 1\n.*trained: [\d,]+ parameters\n"
+        r".*rates: textencoder 0\.001, unet 0\.001; constant\n.*optimizer: torch\.optim\.adamw\.AdamW\n"
+        r".*length: 6 steps, 1 epoch of \d+\n.*batch: 2\n"
+    )
+    assert re.search(block, said)
+    last = [line for line in re.split(r"[\r\n]", said) if line.startswith("epoch 1/1, steps: 100%|")][-1]
+    assert re.search(r"\| 6/6 \[\d+:\d\d<00:00, \d+\.\d\ds/step, avr_loss=\d\.\d{4}, lr=0\.001, \d\.\dGB\]", last)
 
 
 def test_its_commands_do_what_they_say(whole, run_script, tmp_path):
