@@ -29,7 +29,7 @@ def build_parser(family: str, method: str) -> argparse.ArgumentParser:
 
 
 def run(family: str, method: str, argv: Sequence[str] | None = None, *, options: Options | None = None) -> None:
-    """Runs one script and exits: 0 done, 2 wrong options, files or data, 130 interrupted.
+    """Runs one script and exits: 0 done, 2 wrong options, files or data, 130 stopped by Ctrl-C.
 
     Args:
         argv: without the script's name; None: this process's own.
@@ -101,4 +101,6 @@ def _train(family_name: str, method_name: str, argv: Sequence[str] | None, optio
 
     from library.session import run_session
 
-    run_session(opts, family, method, specs)
+    status = run_session(opts, family, method, specs)
+    if status:
+        raise SystemExit(status)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ import torch
 
 from library import encoding
 from library.checkpoints import metadata
+from library.checkpoints.sizes import with_size
 from library.data.load import read_data
 from library.errors import UserError
 from library.inference.preview import Preview
@@ -28,14 +29,21 @@ from library.options.optimizer import sets_own_rate
 from library.options.sharding import sharding_of
 from library.runtime.logs import LOGGER
 from library.runtime.processes import Processes
+from library.runtime.signals import exit_status
 from library.training import distributed, lr_schedules, optimizers, placement, plan, resuming, state, state_notes
 from library.training.ema import EMA
 from library.training.hub import Hub
 from library.training.loop import train
+from library.training.notifying import Notifier
+from library.training.opening import describe_run
+from library.training.results_page import build as results_page
+from library.training.results_page.build import Origin
+from library.training.results_page.facts import Example
+from library.training.results_page.page import Course
 from library.training.run import Run
-from library.training.saving import check_space, make_save_plan
+from library.training.saving import SavePlan, check_space, make_save_plan
 from library.training.stepping import OptimizerStepper, equal_parts, listed_blocks, parts_by_block
-from library.training.tracking import make_tracker
+from library.training.tracking import Sink, make_tracker
 from library.training.validation import Validation
 from library.types import Size
 
@@ -58,26 +66,30 @@ if TYPE_CHECKING:
 SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def run_session(opts: Options, family: FamilySpec, method: MethodSpec, specs: list[DatasetSpec]) -> None:
+def run_session(opts: Options, family: FamilySpec, method: MethodSpec, specs: list[DatasetSpec]) -> int:
     """Trains what checked options ask for. `specs` are the datasets, as `checking.check` gave them.
 
+    Returns: the exit status: 0, or that of a run which a signal has ended.
     Raises: UserError: what only torch, the data, the loaded model or the whole plan of the run can show.
     """
     opts, accelerator, shards = join(opts)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
-    data, run_plan = open_data(opts, specs, family.traits, accelerator, processes, method.data)
-    if opts.data.debug_dataset:
-        show_data(opts, data, accelerator)
-    else:
-        session = Session(opts, family.adapter(opts), method.method(opts), data, run_plan, accelerator, shards)
-        session.check(family.missing_encoders(opts), takes_control=method.image_role == "control")
-        session.load()
-        session.encode()
-        session.place()
-        run = session.build(method)
-        with run.tracker, run.hub:
-            train(run)
+    progress: Progress | None = None
+    with Notifier(opts, enabled=accelerator.is_main_process and not opts.data.debug_dataset) as notifier:
+        data, run_plan = open_data(opts, specs, family.traits, accelerator, processes, method.data)
+        if opts.data.debug_dataset:
+            show_data(opts, data, accelerator)
+        else:
+            session = Session(opts, family.adapter(opts), method.method(opts), data, run_plan, accelerator, shards)
+            session.check(family.missing_encoders(opts), takes_control=method.image_role == "control")
+            session.load()
+            session.encode()
+            session.place()
+            run = session.build(method, family.scripts, notifier)
+            with run.tracker, run.hub:
+                progress = train(run)
     processes.close()
+    return exit_status(progress.interrupted) if progress is not None and progress.interrupted else 0
 
 
 # ---- before the model
@@ -209,6 +221,7 @@ class Session:
         Raises: UserError: the model cannot be read, or images to train on, or to make, are larger than it can take.
         """
         started = time.time()
+        LOGGER.info("loading %s", with_size(self.opts.model.pretrained_model_name_or_path))
         with placement.loading(self.opts, self.device):
             self.models = self.family.loader.load()
         LOGGER.info("loaded %s in %.1f s", self.opts.model.pretrained_model_name_or_path, time.time() - started)
@@ -259,8 +272,11 @@ class Session:
         self.swap = placement.swap_blocks(self.family, models, opts, self.device)
         LOGGER.info("device %s, mixed precision %s, attention %s", self.device, opts.memory.mixed_precision, attention)
 
-    def build(self, spec: MethodSpec) -> Run:
-        """The run, with optimizer and schedule over what is trained; of the method's spec, its logs and its steps."""
+    def build(self, spec: MethodSpec, scripts: Mapping[str, str], notifier: Notifier) -> Run:
+        """The run, with optimizer and schedule over what is trained; of the method's spec, its logs and its steps.
+
+        Args: scripts: see `FamilySpec.scripts`.
+        """
         opts, family, method, models, data = self.opts, self.family, self.method, self.models, self.data
         optimizer = optimizers.make_optimizer(method.parameter_groups(), opts.optimizer)
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -274,11 +290,16 @@ class Session:
                     schedule.step()
         for line in plan.describe(self.plan, data.num_train_images, data.num_reg_images):
             LOGGER.info("%s", line)
+        about = describe_run(opts, optimizer, self.plan, data.batch_sizes())
+        for pair in about:
+            LOGGER.info("%s: %s", *pair)
         settings = resuming.settings_of(optimizer, opts, self.plan, data)
         prepared = self.accelerator.prepare_optimizer(optimizer)
         saves = make_save_plan(opts.saving, method.file_suffix(), self.plan.epochs)
         check_space(saves.final_path().parent, state.size_of(method.trainable().state_dict()), "what is to be saved")
         denoise, objective = method.denoise(family, models), family.denoiser.objective()
+        origin = Origin(tuple(script for script, name in scripts.items() if name == spec.name), spec.usage)
+        sinks = {**self._pages(origin, saves, about), **notifier.sinks()}
         return Run(
             opts=opts,
             seed=opts.training.seed,
@@ -297,7 +318,7 @@ class Session:
             saves=saves,
             preview=self.preview,
             validation=Validation(opts, data.held_out, opts.training.seed),
-            tracker=make_tracker(opts, spec.tracker, enabled=self.accelerator.is_main_process),
+            tracker=make_tracker(opts, spec.tracker, enabled=self.accelerator.is_main_process, others=sinks),
             hub=Hub(opts.saving, enabled=self.accelerator.is_main_process),
             make_metadata=self._metadata_maker(optimizer),
             save_dtype=SAVE_DTYPES[opts.saving.save_precision],
@@ -307,6 +328,17 @@ class Session:
             ema=EMA(weights, opts.training.ema_decay) if opts.training.ema else None,
             shards=self.shards,
         )
+
+    def _pages(self, origin: Origin, saves: SavePlan, about: Sequence[tuple[str, str]]) -> dict[str, Sink]:
+        """The results page, if one is wanted, by its name in messages."""
+        opts = self.opts
+        if opts.logging.no_results_page:
+            return {}
+        resumed = opts.saving.resume is not None or self.start.step > 0
+        first = next(iter(self.preview.prompts), None)
+        example = None if first is None else Example(first.prompt, first.width, first.height)
+        course = Course(self.plan, self.start, resumed)
+        return {results_page.NAME: results_page.make_page(opts, origin, course, saves, self.data, about, example)}
 
     def _stepped_together(self, weights: list[Tensor]) -> list[list[Tensor]] | None:
         """The weights by the parts that are stepped inside the backward pass; None: they are not, or each by itself."""

@@ -77,10 +77,6 @@ class TrainableNetwork(nn.Module, ABC):
         """What the file holds."""
         return self.state_dict()
 
-    def state_is_file(self) -> bool:
-        """Whether programs that read the network's files read its state_dict, too."""
-        return self.file_state().keys() == self.state_dict().keys()
-
     def torch_content(self, tensors: dict[str, Tensor], name: str, metadata: Mapping[str, str]) -> dict[Any, Any]:
         """What a .pt or .ckpt file holds, in which metadata has no place of its own.
 

@@ -40,6 +40,7 @@ GUIDES = (
     "memory.md",
     "fine_tuning.md",
     "logging.md",
+    "results_page.md",
     "timesteps.md",
     "textual_inversion.md",
     "leco.md",

@@ -145,8 +145,17 @@ class RunData(Protocol):
     def sizes(self) -> dict[Size, str]:
         """The sizes of images that the denoiser will see, each with the words before it in a message."""
 
+    def batch_sizes(self) -> list[int]:
+        """The sizes that batches have, ascending."""
+
+    def example(self) -> tuple[str, Size]:
+        """A text that is trained on, and the size of its image."""
+
     def content(self) -> list[str]:
         """A line for each thing that is trained on, sorted; other lines are other data."""
+
+    def findings(self) -> list[tuple[str, list[tuple[Path, str]]]]:
+        """What was found in images: titles, each with the files that it concerns, and what is to be said of each."""
 
     def report(self) -> list[str]:
         """The lines for the log."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from library.checkpoints.sizes import with_size
 from library.errors import UserError
 from library.generation.control import GuidedNets, load_control_nets
 from library.generation.networks import Networks, attach_rest, check_files, merge_first
@@ -19,6 +20,7 @@ from library.generation.words import add_words_by_place, read_words
 from library.inference.regions import Reading, Text, read_masks, words_of
 from library.memory.attention import set_attention
 from library.methods.xti import read_by_place
+from library.runtime.logs import LOGGER
 from library.training import placement
 from library.types import TextCond
 
@@ -148,6 +150,7 @@ def load_model(opts: Options, spec: FamilySpec, training: Options, *, offload: b
     words = read_words(opts.texts.textual_inversion_embeddings or (), opts.texts.XTI_embeddings or ())
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     family = spec.adapter(training)
+    LOGGER.info("loading %s", with_size(opts.checkpoint.ckpt))
     models = family.loader.load()
     models.freeze()
     merge_first(opts.networks, files, family, models)

@@ -124,6 +124,15 @@ class PromptData:
     def sizes(self) -> dict[Size, str]:
         return {pair.size: f"{self.file}: a resolution of" for pair in self.pairs}
 
+    def batch_sizes(self) -> list[int]:
+        return sorted({pair.batch_size for pair in self.pairs})
+
+    def example(self) -> tuple[str, Size]:
+        return self.pairs[0].target, self.pairs[0].size
+
+    def findings(self) -> list[tuple[str, list[tuple[Path, str]]]]:
+        return []
+
     def content(self) -> list[str]:
         return sorted(json.dumps(asdict(pair)) for pair in self.pairs)
 

@@ -35,6 +35,7 @@ LECO = MethodSpec(
     name="leco",
     title="Erases or strengthens a concept of {model}, or makes a slider of it, from prompts alone (LECO).",
     tracker="leco_train",
+    usage=network_spec.NETWORK.usage,
     groups=LECO_GROUPS,
     method=EntryPoint("library.methods.network:NetworkMethod"),
     check=check_options,

@@ -30,6 +30,8 @@ class MethodSpec:
     method: EntryPoint[[Options], Method]
     # Problems that options and file headers show, beside those that the groups find.
     check: Callable[[Options, FamilyTraits], list[str]] = lambda opts, traits: []
+    # Options of gen_img.py for a saved file, {file}; "{stem}" is its name without ending. None: it does not read them.
+    usage: str | None = None
     image_role: ImageRole = "mask"  # what the images of `conditioning_data_dir` are to it
     complete_options: Callable[[Options], Options] = lambda opts: opts  # by what other options say
     # Of a method that trains without images: its own data, made of (options, traits, number of processes), and what

@@ -19,13 +19,15 @@ from library.training.plan import Progress
 from library.training.report import Report
 from library.training.run import Run
 from library.training.step import StepParts, training_step
+from library.training.tracking import Ending
 from library.types import Batch
 
 
 def train(run: Run) -> Progress:
     """Runs until the planned number of optimizer steps is done, saving, sampling and logging on the way.
 
-    Ctrl-C and SIGTERM end it after the step at hand, with a state to resume from. In the last step they change nothing.
+    Ctrl-C and SIGTERM end it after the step at hand, with a state to resume from and a copy to use. In the last step
+    they change nothing.
     """
     with Interruption() as interruption:
         grad_text = bool(run.method.trained_text_encoders())
@@ -57,7 +59,14 @@ def train(run: Run) -> Progress:
                 checkpointing.save_interrupted(run, progress)
             else:
                 checkpointing.save(run, progress, run.saves.final())
+        run.tracker.ended(_ending(progress))
     return progress
+
+
+def _ending(progress: Progress) -> Ending:
+    if progress.interrupted:
+        return Ending("stopped", f"after step {progress.step}")
+    return Ending("done", "early: validation no longer improved" if progress.stopped else "")
 
 
 def _epoch(
@@ -65,7 +74,7 @@ def _epoch(
 ) -> None:
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    batches = iter(run.data.loader(progress.epoch, first_batch, rank=rank, world=world))
+    batches = report.batches(iter(run.data.loader(progress.epoch, first_batch, rank=rank, world=world)))
     while group := list(islice(batches, run.plan.accumulation)):  # the last one of an epoch may be shorter
         run.method.start_step(progress.step)
         run.stepper.start(progress.step)
@@ -76,15 +85,15 @@ def _epoch(
         progress.step += 1
         if run.ema is not None:
             run.ema.update(progress.step)
-        report.step(progress.step, losses, gradient_norm, rates)
+        report.step(progress, losses, gradient_norm, rates)
         if run.validation.due(progress.step):
             _validate(run, parts, progress, report)
         if run.takes_part:
             _save_and_sample(run, progress, report, epoch_end=False)
         # All processes must leave at the same step, whichever of them the signal has reached.
-        requested = bool(run.processes.all_max(int(interruption.requested)))
+        requested = run.processes.all_max(interruption.requested)
         over = progress.stopped or progress.step >= run.plan.total_steps
-        progress.interrupted = requested and not over
+        progress.interrupted = 0 if over else requested
         if requested or over:
             break
     whole = progress.micro_step == progress.epoch * run.plan.batches_per_process
@@ -199,4 +208,5 @@ def _sample(run: Run, progress: Progress, *, epoch_end: bool) -> None:
         )
     for index, image in enumerate(images):
         LOGGER.info("sampled %s", image.path)
-        run.tracker.image(progress.step, f"sample/{index:02d}", image.image, image.prompt.prompt)
+        run.tracker.image(progress.step, f"sample/{index:02d}", image.image, image.prompt.prompt, image.path)
+    run.tracker.flush()

@@ -54,7 +54,7 @@ class Progress:
     micro_step: int = 0  # batches done by this process since the first epoch
     epoch_ended: bool = True  # False: what happens at the epoch's end is still to be done, if the epoch is over
     started: float = field(default_factory=time.time, compare=False)  # unix time
-    interrupted: bool = False  # by a signal
+    interrupted: int = 0  # the number of the signal that ends the run early
     stopped: bool = False  # early, because validation no longer improves
 
 

@@ -116,7 +116,8 @@ def test_the_printed_command_with_what_fits_24_gb(run_script, models, pairs, tmp
     done = run_script(*words[start:])
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list(pairs.images.glob("*_flux.npz"))) == len(list(pairs.images.glob("*_flux_te.npz"))) == 4
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["flux-cn.safetensors"]
+    files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
+    assert files == ["flux-cn.html", "flux-cn.safetensors"]
     weights = load_file(tmp_path / "flux-cn.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
     assert weights["controlnet_blocks.0.weight"].any()

@@ -216,6 +216,12 @@ class TrainingData:
         """The sizes of buckets, each with the words before it in a message."""
         return {Size(*record.bucket): "a bucket of" for record in self.all_records}
 
+    def batch_sizes(self) -> list[int]:
+        return sorted({spec.batch_size for spec in self.specs})
+
+    def example(self) -> tuple[str, Size]:
+        return self.records[0].caption, self.records[0].bucket
+
     def content(self) -> list[str]:
         """A line for each image, sorted; other lines are other data."""
         return sorted(f"{one.path.name}/{one.size}/{one.bucket}/{one.repeats}" for one in self.all_records)
@@ -250,6 +256,9 @@ class TrainingData:
     def report(self) -> list[str]:
         """The lines for the log: images, buckets, and everything that is left out, with the reason."""
         return summary.report(self)
+
+    def findings(self) -> list[tuple[str, list[tuple[Path, str]]]]:
+        return summary.findings(self)
 
     def metadata(self, processes: int = 1) -> dict[str, Any]:
         """The ss_* values that describe the data; structures that the format writes as JSON are JSON text."""
