@@ -12,6 +12,7 @@ from torch import Tensor
 
 from library.runtime import seeds
 from library.runtime.logs import LOGGER
+from library.runtime.processes import Processes
 from library.runtime.signals import Interruption
 from library.training import checkpointing, lr_schedules, placement, saving, state
 from library.training.optimizers import effective_rates
@@ -130,7 +131,7 @@ def _accumulate(run: Run, parts: StepParts, group: list[Batch], progress: Progre
 def _update(run: Run, parameters: list[Tensor]) -> Tensor | None:
     """Averages gradients over the processes, clips, steps; returns the gradient norm before clipping."""
     if run.accelerator.num_processes > 1 and run.shards is None:  # sharded ones are averaged as they arrive
-        average_gradients(parameters, run.accelerator.num_processes)
+        average_gradients(parameters, run.processes)
     norm = None
     limit = run.opts.optimizer.max_grad_norm
     if limit and not run.stepper.inside_backward:
@@ -145,22 +146,25 @@ def _update(run: Run, parameters: list[Tensor]) -> Tensor | None:
     return norm
 
 
-def average_gradients(parameters: list[Tensor], world: int) -> None:
+def average_gradients(parameters: list[Tensor], processes: Processes) -> None:
     """Replaces every gradient by its mean over the processes, as one message per dtype.
+
+    A weight without a gradient counts as one of zeros where another process has one. Where none has, it stays without:
+    of zeros, an optimizer would make a step by its weight decay and its averages.
 
     Adapters are reached through hooks and not through one wrapped forward, so this is done by hand.
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]  # some are stopped on the way
-    for parameter in parameters:
+    reached = processes.any_of([parameter.grad is not None for parameter in parameters])
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in (parameter for parameter, has_gradient in zip(parameters, reached, strict=True) if has_gradient):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in parameters:
         by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
     for gradients in by_dtype.values():
         flat = torch._utils._flatten_dense_tensors(gradients)
         torch.distributed.all_reduce(flat)
-        flat /= world
+        flat /= processes.world
         for gradient, mean in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
             gradient.copy_(mean)
 

@@ -166,8 +166,9 @@ def test_a_resumed_run_writes_the_same_bytes(whole, train, tmp_path):
 
 @pytest.mark.rows("R338", "R339")
 def test_two_processes_train_as_one_that_accumulates(train, tmp_path):
-    """Whether the ControlNet is sharded over them or not."""
+    """Whether the ControlNet is sharded over them or not. Weights without a gradient do not decay in either."""
     common = {"max_train_steps": 2, "optimizer_type": "SGD", "learning_rate": 0.1, "cache_latents": True}
+    common["optimizer_args"] = ["weight_decay=0.1"]
     one = train("flux", tmp_path / "one", gradient_accumulation_steps=2, **common)
     two = train("flux", tmp_path / "two", processes=2, **common)
     sharded = train("flux", tmp_path / "sharded", processes=2, deepspeed=True, zero_stage=3, **common)
