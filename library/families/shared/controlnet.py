@@ -65,7 +65,7 @@ def start_hint(embedding: nn.Module) -> None:
 
     Their deviation keeps the size of what they make of the image from one to the next (He et al. 2015,
     arXiv:1502.01852, with the gain of SiLU). With PyTorch's own weights and biases, what edges change at the end is
-    1/350 of what stands there for every image, and learning to see them takes thousands of steps.
+    1/350 of what stands there for every image.
 
     Args: embedding: diffusers' `ControlNetConditioningEmbedding`. Its last convolution stays zero.
     """
