@@ -273,7 +273,11 @@ def test_a_disk_that_fills_up_leaves_what_was_there(whole, run_script, train_arg
     assert done.returncode == 2, done.stderr[-3000:]
     assert "cannot be saved (File too large); what was saved before is whole" in done.stderr
     assert "Traceback" not in done.stderr
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    page = out / "lora.html"  # small enough to be written again; it is whole, whichever one it is
+    assert after.pop(page).rstrip().endswith(b"</html>")
+    del before[page]
+    assert after == before
 
 
 WHOLE_MODELS = {
