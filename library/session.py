@@ -24,7 +24,7 @@ from library.data.load import read_data
 from library.errors import UserError
 from library.inference.preview import Preview
 from library.memory.attention import set_attention
-from library.memory.compiling import compile_blocks
+from library.memory.compiling import compile_blocks, graphs_per_shape
 from library.options.optimizer import sets_own_rate
 from library.options.sharding import sharding_of
 from library.runtime.logs import LOGGER
@@ -42,14 +42,13 @@ from library.training.results_page.facts import Example
 from library.training.results_page.page import Course
 from library.training.run import Run
 from library.training.saving import SavePlan, check_space, make_save_plan
-from library.training.stepping import OptimizerStepper, equal_parts, listed_blocks, parts_by_block
+from library.training.stepping import OptimizerStepper, listed_blocks, parts_inside_backward
 from library.training.tracking import Sink, make_tracker
 from library.training.validation import Validation
 from library.types import Size
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import Tensor
 
     from library.data.types import DatasetSpec, RunData
     from library.entry_points import EntryPoint
@@ -264,13 +263,30 @@ class Session:
         """Moves the denoiser to the device; compiles, shards or swaps it as the options say."""
         opts, models = self.opts, self.models
         placement.place_denoiser(models, opts, self.device, sharded=self.shards is not None)
+        placement.set_norms(self.family, models)
         attention = set_attention(models.denoiser, opts.memory)
         if opts.memory.compiles:
             compile_blocks(self.family.denoiser.blocks(models), opts.memory.dynamo_backend, self.device)
+            self._announce_graphs()
         if self.shards is not None:
             placement.shard_denoiser(self.family, models, opts, self.shards)
         self.swap = placement.swap_blocks(self.family, models, opts, self.device)
         LOGGER.info("device %s, mixed precision %s, attention %s", self.device, opts.memory.mixed_precision, attention)
+
+    def _announce_graphs(self) -> None:
+        """Says how often steps will wait for the compiler: in the first ones, and whenever a new shape comes up."""
+        blocks, shapes = self.family.denoiser.blocks(self.models), self.data.batch_shapes()
+        if self.family.traits.tokens_in_a_row:
+            distinct = {(count, size.width * size.height) for count, size in shapes}
+        else:
+            distinct = shapes
+        trained = placement.has_trained_weights(self.models.denoiser)
+        each = graphs_per_shape(blocks, input_has_gradient=trained) + self.family.traits.extra_graphs
+        LOGGER.info(
+            "--torch_compile: %d graphs will be compiled in training, each when it is first needed: %d for each of %d "
+            "shapes of batches",
+            *(each * len(distinct), each, len(distinct)),
+        )
 
     def build(self, spec: MethodSpec, scripts: Mapping[str, str], notifier: Notifier) -> Run:
         """The run, with optimizer and schedule over what is trained; of the method's spec, its logs and its steps.
@@ -295,6 +311,9 @@ class Session:
             LOGGER.info("%s: %s", *pair)
         settings = resuming.settings_of(optimizer, opts, self.plan, data)
         prepared = self.accelerator.prepare_optimizer(optimizer)
+        added = method.added()
+        blocks = family.denoiser.blocks(models) if added is None else listed_blocks(added)
+        stepped_together = parts_inside_backward(opts, weights, blocks, swapped=self.swap is not None)
         saves = make_save_plan(opts.saving, method.file_suffix(), self.plan.epochs)
         check_space(saves.final_path().parent, state.size_of(method.trainable().state_dict()), "what is to be saved")
         denoise, objective = method.denoise(family, models), family.denoiser.objective()
@@ -313,7 +332,7 @@ class Session:
             plan=self.plan,
             accelerator=self.accelerator,
             optimizer=prepared,
-            stepper=OptimizerStepper(opts, optimizer, prepared, self._stepped_together(weights)),
+            stepper=OptimizerStepper(opts, optimizer, prepared, stepped_together),
             schedule=schedule,
             saves=saves,
             preview=self.preview,
@@ -339,16 +358,6 @@ class Session:
         example = None if first is None else Example(first.prompt, first.width, first.height)
         course = Course(self.plan, self.start, resumed)
         return {results_page.NAME: results_page.make_page(opts, origin, course, saves, self.data, about, example)}
-
-    def _stepped_together(self, weights: list[Tensor]) -> list[list[Tensor]] | None:
-        """The weights by the parts that are stepped inside the backward pass; None: they are not, or each by itself."""
-        fused, added = self.opts.fused, self.method.added()
-        if not fused.in_use:
-            return None
-        if fused.blockwise_fused_optimizers:
-            blocks = self.family.denoiser.blocks(self.models) if added is None else listed_blocks(added)
-            return parts_by_block(weights, blocks)
-        return equal_parts(weights, fused.fused_optimizer_groups)
 
     def _metadata_maker(self, optimizer: torch.optim.Optimizer) -> Callable[[Progress], dict[str, str]]:
         """A function that makes a file's metadata at any point of the run."""

@@ -212,6 +212,9 @@ class FamilyTraits:
     pooled_by_image: bool = False  # whether an image, as CLIP sees it, can stand for the text as a whole
     hypernetworks: bool = False  # whether image programs load hypernetworks for such models
     blocks_per_swap: float = 1.0  # that --blocks_to_swap counts as one
+    extra_graphs: int = 0  # kinds of blocks whose first one gets its inputs laid out otherwise than those after it
+    tokens_in_a_row: bool = False  # blocks see how many latents there are, and not in how many rows and columns
+    norms_keep_dtype: bool = False  # the authors' code computes layer norms in the dtype of the stream, not in float32
     # Flow models: (height, width) of the latents -> s; sampling takes sigma' = s sigma / (1 + (s - 1) sigma).
     flow_shift: Callable[[int, int], float] | None = None
 

@@ -21,6 +21,8 @@ class AdapterLayer(nn.Module, ABC):
     # What becomes of a module's output; it gets this, and what gives the adapted one. None: that takes its place.
     within: Callable[[Tensor, Callable[[], Tensor]], Tensor] | None = None
     rows: list[int]  # output rows of each module
+    shares_input = False  # whether `adapt` may be given the input in the dtype that autocast computes in
+    copies: tuple[Tensor, ...] | None = None  # of what `copied_weights` names, while there are some
 
     def rows_of(self, index: int) -> slice:
         """The output rows of the `index`-th module among those of all."""
@@ -87,6 +89,14 @@ class AdapterLayer(nn.Module, ABC):
         Only in training, when one network at most acts on a module.
         """
         return None
+
+    def adapt_into(self, index: int, x: Tensor, output: Tensor) -> Tensor:
+        """`adapt`, for callers that need `output` no longer: it may be overwritten."""
+        return self.adapt(index, x, output)
+
+    def copied_weights(self) -> list[tuple[Tensor, Sequence[int]]]:
+        """The weights of which `adapt` takes `copies` in another dtype, each with the rows of the pieces it takes."""
+        return []
 
     def before_step(self) -> None:
         """Called before each optimizer step, when the gradients are as the step sees them; never waits."""

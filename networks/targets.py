@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from networks.layers.copies import cast_input
 from networks.selection import TargetLayer
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def hook(models: Models, target: LoraTarget, layer: AdapterLayer) -> list[Remova
     handles = []
     for index, module in enumerate(live_modules(models, target)):
         made: list[Tensor] = []
+        if layer.shares_input:
+            handles.append(module.register_forward_pre_hook(cast_input))
         if not target.swap_halves:
             handles.append(module.register_forward_pre_hook(_spare(layer, index, made)))
         handles.append(module.register_forward_hook(_hook(layer, index, target.swap_halves, made)))
@@ -136,13 +139,17 @@ def _hook(
     def adapt(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if made:
             return made.pop()
+        if layer.within is None:
+            if swap:
+                return swap_halves(layer.adapt_into(index, args[0], swap_halves(output, -1)), -1)
+            return layer.adapt_into(index, args[0], output)
 
-        def adapted() -> Tensor:
+        def adapted() -> Tensor:  # beside the output, which stays
             if swap:
                 return swap_halves(layer.adapt(index, args[0], swap_halves(output, -1)), -1)
             return layer.adapt(index, args[0], output)
 
-        return adapted() if layer.within is None else layer.within(output, adapted)
+        return layer.within(output, adapted)
 
     return adapt
 

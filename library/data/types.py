@@ -148,6 +148,9 @@ class RunData(Protocol):
     def batch_sizes(self) -> list[int]:
         """The sizes that batches have, ascending."""
 
+    def batch_shapes(self) -> set[tuple[int, Size]]:
+        """(images, their size in pixels) of every batch of an epoch, the last ones of buckets included."""
+
     def example(self) -> tuple[str, Size]:
         """A text that is trained on, and the size of its image."""
 

@@ -127,6 +127,9 @@ class PromptData:
     def batch_sizes(self) -> list[int]:
         return sorted({pair.batch_size for pair in self.pairs})
 
+    def batch_shapes(self) -> set[tuple[int, Size]]:
+        return {(pair.batch_size, pair.size) for pair in self.pairs}
+
     def example(self) -> tuple[str, Size]:
         return self.pairs[0].target, self.pairs[0].size
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -22,6 +23,7 @@ from library.training.run import Run
 from library.training.step import StepParts, training_step
 from library.training.tracking import Ending
 from library.types import Batch
+from networks.layers.copies import weights_in
 
 
 def train(run: Run) -> Progress:
@@ -119,13 +121,22 @@ def _accumulate(run: Run, parts: StepParts, group: list[Batch], progress: Progre
         number = progress.micro_step * run.accelerator.num_processes + run.accelerator.process_index
         torch.manual_seed(seeds.derive(run.seed, "layers", number))  # dropout inside the modules
         run.method.before_batch(batch)
-        rng = seeds.generator(run.accelerator.device, run.seed, "noise", number)
-        with run.accelerator.autocast():
-            loss = training_step(parts, batch, rng).losses.mean()
-        run.accelerator.backward(loss / len(group))
+        rng = parts.streams.at(run.accelerator.device, run.seed, "noise", number)
+        with _computing(run):
+            with run.accelerator.autocast():
+                loss = training_step(parts, batch, rng).losses.mean()
+            run.accelerator.backward(loss / len(group))
         losses.append(loss.detach())
         progress.micro_step += 1
     return losses
+
+
+def _computing(run: Run) -> AbstractContextManager[None]:
+    """A context for the passes of one batch, in which adapters' weights have the dtype of the computation."""
+    added = run.method.added()
+    if added is None or run.stepper.inside_backward:  # which needs each gradient as soon as it is there
+        return nullcontext()
+    return weights_in(added, placement.WEIGHT_DTYPES[run.opts.memory.mixed_precision])
 
 
 def _update(run: Run, parameters: list[Tensor]) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ class StepParts:
     objective: Objective
     grad_text: bool
     draw: Draw | None = None
+    streams: seeds.Streams = field(default_factory=seeds.Streams)
 
 
 def batch_latents(parts: StepParts, batch: Batch, rng: torch.Generator) -> Tensor:
@@ -39,7 +40,7 @@ def batch_latents(parts: StepParts, batch: Batch, rng: torch.Generator) -> Tenso
     if batch.latents is not None:
         latents = batch.latents
     else:
-        own = seeds.generator(rng.device, rng.initial_seed(), "latents")
+        own = parts.streams.at(rng.device, rng.initial_seed(), "latents")
         with torch.no_grad():
             latents = parts.family.latents.encode(parts.models, batch.pixels, generator=own)
     return parts.family.latents.scale(latents.float())

@@ -175,6 +175,15 @@ class TrainingData:
         """Over all processes."""
         return sum(-(-len(items) // batch_size) for items, batch_size in self._groups)
 
+    def batch_shapes(self) -> set[tuple[int, Size]]:
+        """(images, their size in pixels) of every batch of an epoch, the last ones of buckets included."""
+        found: set[tuple[int, Size]] = set()
+        for items, batch_size in self._groups:
+            size = Size(*self.records[self.items.items[items[0]]].bucket)
+            counts = {min(batch_size, len(items)), len(items) % batch_size or batch_size}
+            found |= {(count, size) for count in counts}
+        return found
+
     def plan(self, epoch: int) -> list[list[int]]:
         """The item indices of every batch of an epoch (counted from 1), all processes together."""
         return buckets.plan_batches(self._groups, Random(derive(self.seed, "plan", epoch)))
