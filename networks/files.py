@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +66,9 @@ class NetworkFile:
 
     path: Path
     entries: Entries
+    words: tuple[str, ...] = field(
+        default=(), kw_only=True
+    )  # that have embeddings in the file, see `embeddings.read_bundled`
 
     def flat(self) -> dict[str, Tensor]:
         return {f"{key}.{name}": tensor for key, entry in self.entries.items() for name, tensor in entry.items()}
@@ -122,7 +125,7 @@ class NetworkFile:
 def read(path: str | Path, *, keep_8_bits: bool = False) -> NetworkFile:
     """Reads a .safetensors, or a .ckpt/.pt without running code from it. Names of other programs become kohya's.
 
-    Embeddings beside the layers are left out.
+    Of embeddings beside the layers the words are noted.
 
     Args: keep_8_bits: False: 8-bit floats become float32, as little can be computed in them.
     Raises: UserError: missing or broken, or its names are not ``<layer>.<tensor>``.
@@ -133,12 +136,7 @@ def read(path: str | Path, *, keep_8_bits: bool = False) -> NetworkFile:
     layers = {name: tensor for name, tensor in tensors.items() if not name.startswith(BUNDLED)}
     if not layers:
         raise UserError(f"{path}: holds no layer of a network.{named_format(tensors)}")
-    if len(layers) < len(tensors):
-        LOGGER.warning(
-            "%s: its embeddings (%s*) act only where --token_string names their words",
-            path,
-            BUNDLED,
-        )
+    words = dict.fromkeys(name.removeprefix(BUNDLED).partition(".")[0] for name in tensors if name not in layers)
     for name, tensor in layers.items():
         layer, dot, rest = kohya_name(name).partition(".")
         if not dot:
@@ -160,7 +158,14 @@ def read(path: str | Path, *, keep_8_bits: bool = False) -> NetworkFile:
         entry = entries[layer]
         rank = len(entry.get("lora_down.weight", [1]))
         entry["diff_b"] = entry["diff_b"].float() * ((float(entry.get("alpha", 0)) or rank) / rank)
-    return NetworkFile(Path(path), entries)
+    return NetworkFile(Path(path), entries, words=tuple(words))
+
+
+def warn_of_words(file: NetworkFile, used: Collection[str] = ()) -> None:
+    """Says which embeddings of a network's file have no effect. `used`: the words that have."""
+    idle = [word for word in file.words if word not in used]
+    if idle:
+        LOGGER.warning("%s: its embeddings of %s have no effect here", file.path, ", ".join(map(repr, idle)))
 
 
 def _alphas(path: str | Path, entries: Entries) -> dict[str, float]:

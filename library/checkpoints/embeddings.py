@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoints.reading import SafetensorsFile, file_format, read_torch
+from library.checkpoints.reading import SafetensorsFile, file_format, read_header, read_torch
 from library.checkpoints.writing import materialise, write_safetensors, write_torch
 from library.errors import UserError
 
@@ -38,6 +38,12 @@ def read_embedding(path: str | Path) -> dict[str, Tensor]:
         counts = ", ".join(f"{name} {len(vectors)}" for name, vectors in list(found.items())[:_SHOWN])
         raise UserError(f"{path}: not one embedding, as the numbers of vectors differ: {counts}")
     return found
+
+
+def has_bundled(path: str | Path) -> bool:
+    """Whether a network's file holds embeddings; of a .safetensors its header says so."""
+    names = read_header(path)[1] if file_format(path) == "safetensors" else read_torch(path)
+    return any(str(name).startswith(BUNDLED) for name in names)
 
 
 def read_bundled(path: str | Path) -> dict[str, dict[str, Tensor]]:

@@ -147,7 +147,7 @@ def load_model(opts: Options, spec: FamilySpec, training: Options, *, offload: b
     if training.memory.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise UserError("--fp16: needs a GPU, and torch finds none; use --bf16, or neither")
     files = check_files(opts.networks)
-    words = read_words(opts.texts.textual_inversion_embeddings or (), opts.texts.XTI_embeddings or ())
+    words = read_words(opts.texts.textual_inversion_embeddings or (), opts.texts.XTI_embeddings or (), files)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     family = spec.adapter(training)
     LOGGER.info("loading %s", with_size(opts.checkpoint.ckpt))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from library.checkpoints.embeddings import has_bundled
 from library.checkpoints.reading import require_weights
 from library.errors import UserError
 from library.families.shared.control_inputs import reads_control
@@ -136,6 +137,11 @@ def _make_grid(
     weights = next((axis.values for axis in axes if axis.name == WEIGHTS), ())
     for value in weights:
         require_weights(value.value)
+        if has_bundled(value.value):
+            raise UserError(
+                f"--grid: {value.value} holds embeddings, too, and words cannot change within a grid; draw it with "
+                "--network_weights"
+            )
     cells = cells_of(axes)
     wanted = grid_requests(requests, axes, cells, opts, spec.traits)
     if outcome.failed:

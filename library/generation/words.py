@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from library.checkpoints.embeddings import names_by_part, read_embedding
+from library.checkpoints.embeddings import names_by_part, read_bundled, read_embedding
 from library.errors import UserError
 from library.methods.words import ExtendedEmbedding, pool_at_eos
 from library.methods.xti import PlacedText, read_by_place
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from library.families.base import Family
     from library.types import FamilyTraits, Models
+    from networks.files import NetworkFile
 
 _PLAIN, _BY_PLACE = "--textual_inversion_embeddings", "--XTI_embeddings"
 
@@ -32,15 +33,19 @@ _PLAIN, _BY_PLACE = "--textual_inversion_embeddings", "--XTI_embeddings"
 class Word:
     """An embedding as its file has it."""
 
-    option: str  # that names the file, and says which kind of embedding it is
+    option: str  # which kind of embedding it is, by the option that names such files
     path: Path
     vectors: Mapping[str, Tensor]  # by their names in the file, each (n, width)
 
 
-def read_words(paths: Sequence[str], by_place: Sequence[str] = ()) -> dict[str, Word]:
-    """By word, its embedding. The word is the file's name.
+def read_words(
+    paths: Sequence[str], by_place: Sequence[str] = (), networks: Sequence[NetworkFile] = ()
+) -> dict[str, Word]:
+    """By word, its embedding. The word is the file's name, or what a network's file calls it.
 
-    Args: by_place: files of extended Textual Inversion.
+    Args:
+        by_place: files of extended Textual Inversion.
+        networks: files of networks, which may hold embeddings. A file of its own for the same word wins.
     Raises: UserError: a file is missing or no embedding, or two of them have one name.
     """
     found: dict[str, Word] = {}
@@ -51,6 +56,9 @@ def read_words(paths: Sequence[str], by_place: Sequence[str] = ()) -> dict[str, 
             found[path.stem] = Word(option, path, read_embedding(path))
         except UserError as error:
             raise UserError(*(f"{option}: {problem}" for problem in error.problems)) from None
+    for file in networks:
+        bundled = read_bundled(file.path) if file.words else {}
+        found = {name: Word(_PLAIN, file.path, vectors) for name, vectors in bundled.items()} | found
     return found
 
 

@@ -24,7 +24,7 @@ from library.options.network import resolved_module
 from library.runtime.logs import LOGGER
 from networks.build import merge
 from networks.file_names import require_places, require_types
-from networks.files import names_in_files, names_of, read
+from networks.files import names_in_files, names_of, read, warn_of_words
 from networks.inputs import with_inputs_of
 from networks.spec import DeclaredModule
 
@@ -108,6 +108,7 @@ class NetworkMethod(Method):
             if file is None:
                 return network
             loaded, missing, unused = self._builder.load(network, file)
+        warn_of_words(file, self.opts.words.caption_words)
         LOGGER.log(
             logging.WARNING if missing or unused else logging.INFO,
             "%s: %d layers loaded; %d layers of the network are not in the file and start fresh; "
@@ -123,6 +124,7 @@ class NetworkMethod(Method):
             file = with_inputs_of(read(path), targets, models)
             require_types(file.path, file.flat())
             require_places(file.path, file.entries, names_in_files(targets))
+            warn_of_words(file)
             merged, unused = merge(targets, models, file, multiplier)
             LOGGER.log(
                 logging.WARNING if unused else logging.INFO,

@@ -18,7 +18,7 @@ from library.errors import UserError
 from library.model_tools.output import require_finite, require_room
 from library.runtime.files import reason
 from networks.file_names import require_types
-from networks.files import Entries, read
+from networks.files import Entries, read, warn_of_words
 from networks.fused import ALPHA
 from networks.layers.locon import DOWN, MID, UP, LoconLayer
 from networks.layouts import kohya_name
@@ -46,6 +46,7 @@ def read_network(path: str | Path, types: Sequence[NetworkType] = TYPES) -> Sour
     if names is not None:
         require_types(path, names)
     file = read(path, keep_8_bits=True)
+    warn_of_words(file)
     require_types(path, file.flat())
     for layer, entry in file.entries.items():
         if not any(kind.reads(frozenset(entry)) for kind in types):

@@ -27,7 +27,7 @@ from library.runtime.logs import LOGGER
 from library.types import Models
 from networks import build
 from networks.file_names import require_places, require_types
-from networks.files import names_in_files, read
+from networks.files import names_in_files, read, warn_of_words
 from networks.targets import live_modules
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def _models_of(pipeline: Any) -> tuple[Models, list[LoraTarget]]:
 
 def _require_fit(file: NetworkFile, targets: list[LoraTarget]) -> list[str]:
     """The file's layers that have no place here, after a warning. Raises: UserError: a whole part has none."""
+    warn_of_words(file)
     known = names_in_files(targets)
     require_places(file.path, file.entries, known)
     unused = [layer for layer in file.entries if layer not in known]

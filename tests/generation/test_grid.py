@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import tests.generation.test_networks_and_words as networks
 import tests.generation.test_script as scripts
@@ -116,6 +118,14 @@ def test_a_grid_of_networks_and_strengths(draw_here, files, capsys):
     status, _ = draw_here("--prompt=a cat --f alone", f"--network_weights={files[1]}", "--network_mul=0.5")
     with Image.open(out / "alone.png") as alone:
         assert alone.tobytes() == images["2", "0.5"]
+
+
+def test_networks_of_a_grid_have_no_words(draw_here, files, tmp_path, capsys):
+    path = tmp_path / "both.safetensors"
+    save_file({**load_file(files[0]), "bundle_emb.zwx.emb_params": torch.ones(2, 64)}, path)
+    status, _ = draw_here("--prompt=a zwx", "--grid", f"network_weights={path}", "network_mul=0.5,1")
+    assert status == 2
+    assert f"--grid: {path} holds embeddings, too, and words cannot change within a grid" in capsys.readouterr().err
 
 
 def test_a_grid_of_prompts_and_steps(draw_here, tmp_path):

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.families.sd.adapter import SdFamily
@@ -263,6 +263,24 @@ def test_words_have_their_vectors(models, tmp_path):
     found = SdFamily(sd_options("")).text.encode(models, ["a zwx cat QYV b"], emphasis=True).tensors["context"]
     with torch.no_grad():
         torch.testing.assert_close(found, reference(ids).last_hidden_state, rtol=0, atol=1e-5)
+
+
+def test_words_of_a_network_file_are_read_unless_they_have_files_of_their_own(models, files, tmp_path):
+    bundled, own = torch.ones(2, 64), torch.zeros(1, 64)
+    layers = load_file(files[0])
+    vectors = {"bundle_emb.zwx.emb_params": bundled, "bundle_emb.qyv.emb_params": bundled.clone()}
+    save_file({**layers, **vectors}, tmp_path / "both.safetensors")
+    save_file({"emb_params": own}, tmp_path / "qyv.safetensors")
+    path = str(tmp_path / "both.safetensors")
+    words = read_words(
+        [str(tmp_path / "qyv.safetensors")], networks=check_files(NetworksOptions(network_weights=[path]))
+    )
+    assert {name: word.vectors["emb_params"].tolist() for name, word in words.items()} == {
+        "zwx": bundled.tolist(),
+        "qyv": own.tolist(),
+    }
+    add_words(models, SdFamily.traits, words)
+    assert len(models.tokenizers["te"]("a zwx", add_special_tokens=False).input_ids) == 3
 
 
 def test_words_that_cannot_be_are_said(models, tmp_path):

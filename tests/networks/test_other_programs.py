@@ -22,7 +22,7 @@ from library.families.shared.clip import public_name
 from library.families.shared.unet import map_of_config
 from library.types import LoraTarget, Models
 from networks.build import merge
-from networks.files import read
+from networks.files import read, warn_of_words
 from tests.builders.sdxl import tiny_sdxl
 from tests.networks.builders import lora
 
@@ -209,7 +209,7 @@ def test_files_in_few_bits(tmp_path, dtype):
     torch.testing.assert_close(models.denoiser["a"].weight - bare, expected - bare, rtol=1e-4, atol=1e-5)
 
 
-def test_onetrainers_embeddings_are_left_out_with_a_line(tmp_path, caplog):
+def test_onetrainers_embeddings_are_known_by_their_words(tmp_path, caplog):
     models, target = one_layer()
     state = {
         f"lora_unet_x_a.lora_{side}.weight": torch.ones(shape) for side, shape in (("down", (2, 6)), ("up", (4, 2)))
@@ -218,11 +218,15 @@ def test_onetrainers_embeddings_are_left_out_with_a_line(tmp_path, caplog):
     state["bundle_emb.word.clip_l_out"] = torch.ones(2, 8)
     save_file(state, tmp_path / "a.safetensors")
     bare = models.denoiser["a"].weight.clone()
-    with caplog.at_level(logging.WARNING):
-        assert merge([target], models, read(tmp_path / "a.safetensors"), 1.0) == (1, 0)
+    file = read(tmp_path / "a.safetensors")
+    assert file.words == ("word",)
+    assert merge([target], models, file, 1.0) == (1, 0)
     torch.testing.assert_close(models.denoiser["a"].weight, bare + 2)
+    with caplog.at_level(logging.WARNING):
+        warn_of_words(file, ["word"])
+        warn_of_words(file)
     (record,) = caplog.records
-    assert record.getMessage().endswith("its embeddings (bundle_emb.*) act only where --token_string names their words")
+    assert record.getMessage().endswith("its embeddings of 'word' have no effect here")
 
 
 def test_onetrainers_numbers_of_pieces(tmp_path):
