@@ -29,7 +29,7 @@ def build_parser(family: str, method: str) -> argparse.ArgumentParser:
 
 
 def run(family: str, method: str, argv: Sequence[str] | None = None, *, options: Options | None = None) -> None:
-    """Runs one script and exits: 0 done, 2 wrong options, files or data, 130 interrupted.
+    """Runs one script and exits: 0 done, 2 wrong options, files or data, 3 planned and too large, 130 interrupted.
 
     Args:
         argv: without the script's name; None: this process's own.
@@ -98,6 +98,12 @@ def _train(family_name: str, method_name: str, argv: Sequence[str] | None, optio
         # Optional packages that diffusers must import: xformers for its attention, scipy for its sampler lms.
         wanted = {"xformers": opts.memory.xformers, "scipy": opts.sampling.sample_prompts}
         libraries.import_libraries({name for name, use in wanted.items() if use})
+
+    if opts.planning.wanted:
+        from library.planning.command import plan_wanted, run_plan
+
+        if plan_wanted(opts):
+            run_plan(opts, family, method, specs, script=options is None)
 
     from library.session import run_session
 

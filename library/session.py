@@ -19,6 +19,7 @@ import torch
 
 from library import encoding
 from library.checkpoints import metadata
+from library.checkpoints.writing import bytes_of
 from library.data.load import read_data
 from library.errors import UserError
 from library.inference.preview import Preview
@@ -28,7 +29,7 @@ from library.options.optimizer import sets_own_rate
 from library.options.sharding import sharding_of
 from library.runtime.logs import LOGGER
 from library.runtime.processes import Processes
-from library.training import distributed, lr_schedules, optimizers, placement, plan, resuming, state, state_notes
+from library.training import distributed, lr_schedules, optimizers, placement, plan, resuming, state_notes
 from library.training.ema import EMA
 from library.training.hub import Hub
 from library.training.loop import train
@@ -65,7 +66,7 @@ def run_session(opts: Options, family: FamilySpec, method: MethodSpec, specs: li
     """
     opts, accelerator, shards = join(opts)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
-    data, run_plan = open_data(opts, specs, family.traits, accelerator, processes)
+    data, run_plan = open_data(opts, specs, family.traits, processes)
     if opts.data.debug_dataset:
         show_data(opts, data, accelerator)
     else:
@@ -108,13 +109,16 @@ def join(opts: Options) -> tuple[Options, Accelerator, Shards | None]:
 
 
 def open_data(
-    opts: Options, specs: list[DatasetSpec], traits: FamilyTraits, accelerator: Accelerator, processes: Processes
+    opts: Options, specs: list[DatasetSpec], traits: FamilyTraits, processes: Processes, *, planned: int | None = None
 ) -> tuple[TrainingData, RunPlan]:
-    """Lists the images and sorts them into batches, from which the length of the run follows."""
+    """Lists the images and sorts them into batches, from which the length of the run follows.
+
+    Args: planned: how many processes shall train, where these are others than those that are here.
+    """
     data = read_data(specs, opts, traits, processes)
     run_plan = plan.make_plan(
         data.batches_per_epoch,
-        accelerator.num_processes,
+        planned or processes.world,
         opts.training.gradient_accumulation_steps,
         steps=opts.training.max_train_steps,
         epochs=opts.training.max_train_epochs,
@@ -156,6 +160,7 @@ class Session:
     plan: RunPlan
     accelerator: Accelerator
     shards: Shards | None = None
+    caches: encoding.Caches = field(default_factory=encoding.Caches)
     start: Progress = field(init=False)
     preview: Preview = field(init=False)
     models: Models = field(init=False)
@@ -213,9 +218,9 @@ class Session:
         One part comes to the device after the other, so that a large model's need not be there together.
         """
         opts, family, method, models, data = self.opts, self.family, self.method, self.models, self.data
-        cache_latents = encoding.latent_cache(opts, family, models, data)
+        cache_latents = self.caches.latents(opts, family, models, data)
         method.attach(family, models)
-        cache_text = encoding.text_cache(opts, family, method, models, data)  # knows what was merged into the encoders
+        cache_text = self.caches.text(opts, family, method, models, data)  # knows what was merged into the encoders
         grad_text = bool(method.trained_text_encoders())
         placement.place_text_encoders(models, opts, self.device, grad_text=grad_text, shards=self.shards)
         added = method.added()
@@ -263,7 +268,7 @@ class Session:
         settings = resuming.settings_of(optimizer, opts, self.plan, data)
         prepared = self.accelerator.prepare_optimizer(optimizer)
         saves = make_save_plan(opts.saving, method.file_suffix(), self.plan.epochs)
-        check_space(saves.final_path().parent, state.size_of(method.trainable().state_dict()), "what is to be saved")
+        check_space(saves.final_path().parent, bytes_of(method.trainable().state_dict()), "what is to be saved")
         return Run(
             opts=opts,
             seed=opts.training.seed,

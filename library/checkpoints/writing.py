@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+_SIZES: ContextVar[dict[Path, int] | None] = ContextVar("sizes", default=None)
+
 DATA_HASH = "0" * 64  # where metadata holds it, a file has the sha256 of its tensors' bytes, in hex digits
 
 
@@ -26,6 +30,17 @@ class Deferred:
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+
+
+@contextmanager
+def sizes_only() -> Iterator[dict[Path, int]]:
+    """Within the block nothing is written; the mapping gets the bytes of every file that would have been."""
+    sizes: dict[Path, int] = {}
+    token = _SIZES.set(sizes)
+    try:
+        yield sizes
+    finally:
+        _SIZES.reset(token)
 
 
 def write_safetensors(
@@ -46,6 +61,12 @@ def write_safetensors(
     metadata = dict(metadata or {})
     hashed = any(DATA_HASH in str(value) for value in metadata.values())
     digest = hashlib.sha256()
+    sizes = _SIZES.get()
+    if sizes is not None:
+        sizes[Path(path)] = (
+            8 + len(_header(order, tensors, metadata)) + sum(materialise(tensors[n]).nbytes for n in order)
+        )
+        return
     with replacing(path) as temporary, open(temporary, "wb") as file:
         header = _header(order, tensors, metadata)
         file.write(len(header).to_bytes(8, "little"))
@@ -72,8 +93,21 @@ def write_torch(path: str | Path, obj: Any) -> None:
     """What `torch.save` writes, atomically. Raises: OSError: the disk is full or the folder cannot be written."""
     from library.checkpoints.torch_archive import write_archive
 
+    sizes = _SIZES.get()
+    if sizes is not None:
+        sizes[Path(path)] = bytes_of(obj)
+        return
     with replacing(path) as temporary:
         write_archive(temporary, obj)
+
+
+def bytes_of(value: Any) -> int:
+    """Bytes of all tensors in nested containers."""
+    if hasattr(value, "nbytes"):
+        return int(value.nbytes)
+    if isinstance(value, Mapping):
+        return sum(map(bytes_of, value.values()))
+    return sum(map(bytes_of, value)) if isinstance(value, list | tuple) else 0
 
 
 def materialise(value: Tensor | Deferred) -> Tensor:

@@ -63,19 +63,10 @@ def train(run: Run) -> Progress:
 def _epoch(
     run: Run, parts: StepParts, progress: Progress, report: Report, interruption: Interruption, first_batch: int
 ) -> None:
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     batches = iter(run.data.loader(progress.epoch, first_batch, rank=rank, world=world))
     while group := list(islice(batches, run.plan.accumulation)):  # the last one of an epoch may be shorter
-        run.method.start_step(progress.step)
-        run.stepper.start(progress.step)
-        losses = _accumulate(run, parts, group, progress)
-        lr_schedules.observe_losses(run.schedule, losses)
-        rates = effective_rates(run.optimizer) or run.schedule.get_last_lr()
-        gradient_norm = _update(run, parameters)
-        progress.step += 1
-        if run.ema is not None:
-            run.ema.update(progress.step)
+        losses, gradient_norm, rates = optimizer_step(run, parts, group, progress)
         report.step(progress.step, losses, gradient_norm, rates)
         if run.validation.due(progress.step):
             _validate(run, parts, progress, report)
@@ -98,6 +89,25 @@ def _epoch(
     progress.epoch_ended = True
     if run.takes_part:
         _save_and_sample(run, progress, report, epoch_end=True)
+
+
+def optimizer_step(
+    run: Run, parts: StepParts, group: list[Batch], progress: Progress
+) -> tuple[list[Tensor], Tensor | None, list[float]]:
+    """One optimizer step over the batches of `group`, which moves `progress` on.
+
+    Returns: the loss of each batch, the gradient's norm before clipping where it is clipped, the rates of the step.
+    """
+    run.method.start_step(progress.step)
+    run.stepper.start(progress.step)
+    losses = _accumulate(run, parts, group, progress)
+    lr_schedules.observe_losses(run.schedule, losses)
+    rates = effective_rates(run.optimizer) or run.schedule.get_last_lr()
+    gradient_norm = _update(run, [p for group in run.optimizer.param_groups for p in group["params"]])
+    progress.step += 1
+    if run.ema is not None:
+        run.ema.update(progress.step)
+    return losses, gradient_norm, rates
 
 
 def _accumulate(run: Run, parts: StepParts, group: list[Batch], progress: Progress) -> list[Tensor]:
