@@ -27,6 +27,7 @@ from library.memory.attention import set_attention
 from library.memory.compiling import compile_blocks
 from library.options.optimizer import sets_own_rate
 from library.options.sharding import sharding_of
+from library.runtime.limits import during
 from library.runtime.logs import LOGGER
 from library.runtime.processes import Processes
 from library.training import distributed, lr_schedules, optimizers, placement, plan, resuming, state_notes
@@ -72,10 +73,13 @@ def run_session(opts: Options, family: FamilySpec, method: MethodSpec, specs: li
     else:
         session = Session(opts, family.adapter(opts), method.method(opts), data, run_plan, accelerator, shards)
         session.check(family.missing_encoders(opts), takes_control=method.image_role == "control")
-        session.load()
-        session.encode()
-        session.place()
-        run = session.build(method.tracker)
+        with during("loading the model"):
+            session.load()
+        with during("encoding images and captions before training"):
+            session.encode()
+        with during("placing the model"):
+            session.place()
+            run = session.build(method.tracker)
         with run.tracker, run.hub:
             train(run)
     processes.close()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from library.runtime import seeds
+from library.runtime.limits import during, exhausted
 from library.runtime.logs import LOGGER
 from library.runtime.signals import Interruption
 from library.training import checkpointing, lr_schedules, placement, saving, state
@@ -103,7 +104,8 @@ def optimizer_step(
     losses = _accumulate(run, parts, group, progress)
     lr_schedules.observe_losses(run.schedule, losses)
     rates = effective_rates(run.optimizer) or run.schedule.get_last_lr()
-    gradient_norm = _update(run, [p for group in run.optimizer.param_groups for p in group["params"]])
+    with during(f"the optimizer's part of step {progress.step + 1}"):
+        gradient_norm = _update(run, [p for group in run.optimizer.param_groups for p in group["params"]])
     progress.step += 1
     if run.ema is not None:
         run.ema.update(progress.step)
@@ -120,9 +122,10 @@ def _accumulate(run: Run, parts: StepParts, group: list[Batch], progress: Progre
         torch.manual_seed(seeds.derive(run.seed, "layers", number))  # dropout inside the modules
         run.method.before_batch(batch)
         rng = seeds.generator(run.accelerator.device, run.seed, "noise", number)
-        with run.accelerator.autocast():
+        with during(f"the forward pass of step {progress.step + 1}"), run.accelerator.autocast():
             loss = training_step(parts, batch, rng).losses.mean()
-        run.accelerator.backward(loss / len(group))
+        with during(f"the backward pass of step {progress.step + 1}"):
+            run.accelerator.backward(loss / len(group))
         losses.append(loss.detach())
         progress.micro_step += 1
     return losses
@@ -172,17 +175,28 @@ def _save_and_sample(run: Run, progress: Progress, report: Report, *, epoch_end:
     due = saves.after_epoch(epoch, run.plan.epochs) if epoch_end else saves.after_step(progress.step)
     if due:
         report.drain(wait=True)
-        checkpointing.save(run, progress, due)
+        with during(f"saving after step {progress.step}"):
+            checkpointing.save(run, progress, due)
     if run.preview.due(progress.step, epoch if epoch_end else None):
         _sample(run, progress, epoch_end=epoch_end)
 
 
-def _validate(run: Run, parts: StepParts, progress: Progress, report: Report) -> float:
+def _validate(run: Run, parts: StepParts, progress: Progress, report: Report) -> float | None:
+    """The validation loss; None: memory ran out."""
     trained = run.method.trainable()
     trained.eval()  # no dropout
-    with run.as_used():
-        losses = run.validation.losses(parts, run.accelerator)
+    try:
+        with run.as_used():
+            losses = run.validation.losses(parts, run.accelerator)
+    except (MemoryError, RuntimeError) as error:
+        memory = exhausted(error)
+        if memory is None or run.accelerator.num_processes > 1:  # the others would wait for this one
+            raise
+        losses = None
+        LOGGER.warning("no validation at step %d: not enough %s; training goes on", progress.step, memory)
     placement.training_modes(run.models, trained, grad_text=parts.grad_text)
+    if losses is None:
+        return None
     run.tracker.scalars(progress.step, losses)
     loss = losses["loss/validation"]
     LOGGER.info("validation loss %.5f at step %d", loss, progress.step)

@@ -19,30 +19,31 @@ from tests.options.flag_table import described, expected, flags_of
 SCRIPTS = {script: (family, method) for family in FAMILIES for script, method in FAMILIES[family].scripts.items()}
 FACTS = {script: flags_of(f"{script}.py") for script in SCRIPTS if f"{script}.py" in flag_table.SCRIPTS}
 COUNTS = {
-    "train_network": 193,
-    "train_db": 169,
-    "fine_tune": 167,
-    "sdxl_train_network": 196,
-    "sd3_train_network": 218,
-    "flux_train_network": 215,
-    "sdxl_train": 176,
-    "sd3_train": 201,
-    "flux_train": 194,
-    "train_textual_inversion": 169,
-    "sdxl_train_textual_inversion": 170,
-    "sd3_train_textual_inversion": 194,
-    "flux_train_textual_inversion": 190,
-    "train_control_net": 153,
-    "train_controlnet": 153,
-    "sdxl_train_control_net": 169,
-    "flux_train_control_net": 193,
-    "sd3_train_control_net": 187,
-    "sdxl_train_control_net_lllite": 171,
-    "train_textual_inversion_XTI": 168,
+    "train_network": 198,
+    "train_db": 174,
+    "fine_tune": 172,
+    "sdxl_train_network": 201,
+    "sd3_train_network": 223,
+    "flux_train_network": 220,
+    "sdxl_train": 181,
+    "sd3_train": 206,
+    "flux_train": 199,
+    "train_textual_inversion": 174,
+    "sdxl_train_textual_inversion": 175,
+    "sd3_train_textual_inversion": 199,
+    "flux_train_textual_inversion": 195,
+    "train_control_net": 158,
+    "train_controlnet": 158,
+    "sdxl_train_control_net": 174,
+    "flux_train_control_net": 198,
+    "sd3_train_control_net": 192,
+    "sdxl_train_control_net_lllite": 176,
+    "train_textual_inversion_XTI": 173,
 }
 # options that earlier trainers do not have
 OURS = {"strict", "data_index_dir", "ema", "ema_decay", "stochastic_rounding"}
 OURS |= {"save_best_validation", "early_stop_patience"}
+OURS |= {"plan", "plan_vram", "plan_device", "plan_json", "plan_apply"}
 VALIDATION = {"validation_split", "validation_seed", "max_validation_steps"}
 VALIDATION |= {"validate_every_n_steps", "validate_every_n_epochs"}
 OF_NETWORKS = {  # what earlier trainers offer for networks alone
