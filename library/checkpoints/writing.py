@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SIZES: ContextVar[dict[Path, int] | None] = ContextVar("sizes", default=None)
+_HOLES: ContextVar[bool] = ContextVar("holes", default=False)
 
 DATA_HASH = "0" * 64  # where metadata holds it, a file has the sha256 of its tensors' bytes, in hex digits
 
@@ -43,6 +45,19 @@ def sizes_only() -> Iterator[dict[Path, int]]:
         _SIZES.reset(token)
 
 
+@contextmanager
+def without_data() -> Iterator[None]:
+    """Within the block .safetensors files get a hole in place of their data, which takes no room on most disks.
+
+    Tensors need no values: they may be on the meta device. Read back, all numbers are 0.
+    """
+    token = _HOLES.set(True)
+    try:
+        yield
+    finally:
+        _HOLES.reset(token)
+
+
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor | Deferred], metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -63,14 +78,16 @@ def write_safetensors(
     digest = hashlib.sha256()
     sizes = _SIZES.get()
     if sizes is not None:
-        sizes[Path(path)] = (
-            8 + len(_header(order, tensors, metadata)) + sum(materialise(tensors[n]).nbytes for n in order)
-        )
+        data = sum(materialise(tensors[name]).nbytes for name in order)
+        sizes[Path(path)] = 8 + len(_header(order, tensors, metadata)) + data
         return
     with replacing(path) as temporary, open(temporary, "wb") as file:
         header = _header(order, tensors, metadata)
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
+        if _HOLES.get():
+            file.truncate(file.tell() + sum(_nbytes(tensors[name]) for name in order))
+            return
         for name in order:
             value = tensors[name]
             tensor = materialise(value)
@@ -116,9 +133,11 @@ def materialise(value: Tensor | Deferred) -> Tensor:
     return tensor.detach().cpu().contiguous()
 
 
-def _header(order: list[str], tensors: Mapping[str, Tensor | Deferred], metadata: Mapping[str, str] | None) -> bytes:
-    import torch
+def _nbytes(value: Tensor | Deferred) -> int:
+    return math.prod(value.shape) * value.dtype.itemsize
 
+
+def _header(order: list[str], tensors: Mapping[str, Tensor | Deferred], metadata: Mapping[str, str] | None) -> bytes:
     header: dict[str, Any] = {}
     if metadata:
         for key, value in metadata.items():
@@ -128,7 +147,7 @@ def _header(order: list[str], tensors: Mapping[str, Tensor | Deferred], metadata
     start, names = 0, safetensors_dtypes()
     for name in order:
         value = tensors[name]
-        size = torch.Size(value.shape).numel() * value.dtype.itemsize
+        size = _nbytes(value)
         header[name] = {
             "dtype": names[value.dtype],
             "shape": list(value.shape),

@@ -30,6 +30,7 @@ ADAFACTOR = {
     "optimizer_args": ["relative_step=False", "scale_parameter=False", "warmup_init=False"],
 }
 FUSED = {**ADAFACTOR, "fused_backward_pass": True, "max_grad_norm": 0}
+ENCODERS = ("te1", "te2", "te3")
 BF16 = {"mixed_precision": "bf16", "full_bf16": True}
 
 
@@ -46,8 +47,8 @@ CASES = {
     "sd lora, checkpointing, accumulation, EMA": Case(
         "sd", "network", {**LORA, "gradient_checkpointing": True, "gradient_accumulation_steps": 2, "ema": True}
     ),
-    "sd full, fused, bf16": Case("sd", "finetune", {"learning_rate": 1e-5, **FUSED, **BF16}),
-    "sd full, EMA": Case("sd", "finetune", {"learning_rate": 1e-5, "ema": True, "gradient_checkpointing": True}),
+    "sd full, fused, bf16": Case("sd", "dreambooth", {"learning_rate": 1e-5, **FUSED, **BF16}),
+    "sd full, EMA": Case("sd", "dreambooth", {"learning_rate": 1e-5, "ema": True, "gradient_checkpointing": True}),
     "sdxl lora": Case("sdxl", "network", {**LORA, "network_train_unet_only": True, "cache_text_encoder_outputs": True}),
     "sd3 lora, 8 bit": Case("sd3", "network", {**LORA, "network_train_unet_only": True, "fp8_base": True,
                                                "mixed_precision": "bf16", "cache_text_encoder_outputs": True}),
@@ -69,7 +70,10 @@ def files(tmp_path_factory) -> dict[str, dict[str, object]]:
     return {
         "sd": {named: write_tiny_sd1(folder / "sd.safetensors")},
         "sdxl": {named: write_tiny_sdxl(folder / "sdxl.safetensors")},
-        "sd3": {named: write_tiny_sd3(folder / "sd3.safetensors"), "tokenizer_cache_dir": folder / "parts"},
+        "sd3": {
+            named: write_tiny_sd3(folder / "sd3.safetensors", "5-medium", encoders=ENCODERS),
+            "tokenizer_cache_dir": folder / "parts",
+        },
         "flux": {named: write_flux(folder / "flux"), **write_parts(folder / "parts")},
     }
 
@@ -95,8 +99,6 @@ def request_of(case: Case, files: dict[str, object], folder) -> Request:
         **case.options,
         **files,
     }
-    if case.method == "finetune" and case.family == "sd":
-        values["train_text_encoder"] = True
     opts = parsing.parse_options(registry.groups_for(case.family, case.method), as_words(values))
     opts = quietly(method.complete_options(family.complete_options(opts)))
     specs = checking.check(opts, family, method)
