@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,8 +53,7 @@ def run_plan(opts: Options, family: FamilySpec, method: MethodSpec, specs: list[
         print(shown(line))
     changes: list[search.Change] = []
     if not plan.fits:
-        blocks = replace(request, blocks=plan.simulated.blocks)
-        changes = search.find_changes(blocks, lambda line: LOGGER.info("tried %s", line))
+        changes = search.find_changes(plan, lambda line: LOGGER.info("tried %s", line))
         for line in report.changes_in_words(changes):
             print(shown(line))
     if opts.planning.plan_json:

@@ -44,6 +44,12 @@ _NUMPY = {
 class PlayedWatcher(Watcher):
     """A watcher of fake tensors, which answers what they cannot."""
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.prim.device.default:  # autograd asks it of nearly every tensor
+            fake = args[0]
+            return META if fake.fake_mode.in_kernel_invocation else fake.fake_device
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
     def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
         for name in ("generator", "pin_memory"):
             if kwargs.get(name) is not None:
@@ -174,15 +180,6 @@ def _making_fakes(keys: torch.device) -> Callable[..., Tensor]:
     return make
 
 
-def _dispatch(cls: type, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-    """FakeTensor's own, but that its most frequent question is answered at once."""
-    if func is torch.ops.prim.device.default:
-        fake = args[0]
-        return META if fake.fake_mode.in_kernel_invocation else fake.fake_device
-    return _REAL_DISPATCH(func, types, args, kwargs)
-
-
-_REAL_DISPATCH = FakeTensor.__torch_dispatch__
 _REAL_SUBCLASS = torch.Tensor._make_subclass
 _REAL_DATA_PTR = torch.UntypedStorage.data_ptr
 
@@ -263,7 +260,6 @@ _REPLACED: tuple[tuple[Any, str, Any], ...] = (
     (FakeTensor, "is_pinned", _false),
     (FakeTensor, "record_stream", _nothing),
     (torch.UntypedStorage, "data_ptr", _storage_data_ptr),
-    (FakeTensor, "__torch_dispatch__", classmethod(_dispatch)),
     (nn.Module, "_apply", _apply),
     (torch, "clear_autocast_cache", clear_autocast_cache),
     (torch, "Generator", _PlayedGenerator),

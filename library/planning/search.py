@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import UserError
 from library.options import validation
 from library.planning.plan import Plan
-from library.planning.simulation import Request, simulate
+from library.planning.simulation import GRADIENTS, STATE, Request, simulate
 
 if TYPE_CHECKING:
     from library.options.base import Options
@@ -17,24 +18,22 @@ if TYPE_CHECKING:
 
 Values = Mapping[str, Any]  # by option
 
-# What costs little or no time, in the order in which it is added.
-_CHEAP: tuple[Values, ...] = (
-    {"cache_latents": True},
-    {"cache_text_encoder_outputs": True},
-    {"gradient_checkpointing": True},
-)
-# What is added to that, one at a time; then with the blocks that still have to be swapped.
-_FURTHER: tuple[Values, ...] = (
-    {},
-    {"fused_backward_pass": True, "optimizer_type": "AdaFactor", "max_grad_norm": 0.0,
-     "optimizer_args": ["relative_step=False", "scale_parameter=False", "warmup_init=False"]},
-    {"full_bf16": True, "fused_backward_pass": True, "optimizer_type": "AdaFactor", "max_grad_norm": 0.0,
-     "optimizer_args": ["relative_step=False", "scale_parameter=False", "warmup_init=False"]},
+_CACHES: Values = {"cache_latents": True, "cache_text_encoder_outputs": True}  # what costs no time
+_CHECKPOINTING: Values = {"gradient_checkpointing": True}
+_ADAFACTOR = {
+    "optimizer_type": "AdaFactor",
+    "optimizer_args": ["relative_step=False", "scale_parameter=False", "warmup_init=False"],
+}
+# Against what training adds to the weights; each is tried by itself.
+_OF_TRAINING: tuple[Values, ...] = (
     {"optimizer_type": "AdamW8bit"},
-    {"quantize_base": "int8"},
-    {"fp8_base": True},
-    {"quantize_base": "nf4"},
-)  # fmt: skip
+    {**_ADAFACTOR, "fused_backward_pass": True, "max_grad_norm": 0.0},
+    {**_ADAFACTOR, "fused_backward_pass": True, "max_grad_norm": 0.0, "full_bf16": True},
+)
+_MUCH = 0.1  # share of the memory from which on those are tried
+# Against the size of frozen weights, likewise.
+_OF_WEIGHTS: tuple[Values, ...] = ({"quantize_base": "int8"}, {"fp8_base": True}, {"quantize_base": "nf4"})
+_TRIES = 3  # numbers of swapped blocks
 
 
 @dataclass(frozen=True)
@@ -62,41 +61,48 @@ def as_flags(values: Values) -> list[str]:
     return words
 
 
-def find_changes(request: Request, report: Callable[[str], None]) -> list[Change]:
-    """Changes that make a run fit, the fastest per image first; those that add something to a fitting one are left out.
+def find_changes(plan: Plan, report: Callable[[str], None]) -> list[Change]:
+    """Changes that make a run fit which does not, the fastest per image first.
 
     Args: report: gets a line about each one that was tried.
     """
-    found: list[Change] = []
+    request, traits = plan.request, plan.request.family.traits
     base: dict[str, Any] = {}
-    for values in _CHEAP:
-        if not usable(request.opts, {**base, **values}, request.family.traits):
+    for values in (_CACHES, _CHECKPOINTING):
+        added = {name: value for name, value in values.items() if usable(request.opts, {**base, name: value}, traits)}
+        if not added:
             continue
-        base |= values
-        plan = _try(request, base, report)
-        if plan is not None and plan.fits:
-            found.append(Change(dict(base), plan))
+        base |= added
+        plan = _try(request, base, report) or plan
+        if plan.fits:
             break
-    for values in _FURTHER:
+    found = [Change(dict(base), plan)] if plan.fits else [*_swapped(request, base, plan, report)]
+    for values in (*(_OF_TRAINING if _trains_much(plan) else ()), *_OF_WEIGHTS):
         change = {**base, **values}
-        if any(one.values.items() <= change.items() for one in found):
+        if not usable(request.opts, change, traits):
             continue
-        if values and not usable(request.opts, change, request.family.traits):
-            continue
-        plan = _try(request, change, report) if values else None
-        if plan is not None and plan.fits:
-            found.append(Change(change, plan))
-            continue
-        swapped = _fewest_swapped(request, change, report)
-        if swapped is not None:
-            found.append(swapped)
+        other = _try(request, change, report)
+        if other is not None and other.fits:
+            found.append(Change(change, other))
+        elif other is not None:
+            found += _swapped(request, change, other, report)
     found += _smaller_batch(request, base, report)
     return sorted(found, key=lambda one: -one.plan.images_per_second)
 
 
+def _trains_much(plan: Plan) -> bool:
+    """Whether gradients and the optimizer's state are a large part of the memory."""
+    _, phase = plan.simulated.peak(plan.request.device.kind)
+    if phase is None:
+        return False
+    peak = phase.peaks[plan.request.device.kind]
+    return peak.kinds[GRADIENTS] + peak.kinds[STATE] > _MUCH * peak.size
+
+
 def suggestions(opts: Options, traits: FamilyTraits) -> Iterator[str]:
     """Flags against a lack of memory that these options could take, untried, those that cost least first."""
-    for values in (*_CHEAP, *_FURTHER[1:], {"blocks_to_swap": 16}):
+    single = ({name: value} for name, value in (*_CHECKPOINTING.items(), *_CACHES.items()))
+    for values in (*single, *_OF_WEIGHTS[:1], *_OF_TRAINING[:1], *_OF_TRAINING[2:], {"blocks_to_swap": 16}):
         if usable(opts, values, traits):
             yield " ".join(as_flags(values))
 
@@ -127,31 +133,32 @@ def _try(request: Request, values: Values, report: Callable[[str], None]) -> Pla
     return plan
 
 
-def _fewest_swapped(request: Request, values: Values, report: Callable[[str], None]) -> Change | None:
-    """The smallest number of swapped blocks with which the run fits; None: no number does."""
-    if not usable(request.opts, {**values, "blocks_to_swap": 1}, request.family.traits):
-        return None
-    low, high, best = request.opts.swap.count, _most_swapped(request), None
-    while low < high:
-        # The most first, as all is in vain where that does not fit.
-        number = high if best is None else (low + high) // 2
-        if number == low:
-            break
-        plan = _try(request, {**values, "blocks_to_swap": number}, report)
-        if plan is not None and plan.fits:
-            high, best = number, Change({**values, "blocks_to_swap": number}, plan)
-        elif best is None:
-            return None
-        else:
-            low = number
-    return best
+def _swapped(request: Request, values: Values, plan: Plan, report: Callable[[str], None]) -> Iterator[Change]:
+    """The fewest swapped blocks with which the run fits, if any number does.
+
+    Args: plan: of the run with `values`, which does not fit. Each block saves about as much.
+    """
+    fewest, most = request.opts.swap.count, _most_swapped(plan)
+    if most <= fewest or not usable(request.opts, {**values, "blocks_to_swap": most}, request.family.traits):
+        return
+    largest = _try(request, {**values, "blocks_to_swap": most}, report)
+    if largest is None or not largest.fits:
+        return
+    saved = max(plan.device_bytes - largest.device_bytes, 1) / (most - fewest)
+    number = fewest + math.ceil((plan.device_bytes - request.device.memory) / saved)
+    for tried in range(number, min(number + _TRIES, most)):
+        other = _try(request, {**values, "blocks_to_swap": tried}, report)
+        if other is not None and other.fits:
+            yield Change({**values, "blocks_to_swap": tried}, other)
+            return
+    yield Change({**values, "blocks_to_swap": most}, largest)
 
 
-def _most_swapped(request: Request) -> int:
+def _most_swapped(plan: Plan) -> int:
     """The largest --blocks_to_swap that the model takes."""
     from library.memory.block_swap import NUM_BUFFERS
 
-    return max(int((request.blocks - NUM_BUFFERS) / request.family.traits.blocks_per_swap), 0)
+    return max(int((plan.simulated.blocks - NUM_BUFFERS) / plan.request.family.traits.blocks_per_swap), 0)
 
 
 def _smaller_batch(request: Request, base: Values, report: Callable[[str], None]) -> list[Change]:

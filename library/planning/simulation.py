@@ -80,7 +80,6 @@ class Request:
     run_plan: RunPlan
     device: Device
     specs: list[DatasetSpec] = field(default_factory=list)
-    blocks: int = 0  # of the denoiser, once that is known
 
     def with_batch_size(self, size: int) -> Request:
         """The same with other batches. Raises: UserError: the data cannot be read."""
