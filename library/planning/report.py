@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from library.planning.plan import Plan
     from library.planning.search import Change
 
-SMALLEST = GIB // 1000  # bytes that are shown on a line of their own
+SMALLEST = 0.005  # of a peak, that is shown on a line of its own
 
 
 def lines_of(plan: Plan) -> list[str]:
@@ -79,7 +79,7 @@ def _peak(plan: Plan) -> list[str]:
         return []
     peak = phase.peaks[kind]
     lines = [f"the most is in use in: {phase.name}, at the operation {peak.operation or 'before its first one'}"]
-    shown = [(name, size) for name, size in peak.kinds.most_common() if size >= SMALLEST]
+    shown = [(name, size) for name, size in peak.kinds.most_common() if size >= SMALLEST * peak.size]
     rest = peak.size - sum(size for _, size in shown)
     lines += [f"  {name:40}{gib(size):>12}" for name, size in shown]
     if rest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -183,6 +184,7 @@ def steps(run: Run, batch: Batch, watcher: Watcher, phase: Callable[[str], Any],
     progress = run.start
     run.method.start_epoch(1)
     for number in range(count):
+        gc.collect()  # when Python would do it depends on much else
         with phase(("first step", "second step")[min(number, 1)]):
             loop.optimizer_step(run, parts, [batch] * run.plan.accumulation, progress)
             name_state(run, watcher)

@@ -41,7 +41,7 @@ def test_a_plan_that_fits_trains_nothing_and_says_what_is_needed(run_script, tra
 
 def test_a_plan_that_does_not_fit_ends_with_3_and_names_what_would(run_script, train_arguments, tmp_path):  # noqa: F811
     file = tmp_path / "plan.json"
-    options = {**PLANNED, "plan_vram": "518MB", "plan_json": file, "train_batch_size": 8}
+    options = {**PLANNED, "plan_vram": "536MB", "plan_json": file, "train_batch_size": 8}
     script = run_script(*train_arguments(tmp_path / "out", **options))
     assert script.returncode == 3, script.stderr
     assert "does not fit" in script.stdout

@@ -126,10 +126,12 @@ def watched(request: Request) -> Watcher:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.usefixtures("swaps_in_cpu_memory")
 def test_a_planned_peak_is_that_of_the_real_run(name, files, tmp_path):
-    """By the same watcher within 2 %, in each step; the rest is what caches keep, and images as they are read."""
+    """By the same watcher within 2 %, and the caches in CPU memory, which a plan adds up without making them."""
     case = CASES[name]
     request = request_of(case, files[case.family], tmp_path)
-    planned = {phase.name: phase.peaks["cpu"] for phase in simulate(request, whole=False).phases}
+    simulated = simulate(request, whole=False)
+    caches = sum(simulated.caches_in_memory.values())
+    planned = {phase.name: phase.peaks["cpu"] for phase in simulated.phases}
     real = {phase.name: phase.peaks["cpu"] for phase in watched(request).phases}
     for phase in ("placing the denoiser", "first step", "second step"):
-        assert planned[phase].size == pytest.approx(real[phase].size, rel=0.02), (phase, planned[phase], real[phase])
+        assert planned[phase].size + caches == pytest.approx(real[phase].size, rel=0.02), (phase, planned, real)
