@@ -52,7 +52,7 @@ def register_gpu() -> torch.device:
         ) from None
 
     class NoDevice(_DummyBackendModule):
-        """So that nobody takes it for one that computes."""
+        """So that no one takes it for one that computes."""
 
         def is_available(self) -> bool:
             return False

@@ -134,7 +134,7 @@ def _numpy(tensor: Tensor, *, force: bool = False) -> np.ndarray:
 
 
 def _data_ptr(tensor: Tensor) -> int:
-    """The address of the storage itself: as good as memory to tell storages apart by."""
+    """The address of the storage itself: as good as memory to know storages apart."""
     return tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.element_size()
 
 

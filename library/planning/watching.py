@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 GRAIN = 512  # bytes: CUDA's caching allocator gives multiples of it
-WORKING = "activations and working memory"  # the kind of what nobody has named
+WORKING = "activations and working memory"  # the kind of what has no name yet
 
 
 @dataclass
