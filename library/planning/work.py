@@ -14,8 +14,6 @@ from library.options.devices import BANDWIDTH_SHARE, LAUNCH, MATRIX_SHARE, Devic
 
 _NARROW = (torch.bfloat16, torch.float16)
 _FULL_SHARE = 0.25  # of the bf16 rate, in float32: by default cards compute it without their matrix units
-    0.25  # of the bf16 rate, in float32: cards compute it without their matrix units unless they are set otherwise
-)
 
 
 @dataclass
