@@ -94,6 +94,8 @@ def played_machine(watcher: PlayedWatcher, *, gpu: bool) -> Iterator[None]:
             stack.enter_context(_replaced(owner, name, value))
         making = _making_fakes(torch.device(GPU, 0) if gpu else torch.device("cpu"))
         stack.enter_context(_replaced(torch.Tensor, "_make_subclass", staticmethod(making)))
+        # Backward passes in this thread: there is no device that another one would feed, and both would share Python.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(mode)
         stack.enter_context(watcher)
         yield

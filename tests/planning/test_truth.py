@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from library import checking, registry, session
 from library.memory import block_swap
@@ -109,6 +110,7 @@ def request_of(case: Case, files: dict[str, object], folder) -> Request:
 def watched(request: Request) -> Watcher:
     """The real run, seen by the watcher of a plan."""
     opts = request.opts
+    AcceleratorState._reset_state(reset_partial_state=True)  # runs before this one had their own precision
     accelerator = distributed.join_processes(opts.memory.mixed_precision, None)
     real = session.Session(
         opts, request.family.adapter(opts), request.method.method(opts), request.data, request.run_plan, accelerator
