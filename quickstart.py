@@ -1,6 +1,6 @@
 """From a bare machine to a trained LoRA and an image of what it learned. Needs Python 3.10 to 3.14 and nothing else.
 
-python quickstart.py          # makes .venv, installs, trains, writes demo_out/before_after.png
+python quickstart.py          # makes .venv, installs, trains, writes demo_out/before_after.png and a page
 python quickstart.py --test   # makes .venv if needed, installs, runs the test suite
 python quickstart.py --doctor # says what of this machine and its environment keeps trainings from working
 """
@@ -8,15 +8,18 @@ python quickstart.py --doctor # says what of this machine and its environment ke
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import venv
+import webbrowser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -24,7 +27,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 MODEL = "examples/tiny_model/tiny-sd.safetensors"
-OUT = "demo_out"
+OUT, NAME = "demo_out", "sks_flower"
 STEPS = 200
 TRAIN = [
     "train_network.py",
@@ -32,7 +35,7 @@ TRAIN = [
     "--train_data_dir=examples/concept",
     "--reg_data_dir=examples/regularisation",
     f"--output_dir={OUT}",
-    "--output_name=sks_flower",
+    f"--output_name={NAME}",
     "--resolution=64",
     "--enable_bucket",
     "--min_bucket_reso=64",
@@ -56,7 +59,7 @@ TRAIN = [
 
 def training(steps: int = STEPS) -> list[str]:
     """The demo's training, as arguments of Python."""
-    return [*TRAIN, f"--max_train_steps={steps}", f"--sample_every_n_steps={steps}"]
+    return [*TRAIN, f"--max_train_steps={steps}", f"--sample_every_n_steps={steps // 2}"]
 
 
 def say(text: str) -> None:
@@ -64,10 +67,18 @@ def say(text: str) -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """Runs the environment's Python from the repository root; ends with its exit status if that is not 0."""
-    status = subprocess.run([str(PYTHON), *arguments], cwd=ROOT, check=False).returncode
+    """Runs the environment's Python from the repository root; ends with its exit status if that is not 0.
+
+    Ctrl-C reaches that process from the terminal too: what it does then, such as saving, is waited for.
+    """
+    process = subprocess.Popen([str(PYTHON), *arguments], cwd=ROOT)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        status = process.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
     if status:
-        raise SystemExit(status)
+        raise SystemExit(status if status > 0 else 128 - status)
 
 
 def tried(*command: str) -> str | None:
@@ -184,7 +195,21 @@ def demo(steps: int) -> None:
     run(command)
     say(f"trained in {time.time() - start:.0f} s")
     run(["examples/before_after.py", f"{OUT}/sample", "examples/concept", f"{OUT}/before_after.png"])
-    say(f"look at {out / 'before_after.png'}: the same prompts and seeds without and with the LoRA")
+    page = out / f"{NAME}.html"
+    say(f"look at {out / 'before_after.png'}: the same prompts and seeds without and with the LoRA.")
+    say("It worked if the triangles have become pink flowers of five petals, and circle and star are what they were;")
+    say("a middle that is not yellow yet, on dark backgrounds, is what so few steps give.")
+    say(f"{page} shows the run: samples by step, curves, settings, and the commands to use {NAME}.safetensors.")
+    say('Now your own images: README.md, "Training on your own images"')
+    open_page(page)
+
+
+def open_page(page: Path) -> None:
+    """Opens a page in the browser, where a person sits before a screen."""
+    screen = sys.platform in ("win32", "darwin") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if screen and sys.stdin is not None and sys.stdin.isatty():
+        with contextlib.suppress(webbrowser.Error, OSError):
+            webbrowser.open(page.as_uri())
 
 
 def test(arguments: list[str]) -> None:
@@ -217,12 +242,15 @@ def main() -> None:
     args, rest = parser.parse_known_args()
     if rest and not args.test:
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    if args.test:
-        test(rest)
-    elif args.doctor:
-        doctor()
-    else:
-        demo(args.steps)
+    try:
+        if args.doctor:
+            doctor()
+        elif args.test:
+            test(rest)
+        else:
+            demo(args.steps)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

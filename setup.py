@@ -18,7 +18,10 @@ setup(
     name="trainscripts",
     version="0.1.0",
     packages=find_packages(include=["library", "library.*", "networks", "networks.*"]),
-    package_data={"library.text": ["clip_vocabulary/*", "t5_vocabulary/*"]},
+    package_data={
+        "library.pages": ["*.html", "*.css", "*.js"],
+        "library.text": ["clip_vocabulary/*", "t5_vocabulary/*"],
+    },
     python_requires=">=3.10,<3.15",
     install_requires=read("core"),
     extras_require=extras,

@@ -34,6 +34,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -60,8 +61,9 @@ from library.runtime import logs, seeds
 from library.training import placement
 from library.training.optimizers import make_optimizer
 from library.training.step import StepParts, training_step
-from library.training.stepping import OptimizerStepper
+from library.training.stepping import OptimizerStepper, parts_inside_backward
 from library.types import Batch, Models, TextCond
+from networks.layers.copies import weights_in
 
 GIB, TERA = 2**30, 1e12
 SEED = 1
@@ -163,9 +165,12 @@ class Training:
     step: Callable[[], Tensor]  # gives the loss
     compile: Callable[[], None]
     swap: BlockSwap | None
+    family: Family
+    method: Any
+    models: Models
 
 
-def prepare(row: Row, arguments: tuple[str, ...], batch_size: int, device: torch.device, tiny: bool) -> Training:
+def assemble(row: Row, arguments: tuple[str, ...], batch_size: int, device: torch.device, tiny: bool) -> Training:
     model = row.model
     argv = ["--mixed_precision=bf16", f"--seed={SEED}", *row.arguments, *arguments]
     opts = parsing.parse_options(registry.groups_for(model.family, row.method), argv)
@@ -178,6 +183,7 @@ def prepare(row: Row, arguments: tuple[str, ...], batch_size: int, device: torch
     models.text_encoders.clear()  # their outputs are cached
     placement.place_denoiser(models, opts, device)
     placement.place_trained(method.trainable(), opts, device)
+    placement.set_norms(family, models)
     set_attention(models.denoiser, opts.memory)
     swap = placement.swap_blocks(family, models, opts, device)
     optimizer = make_optimizer(method.parameter_groups(), opts.optimizer)
@@ -190,7 +196,8 @@ def prepare(row: Row, arguments: tuple[str, ...], batch_size: int, device: torch
             blocks = family.denoiser.blocks(models)
             compile_blocks(blocks[:1] if tiny else blocks, opts.memory.dynamo_backend, device)
 
-    return Training(make_step(opts, family, method, models, optimizer, batch, device), compile, swap)
+    step = make_step(opts, family, method, models, optimizer, batch, device, swapped=swap is not None)
+    return Training(step, compile, swap, family, method, models)
 
 
 def make_step(
@@ -201,15 +208,19 @@ def make_step(
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     device: torch.device,
+    *,
+    swapped: bool = False,
 ) -> Callable[[], Tensor]:
     """What the training loop does for one batch, but for reports."""
     parts = StepParts(
         family, models, partial(family.denoiser.predict, models), family.denoiser.objective(), grad_text=False
     )
-    stepper = OptimizerStepper(opts, optimizer, optimizer)
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
+    parts_of_step = parts_inside_backward(opts, trained, family.denoiser.blocks(models), swapped=swapped)
+    stepper = OptimizerStepper(opts, optimizer, optimizer, parts_of_step)
     limit = opts.optimizer.max_grad_norm
     numbers = itertools.count()
+    added = method.added()
 
     def step() -> Tensor:
         number = next(numbers)
@@ -217,10 +228,11 @@ def make_step(
         stepper.start(number)
         torch.manual_seed(seeds.derive(SEED, "layers", number))
         method.before_batch(batch)
-        rng = seeds.generator(device, SEED, "noise", number)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = training_step(parts, batch, rng).losses.mean()
-        loss.backward()
+        rng = parts.streams.at(device, SEED, "noise", number)
+        with nullcontext() if stepper.inside_backward or added is None else weights_in(added, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = training_step(parts, batch, rng).losses.mean()
+            loss.backward()
         if limit and not stepper.inside_backward:
             nn.utils.clip_grad_norm_(trained, limit)
         stepper.step()
@@ -364,7 +376,7 @@ def run_variant(row: Row, variant: Variant, args: argparse.Namespace, device: to
     arguments = variant.arguments
     if args.tiny and "--torch_compile" in arguments:
         arguments = (*arguments, "--dynamo_backend=eager")  # others take a compiler, and a while
-    training = prepare(row, arguments, args.batch, device, args.tiny)
+    training = assemble(row, arguments, args.batch, device, args.tiny)
     try:
         profiled = row.profiled and not (args.tiny and variant.base)
         return measure(training, args.steps, device, profiled=profiled)

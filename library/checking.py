@@ -12,6 +12,7 @@ from library.data.config.blueprint import build_specs
 from library.data.sample.opencv import opencv
 from library.errors import UserError
 from library.families.registry import FAMILIES
+from library.families.shared.control_inputs import reads_control
 from library.options import validation
 from library.options.logging import absolute_paths
 from library.options.optimizer import default_rate
@@ -40,11 +41,8 @@ def check(opts: Options, family: FamilySpec, method: MethodSpec) -> list[Dataset
             leftovers.clear(opts.saving)
         problems += method.check(opts, traits) or _networks_of_others(opts, family)
         problems += family.check_paths(opts)
-        for look in (
-            lambda: specs.extend(build_specs(opts, traits, method.image_role)),
-            lambda: distributed.seed_of_state(opts),
-            opencv,
-        ):
+        images = (lambda: specs.extend(build_specs(opts, traits, method.image_role)), opencv)
+        for look in (*(images if method.data is None else ()), lambda: distributed.seed_of_state(opts)):
             try:
                 look()
             except UserError as error:
@@ -64,6 +62,11 @@ def _networks_of_others(opts: Options, family: FamilySpec) -> list[str]:
     """One line for each network file that is given and was made for another family, by the names of its layers."""
     given = [getattr(opts.method, "network_weights", None), *(getattr(opts.method, "base_weights", None) or [])]
     found = []
+    if given[0] and reads_control(family, given[0]):
+        found.append(
+            f"--network_weights: {given[0]}: is a control LoRA, by which the model reads a control image; training "
+            "gives it none. gen_img.py generates with it, and --base_weights merges it for a network beside it"
+        )
     for path in filter(None, given):
         layers = {kohya_name(name).partition(".")[0] for name in read_names(path) or ()}
         fitting = [spec for spec in FAMILIES.values() if any(re.search(spec.network_layers, layer) for layer in layers)]

@@ -32,7 +32,7 @@ def build_parser(family: str, method: str) -> argparse.ArgumentParser:
 
 
 def run(family: str, method: str, argv: Sequence[str] | None = None, *, options: Options | None = None) -> None:
-    """Runs one script and exits: 0 done, 2 wrong options, files or data, 3 planned and too large, 130 interrupted.
+    """Runs one script and exits: 0 done, 2 wrong options or data, 3 planned and too large, 130 stopped by Ctrl-C.
 
     Args:
         argv: without the script's name; None: this process's own.
@@ -111,13 +111,15 @@ def _train(family_name: str, method_name: str, argv: Sequence[str] | None, optio
     from library.session import run_session
 
     try:
-        run_session(opts, family, method, specs)
+        status = run_session(opts, family, method, specs)
     except (MemoryError, RuntimeError) as error:
         problem = limits.out_of_memory(error)
         if problem is None:
             raise
         LOGGER.debug("where it was raised:", exc_info=error)
         raise UserError(f"{problem}; {_against_it(opts, family)}") from error
+    if status:
+        raise SystemExit(status)
 
 
 def _against_it(opts: Options, family: FamilySpec) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from library.caching.encode_missing import Encoder, OnError
     from library.data.sample.dataset import TrainingData
+    from library.data.types import PromptedData
     from library.families.base import Family
     from library.methods.base import Method
     from library.options.base import Options
@@ -30,6 +31,8 @@ def latent_cache(opts: Options, family: Family, models: Models, data: TrainingDa
     from library.caching import latents
     from library.checkpoints.hashes import weights_fingerprint
 
+    if not opts.data.of_images:
+        return None
     place = latent_place(opts, family.traits, data)
     if place is None:
         return None
@@ -95,6 +98,8 @@ def require_texts(opts: Options, family: Family, missing: Sequence[str], data: T
         return
     if samples:
         raise UserError(*missing, hint="--sample_prompts have to be encoded even where captions need not be")
+    if not opts.data.of_images:
+        raise UserError(*missing, hint="prompts are encoded at the start of each run")
     from library.caching import text
 
     requests, layout = text.requests_of(data.all_records), family.text.layout()
@@ -148,6 +153,8 @@ def text_cache(
         on_error: see `text.cache_on_disk`.
     Raises: UserError: no text encoder's outputs stay as they are.
     """
+    if not opts.data.of_images:
+        return partial(_encode_prompts, family, models, data)
     options = opts.text_cache
     if not caches_text(opts, family, method):
         return None
@@ -201,3 +208,13 @@ class Caches:
     ) -> Callable[[Accelerator], None] | None:
         """See `text_cache`."""
         return text_cache(opts, family, method, models, data)
+
+
+def _encode_prompts(family: Family, models: Models, data: PromptedData, accelerator: Accelerator) -> None:
+    """Gives data without images the conditioning of its prompts, each for one item, on the CPU."""
+    import torch
+
+    with torch.no_grad(), accelerator.autocast():
+        data.set_texts(
+            {text: family.text.encode(models, [text]).map(lambda tensor: tensor.cpu()) for text in data.texts}
+        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,34 +19,41 @@ import torch
 
 from library import encoding
 from library.checkpoints import metadata
+from library.checkpoints.sizes import with_size
 from library.checkpoints.writing import bytes_of
 from library.data.load import read_data
 from library.errors import UserError
 from library.inference.preview import Preview
 from library.memory.attention import set_attention
-from library.memory.compiling import compile_blocks
+from library.memory.compiling import compile_blocks, graphs_per_shape
 from library.options.optimizer import sets_own_rate
 from library.options.sharding import sharding_of
 from library.runtime.limits import during
 from library.runtime.logs import LOGGER
 from library.runtime.processes import Processes
+from library.runtime.signals import exit_status
 from library.training import distributed, lr_schedules, optimizers, placement, plan, resuming, state_notes
 from library.training.ema import EMA
 from library.training.hub import Hub
 from library.training.loop import train
+from library.training.notifying import Notifier
+from library.training.opening import describe_run
+from library.training.results_page import build as results_page
+from library.training.results_page.build import Origin
+from library.training.results_page.facts import Example
+from library.training.results_page.page import Course
 from library.training.run import Run
-from library.training.saving import check_space, make_save_plan
-from library.training.stepping import OptimizerStepper, equal_parts, listed_blocks, parts_by_block
-from library.training.tracking import make_tracker
+from library.training.saving import SavePlan, check_space, make_save_plan
+from library.training.stepping import OptimizerStepper, listed_blocks, parts_inside_backward
+from library.training.tracking import Sink, make_tracker
 from library.training.validation import Validation
 from library.types import Size
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import Tensor
 
-    from library.data.sample.dataset import TrainingData
-    from library.data.types import DatasetSpec
+    from library.data.types import DatasetSpec, RunData
+    from library.entry_points import EntryPoint
     from library.families.base import Family
     from library.families.spec import FamilySpec
     from library.memory.block_swap import BlockSwap
@@ -60,29 +67,33 @@ if TYPE_CHECKING:
 SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def run_session(opts: Options, family: FamilySpec, method: MethodSpec, specs: list[DatasetSpec]) -> None:
+def run_session(opts: Options, family: FamilySpec, method: MethodSpec, specs: list[DatasetSpec]) -> int:
     """Trains what checked options ask for. `specs` are the datasets, as `checking.check` gave them.
 
+    Returns: the exit status: 0, or that of a run which a signal has ended.
     Raises: UserError: what only torch, the data, the loaded model or the whole plan of the run can show.
     """
     opts, accelerator, shards = join(opts)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
-    data, run_plan = open_data(opts, specs, family.traits, processes)
-    if opts.data.debug_dataset:
-        show_data(opts, data, accelerator)
-    else:
-        session = Session(opts, family.adapter(opts), method.method(opts), data, run_plan, accelerator, shards)
-        session.check(family.missing_encoders(opts), takes_control=method.image_role == "control")
-        with during("loading the model"):
-            session.load()
-        with during("encoding images and captions before training"):
-            session.encode()
-        with during("placing the model"):
-            session.place()
-            run = session.build(method.tracker)
-        with run.tracker, run.hub:
-            train(run)
+    progress: Progress | None = None
+    with Notifier(opts, enabled=accelerator.is_main_process and not opts.data.debug_dataset) as notifier:
+        data, run_plan = open_data(opts, specs, family.traits, processes, method.data)
+        if opts.data.debug_dataset:
+            show_data(opts, data, accelerator)
+        else:
+            session = Session(opts, family.adapter(opts), method.method(opts), data, run_plan, accelerator, shards)
+            session.check(family.missing_encoders(opts), takes_control=method.image_role == "control")
+            with during("loading the model"):
+                session.load()
+            with during("encoding images and captions before training"):
+                session.encode()
+            with during("placing the model"):
+                session.place()
+                run = session.build(method, family.scripts, notifier)
+            with run.tracker, run.hub:
+                progress = train(run)
     processes.close()
+    return exit_status(progress.interrupted) if progress is not None and progress.interrupted else 0
 
 
 # ---- before the model
@@ -113,13 +124,26 @@ def join(opts: Options) -> tuple[Options, Accelerator, Shards | None]:
 
 
 def open_data(
-    opts: Options, specs: list[DatasetSpec], traits: FamilyTraits, processes: Processes, *, planned: int | None = None
-) -> tuple[TrainingData, RunPlan]:
+    opts: Options,
+    specs: list[DatasetSpec],
+    traits: FamilyTraits,
+    processes: Processes,
+    own_data: EntryPoint[[Options, FamilyTraits, int], RunData] | None = None,
+    *,
+    planned: int | None = None,
+) -> tuple[RunData, RunPlan]:
     """Lists the images and sorts them into batches, from which the length of the run follows.
 
-    Args: planned: how many processes shall train, where these are others than those that are here.
+    Args:
+        own_data: makes the data of a method that trains without images.
+        planned: how many processes shall train, where these are others than those that are here.
     """
-    data = read_data(specs, opts, traits, processes)
+    if own_data is None:
+        data = read_data(specs, opts, traits, processes)
+    else:
+        data = own_data(opts, traits, planned or processes.world)
+        for line in data.report():
+            LOGGER.info("%s", line)
     run_plan = plan.make_plan(
         data.batches_per_epoch,
         planned or processes.world,
@@ -134,7 +158,7 @@ def open_data(
     return data, run_plan
 
 
-def show_data(opts: Options, data: TrainingData, accelerator: Accelerator) -> None:
+def show_data(opts: Options, data: RunData, accelerator: Accelerator) -> None:
     """Writes and shows the contact sheets of --debug_dataset."""
     if not accelerator.is_main_process:
         return
@@ -160,7 +184,7 @@ class Session:
     opts: Options
     family: Family
     method: Method
-    data: TrainingData
+    data: RunData
     plan: RunPlan
     accelerator: Accelerator
     shards: Shards | None = None
@@ -205,11 +229,12 @@ class Session:
         Raises: UserError: the model cannot be read, or images to train on, or to make, are larger than it can take.
         """
         started = time.time()
+        LOGGER.info("loading %s", with_size(self.opts.model.pretrained_model_name_or_path))
         with placement.loading(self.opts, self.device):
             self.models = self.family.loader.load()
         LOGGER.info("loaded %s in %.1f s", self.opts.model.pretrained_model_name_or_path, time.time() - started)
         most = self.models.longest_side
-        sizes = {Size(*record.bucket): "a bucket of" for record in self.data.all_records}
+        sizes = self.data.sizes()
         sizes |= {Size(prompt.width, prompt.height): "--sample_prompts: an image of" for prompt in self.preview.prompts}
         large = [f"{what} {size.width}x{size.height}" for size, what in sizes.items() if most and max(size) > most]
         if large:
@@ -234,7 +259,8 @@ class Session:
             cache_text(self.accelerator)
             self.preview.encode_prompts(models, self.device)
             placement.release_text_encoders(models, keep=method.live_text_encoders())
-        placement.place_vae(models, opts, self.device)
+        if opts.data.of_images or method.needs_vae():
+            placement.place_vae(models, opts, self.device)
         if cache_latents is not None:
             cache_latents(encoding.latent_encoder(opts, family, models, self.accelerator))
             if self.accelerator.is_main_process:
@@ -246,16 +272,36 @@ class Session:
         """Moves the denoiser to the device; compiles, shards or swaps it as the options say."""
         opts, models = self.opts, self.models
         placement.place_denoiser(models, opts, self.device, sharded=self.shards is not None)
+        placement.set_norms(self.family, models)
         attention = set_attention(models.denoiser, opts.memory)
         if opts.memory.compiles:
             compile_blocks(self.family.denoiser.blocks(models), opts.memory.dynamo_backend, self.device)
+            self._announce_graphs()
         if self.shards is not None:
             placement.shard_denoiser(self.family, models, opts, self.shards)
         self.swap = placement.swap_blocks(self.family, models, opts, self.device)
         LOGGER.info("device %s, mixed precision %s, attention %s", self.device, opts.memory.mixed_precision, attention)
 
-    def build(self, tracker: str) -> Run:
-        """The run, with optimizer and schedule over what is trained. `tracker` names the logs' folder or project."""
+    def _announce_graphs(self) -> None:
+        """Says how often steps will wait for the compiler: in the first ones, and whenever a new shape comes up."""
+        blocks, shapes = self.family.denoiser.blocks(self.models), self.data.batch_shapes()
+        if self.family.traits.tokens_in_a_row:
+            distinct = {(count, size.width * size.height) for count, size in shapes}
+        else:
+            distinct = shapes
+        trained = placement.has_trained_weights(self.models.denoiser)
+        each = graphs_per_shape(blocks, input_has_gradient=trained) + self.family.traits.extra_graphs
+        LOGGER.info(
+            "--torch_compile: %d graphs will be compiled in training, each when it is first needed: %d for each of %d "
+            "shapes of batches",
+            *(each * len(distinct), each, len(distinct)),
+        )
+
+    def build(self, spec: MethodSpec, scripts: Mapping[str, str], notifier: Notifier) -> Run:
+        """The run, with optimizer and schedule over what is trained; of the method's spec, its logs and its steps.
+
+        Args: scripts: see `FamilySpec.scripts`.
+        """
         opts, family, method, models, data = self.opts, self.family, self.method, self.models, self.data
         optimizer = optimizers.make_optimizer(method.parameter_groups(), opts.optimizer)
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -269,28 +315,38 @@ class Session:
                     schedule.step()
         for line in plan.describe(self.plan, data.num_train_images, data.num_reg_images):
             LOGGER.info("%s", line)
+        about = describe_run(opts, optimizer, self.plan, data.batch_sizes())
+        for pair in about:
+            LOGGER.info("%s: %s", *pair)
         settings = resuming.settings_of(optimizer, opts, self.plan, data)
         prepared = self.accelerator.prepare_optimizer(optimizer)
+        added = method.added()
+        blocks = family.denoiser.blocks(models) if added is None else listed_blocks(added)
+        stepped_together = parts_inside_backward(opts, weights, blocks, swapped=self.swap is not None)
         saves = make_save_plan(opts.saving, method.file_suffix(), self.plan.epochs)
         check_space(saves.final_path().parent, bytes_of(method.trainable().state_dict()), "what is to be saved")
+        denoise, objective = method.denoise(family, models), family.denoiser.objective()
+        origin = Origin(tuple(script for script, name in scripts.items() if name == spec.name), spec.usage)
+        sinks = {**self._pages(origin, saves, about), **notifier.sinks()}
         return Run(
             opts=opts,
             seed=opts.training.seed,
             family=family,
             method=method,
             models=models,
-            denoise=method.denoise(family, models),
-            objective=family.denoiser.objective(),
+            denoise=denoise,
+            objective=objective,
+            draw=None if spec.draw is None else spec.draw(method, family, objective, denoise),
             data=data,
             plan=self.plan,
             accelerator=self.accelerator,
             optimizer=prepared,
-            stepper=OptimizerStepper(opts, optimizer, prepared, self._stepped_together(weights)),
+            stepper=OptimizerStepper(opts, optimizer, prepared, stepped_together),
             schedule=schedule,
             saves=saves,
             preview=self.preview,
             validation=Validation(opts, data.held_out, opts.training.seed),
-            tracker=make_tracker(opts, tracker, enabled=self.accelerator.is_main_process),
+            tracker=make_tracker(opts, spec.tracker, enabled=self.accelerator.is_main_process, others=sinks),
             hub=Hub(opts.saving, enabled=self.accelerator.is_main_process),
             make_metadata=self._metadata_maker(optimizer),
             save_dtype=SAVE_DTYPES[opts.saving.save_precision],
@@ -301,15 +357,16 @@ class Session:
             shards=self.shards,
         )
 
-    def _stepped_together(self, weights: list[Tensor]) -> list[list[Tensor]] | None:
-        """The weights by the parts that are stepped inside the backward pass; None: they are not, or each by itself."""
-        fused, added = self.opts.fused, self.method.added()
-        if not fused.in_use:
-            return None
-        if fused.blockwise_fused_optimizers:
-            blocks = self.family.denoiser.blocks(self.models) if added is None else listed_blocks(added)
-            return parts_by_block(weights, blocks)
-        return equal_parts(weights, fused.fused_optimizer_groups)
+    def _pages(self, origin: Origin, saves: SavePlan, about: Sequence[tuple[str, str]]) -> dict[str, Sink]:
+        """The results page, if one is wanted, by its name in messages."""
+        opts = self.opts
+        if opts.logging.no_results_page:
+            return {}
+        resumed = opts.saving.resume is not None or self.start.step > 0
+        first = next(iter(self.preview.prompts), None)
+        example = None if first is None else Example(first.prompt, first.width, first.height)
+        course = Course(self.plan, self.start, resumed)
+        return {results_page.NAME: results_page.make_page(opts, origin, course, saves, self.data, about, example)}
 
     def _metadata_maker(self, optimizer: torch.optim.Optimizer) -> Callable[[Progress], dict[str, str]]:
         """A function that makes a file's metadata at any point of the run."""
@@ -321,9 +378,6 @@ class Session:
             "ss_optimizer": optimizers.describe_optimizer(optimizer, options),
             "ss_max_train_steps": run_plan.total_steps,
             "ss_num_epochs": run_plan.epochs,
-            "ss_num_batches_per_epoch": run_plan.batches_per_epoch,
-            "ss_num_train_images": data.num_train_images,
-            "ss_num_reg_images": data.num_reg_images,
         }
 
         def make(progress: Progress) -> dict[str, str]:

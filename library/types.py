@@ -79,6 +79,7 @@ class Batch:
     # (B, 1 + C, H/s, W/s), what models for inpainting read behind noisy latents: the mask, 1 where something is to be
     # drawn, and the latents of the masked image as the denoiser sees them.
     inpainting: Tensor | None = None
+    control_latents: Tensor | None = None  # (B, C, H/s, W/s): what the denoiser itself reads of a control image
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `change` applied to every tensor."""
@@ -102,6 +103,11 @@ class Batch:
 # Noisy latents (B, C, h, w), timesteps (B,) in the family's own units, conditioning and batch to the prediction, shaped
 # like the noisy latents. A method makes it (`Method.denoise`); steps, validation and sample images call the same one.
 Denoise = Callable[["Tensor", "Tensor", TextCond, Batch], "Tensor"]
+
+
+# A batch and the source of all randomness (on the batch's device) to noisy latents, times, and what the prediction is
+# compared with. A method that trains without images makes it (`MethodSpec.draw`).
+Draw = Callable[[Batch, "torch.Generator"], "NoiseDraw"]
 
 
 # What a ControlNet adds to the denoiser's hidden states, in the family's own order and shapes.
@@ -164,7 +170,8 @@ class LoraTarget:
     alias: str | None = None  # another key under which files may have it
     optional: bool = False  # a target only where a file has it, or arguments ask for it by name
     from_file: bool = False  # `optional`, and no argument asks for it
-    norm: bool = False  # a layer norm or group norm, which few types of networks adapt
+    norm: bool = False  # a norm, which few types of networks adapt
+    grows: bool = False  # files may have more inputs than the live module: it reads a control image with them
     place: FilePlace | None = None  # where the live model is not laid out as files are
 
 
@@ -201,8 +208,13 @@ class FamilyTraits:
     # By text encoder: the name of its vectors in files of Textual Inversion embeddings.
     embedding_keys: Mapping[str, str] = field(default_factory=dict)
     block_layout: BlockLayout | None = None  # how block-wise lists of networks are divided; None: there are no such
+    text_regions: bool = False  # whether parts of a text can be read by parts of an image, see `Family.text_layers`
+    pooled_by_image: bool = False  # whether an image, as CLIP sees it, can stand for the text as a whole
     hypernetworks: bool = False  # whether image programs load hypernetworks for such models
     blocks_per_swap: float = 1.0  # that --blocks_to_swap counts as one
+    extra_graphs: int = 0  # kinds of blocks whose first one gets its inputs laid out otherwise than those after it
+    tokens_in_a_row: bool = False  # blocks see how many latents there are, and not in how many rows and columns
+    norms_keep_dtype: bool = False  # the authors' code computes layer norms in the dtype of the stream, not in float32
     # Flow models: (height, width) of the latents -> s; sampling takes sigma' = s sigma / (1 + (s - 1) sigma).
     flow_shift: Callable[[int, int], float] | None = None
 

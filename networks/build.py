@@ -15,7 +15,7 @@ from networks.builder import NetworkBuilder
 from networks.file_names import require_types
 from networks.files import Entries, NetworkFile, read
 from networks.network import Network
-from networks.registry import type_of
+from networks.registry import STACK, type_of
 from networks.targets import add_to_weights, file_modules, has_bias, layer_of, rows_of, weight_of, weight_shape
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class DeclaredBuilder(NetworkBuilder):
         layers: dict[str, AdapterLayer] = {}
         for key, entry in self._entries(file, targets, parsed, partial(rows_of, models)).items():
             with _named(key):
-                kind = self.module.type_of_entry(entry, parsed)
+                kind = STACK if STACK.reads(frozenset(entry)) else self.module.type_of_entry(entry, parsed)
                 modules, own = file_modules(models, by_key[key]), kind.args.like(parsed.layer)
                 layers[key] = kind.layer.load().rebuild(modules, entry, own)
         return _made(layers, targets, parsed)
@@ -94,8 +94,13 @@ class DeclaredBuilder(NetworkBuilder):
         entries = self._entries(file, list(network.targets.values()), network.args, lambda target: sizes[target.key])
         for key, entry in entries.items():
             with _named(key):
+                if STACK.reads(frozenset(entry)) and STACK.layer.load() is not type(layers[key]):
+                    hint = "--dim_from_weights continues with them so"
+                    raise UserError(
+                        "the file has the modules of this layer one by one, with changes of their own", hint=hint
+                    )
                 layers[key].load(entry)
-        return len(entries), len(layers) - len(entries), len(file.entries) - len(entries)
+        return len(entries), len(layers) - len(entries), len(file.unused(network.targets.values()))
 
     def _entries(
         self,
@@ -120,22 +125,22 @@ def merge(targets: Sequence[LoraTarget], models: Models, file: NetworkFile, mult
     for key, entry in entries.items():
         with _named(f"{file.path}: {key}"):
             shape, weight = weight_shape(models, by_key[key]), partial(weight_of, models, by_key[key])
-            change, bias = change_of(entry, shape, weight)
+            change, bias = change_of(entry, shape, weight, multiplier)
             if bias is not None and not has_bias(models, by_key[key], len(bias)):
                 raise UserError(
                     f"it changes a bias of {len(bias)} entries, which the layer does not have here",
                     hint="was it made for another model?",
                 )
-        add_to_weights(models, by_key[key], change * multiplier)
+        add_to_weights(models, by_key[key], change)
         if bias is not None:
-            add_to_weights(models, by_key[key], bias * multiplier, name="bias")
-    return len(entries), len(file.entries) - len(entries)
+            add_to_weights(models, by_key[key], bias, name="bias")
+    return len(entries), len(file.unused(targets))
 
 
 def change_of(
-    entry: Mapping[str, Tensor], shape: torch.Size, weight: Callable[[], Tensor]
+    entry: Mapping[str, Tensor], shape: torch.Size, weight: Callable[[], Tensor], multiplier: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
-    """What a file's entry of any type adds to a layer's weight and bias at multiplier 1, float32.
+    """What a file's entry of any type adds to a layer's weight and bias at a multiplier, float32.
 
     Args: shape, weight: as `AdapterLayer.weight_change` takes them.
     Raises: UserError: the entry is of no known type, or does not fit that weight.
@@ -145,7 +150,8 @@ def change_of(
         raise UserError(f"{', '.join(sorted(entry))} are of no type that is known here")
     layer = kind.layer.load()
     try:
-        return layer.weight_change(entry, shape, weight), layer.bias_change(entry)
+        change, bias = layer.merged_change(entry, shape, weight, multiplier), layer.bias_change(entry)
+        return change, None if bias is None else bias * multiplier
     except UserError as error:
         raise UserError(*error.problems, hint="was it made for another model?") from error
 

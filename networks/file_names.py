@@ -16,6 +16,7 @@ from networks.spec import NetworkType
 SHOWN = 3  # of many names, in messages
 _ORDINARY = "give a network file"
 _LYCORIS = "--network_module=networks.lycoris continues from it"
+_CONTROL = "gen_img.py generates with it, and --base_weights and the merging scripts merge it"
 # The first pattern that is found in any name decides: the format, and what can be done.
 FORMATS = (
     (r"\.hada_w1_a$", "LoHa", _LYCORIS),
@@ -23,7 +24,11 @@ FORMATS = (
     (r"\.(oft_blocks|oft_diag|oft_R\.weight)$", "OFT", _LYCORIS),
     (r"\.on_input$", "IA3", _LYCORIS),
     (r"\.[ab]1\.weight$", "GLoRA", _LYCORIS),
-    (r"norm\.(query|key)_norm\.scale$", "a control LoRA, whose model takes an image beside the latents", _ORDINARY),
+    (
+        r"norm\.(query|key)_norm\.scale$|\.set_weight$",
+        "a control LoRA, whose model takes an image beside the latents",
+        _CONTROL,
+    ),
     (r"\.(diff|diff_b)$", "differences of weights or biases", _LYCORIS),
     (r"\.w_norm$", "LyCORIS with trained norms", _LYCORIS),
     (r"\.lora_mid\.weight$", "LoCon in Tucker form", _LYCORIS),

@@ -16,7 +16,7 @@ from library.checkpoints.reading import file_format, read_header, read_state_dic
 from library.errors import UserError
 from library.runtime.logs import LOGGER
 from networks.file_names import SHOWN, named_format
-from networks.fused import join
+from networks.fused import can_join, join, stacked
 from networks.layouts import kohya_name
 
 if TYPE_CHECKING:
@@ -70,6 +70,11 @@ class NetworkFile:
     def flat(self) -> dict[str, Tensor]:
         return {f"{key}.{name}": tensor for key, entry in self.entries.items() for name, tensor in entry.items()}
 
+    def unused(self, targets: Iterable[LoraTarget]) -> list[str]:
+        """The layers of the file that none of these targets is, or has as a part."""
+        known = names_in_files(targets)
+        return [layer for layer in self.entries if layer not in known]
+
     def matching(self, targets: Iterable[LoraTarget], rows: Callable[[LoraTarget], Sequence[int]]) -> Entries:
         """The entries that have a target here, by the targets' keys and in their order. Raises: UserError: none has.
 
@@ -102,23 +107,16 @@ class NetworkFile:
     def _fused(
         self, target: LoraTarget, pieces: Sequence[dict[str, Tensor] | None], rows: Sequence[int]
     ) -> dict[str, Tensor]:
-        """LoRA of single modules as that of the layer that they are in files: with its ranks side by side.
+        """Single modules as the layer that they are in files: LoRA with its ranks side by side, others `stacked`.
 
-        Raises: UserError: a piece is no LoRA, and so cannot be put together with others.
+        Raises: UserError: a piece is of another size.
         """
-        biases = [(piece or {}).get("diff_b") for piece in pieces]
-        weights = [piece and {name: tensor for name, tensor in piece.items() if name != "diff_b"} for piece in pieces]
-        for weight, module in zip(weights, target.modules, strict=True):
-            if weight and weight.keys() - {"alpha", "dora_scale"} != {"lora_down.weight", "lora_up.weight"}:
-                raise UserError(f"{self.path}: {module}: only LoRA can be a part of the layer {target.key}")
+        if not can_join(pieces):
+            return stacked(pieces, rows)
         try:
-            joined = join(weights, rows, share=False)
+            return join(pieces, rows, share=False)
         except UserError as error:
             raise UserError(*(f"{self.path}: {target.key}: {problem}" for problem in error.problems)) from error
-        if any(bias is not None for bias in biases):
-            filled = zip(biases, rows, strict=True)
-            joined["diff_b"] = torch.cat([torch.zeros(n) if bias is None else bias.float() for bias, n in filled])
-        return joined
 
 
 def read(path: str | Path, *, keep_8_bits: bool = False) -> NetworkFile:
@@ -148,6 +146,8 @@ def read(path: str | Path, *, keep_8_bits: bool = False) -> NetworkFile:
             raise UserError(f"{path}: holds {shown}, so it is no file of a network.{named_format(tensors)}")
         if tensor.is_floating_point() and tensor.element_size() == 1 and not keep_8_bits:
             tensor = tensor.float()
+        if rest == "reshape_weight":  # ComfyUI's note of a weight's shape, which the matrices say too
+            continue
         if rest == "dora_scale" and (tensor.dim() == 1 or "lora_magnitude_vector" in name):
             # PEFT has the magnitudes of rows as a vector, those of convolutions as (1, out, 1, 1).
             tensor = tensor.reshape(-1, *[1] * max(tensor.dim() - 1, 1))
@@ -159,7 +159,7 @@ def read(path: str | Path, *, keep_8_bits: bool = False) -> NetworkFile:
     for layer in scaled:
         entry = entries[layer]
         rank = len(entry.get("lora_down.weight", [1]))
-        entry["diff_b"] = entry["diff_b"].float() * (float(entry.get("alpha", 0)) or rank) / rank
+        entry["diff_b"] = entry["diff_b"].float() * ((float(entry.get("alpha", 0)) or rank) / rank)
     return NetworkFile(Path(path), entries)
 
 

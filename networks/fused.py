@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from networks.layers.change import BIAS
 from networks.layers.locon import DOWN, UP
 from networks.layers.lora import Entry
 
 ALPHA, DORA = "alpha", "dora_scale"
+ROWS = "rows"  # of a piece, in an entry that `stacked` makes
 Piece = dict[str, Tensor]
 
 
@@ -39,7 +41,7 @@ def cut(entry: Mapping[str, Tensor], rows: Sequence[int]) -> list[Piece | None]:
         raise UserError(f"has {len(whole.up)} outputs where {sum(rows)} are expected")
     scale = whole.alpha / whole.rank
     ups = whole.up.split(list(rows))
-    columns = _columns(ups, whole.rank)
+    columns = [None] * len(ups) if BIAS in entry else _columns(ups, whole.rank)
     pieces: list[Piece | None] = []
     start = 0
     for up, own in zip(ups, columns, strict=True):
@@ -51,11 +53,21 @@ def cut(entry: Mapping[str, Tensor], rows: Sequence[int]) -> list[Piece | None]:
         if piece is not None:
             if ALPHA in entry:
                 piece[ALPHA] = alpha_like(scale * len(piece[DOWN]), entry[ALPHA])
-            if DORA in entry:
-                piece[DORA] = entry[DORA][start : start + len(up)].clone()
+            for name in (DORA, BIAS):
+                if name in entry:
+                    piece[name] = entry[name][start : start + len(up)].clone()
         pieces.append(piece)
         start += len(up)
     return pieces
+
+
+def can_join(pieces: Sequence[Mapping[str, Tensor] | None]) -> bool:
+    """Whether `join` can put these pieces together: LoRA, or DoRA of rows in all of them."""
+    known = [piece for piece in pieces if piece is not None]
+    if not known or any(piece.keys() - {ALPHA, DORA, BIAS} != {DOWN, UP} or piece[DOWN].dim() != 2 for piece in known):
+        return False
+    dora = [piece[DORA] for piece in known if DORA in piece]
+    return not dora or (len(dora) == len(pieces) and all(len(scales) > 1 for scales in dora))
 
 
 def join(pieces: Sequence[Mapping[str, Tensor] | None], rows: Sequence[int], *, share: bool = True) -> Piece:
@@ -92,11 +104,32 @@ def join(pieces: Sequence[Mapping[str, Tensor] | None], rows: Sequence[int], *, 
         joined[ALPHA] = alpha_like(scale * len(down), present[0].get(ALPHA))
     if DORA in present[0]:
         joined[DORA] = torch.cat([piece[DORA] for piece in present])
+    if any(BIAS in piece for piece in present):
+        own = zip(pieces, rows, strict=True)
+        joined[BIAS] = torch.cat([piece[BIAS] if piece and BIAS in piece else torch.zeros(n) for piece, n in own])
     return joined
 
 
+def stacked(pieces: Sequence[Mapping[str, Tensor] | None], rows: Sequence[int]) -> Piece:
+    """Pieces of any types as one entry, which `unstacked` takes apart: ``0/rows``, ``0/<tensor>``, ``1/rows``, ..."""
+    whole: Piece = {}
+    for place, (piece, count) in enumerate(zip(pieces, rows, strict=True)):
+        whole[f"{place}/{ROWS}"] = torch.tensor(count)
+        whole |= {f"{place}/{name}": tensor for name, tensor in (piece or {}).items()}
+    return whole
+
+
+def unstacked(entry: Mapping[str, Tensor]) -> list[tuple[int, Piece]]:
+    """(output rows, tensors) of each module of a fused layer; no tensors where the file has nothing of it."""
+    pieces: dict[int, Piece] = {}
+    for name, tensor in entry.items():
+        place, _, own = name.partition("/")
+        pieces.setdefault(int(place), {})[own] = tensor
+    return [(int(pieces[place].pop(ROWS)), pieces[place]) for place in sorted(pieces)]
+
+
 def _require_lora(entry: Mapping[str, Tensor]) -> None:
-    if entry.keys() - {ALPHA, DORA} != {DOWN, UP}:
+    if entry.keys() - {ALPHA, DORA, BIAS} != {DOWN, UP}:
         raise UserError(f"only LoRA can be cut or joined, and it has {', '.join(sorted(entry))}")
     if entry[DOWN].dim() != 2 or (DORA in entry and len(entry[DORA]) == 1):
         raise UserError("is of a shape that cannot be cut or joined")

@@ -18,7 +18,11 @@ class AdapterLayer(nn.Module, ABC):
     """
 
     multiplier: float = 1.0
+    # What becomes of a module's output; it gets this, and what gives the adapted one. None: that takes its place.
+    within: Callable[[Tensor, Callable[[], Tensor]], Tensor] | None = None
     rows: list[int]  # output rows of each module
+    shares_input = False  # whether `adapt` may be given the input in the dtype that autocast computes in
+    copies: tuple[Tensor, ...] | None = None  # of what `copied_weights` names, while there are some
 
     def rows_of(self, index: int) -> slice:
         """The output rows of the `index`-th module among those of all."""
@@ -63,6 +67,14 @@ class AdapterLayer(nn.Module, ABC):
         raise NotImplementedError
 
     @classmethod
+    def merged_change(
+        cls, tensors: Mapping[str, Tensor], shape: torch.Size, weight: Callable[[], Tensor], multiplier: float
+    ) -> Tensor:
+        """What a file's entry adds to a weight at a multiplier, float32; 0 at 0. See `weight_change`."""
+        change = cls.weight_change(tensors, shape, weight)
+        return change if multiplier == 1 else change * multiplier
+
+    @classmethod
     def bias_change(cls, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """What a file's entry adds to a bias at multiplier 1, float32; None: nothing."""
         return None
@@ -70,6 +82,21 @@ class AdapterLayer(nn.Module, ABC):
     @abstractmethod
     def adapt(self, index: int, x: Tensor, output: Tensor) -> Tensor:
         """The output that the `index`-th module of the layer shall have for input `x`, instead of `output`."""
+
+    def instead(self, index: int, x: Tensor) -> Tensor | None:
+        """The same, where the layer makes it without the live module's output, which then is not computed; else None.
+
+        Only in training, when one network at most acts on a module.
+        """
+        return None
+
+    def adapt_into(self, index: int, x: Tensor, output: Tensor) -> Tensor:
+        """`adapt`, for callers that need `output` no longer: it may be overwritten."""
+        return self.adapt(index, x, output)
+
+    def copied_weights(self) -> list[tuple[Tensor, Sequence[int]]]:
+        """The weights of which `adapt` takes `copies` in another dtype, each with the rows of the pieces it takes."""
+        return []
 
     def before_step(self) -> None:
         """Called before each optimizer step, when the gradients are as the step sees them; never waits."""

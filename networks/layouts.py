@@ -12,7 +12,10 @@ from difflib import SequenceMatcher
 _KOHYA = re.compile(r"(lora|oft|lycoris)_(unet|te\d*)_")
 # Beginnings of names, and kohya's in their place.
 _PARTS = (
-    (re.compile(r"(model\.)?diffusion_model\.|transformer\.|unet\.|lora_(transformer|prior)_"), "lora_unet_"),
+    (
+        re.compile(r"(model\.)?diffusion_model\.|transformer\.|unet\.|lora_(transformer|prior)_|lycoris_(?=\w+\.)"),
+        "lora_unet_",
+    ),
     (re.compile(r"text_encoder\.|(text_encoders\.)?clip_[lh]\.(transformer\.)?"), "lora_te1_"),
     (re.compile(r"text_encoder_2\.|(text_encoders\.)?clip_g\.(transformer\.)?"), "lora_te2_"),
     (re.compile(r"text_encoder_3\.|(text_encoders\.)?t5(xxl)?\.(transformer\.)?"), "lora_te3_"),
@@ -26,12 +29,17 @@ _MATRIX = re.compile(
     r"|_lora(?P<stream>[12]?)\.(?P<processor>down|up)\.weight)"
 )
 _OTHER = re.compile(
-    r"(?P<layer>.+?)\.(?P<tensor>alpha|dora_scale|lora_mid\.weight|diff|diff_b|w_norm|b_norm|rescale|on_input"
-    r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_blocks(?:\.\d+)?|[ab][12]\.weight)"
+    r"(?P<layer>.+?)\.(?P<tensor>alpha|dora_scale|lora_mid\.weight|diff|diff_b|w_norm|b_norm|set_weight|rescale|on_input"
+    r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_blocks(?:\.\d+)?|[ab][12]\.weight|reshape_weight)"
 )
+# Norms of query and key whole: in BFL's control LoRAs, in ComfyUI's of these, and in diffusers'.
+_NORM = re.compile(r"(?P<layer>.+?\.(?:query|key)_norm)\.(?:scale|(?:scale\.)?set_weight)")
+_DIFFUSERS_NORM = re.compile(r"(?P<layer>.+?\.norm_(?:added_)?[qk])\.weight")
 _BIAS = re.compile(r"(?P<layer>.+?)\.lora_B(?:\.default)?\.bias")
 _MAGNITUDE = re.compile(r"(?P<layer>.+?)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 _STREAMS = {"1": "img", "2": "txt"}  # of xlabs' FLUX blocks
+_NO_PATH = ("img_in", "txt_in")  # layers outside of all blocks, whose names in BFL's files are single words
+SET_WEIGHT = "set_weight"  # ComfyUI's name for a tensor that takes a weight's place
 
 # Layouts by who writes them: how names begin and end.
 LAYOUTS = {
@@ -43,6 +51,7 @@ LAYOUTS = {
     "diffusers' for U-Nets": ("unet.", ".lora_A.weight"),
     "PEFT's": ("base_model.model.", ".lora_A.weight"),
     "xlabs'": ("", ".processor.qkv_lora1.down.weight"),
+    "BFL's": ("", ".lora_B.bias"),
 }
 
 
@@ -68,7 +77,9 @@ def kohya_name(name: str) -> str:
     split = _layer_and_tensor(rest)
     known = _KOHYA.match(stripped) is not None
     # A layer of kohya's files has no dots; one without a known beginning is a path, and so has some.
-    if split is None or (known and "." in split[0]) or (not known and match is None and "." not in split[0]):
+    if split is None or (known and "." in split[0]):
+        return name
+    if not known and match is None and "." not in split[0] and split[0] not in _NO_PATH:
         return name
     return f"{part}{split[0].replace('.', '_')}.{split[1]}"
 
@@ -78,7 +89,8 @@ def _layer_and_tensor(name: str) -> tuple[str, str] | None:
     matrix = _MATRIX.fullmatch(name)
     if matrix is None:
         other = _OTHER.fullmatch(name)
-        for pattern, tensor in ((_MAGNITUDE, "dora_scale"), (_BIAS, "diff_b")):
+        others = ((_MAGNITUDE, "dora_scale"), (_BIAS, "diff_b"), (_NORM, SET_WEIGHT), (_DIFFUSERS_NORM, SET_WEIGHT))
+        for pattern, tensor in others:
             found = pattern.fullmatch(name)
             if found is not None:
                 return found["layer"], tensor

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from networks.arguments import Reader
-from networks.registry import BOFT, FULL, GLORA, IA3, LOCON, LOHA_FULL, LOKR_FULL, LORA, NORM, OFT, type_of
+from networks.registry import BOFT, FULL, GLORA, IA3, LOCON, LOHA_FULL, LOKR_FULL, LORA, NORM, OFT, SET, type_of
 from networks.selections.preset import PresetSelection
 from networks.spec import NetworkArgs, NetworkModule, NetworkType
 
@@ -36,7 +36,7 @@ class LycorisModule(NetworkModule):
 
     @property
     def types(self) -> Sequence[NetworkType[Any]]:
-        return [LORA, *dict.fromkeys(ALGOS.values())]
+        return [LORA, SET, *dict.fromkeys(ALGOS.values())]
 
     def type_for(self, reader: Reader) -> NetworkType[Any]:
         algo = reader.args.get("algo", "").strip().lower() or "lora"

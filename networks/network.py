@@ -53,6 +53,10 @@ class TrainableNetwork(nn.Module, ABC):
     def set_multiplier(self, multiplier: float) -> None:
         """Strength of the whole network; 1 is as trained, 0 the bare model."""
 
+    def detach(self) -> None:
+        """Takes the network away from the model, or leaves it there without any effect."""
+        self.set_multiplier(0.0)
+
     def can_limit_norms(self) -> bool:
         return True
 
@@ -72,10 +76,6 @@ class TrainableNetwork(nn.Module, ABC):
     def file_state(self) -> dict[str, Tensor]:
         """What the file holds."""
         return self.state_dict()
-
-    def state_is_file(self) -> bool:
-        """Whether programs that read the network's files read its state_dict, too."""
-        return self.file_state().keys() == self.state_dict().keys()
 
     def torch_content(self, tensors: dict[str, Tensor], name: str, metadata: Mapping[str, str]) -> dict[Any, Any]:
         """What a .pt or .ckpt file holds, in which metadata has no place of its own.
@@ -125,10 +125,16 @@ class Network(TrainableNetwork):
 
     def file_state(self) -> dict[str, Tensor]:
         return {
-            f"{key.replace('lora', self.args.type.prefix, 1)}.{name}": tensor
+            self._name_in_file(key, name): tensor
             for key, layer in self.layers().items()
             for name, tensor in layer.file_state().items()
         }
+
+    def _name_in_file(self, key: str, tensor: str) -> str:
+        place, of_piece, name = tensor.partition("/")
+        if not of_piece:
+            return f"{key.replace('lora', self.args.type.prefix, 1)}.{tensor}"
+        return f"lycoris_{self.targets[key].modules[int(place)].replace('.', '_')}.{name}"  # as SimpleTuner writes them
 
     def before_step(self) -> None:
         for layer in self.layers().values():

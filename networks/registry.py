@@ -76,6 +76,19 @@ NORM = NetworkType(
     args=WholeArgs,
     layer=EntryPoint("networks.layers.full:NormLayer"),
 )
+SET = NetworkType(
+    label="replaced norms",
+    tensors=r"set_weight",
+    args=WholeArgs,
+    layer=EntryPoint("networks.layers.full:ReplacedNormLayer"),
+)
+# Modules of a fused layer one by one, each of any type; see `networks.fused.stacked`.
+STACK = NetworkType(
+    label="parts of fused layers",
+    tensors=r"\d+/\S+( \d+/\S+)*",
+    args=LyLokrArgs,
+    layer=EntryPoint("networks.layers.stacked:StackedLayer"),
+)
 IA3 = NetworkType(
     label="(IA)^3",
     tensors=r"on_input weight",
@@ -99,7 +112,7 @@ BOFT = replace(OFT, label="BOFT", layer=EntryPoint("networks.layers.oft:BoftLaye
 KOHYA_OFT = replace(OFT, args=KohyaOftArgs, prefix="oft")
 NUMBERED_OFT = replace(OFT, args=NumberedOftArgs, prefix="oft")
 
-TYPES = (LORA, LOCON, LOHA, LOKR, FULL, NORM, IA3, GLORA, OFT)  # one for each layout that layers have in files
+TYPES = (LORA, LOCON, LOHA, LOKR, FULL, NORM, SET, IA3, GLORA, OFT, STACK)  # one for each layout of layers in files
 
 
 def type_of(names: Iterable[str]) -> NetworkType | None:

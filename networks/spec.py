@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from library.types import BlockLayout, FamilyTraits
 
 A = TypeVar("A", bound=LayerArgs)
+BESIDE = {"alpha", "reshape_weight"}  # tensors of layers of any type; the second is a shape that the others say too
 _BUILDER: EntryPoint[..., Any] = EntryPoint("networks.build:DeclaredBuilder")
 
 
@@ -28,7 +29,7 @@ class NetworkType(Generic[A]):
     """A type of adapter layer."""
 
     label: str  # for messages, e.g. "LoRA"
-    tensors: str  # pattern of the names of one layer's tensors in files: sorted, joined by spaces, without "alpha"
+    tensors: str  # pattern of the names of one layer's tensors in files: sorted, joined by spaces, without `BESIDE`
     args: type[A]
     layer: EntryPoint[..., Any]  # the subclass of AdapterLayer
     prefix: str = "lora"  # of layers' names in files, before "_unet_" and "_te_"
@@ -37,7 +38,7 @@ class NetworkType(Generic[A]):
 
     def reads(self, names: frozenset[str]) -> bool:
         """Whether a layer with these tensors in a file is of this type."""
-        return bool(re.fullmatch(self.tensors, " ".join(sorted(names - {"alpha"}))))
+        return bool(re.fullmatch(self.tensors, " ".join(sorted(names - BESIDE))))
 
 
 @dataclass(frozen=True)

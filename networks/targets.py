@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from networks.layers.copies import cast_input
 from networks.selection import TargetLayer
 
 if TYPE_CHECKING:
@@ -69,8 +70,15 @@ class InFileOrder(nn.Linear):
 
 def hook(models: Models, target: LoraTarget, layer: AdapterLayer) -> list[RemovableHandle]:
     """Makes `layer` act on the target's modules."""
-    modules = enumerate(live_modules(models, target))
-    return [module.register_forward_hook(_hook(layer, index, target.swap_halves)) for index, module in modules]
+    handles = []
+    for index, module in enumerate(live_modules(models, target)):
+        made: list[Tensor] = []
+        if layer.shares_input:
+            handles.append(module.register_forward_pre_hook(cast_input))
+        if not target.swap_halves:
+            handles.append(module.register_forward_pre_hook(_spare(layer, index, made)))
+        handles.append(module.register_forward_hook(_hook(layer, index, target.swap_halves, made)))
+    return handles
 
 
 def weight_shape(models: Models, target: LoraTarget) -> torch.Size:
@@ -105,13 +113,43 @@ def add_to_weights(models: Models, target: LoraTarget, change: Tensor, name: str
         own.copy_(own.float() + part.to(own.device, torch.float32).reshape(own.shape))
 
 
-def _hook(layer: AdapterLayer, index: int, swap: bool) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    """`swap`: the layer sees the output as the file orders it, so that its tensors are the file's."""
+def _spare(layer: AdapterLayer, index: int, made: list[Tensor]) -> Callable[..., tuple[Any, ...] | None]:
+    """Puts the output into `made` where the layer makes it alone; the module itself then gets an input without rows."""
+
+    def spare(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        made.clear()
+        output = layer.instead(index, args[0]) if layer.within is None else None
+        if output is None:
+            return None
+        made.append(output)
+        return args[0].flatten(0, -2)[:0], *args[1:]
+
+    return spare
+
+
+def _hook(
+    layer: AdapterLayer, index: int, swap: bool, made: list[Tensor]
+) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    """
+    Args:
+        swap: the layer sees the output as the file orders it, so that its tensors are the file's.
+        made: see `_spare`.
+    """
 
     def adapt(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if swap:
-            return swap_halves(layer.adapt(index, args[0], swap_halves(output, -1)), -1)
-        return layer.adapt(index, args[0], output)
+        if made:
+            return made.pop()
+        if layer.within is None:
+            if swap:
+                return swap_halves(layer.adapt_into(index, args[0], swap_halves(output, -1)), -1)
+            return layer.adapt_into(index, args[0], output)
+
+        def adapted() -> Tensor:  # beside the output, which stays
+            if swap:
+                return swap_halves(layer.adapt(index, args[0], swap_halves(output, -1)), -1)
+            return layer.adapt(index, args[0], output)
+
+        return layer.within(output, adapted)
 
     return adapt
 

@@ -40,8 +40,10 @@ GUIDES = (
     "memory.md",
     "fine_tuning.md",
     "logging.md",
+    "results_page.md",
     "timesteps.md",
     "textual_inversion.md",
+    "leco.md",
     "sdxl.md",
     "sd3.md",
     "flux.md",
@@ -287,7 +289,8 @@ def test_flags_and_commands_exist(guide):
     groups |= {script.stem: preparation_groups(script) for script in preparation_scripts()}
     # Of accelerate launch, of tensorboard, of prompt lines, and of the bundled model's scripts.
     known = {"--num_cpu_threads_per_process", "--multi_gpu", "--num_processes", "--logdir", "--cn"}
-    known |= {"--scenes", "--count", "--controlnet", "--sheet"}
+    known |= {"--scenes", "--count", "--controlnet", "--sheet", "--network", "--color", "--multipliers"}
+    known |= {"--steps", "--text"}
     known |= {f"--{option.letter}" for option in prompt_lines.GENERATION}
     for own in groups.values():
         known |= set(parsing.build_parser(own, prog="x", description="x")._option_string_actions)

@@ -77,6 +77,7 @@ def places(memory) -> dict[str, Path]:
     (folder / "loop").symlink_to("loop")
     (folder / "empty").write_bytes(b"")
     (folder / "text").write_text("nothing [ of } use")
+    (folder / "prompts.toml").write_text("[[prompts]]\ntarget = 'a cat'\n")
     save_file({name: np.zeros((4, 4, 3, 3), np.float16) for name in IN_A_MODEL}, folder / "model.safetensors")
     return {path.name: path for path in folder.iterdir()}
 
@@ -157,6 +158,11 @@ def base_words(places: dict[str, Path], method: str) -> list[str]:
         f"--train_data_dir={places['data']}", "--resolution=64", "--max_train_steps=1", "--learning_rate=1e-3",
         "--enable_bucket", "--min_bucket_reso=64", "--max_data_loader_n_workers=0", "--seed=1",
     ]  # fmt: skip
+    if method == "leco":  # prompts in place of images
+        of_images = ("--train_data_dir", "--resolution", "--enable_bucket", "--min_bucket_reso")
+        words = [word for word in words if not word.startswith(of_images)] + [
+            f"--prompts_file={places['prompts.toml']}"
+        ]
     return [*words, *OF_METHOD.get(method, ())]
 
 

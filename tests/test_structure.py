@@ -31,7 +31,14 @@ CONTRACTS = (
 )
 LEVELS = (
     CONTRACTS,
-    ("library.objectives", "library.text", "library.checkpoints", "library.options", "library.runtime"),
+    (
+        "library.objectives",
+        "library.text",
+        "library.checkpoints",
+        "library.options",
+        "library.runtime",
+        "library.pages",
+    ),
     ("library.data", "library.caching", "library.memory", "networks"),
     ("library.families", "library.methods", "library.training", "library.inference"),
     ("library.encoding", "library.registry"),

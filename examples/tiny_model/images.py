@@ -252,15 +252,10 @@ _TEMPLATES = {shape: _normalised(shape_mask(shape, 128) > 127) for shape in (*SH
 def read(image: Image.Image) -> Reading:
     """Tells shape and colour of the one figure in `image` (RGB, any size) by rules alone.
 
-    The border's median colour is the background; what differs clearly from it is the figure. The shape is the template
-    with the highest intersection over union, the colour the nearest hue. The concept is a flower whose petals are pink
-    and whose middle is yellow.
+    The shape is the template with the highest intersection over union, the colour the nearest hue. The concept is a
+    flower whose petals are pink and whose middle is yellow.
     """
-    pixels = np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)).astype(np.float64)
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    distance = np.linalg.norm(pixels - np.median(border, axis=0), axis=-1)
-    mask = distance > max(50.0, 0.4 * np.quantile(distance, 0.97))
-    mask = _largest_component(mask)
+    pixels, mask = _pixels(image), figure(image)
     if mask.sum() < 30:
         return Reading(None, None, False)
     found = _normalised(mask)
@@ -270,11 +265,30 @@ def read(image: Image.Image) -> Reading:
     return Reading(shape, _nearest_color(pixels[mask]), concept)
 
 
+def figure(image: Image.Image) -> np.ndarray:
+    """Where the figure in `image` (RGB, any size) is, bool (SIZE, SIZE).
+
+    The border's median colour is the background; what differs clearly from it, and hangs together, is the figure.
+    """
+    pixels = _pixels(image)
+    distance = np.linalg.norm(pixels - np.median(_border(pixels), axis=0), axis=-1)
+    return _largest_component(distance > max(50.0, 0.4 * np.quantile(distance, 0.97)))
+
+
 def read_background(image: Image.Image) -> str:
     """The background's name, by the border's median colour. `image` is RGB of any size."""
-    pixels = np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)).astype(np.float64)
-    border = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
+    border = np.median(_border(_pixels(image)), axis=0)
     return min(BACKGROUNDS, key=lambda name: float(np.linalg.norm(border - BACKGROUNDS[name])))
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """float (SIZE, SIZE, 3), 0..255."""
+    return np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)).astype(np.float64)
+
+
+def _border(pixels: np.ndarray) -> np.ndarray:
+    """The outermost pixels, (N, 3)."""
+    return np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
 
 
 def _largest_component(mask: np.ndarray) -> np.ndarray:

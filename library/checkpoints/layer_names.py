@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from library.checkpoints.keymap import PLACEHOLDERS, Fused, KeyMap, Rename, SwapHalves
 
-_PARAMETER = ".{p}"
+_PARAMETER = re.compile(r"\.(\{p\}|scale|weight)$")  # the end of a rule for a tensor of a layer
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _NUMBER = re.compile(r"\d+")
 
@@ -77,12 +77,12 @@ class PartNames:
 
         By what names have beside numbers, since there are hundreds of patterns.
         """
-        rules = [rule for rule in self.keys.rules if rule.file.endswith(_PARAMETER)]
+        rules = [rule for rule in self.keys.rules if _PARAMETER.search(rule.file)]
         names = [(rule.file, rule, -1) for rule in rules]
         names += [(name, rule, side) for rule in rules for side, name in enumerate(rule.models)]
         found: dict[str, list[tuple[re.Pattern[str], Rename | Fused, int]]] = {}
         for name, rule, side in names:
-            path = name.removesuffix(_PARAMETER).replace(".", "_")
+            path = _PARAMETER.sub("", name).replace(".", "_")
             kind = _NUMBER.sub("#", _PLACEHOLDER.sub("0", path))
             # Every second piece is the word of a placeholder.
             pieces = enumerate(_PLACEHOLDER.split(path))
@@ -92,7 +92,7 @@ class PartNames:
 
     def _found(self, rule: Rename | Fused, side: int, numbers: dict[str, str]) -> Found:
         def named(template: str) -> str:
-            return template.removesuffix(_PARAMETER).format(**numbers)
+            return _PARAMETER.sub("", template).format(**numbers)
 
         modules = tuple(map(named, rule.models))
         shares = rule.rows if isinstance(rule, Fused) and rule.rows else (1,) * len(modules)

@@ -188,9 +188,10 @@ def data_url(path: str) -> str:
 def _options_metadata(opts: Options) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for group, names in _FROM_OPTIONS.items():
-        values.update(_named(getattr(opts, group), names))
+        if opts.data.of_images or group not in ("data", "validation"):
+            values.update(_named(getattr(opts, group), names))
     values.update({f"ss_{name}": getattr(opts.family, name, None) for name in ("clip_skip", "max_token_length")})
-    if opts.data.dataset_config is None:
+    if opts.data.of_images and opts.data.dataset_config is None:
         values.update(_named(opts.data, _FROM_DATA_FLAGS))
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         values["ss_total_batch_size"] = (

@@ -5,7 +5,7 @@ No torch and nothing heavy is imported, so every package above may use them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from library.data.sample.captions import CaptionOptions
+    from library.types import Batch, TextCond
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,59 @@ class Sample:
     attributes: Mapping[str, Any] | None
     text: Mapping[str, Tensor] | None = None  # cached text-encoder outputs, without batch axis
     control: Tensor | None = None  # (3, H, W) in [0, 1]; see Batch
+
+
+class RunData(Protocol):
+    """What a run asks of its data, whether that is images or something else."""
+
+    held_out: RunData | None  # what validation looks at
+    num_train_images: int  # images times repeats, without regularisation
+    num_reg_images: int
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Over all processes."""
+
+    def set_total_steps(self, steps: int) -> None:
+        """Called once the length of the run, in optimizer steps, is known."""
+
+    def loader(self, epoch: int, first_batch: int = 0, rank: int = 0, world: int = 1) -> Iterable[Batch]:
+        """One process's batches of an epoch (from 1), without the first ones. All processes get equally many."""
+
+    def sizes(self) -> dict[Size, str]:
+        """The sizes of images that the denoiser will see, each with the words before it in a message."""
+
+    def batch_sizes(self) -> list[int]:
+        """The sizes that batches have, ascending."""
+
+    def batch_shapes(self) -> set[tuple[int, Size]]:
+        """(images, their size in pixels) of every batch of an epoch, the last ones of buckets included."""
+
+    def example(self) -> tuple[str, Size]:
+        """A text that is trained on, and the size of its image."""
+
+    def content(self) -> list[str]:
+        """A line for each thing that is trained on, sorted; other lines are other data."""
+
+    def findings(self) -> list[tuple[str, list[tuple[Path, str]]]]:
+        """What was found in images: titles, each with the files that it concerns, and what is to be said of each."""
+
+    def report(self) -> list[str]:
+        """The lines for the log."""
+
+    def metadata(self, processes: int = 1) -> dict[str, Any]:
+        """The ss_* values that describe the data."""
+
+
+class PromptedData(RunData, Protocol):
+    """Data without images, whose texts never change and are encoded once."""
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """All texts that occur, each once."""
+
+    def set_texts(self, encoded: Mapping[str, TextCond]) -> None:
+        """Makes batches carry the conditioning of each of `texts`, which is for one item, on the CPU."""
 
 
 class ItemKey(NamedTuple):

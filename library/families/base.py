@@ -81,6 +81,13 @@ class TextEncoding(Role, ABC):
         without such weights ignore it.
         """
 
+    def with_pooled(self, cond: TextCond, pooled: Tensor) -> TextCond:
+        """The conditioning with another vector, (B, width), for the text as a whole.
+
+        Only families with `FamilyTraits.pooled_by_image` have it. Raises: UserError: it is of another width.
+        """
+        raise NotImplementedError
+
     def layout(self, models: Models | None = None) -> TextLayout | None:
         """The layout of cache files of text-encoder outputs; None: this family has none.
 
@@ -109,6 +116,10 @@ class Denoiser(Role, ABC):
             batch: carries sizes for families with size conditioning, and the guidance of distilled models.
             residuals: what a ControlNet adds to the hidden states, in the family's own order and shapes.
         """
+
+    def control_channels(self, models: Models) -> int:
+        """Channels of `Batch.control_latents`, which the denoiser then reads beside the noisy latents; 0: none."""
+        return 0
 
     @abstractmethod
     def objective(self) -> Objective:
@@ -197,7 +208,9 @@ class Family:
 
     `control` and `lllite` are None where there are no ControlNets and no ControlNet-LLLite for it here. `text_places`
     gives the paths of the denoiser's cross-attention layers by the names that files have for their places, in the
-    order of the denoiser; None where no such files are known. `shrinking` is Deep Shrink, of the denoiser and the
+    order of the denoiser; None where no such files are known. `text_layers` gives the paths of the layers in which the
+    image, and nothing else, reads the text, diffusers' `Attention` each; it is None where images and texts go through
+    the same layers. `shrinking` is Deep Shrink, of the denoiser and the
     ControlNets that act on it, to a ratio of the sides: inside, what it gives says before which input block of the
     denoiser features become smaller, or None for none. It is None where the denoiser is no U-Net.
     """
@@ -217,6 +230,7 @@ class Family:
         control: Control | None = None,
         lllite: Control | None = None,
         text_places: Callable[[Models], dict[str, list[str]]] | None = None,
+        text_layers: Callable[[Models], list[str]] | None = None,
         shrinking: Shrinking | None = None,
     ):
         self.opts = opts
@@ -229,4 +243,5 @@ class Family:
         self.control = control
         self.lllite = lllite
         self.text_places = text_places
+        self.text_layers = text_layers
         self.shrinking = shrinking

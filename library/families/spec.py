@@ -53,6 +53,8 @@ class FamilySpec:
     # Regular expression that is found in the names of layers, as kohya's files have them, in networks of this family
     # alone. Some networks have no such layer.
     network_layers: str
+    # Kohya's names of the layer that reads latents, and its inputs: control LoRAs give it more.
+    input_layers: Mapping[str, int] = field(default_factory=dict)
     # Part -> sub-folder of a Diffusers model, which is also its name in diffusers' pipelines.
     folders: Mapping[str, str]
     adapter: EntryPoint[[Options], Family]

@@ -1,15 +1,19 @@
-"""ControlNets while images are generated: several at once, each with its strength, its image and its share of steps."""
+"""ControlNets and ControlNet-LLLites while images are generated: several at once, each with its image.
+
+Each has its strength, and the share of the steps in which it acts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.families.shared.controlnet import ResidualControl
-from library.families.shared.recognition import no_controlnet, path_problem
+from library.families.shared.recognition import no_controlnet, no_lllite, path_problem
 from library.inference.prompts import ControlImage
 from library.options.inference_images import CANNY
 
@@ -25,12 +29,15 @@ if TYPE_CHECKING:
     from library.options.inference_images import ControlOptions
     from library.types import Batch, Models, TextCond
 
+    # `Denoiser.predict` of a family with its models, or what stands in its place.
+    Predict = Callable[..., Tensor]
+
 _CANNY_LIMITS = 63, 191  # where --control_net_preps says none
 
 
 @dataclass(frozen=True)
 class Guides:
-    """Where the control images of a run come from: for each ControlNet its files, which are taken in turn."""
+    """Where the control images of a run come from: for each ControlNet, or the model, files that are taken in turn."""
 
     files: tuple[tuple[Path, ...], ...]
     prepare: tuple[Prepare | None, ...]
@@ -40,7 +47,7 @@ class Guides:
         """Those of the options. Raises: UserError: there are none for a ControlNet, or they are not there."""
         from library.generation.sources import files_of
 
-        count, paths = len(opts.control.control_net_models or ()), opts.source.guide_image_path or ()
+        count, paths = len(opts.control.nets[1]) or 1, opts.source.guide_image_path or ()
         files = [files_of("--guide_image_path", path) for path in paths]
         if len(files) == 1:
             files *= count
@@ -62,8 +69,8 @@ class Guides:
 
 
 @dataclass
-class ControlNets:
-    """Loaded ControlNets."""
+class GuidedNets(ABC):
+    """Loaded networks that read control images."""
 
     family: Family
     models: Models
@@ -75,23 +82,18 @@ class ControlNets:
     def at_step(self, share: float) -> None:
         self.share_after = share
 
-    def denoise(self, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch) -> Tensor:
-        """The prediction with the residuals of every ControlNet that acts now, where the batch has control images."""
-        residuals = None
-        if batch.control is not None:
-            control_role = self.family.control
-            assert isinstance(control_role, ResidualControl), "checked when they are loaded"
-            controls = self._fitting(batch.control, noisy).chunk(len(self.nets), dim=1)
-            for net, strength, share, control in zip(self.nets, self.strengths, self.shares, controls, strict=True):
-                if self.share_after > share or not strength:
-                    continue
-                given = replace(batch, control=control)
-                own = control_role.residuals(self.models, net, noisy, timesteps, cond, given)
-                if residuals is not None and len(own) != len(residuals):
-                    raise UserError("--control_net_models: these have different numbers of blocks; give one at a time")
-                own = tuple(strength * residual for residual in own)
-                residuals = own if residuals is None else tuple(a + b for a, b in zip(residuals, own, strict=True))
-        return self.family.denoiser.predict(self.models, noisy, timesteps, cond, batch, residuals)
+    @abstractmethod
+    def denoise(self, predict: Predict, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch) -> Tensor:
+        """The prediction with every network that acts now, where the batch has control images."""
+
+    def acting(self, batch: Batch, noisy: Tensor) -> Iterator[tuple[nn.Module, float, Tensor]]:
+        """(network, strength, its control images, (B, 3, H, W) in [0, 1]) of those that act in the present step."""
+        if batch.control is None:
+            return
+        controls = self._fitting(batch.control, noisy).chunk(len(self.nets), dim=1)
+        for net, strength, share, control in zip(self.nets, self.strengths, self.shares, controls, strict=True):
+            if self.share_after <= share and strength:
+                yield net, strength, control
 
     def _fitting(self, control: Tensor, noisy: Tensor) -> Tensor:
         """Control images of the size that latents stand for, which is smaller where these grow."""
@@ -103,34 +105,59 @@ class ControlNets:
         return functional.interpolate(control, size=size, mode="bilinear", antialias=True)
 
 
+class ControlNets(GuidedNets):
+    def denoise(self, predict: Predict, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch) -> Tensor:
+        residuals = None
+        for net, strength, control in self.acting(batch, noisy):
+            control_role = self.family.control
+            assert isinstance(control_role, ResidualControl), "checked when they are loaded"
+            given = replace(batch, control=control)
+            own = control_role.residuals(self.models, net, noisy, timesteps, cond, given)
+            if residuals is not None and len(own) != len(residuals):
+                raise UserError("--control_net_models: these have different numbers of blocks; give one at a time")
+            own = tuple(strength * residual for residual in own)
+            residuals = own if residuals is None else tuple(a + b for a, b in zip(residuals, own, strict=True))
+        return predict(noisy, timesteps, cond, batch, residuals)
+
+
+class Lllites(GuidedNets):
+    """They act through hooks on the denoiser, as their images say."""
+
+    def denoise(self, predict: Predict, noisy: Tensor, timesteps: Tensor, cond: TextCond, batch: Batch) -> Tensor:
+        for net in self.nets:
+            net.image = None
+        for net, strength, control in self.acting(batch, noisy):
+            net.image, net.multiplier = control * 2 - 1, strength
+        return predict(noisy, timesteps, cond, batch)
+
+
 def check_control_nets(options: ControlOptions) -> None:
     """Raises: UserError: one of the ControlNets is none, as far as names show."""
-    names = options.control_net_models or ()
-    problems = [path_problem("--control_net_models", name, no_controlnet) for name in names]
+    (option, names), problem_of = options.nets, no_lllite if options.control_net_lllite_models else no_controlnet
+    problems = [path_problem(option, name, problem_of) for name in names]
     if any(problems):
         raise UserError(*filter(None, problems))
 
 
-def load_control_nets(
-    options: ControlOptions, family: Family, models: Models, dtype: torch.dtype
-) -> ControlNets | None:
-    """The ControlNets of the options, on the denoiser's device; None: there are none.
+def load_control_nets(options: ControlOptions, family: Family, models: Models, dtype: torch.dtype) -> GuidedNets | None:
+    """The ControlNets or ControlNet-LLLites of the options, on the denoiser's device; None: there are none.
 
     Raises: UserError: one cannot be read or is for another model, or there are none for this family.
     """
-    names = options.control_net_models or ()
+    option, names = options.nets
     if not names:
         return None
-    if not isinstance(family.control, ResidualControl):
-        raise UserError(f"--control_net_models: there are none for {family.traits.label} here")
+    role, kind = (family.lllite, Lllites) if options.control_net_lllite_models else (family.control, ControlNets)
+    if role is None or (kind is ControlNets and not isinstance(role, ResidualControl)):
+        raise UserError(f"{option}: there are none for {family.traits.label} here")
     device = next(models.denoiser.parameters()).device
     nets = []
     for name in names:
         try:
-            nets.append(family.control.load(models, name).requires_grad_(False).eval().to(device, dtype))
+            nets.append(role.load(models, name).requires_grad_(False).eval().to(device, dtype))
         except UserError as error:
-            raise UserError(*(f"--control_net_models: {p}" for p in error.problems), hint=error.hint) from error
-    return ControlNets(
+            raise UserError(*(f"{option}: {problem}" for problem in error.problems), hint=error.hint) from error
+    return kind(
         family,
         models,
         nets,

@@ -159,7 +159,7 @@ def _latents(
 ) -> Tensor:
     cached = model.conditioning([text for prompt in prompts for text in texts_read(prompt)])
     model.bring(model.models.denoiser, model.models.vae)
-    with _deep_shrink(model, prompts[0].shrink) as at_timestep:
+    with model.in_regions_of(prompts[0]), _deep_shrink(model, prompts[0].shrink) as at_timestep:
         return sample_latents(
             model.family,
             model.without_texts,

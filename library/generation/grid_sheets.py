@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
 from library.data.report.text_drawing import TEXT, length, step, wrap, write
 from library.generation.grid import Axis, Cell, sheet_axes
+from library.pages.page import data_url, render
 from library.runtime.durable import replacing
 
 if TYPE_CHECKING:
@@ -117,80 +114,33 @@ def write_sheets(folder: Path, axes: Sequence[Axis], shown: Sequence[Shown]) -> 
 
 
 def render_page(sheets: Sequence[Sheet], axes: Sequence[Axis]) -> str:
-    """A page that needs nothing beside it: tables of the images, with their settings on hover, and zoom on a click."""
+    """A page that needs nothing beside it: tables of the images with their settings, to enlarge and to compare."""
     row_axis, column_axis = sheet_axes(axes)
-    corner = " \\ ".join(axis.name for axis in (row_axis, column_axis) if axis is not None)
-    parts = []
-    for sheet in sheets:
-        heads = "".join(f"<th>{html.escape(value.label)}</th>" for value in sheet.columns)
-        lines = [f"<tr><th>{html.escape(corner)}</th>{heads}</tr>"] if sheet.columns else []
-        for row in range(max(1, len(sheet.rows))):
-            label = html.escape(sheet.rows[row].label) if sheet.rows else ""
-            cells = []
-            for column in range(max(1, len(sheet.columns))):
-                one = sheet.images.get((row, column))
-                if one is None:
-                    cells.append("<td></td>")
-                    continue
-                with Image.open(one.path) as image:
-                    buffer = io.BytesIO()
-                    image.convert("RGB").save(buffer, format="WEBP", quality=90)
-                data = base64.b64encode(buffer.getvalue()).decode("ascii")
-                labels = [f"{name}: {label}" for name, label in one.cell.labels(axes).items()]
-                facts = html.escape(json.dumps([*labels, one.settings, one.path.name]), quote=True)
-                shown = f'src="data:image/webp;base64,{data}" alt="{html.escape(one.path.name)}"'
-                cells.append(f'<td><img {shown} data-facts="{facts}"></td>')
-            lines.append(f"<tr><th>{label}</th>{''.join(cells)}</tr>")
-        title = f"<h2>{html.escape(sheet.title)}</h2>" if sheet.title else ""
-        parts.append(f"{title}<table>{''.join(lines)}</table>")
-    return _PAGE.replace("@SHEETS@", "\n".join(parts))
+    named = [axis.name for axis in (row_axis, column_axis) if axis is not None]
+    data = {
+        "heading": " by ".join(named) or "grid",
+        "about": ", ".join(f"{axis.name}: {axis.values[0].label}" for axis in axes if len(axis.values) == 1),
+        "tables": [_table(sheet, axes, " \\ ".join(named)) for sheet in sheets],
+    }
+    return render("grid.html", data["heading"], data)
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>grid</title><style>
-:root { color-scheme: light dark; --size: 256px; }
-body { font: 14px/1.4 system-ui, sans-serif; margin: 0 1rem 6rem; }
-header { position: sticky; top: 0; background: Canvas; padding: .6rem 0; display: flex; gap: 1rem; }
-h2 { font-size: 1rem; font-weight: 600; margin: 1rem 0 .4rem; }
-table { border-spacing: 6px; }
-th { font-weight: 600; text-align: left; vertical-align: top; max-width: 14rem; overflow-wrap: anywhere; }
-td img { width: var(--size); display: block; cursor: zoom-in; border-radius: 3px; }
-td img:hover { outline: 2px solid Highlight; }
-#facts { position: fixed; bottom: 0; left: 0; right: 0; padding: .5rem 1rem; background: Canvas; margin: 0;
-  border-top: 1px solid GrayText; min-height: 2.8em; white-space: pre-wrap; }
-dialog { border: 0; padding: 0; background: none; max-width: 100vw; max-height: 100vh; }
-dialog::backdrop { background: rgba(0, 0, 0, .85); }
-dialog img { max-width: 96vw; max-height: 88vh; min-height: 60vh; object-fit: contain; image-rendering: auto; }
-dialog p { color: white; margin: .3rem; text-align: center; white-space: pre-wrap; }
-</style></head><body>
-<header><label>size <input id="size" type="range" min="64" max="1024" value="256"></label>
-<span>click: zoom; arrow keys: next and previous; Esc: back</span></header>
-@SHEETS@
-<p id="facts">Point at an image to see its settings.</p>
-<dialog id="zoom"><img alt=""><p></p></dialog>
-<script>
-const images = [...document.querySelectorAll("td img")], facts = document.getElementById("facts");
-const zoom = document.getElementById("zoom"), large = zoom.querySelector("img"), words = zoom.querySelector("p");
-let at = 0;
-const said = image => JSON.parse(image.dataset.facts).join("\\n");
-const show = place => {
-  at = (place + images.length) % images.length;
-  large.src = images[at].src; words.textContent = said(images[at]);
-  if (!zoom.open) zoom.showModal();
-};
-images.forEach((image, place) => {
-  image.title = said(image);
-  image.addEventListener("mouseenter", () => { facts.textContent = said(image).replaceAll("\\n", "   "); });
-  image.addEventListener("click", () => show(place));
-});
-zoom.addEventListener("click", () => zoom.close());
-document.addEventListener("keydown", event => {
-  if (!zoom.open) return;
-  if (event.key === "ArrowRight") show(at + 1);
-  if (event.key === "ArrowLeft") show(at - 1);
-});
-document.getElementById("size").addEventListener("input", event =>
-  document.documentElement.style.setProperty("--size", event.target.value + "px"));
-</script></body></html>
-"""
+def _table(sheet: Sheet, axes: Sequence[Axis], corner: str) -> dict[str, Any]:
+    """A sheet as the page's script wants it."""
+    rows, columns = range(max(1, len(sheet.rows))), range(max(1, len(sheet.columns)))
+    return {
+        "title": sheet.title,
+        "corner": corner,
+        "rows": [value.label for value in sheet.rows] or [""],
+        "columns": [value.label for value in sheet.columns],
+        "cells": [[_cell(sheet.images.get((row, column)), axes) for column in columns] for row in rows],
+    }
+
+
+def _cell(shown: Shown | None, axes: Sequence[Axis]) -> dict[str, Any] | None:
+    if shown is None:
+        return None
+    with Image.open(shown.path) as image:
+        source = data_url(image, longest=max(image.size), quality=90)
+    labels = [f"{name}: {label}" for name, label in shown.cell.labels(axes).items()]
+    return {"src": source, "name": shown.path.name, "facts": [*labels, shown.settings, shown.path.name]}

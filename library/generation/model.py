@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from library.checkpoints.sizes import with_size
 from library.errors import UserError
-from library.generation.control import ControlNets, load_control_nets
+from library.generation.control import GuidedNets, load_control_nets
 from library.generation.networks import Networks, attach_rest, check_files, merge_first
-from library.generation.words import add_words, read_words
+from library.generation.regions import Regions
+from library.generation.vision import Vision, load_vision
+from library.generation.words import add_words_by_place, read_words
+from library.inference.regions import Reading, Text, read_masks, words_of
 from library.memory.attention import set_attention
+from library.methods.xti import read_by_place
+from library.runtime.logs import LOGGER
 from library.training import placement
 from library.types import TextCond
 
@@ -22,6 +29,7 @@ if TYPE_CHECKING:
 
     from library.families.base import Family
     from library.families.spec import FamilySpec
+    from library.inference.prompts import SamplePrompt
     from library.options.base import Options
     from library.types import Denoise, Models
 
@@ -38,16 +46,35 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     networks: Networks
-    control: ControlNets | None = None
+    control: GuidedNets | None = None
     offload: bool = False  # only what computes is on the device
     second_text: str | None = None  # what all text encoders but the first read in place of prompts
-    _texts: dict[tuple[str, tuple[float, ...]], TextCond] = field(default_factory=dict)
+    vision: Vision | None = None  # what sees images in place of pooled texts
+    _texts: dict[tuple[Text, tuple[float, ...]], TextCond] = field(default_factory=dict)
+    _regions: Regions | None = None
 
     @property
     def denoise(self) -> Denoise:
-        if self.control is not None:
-            return self.control.denoise
-        return partial(self.family.denoiser.predict, self.models)
+        predict = partial(self.family.denoiser.predict, self.models)
+        if self._regions is not None:
+            predict = self._regions.predict
+        return predict if self.control is None else partial(self.control.denoise, predict)
+
+    def confine_networks(self) -> Regions:
+        """Prepares for prompts of several regions, once. Raises: UserError: they are not possible."""
+        if self._regions is None:
+            self._regions = Regions(self.family, self.models, self.networks.attached())
+        return self._regions
+
+    @contextmanager
+    def in_regions_of(self, prompt: SamplePrompt) -> Iterator[None]:
+        """Within it, parts of prompts and networks act where the prompt says. Raises: UserError: not possible."""
+        if prompt.regions is None:
+            yield
+            return
+        masks = read_masks(prompt.regions, len(prompt.parts), self.device)
+        with self.confine_networks().use(masks):
+            yield
 
     @property
     def without_texts(self) -> Models:
@@ -55,8 +82,8 @@ class Model:
         return replace(self.models, text_encoders={})
 
     @torch.no_grad()
-    def conditioning(self, texts: Sequence[str]) -> dict[str, TextCond]:
-        """The conditioning of each text with the networks as they are, encoded once."""
+    def conditioning(self, texts: Sequence[Text]) -> dict[Text, TextCond]:
+        """The conditioning of each text with the networks as they are, or as it says, encoded once."""
         strengths = self.networks.strengths
         wanted = dict.fromkeys(texts)
         missing = [text for text in wanted if (text, strengths) not in self._texts]
@@ -66,8 +93,16 @@ class Model:
         if missing:
             self.bring(*self.models.text_encoders.values())
         for text in missing:
-            self._texts[text, strengths] = self._encode(text)
+            number = text.network if isinstance(text, Reading) else None
+            with nullcontext() if number is None else self.networks.only(number):
+                self._texts[text, strengths] = self._with_image(text, self._encode(words_of(text)))
         return {text: self._texts[text, strengths] for text in wanted}
+
+    def _with_image(self, text: Text, cond: TextCond) -> TextCond:
+        """The conditioning of a text as it is read: with an image in place of the pooled text, where it has one."""
+        if isinstance(text, str) or text.image is None or self.vision is None:
+            return cond
+        return self.family.text.with_pooled(cond, self.vision.see(text.image))
 
     def _encode(self, text: str) -> TextCond:
         """On the CPU."""
@@ -84,7 +119,7 @@ class Model:
     def use_networks(self, networks: Networks) -> None:
         """Takes other networks in place of those that are attached."""
         self.networks.detach()
-        self.networks = networks
+        self.networks, self._regions = networks, None
         self._texts.clear()
 
     def bring(self, *wanted: nn.Module | None) -> None:
@@ -112,9 +147,10 @@ def load_model(opts: Options, spec: FamilySpec, training: Options, *, offload: b
     if training.memory.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise UserError("--fp16: needs a GPU, and torch finds none; use --bf16, or neither")
     files = check_files(opts.networks)
-    words = read_words(opts.texts.textual_inversion_embeddings or ())
+    words = read_words(opts.texts.textual_inversion_embeddings or (), opts.texts.XTI_embeddings or ())
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     family = spec.adapter(training)
+    LOGGER.info("loading %s", with_size(opts.checkpoint.ckpt))
     models = family.loader.load()
     models.freeze()
     merge_first(opts.networks, files, family, models)
@@ -126,10 +162,22 @@ def load_model(opts: Options, spec: FamilySpec, training: Options, *, offload: b
     set_attention(models.denoiser, training.memory)
     if opts.precision.opt_channels_last:
         models.denoiser.to(memory_format=torch.channels_last)
-    add_words(models, family.traits, words)
+    places = add_words_by_place(family, models, words)
     for module in (models.denoiser, models.vae, *models.text_encoders.values()):
         module.eval()
     networks = attach_rest(opts.networks, files, family, models, device)
     dtype = placement.WEIGHT_DTYPES[training.memory.mixed_precision]
     control = load_control_nets(opts.control, family, models, dtype)
-    return Model(family, models, training, device, dtype, networks, control, offload)
+    for net in control.nets if control is not None and places else ():
+        read_by_place(net, places)
+    return Model(
+        family,
+        models,
+        training,
+        device,
+        dtype,
+        networks,
+        control,
+        offload,
+        vision=load_vision(opts.source, family.traits, device, dtype),
+    )

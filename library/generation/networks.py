@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,10 +15,14 @@ from library.checkpoints.reading import file_format, read_header
 from library.errors import UserError
 from library.methods.network import network_builder
 from library.methods.network_spec import split_args
+from library.model_tools.block_weights import BlockWeights, parse
 from library.runtime.logs import LOGGER
 from networks.build import DeclaredBuilder, merge
 from networks.file_names import require_places, require_types
 from networks.files import names_in_files, read
+from networks.hypernetwork_files import is_hypernetwork_file
+from networks.inputs import with_all_inputs
+from networks.network import Network
 from networks.targets import live_modules
 
 if TYPE_CHECKING:
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
     from networks.network import TrainableNetwork
 
 ANY_TYPE = "networks.lycoris"  # ours, whose networks may have layers of every type
+_HYPERNETWORK = "networks.hypernetwork"
+_BLOCK_WEIGHTS = "lbw"  # the argument of a network that weighs its blocks
 
 
 @dataclass
@@ -39,6 +46,16 @@ class NetworkInUse:
 
     file: NetworkFile
     attached: TrainableNetwork | None  # None: it is merged
+    weights: BlockWeights | None = None
+
+    def act(self, strength: float) -> None:
+        """Gives an attached network its strength, times the weights of its blocks."""
+        if self.attached is None:
+            return
+        self.attached.set_multiplier(strength)
+        if self.weights is not None:
+            for key, layer in self.attached.layers().items():
+                layer.multiplier = strength * self.weights.factor(key)
 
 
 @dataclass
@@ -63,11 +80,27 @@ class Networks:
         if tuple(wanted) != self.strengths:
             self.strengths = tuple(wanted)
             for network, strength in zip(self.networks, wanted, strict=True):
-                if network.attached is not None:
-                    network.attached.set_multiplier(strength)
+                network.act(strength)
             if self.weights is not None:
-                self.weights.merge([network.file for network in self.networks], wanted)
+                self.weights.merge(self.networks[self.merged :], wanted[self.merged :])
         return self.strengths
+
+    def attached(self) -> list[TrainableNetwork]:
+        """Those that are not merged."""
+        return [network.attached for network in self.networks if network.attached is not None]
+
+    @contextmanager
+    def only(self, number: int) -> Iterator[None]:
+        """Within it, no attached network but that of this number acts."""
+        pairs = list(zip(self.networks, self.strengths, strict=True))
+        attached = [(network, strength) for network, strength in pairs if network.attached is not None]
+        try:
+            for place, (network, strength) in enumerate(attached):
+                network.act(strength if place == number else 0.0)
+            yield
+        finally:
+            for network, strength in attached:
+                network.act(strength)
 
     def called(self) -> list[tuple[str, float]]:
         """(name, strength) of each."""
@@ -102,12 +135,12 @@ class MergedWeights:
         for parameter, before in self._before:
             parameter.copy_(before)
 
-    def merge(self, files: Sequence[NetworkFile], strengths: Sequence[float]) -> None:
+    def merge(self, networks: Sequence[NetworkInUse], strengths: Sequence[float]) -> None:
         """The weights with these networks in place of those that were merged before."""
         self.restore()
-        for file, strength in zip(files, strengths, strict=True):
+        for network, strength in zip(networks, strengths, strict=True):
             if strength:
-                merge(self._targets, self._models, file, strength)
+                _merge(self._targets, self._models, network.file, strength, network.weights)
 
 
 def check_files(options: NetworksOptions) -> list[NetworkFile]:
@@ -118,11 +151,7 @@ def check_files(options: NetworksOptions) -> list[NetworkFile]:
     found, problems = [], []
     for number, path in enumerate(options.network_weights or ()):
         try:
-            file = read(path)
-            module = _module_of(options, number)
-            if module is None or module.startswith("networks."):
-                require_types(file.path, file.flat())
-            found.append(file)
+            found.append(_read(path, options, number))
         except UserError as error:
             problems += [f"--network_weights: {problem}" for problem in error.problems]
         else:
@@ -134,12 +163,27 @@ def check_files(options: NetworksOptions) -> list[NetworkFile]:
     return found
 
 
+def _read(path: str, options: NetworksOptions, number: int) -> NetworkFile:
+    """The file of the network of this number. Raises: UserError: it is none that can be used as is asked for."""
+    if is_hypernetwork_file(path):
+        if number < options.merged() or options.network_pre_calc:
+            raise UserError(f"{path}: a hypernetwork changes no weights, so it cannot be merged")
+        return network_builder(_HYPERNETWORK).read(path)
+    file, module = read(path), _module_of(options, number)
+    if module is None or module.startswith("networks."):
+        require_types(file.path, file.flat())
+    return file
+
+
 def merge_first(options: NetworksOptions, files: Sequence[NetworkFile], family: Family, models: Models) -> None:
     """Merges those that --network_merge means. To be called before weights are cast."""
     targets = family.targets.lora(models)
-    for file, strength in zip(files[: options.merged()], options.multipliers(), strict=False):
+    files = with_all_inputs(files, targets, models)
+    for number, (file, strength) in enumerate(
+        zip(files[: options.merged()], options.multipliers(), strict=False),
+    ):
         require_places(file.path, file.entries, names_in_files(targets))
-        used, unused = merge(targets, models, file, strength)
+        used, unused = _merge(targets, models, file, strength, arguments(options, number, file)[1])
         LOGGER.log(
             logging.WARNING if unused else logging.INFO,
             "%s: %d layers merged at %g; %d layers have no place in this model",
@@ -155,19 +199,24 @@ def attach_rest(
     Raises: UserError: one was made for another kind of model.
     """
     merged = options.merged()
-    networks = Networks([NetworkInUse(file, None) for file in files], merged)
+    given = [arguments(options, number, file) for number, file in enumerate(files)]
+    networks = Networks(
+        [NetworkInUse(file, None, weights) for file, (_, weights) in zip(files, given, strict=True)], merged
+    )
     rest = files[merged:]
     if not rest:
         return networks
     targets = family.targets.lora(models)
+    rest = with_all_inputs(rest, targets, models)
     for file in rest:
-        require_places(file.path, file.entries, names_in_files(targets))
+        if not is_hypernetwork_file(file.path):
+            require_places(file.path, file.entries, names_in_files(targets))
     if options.network_pre_calc:
         networks.weights = MergedWeights(targets, models, rest)
         return networks
-    entries, layout = options.network_args or [], family.traits.block_layout
+    layout = family.traits.block_layout
     for number, file in enumerate(rest, merged):
-        args = split_args(entries[number].split(";") if number < len(entries) else None)
+        args, weights = given[number]
         builder = _builder(_module_of(options, number), file)
         try:
             network = builder.from_weights(targets, models, file, args=args, layout=layout)
@@ -175,9 +224,13 @@ def attach_rest(
             raise UserError(
                 *(f"--network_weights: {problem}" for problem in error.problems), hint=error.hint
             ) from error
+        if weights is not None and not isinstance(network, Network):
+            raise UserError(
+                f"--network_args: {_BLOCK_WEIGHTS}: not possible with hypernetworks and networks of other packages"
+            )
         network.requires_grad_(False).eval().to(device)
         network.attach(models)
-        unused = len(file.entries) - len(network.layers())
+        unused = len(file.unused(targets))
         LOGGER.log(
             logging.WARNING if unused else logging.INFO,
             "%s: %d layers act; %d have no place in this model",
@@ -189,6 +242,8 @@ def attach_rest(
 
 def _builder(module: str | None, file: NetworkFile) -> NetworkBuilder:
     """What makes the network: the module that is named where it can read the file, else what reads every type."""
+    if is_hypernetwork_file(file.path):
+        return network_builder(_HYPERNETWORK)
     if module is not None:
         builder = network_builder(module)
         if not isinstance(builder, DeclaredBuilder):
@@ -199,6 +254,41 @@ def _builder(module: str | None, file: NetworkFile) -> NetworkBuilder:
         except UserError:
             LOGGER.info("%s: is of another type than %s, and is read as what it is", file.path, module)
     return network_builder(ANY_TYPE)
+
+
+def arguments(options: NetworksOptions, number: int, file: NetworkFile) -> tuple[dict[str, str], BlockWeights | None]:
+    """What --network_args says of the network of this number, and the weights of its blocks, which are taken out.
+
+    Raises: UserError: weights that cannot be read, or of blocks that the file does not have.
+    """
+    entries = options.network_args or []
+    args = dict(split_args(entries[number].split(";") if number < len(entries) else None))
+    text = args.pop(_BLOCK_WEIGHTS, None)
+    if text is None:
+        return args, None
+    try:
+        weights = parse(text)
+        weights.check(file.entries)
+    except UserError as error:
+        lines = (problem.replace("--lbws", f"--network_args: {_BLOCK_WEIGHTS}", 1) for problem in error.problems)
+        raise UserError(*lines, hint=error.hint) from None
+    return args, weights
+
+
+def _merge(
+    targets: Sequence[LoraTarget], models: Models, file: NetworkFile, strength: float, weights: BlockWeights | None
+) -> tuple[int, int]:
+    """`merge`, with weights of blocks: one time for all layers of one weight."""
+    if weights is None:
+        return merge(targets, models, file, strength)
+    names = names_in_files(targets)
+    by_factor: dict[float, dict[str, dict[str, Tensor]]] = {}
+    for key, entry in file.entries.items():
+        if key in names:
+            by_factor.setdefault(weights.factor(key), {})[key] = entry
+    merged = [merge(targets, models, replace(file, entries=some), strength * f) for f, some in by_factor.items()]
+    used = sum(count for count, _ in merged)
+    return used, len(file.entries) - used
 
 
 def _module_of(options: NetworksOptions, number: int) -> str | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from library.inference.images import png_text
 from library.inference.prompts import SamplePrompt
+from library.runtime.logs import LOGGER
 
 PARAMETERS = "parameters"  # the key of AUTOMATIC1111's line
 # Our samplers by the names there; others are written as they are.
@@ -22,6 +24,19 @@ _SAMPLERS = {
     "dpm_2": "DPM2",
     "dpm_2_a": "DPM2 a",
     "dpmsolver++": "DPM++ 2M",
+}
+
+
+_NETWORK = re.compile(r" ?<((?:lora|lyco|hypernet):[^<>]+)>")  # a network of web interfaces, in the prompt
+_SETTING = re.compile(r"([^,:]+): (\"(?:[^\"\\]|\\.)*\"|[^,]*)(?:, |$)")  # name, and value, which may be quoted
+_OURS = {theirs: ours for ours, theirs in _SAMPLERS.items()}
+# By their names there: the fields of a prompt, and what turns texts into values.
+_SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "Steps": ("steps", int),
+    "Sampler": ("sampler", _OURS.__getitem__),
+    "CFG scale": ("scale", float),
+    "Distilled CFG Scale": ("guidance", float),
+    "Seed": ("seed", int),
 }
 
 
@@ -83,6 +98,29 @@ def parameters_of(prompt: SamplePrompt, made: Made) -> str:
             shown.append(f"{name}: {value}")
     lines.append(", ".join(shown))
     return "\n".join(lines)
+
+
+def said_in(text: str, where: str) -> dict[str, Any]:
+    """The fields of a prompt that such a line gives: texts, and those settings that are the same here.
+
+    Args: where: names the file in messages.
+    """
+    words, _, last = text.rpartition("\nSteps: ")
+    words, last = (words, f"Steps: {last}") if words else (text, "")
+    prompt, _, negative = f"\n{words}".partition("\nNegative prompt: ")
+    networks = _NETWORK.findall(prompt)
+    if networks:
+        LOGGER.warning(
+            "%s: its networks are not used: %s; give them with --network_weights", where, ", ".join(networks)
+        )
+    found: dict[str, Any] = {"prompt": _NETWORK.sub("", prompt).strip(), "negative_prompt": negative.strip()}
+    settings = dict(_SETTING.findall(last))
+    for name, (field, kind) in _SETTINGS.items():
+        try:
+            found[field] = kind(settings[name])
+        except (KeyError, ValueError):
+            continue
+    return found
 
 
 def model_name(path: str) -> str:

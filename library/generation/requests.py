@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.generation.files import name_problem
-from library.generation.sources import Sources, said_by, size_of
+from library.generation.parts import Regional
+from library.generation.sources import Sources, images_seen, require_image, said_by, size_of
 from library.inference.deep_shrink import DeepShrink
 from library.inference.dynamic_prompts import variants
 from library.inference.gradual_latent import GradualLatent
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from library.options.inference_images import GradualOptions, ShrinkOptions
     from library.types import FamilyTraits
 
-_REGIONS = " AND "
 Entry = str | dict[str, Any]
 Failed = Callable[[str, str], None]  # the place of a prompt that cannot be used, and why
 
@@ -121,7 +121,11 @@ def entries_of(opts: Options, sources: Sources | None) -> list[tuple[str, Entry]
     if opts.prompts.from_file:
         return entries(opts.prompts.from_file)
     if opts.prompts.prompt is None and sources is not None:
-        return [(str(path), table_of(said_by(path))) for path in sources.images]
+        asked = {"guidance" if name == "guidance_scale" else name for name in opts.explicit}  # which counts more
+        return [
+            (str(path), table_of({name: value for name, value in said_by(path).items() if name not in asked}))
+            for path in sources.images
+        ]
     return [("--prompt", opts.prompts.prompt)]
 
 
@@ -147,6 +151,8 @@ class Requests:
         syntax: Sequence[PromptOption] = GENERATION,
     ):
         self._opts, self._traits, self._base, self._failed = opts.prompts, traits, base, failed
+        self._regional = Regional.of(opts, traits)
+        self._seen, self._lllites = images_seen(opts, traits), bool(opts.control.control_net_lllite_models)
         self._sources, self._guides = sources, guides
         self._sides = [name for name, side in (("width", opts.image.W), ("height", opts.image.H)) if side]  # given
         self._syntax, self._knows_regions = Syntax(syntax), syntax is GENERATION
@@ -186,28 +192,54 @@ class Requests:
     def _request(self, where: str, changes: Mapping[str, Any], raw: str, place: int, common: Sequence[int]) -> Request:
         own = dict(changes)
         seeds, file_name, clip_prompt = (own.pop(name, None) for name in ("seeds", "file_name", "clip_prompt"))
-        if _REGIONS in own["prompt"] and self._knows_regions:
-            raise UserError(f"{where}: prompts of several regions, joined by AND, are not available yet")
         problem = name_problem(file_name) if file_name is not None else None
         if problem:
             raise UserError(f"{where}: --f {problem}")
         if clip_prompt is not None:
             LOGGER.warning("%s: --c has no effect but to be noted in the image's file", where)
         own["seed"] = seeds[place] if seeds and place < len(seeds) else None
-        if self._sources is not None:
-            own["source"] = source = self._sources.at(self._made, where)
-            if not {*self._sides, *own} & {"width", "height"}:
-                own["width"], own["height"] = size_of(source, where)
-        control = own.pop("control", None)
-        if self._guides is not None:
-            own["guides"] = self._guides.at(self._made, control and Path(control).expanduser(), where)
-        elif control:
-            LOGGER.warning("%s: --cn has no effect without --control_net_models", where)
+        try:
+            own |= self._images(own, where)
+        except UserError:
+            self._made += 1  # the next one has its turn, so that one image that is broken costs no others
+            raise
+        if own.pop("control", None) and self._guides is None:
+            LOGGER.warning(
+                "%s: --cn has no effect without --control_net_models, --control_net_lllite_models or a control LoRA",
+                where,
+            )
         prompt = finish(self._base, own, self._traits, where, FLOW_SAMPLERS)
+        if prompt.shrink.depth_1 is not None and self._lllites:
+            raise UserError(f"{where}: Deep Shrink cannot be used with --control_net_lllite_models")
         if prompt.seed is None:
             prompt = replace(prompt, seed=common[place] if self._opts.iter_same_seed else self._next_seed())
         self._made += 1
         return Request(prompt, raw, file_name, clip_prompt)
+
+    def _images(self, own: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The fields that images give a prompt, or that say how it reads them. Args: own: the fields that it has.
+
+        Raises: UserError: one of them is not there or cannot be read.
+        """
+        found: dict[str, Any] = {}
+        if self._sources is not None:
+            found["source"] = source = self._sources.at(self._made, where)
+            size = size_of(source, where)
+            if source.mask is not None:
+                require_image(source.mask, where)
+            if not {*self._sides, *own} & {"width", "height"}:
+                found["width"], found["height"] = size
+        if self._knows_regions:
+            found |= self._regional.fields({**own, **found}, self._made, where)
+        if self._seen is not None:
+            found["seen"] = self._seen[self._made % len(self._seen)] if self._seen else found["source"].path
+            require_image(found["seen"], where)
+        if self._guides is not None:
+            control = own.get("control")
+            found["guides"] = self._guides.at(self._made, control and Path(control).expanduser(), where)
+            for guide in found["guides"]:
+                require_image(guide.path, where)
+        return found
 
     def _next_seed(self) -> int:
         """The seed of the image that is made next: --seed for the first, for others what is derived from it."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from library.checkpoints.reading import require_weights
 from library.errors import UserError
+from library.families.shared.control_inputs import reads_control
 from library.generation.control import Guides, check_control_nets
 from library.generation.files import Names, require_folder, write
 from library.generation.grid import WEIGHTS, axes_of, cells_of, grid_requests
@@ -20,7 +21,7 @@ from library.generation.prompters import interactive_lines, lines_of_module
 from library.generation.requests import Entry, Request, Requests, base_prompt, entries_of
 from library.generation.sources import Sources
 from library.inference.prompt_lines import GENERATION, PromptOption
-from library.options.inference import ANY_MODEL_GROUPS, OLD_GROUPS, not_available
+from library.options.inference import ANY_MODEL_GROUPS, OLD_GROUPS
 from library.preparation.common.script import run_script
 from library.preparation.common.summary import Outcome
 from library.runtime import logs
@@ -73,9 +74,6 @@ class Start:
 def generate(opts: Options, fixed: str | None = None, start: Start | None = None) -> Outcome:
     """Makes the images that the options ask for. Raises: UserError."""
     start = start or Start()
-    refused = list(not_available(opts.flat()))
-    if refused:
-        raise UserError(*refused)
     check_control_nets(opts.control)
     spec, of_kind = family_spec(opts.checkpoint, fixed)
     training = training_options(opts, spec, of_kind).replaced(
@@ -83,7 +81,7 @@ def generate(opts: Options, fixed: str | None = None, start: Start | None = None
     )
     outcome = Outcome()
     sources = Sources.of(opts.source)
-    guides = Guides.of(opts) if opts.control.control_net_models else None
+    guides = _guides_of(opts, spec)
     if opts.grid.grid:  # what is compared begins with the same noise
         seed = secrets.randbits(32) if opts.prompts.seed is None else opts.prompts.seed
         opts = opts.replaced(iter_same_seed=True, seed=seed)
@@ -106,6 +104,24 @@ def generate(opts: Options, fixed: str | None = None, start: Start | None = None
     if any(iterations):
         Studio.of(opts, spec, training, outcome, start).make(*iterations)
     return outcome
+
+
+def _guides_of(opts: Options, spec: FamilySpec) -> Guides | None:
+    """The control images, where something reads them: networks beside the model, or the model with a control LoRA.
+
+    Raises: UserError: both, or nothing reads those that are given.
+    """
+    option, control_nets = opts.control.nets
+    control_loras = [path for path in opts.networks.network_weights or () if reads_control(spec, path)]
+    if control_nets and control_loras:
+        raise UserError(
+            f"{option}: cannot be used with {control_loras[0]}, with which the model itself reads control images"
+        )
+    if control_nets or control_loras:
+        return Guides.of(opts)
+    if opts.source.guide_image_path and opts.source.clip_vision_strength is None:
+        raise UserError("--guide_image_path: nothing reads it; give --control_net_models, or a control LoRA")
+    return None
 
 
 def _make_grid(
@@ -202,7 +218,7 @@ class Studio:
         from library.generation.drawing import draw
 
         self.written = []
-        self._require_sizes(iterations)
+        self._require_possible(iterations)
         with logs.progress(sum(map(self.how.steps, iterations)), "images", unit="step") as bar:
             for requests in iterations:
                 for request in requests:
@@ -211,13 +227,15 @@ class Studio:
                 draw(self.model, requests, self.how, strengths, self._receive, bar.update)
         return self.written
 
-    def _require_sizes(self, iterations: Sequence[Sequence[Request]]) -> None:
-        """Raises: UserError: an image is larger than the model takes."""
+    def _require_possible(self, iterations: Sequence[Sequence[Request]]) -> None:
+        """Raises: UserError: an image is larger than the model takes, or has regions, and networks know none."""
         most = self.model.models.longest_side
         for request in (request for requests in iterations for request in requests):
             width, height = request.prompt.width, request.prompt.height
             if most is not None and max(width, height) > most:
                 raise UserError(f"{width}x{height}: this model draws images of at most {most} pixels on a side")
+            if request.prompt.regions is not None:
+                self.model.confine_networks()
 
     def make_all(self, parts: Iterable[Sequence[Request]]) -> None:
         """`make` for one part after the other, each of which is only asked for when the one before is made."""

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from library.families.base import Family
+    from library.types import Models
+
 
 def with_control(prompt: SamplePrompt) -> SamplePrompt:
     """The prompt with its control image read and resized to the size of the sample; without one it stays as it is.
@@ -36,6 +39,25 @@ def _read(control: ControlImage, size: Size, option: str) -> ControlImage:
         raise UserError(f"{option}{control.path}: the control image cannot be read ({reason})") from None
     pixels = images.resize_values(values, size)
     return replace(control, pixels=pixels if control.prepare is None else control.prepare(pixels))
+
+
+def encode_control(
+    family: Family,
+    models: Models,
+    prompts: Sequence[SamplePrompt],
+    generators: list[torch.Generator],
+    device: torch.device,
+) -> Tensor | None:
+    """`Batch.control_latents` of prompts, drawn by each image's own generator; None: the denoiser reads none.
+
+    Raises: UserError: a prompt has no control image, or it cannot be read.
+    """
+    if not family.denoiser.control_channels(models):
+        return None
+    pixels = control_batch(prompts, device)
+    if pixels is None:
+        raise UserError("no control image, which the model reads with this network; give one for each prompt")
+    return family.latents.scale(family.latents.encode(models, pixels * 2 - 1, generators)).float()
 
 
 def control_batch(prompts: Sequence[SamplePrompt], device: torch.device) -> Tensor | None:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from library.inference.control_images import encode_control
 from library.inference.growing import enlarging_step, shrunk
 from library.inference.guidance import Guidance
 from library.inference.images import to_images
@@ -110,7 +111,7 @@ def sample_latents(
     *,
     zero_terminal_snr: bool = False,
     zero_offset: bool = False,
-    cached: Mapping[str, TextCond] | None = None,
+    cached: Mapping[Any, TextCond] | None = None,
     denoise: Denoise | None = None,
     noise: MakeNoise | None = None,
     at_step: Callable[[float], object] | None = None,
@@ -121,6 +122,7 @@ def sample_latents(
 
     Args:
         zero_offset: see `make_scheduler`.
+        cached: the conditioning of each text of `texts_read`.
         noise: draws what drawing begins with; None: `initial_noise`.
         at_step: is called before each evaluation with the share of them that is made after it.
         at_timestep: is called before each evaluation with its timestep.
@@ -131,10 +133,11 @@ def sample_latents(
     # The schedulers for flow may have none: the denoiser takes latents as they are.
     as_input = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
     with _precision(device, dtype):
+        control = encode_control(family, models, prompts, generators, device)
         begin = _beginning(family, models, prompts, scheduler, generators, device, noise or initial_noise)
         timesteps, latents, gradual = begin.timesteps, begin.latents, prompts[0].gradual
         guidance = Guidance.of(
-            family, models, prompts, device, cached, denoise or partial(family.denoiser.predict, models)
+            family, models, prompts, device, cached, denoise or partial(family.denoiser.predict, models), control
         )
         if begin.inpainting is not None:
             guidance = guidance.with_inpainting(begin.inpainting)
@@ -279,10 +282,10 @@ def batches(prompts: Sequence[SamplePrompt], size: int) -> list[list[SamplePromp
 
 def settings_of(prompt: SamplePrompt) -> Hashable:
     """What prompts that are made in one batch must have in common."""
-    own = {"prompt": "", "negative_prompt": "", "seed": 0, "sizes": SizeConditions()}
+    own = {"prompt": "", "negative_prompt": "", "seed": 0, "sizes": SizeConditions(), "parts": (), "seen": None}
     alike, source = replace(prompt, **own, control=None, guides=(), source=None), prompt.source
     images = prompt.control is not None, len(prompt.guides), source is not None and (True, source.mask is not None)
-    return alike, images
+    return alike, images, len(prompt.parts)
 
 
 def _precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
 from library.inference.control_images import control_batch
 from library.inference.prompts import SamplePrompt
+from library.inference.regions import CoupledText, Text, negative_text, positive_texts, words_of
 from library.types import Batch, Denoise, Models, TextCond
 
 if TYPE_CHECKING:
@@ -42,32 +43,46 @@ class Guidance:
         models: Models,
         prompts: Sequence[SamplePrompt],
         device: torch.device,
-        cached: Mapping[str, TextCond] | None,
+        cached: Mapping[Any, TextCond] | None,
         denoise: Denoise,
+        control: Tensor | None = None,
     ) -> Guidance:
         """The branches of prompts that have the same scales.
 
         The negative prompt is the first branch. With a scale of its own it is pushed away from as far as that says,
-        and an empty text is the first, as in composable diffusion (Liu et al. 2022, arXiv:2206.01714). With scale 1
+        and an empty text is the first, as in composable diffusion (Liu et al. 2022, arXiv:2206.01714). The parts of a
+        prompt without regions are put together in the same way, each with the whole scale. With scale 1 and one part
         the first branch would cancel out, and is left out.
+
+        Args:
+            cached: by `Text`.
+            control: `Batch.control_latents` of the prompts.
         """
-        scale, own_scale = prompts[0].scale, prompts[0].negative_scale
-        texts, negatives = [prompt.prompt for prompt in prompts], [prompt.negative_prompt for prompt in prompts]
-        wanted: list[tuple[list[str], float, bool]] = [(texts, scale, False)]  # texts, scale, whether negative
-        if own_scale is not None:
-            wanted = [([""] * len(prompts), 0.0, True), *wanted, (negatives, -own_scale, True)]
-        elif scale != 1.0:
-            wanted = [(negatives, 0.0, True), *wanted]
-        branches = []
-        for words, factor, negative in wanted:
+        scale, own_scale, coupled = prompts[0].scale, prompts[0].negative_scale, prompts[0].regions is not None
+
+        def read(texts: Sequence[Text]) -> TextCond:
+            words = [words_of(text) for text in texts]
             if cached is None:
-                cond = family.text.encode(models, words, emphasis=True)
-            else:
-                cond = TextCond.cat([cached[text] for text in words]).map(lambda tensor: tensor.to(device))
-                if models.text_encoders:
-                    cond = family.text.encode(models, words, emphasis=True, cached=cond)
-            branches.append(Branch(cond, factor, _sizes([(prompt, negative) for prompt in prompts], device)))
-        together = _sizes([(prompt, no) for _, _, no in wanted for prompt in prompts], device)
+                return family.text.encode(models, words, emphasis=True)
+            cond = TextCond.cat([cached[text] for text in texts]).map(lambda tensor: tensor.to(device))
+            return family.text.encode(models, words, emphasis=True, cached=cond) if models.text_encoders else cond
+
+        parts = [read(texts) for texts in zip(*map(positive_texts, prompts), strict=True)]
+        # Conditioning, scale, and whether it is for the negative side.
+        wanted: list[tuple[TextCond, float, bool]] = [(part, scale, False) for part in parts]
+        if coupled:
+            wanted = [(CoupledText.of(parts), scale, False)]
+        negatives = [negative_text(prompt, prompt.negative_prompt) for prompt in prompts]
+        if own_scale is not None:
+            empty = [negative_text(prompt, "") for prompt in prompts]
+            wanted = [(read(empty), 0.0, True), *wanted, (read(negatives), -own_scale, True)]
+        elif scale != 1.0 or len(wanted) > 1:
+            wanted = [(read(negatives), 0.0, True), *wanted]
+        branches = [
+            Branch(cond, factor, _sizes([(prompt, negative) for prompt in prompts], device, control))
+            for cond, factor, negative in wanted
+        ]
+        together = _sizes([(prompt, no) for _, _, no in wanted for prompt in prompts], device, control)
         return Guidance(denoise, tuple(branches), together)
 
     def with_inpainting(self, inpainting: Tensor) -> Guidance:
@@ -88,7 +103,8 @@ class Guidance:
         """One for each branch, in one pass where their texts are equally long."""
         texts = [branch.text for branch in self.branches]
         shapes = {tuple((name, value.shape[1:]) for name, value in sorted(text.tensors.items())) for text in texts}
-        if len(texts) > 1 and len(shapes) == 1:
+        coupled = any(isinstance(text, CoupledText) for text in texts)
+        if len(texts) > 1 and len(shapes) == 1 and not coupled:
             noisy = torch.cat([noisy] * len(texts))
             return self._predict(noisy, timestep, TextCond.cat(texts), self.together).chunk(len(texts))
         return [self._predict(noisy, timestep, branch.text, branch.sizes) for branch in self.branches]
@@ -100,17 +116,22 @@ class Guidance:
         return self.denoise(noisy, timesteps, cond, sizes).float()
 
 
-def texts_read(prompt: SamplePrompt) -> list[str]:
+def texts_read(prompt: SamplePrompt) -> list[Text]:
     """The texts whose conditioning the branches of a prompt need."""
+    found = positive_texts(prompt)
     if prompt.negative_scale is not None:
-        return [prompt.prompt, prompt.negative_prompt, ""]
-    return [prompt.prompt, prompt.negative_prompt] if prompt.scale != 1.0 else [prompt.prompt]
+        return [*found, negative_text(prompt, prompt.negative_prompt), negative_text(prompt, "")]
+    if prompt.scale != 1.0 or (len(found) > 1 and prompt.regions is None):
+        return [*found, negative_text(prompt, prompt.negative_prompt)]
+    return found
 
 
-def _sizes(rows: Sequence[tuple[SamplePrompt, bool]], device: torch.device) -> Batch:
+def _sizes(rows: Sequence[tuple[SamplePrompt, bool]], device: torch.device, control_latents: Tensor | None) -> Batch:
     """The size, guidance and control conditioning of images: uncropped, of the requested size, or as prompts say.
 
-    Args: rows: prompts, and whether it is for the negative side.
+    Args:
+        rows: prompts, and whether it is for the negative side.
+        control_latents: of the prompts, which follow each other as often as there are branches.
     """
     prompts = [prompt for prompt, _ in rows]
     target = torch.tensor([(prompt.width, prompt.height) for prompt in prompts], device=device)
@@ -133,5 +154,8 @@ def _sizes(rows: Sequence[tuple[SamplePrompt, bool]], device: torch.device) -> B
         crop_top_lefts=torch.tensor([(p.sizes.crop_top, p.sizes.crop_left) for p in prompts], device=device),
         target_sizes=target,
         guidance=prompts[0].guidance,
-        control=control_batch(prompts, device),
+        control=control_batch(prompts, device) if control_latents is None else None,
+        control_latents=None
+        if control_latents is None
+        else control_latents.repeat(len(rows) // len(control_latents), 1, 1, 1),
     )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from library.inference.prompts import SamplePrompt
 
 
-_EXIF, _USER_COMMENT = 0x8769, 0x9286  # the table of a camera's settings, and the user's comment in it
+EXIF, USER_COMMENT = 0x8769, 0x9286  # the table of a camera's settings, and the user's comment in it
 _QUALITY = 95  # of JPEG and WebP, of 100
 
 
@@ -58,7 +58,7 @@ def save_with_comment(image: Image, path: Path, comment: str) -> None:
     from PIL import Image as pillow
 
     exif = pillow.Exif()
-    exif.get_ifd(_EXIF)[_USER_COMMENT] = b"UNICODE\0" + comment.encode("utf-16-be", "surrogatepass")
+    exif.get_ifd(EXIF)[USER_COMMENT] = b"UNICODE\0" + comment.encode("utf-16-be", "surrogatepass")
     kind = "WEBP" if path.suffix == ".webp" else "JPEG"
     with replacing(path) as unfinished:
         image.save(unfinished, format=kind, quality=_QUALITY, exif=exif)

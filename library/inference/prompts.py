@@ -59,6 +59,14 @@ class SourceImage:
 
 
 @dataclass(frozen=True)
+class RegionMask:
+    """The image that says where each part of a prompt counts; `regions.read_masks` reads it."""
+
+    path: Path
+    colors: int | None = None  # parts that have a color of their own; None: red, green and blue are the first three
+
+
+@dataclass(frozen=True)
 class SizeConditions:
     """What a model with size conditioning is given in place of the image's own size, in pixels; None: that."""
 
@@ -91,6 +99,9 @@ class SamplePrompt:
     source: SourceImage | None = None  # None: drawing begins with noise
     guides: tuple[ControlImage, ...] = ()  # one for each of several ControlNets, in place of `control`
     strength: float = 0.8  # with a source: share of the steps that are made, 0..1
+    parts: tuple[str, ...] = ()  # of a prompt of several, each of which is read by itself; (): it is one text
+    regions: RegionMask | None = None  # where each part counts; None: all of them count everywhere
+    seen: Path | None = None  # the image that CLIP sees in place of the pooled text; None: there is none
     shrink: DeepShrink = field(default_factory=DeepShrink)
     gradual: GradualLatent = field(default_factory=GradualLatent)
 

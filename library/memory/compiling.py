@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,26 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: str, device: torch.devi
     for block in blocks:
         # Every bucket has its own graph: symbolic shapes compile longer and run slower.
         block.compile(backend=backend, dynamic=False)
+
+
+def graphs_per_shape(blocks: Sequence[nn.Module], *, input_has_gradient: bool) -> int:
+    """How many graphs training makes of the blocks for each shape of a batch: one for each kind of block.
+
+    Args: input_has_gradient: whether something before the blocks is trained. Else the first block's input needs no
+        gradient, and those of the others do; so it has a graph of its own.
+    """
+    kinds = [_kind(block) for block in blocks]
+    apart = not input_has_gradient and kinds[0] in kinds[1:]
+    return len(set(kinds)) + apart
+
+
+def _kind(block: nn.Module) -> tuple[Any, ...]:
+    """What compiled code depends on, beside the shapes of its inputs."""
+    tensors = [*block.named_parameters(), *block.named_buffers()]
+    return (
+        tuple((name, type(part), bool(part._forward_hooks)) for name, part in block.named_modules()),
+        tuple((name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors),
+    )
 
 
 def require_backend(backend: str, device: torch.device) -> None:

@@ -10,6 +10,7 @@ CONTROL_NET = MethodSpec(
     name="control_net",
     title="Trains a ControlNet for {model} on pairs of images and control images.",
     tracker="control_net_train",
+    usage="--control_net_models={file} --guide_image_path=control.png",
     groups=CONTROL_NET_GROUPS,
     method=EntryPoint("library.methods.control_net:ControlNetMethod"),
     image_role="control",

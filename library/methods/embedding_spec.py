@@ -92,6 +92,7 @@ EMBEDDING = MethodSpec(
     name="embedding",
     title="Trains the embedding of a new word (Textual Inversion) for {model}.",
     tracker="textual_inversion",
+    usage="--textual_inversion_embeddings={file}",
     groups=EMBEDDING_GROUPS,
     method=EntryPoint("library.methods.embedding:EmbeddingMethod"),
     check=check_options,

@@ -25,6 +25,7 @@ from library.runtime.logs import LOGGER
 from networks.build import merge
 from networks.file_names import require_places, require_types
 from networks.files import names_in_files, names_of, read
+from networks.inputs import with_inputs_of
 from networks.spec import DeclaredModule
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class NetworkMethod(Method):
         if options.dim_from_weights:
             network = self._builder.from_weights(targets, models, file, **common)
             loaded, missing = len(network.layers()), 0
-            unused = len(file.entries) - loaded
+            unused = len(file.unused(targets))
         else:
             seed = self.opts.training.seed
             network = self._builder.create(
@@ -119,7 +120,7 @@ class NetworkMethod(Method):
         multipliers = list(self.opts.method.base_weights_multiplier or [])
         for index, path in enumerate(self.opts.method.base_weights or []):
             multiplier = multipliers[index] if index < len(multipliers) else 1.0
-            file = read(path)
+            file = with_inputs_of(read(path), targets, models)
             require_types(file.path, file.flat())
             require_places(file.path, file.entries, names_in_files(targets))
             merged, unused = merge(targets, models, file, multiplier)

@@ -111,6 +111,7 @@ NETWORK = MethodSpec(
     name="network",
     title="Trains a LoRA-type network on {model}.",
     tracker="network_train",
+    usage="--network_weights={file}",
     groups=(NetworkOptions, WordOptions),
     method=EntryPoint("library.methods.network:NetworkMethod"),
     check=check_options,

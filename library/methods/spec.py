@@ -6,13 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from library.options.data import DataOptions
 from library.options.method import MethodOptions
 
 if TYPE_CHECKING:
+    from library.data.types import RunData
     from library.entry_points import EntryPoint
+    from library.families.base import Family
     from library.methods.base import Method
+    from library.objectives.objective import Objective
     from library.options.base import OptionGroup, Options
-    from library.types import FamilyTraits, ImageRole
+    from library.types import Denoise, Draw, FamilyTraits, ImageRole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +30,20 @@ class MethodSpec:
     method: EntryPoint[[Options], Method]
     # Problems that options and file headers show, beside those that the groups find.
     check: Callable[[Options, FamilyTraits], list[str]] = lambda opts, traits: []
+    # Options of gen_img.py for a saved file, {file}; "{stem}" is its name without ending. None: it does not read them.
+    usage: str | None = None
     image_role: ImageRole = "mask"  # what the images of `conditioning_data_dir` are to it
     complete_options: Callable[[Options], Options] = lambda opts: opts  # by what other options say
+    # Of a method that trains without images: its own data, made of (options, traits, number of processes), and what
+    # becomes of one of its batches in a step. The seed is known by then. None: images.
+    data: EntryPoint[[Options, FamilyTraits, int], RunData] | None = None
+    draw: EntryPoint[[Method, Family, Objective, Denoise], Draw] | None = None
 
     def __post_init__(self) -> None:
+        without_images = any(issubclass(group, DataOptions) and not group.of_images for group in self.groups)
+        if {without_images, self.data is not None, self.draw is not None} not in ({True}, {False}):
+            raise TypeError(
+                f"method {self.name!r}: without images it has data, draw, and options of data with of_images = False"
+            )
         if not any(issubclass(group, MethodOptions) for group in self.groups):
             raise TypeError(f"method {self.name!r}: none of its groups is its own; make it a subclass of MethodOptions")

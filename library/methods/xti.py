@@ -40,11 +40,7 @@ class XtiMethod(EmbeddingMethod):
         self._words.places = tuple(places)
         super().attach(family, models)
         family.text = PlacedText(family.text, len(places), self._words.turn_to)
-        for number, paths in enumerate(places.values()):
-            for path in paths:
-                models.denoiser.get_submodule(path).register_forward_pre_hook(
-                    partial(_read_at, number), with_kwargs=True
-                )
+        read_by_place(models.denoiser, places)
 
     # ---- what is saved
 
@@ -124,6 +120,18 @@ class PlacedText(TextEncoding):
         return self._inner.layout(models)
 
 
+def read_by_place(model: nn.Module, places: Mapping[str, Sequence[str]]) -> None:
+    """Lets each cross-attention layer of a model read a `PlacedText` for its place.
+
+    Args: places: paths of layers in the order of the text's second axis; those that the model lacks are left out.
+    """
+    layers = dict(model.named_modules())
+    for number, paths in enumerate(places.values()):
+        for path in paths:
+            if path in layers:
+                layers[path].register_forward_pre_hook(partial(_read_at, number), with_kwargs=True)
+
+
 def _read_at(place: int, _layer: nn.Module, args: Sequence[Any], words: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Lets a cross-attention layer read the text for its place."""
-    return args, {**words, "encoder_hidden_states": words["encoder_hidden_states"][:, place]}
+    """Chooses the text for a place: of (..., places, tokens, width)."""
+    return args, {**words, "encoder_hidden_states": words["encoder_hidden_states"][..., place, :, :]}

@@ -8,6 +8,7 @@ have query, key and value apart where the original of some models has them in on
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from library.checkpoints.layer_names import PartNames
 from library.errors import UserError
+from library.families.registry import FAMILIES
 from library.model_tools.network_io import folded, named, read_network, scale_of, without_core, write_network
 from library.model_tools.network_layers import Layout, Placed, layout_of, parts_of, placed, require_lora
 from library.model_tools.network_metadata import rank_metadata
@@ -28,11 +30,14 @@ from library.options.network_tools import LAYOUTS, ConvertOptions, ConvertPairOp
 from library.runtime.logs import LOGGER
 from networks.files import ADAPTER_METADATA, PREFIXES, Entries
 from networks.fused import ALPHA, DORA
+from networks.layers.change import BIAS
 from networks.layers.locon import DOWN, UP
+from networks.layouts import SET_WEIGHT
 
+_INPUTS = {name: count for family in FAMILIES.values() for name, count in family.input_layers.items()}
 _LEVEL = "text_model."  # of CLIP; transformers' newer classes do not have it, and PEFT finds paths by their ends
 _PROJECTIONS = ("proj_in", "proj_out")
-_PEFT_NAMES = {DOWN: "lora_A.weight", UP: "lora_B.weight", DORA: "lora_magnitude_vector"}
+_PEFT_NAMES = {DOWN: "lora_A.weight", UP: "lora_B.weight", BIAS: "lora_B.bias", DORA: "lora_magnitude_vector"}
 
 
 def convert_lora(opts: Options) -> None:
@@ -111,6 +116,10 @@ def converted(
             whole[name] = {**whole[name], ALPHA: torch.tensor(float(len(whole[name][DOWN])))}
         shown = own.layer.comfyui if to == "comfyui" else name.replace(PREFIXES[0], own.prefix, 1)
         tensors |= {f"{shown}.{tensor}": value for tensor, value in whole[name].items()}
+        if DOWN in whole[name] and whole[name][DOWN].shape[1] > _INPUTS.get(name, math.inf):
+            # By which ComfyUI knows that the layer grows.
+            shape = [len(whole[name][UP]), whole[name][DOWN].shape[1]]
+            tensors[f"{shown}.reshape_weight"] = torch.tensor(shape)
     return tensors, rank_metadata(whole)
 
 
@@ -120,11 +129,16 @@ def _for_diffusers(layers: Mapping[str, Placed], *, fold: bool) -> tuple[dict[st
     for name, own in layers.items():
         with named(name):
             for place, entry in own.separate().items():
-                require_lora(entry)
                 path = own.layer.modules[place]
+                if SET_WEIGHT in entry:
+                    tensors[f"{own.layer.diffusers(place)}.weight"] = entry[SET_WEIGHT]
+                    continue
+                require_lora(entry)
                 entry = _shaped(without_core(entry), own.layer.part, path)
                 if fold:
                     entry = folded(entry)
+                if BIAS in entry:  # PEFT multiplies it by the scale, too
+                    entry = {**entry, BIAS: entry[BIAS].float() / scale_of(entry)}
                 by_part.setdefault(own.layer.part.diffusers, {})[path.removeprefix(_LEVEL)] = entry
                 for tensor, peft in _PEFT_NAMES.items():
                     if tensor in entry:
@@ -161,4 +175,5 @@ def _peft(modules: Entries) -> dict[str, Any]:
         "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
         "target_modules": sorted(modules),
         "use_dora": any(DORA in entry for entry in modules.values()),
+        **({"lora_bias": True} if any(BIAS in entry for entry in modules.values()) else {}),
     }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from library.checkpoints.keymap import Entry, SwapHalves
 from library.checkpoints.scaled import is_scale, scale_of
@@ -60,7 +61,10 @@ class _Shapes(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class ModelFile:
-    """An open model file. `models` holds its parts on the meta device, for what asks for shapes and classes."""
+    """An open model file. `models` holds its parts on the meta device, for what asks for shapes and classes.
+
+    A layer there that has been given more inputs has them in what is read and written, too, with weights of 0.
+    """
 
     path: Path
     weights: Weights
@@ -126,7 +130,7 @@ class ModelFile:
         }
 
     def _written(self, key: str, changes: list[tuple[LoraTarget, str, Edit]], dtype: torch.dtype | None) -> Deferred:
-        own, shape = self.weights.dtype(key), self.weights.shapes[key]
+        own, shape = self.weights.dtype(key), self._shape_in_file(key) if changes else self.weights.shapes[key]
         scaled = scale_of(key, self.weights) is not None
         small = own.is_floating_point and own.itemsize == 1
         kept = torch.bfloat16 if scaled or (small and changes) else own
@@ -155,7 +159,15 @@ class ModelFile:
         return rule.join(parts)
 
     def _read(self, key: str) -> Tensor:
-        return Reader(self.weights, torch.float32).take([key])[key]
+        tensor = Reader(self.weights, torch.float32).take([key])[key]
+        wide = self._shape_in_file(key)
+        return tensor if tensor.shape == wide else F.pad(tensor, (0, wide[1] - tensor.shape[1]))
+
+    def _shape_in_file(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor of the file, with the inputs that its layer has been given."""
+        own = self.weights.shapes[key]
+        grown = (target for target in self.targets if target.grows and self.names(target) == [key])
+        return next(((own[0], self.shape(target)[1]) for target in grown), own)
 
     def _shape(self, target: LoraTarget, name: str) -> torch.Size:
         shape = self.shape(target)

@@ -33,13 +33,15 @@ from library.runtime.logs import LOGGER
 from networks.build import change_of
 from networks.file_names import require_places
 from networks.files import NetworkFile, names_in_files
+from networks.fused import ROWS
+from networks.inputs import with_all_inputs
+from networks.registry import type_of
 
 if TYPE_CHECKING:
     from library.checkpoints.writing import Deferred
     from library.types import LoraTarget
 
-_FACTS = ("alpha", "on_input")  # tensors of an entry that say how the others are used
-_BIASES = {"diff_b", "b_norm"}
+_FACTS = ("alpha", "on_input", ROWS)  # tensors of an entry that say how the others are used
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,17 @@ class Share:
     factor: float
 
     def change(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`change_of` the entry, on the device of `weight`."""
-        entry = {name: value if name in _FACTS else value.to(weight.device) for name, value in self.entry.items()}
-        return change_of(entry, weight.shape, lambda: weight)
+        """`change_of` the entry at its factor, on the device of `weight`."""
+        entry = {
+            name: value if name.rpartition("/")[2] in _FACTS else value.to(weight.device)
+            for name, value in self.entry.items()
+        }
+        return change_of(entry, weight.shape, lambda: weight, self.factor)
+
+    def bias(self) -> Tensor | None:
+        """What the entry adds to the bias, at a factor of 1."""
+        kind = type_of(self.entry)
+        return None if kind is None else kind.layer.load().bias_change(self.entry)
 
 
 def merge(opts: Options) -> None:
@@ -121,10 +131,13 @@ def shares_by_layer(
     given = ("_unet_",) if any("denoiser" in file.parts for file in files) else ()
     given += ("_te",) if all_encoders else ()
     shares: dict[str, list[Share]] = {}
-    for network in networks:
-        path, entries = network.source.path, network.source.entries
+    sources = [NetworkFile(network.source.path, network.source.entries) for network in networks]
+    for file in files:
+        sources = with_all_inputs(sources, file.targets, file.models)
+    for network, source in zip(networks, sources, strict=True):
+        path, entries = source.path, source.entries
         _report_unused(path, entries, known, given)
-        matching = NetworkFile(path, entries).matching(targets, lambda target: places[target.key][0].rows(target))
+        matching = source.matching(targets, lambda target: places[target.key][0].rows(target))
         if network.weights:
             network.weights.check(matching)
         for key, entry in matching.items():
@@ -173,7 +186,7 @@ def edits_of(
         if not own:
             continue
         edits[target.key, "weight"] = partial(_merged, file, target, own, device, precision)
-        biased = [share for share in own if share.entry.keys() & _BIASES]
+        biased = [share for share in own if share.bias() is not None]
         if biased:
             edits[target.key, "bias"] = partial(_merged_bias, file, target, biased, precision)
     return edits
@@ -186,22 +199,21 @@ def _merged(
     weight = file.weight(target).to(device)
     for share in shares:
         change, _ = share.change(weight)
-        weight = _added(weight, change.reshape(weight.shape), share.factor, precision)
+        weight = _added(weight, change.reshape(weight.shape), precision)
     return weight.cpu()
 
 
 def _merged_bias(file: ModelFile, target: LoraTarget, shares: Sequence[Share], precision: torch.dtype) -> Tensor:
     bias = file.weight(target, "bias")
     for share in shares:
-        change = next(share.entry[name] for name in _BIASES if name in share.entry)
-        bias = _added(bias, change.float(), share.factor, precision)
+        bias = _added(bias, share.bias() * share.factor, precision)
     return bias
 
 
-def _added(weight: Tensor, change: Tensor, factor: float, precision: torch.dtype) -> Tensor:
+def _added(weight: Tensor, change: Tensor, precision: torch.dtype) -> Tensor:
     if precision == torch.float32:
-        return weight.add_(change, alpha=factor)
-    return (weight.to(precision) + (change * factor).to(precision)).float()
+        return weight.add_(change)
+    return (weight.to(precision) + change.to(precision)).float()
 
 
 # ---- what is written

@@ -19,12 +19,13 @@ from networks.fused import DORA, cut, join, rows_by_share
 from networks.layers.locon import DOWN, UP
 from networks.registry import type_of
 
-Layout = Literal["kohya", "diffusers", "comfyui"]
+Layout = Literal["kohya", "diffusers", "comfyui", "bfl"]
 # Beginnings of names by which layouts are known.
 _LAYOUTS: dict[Layout, re.Pattern[str]] = {
     "kohya": re.compile(rf"({'|'.join(PREFIXES)})_(unet|te\d*)_"),
     "diffusers": re.compile(r"(transformer|unet|text_encoder(_[23])?)\."),
     "comfyui": re.compile(r"(diffusion_model|text_encoders)\."),
+    "bfl": re.compile(r"((double|single)_blocks|(img|txt|time|vector|guidance)_in|final_layer)\.(?!\d+\.processor\.)"),
 }
 _PREFIX = re.compile(rf"({'|'.join(PREFIXES)})_")
 

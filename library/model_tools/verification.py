@@ -11,6 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from library.checkpoints.keymap import first_few
 from library.checkpoints.reading import read_names, read_state_dict
@@ -24,7 +25,8 @@ from library.model_tools.network_norms import change_norm, full_change_norm, nor
 from library.runtime.logs import progress
 from networks.file_names import require_places, require_types
 from networks.files import NetworkFile, names_in_files, read
-from networks.registry import BOFT, LOCON, LORA, OFT, type_of
+from networks.fused import unstacked
+from networks.registry import BOFT, LOCON, LORA, OFT, STACK, type_of
 
 if TYPE_CHECKING:
     from library.checkpoints.layer_names import PartNames
@@ -147,6 +149,8 @@ def type_label(entry: Mapping[str, Tensor]) -> str:
     """The word for a layer's type, as in tables of who reads what."""
     kind = type_of(entry)
     assert kind is not None
+    if kind == STACK:
+        return type_label(next(piece for _, piece in unstacked(entry) if piece))
     if "dora_scale" in entry:
         return DORA
     if kind in (LORA, LOCON):
@@ -180,11 +184,14 @@ def _measure_in_model(file: NetworkFile, sources: Sequence[ModelSource], report:
             source, target = places[key]
             layer = _layer(key, entry)
             try:
-                require_shape(entry, source.shape(target))
                 weight = source.weight(target)
+                if target.grows:  # the new inputs of control LoRAs
+                    inputs = entry["lora_down.weight"].shape[1] if "lora_down.weight" in entry else 0
+                    weight = pad(weight, (0, max(inputs - weight.shape[1], 0)))
+                require_shape(entry, weight.shape)
                 change = change_norm(entry)
                 if change is None:
-                    change = full_change_norm(entry, source.shape(target), lambda weight=weight: weight)
+                    change = full_change_norm(entry, weight.shape, lambda weight=weight: weight)
             except UserError as error:
                 report.errors += [f"{file.path}: {key}: {problem}" for problem in error.problems]
                 continue

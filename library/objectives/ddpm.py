@@ -11,6 +11,7 @@ from torch import Tensor
 
 NUM_TIMESTEPS = 1000
 BETA_START, BETA_END = 0.00085, 0.012
+LEAST_SIGNAL = 2.0**-24  # of the variance, where a division needs some
 
 
 def scaled_linear_betas() -> Tensor:
@@ -64,6 +65,42 @@ def velocity(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     """
     signal, sigma = _levels(alpha_bar, latents)
     return signal * noise - sigma * latents
+
+
+def clean_from_noise(noisy: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The clean latents that predicted noise implies: `add_noise` solved for them; shapes as there.
+
+    Where no signal is left (alpha_bar 0) noise says nothing of them; the least signal stands in.
+    """
+    signal, sigma = _levels(alpha_bar.clamp(min=LEAST_SIGNAL), noisy)
+    return (noisy - sigma * noise) / signal
+
+
+def clean_from_velocity(noisy: Tensor, velocity: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The clean latents that a predicted v implies: ``sqrt(alpha_bar) * noisy - sqrt(1 - alpha_bar) * v``."""
+    signal, sigma = _levels(alpha_bar, noisy)
+    return signal * noisy - sigma * velocity
+
+
+def ancestral_step(noisy: Tensor, clean: Tensor, alpha_bar: Tensor, then: Tensor, noise: Tensor) -> Tensor:
+    """Noisy latents at a lower level, drawn from the posterior that `clean` and `noisy` give (Ho et al. 2020, eq. 7).
+
+    With a = alpha_bar / then and b = 1 - a, the mean is ``(sqrt(then) b clean + sqrt(a) (1 - then) noisy) /
+    (1 - alpha_bar)`` and the variance ``(1 - then) / (1 - alpha_bar) * b``.
+
+    Args:
+        clean: what the prediction at `noisy` implies, (B, C, h, w).
+        alpha_bar, then: the signal's share before and after the step, (B,); `then` is the larger.
+        noise: standard normal, (B, C, h, w).
+    """
+    ratio = alpha_bar / then
+    left, before = 1 - ratio, 1 - alpha_bar
+
+    def column(value: Tensor) -> Tensor:
+        return value.view(-1, *[1] * (noisy.ndim - 1))
+
+    mean = column(then.sqrt() * left / before) * clean + column(ratio.sqrt() * (1 - then) / before) * noisy
+    return mean + column(((1 - then) / before * left).sqrt()) * noise
 
 
 def _levels(alpha_bar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

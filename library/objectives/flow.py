@@ -61,7 +61,7 @@ class FlowObjective(Objective):
     def draw(self, latents: Tensor, generator: torch.Generator, timesteps: Tensor | None = None) -> NoiseDraw:
         """Draws sigma and noise. Timesteps are 1000 * sigma: whole numbers for "discrete", else float32."""
         clean = latents.float()
-        noise = noises.standard_normal(clean, generator)
+        noise = self.noise(clean, generator)
         input_noise = self.perturb(noise, generator)
         if timesteps is None:
             timesteps = self._draw_timesteps(latents, generator)
@@ -70,6 +70,20 @@ class FlowObjective(Objective):
         noisy = interpolate(clean, input_noise, _sigma_of(timesteps)).to(latents.dtype)
         target = clean if self.settings.target == "clean" else noise - clean
         return NoiseDraw(noisy=noisy, timesteps=timesteps, target=target, noise=noise)
+
+    def noise(self, latents: Tensor, generator: torch.Generator) -> Tensor:
+        return noises.standard_normal(latents, generator)
+
+    def sampling_times(self, steps: int, shift: float = 1.0) -> Tensor:
+        """Step k of N begins at 1000 times the shifted level of 1 - k / N; float32."""
+        levels = 1 - torch.arange(steps, dtype=torch.float64) / steps
+        return NUM_TIMESTEPS * shift_sigma(levels, shift).float()
+
+    def step_back(
+        self, noisy: Tensor, prediction: Tensor, now: Tensor, then: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Euler's step along the predicted velocity, ``noisy + (sigma_then - sigma_now) * velocity``."""
+        return noisy.float() + _column(_sigma_of(then) - _sigma_of(now), noisy) * prediction.float()
 
     def to_target_space(self, prediction: Tensor, draw: NoiseDraw) -> Tensor:
         """The prediction in the target's space, float32; for sigma_scaled the clean image that a velocity implies."""

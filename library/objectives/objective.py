@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+import torch
+
 from library.objectives import ddpm, losses, weighting
 from library.objectives import masks as loss_masks
 from library.objectives import noise as noises
@@ -12,7 +14,6 @@ from library.objectives import timesteps as times
 from library.types import NoiseDraw
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from library.options.loss import LossOptions, NoiseOptions
@@ -34,6 +35,26 @@ class Objective(ABC):
 
         `timesteps` (B,) fixes the times, for validation; None draws them. Noisy latents have the latents' dtype, noise
         and target are float32.
+        """
+
+    @abstractmethod
+    def noise(self, latents: Tensor, generator: torch.Generator) -> Tensor:
+        """The noise that training adds to clean latents (B, C, h, w), float32; pure noise looks so, too."""
+
+    @abstractmethod
+    def sampling_times(self, steps: int, shift: float) -> Tensor:
+        """The times at which `steps` even steps from pure noise to an image begin, (steps,), on the CPU.
+
+        Args: shift: of the levels of a flow, see `flow.shift_sigma`; nothing else has one.
+        """
+
+    @abstractmethod
+    def step_back(
+        self, noisy: Tensor, prediction: Tensor, now: Tensor, then: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """One sampling step: from latents (B, C, h, w) at the times `now` to those at the earlier times `then`, (B,).
+
+        `prediction` is the denoiser's at `now`; float32.
         """
 
     def loss(self, prediction: Tensor, draw: NoiseDraw, loss_weights: Tensor, masks: Tensor | None = None) -> Tensor:
@@ -99,7 +120,7 @@ class DdpmObjective(Objective):
     def draw(self, latents: Tensor, generator: torch.Generator, timesteps: Tensor | None = None) -> NoiseDraw:
         self._follow(latents)
         clean = latents.float()
-        noise = self._noise(clean, generator)
+        noise = self.noise(clean, generator)
         input_noise = self.perturb(noise, generator)
         if timesteps is None:
             timesteps = times.uniform(len(latents), self.span, generator)
@@ -126,8 +147,24 @@ class DdpmObjective(Objective):
             weights = weights * weighting.debiased(snr, self.prediction_type)
         return weights
 
-    def _noise(self, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """The noise to predict, float32, in the shape of `latents` (B, C, h, w)."""
+    def sampling_times(self, steps: int, shift: float = 1.0) -> Tensor:
+        """Step k of N begins at timestep 999 - floor(1000 k / N), so that the first begins at pure noise; int64."""
+        last = ddpm.NUM_TIMESTEPS - 1
+        return last - torch.div(torch.arange(steps) * ddpm.NUM_TIMESTEPS, steps, rounding_mode="floor")
+
+    def step_back(
+        self, noisy: Tensor, prediction: Tensor, now: Tensor, then: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """An ancestral step, see `ddpm.ancestral_step`."""
+        self._follow(noisy)
+        here, there, noisy = self._alpha_bar[now], self._alpha_bar[then], noisy.float()
+        if self.prediction_type == "v_prediction":
+            clean = ddpm.clean_from_velocity(noisy, prediction.float(), here)
+        else:
+            clean = ddpm.clean_from_noise(noisy, prediction.float(), here)
+        return ddpm.ancestral_step(noisy, clean, here, there, noises.standard_normal(noisy, generator))
+
+    def noise(self, latents: Tensor, generator: torch.Generator) -> Tensor:
         opts = self.noise_opts
         noise = noises.standard_normal(latents, generator)
         if opts.noise_offset or opts.adaptive_noise_scale:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from library.options.base import OptionGroup, Options, opt
 
@@ -26,6 +26,8 @@ def ending_problem(ending: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(OptionGroup, group="data", title="Data set"):
+    of_images: ClassVar[bool] = True  # False: the method has data of its own, and nothing here describes it
+
     train_data_dir: str | None = opt(None, "folder of training folders named <repeats>_<identifier> <class>")
     reg_data_dir: str | None = opt(None, "folder of regularisation folders named <repeats>_<class>")
     in_json: str | None = opt(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from library.options.base import OptionGroup, Options, opt
 from library.options.inference_images import (
@@ -145,6 +145,9 @@ class GenerationTextOptions(PromptTextOptions):
     textual_inversion_embeddings: list[str] | None = opt(
         None, "files of Textual Inversion embeddings; in prompts the file's name stands for each"
     )
+    XTI_embeddings: list[str] | None = opt(
+        None, "files of extended Textual Inversion, with other vectors for each layer; SD 1.x and 2.x only"
+    )
 
     def warnings(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
         if traits is not None and traits.objective == "flow":
@@ -194,7 +197,11 @@ class NetworksOptions(OptionGroup, group="networks", title="Networks"):
         False, "merge the networks, and again where a prompt changes their strengths; takes a copy of the weights"
     )
     network_regional_mask_max_color_codes: int | None = opt(
-        None, "number of regions that the mask of regional prompts distinguishes by colour", at_least=1
+        None,
+        "prompts with AND: how many parts have a color of their own in --mask_path, whose bits, red 1, green 2 and "
+        "blue 4, are the part's number; without it red, green and blue are the first three parts",
+        at_least=1,
+        at_most=7,
     )
 
     def check(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
@@ -222,21 +229,6 @@ class NetworksOptions(OptionGroup, group="networks", title="Networks"):
         if self.network_merge_n_models is not None:
             return min(self.network_merge_n_models, count)
         return count if self.network_merge else 0
-
-
-# Options that are known, and their values which ask for nothing; any other is refused until they are there.
-_NOT_YET: dict[str, Any] = {
-    "clip_vision_strength": None,
-    "control_net_lllite_models": None,
-    "network_regional_mask_max_color_codes": None,
-}
-
-
-def not_available(options: dict[str, Any]) -> Iterable[str]:
-    """A line for each option that is given and not available yet."""
-    for name, neutral in _NOT_YET.items():
-        if options.get(name, neutral) != neutral:
-            yield f"--{name}: not available yet"
 
 
 ANY_MODEL_GROUPS: tuple[type[OptionGroup], ...] = (

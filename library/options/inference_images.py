@@ -21,7 +21,9 @@ CANNY = re.compile(r"canny(?:_(\d{1,3})_(\d{1,3}))?")  # a value of --control_ne
 class SourceOptions(OptionGroup, group="source", title="Images to begin with"):
     image_path: str | None = opt(None, "image to begin with, or a folder of such: one for each image that is made")
     mask_path: str | None = opt(
-        None, "mask of --image_path, or a folder of them: bright parts are drawn again, dark ones are kept"
+        None,
+        "mask of --image_path, or a folder of them: bright parts are drawn again, dark ones are kept. For prompts with "
+        "AND, the regions of their parts",
     )
     strength: float | None = opt(
         None,
@@ -29,14 +31,30 @@ class SourceOptions(OptionGroup, group="source", title="Images to begin with"):
         at_least=0,
         at_most=1,
     )
-    guide_image_path: list[str] | None = opt(None, "images that guide: for ControlNets, one for each, or folders")
-    clip_vision_strength: float | None = opt(None, "SDXL: strength of the guide image as seen by CLIP")
+    guide_image_path: list[str] | None = opt(
+        None,
+        "images that guide: for ControlNets or a control LoRA, one for each, or folders; else one for "
+        "--clip_vision_strength",
+    )
+    clip_vision_strength: float | None = opt(
+        None,
+        "SDXL: strength of an image as CLIP sees it, in place of the pooled text: --guide_image_path, or --image_path",
+    )
+    clip_vision_model: str = opt(
+        "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+        "CLIP vision model of --clip_vision_strength: a folder, or a hub id",
+        only_with=("clip_vision_strength",),
+    )
 
     def check(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
         if self.strength is not None and not self.image_path and not opts.highres.highres_fix_scale:
             yield "--strength: needs --image_path, the image to begin with"
-        if self.mask_path and not self.image_path:
-            yield "--mask_path: regions of a prompt are not available yet; with --image_path a mask is"
+        if self.clip_vision_strength is not None and not self.image_path and not self.guide_image_path:
+            yield "--clip_vision_strength: needs --guide_image_path, or --image_path, the image that CLIP sees"
+
+    def warnings(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
+        if traits is not None and self.clip_vision_strength is not None and not traits.pooled_by_image:
+            yield f"--clip_vision_strength: has no effect on {traits.label}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +91,9 @@ class HighresOptions(OptionGroup, group="highres", title="Highres fix"):
 
 @dataclass(frozen=True, kw_only=True)
 class ControlOptions(OptionGroup, group="control", title="ControlNets"):
-    control_net_lllite_models: list[str] | None = opt(None, "files of ControlNet-LLLite")
+    control_net_lllite_models: list[str] | None = opt(
+        None, "SDXL: files of ControlNet-LLLite, in place of --control_net_models"
+    )
     control_net_models: list[str] | None = opt(None, "ControlNets: files, Diffusers folders or hub ids")
     control_net_preps: list[str] | None = opt(
         None, "preparation of each guide image: none, canny, or canny with its limits as in canny_63_191"
@@ -84,17 +104,27 @@ class ControlOptions(OptionGroup, group="control", title="ControlNets"):
         at_least=0, at_most=1,
     )  # fmt: skip
 
+    @property
+    def nets(self) -> tuple[str, list[str]]:
+        """The option that names the networks which read guide images, and what it names."""
+        if self.control_net_lllite_models:
+            return "--control_net_lllite_models", self.control_net_lllite_models
+        return "--control_net_models", self.control_net_models or []
+
     def check(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
-        count = len(self.control_net_models or ())
+        option, count = self.nets[0], len(self.nets[1])
+        if self.control_net_lllite_models and self.control_net_models:
+            yield "--control_net_lllite_models: cannot be used with --control_net_models; use one of them"
         for name in self.control_net_preps or ():
             if name != "none" and not CANNY.fullmatch(name):
                 yield f"--control_net_preps: {name!r} is no preparation; use none, canny, or canny_63_191"
         for name in ("control_net_preps", "control_net_multipliers", "control_net_ratios"):
-            if len(getattr(self, name) or ()) > count:
-                yield f"--{name}: has more values than --control_net_models, {count}"
+            # A control LoRA reads a guide image, too, and has a strength in --network_mul.
+            if len(getattr(self, name) or ()) > (count or (name == "control_net_preps")):
+                yield f"--{name}: has more values than {option}, {count}"
         guides = len(opts.source.guide_image_path or ())
-        if guides > max(count, 0):
-            yield f"--guide_image_path: has more values than --control_net_models, {count}"
+        if guides > max(count, 1):
+            yield f"--guide_image_path: has more values than {option}, {count}"
         elif 1 < guides < count:
             yield f"--guide_image_path: give one for all {count} ControlNets, or one for each, got {guides}"
 
@@ -113,15 +143,12 @@ _DROPPED = "not supported; guidance by another network is no longer offered"
 class OldGuidanceOptions(OptionGroup, group="old_guidance", title="Guidance by other networks"):
     """What one script only has offered."""
 
-    XTI_embeddings: list[str] | None = opt(None, "files of extended Textual Inversion; refused")
     clip_guidance_scale: float = opt(0.0, "strength of guidance by CLIP; refused above 0")
     clip_image_guidance_scale: float = opt(0.0, "strength of guidance by CLIP and an image; refused above 0")
     vgg16_guidance_scale: float = opt(0.0, "strength of guidance by VGG16 and an image; refused above 0")
     vgg16_guidance_layer: int = opt(20, "layer of VGG16; has no effect")
 
     def check(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
-        if self.XTI_embeddings:
-            yield "--XTI_embeddings: not supported; --textual_inversion_embeddings takes plain embeddings"
         for name in ("clip_guidance_scale", "clip_image_guidance_scale", "vgg16_guidance_scale"):
             if getattr(self, name):
                 yield f"--{name}: {_DROPPED}"

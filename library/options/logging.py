@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import logging
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,14 +16,17 @@ from library.errors import UserError
 from library.options.base import COMMAND_LINE, OptionGroup, Options, opt, options_of
 from library.options.nearest import did_you_mean
 from library.runtime.documents import read_toml
+from library.runtime.durable import LONGEST_NAME, fitting
 from library.runtime.files import path_problem
 from library.runtime.packages import remedy
+from library.screen import hide
 
 if TYPE_CHECKING:
     from library.types import FamilyTraits
 
 # What a table of --log_tracker_config may set; for wandb it is what the installed wandb.init takes.
 TENSORBOARD_KEYS = ("comment", "filename_suffix", "flush_secs", "max_queue", "purge_step")
+_LEAST_OF_A_NAME = 20  # bytes that are left for it, or it is left out
 _SECRETS_IN_ENVIRONMENT = {"wandb_api_key": "WANDB_API_KEY", "huggingface_token": "HF_TOKEN"}
 
 
@@ -36,7 +41,9 @@ class ConsoleOptions(OptionGroup, group="console", title="Messages"):
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingOptions(ConsoleOptions, group="logging", title="Messages and logs"):
-    logging_dir: str | None = opt(None, "folder for logs; TensorBoard's have one sub-folder per run")
+    logging_dir: str | None = opt(
+        None, "folder for logs; TensorBoard's have one sub-folder per run, by date, time and --output_name"
+    )
     log_with: Literal["tensorboard", "wandb", "all"] | None = opt(
         None, "where losses and rates are logged; all means both; tensorboard if only --logging_dir is given"
     )
@@ -48,10 +55,17 @@ class LoggingOptions(ConsoleOptions, group="logging", title="Messages and logs")
     log_tracker_config: str | None = opt(
         None, "TOML file with a table of settings per tracker, [tensorboard] and [wandb]", exists="file"
     )
-    wandb_run_name: str | None = opt(None, "name of the run at Weights & Biases; generated there if not given")
+    wandb_run_name: str | None = opt(None, "name of the run at Weights & Biases; --output_name if not given")
     wandb_api_key: str | None = opt(
         None, "key for Weights & Biases; best given in WANDB_API_KEY or a --config_file", secret=True
     )
+    notify: str | None = opt(
+        None,
+        "URL to which a message goes when the run is done, was stopped or has failed, such as ntfy://topic or "
+        "mailto://..., or several with blanks between; see apprise. Best given in a --config_file",
+        secret=True,
+    )
+    no_results_page: bool = opt(False, "write no <output_name>.html, which shows the run in a browser")
 
     @property
     def trackers(self) -> tuple[str, ...]:
@@ -60,20 +74,28 @@ class LoggingOptions(ConsoleOptions, group="logging", title="Messages and logs")
             return ("tensorboard",) if self.logging_dir else ()
         return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)
 
-    def folder_of_run(self, moment: str) -> Path:
-        """The folder of TensorBoard's logs for a run that began at `moment`, a date and time of 14 digits."""
-        return Path(self.logging_dir or "", f"{self.log_prefix or ''}{moment}")
+    def folder_of_run(self, moment: str, name: str | None) -> Path:
+        """The folder of TensorBoard's logs for a run that began at `moment`, a date and time of 14 digits.
+
+        Args: name: --output_name, by which a run is known among others; as much of it as there is room for.
+        """
+        path = Path(self.logging_dir or "", f"{self.log_prefix or ''}{moment}")
+        room = LONGEST_NAME - len(os.fsencode(path.name))
+        if not name or room < _LEAST_OF_A_NAME:
+            return path
+        return path.with_name(path.name + fitting(f"-{Path(name).name}", "", room))
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if "tensorboard" in self.trackers and not self.logging_dir:
             yield f"--log_with: {self.log_with} needs --logging_dir, the folder to write to"
-        if "wandb" in self.trackers and not _wandb_is_installed():
+        if "wandb" in self.trackers and not _is_installed("wandb"):
             yield f"--log_with: {self.log_with} needs the package wandb, which is not installed; {remedy('wandb')}"
         elif self.log_tracker_config and path_problem(self.log_tracker_config, "file") is None:
             try:
                 read_tracker_config(self.log_tracker_config, self.trackers)
             except UserError as error:
                 yield from error.problems
+        yield from _notify_problems(notify_urls(opts))
 
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if "tensorboard" not in self.trackers and self.log_prefix:
@@ -153,10 +175,33 @@ def secrets(opts: Options) -> dict[str, str]:
     return {name: values[name] for name in found if values[name]}
 
 
-def _wandb_is_installed() -> bool:
-    """A folder ./wandb, which wandb makes for its logs, is not the package."""
+def notify_urls(opts: Options) -> list[str]:
+    """The URLs of --notify."""
+    return (opts.logging.notify or "").split()
+
+
+def _notify_problems(urls: list[str]) -> Iterable[str]:
+    """One line for each URL that cannot be used; none shows it, as URLs hold keys."""
+    if urls and not _is_installed("apprise"):
+        yield f"--notify: needs the package apprise, which is not installed; {remedy('apprise')}"
+        return
+    hide(urls)
+    for number, url in enumerate(urls, 1):
+        import apprise
+
+        logging.getLogger("apprise").setLevel(logging.CRITICAL + 1)  # it says why, and shows the URL
+        if not apprise.Apprise().add(url):
+            kind = re.match(r"[a-z0-9]{2,12}(?=://)", url)
+            yield (
+                f"--notify: URL {number}{f', {kind[0]}://...' if kind else ''} is none that apprise can use; "
+                "check its service and its parts"
+            )
+
+
+def _is_installed(package: str) -> bool:
+    """Not so a folder of that name in the working folder, such as wandb makes for its logs."""
     try:
-        spec = importlib.util.find_spec("wandb")
+        spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
         return False
     return spec is not None and spec.origin is not None

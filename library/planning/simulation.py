@@ -23,6 +23,7 @@ from library.runtime.logs import LOGGER
 from library.runtime.processes import Processes
 from library.session import Session, open_data
 from library.training import checkpointing, loop, placement, state
+from library.training.notifying import Notifier
 from library.training.step import StepParts
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def simulate(request: Request, *, whole: bool = True) -> Simulated:
         family, method = request.family.adapter(opts), request.method.method(opts)
         session = Session(opts, family, method, data, request.run_plan, accelerator, caches=caches)
         session.check(request.family.missing_encoders(opts), takes_control=request.method.image_role == "control")
-        run = built(session, watcher, phase, request.method.tracker)
+        run = built(session, watcher, phase, request.method)
         batch = data.largest_batch()
         steps(run, batch, watcher, phase)
         found = Simulated(watcher.phases, work)
@@ -147,6 +148,8 @@ def quietly(opts: Options) -> Options:
     """The options of the same run without what leaves the machine or is not simulated: logs, uploads, compiling."""
     return opts.replaced(
         log_with=None,
+        notify=None,
+        no_results_page=True,
         logging_dir=None,
         huggingface_repo_id=None,
         torch_compile=False,
@@ -156,7 +159,7 @@ def quietly(opts: Options) -> Options:
     )
 
 
-def built(session: Session, watcher: Watcher, phase: Callable[[str], Any], tracker: str) -> Run:
+def built(session: Session, watcher: Watcher, phase: Callable[[str], Any], method: MethodSpec) -> Run:
     """The run, ready for its first step, with all its memory named."""
     with phase("loading the model"):
         session.load()
@@ -167,7 +170,7 @@ def built(session: Session, watcher: Watcher, phase: Callable[[str], Any], track
     with phase("placing the denoiser"):
         session.place()
         name_weights(session, watcher)
-        run = session.build(tracker)
+        run = session.build(method, {}, Notifier(session.opts, enabled=False))
     parameters = [weight for group in run.optimizer.param_groups for weight in group["params"]]
     for weight in parameters:
         if weight.requires_grad:

@@ -11,6 +11,7 @@ from pathlib import Path
 _ROOT = Path(__file__).resolve().parents[2]
 # What is imported -> the file in requirements/ that names its package.
 EXTRAS = {
+    "apprise": "notify",
     "bitsandbytes": "optimizers",
     "dadaptation": "optimizers",
     "lion_pytorch": "optimizers",

@@ -49,6 +49,16 @@ class Processes:
         torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MAX, group=_patient_group())
         return int(vote)
 
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """For each flag, whether any process has set it; every process gives as many."""
+        if self.world == 1:
+            return list(flags)
+        import torch
+
+        votes = torch.tensor(flags, dtype=torch.uint8)
+        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX, group=_patient_group())
+        return votes.bool().tolist()
+
     def all_gather(self, value: Any) -> list[Any]:
         """Every process's value, in the order of ranks; each process waits for the last one. Values are pickled."""
         if self.world == 1:

@@ -21,3 +21,19 @@ def generator(device: torch.device | str, seed: int, *address: int | str) -> tor
     import torch
 
     return torch.Generator(device).manual_seed(derive(seed, *address))
+
+
+class Streams:
+    """Generators that are made once and set to an address each time: a step makes none, as CUDA graphs want it."""
+
+    def __init__(self) -> None:
+        self._generators: dict[tuple[torch.device, str], torch.Generator] = {}
+
+    def at(self, device: torch.device, seed: int, purpose: str, *address: int | str) -> torch.Generator:
+        """As `generator`; it is valid until the next call for this purpose and device."""
+        import torch
+
+        kept = device, purpose
+        if kept not in self._generators:
+            self._generators[kept] = torch.Generator(device)
+        return self._generators[kept].manual_seed(derive(seed, purpose, *address))

@@ -13,8 +13,6 @@ from library.runtime.logs import LOGGER
 from library.training import saving, state
 from library.training.report import AGAINST_OVERFLOW
 from library.training.scalars import all_finite
-from library.training.state_notes import MODEL
-from networks.network import TrainableNetwork
 
 if TYPE_CHECKING:
     from library.training.plan import Progress
@@ -44,6 +42,7 @@ def save(run: Run, progress: Progress, due: saving.SaveRequest) -> None:
     LOGGER.info("saved %s", due.path)
     for path in paths:
         run.hub.upload(path)
+        run.tracker.saved(progress.step, path)
     _remove(run, due.obsolete)
     if due.state is not None:
         _save_state(run, progress, due.state)
@@ -64,6 +63,7 @@ def _save_state(run: Run, progress: Progress, folder: Path) -> None:
         state.save_state(folder, state_parts(run), progress, run.seed, **how)
     LOGGER.info("saved the state in %s", folder)
     run.hub.upload_state(folder)
+    run.tracker.saved(progress.step, folder)
 
 
 def _check_weights(run: Run, progress: Progress) -> None:
@@ -83,15 +83,17 @@ def _check_weights(run: Run, progress: Progress) -> None:
 
 
 def save_interrupted(run: Run, progress: Progress) -> None:
-    _check_weights(run, progress)
-    folder = run.saves.state_of(run.saves.step_path(progress.step))
-    _save_state(run, progress, folder)
-    # How to get the current model without further training.
-    averaged = run.ema is not None or callable(getattr(run.optimizer.optimizer, "eval", None))
-    added = run.method.added()
-    if isinstance(added, TrainableNetwork) and added.state_is_file() and not averaged:
-        usable = f"{folder / MODEL} can be used as it is, without metadata"
-    else:
+    """A state to resume from and a copy to use, unless both have just been saved. Raises: UserError."""
+    path = run.saves.step_path(progress.step)
+    folder, saved = run.saves.state_of(path), run.saves.after_step(progress.step)
+    if saved is None or saved.state is None:
+        _check_weights(run, progress)
+        _save_state(run, progress, folder)
+    usable = f"{path} can be used as it is"
+    try:
+        if saved is None:
+            save(run, progress, saving.SaveRequest(path))
+    except UserError as error:  # most likely there is no room beside the state, which matters more
         final = run.saves.final_path().name
-        usable = f"with --max_train_steps={progress.step} beside it, only {final} of this step is written"
-    LOGGER.warning("interrupted after step %d; --resume=%s continues from there; %s", progress.step, folder, usable)
+        usable = f"no copy to use was saved ({error}): with --max_train_steps={progress.step} beside it, {final} is"
+    LOGGER.warning("interrupted after step %d; %s; --resume=%s continues from there", progress.step, usable, folder)

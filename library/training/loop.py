@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -13,6 +14,7 @@ from torch import Tensor
 from library.runtime import seeds
 from library.runtime.limits import during, exhausted
 from library.runtime.logs import LOGGER
+from library.runtime.processes import Processes
 from library.runtime.signals import Interruption
 from library.training import checkpointing, lr_schedules, placement, saving, state
 from library.training.optimizers import effective_rates
@@ -20,17 +22,20 @@ from library.training.plan import Progress
 from library.training.report import Report
 from library.training.run import Run
 from library.training.step import StepParts, training_step
+from library.training.tracking import Ending
 from library.types import Batch
+from networks.layers.copies import weights_in
 
 
 def train(run: Run) -> Progress:
     """Runs until the planned number of optimizer steps is done, saving, sampling and logging on the way.
 
-    Ctrl-C and SIGTERM end it after the step at hand, with a state to resume from. In the last step they change nothing.
+    Ctrl-C and SIGTERM end it after the step at hand, with a state to resume from and a copy to use. In the last step
+    they change nothing.
     """
     with Interruption() as interruption:
         grad_text = bool(run.method.trained_text_encoders())
-        parts = StepParts(run.family, run.models, run.denoise, run.objective, grad_text)
+        parts = StepParts(run.family, run.models, run.denoise, run.objective, grad_text, run.draw)
         placement.training_modes(run.models, run.method.trainable(), grad_text=grad_text)
         if run.resume is not None:
             saved, sharded = checkpointing.state_parts(run), run.shards is not None
@@ -58,25 +63,32 @@ def train(run: Run) -> Progress:
                 checkpointing.save_interrupted(run, progress)
             else:
                 checkpointing.save(run, progress, run.saves.final())
+        run.tracker.ended(_ending(progress))
     return progress
+
+
+def _ending(progress: Progress) -> Ending:
+    if progress.interrupted:
+        return Ending("stopped", f"after step {progress.step}")
+    return Ending("done", "early: validation no longer improved" if progress.stopped else "")
 
 
 def _epoch(
     run: Run, parts: StepParts, progress: Progress, report: Report, interruption: Interruption, first_batch: int
 ) -> None:
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    batches = iter(run.data.loader(progress.epoch, first_batch, rank=rank, world=world))
+    batches = report.batches(iter(run.data.loader(progress.epoch, first_batch, rank=rank, world=world)))
     while group := list(islice(batches, run.plan.accumulation)):  # the last one of an epoch may be shorter
         losses, gradient_norm, rates = optimizer_step(run, parts, group, progress)
-        report.step(progress.step, losses, gradient_norm, rates)
+        report.step(progress, losses, gradient_norm, rates)
         if run.validation.due(progress.step):
             _validate(run, parts, progress, report)
         if run.takes_part:
             _save_and_sample(run, progress, report, epoch_end=False)
         # All processes must leave at the same step, whichever of them the signal has reached.
-        requested = bool(run.processes.all_max(int(interruption.requested)))
+        requested = run.processes.all_max(interruption.requested)
         over = progress.stopped or progress.step >= run.plan.total_steps
-        progress.interrupted = requested and not over
+        progress.interrupted = 0 if over else requested
         if requested or over:
             break
     whole = progress.micro_step == progress.epoch * run.plan.batches_per_process
@@ -121,20 +133,29 @@ def _accumulate(run: Run, parts: StepParts, group: list[Batch], progress: Progre
         number = progress.micro_step * run.accelerator.num_processes + run.accelerator.process_index
         torch.manual_seed(seeds.derive(run.seed, "layers", number))  # dropout inside the modules
         run.method.before_batch(batch)
-        rng = seeds.generator(run.accelerator.device, run.seed, "noise", number)
-        with during(f"the forward pass of step {progress.step + 1}"), run.accelerator.autocast():
-            loss = training_step(parts, batch, rng).losses.mean()
-        with during(f"the backward pass of step {progress.step + 1}"):
-            run.accelerator.backward(loss / len(group))
+        rng, step = parts.streams.at(run.accelerator.device, run.seed, "noise", number), progress.step + 1
+        with _computing(run):
+            with during(f"the forward pass of step {step}"), run.accelerator.autocast():
+                loss = training_step(parts, batch, rng).losses.mean()
+            with during(f"the backward pass of step {step}"):
+                run.accelerator.backward(loss / len(group))
         losses.append(loss.detach())
         progress.micro_step += 1
     return losses
 
 
+def _computing(run: Run) -> AbstractContextManager[None]:
+    """A context for the passes of one batch, in which adapters' weights have the dtype of the computation."""
+    added = run.method.added()
+    if added is None or run.stepper.inside_backward:  # which needs each gradient as soon as it is there
+        return nullcontext()
+    return weights_in(added, placement.WEIGHT_DTYPES[run.opts.memory.mixed_precision])
+
+
 def _update(run: Run, parameters: list[Tensor]) -> Tensor | None:
     """Averages gradients over the processes, clips, steps; returns the gradient norm before clipping."""
     if run.accelerator.num_processes > 1 and run.shards is None:  # sharded ones are averaged as they arrive
-        average_gradients(parameters, run.accelerator.num_processes)
+        average_gradients(parameters, run.processes)
     norm = None
     limit = run.opts.optimizer.max_grad_norm
     if limit and not run.stepper.inside_backward:
@@ -149,22 +170,25 @@ def _update(run: Run, parameters: list[Tensor]) -> Tensor | None:
     return norm
 
 
-def average_gradients(parameters: list[Tensor], world: int) -> None:
+def average_gradients(parameters: list[Tensor], processes: Processes) -> None:
     """Replaces every gradient by its mean over the processes, as one message per dtype.
+
+    A weight without a gradient counts as one of zeros where another process has one. Where none has, it stays without:
+    of zeros, an optimizer would make a step by its weight decay and its averages.
 
     Adapters are reached through hooks and not through one wrapped forward, so this is done by hand.
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]  # some are stopped on the way
-    for parameter in parameters:
+    reached = processes.any_of([parameter.grad is not None for parameter in parameters])
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in (parameter for parameter, has_gradient in zip(parameters, reached, strict=True) if has_gradient):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in parameters:
         by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
     for gradients in by_dtype.values():
         flat = torch._utils._flatten_dense_tensors(gradients)
         torch.distributed.all_reduce(flat)
-        flat /= world
+        flat /= processes.world
         for gradient, mean in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
             gradient.copy_(mean)
 
@@ -223,4 +247,5 @@ def _sample(run: Run, progress: Progress, *, epoch_end: bool) -> None:
         )
     for index, image in enumerate(images):
         LOGGER.info("sampled %s", image.path)
-        run.tracker.image(progress.step, f"sample/{index:02d}", image.image, image.prompt.prompt)
+        run.tracker.image(progress.step, f"sample/{index:02d}", image.image, image.prompt.prompt, image.path)
+    run.tracker.flush()

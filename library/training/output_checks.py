@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.checkpoints.sizes import weights_size
 from library.errors import UserError
 from library.options.saving import output_place, sample_place
 from library.runtime.durable import LONGEST_NAME, fitting, work_folder
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from library.options.base import Options
 
 _SMALLEST_NETWORK = 1 << 20  # bytes; about what rank 1 of the smallest model takes
-_WEIGHTS = (".safetensors", ".ckpt", ".pt", ".bin")
 _LONGEST_EXTRA_FILE = "_t5xxl"  # the longest ending of a file that is saved beside a model
 _MODEL_PARTS = ("model_index.json", "config.json")  # a folder that holds one of these may be replaced
 _STATE_PARTS = (MODEL, OPTIMIZER, SCHEDULE, PROGRESS, "pytorch_model.bin")
@@ -40,7 +40,7 @@ def problems(opts: Options) -> list[str]:
         folder, start = sample_place(opts.saving)
         found += _try_to_make(folder / fitting(start, "e000000_00_00000000000000_0000000000.png"), folder=False)
     if "tensorboard" in opts.logging.trackers:
-        run = opts.logging.folder_of_run("0" * 14)  # as long as the date and time
+        run = opts.logging.folder_of_run("0" * 14, opts.saving.output_name)  # as long as the date and time
         folders = [("--logging_dir", Path(opts.logging.logging_dir)), ("--log_prefix", run)]
         if opts.logging.log_tracker_name:
             folders.append(("--log_tracker_name", run / opts.logging.log_tracker_name))
@@ -142,13 +142,5 @@ def _smallest_copy(opts: Options) -> int:
     """The fewest bytes that a saved model takes, by the size of the file or folder that it comes from."""
     if not opts.method.trains_model:
         return _SMALLEST_NETWORK
-    source = Path(opts.model.pretrained_model_name_or_path or "")
-    if source.is_file():
-        size = source.stat().st_size
-    else:
-        largest: dict[Path, int] = {}
-        for file in source.glob("*/*") if source.is_dir() else ():
-            if file.suffix in _WEIGHTS and file.is_file():
-                largest[file.parent] = max(largest.get(file.parent, 0), file.stat().st_size)
-        size = sum(largest.values())
+    size = weights_size(opts.model.pretrained_model_name_or_path or "")
     return size // 2 if opts.saving.save_precision in ("fp16", "bf16") else size

@@ -12,6 +12,7 @@ from torch import nn
 
 from library.errors import UserError
 from library.memory.low_precision import quantise_to_fp8
+from library.memory.norms import keep_dtype, keep_inputs_only, keep_no_normed
 from library.memory.offload import offloading_checkpoint
 from library.runtime.logs import LOGGER
 
@@ -91,6 +92,14 @@ def place_denoiser(models: Models, opts: Options, device: torch.device, *, shard
             LOGGER.warning("--cpu_offload_checkpointing: has no effect on a CPU; activations are in CPU memory anyway")
             offloads = False
         denoiser.enable_gradient_checkpointing(offloading_checkpoint(device) if offloads else None)
+
+
+def set_norms(family: Family, models: Models) -> None:
+    """Lets the denoiser's norms keep less, and answer in the dtype of the stream where the family's own code does."""
+    keep_inputs_only(models.denoiser)
+    if family.traits.norms_keep_dtype:
+        keep_dtype(models.denoiser)
+        keep_no_normed(models.denoiser)
 
 
 def swaps(opts: Options, device: torch.device) -> bool:

@@ -54,7 +54,7 @@ class Progress:
     micro_step: int = 0  # batches done by this process since the first epoch
     epoch_ended: bool = True  # False: what happens at the epoch's end is still to be done, if the epoch is over
     started: float = field(default_factory=time.time, compare=False)  # unix time
-    interrupted: bool = False  # by a signal
+    interrupted: int = 0  # the number of the signal that ends the run early
     stopped: bool = False  # early, because validation no longer improves
 
 
@@ -85,9 +85,10 @@ def choose_start(plan: RunPlan, opts: TrainingOptions, saved: Progress | None) -
 
 
 def describe(plan: RunPlan, images: int, reg_images: int) -> list[str]:
-    """The lines shown before the first step. `images` and `reg_images` count repeats."""
+    """The lines shown before the first step. `images` and `reg_images` count repeats; 0: nothing is said of them."""
+    regular = f" + {reg_images} regularisation" if reg_images else ""
     lines = [
-        f"images x repeats per epoch: {images}" + (f" + {reg_images} regularisation" if reg_images else ""),
+        *([f"images x repeats per epoch: {images}{regular}"] if images else []),
         f"batches per epoch: {plan.batches_per_epoch}; processes: {plan.processes}; "
         f"gradient accumulation: {plan.accumulation}",
         f"optimizer steps per epoch: ceil(ceil({plan.batches_per_epoch} / {plan.processes}) / {plan.accumulation}) "

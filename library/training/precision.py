@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from library.runtime import seeds
+
+_CHUNK = 1 << 24  # elements that are rounded together: their noise and results take 0.2 GiB
 
 
 class HalfGradScaler(torch.amp.GradScaler):
@@ -32,8 +35,26 @@ def round_stochastically(values: Tensor, rng: torch.Generator) -> Tensor:
     Source: Gupta et al. 2015 (arXiv:1502.02551), section 3.1.
     """
     noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=rng)
-    bits = (values.view(torch.int32) + noise) & -(1 << 16)
+    return _rounded(values, noise)
+
+
+def _rounded(values: Tensor, noise: Tensor) -> Tensor:
+    """`noise`: int32, from 0 to 2**16 - 1, in the shape of `values`; it is overwritten."""
+    bits = noise.add_(values.view(torch.int32)).bitwise_and_(-(1 << 16))
     return torch.where(values.isnan(), values, bits.view(torch.float32)).to(torch.bfloat16)
+
+
+def _chunks(tensors: Sequence[Tensor], most: int) -> Iterator[list[int]]:
+    """Positions of tensors that have at most `most` elements together, or of one that has more."""
+    chunk, size = [], 0
+    for number, tensor in enumerate(tensors):
+        if chunk and size + tensor.numel() > most:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(number)
+        size += tensor.numel()
+    if chunk:
+        yield chunk
 
 
 class StochasticRounding:
@@ -47,7 +68,7 @@ class StochasticRounding:
 
     def __init__(self, optimizer: torch.optim.Optimizer, seed: int):
         self.step = 0  # optimizer steps done; set it before each
-        self._seed = seed
+        self._seed, self._streams = seed, seeds.Streams()
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         self._indices = {id(weight): index for index, weight in enumerate(weights)}
         self._copied: list[tuple[Tensor, Tensor, Tensor | None]] = []  # (weight, its bf16 values, its gradient)
@@ -61,30 +82,51 @@ class StochasticRounding:
         optimizer.register_load_state_dict_pre_hook(self._copy_all)
         optimizer.register_load_state_dict_post_hook(self._restore)
 
-    def _copy_to_float32(self, weight: Tensor) -> None:
-        gradient, weight.grad = weight.grad, None
-        self._copied.append((weight, weight.data, gradient))
-        weight.data = weight.data.float()
-        weight.grad = None if gradient is None else gradient.float()
+    @torch.no_grad()
+    def _copy_to_float32(self, weights: Sequence[Tensor]) -> None:
+        kept = [(weight, weight.data, weight.grad) for weight in weights]
+        values = [values for _, values, _ in kept]
+        gradients = [gradient for _, _, gradient in kept if gradient is not None]
+        copies, of_gradients = (
+            [torch.empty_like(one, dtype=torch.float32) for one in given] for given in (values, gradients)
+        )
+        if kept:
+            torch._foreach_copy_(copies + of_gradients, values + gradients)
+        left = iter(of_gradients)
+        for (weight, _, gradient), copy in zip(kept, copies, strict=True):
+            weight.grad = None
+            weight.data = copy
+            weight.grad = None if gradient is None else next(left)
+        self._copied += kept
 
     def _copy_stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None and weight.dtype == torch.bfloat16:
-                    self._copy_to_float32(weight)
+        weights = (weight for group in optimizer.param_groups for weight in group["params"])
+        self._copy_to_float32([one for one in weights if one.grad is not None and one.dtype == torch.bfloat16])
 
     @torch.no_grad()
     def _round_back(self, *_: Any) -> None:
-        for weight, bf16, _ in self._copied:
-            rng = seeds.generator(weight.device, self._seed, "rounding", self.step, self._indices[id(weight)])
-            bf16.copy_(round_stochastically(weight.data, rng))
+        for numbers in _chunks([bf16 for _, bf16, _ in self._copied], _CHUNK):
+            chunk = [self._copied[number][:2] for number in numbers]
+            size, device = sum(bf16.numel() for _, bf16 in chunk), chunk[0][1].device
+            values = torch.empty(size, dtype=torch.float32, device=device)
+            noise = torch.empty(size, dtype=torch.int32, device=device)
+            start, pieces = 0, []
+            for weight, bf16 in chunk:
+                pieces.append(slice(start, start + bf16.numel()))
+                start = pieces[-1].stop
+                rng = self._streams.at(device, self._seed, "rounding", self.step, self._indices[id(weight)])
+                noise[pieces[-1]].random_(0, 1 << 16, generator=rng)
+            shapes = [bf16.shape for _, bf16 in chunk]
+            parts = [values[piece].view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+            torch._foreach_copy_(parts, [weight.data for weight, _ in chunk])
+            rounded = _rounded(values, noise)
+            parts = [rounded[piece].view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+            torch._foreach_copy_([bf16 for _, bf16 in chunk], parts)
         self._restore()
 
     def _copy_all(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                if weight.dtype == torch.bfloat16:
-                    self._copy_to_float32(weight)
+        weights = (weight for group in optimizer.param_groups for weight in group["params"])
+        self._copy_to_float32([one for one in weights if one.dtype == torch.bfloat16])
 
     def _restore(self, *_: Any) -> None:
         for weight, bf16, gradient in self._copied:

@@ -21,7 +21,7 @@ from library.runtime.logs import LOGGER
 if TYPE_CHECKING:
     import torch
 
-    from library.data.sample.dataset import TrainingData
+    from library.data.types import RunData
     from library.options.base import Options
     from library.options.optimizer import OptimizerOptions
     from library.training.plan import RunPlan
@@ -50,7 +50,7 @@ class RunSettings:
         return values
 
 
-def settings_of(optimizer: torch.optim.Optimizer, opts: Options, run_plan: RunPlan, data: TrainingData) -> RunSettings:
+def settings_of(optimizer: torch.optim.Optimizer, opts: Options, run_plan: RunPlan, data: RunData) -> RunSettings:
     """The settings of a run. Call it when optimizer and schedule are built and nothing is loaded or trained yet."""
     options = opts.optimizer
     by_default = "learning_rate" not in opts.explicit
@@ -62,8 +62,8 @@ def settings_of(optimizer: torch.optim.Optimizer, opts: Options, run_plan: RunPl
         groups.append({"name": group.get("name", ""), "lr": rate, **simple})
     given = [not (by_default and group["lr"] == options.learning_rate) for group in groups]
     schedule = _schedule_of(options, run_plan.total_steps)
-    files = sorted(f"{one.path.name}/{one.size}/{one.bucket}/{one.repeats}" for one in data.all_records)
-    digest = hashlib.sha256(b"".join(file.encode("utf-8", "surrogatepass") + b"\n" for file in files))
+    lines = data.content()
+    digest = hashlib.sha256(b"".join(line.encode("utf-8", "surrogatepass") + b"\n" for line in lines))
     counts = {
         "images": data.num_train_images,
         "reg_images": data.num_reg_images,
@@ -131,7 +131,8 @@ def report_data(before: Any, now: Mapping[str, Any]) -> None:
         return
     other = [key for key in _DATA if before.get(key) != now[key]]
     counts = [f"{_text(before.get(key))} {_DATA[key]} then, {now[key]} now" for key in other]
-    what = "; ".join(counts) or "other files, sizes or repeats in as many images"
+    same_number = "other files, sizes or repeats in as many images" if now["images"] else "other prompts"
+    what = "; ".join(counts) or same_number
     LOGGER.warning(
         "the data is not that of the resumed run (%s): the run continues at its step of an epoch of the new data", what
     )

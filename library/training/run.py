@@ -19,7 +19,7 @@ from library.training.validation import BestLoss
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from library.data.sample.dataset import TrainingData
+    from library.data.types import RunData
     from library.families.base import Family
     from library.inference.preview import Preview
     from library.methods.base import Method
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from library.training.stepping import OptimizerStepper
     from library.training.tracking import Tracker
     from library.training.validation import Validation
-    from library.types import Denoise, Models
+    from library.types import Denoise, Draw, Models
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Run:
     models: Models
     denoise: Denoise
     objective: Objective
-    data: TrainingData
+    data: RunData
     plan: RunPlan
     accelerator: Accelerator
     optimizer: torch.optim.Optimizer
@@ -63,6 +63,7 @@ class Run:
     settings: RunSettings  # to be saved in its states
     resume: Path | None = None  # state folder
     ema: EMA | None = None  # of the trained weights
+    draw: Draw | None = None  # of a method that trains without images
     shards: Shards | None = None  # where the trained weights are sharded over the processes
     best: BestLoss = field(default_factory=BestLoss)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,18 +13,23 @@ from library.runtime import seeds
 if TYPE_CHECKING:
     from library.families.base import Family
     from library.objectives.objective import Objective
-    from library.types import Batch, Denoise, Models, TextCond
+    from library.types import Batch, Denoise, Draw, Models, TextCond
 
 
 @dataclass
 class StepParts:
-    """The inputs of a step: `denoise` computes the prediction, `grad_text` says whether text encoders get gradients."""
+    """The inputs of a step: `denoise` computes the prediction, `grad_text` says whether text encoders get gradients.
+
+    `draw` gives noisy latents and targets where there are no images; None: noise on the images' latents.
+    """
 
     family: Family
     models: Models
     denoise: Denoise
     objective: Objective
     grad_text: bool
+    draw: Draw | None = None
+    streams: seeds.Streams = field(default_factory=seeds.Streams)
 
 
 def batch_latents(parts: StepParts, batch: Batch, rng: torch.Generator) -> Tensor:
@@ -35,7 +40,7 @@ def batch_latents(parts: StepParts, batch: Batch, rng: torch.Generator) -> Tenso
     if batch.latents is not None:
         latents = batch.latents
     else:
-        own = seeds.generator(rng.device, rng.initial_seed(), "latents")
+        own = parts.streams.at(rng.device, rng.initial_seed(), "latents")
         with torch.no_grad():
             latents = parts.family.latents.encode(parts.models, batch.pixels, generator=own)
     return parts.family.latents.scale(latents.float())
@@ -57,9 +62,9 @@ class StepResult(NamedTuple):
 
 def training_step(parts: StepParts, batch: Batch, rng: torch.Generator) -> StepResult:
     """The losses of one batch. All randomness of noise and time comes from `rng` (on the batch's device)."""
-    latents = batch_latents(parts, batch, rng)
+    latents = batch_latents(parts, batch, rng) if parts.draw is None else None
     cond = batch_text(parts, batch)
-    draw = parts.objective.draw(latents, rng)
+    draw = parts.objective.draw(latents, rng) if parts.draw is None else parts.draw(batch, rng)
     prediction = parts.denoise(draw.noisy, draw.timesteps, cond, batch)
     losses = parts.objective.loss(prediction.float(), draw, batch.loss_weights, batch.masks)
     return StepResult(losses, draw.timesteps)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.options.optimizer import is_adafactor, steps_each_weight_independently
+from library.training import adafactor
 from library.training.precision import StochasticRounding
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _CHUNK = 1 << 26  # elements; with gradients, their float32 copies take 0.5 GiB
 class OptimizerStepper:
     """Steps the optimizer as the options say. `prepared` is accelerate's wrapper of `optimizer`.
 
-    Args: parts: weights that are stepped together inside the backward pass; None: none are.
+    Args: parts: weights that are stepped together inside the backward pass; None: none are, or each by itself.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class OptimizerStepper:
         parts: Sequence[Sequence[Tensor]] | None = None,
     ):
         self._optimizer, self._prepared = optimizer, prepared
-        self._in_backward = opts.optimizer.fused_backward_pass
+        self._in_backward = opts.optimizer.fused_backward_pass and parts is None
         self._groups = None if parts is None else FusedGroups(optimizer, parts)
         rounds = uses_stochastic_rounding(opts)
         self._rounding = StochasticRounding(optimizer, opts.training.seed) if rounds else None
@@ -169,11 +170,46 @@ def step_chunked(optimizer: torch.optim.Optimizer, most: int = _CHUNK) -> None:
         step_subset(optimizer, part)
 
 
+def chunks_by_block(weights: Sequence[Tensor], blocks: Sequence[nn.Module], most: int = _CHUNK) -> list[list[Tensor]]:
+    """`parts_by_block`, each cut so that no part has more than `most` elements, but for single weights."""
+    chunks: list[list[Tensor]] = []
+    for part in parts_by_block(weights, blocks):
+        size = 0
+        for number, weight in enumerate(part):
+            if not number or size + weight.numel() > most:
+                chunks.append([])
+                size = 0
+            chunks[-1].append(weight)
+            size += weight.numel()
+    return chunks
+
+
+def parts_inside_backward(
+    opts: Options, weights: Sequence[Tensor], blocks: Sequence[nn.Module], *, swapped: bool
+) -> list[list[Tensor]] | None:
+    """The weights by the parts that are stepped inside the backward pass; None: they are not, or each by itself.
+
+    Args: swapped: whether blocks are swapped; their weights leave the device one by one.
+    """
+    fused = opts.fused
+    if opts.optimizer.fused_backward_pass:
+        # fewer operations than one by one, and hardly more memory
+        return chunks_by_block(weights, blocks) if is_adafactor(opts.optimizer) and not swapped else None
+    if not fused.in_use:
+        return None
+    if fused.blockwise_fused_optimizers:
+        return parts_by_block(weights, blocks)
+    return equal_parts(weights, fused.fused_optimizer_groups)
+
+
 def step_subset(optimizer: torch.optim.Optimizer, chosen: Mapping[int, Sequence[Tensor]]) -> None:
     """Steps only the `chosen` weights, which are keyed by the index of their group."""
     groups = optimizer.param_groups
     optimizer.param_groups = [{**groups[number], "params": list(weights)} for number, weights in chosen.items()]
     try:
-        optimizer.step()
+        if adafactor.steps_together(optimizer):
+            adafactor.step(optimizer)
+        else:
+            optimizer.step()
     finally:
         optimizer.param_groups = groups

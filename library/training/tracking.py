@@ -1,4 +1,4 @@
-"""Where the numbers and images of a run go: TensorBoard and Weights & Biases.
+"""Where the numbers and images of a run go: TensorBoard, Weights & Biases, and other sinks.
 
 Each has a thread of its own. One that fails is left out from then on, one that is slow loses values; training goes
 ahead in both cases.
@@ -13,28 +13,53 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from library.options.logging import holds_absolute_path, read_tracker_config, secrets
 from library.runtime.logs import LOGGER
+from library.screen import shown
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from library.options.base import Options
 
+PACE, MEMORY = "time/step", "memory/peak GB"  # names under which numbers are logged: seconds, 10^9 bytes
+
 _MOST_WAITING = 1000  # values and images that a slow tracker may be behind
 _PATIENCE = 60.0  # seconds that the end of a run waits for a tracker
 
 
-class Sink(Protocol):
-    """One tracker. Any method may raise or take long."""
+class Ending(NamedTuple):
+    """How a run has ended."""
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+    kind: Literal["done", "stopped", "failed"]
+    text: str  # in a few words or one line; no secrets
 
-    def image(self, step: int, name: str, image: Image.Image, caption: str) -> None: ...
 
-    def close(self, failed: bool) -> None: ...
+class Sink:
+    """One tracker. Any method may raise or take long; a tracker leaves out what it has no use for."""
+
+    def open(self) -> None:
+        """Called first, in the thread in which all else is called."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers after `step` optimizer steps, by the names under which they are logged."""
+
+    def image(self, step: int, name: str, image: Image.Image, caption: str, path: Path) -> None:
+        """A sample image; `name` is "sample/" and the number of its prompt, `path` its file."""
+
+    def saved(self, step: int, path: Path) -> None:
+        """A file or folder has been saved."""
+
+    def flush(self) -> None:
+        """What belongs together has arrived: the sample images of one occasion."""
+
+    def ended(self, ending: Ending) -> None:
+        """Nothing more comes."""
+
+    def close(self, failed: bool) -> None:
+        """Called last."""
 
 
 class Tracker:
@@ -48,9 +73,21 @@ class Tracker:
         for thread in self._threads:
             thread.put(lambda sink: sink.scalars(step, values))
 
-    def image(self, step: int, name: str, image: Image.Image, caption: str = "") -> None:
+    def image(self, step: int, name: str, image: Image.Image, caption: str, path: Path) -> None:
         for thread in self._threads:
-            thread.put(lambda sink: sink.image(step, name, image, caption))
+            thread.put(lambda sink: sink.image(step, name, image, caption, path))
+
+    def saved(self, step: int, path: Path) -> None:
+        for thread in self._threads:
+            thread.put(lambda sink: sink.saved(step, path))
+
+    def flush(self) -> None:
+        for thread in self._threads:
+            thread.put(lambda sink: sink.flush())
+
+    def ended(self, ending: Ending) -> None:
+        for thread in self._threads:
+            thread.put(lambda sink: sink.ended(ending))
 
     def close(self, failed: bool = False) -> None:
         """Waits until everything has arrived, but not forever."""
@@ -62,8 +99,17 @@ class Tracker:
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if error is not None:
+            self.ended(ending_by(error))
         self.close(failed=kind is not None)
+
+
+def ending_by(error: BaseException) -> Ending:
+    """The ending of a run that an exception has ended."""
+    if isinstance(error, KeyboardInterrupt):
+        return Ending("stopped", "at once; what was saved before is whole")
+    return Ending("failed", shown(_reason(error)))
 
 
 class _SinkThread:
@@ -97,22 +143,30 @@ class _SinkThread:
             LOGGER.warning("%s did not end in time; what was logged last may be missing there", self._name)
 
     def _work(self) -> None:
+        self._try(lambda sink: sink.open())
         while (call := self._waiting.get()) is not None:
-            if self._failed:
-                continue
-            try:
-                call(self._sink)
-            except Exception as error:  # whatever it is, it is no reason to stop training
-                self._failed = True
-                LOGGER.warning("%s failed, nothing more is logged there: %s", self._name, _reason(error))
+            if not self._failed:
+                self._try(call)
+
+    def _try(self, call: Callable[[Sink], None]) -> None:
+        try:
+            call(self._sink)
+        except Exception as error:  # whatever it is, it is no reason to stop training
+            self._failed = True
+            LOGGER.warning("%s failed, nothing more is logged there: %s", self._name, _reason(error))
 
 
-def make_tracker(opts: Options, default_name: str, enabled: bool = True) -> Tracker:
-    """The trackers that the options ask for; a tracker that cannot be opened is warned about and left out."""
+def make_tracker(
+    opts: Options, default_name: str, enabled: bool = True, others: Mapping[str, Sink] | None = None
+) -> Tracker:
+    """The trackers that the options ask for; a tracker that cannot be opened is warned about and left out.
+
+    Args: others: further sinks, by their names in messages.
+    """
     options = opts.logging
     names = options.trackers if enabled else ()
     settings = read_tracker_config(options.log_tracker_config) if options.log_tracker_config and names else {}
-    sinks: dict[str, Sink] = {}
+    sinks: dict[str, Sink] = dict(others or {}) if enabled else {}
     for name in names:
         kind, title = (TensorBoard, "TensorBoard") if name == "tensorboard" else (WeightsAndBiases, "Weights & Biases")
         try:
@@ -122,14 +176,14 @@ def make_tracker(opts: Options, default_name: str, enabled: bool = True) -> Trac
     return Tracker(sinks)
 
 
-class TensorBoard:
-    """Writes to `<logging_dir>/<log_prefix><date and time>/<name>`; `settings` go to SummaryWriter."""
+class TensorBoard(Sink):
+    """Writes to `<logging_dir>/<log_prefix><date and time>-<output_name>/<name>`; `settings` go to SummaryWriter."""
 
     def __init__(self, opts: Options, name: str, settings: Mapping[str, Any]):
         from torch.utils.tensorboard import SummaryWriter
 
         options = opts.logging
-        run = options.folder_of_run(time.strftime("%Y%m%d%H%M%S"))
+        run = options.folder_of_run(time.strftime("%Y%m%d%H%M%S"), opts.saving.output_name)
         _quiet_writer_threads()
         self._writer = SummaryWriter(str(run / name), **settings)
         if options.log_config:
@@ -140,7 +194,7 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def image(self, step: int, name: str, image: Image.Image, caption: str) -> None:
+    def image(self, step: int, name: str, image: Image.Image, caption: str, path: Path) -> None:
         import numpy as np
 
         self._writer.add_image(f"{name} {caption[:60]}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
@@ -166,7 +220,7 @@ def _quiet_writer_threads() -> None:
     threading.excepthook = hook
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Sink):
     """Logs to a run of its own in the project `name`; `settings` go to wandb.init.
 
     Its files lie in `<logging_dir>/wandb`, or in ./wandb. Values are drawn over "step", which, unlike wandb's own
@@ -181,15 +235,16 @@ class WeightsAndBiases:
             os.environ["WANDB_API_KEY"] = options.wandb_api_key  # wandb.login would store it on the disk
         if options.logging_dir:
             Path(options.logging_dir).mkdir(parents=True, exist_ok=True)
-        chosen = {"project": name, "name": options.wandb_run_name, "dir": options.logging_dir, **settings}
+        run_name = options.wandb_run_name or opts.saving.output_name
+        chosen = {"project": name, "name": run_name, "dir": options.logging_dir, **settings}
         limits = {"finish_timeout": 0.8 * _PATIENCE} if "finish_timeout" in wandb.Settings.model_fields else {}
         chosen["settings"] = {**limits, **chosen.get("settings", {})}
         if options.log_config:
             chosen["config"] = {**loggable(opts), **chosen.get("config", {})}
-        before, shown = sys.argv, list(sys.argv)
+        before, masked = sys.argv, list(sys.argv)
         for value in secrets(opts).values():
-            shown = [argument.replace(value, "***") for argument in shown]
-        sys.argv = shown  # wandb stores it
+            masked = [argument.replace(value, "***") for argument in masked]
+        sys.argv = masked  # wandb stores it
         try:
             self._run = wandb.init(**chosen)
         finally:
@@ -199,7 +254,7 @@ class WeightsAndBiases:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({"step": step, **values})
 
-    def image(self, step: int, name: str, image: Image.Image, caption: str) -> None:
+    def image(self, step: int, name: str, image: Image.Image, caption: str, path: Path) -> None:
         import wandb
 
         self._run.log({"step": step, name: wandb.Image(image, caption=caption or None)})
@@ -218,6 +273,6 @@ def loggable(opts: Options) -> dict[str, Any]:
     }
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from library.runtime import seeds
 from library.runtime.logs import LOGGER
 from library.training.step import StepParts, training_step
 
@@ -60,7 +59,7 @@ class Validation:
         sums = torch.zeros(2, _RANGES, device=accelerator.device)  # losses, images; by range
         for turn, batch in enumerate(islice(loader, math.ceil(count / world))):
             number = turn * world + rank  # among those of all processes
-            rng = seeds.generator(accelerator.device, self._seed, "validation", number)
+            rng = parts.streams.at(accelerator.device, self._seed, "validation", number)
             with accelerator.autocast():
                 losses, timesteps = training_step(parts, batch.to(accelerator.device), rng)
             if number >= count:  # another process has it too: this one only took part, as sharded weights require

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 
-def turn_in_stages(vectors: Tensor, rotations: Tensor) -> Tensor:
+def turn_in_stages(vectors: Tensor, rotations: Tensor, *, orthogonal: bool = True) -> Tensor:
     """(..., count * b) through every stage of (stages, count, b, b), in the dtype of the rotations.
 
-    The rotations must be orthogonal: see `Stages`.
+    Args: orthogonal: what the rotations are; then the backward pass keeps less, see `Stages`.
     """
     with _in_own_dtype(vectors):
         rows = vectors.to(rotations.dtype).flatten(0, -2) if vectors.dim() > 1 else vectors.to(rotations.dtype)[None]
         # Files have pairs in a row, (h, 2) on both sides of a block; here halves are, (2, h).
         halves = rotations.unflatten(-1, (-1, 2)).mT.flatten(-2).unflatten(-2, (-1, 2)).transpose(-3, -2)
-        turn = _through if torch.compiler.is_compiling() else Stages.apply
+        turn = Stages.apply if orthogonal and not torch.compiler.is_compiling() else _through
         return turn(rows, halves.flatten(-3, -2)).reshape(vectors.shape)
 
 

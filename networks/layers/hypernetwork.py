@@ -138,9 +138,6 @@ class Hypernetwork(TrainableNetwork):
     def limit_norms(self, limit: float) -> None:
         raise NotImplementedError("see can_limit_norms")
 
-    def state_is_file(self) -> bool:
-        return False  # files are torch's, with their own structure
-
     def torch_content(self, tensors: dict[str, Tensor], name: str, metadata: Mapping[str, str]) -> dict[Any, Any]:
         facts = {
             "layer_structure": list(self.args.structure),

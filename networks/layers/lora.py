@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ from library.errors import UserError
 from networks.layer import AdapterLayer
 from networks.layer_args import LoraArgs
 from networks.layers import functional
+from networks.layers.copies import cast_once
+from networks.layers.outputs import OncePerInput
+from networks.layers.product import add_product
 
 
 class Entry(NamedTuple):
@@ -56,6 +60,8 @@ class LoraLayer(AdapterLayer):
     All is tensor arithmetic on the layer's device: nothing waits, and torch.compile sees one graph.
     """
 
+    shares_input = True
+
     def __init__(self, modules: Sequence[nn.Module], rank: int, alpha: float | None, args: LoraArgs):
         super().__init__()
         self.rows = [module.weight.shape[0] for module in modules]
@@ -63,11 +69,15 @@ class LoraLayer(AdapterLayer):
         self.register_buffer("alpha", torch.tensor(functional.effective_alpha(alpha, rank)))
         self.scale = float(self.alpha) / rank
         self.dropout, self.rank_dropout, self.module_dropout = args.dropout, args.rank_dropout, args.module_dropout
+        self._hidden = OncePerInput(len(modules))
         self.register_load_state_dict_post_hook(refresh_scale)
 
     @property
     def rank(self) -> int:
         return self.lora_down.weight.shape[0]
+
+    def copied_weights(self) -> list[tuple[Tensor, Sequence[int]]]:
+        return [(self.lora_down.weight, [self.rank]), (self.lora_up.weight, self.rows)]
 
     @classmethod
     def rebuild(cls, modules: Sequence[nn.Module], tensors: Mapping[str, Tensor], args: LoraArgs) -> AdapterLayer:
@@ -97,19 +107,38 @@ class LoraLayer(AdapterLayer):
             raise UserError(str(error)) from error
 
     def adapt(self, index: int, x: Tensor, output: Tensor) -> Tensor:
+        return self._adapted(index, x, output, into=False)
+
+    def adapt_into(self, index: int, x: Tensor, output: Tensor) -> Tensor:
+        return self._adapted(index, x, output, into=True)
+
+    def _adapted(self, index: int, x: Tensor, output: Tensor, *, into: bool) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.lora_down.weight.dtype)  # the base may be stored in fewer bits than what is trained
-        hidden, factor = self.lora_down(x), self.multiplier * self.scale
+            x = cast_once(x, self.lora_down.weight.dtype)  # the base may be stored in fewer bits than what is trained
+        down = self.lora_down.weight if self.copies is None else self.copies[0]
+        hidden = self._hidden.of(x, partial(self._lowered, x, down), (x, down), index)
+        factor = self.multiplier * self.scale
         if self.training:
             hidden, factor = self._drop(hidden, factor)
+        up = self._up_of(index)
+        if up.dim() == 2 and up.dtype == hidden.dtype == output.dtype:
+            return add_product(output, hidden, up, factor, into=into)
         if factor != 1:
             hidden = hidden * factor  # and not the output, nor its gradient, which are many times as large
-        return output + self._up(index, hidden).to(output.dtype)
+        change = F.linear(hidden, up) if up.dim() == 2 else F.conv2d(hidden, up)
+        return output + change.to(output.dtype)
 
-    def _up(self, index: int, hidden: Tensor) -> Tensor:
-        if len(self.rows) == 1:
-            return self.lora_up(hidden)
-        return F.linear(hidden, self.lora_up.weight[self.rows_of(index)])
+    def _lowered(self, x: Tensor, down: Tensor) -> Tensor:
+        """``down(x)``; `down` are the weights, or a copy of them."""
+        if isinstance(self.lora_down, nn.Linear):
+            return F.linear(x, down)
+        return self.lora_down._conv_forward(x, down, None)
+
+    def _up_of(self, index: int) -> Tensor:
+        if self.copies is not None:
+            return self.copies[1 + index]
+        up = self.lora_up.weight
+        return up if len(self.rows) == 1 else up[self.rows_of(index)]
 
     def _drop(self, hidden: Tensor, factor: float) -> tuple[Tensor, float]:
         if self.dropout:

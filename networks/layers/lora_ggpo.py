@@ -25,6 +25,8 @@ class PerturbedLoraLayer(LoraLayer):
     first. No gradient flows through E. Norms need matrices of the size of the rank only.
     """
 
+    shares_input = False  # E is drawn in the dtype of the input
+
     def __init__(self, modules: Sequence[nn.Module], rank: int, alpha: float | None, args: PerturbedLoraArgs):
         super().__init__(modules, rank, alpha, args)
         self._sigma, self._beta = args.ggpo_sigma, args.ggpo_beta
@@ -40,6 +42,9 @@ class PerturbedLoraLayer(LoraLayer):
             drawn = torch.randn(self.rows[index], x.shape[-1], dtype=x.dtype, device=x.device)
             disturbance = F.linear(x, drawn) * self.deviation[self.rows_of(index)].to(x.dtype)
         return adapted + disturbance.to(adapted.dtype)
+
+    def adapt_into(self, index: int, x: Tensor, output: Tensor) -> Tensor:
+        return self.adapt(index, x, output)
 
     @torch.no_grad()
     def before_step(self) -> None:

@@ -66,6 +66,10 @@ class SplitLoraLayer(AdapterLayer):
         return [sum(part.rows) for part in self.parts]
 
     @property
+    def shares_input(self) -> bool:
+        return self.parts[0].shares_input
+
+    @property
     def rank(self) -> int:
         """Of each part."""
         return self.parts[0].rank
@@ -115,6 +119,9 @@ class SplitLoraLayer(AdapterLayer):
 
     def adapt(self, index: int, x: Tensor, output: Tensor) -> Tensor:
         return self.parts[index].adapt(0, x, output)
+
+    def adapt_into(self, index: int, x: Tensor, output: Tensor) -> Tensor:
+        return self.parts[index].adapt_into(0, x, output)
 
     def before_step(self) -> None:
         for part in self.parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,6 +168,14 @@ class OftLayer(AdapterLayer):
             turned = turned * tensors["rescale"].float().flatten()
         return turned.T.reshape(shape) - base
 
+    @classmethod
+    def merged_change(
+        cls, tensors: Mapping[str, Tensor], shape: torch.Size, weight: Callable[[], Tensor], multiplier: float
+    ) -> Tensor:
+        if _blocks(tensors)[0].dim() == 4:
+            return BoftLayer.merged_change(tensors, shape, weight, multiplier)
+        return super().merged_change(tensors, shape, weight, multiplier)
+
     @torch.no_grad()
     def limit_norm(self, limit: float) -> None:
         for blocks in self.blocks:
@@ -177,6 +186,8 @@ class OftLayer(AdapterLayer):
 
 class BoftLayer(OftLayer):
     """A chain of rotations of n blocks of an even size b: stage i mixes rows that are ``2^i b / 2`` apart.
+
+    At a multiplier m every stage is ``I + m (R - I)``, and factors of rows are ``1 + m (rescale - 1)``.
 
     Source: arXiv:2311.06243, in the layout of LyCORIS.
     """
@@ -206,24 +217,24 @@ class BoftLayer(OftLayer):
         return layer
 
     def turning(self, rotation: Tensor, rescale: Tensor | None) -> Callable[[Tensor], Tensor]:
-        def change(vectors: Tensor) -> Tensor:
-            turned = turn_in_stages(vectors, rotation)
-            turned = turned if rescale is None else turned * rescale
-            return (turned - vectors) * self.multiplier
-
-        return change
+        return partial(_turned_by, rotation=rotation, rescale=rescale, multiplier=self.multiplier)
 
     @classmethod
     def weight_change(cls, tensors: Mapping[str, Tensor], shape: torch.Size, weight: Callable[[], Tensor]) -> Tensor:
+        return cls.merged_change(tensors, shape, weight, 1.0)
+
+    @classmethod
+    def merged_change(
+        cls, tensors: Mapping[str, Tensor], shape: torch.Size, weight: Callable[[], Tensor], multiplier: float
+    ) -> Tensor:
         blocks, base = tensors["oft_blocks"].float(), weight()
         stages, count, size, width = blocks.shape
         whole = size == width and size % 2 == 0 and count.bit_count() == 1 and stages <= count.bit_length()
         if not whole or count * size != shape[0]:
             raise UserError(f"shape {tuple(blocks.shape)} does not fit {tuple(shape)}")
-        turned = turn_in_stages(base.flatten(1).T, cayley(limited(blocks, float(tensors.get("alpha", 0.0)))))
-        if "rescale" in tensors:
-            turned = turned * tensors["rescale"].float().flatten()
-        return turned.T.reshape(shape) - base
+        rescale = tensors["rescale"].float().flatten() if "rescale" in tensors else None
+        rotation = cayley(limited(blocks, float(tensors.get("alpha", 0.0))))
+        return _turned_by(base.flatten(1).T, rotation, rescale, multiplier).T.reshape(shape)
 
 
 class Cayley(torch.autograd.Function):
@@ -251,6 +262,16 @@ def limited(blocks: Tensor, constraint: float) -> Tensor:
     rows = blocks[..., 0].numel() if blocks.dim() == 3 else blocks[0, ..., 0].numel()
     norm = torch.linalg.vector_norm(skew)
     return skew * ((norm.clamp(max=constraint * rows) + TINY) / (norm + TINY))
+
+
+def _turned_by(vectors: Tensor, rotation: Tensor, rescale: Tensor | None, multiplier: float) -> Tensor:
+    """The change of vectors, (..., rows), by a chain of rotations at a multiplier, and a factor for each row."""
+    if multiplier != 1:
+        identity = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
+        rotation = rotation * multiplier + identity * (1 - multiplier)
+        rescale = None if rescale is None else 1 + multiplier * (rescale - 1)
+    turned = turn_in_stages(vectors, rotation, orthogonal=multiplier == 1)
+    return (turned if rescale is None else turned * rescale) - vectors
 
 
 def _turn(outputs: Tensor, rotation: Tensor) -> Tensor:

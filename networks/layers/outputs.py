@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,20 +27,37 @@ class OncePerInput:
     """
 
     def __init__(self, users: int):
-        self._users, self._left = users, 0
+        self._users, self._left = users, users
+        self._served: set[int] = set()
         self._value: Tensor | None = None
         self._input: weakref.ref[Tensor] | None = None
-        self._with_grad = False
+        self._state: tuple[Any, ...] = ()
 
-    def of(self, x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        """`compute`'s tensor, for a module that was called with `x`."""
+    def of(
+        self, x: Tensor, compute: Callable[[], Tensor], made_of: Sequence[Tensor] = (), user: int | None = None
+    ) -> Tensor:
+        """`compute`'s tensor, for a module that was called with `x`.
+
+        Args:
+            made_of: what it depends on, as it is now.
+            user: the number of the module; when one comes again, another forward pass has begun.
+        """
         if self._users == 1 or torch.compiler.is_compiling():
             return compute()
-        same = self._input is not None and self._input() is x and self._with_grad == torch.is_grad_enabled()
+        state = torch.is_grad_enabled(), *((id(one), _version(one)) for one in made_of)
+        same = self._input is not None and self._input() is x and self._state == state and user not in self._served
         if not same or self._value is None:
             self._value, self._left = compute(), self._users
-            self._input, self._with_grad = weakref.ref(x), torch.is_grad_enabled()
+            self._input, self._state = weakref.ref(x), state
+            self._served.clear()
         value, self._left = self._value, self._left - 1
+        if user is not None:
+            self._served.add(user)
         if not self._left:
             self._value = self._input = None
         return value
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was changed in place; tensors of inference mode do not say."""
+    return 0 if tensor.is_inference() else tensor._version

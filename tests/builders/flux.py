@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,39 @@ def write_transformer_folder(folder: Path, variant: str = "dev", shards: str = "
     model.load_state_dict(flux_map().to_model(tensors))
     model.save_pretrained(folder / "transformer", max_shard_size=shards)
     return model, tensors
+
+
+def control_lora(path: Path, rank: int = 2, seed: int = 5) -> Path:
+    """Writes a control LoRA as Black Forest Labs publish them: every layer, with biases, and the norms whole."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in flux_tensors(seed=seed).items():
+        layer, _, kind = name.rpartition(".")
+        if kind == "scale":
+            tensors[name] = tensor
+        elif kind == "weight":
+            inputs = 2 * IN_CHANNELS if layer == "img_in" else tensor.shape[1]
+            tensors[f"{layer}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator) * inputs**-0.5
+            tensors[f"{layer}.lora_B.weight"] = torch.randn(len(tensor), rank, generator=generator) * 0.3
+            tensors[f"{layer}.lora_B.bias"] = torch.randn(len(tensor), generator=generator) * 0.1
+    save_file(tensors, path)
+    return path
+
+
+def as_diffusers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A control LoRA of a tiny model by diffusers' own converter, which has the numbers of the real one in it.
+
+    It changes the halves of the modulation's rows in both matrices of the last layer, where those of the upper one are
+    meant: the ranks of the lower one then no longer belong to the upper one's. Here it stays as it is.
+    """
+    from diffusers.loaders import lora_conversion_utils as theirs
+
+    source = inspect.getsource(theirs._convert_bfl_flux_control_lora_to_diffusers)
+    for real, tiny in (("num_layers = 19", "num_layers = 2"), ("num_single_layers = 38", "num_single_layers = 2")):
+        assert real in source
+        source = source.replace(real, tiny)
+    names: dict[str, Any] = {}
+    exec(source.replace("inner_dim = 3072", f"inner_dim = {WIDTH}"), vars(theirs), names)
+    found = names["_convert_bfl_flux_control_lora_to_diffusers"](dict(tensors))
+    found["transformer.norm_out.linear.lora_A.weight"] = tensors["final_layer.adaLN_modulation.1.lora_A.weight"]
+    return found

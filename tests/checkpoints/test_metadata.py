@@ -88,6 +88,7 @@ def options(**changes):
             "huber_c": 0.1,
         },
         "data": {
+            "of_images": True,
             "dataset_config": None,
             "cache_latents": True,
             "caption_dropout_rate": 0.0,
@@ -144,6 +145,13 @@ total_batch_size resolution color_aug flip_aug random_crop shuffle_caption enabl
 min_bucket_reso max_bucket_reso keep_tokens dataset_dirs reg_dataset_dirs tag_frequency bucket_info
 """
 GOLDEN_SPEC = "sai_model_spec architecture implementation title resolution date prediction_type implementation_version"
+
+
+def test_nothing_is_said_of_images_where_there_are_none():
+    of_images = ("ss_cache_latents", "ss_batch_size_per_device", "ss_resolution", "ss_enable_bucket")
+    without = build(data={}, data__of_images=False)
+    assert not without.keys() & {*of_images, "ss_validation_split", "ss_caption_dropout_rate"}
+    assert {*of_images, "ss_validation_split"} <= build(data={}).keys()
 
 
 def test_golden_key_set():

@@ -109,6 +109,32 @@ def test_a_new_one_copies_the_denoiser_and_changes_nothing(cases, name):
     assert torch.equal(with_it, family.denoiser.predict(models, noisy, timesteps, cond, batch))
 
 
+def reaches_the_end(embedding):
+    """Whether thin lines are as strong at the last convolution of a new embedding as at the first."""
+    image = torch.zeros(4, 3, SIZE, SIZE)
+    for number, lines in enumerate(image):
+        lines[:, 10 * number + 12] = lines[:, :, 50 - 9 * number] = 1
+    found = []
+    handle = embedding.conv_out.register_forward_hook(lambda _module, args, _output: found.append(args[0]))
+    embedding(image)
+    handle.remove()
+    return found[0].std(0).mean() / found[0].abs().mean() > 0.3 and 0.1 < found[0].std() / image.std() < 10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CASES)
+def test_a_new_one_sees_the_control_image(cases, name):
+    """With PyTorch's own numbers all images would look alike behind its eight convolutions."""
+    family, models = cases[name]
+    torch.manual_seed(1)
+    embedding = family.control.build(models).controlnet_cond_embedding
+    assert reaches_the_end(embedding)
+    assert not embedding.conv_out.weight.any()
+    for convolution in (embedding.conv_in, *embedding.blocks):
+        convolution.reset_parameters()
+    assert not reaches_the_end(embedding)
+
+
 def same(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 

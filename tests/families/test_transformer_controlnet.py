@@ -27,7 +27,7 @@ from tests.builders.flux import write_flux, write_parts
 from tests.builders.options import options_for
 from tests.builders.sd3 import VARIANTS, write_tiny_sd3
 from tests.builders.t5 import write_t5_tokenizer
-from tests.families.test_controlnet import batch_of, same
+from tests.families.test_controlnet import batch_of, reaches_the_end, same
 
 SIDE, SIGMA, T5_TOKENS = 64, 0.7, 12
 CAPTIONS = ["a red house", "a blue tree of a cat"]
@@ -239,6 +239,8 @@ def test_a_new_one_copies_the_denoiser_and_changes_nothing(families, name):
     found, plain = predicted(family, models, net)
     assert torch.equal(found, plain)
     assert len(net.transformer_blocks) == 2  # all that the tiny FLUX has; half of SD3's four
+    if name not in VARIANTS:
+        assert reaches_the_end(net.input_hint_block)
 
 
 @pytest.mark.parametrize("save_as", FORMATS)

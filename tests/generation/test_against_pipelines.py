@@ -6,6 +6,7 @@ another order, and every pipeline's result moves by more than 0.01 where one of 
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlPipeline,
     FluxPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
@@ -30,6 +32,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from library.errors import UserError
@@ -41,7 +44,7 @@ from library.generation.control import ControlNets
 from library.generation.drawing import HowToDraw, draw
 from library.generation.highres import Highres
 from library.generation.model import Model
-from library.generation.networks import Networks
+from library.generation.networks import Networks, attach_rest, check_files, merge_first
 from library.generation.requests import Request
 from library.inference.generate import decode, sample_latents
 from library.inference.images import to_images
@@ -50,7 +53,7 @@ from library.inference.source_images import encode_inpainting
 from library.options.inference import GenerationTextOptions
 from library.registry import groups_for
 from tests.builders import for_inpainting, sd_options, tiny_sd
-from tests.builders.flux import flux_options, write_flux, write_parts
+from tests.builders.flux import as_diffusers_names, control_lora, flux_options, write_flux, write_parts
 from tests.builders.options import options_with
 from tests.builders.sd3 import sd3_options, write_tiny_sd3
 from tests.builders.sdxl import tiny_sdxl
@@ -562,6 +565,50 @@ def test_flux(tmp_path, scale):
     packed = run(pipe, **given)
     expected = FluxPipeline._unpack_latents(packed, prompt.height, prompt.width, 8)
     assert difference(ours(model_of(family, models, opts), prompt), expected) < CLOSE
+
+
+@pytest.fixture(scope="module")
+def control_lora_file(tmp_path_factory) -> Path:
+    return control_lora(tmp_path_factory.mktemp("control") / "canny.safetensors")
+
+
+@pytest.mark.parametrize(("strength", "merged"), [(1.0, False), (1.0, True), (0.5, False)])
+def test_a_control_lora_of_flux(tmp_path, options, control_lora_file, strength, merged):
+    """The control image as latents beside the noisy ones. Norms of queries and keys are replaced at any strength.
+
+    The pipeline reads 512 tokens whatever max_sequence_length says, and takes tensors of images in [-1, 1].
+    """
+    opts = flux_options(write_flux(tmp_path, "dev"), t5xxl_max_token_length=512, **write_parts(tmp_path))
+    family = FluxFamily(opts)
+    models = family.loader.load()
+    pipe = FluxControlPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=models.vae,
+        text_encoder=models.text_encoders["te1"],
+        tokenizer=models.tokenizers["te1"],
+        text_encoder_2=models.text_encoders["te3"],
+        tokenizer_2=models.tokenizers["te3"],
+        transformer=copy.deepcopy(models.denoiser),
+    )
+    pipe.load_lora_weights(as_diffusers_names(load_file(control_lora_file)))
+    prompt = replace(PROMPT, scale=1.0, sampler="euler", guidance=2.5, guides=(ControlImage(Path("x"), image()),))
+    given = {**arguments(prompt), "guidance_scale": 2.5}
+    del given["negative_prompt"]
+    scale = {"joint_attention_kwargs": {"scale": strength}}
+    packed = run(pipe, **given, control_image=as_theirs(image()) * 2 - 1, **scale)
+    expected = FluxControlPipeline._unpack_latents(packed, prompt.height, prompt.width, 8)
+
+    chosen = options(network_weights=[str(control_lora_file)], network_mul=[strength], network_merge=merged).networks
+    files = check_files(chosen)
+    merge_first(chosen, files, family, models)
+    model = model_of(family, models, opts)
+    model.networks = attach_rest(chosen, files, family, models, CPU)
+    model.networks.use(None, chosen.multipliers())
+    assert difference(ours(model, prompt), expected) < CLOSE
+    other = replace(prompt, guides=(ControlImage(Path("x"), image(4)),))
+    assert difference(ours(model, other), expected) > 0.01
+    with pytest.raises(UserError, match="no control image"):
+        ours(model, replace(prompt, guides=()))
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

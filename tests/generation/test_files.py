@@ -8,7 +8,7 @@ from PIL import Image
 
 from library.errors import UserError
 from library.generation.files import Names, name_problem, require_folder, write
-from library.generation.parameters import Made, parameters_of, texts_of
+from library.generation.parameters import Made, parameters_of, said_in, texts_of
 from library.inference.prompts import SamplePrompt, SizeConditions, SourceImage
 
 PROMPT = SamplePrompt("a cat", "ugly, bad", 64, 96, 7, 20, 7.0, "euler_a")
@@ -83,6 +83,28 @@ def test_the_line_that_web_interfaces_read():
     assert parameters_of(PROMPT, MADE) == expected
     assert 'Model: "a, b: c"' in parameters_of(PROMPT, Made("", "a, b: c"))
     assert "Negative" not in parameters_of(replace(PROMPT, negative_prompt=""), MADE)
+
+
+def test_the_line_is_read_back(caplog):
+    """As web interfaces write it, too: with settings that are not known here, and samplers by other names."""
+    found = said_in(parameters_of(PROMPT, MADE), "a.png")
+    assert found == {
+        "prompt": "a cat",
+        "negative_prompt": "ugly, bad",
+        "steps": 20,
+        "sampler": "euler_a",
+        "scale": 7.0,
+        "seed": 7,
+    }
+    assert "a.png: its networks are not used: lora:style:0.8; give them with --network_weights" in caplog.text
+    theirs = (
+        "two\nlines <lyco:a:1>\nSteps: 30, Sampler: DPM++ 3M SDE, CFG scale: 5.5, Seed: 12, Size: 8x8, "
+        'Lora hashes: "a: 1, Steps: 99", Version: v1.10.1'
+    )
+    expected = {"prompt": "two\nlines", "negative_prompt": "", "steps": 30, "scale": 5.5, "seed": 12}
+    assert said_in(theirs, "a.png") == expected
+    assert said_in("Negative prompt: x\nSteps: 3", "") == {"prompt": "", "negative_prompt": "x", "steps": 3}
+    assert said_in("a cat", "") == {"prompt": "a cat", "negative_prompt": ""}
 
 
 def test_png_holds_the_texts(tmp_path):

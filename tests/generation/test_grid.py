@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import json
+import base64
+import io
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import tests.generation.test_script as scripts
 from library.errors import UserError
 from library.generation.grid import axes_of, cells_of, sheet_axes
 from library.generation.grid_sheets import Shown, draw_sheet, render_page, sheets_of
+from library.pages.page import read_data
 
 files, draw_here = networks.files, scripts.draw_here
 
@@ -76,15 +78,24 @@ def test_a_sheet_has_each_image_in_its_place(shown):
     assert drawn.getpixel((x, y + 32 + 6)) == (140, 0, 0)
 
 
-def test_the_page_holds_everything(shown):
+def test_the_page_holds_everything(shown, tmp_path):
     axes, found = shown
-    page = render_page(sheets_of(axes, found), axes)
-    assert page.count('<img src="data:image/webp;base64,') == 12
-    assert not re.search(r"https?://|src=\"(?!data:)", page)
-    (facts,) = {f for f in re.findall(r'data-facts="([^"]*)"', page) if "0.png" in f and "10.png" not in f}
-    said = json.loads(facts.replace("&quot;", '"').replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    page = tmp_path / "index.html"
+    page.write_text(render_page(sheets_of(axes, found), axes), encoding="utf-8")
+    assert not re.search(r"https?://|(src|href)=\"(?!data:)", page.read_text(encoding="utf-8"))
+    assert '<0> & "steps"' not in page.read_text(encoding="utf-8")
+    tables = read_data(page)["tables"]
+    assert [table["title"] for table in tables] == ["steps: 6", "steps: 7"]
+    assert [(table["rows"], table["columns"]) for table in tables] == [(["1", "2"], ["3", "4", "5"])] * 2
+    cells = [cell for table in tables for row in table["cells"] for cell in row]
+    assert len({cell["src"] for cell in cells}) == 12
+    for cell in cells:  # a colour of its own for each
+        number = int(cell["name"].removesuffix(".png"))
+        with Image.open(io.BytesIO(base64.b64decode(cell["src"].removeprefix("data:image/webp;base64,")))) as image:
+            assert image.size == (64, 32)
+            assert image.convert("RGB").getpixel((30, 15)) == (20 * number, 0, 0)
+    (said,) = [cell["facts"] for cell in cells if cell["name"] == "0.png"]
     assert said == ["seed: 1", "scale: 3", "steps: 6", '<0> & "steps"', "0.png"]
-    assert "<h2>steps: 7</h2>" in page
 
 
 def test_a_grid_of_networks_and_strengths(draw_here, files, capsys):

@@ -66,6 +66,26 @@ def test_the_published_flux_command(run_script, flux_files, tmp_path):
         assert "<lora:lora-flux-name:1>" in image.text["parameters"]
 
 
+@pytest.mark.rows("R322")
+def test_oft_of_flux_is_drawn_with(draw_here, flux_files):
+    """In the layout of `networks.oft_flux`: blocks of each module of a fused layer, by number."""
+    model, parts = flux_files
+    place = "oft_unet_double_blocks_0_img_attn_qkv"
+    blocks = {f"{place}.oft_blocks.{number}": torch.randn(4, 16, 16) for number in range(3)}
+    save_file({**blocks, f"{place}.alpha": torch.tensor(1.0)}, model.parent / "oft.safetensors")
+    given = [f"--{name}={value}" for name, value in {**parts, "ckpt_path": model, "prompt": "a cat"}.items()]
+    drawn = []
+    for strength in (1.0, 0.0):
+        words = [*given, "--dtype=fp32", "--width=64", "--height=64", "--steps=1", "--seed=1"]
+        words.append(f"--lora={model.parent / 'oft.safetensors'};{strength}")
+        status, found = draw_here(FluxMinimalOptions, "flux", *words)
+        assert status == 0
+        with Image.open(found[-1]) as image:
+            drawn.append(image.tobytes())
+        found[-1].unlink()
+    assert drawn[0] != drawn[1]
+
+
 @pytest.mark.rows("R453")
 def test_sd3_asks_for_prompts(draw_here, tmp_path, monkeypatch):
     """Without T5, whose output is zeros then."""

@@ -15,13 +15,21 @@ from safetensors.torch import save_file
 
 from library.errors import UserError
 from library.families.sd.adapter import SdFamily
+from library.families.sdxl.adapter import SdxlFamily
 from library.generation.model import Model
-from library.generation.networks import attach_rest, check_files, merge_first
-from library.generation.words import add_words, read_words
+from library.generation.networks import Networks, attach_rest, check_files, merge_first
+from library.generation.words import add_words, add_words_by_place, read_words
 from library.inference.generate import sample_latents
 from library.inference.prompts import SamplePrompt
+from library.methods.xti import read_by_place
 from library.options.inference import NetworksOptions
 from tests.builders import sd_options, tiny_sd
+from tests.builders.hypernetworks import with_hypernetwork
+from tests.builders.mixed_networks import attached_networks, file_of
+from tests.builders.options import options_for
+from tests.builders.sdxl import tiny_sdxl
+from tests.methods.test_embedding_method import batch_of
+from tests.methods.test_xti_method import attached, shaken
 from tests.networks.builders import lora
 
 CPU = torch.device("cpu")
@@ -63,8 +71,8 @@ def latents(model: Model, group: NetworksOptions, prompt: SamplePrompt = PROMPT)
     return sample_latents(model.family, model.without_texts, [prompt], CPU, cached=texts, denoise=model.denoise)
 
 
-def by_formula(models, path: str, strength: float) -> None:
-    """W + strength * alpha / rank * up down, layer by layer."""
+def by_formula(models, path: str, strength: float, factor=lambda key: 1.0) -> None:
+    """W + strength * factor * alpha / rank * up down, layer by layer. Args: factor: of a layer's name in the file."""
     from safetensors.torch import load_file
 
     tensors = load_file(path)
@@ -75,13 +83,19 @@ def by_formula(models, path: str, strength: float) -> None:
             module = names[key.removeprefix(prefix).removeprefix("text_model_")]
             down, up = tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"]
             change = (up.flatten(1) @ down.flatten(1)) * (tensors[f"{key}.alpha"] / len(down))
-            module.weight.data += strength * change.reshape(module.weight.shape)
+            module.weight.data += strength * factor(key) * change.reshape(module.weight.shape)
 
 
 @pytest.mark.parametrize(
     "how",
-    [{}, {"network_merge": True}, {"network_merge_n_models": 1}, {"network_pre_calc": True}],
-    ids=["attached", "merged", "one merged", "calculated before"],
+    [
+        {},
+        {"network_merge": True},
+        {"network_merge_n_models": 1},
+        {"network_pre_calc": True},
+        {"network_merge_n_models": 1, "network_pre_calc": True},
+    ],
+    ids=["attached", "merged", "one merged", "calculated before", "one of each"],
 )
 def test_two_networks_act_as_their_formula_says(models, files, how):
     reference = copy.deepcopy(models)
@@ -107,6 +121,40 @@ def test_a_prompt_gives_networks_their_strengths(models, files, how):
     reference = tiny_sd()
     by_formula(reference, files[0], 1.0)
     assert (first - latents(*model_with(reference))).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("how", [{}, {"network_merge": True}, {"network_pre_calc": True}])
+def test_blocks_have_weights(models, files, how):
+    """Of the first network the text encoder none, the middle half; of the second all."""
+    reference = copy.deepcopy(models)
+    by_formula(
+        reference,
+        files[0],
+        0.7,
+        lambda key: 0.0 if key.startswith("lora_te_") else 0.5 if key.startswith("lora_unet_mid_block") else 1.0,
+    )
+    by_formula(reference, files[1], -0.4)
+    given = {"network_args": ["lbw=te=0,mid_block=0.5;rank_dropout=0"]}
+    model, group = model_with(models, network_weights=files, network_mul=[0.7, -0.4], **given, **how)
+    assert (latents(model, group) - latents(*model_with(reference))).abs().max() < 1e-3
+    plain, same = model_with(tiny_sd(), network_weights=files, network_mul=[0.7, -0.4], **how)
+    assert (latents(plain, same) - latents(*model_with(reference))).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("lbw=[1,2]", "--network_args: lbw [1,2]: 2 numbers; give 12, 17, 20 or 26 numbers"),
+        (
+            "lbw=double_blocks.3=1",
+            "--network_args: lbw double_blocks.3=1: no layer of the network is in double_blocks.3",
+        ),
+    ],
+)
+def test_weights_of_blocks_that_are_not_there(models, files, text, line):
+    with pytest.raises(UserError) as error:
+        model_with(models, network_weights=files[:1], network_args=[text])
+    assert line in error.value.problems[0]
 
 
 def test_detached_networks_leave_the_model_as_it_was(models, files):
@@ -137,6 +185,52 @@ def test_names_of_diffusers_and_other_types_are_read(models, tmp_path, module):
         )
         assert (latents(model, group) - expected).abs().max() < 1e-3
         model.networks.detach()
+
+
+@pytest.mark.parametrize("how", [{}, {"network_merge": True}, {"network_pre_calc": True}])
+def test_every_type_of_layer_acts_as_the_network_that_was_saved(tmp_path, how):
+    """One file with layers of all types."""
+    trained = tiny_sd()
+    made = attached_networks("sd", SdFamily(sd_options("")).targets.lora(trained), trained)
+    for network in made:
+        network.eval().set_multiplier(0.5)
+    expected = latents(*model_with(trained))
+    save_file({name: value.contiguous() for name, value in file_of(made).items()}, tmp_path / "all.safetensors")
+    given = {"network_weights": [str(tmp_path / "all.safetensors")], "network_mul": [0.5]}
+    found = latents(*model_with(tiny_sd(), **given, **how))
+    bare = latents(*model_with(tiny_sd()))
+    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert (found - bare).abs().max() > 0.1 * expected.abs().max()
+
+
+def test_a_hypernetwork_acts_as_its_file_says(models, tmp_path):
+    torch.manual_seed(0)
+    content = {
+        64: [
+            {
+                "linear.0.weight": 0.1 * torch.randn(128, 64),
+                "linear.0.bias": 0.1 * torch.randn(128),
+                "linear.1.weight": 0.1 * torch.randn(64, 128),
+                "linear.1.bias": 0.1 * torch.randn(64),
+            }
+            for _ in range(2)
+        ],
+        "activation_func": "linear",
+        "activate_output": False,
+    }
+    torch.save(content, tmp_path / "hyper.pt")
+    given = {"network_weights": [str(tmp_path / "hyper.pt")], "network_mul": [0.7]}
+    model, group = model_with(models, **given)
+    found = latents(model, group)
+    reference = replace(tiny_sd(), denoiser=with_hypernetwork(tiny_sd().denoiser, content, 0.7))
+    assert (found - latents(*model_with(reference))).abs().max() < 1e-3
+    bare = latents(*model_with(tiny_sd()))
+    assert (found - bare).abs().max() > 0.01
+    model.use_networks(Networks())
+    assert (latents(model, NetworksOptions()) - bare).abs().max() < 1e-5
+    for how in ({"network_merge": True}, {"network_pre_calc": True}):
+        with pytest.raises(UserError, match=r"hyper\.pt: a hypernetwork changes no weights, so it cannot be merged"):
+            model_with(tiny_sd(), **given, **how)
 
 
 def test_what_is_no_network_is_said(tmp_path):
@@ -183,3 +277,69 @@ def test_words_that_cannot_be_are_said(models, tmp_path):
         read_words([str(tmp_path / "zwx.safetensors"), str(tmp_path / "more" / "zwx.safetensors")])
     with pytest.raises(UserError, match="--textual_inversion_embeddings"):
         read_words([str(tmp_path / "gone.pt")])
+
+
+# --- words for each layer ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A word as train_textual_inversion_XTI.py trains it, and its file."""
+    run = attached()
+    shaken(run)
+    path = tmp_path_factory.mktemp("xti") / "zwx.safetensors"
+    run.method.save(path, None, None)
+    return run, path
+
+
+def generating(options, *words) -> tuple[Model, dict[str, list[str]]]:
+    """A model with words, as gen_img.py has it, and the places of its layers."""
+    family = SdFamily(options)
+    models = family.loader.load()
+    places = add_words_by_place(family, models, read_words(*words))
+    return Model(family, models, options, CPU, torch.float32, Networks()), places
+
+
+def test_a_word_for_each_layer_is_drawn_as_training_samples_it(trained, tmp_path):
+    """The same numbers in the same order; a plain word beside it changes nothing but itself."""
+    run, path = trained
+    prompt = replace(PROMPT, prompt=f"a photo of {path.stem}", negative_prompt="ugly")
+    expected = sample_latents(run.family, run.models, [prompt], CPU, denoise=run.method.denoise(run.family, run.models))
+    found = latents(generating(run.method.opts, [], [str(path)])[0], NetworksOptions(), prompt)
+    assert (found - expected).abs().max() < 1e-5
+    save_file({"emb_params": torch.randn(2, 64)}, tmp_path / "qyv.safetensors")
+    both, _ = generating(run.method.opts, [str(tmp_path / "qyv.safetensors")], [str(path)])
+    assert (latents(both, NetworksOptions(), prompt) - expected).abs().max() < 1e-5
+    other = latents(both, NetworksOptions(), replace(prompt, prompt=f"qyv {path.stem}"))
+    assert (other - expected).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_a_control_net_reads_the_word_for_its_layers(trained):
+    run, path = trained
+    model, layers = generating(run.method.opts, [], [str(path)])
+    net = model.family.control.build(model.models).eval()
+    read_by_place(net, layers)
+    seen: list[torch.Tensor] = []
+    for places in layers.values():
+        for place in places:
+            if place.startswith(("down", "mid")):
+                layer = net.get_submodule(place)
+                layer.to_k.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    texts = model.conditioning([path.stem])[path.stem]
+    batch = replace(batch_of(model.family, [path.stem]), control=torch.zeros(1, 3, 64, 64))
+    noisy = torch.zeros(1, 4, 8, 8)
+    model.family.control.residuals(model.models, net, noisy, torch.tensor([5]), texts, batch)
+    assert seen
+    assert all(any(torch.equal(one, own) for own in texts.tensors["context"].unbind(1)) for one in seen)
+
+
+def test_words_for_each_layer_that_do_not_fit_are_said(trained, tmp_path):
+    run, path = trained
+    save_file({"emb_params": torch.zeros(1, 64)}, tmp_path / "qyv.safetensors")
+    with pytest.raises(UserError, match=r"--XTI_embeddings: .*qyv\.safetensors: holds emb_params; an embedding for IN"):
+        generating(run.method.opts, [], [str(tmp_path / "qyv.safetensors")])
+    with pytest.raises(UserError, match="--XTI_embeddings: there are no such embeddings for SDXL"):
+        add_words_by_place(SdxlFamily(options_for("sdxl", "network")), tiny_sdxl(), read_words([], [str(path)]))
+    with pytest.raises(UserError, match="have one name"):
+        read_words([str(path)], [str(path)])

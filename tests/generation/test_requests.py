@@ -8,11 +8,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from library.errors import UserError
+from library.generation.control import Guides
+from library.generation.files import write
+from library.generation.parameters import Made, texts_of
 from library.generation.requests import Requests, base_prompt, entries_of
 from library.generation.sources import Sources
 from library.inference.deep_shrink import DeepShrink
 from library.inference.gradual_latent import GradualLatent
-from library.inference.prompts import SizeConditions
+from library.inference.prompts import SamplePrompt, SizeConditions
 from library.registry import FAMILIES
 
 SD, XL, FLOW = (FAMILIES[name].traits for name in ("sd", "sdxl", "flux"))
@@ -184,7 +187,7 @@ def test_dynamic_prompts_are_drawn_for_each_image(options):
 
 def test_a_broken_line_is_named_and_the_others_are_made(options, tmp_path):
     (tmp_path / "p.txt").write_text(
-        "good\nbad --w wide\n# fine\nworse --ss eular\nslashes --f a/b\nalso good\na AND b\n"
+        "good\nbad --w wide\n# fine\nworse --ss eular\nslashes --f a/b\nalso good\na AND  AND b\n"
     )
     failed: list[str] = []
     found = requests_for(options(from_file=str(tmp_path / "p.txt")), failed=failed)
@@ -193,7 +196,7 @@ def test_a_broken_line_is_named_and_the_others_are_made(options, tmp_path):
     assert failed[0] == f"{file}, line 2: --w needs a whole number, got 'wide'"
     assert failed[1].startswith(f"{file}, line 4: unknown sampler 'eular'; did you mean 'euler'?")
     assert failed[2] == f"{file}, line 5: --f must be the name of a file, without folders, got 'a/b'"
-    assert failed[3] == f"{file}, line 7: prompts of several regions, joined by AND, are not available yet"
+    assert failed[3] == f"{file}, line 7: there is no text before or behind an AND"
     assert len(failed) == 4
 
 
@@ -242,6 +245,18 @@ def test_without_a_prompt_the_images_own_counts(options, tmp_path, ours):
         assert (request.prompt.scale, request.prompt.seed) == (3.5, 4)
 
 
+@pytest.mark.parametrize("ending", ["jpg", "webp", "png"])
+def test_images_of_this_program_say_what_they_were_made_with(options, tmp_path, ending):
+    """Options of the command line count more."""
+    made = SamplePrompt("a dog", "ugly", 64, 64, 4, 12, 3.5, "euler_a")
+    write(Image.new("RGB", (64, 64)), tmp_path / f"a.{ending}", texts_of(made, Made("a dog", "model")))
+    given = {"image_path": str(tmp_path / f"a.{ending}"), "W": 64, "H": 64}
+    (request,) = requests_for(options(**given))
+    assert replace(request.prompt, source=None) == made
+    (request,) = requests_for(options(**given, steps=9, scale=2.0))
+    assert (request.prompt.steps, request.prompt.scale, request.prompt.seed) == (9, 2.0, 4)
+
+
 def test_what_is_wrong_with_images_is_said(options, tmp_path, image):
     with pytest.raises(UserError, match=r"--image_path: there is no file or folder 'gone\.png'"):
         Sources.of(options(image_path="gone.png").source)
@@ -253,8 +268,36 @@ def test_what_is_wrong_with_images_is_said(options, tmp_path, image):
     assert "broken.png: the image cannot be read" in failed[0]
 
 
+def test_a_broken_image_costs_its_own_turn(options, tmp_path):
+    """With a size on the command line too; masks and control images alike."""
+    for folder in ("images", "masks", "guides"):
+        (tmp_path / folder).mkdir()
+        for number in range(3):
+            Image.new("RGB", (64, 64)).save(tmp_path / folder / f"{number}.png")
+    for number, folder in enumerate(("images", "masks", "guides")):
+        (tmp_path / folder / f"{number}.png").write_text("no image")
+    opts = options(
+        prompt="a", n_iter=4, W=64, H=64, image_path=str(tmp_path / "images"), mask_path=str(tmp_path / "masks"),
+        guide_image_path=[str(tmp_path / "guides")], control_net_models=["x"],
+    )  # fmt: skip
+    failed: dict[int, str] = {}
+    requests = Requests(
+        opts, SD, base_prompt(opts, SD), lambda _, why: failed.__setitem__(len(failed), why), Sources.of(opts.source),
+        Guides.of(opts),
+    )  # fmt: skip
+    found = [request for _ in range(4) for request in requests.of([("--prompt", "a")])]
+    assert not found
+    assert [Path(why.split(":")[0]).parent.name for why in failed.values()][:3] == ["images", "masks", "guides"]
+
+
 def test_the_steps_that_are_made(options, image):
     (request,) = requests_for(options(prompt="a --s 10 --t 0.35", image_path=str(image)))
     assert request.prompt.steps_made == 3
     assert replace(request.prompt, source=None).steps_made == 10
     assert Path(image).is_file()
+
+
+def test_deep_shrink_and_lllites_exclude_each_other(options):
+    opts, failed = options(prompt="a --dsd1 1", control_net_lllite_models=["x"]), []
+    assert requests_for(opts, XL, failed) == []
+    assert failed == ["--prompt: Deep Shrink cannot be used with --control_net_lllite_models"]

@@ -48,6 +48,29 @@ def test_a_prompt_file_becomes_images(run_script, small_model, files, tmp_path):
         assert "a dog <lora:1:0.5> <lora:2:0.5>\n" in dog.text["parameters"]
 
 
+def test_regions_of_the_bundled_model(run_script, tmp_path):
+    """Each half of the image shows its own part, where without a mask both are everywhere."""
+    mask = np.zeros((32, 32, 3), np.uint8)
+    mask[:, :16, 0], mask[:, 16:, 1] = 255, 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    lines = (
+        "a photo of a red square AND a photo of a blue square --d 3 --f regions\na AND  AND b\nred AND blue --f plain"
+    )
+    (tmp_path / "p.txt").write_text(lines)
+    words = ["--ckpt=examples/tiny_model/tiny-sd.safetensors", f"--from_file={tmp_path / 'p.txt'}", "--W=64", "--H=64"]
+    result = run_script(
+        "gen_img.py", *words, f"--mask_path={tmp_path / 'mask.png'}", "--steps=8", f"--outdir={tmp_path / 'out'}"
+    )
+    assert result.returncode == 1
+    assert "p.txt, line 2: there is no text before or behind an AND" in result.stderr
+    with Image.open(tmp_path / "out" / "regions.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+        assert image.text["prompt"] == "a photo of a red square AND a photo of a blue square"
+    left, right = pixels[16:48, :32].mean((0, 1)), pixels[16:48, 32:].mean((0, 1))
+    assert (left - right)[0] > 40
+    assert (right - left)[2] > 40
+
+
 @pytest.mark.parametrize("script", ["sdxl_gen_img.py", "gen_img_diffusers.py"])
 def test_the_other_scripts_take_their_own_options(run_script, small_model, tmp_path, script):
     words = [f"--ckpt={small_model}", "--prompt=a cat", "--W=64", "--H=64", "--steps=1", "--seed=5"]
@@ -96,12 +119,18 @@ def refused(small_model, tmp_path, capsys, monkeypatch):
         (["--prompt=a", "--sdxl", "--flux"], "--sdxl and --flux exclude each other"),
         (["--prompt=a", "--vae=gone.pt"], "--vae: gone.pt: no such file or folder"),
         (["--prompt=a", "--control_net_models=x"], "--control_net_models: x: no such file or folder"),
-        (["--prompt=a", "--control_net_lllite_models=x"], "--control_net_lllite_models: not available yet"),
+        (["--prompt=a", "--control_net_lllite_models=x"], "--control_net_lllite_models: x: no such file or folder"),
+        (["--prompt=a", "--clip_vision_strength=1"], "--clip_vision_strength: needs --guide_image_path"),
+        (["--prompt=a", "--XTI_embeddings=gone.safetensors"], "--XTI_embeddings: gone.safetensors: no such file"),
         (["--prompt=a", "--control_net_preps=cany"], "--control_net_preps: 'cany' is no preparation; use none, canny"),
         (["--prompt=a", "--highres_fix_upscaler=nothing.here"], "--highres_fix_upscaler: there is no module"),
         (["--from_module=nothing.here"], "--from_module: there is no module 'nothing.here'"),
         (["--interactive", "--prompt=a"], "--prompt and --interactive exclude each other"),
-        (["--prompt=a", "--mask_path=m.png"], "--mask_path: regions of a prompt are not available yet"),
+        (["--prompt=a AND b", "--mask_path=m.png"], "--mask_path: there is no file or folder 'm.png'"),
+        (
+            ["--prompt=a", "--network_regional_mask_max_color_codes=8"],
+            "--network_regional_mask_max_color_codes: must be at least 1 and at most 7, got 8",
+        ),
         (
             ["--prompt=a", "--pyramid_noise_discount_range", "2", "1"],
             "--pyramid_noise_discount_range: the lowest comes",

@@ -52,7 +52,8 @@ def test_only_the_controlnet_gets_gradients():
             assert name.startswith("controlnet_")
             torch.nn.init.normal_(weight.data, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     method.denoise(family, models)(noisy, timesteps, cond, batch_of()).square().mean().backward()
-    idle = {name for name, weight in net.named_parameters() if not weight.grad.any()}
+    sizes = {name: weight.grad.abs().max().item() for name, weight in net.named_parameters()}
+    idle = {name for name, size in sizes.items() if size < 1e-6 * max(sizes.values())}  # nothing but float32's rounding
     middle = "mid_block.attentions.0.transformer_blocks.0.attn1"  # of one position here, which sees itself alone
     assert idle == {f"{middle}.to_q.weight", f"{middle}.to_k.weight"}
     for part in (models.denoiser, models.vae, *models.text_encoders.values()):

@@ -41,3 +41,12 @@ def test_images_beside_images_are_masks_and_nothing_more_is_checked_where_a_spec
 def test_a_method_needs_a_group_of_its_own():
     with pytest.raises(TypeError, match="none of its groups is its own"):
         MethodSpec(**parts(groups=(LossOptions,)))
+
+
+def test_a_method_without_images_says_so_everywhere():
+    leco = METHODS["leco"]
+    for some in ({"data": leco.data}, {"draw": leco.draw}, {"data": leco.data, "draw": leco.draw}):
+        with pytest.raises(TypeError, match="without images it has data, draw, and options of data"):
+            MethodSpec(**parts(**some))
+    with pytest.raises(TypeError, match="without images"):
+        MethodSpec(**parts(groups=leco.groups))

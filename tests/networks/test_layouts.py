@@ -40,6 +40,19 @@ NAMES = {
         "lora_unet_single_transformer_blocks_0_attn_to_q.lora_down.weight"
     ),
     "transformer.x.lokr_w1": "lora_unet_x.lokr_w1",
+    "lycoris_transformer_blocks_0_attn_to_q.lokr_w1": "lora_unet_transformer_blocks_0_attn_to_q.lokr_w1",
+    "lycoris_unet_x.lokr_w1": "lycoris_unet_x.lokr_w1",
+    "img_in.lora_A.weight": "lora_unet_img_in.lora_down.weight",
+    "txt_in.lora_B.bias": "lora_unet_txt_in.diff_b",
+    "final_layer.adaLN_modulation.1.lora_B.weight": "lora_unet_final_layer_adaLN_modulation_1.lora_up.weight",
+    "double_blocks.0.img_attn.norm.key_norm.scale": "lora_unet_double_blocks_0_img_attn_norm_key_norm.set_weight",
+    "diffusion_model.single_blocks.0.norm.key_norm.scale.set_weight": (
+        "lora_unet_single_blocks_0_norm_key_norm.set_weight"
+    ),
+    "transformer.transformer_blocks.0.attn.norm_added_q.weight": (
+        "lora_unet_transformer_blocks_0_attn_norm_added_q.set_weight"
+    ),
+    "diffusion_model.img_in.reshape_weight": "lora_unet_img_in.reshape_weight",
     "diffusion_model.x.diff_b": "lora_unet_x.diff_b",
     # kohya's beginning with a path behind it, and single words without any: of no known layout
     "lora_unet_a.to_q.lora_A.weight": "lora_unet_a.to_q.lora_A.weight",
@@ -134,5 +147,5 @@ def test_some_pieces_of_a_fused_layer(tmp_path):
     assert torch.equal(parts["to_q"](x), q)
     assert torch.equal(parts["to_v"](x), v)
     save_file({f"unet.to_k.hada_w{end}": torch.zeros(2, 2) for end in ("1_a", "1_b", "2_a", "2_b")}, tmp_path / "b.pt")
-    with pytest.raises(UserError, match="to_k: only LoRA can be a part of the layer lora_unet_qkv"):
+    with pytest.raises(UserError, match=r"lora_unet_qkv: shape \(2, 2\) does not fit \(4, 6\)"):
         merge([target], models, read(tmp_path / "b.pt"), 1.0)

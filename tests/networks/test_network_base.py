@@ -9,8 +9,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from library.families.sd.targets import unet_targets
-from library.methods.network import network_builder
 from library.types import LoraTarget, Models
 from networks import build
 from networks.layers.functional import delta
@@ -194,19 +192,3 @@ def test_limit_norms_touches_only_what_is_too_large(randomise):
     norm = torch.linalg.norm(layer.scale * delta(layer.lora_down.weight, layer.lora_up.weight))
     torch.testing.assert_close(norm, torch.tensor(0.05), rtol=1e-5, atol=0)
     assert all(torch.equal(value, small[name]) for name, value in network.b.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("module", "args", "is_file"),
-    [
-        ("networks.lora", {}, True),
-        ("networks.loha", {}, True),
-        ("networks.lycoris", {"algo": "lora", "use_scalar": "True"}, False),  # the factor is in a matrix in files
-        ("networks.lycoris", {"algo": "full"}, False),  # a parameter for each module
-        ("networks.hypernetwork", {}, False),
-    ],
-)
-def test_whose_states_are_read_as_files(models, module, args, is_file):
-    targets = unet_targets(models.denoiser)
-    network = network_builder(module).create(targets, models, dim=4, alpha=None, args=args, seed=1)
-    assert network.state_is_file() is is_file

@@ -17,6 +17,7 @@ from networks.layer_args import KohyaOftArgs, LyLoconArgs, NumberedOftArgs, OftA
 from networks.layers.full import FullLayer, NormLayer
 from networks.layers.oft import BoftLayer, OftLayer
 from networks.layers.scaled import GloraLayer, Ia3Layer
+from networks.targets import hook
 
 MODULES = {
     "linear": lambda: nn.Linear(12, 24),
@@ -117,7 +118,7 @@ def test_a_file_gives_the_same_layer_and_the_same_weights(name, kind):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_new_layer_changes_nothing_and_a_multiplier_is_linear(name):
+def test_a_new_layer_changes_nothing_and_neither_does_a_multiplier_of_0(name):
     module = module_of("linear")
     kind, args, rank, *_ = CASES[name]
     new = kind.build([module], rank, 2.0, args)
@@ -126,11 +127,76 @@ def test_a_new_layer_changes_nothing_and_a_multiplier_is_linear(name):
     x = input_for(module)
     torch.testing.assert_close(adapted(new, module, x), module(x), rtol=1e-5, atol=1e-5)
     layer, _ = made(name, module)
-    full = adapted(layer, module, x) - module(x)
-    layer.multiplier = 0.5
-    torch.testing.assert_close(adapted(layer, module, x) - module(x), full / 2, rtol=1e-4, atol=1e-4)
+    if not name.startswith("boft"):
+        full = adapted(layer, module, x) - module(x)
+        layer.multiplier = 0.5
+        torch.testing.assert_close(adapted(layer, module, x) - module(x), full / 2, rtol=1e-4, atol=1e-4)
     layer.multiplier = 0.0
     assert torch.equal(adapted(layer, module, x), module(x))
+
+
+@pytest.mark.parametrize("multiplier", [0.5, 1.5])
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("name", ["full", "ia3", "glora", "diag-oft", "diag-oft limited", "boft"])
+def test_a_multiplier_is_that_of_lycoris(name, kind, multiplier):
+    """Outputs, gradients, and weights that are merged; BOFT's acts in every stage. docs/networks.md has the others."""
+    module = module_of(kind)
+    layer, theirs = made(name, module)
+    layer.multiplier = theirs.multiplier = multiplier
+    xs = [input_for(module).requires_grad_(), input_for(module).requires_grad_()]
+    outputs = adapted(layer, module, xs[0]), theirs(xs[1])
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    for output in outputs:
+        output.square().mean().backward()
+    torch.testing.assert_close(xs[0].grad, xs[1].grad, rtol=1e-3, atol=1e-5)
+    models = Models(nn.ModuleDict({"x": copy.deepcopy(module)}), {}, {}, None)
+    file = NetworkFile("f", {"k": {own: tensor.detach() for own, tensor in layer.file_state().items()}})
+    merge([LoraTarget("k", "denoiser", ("x",))], models, file, multiplier)
+    torch.testing.assert_close(models.denoiser.x(xs[0]), outputs[1], rtol=1e-3, atol=1e-4)
+
+
+def test_the_factors_of_rows_of_boft_have_the_multiplier_too():
+    """Unlike LyCORIS', where they are whole at any multiplier, so that 0 would not be the bare model."""
+    module = module_of("linear")
+    layer, _ = made("boft rescaled", module)
+    state = {name: tensor.detach().clone() for name, tensor in layer.file_state().items()}
+    half = {**state, "rescale": 1 + 0.5 * (state["rescale"] - 1)}
+    plain = {name: tensor for name, tensor in state.items() if name != "rescale"}
+    found = BoftLayer.merged_change(state, module.weight.shape, lambda: module.weight, 0.5) + module.weight
+    without = BoftLayer.merged_change(plain, module.weight.shape, lambda: module.weight, 0.5) + module.weight
+    torch.testing.assert_close(found, without * half["rescale"], rtol=1e-5, atol=1e-5)
+    layer.multiplier = 0.5
+    x = input_for(module)
+    torch.testing.assert_close(adapted(layer, module, x), x @ found.T + module.bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_full_difference_needs_no_live_output_in_training(biased):
+    """One product with both weights: outputs and gradients of the formula, and no row for the live module."""
+    module = module_of("linear" if biased else "linear without bias")
+    layer, _ = made("full", module)
+    layer.multiplier, rows = 0.7, []
+    models, target = Models(nn.ModuleDict({"x": module}), {}, {}, None), LoraTarget("k", "denoiser", ("x",))
+    module.register_forward_pre_hook(lambda _module, args: rows.append(len(args[0])))
+    handles = hook(models, target, layer)
+    module.register_forward_hook(lambda _module, args, output: rows.append(len(args[0])))
+    x, wanted = (
+        input_for(module).requires_grad_(),
+        {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()},
+    )
+    diff, bias = wanted["diffs.0"], module.bias + 0.7 * wanted["diff_b"] if biased else None
+    expected = nn.functional.linear(x, module.weight + 0.7 * diff, bias)
+    gradients = torch.autograd.grad(expected.square().mean(), [x, *wanted.values()])
+    found = module(x)
+    assert rows == [4, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    own = torch.autograd.grad(found.square().mean(), [x, *layer.parameters()])
+    torch.testing.assert_close(own, gradients, rtol=1e-5, atol=1e-6)
+    layer.eval()
+    torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
+    assert rows == [4, 0, 4, 4]
+    for handle in handles:
+        handle.remove()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -118,7 +118,7 @@ def watched(request: Request) -> Watcher:
     real.check(takes_control=False)
     watcher = Watcher()
     with watcher:
-        run = built(real, watcher, watcher.phase, "plan")
+        run = built(real, watcher, watcher.phase, request.method)
         steps(run, next(iter(request.data.loader(1))), watcher, watcher.phase)
         if real.swap is not None:
             real.swap.detach()

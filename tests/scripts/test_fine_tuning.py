@@ -100,7 +100,7 @@ def test_fine_tuning_from_a_metadata_file_and_its_latents(run_script, tmp_path, 
         "--gradient_checkpointing --mixed_precision=bf16 --save_every_n_epochs=2",
     )
     assert "2 images of which only latents are there" in printed
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-000002.ckpt", "last.ckpt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-000002.ckpt", "last.ckpt", "last.html"]
     assert changed_parts(base, tmp_path / "last.ckpt") == {"model"}, "the text encoder only on request"
     counts = [torch.load(tmp_path / name, weights_only=True) for name in ("epoch-000002.ckpt", "last.ckpt")]
     assert [(file["epoch"], file["global_step"]) for file in counts] == [(4, 104), (5, 105)]

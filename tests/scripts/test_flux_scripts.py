@@ -167,7 +167,7 @@ def trained(run_script, line: list[str], processes: int = 1) -> str:
 @pytest.mark.rows("C42", "C64", "R3", "R193", "R344", "R346", "R349", "R350", "R351", "R352", "R360")
 def test_a_lora_with_cached_latents_and_texts_on_a_base_in_8_bits(printed_lora):
     files = sorted(path.name for path in printed_lora.out.iterdir())
-    assert files == ["flux-lora-name-000001.safetensors", "flux-lora-name.safetensors"]
+    assert files == ["flux-lora-name-000001.safetensors", "flux-lora-name.html", "flux-lora-name.safetensors"]
     weights = load_file(printed_lora.out / "flux-lora-name.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
     assert all(value.isfinite().all() for value in weights.values())
@@ -228,7 +228,7 @@ def test_a_whole_model_in_bf16_from_cached_texts(run_script, tmp_path, model, da
     assert "latents on disk: 6 used as they are" in printed, "those of the LoRA's run"
     assert "caching text encoder outputs" not in printed
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == ["output-name-000001.safetensors", "output-name.safetensors"]
+    assert files == ["output-name-000001.safetensors", "output-name.html", "output-name.safetensors"]
     before, after = load_file(model.file), load_file(tmp_path / "output-name.safetensors")
     assert after.keys() == before.keys(), "the transformer, and nothing else"
     forms = {name: (value.dtype, value.shape) for name, value in before.items()}
@@ -387,6 +387,7 @@ def test_broken_weights_do_not_replace_the_last_good_ones(model, data, tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "model-step00000001-state",
         "model-step00000001.safetensors",
+        "model.html",
     ]
 
 

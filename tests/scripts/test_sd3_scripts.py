@@ -114,7 +114,7 @@ def printed(tmp_path_factory, ran, files, data) -> SimpleNamespace:
 @pytest.mark.rows("C66", "R3", "R193", "R428", "R429", "R434")
 def test_the_printed_command(printed, data):
     names = sorted(path.name for path in printed.out.iterdir())
-    assert names == ["sd3-lora-name-000001.safetensors", "sd3-lora-name.safetensors"]
+    assert names == ["sd3-lora-name-000001.safetensors", "sd3-lora-name.html", "sd3-lora-name.safetensors"]
     beside = {path.name for path in data.parent.glob("*.npz")}
     assert beside == {f"{n}{end}" for n in range(4) for end in ("_0064x0064_sd3.npz", "_sd3_te.npz")}
     assert {value.dtype for value in printed.weights.values()} == {torch.bfloat16}
@@ -303,7 +303,7 @@ def test_whole_models_with_all_text_encoders(tuned, files):
     names = sorted(path.name for path in tuned.out.iterdir())
     ends = [".safetensors", *(f"_{flag}.safetensors" for flag in ENCODERS)]
     saves = ("model", "model-step00000002", "model-step00000003")
-    assert names == sorted(save + end for save in saves for end in ends)
+    assert names == sorted([*(save + end for save in saves for end in ends), "model.html"])
     moved = changed(files.medium, tuned.model)
     blocks = {int(found[1]) for key in moved if (found := re.match(rf"{re.escape(MMDIT)}joint_blocks\.(\d+)\.", key))}
     assert blocks == set(range(DEPTH - 1)), "the last one stays"

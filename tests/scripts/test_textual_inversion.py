@@ -84,7 +84,8 @@ def ran(run_script, line, *, fails: bool = False, processes: int = 1) -> str:
 
 def test_the_word_names_the_files_and_they_hold_its_vectors(whole):
     names = sorted(path.name for path in whole.out.iterdir() if path.is_file() and path.suffix != ".txt")
-    assert names == [f"{WORD}-step0000000{step}.safetensors" for step in (2, 4, 6)] + [f"{WORD}.safetensors"]
+    copies = [f"{WORD}-step0000000{step}.safetensors" for step in (2, 4, 6)]
+    assert names == [*copies, f"{WORD}.html", f"{WORD}.safetensors"]
     vectors = load_file(whole.file)
     assert {name: tuple(value.shape) for name, value in vectors.items()} == {"emb_params": (2, 64)}
     assert not torch.equal(vectors["emb_params"][0], vectors["emb_params"][1]), "each has been trained"

@@ -89,11 +89,12 @@ def test_tensorboard(trained):
 
     out, _ = trained
     (run,) = (out / "logs").iterdir()
-    assert re.fullmatch(r"style_\d{14}", run.name)
+    assert re.fullmatch(r"style_\d{14}-lora", run.name)
     events = EventAccumulator(str(run / "network_train"))
     events.Reload()
     tags = events.Tags()
     assert {"loss/current", "loss/average", "norm/gradient"} <= set(tags["scalars"])
+    assert {"time/step", "memory/peak GB", "progress/epoch"} <= set(tags["scalars"])
     assert [event.step for event in events.Scalars("loss/current")] == [1, 2, 3, 4, 5, 6]
     rates = [event.value for event in events.Scalars("lr/unet")]
     assert rates[0] == 0, "a warm-up begins at 0"

@@ -86,7 +86,7 @@ def run(tmp_path_factory, run_script, train_arguments) -> SimpleNamespace:
 
 @pytest.mark.rows("R126")
 def test_without_a_name_the_last_file_is_called_last(run):
-    assert [path.name for path in run.out.iterdir()] == ["last.safetensors"]
+    assert sorted(path.name for path in run.out.iterdir()) == ["last.html", "last.safetensors"]
 
 
 @pytest.mark.rows("R132", "R135")

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.builders.hub_server import TOKEN, running_hub
+from tests.builders.wandb_log import records
 
 pytest.importorskip("wandb")
 
@@ -80,4 +81,6 @@ def test_the_run_at_wandb_is_there(runs):
     content = log.read_bytes()
     for name in (b"network_train", b"loss/current", b"loss/average", b"lr/unet", b"norm/gradient"):
         assert name in content
+    (named,) = [record.run for record in records(log) if record.HasField("run")]
+    assert named.display_name == "lora", "by --output_name"
     assert [path.name for path in (out / "logs").iterdir()] == ["wandb"], "no TensorBoard logs"

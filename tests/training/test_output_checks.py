@@ -198,7 +198,7 @@ def test_a_prefix_without_tensorboard_is_not_tried(tmp_path, problems):
 
 def test_logs_in_a_folder_that_takes_none(tmp_path, problems):
     (tmp_path / "logs").mkdir(mode=0o555)
-    folder = tmp_path / "logs" / ("v1_" + "0" * 14)
+    folder = tmp_path / "logs" / ("v1_" + "0" * 14 + "-m")
     flags = (f"--logging_dir={tmp_path / 'logs'}", "--log_prefix=v1_")
     assert without_rights(lambda: problems("m", *flags)) == [
         f"--log_prefix: {folder} cannot be made (Permission denied); choose another name"

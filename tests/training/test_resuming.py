@@ -19,7 +19,7 @@ from library.training.optimizers import make_optimizer
 from library.training.plan import Progress, make_plan
 from library.training.resuming import require_optimizer, settings_of
 
-DATA = SimpleNamespace(all_records=[], num_train_images=4, num_reg_images=0)
+DATA = SimpleNamespace(content=list, num_train_images=4, num_reg_images=0)
 
 
 class Training:
@@ -214,19 +214,14 @@ def test_another_optimizer_is_seen_where_the_state_does_not_name(tmp_path, other
 
 
 def test_other_data_is_one_warning(tmp_path, messages):
-    def record(name, repeats=1):
-        from pathlib import Path
+    def data(*lines):
+        return SimpleNamespace(content=lambda: sorted(lines), num_train_images=len(lines), num_reg_images=0)
 
-        return SimpleNamespace(path=Path("d", name), size=(64, 64), bucket=(64, 64), repeats=repeats)
-
-    def data(*records):
-        return SimpleNamespace(all_records=list(records), num_train_images=len(records), num_reg_images=0)
-
-    folder = Training(data=data(record("a.png"), record("b.png"))).step(1).save(tmp_path / "s")
-    Training(data=data(record("b.png"), record("a.png"))).resume(folder)
+    folder = Training(data=data("a.png", "b.png")).step(1).save(tmp_path / "s")
+    Training(data=data("b.png", "a.png")).resume(folder)
     assert messages() == []
-    Training(data=data(record("a.png")), batches=2).resume(folder)
-    Training(data=data(record("a.png"), record("c.png"))).resume(folder)
+    Training(data=data("a.png"), batches=2).resume(folder)
+    Training(data=data("a.png", "c.png")).resume(folder)
     first, second = messages()
     assert "(2 images then, 1 now; 4 batches per epoch then, 2 now)" in first
     assert "(other files, sizes or repeats in as many images)" in second

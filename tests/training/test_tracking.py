@@ -20,12 +20,14 @@ from library.options.logging import TENSORBOARD_KEYS
 from library.options.parsing import parse_options
 from library.registry import groups_for
 from library.runtime.logs import LOGGER
-from library.training.tracking import Tracker, loggable, make_tracker
+from library.training.tracking import Sink, Tracker, loggable, make_tracker
+from tests.builders.wandb_log import records
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "0123456789abcdef0123456789abcdef01234567"
 OFFLINE_RUN = """
 import sys
+from pathlib import Path
 from PIL import Image
 from library.options.parsing import parse_options
 from library.registry import groups_for
@@ -35,7 +37,7 @@ with make_tracker(parse_options(groups_for("sd", "network"), sys.argv[1:]), "net
     tracker.scalars(10, {"loss/validation": 0.5})
     for step in (9, 10):
         tracker.scalars(step, {"loss/current": 1 / step, "lr/unet": 1e-4})
-    tracker.image(10, "sample/00", Image.new("RGB", (8, 8), "red"), "a red square")
+    tracker.image(10, "sample/00", Image.new("RGB", (8, 8), "red"), "a red square", Path("0.png"))
 """
 TRACKER_CONFIG = """
 [tensorboard]
@@ -75,7 +77,7 @@ def test_tensorboard_with_settings_of_its_own(tmp_path):
     with make_tracker(options(*flags), "network_train") as tracker:
         tracker.scalars(1, {"loss/current": 0.25})
         tracker.scalars(2, {"loss/current": 0.125})
-        tracker.image(2, "sample/00", Image.new("RGB", (8, 8), "red"), "a red square")
+        tracker.image(2, "sample/00", Image.new("RGB", (8, 8), "red"), "a red square", Path("0.png"))
     (run,) = (tmp_path / "logs").iterdir()
     (file,) = (run / "mine").iterdir()
     assert file.name.endswith(".mine")
@@ -84,31 +86,23 @@ def test_tensorboard_with_settings_of_its_own(tmp_path):
     assert events.Tags()["images"] == ["sample/00 a red square"]
 
 
+def test_the_folder_of_a_run_carries_the_output_name(tmp_path):
+    def name(*flags):
+        opts = options(f"--logging_dir={tmp_path}", *flags)
+        return opts.logging.folder_of_run("20261129131500", opts.saving.output_name).name
+
+    assert name() == "20261129131500"
+    assert name("--output_name=styles/flower", "--log_prefix=v1_") == "v1_20261129131500-flower"
+    assert name("--output_name=" + "猫" * 80, "--log_prefix=" + "p" * 235) == f"{'p' * 235}20261129131500"
+    long = name("--output_name=" + "猫" * 80, "--log_prefix=" + "p" * 100)
+    assert long.startswith(f"{'p' * 100}20261129131500-猫")
+    assert len(long.encode()) <= 255
+
+
 def test_the_settings_we_name_are_those_of_the_writer():
     from torch.utils.tensorboard import SummaryWriter
 
     assert {*TENSORBOARD_KEYS} == {*inspect.signature(SummaryWriter.__init__).parameters} - {"self", "log_dir"}
-
-
-def records(file: Path) -> list:
-    """The messages in a file of wandb: a LevelDB log, whose records are split where a block of 32 KiB ends."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, place, found, part = file.read_bytes(), 7, [], b""
-    while place + 7 <= len(data):
-        left = 32768 - place % 32768
-        if left < 7:
-            place += left
-            continue
-        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-        part += data[place + 7 : place + 7 + size]
-        place += 7 + size
-        if kind in (1, 4):  # whole, or the last part
-            record = Record()
-            record.ParseFromString(part)
-            found.append(record)
-            part = b""
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +200,7 @@ def test_what_may_be_logged():
 # ---- what goes wrong
 
 
-class Memory:
+class Memory(Sink):
     """A tracker that keeps what it gets, waits for `gate` before each value, and raises at the values in `bad`."""
 
     def __init__(self, bad=(), gate: threading.Event | None = None):
@@ -220,7 +214,7 @@ class Memory:
             raise OSError("no space\nleft")
         self.values.append((step, values))
 
-    def image(self, step, name, image, caption):
+    def image(self, step, name, image, caption, path):
         self.values.append((step, name, caption))
 
     def close(self, failed):
@@ -233,7 +227,7 @@ def test_one_that_fails_is_left_out_and_named_once(messages):
         for step in range(1, 6):
             tracker.scalars(step, {"loss": float(step)})
             time.sleep(0.01)
-        tracker.image(5, "sample/00", Image.new("RGB", (1, 1)), "text")
+        tracker.image(5, "sample/00", Image.new("RGB", (1, 1)), "text", Path("0.png"))
     assert good.values == [*((step, {"loss": float(step)}) for step in range(1, 6)), (5, "sample/00", "text")]
     assert (bad.values, bad.calls) == ([(1, {"loss": 1.0})], 2)
     assert messages() == ["Bad failed, nothing more is logged there: no space"]

@@ -77,6 +77,21 @@ def report(data: DataSummary) -> list[str]:
     return lines
 
 
+def findings(data: DataSummary) -> list[tuple[str, list[tuple[Path, str]]]]:
+    """What was left out, is odd, or is kept for validation, with the files and what is to be said of each."""
+    scan = data.scan
+    held_out = [] if data.held_out is None else data.held_out.records
+    kinds: list[tuple[str, list[tuple[Path, str]]]] = [
+        ("Left out", list(scan.dropped)),
+        ("More than half is cut off", [(path, "an odd shape") for path in dict.fromkeys(scan.cut)]),
+        ("Without a caption", [(path, "most of its folder have one") for path in dict.fromkeys(scan.forgotten)]),
+        ("The same image twice", [(path, f"equal to {first.name}") for path, first in scan.copies.items()]),
+        ("Near duplicates", [(p, f"similar to {group[0].name}") for group in scan.alike or () for p in group[1:]]),
+        ("Kept for validation", [(record.path, record.caption) for record in held_out]),
+    ]
+    return [(title, files) for title, files in kinds if files]
+
+
 def _images(count: int) -> str:
     return f"{count} image{'' if count == 1 else 's'}"
 

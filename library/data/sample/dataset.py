@@ -175,6 +175,15 @@ class TrainingData:
         """Over all processes."""
         return sum(-(-len(items) // batch_size) for items, batch_size in self._groups)
 
+    def batch_shapes(self) -> set[tuple[int, Size]]:
+        """(images, their size in pixels) of every batch of an epoch, the last ones of buckets included."""
+        found: set[tuple[int, Size]] = set()
+        for items, batch_size in self._groups:
+            size = Size(*self.records[self.items.items[items[0]]].bucket)
+            counts = {min(batch_size, len(items)), len(items) % batch_size or batch_size}
+            found |= {(count, size) for count in counts}
+        return found
+
     def plan(self, epoch: int) -> list[list[int]]:
         """The item indices of every batch of an epoch (counted from 1), all processes together."""
         return buckets.plan_batches(self._groups, Random(derive(self.seed, "plan", epoch)))
@@ -212,6 +221,20 @@ class TrainingData:
         """The records, then those held out."""
         return [*self.records, *(self.held_out.records if self.held_out is not None else ())]
 
+    def sizes(self) -> dict[Size, str]:
+        """The sizes of buckets, each with the words before it in a message."""
+        return {Size(*record.bucket): "a bucket of" for record in self.all_records}
+
+    def batch_sizes(self) -> list[int]:
+        return sorted({spec.batch_size for spec in self.specs})
+
+    def example(self) -> tuple[str, Size]:
+        return self.records[0].caption, self.records[0].bucket
+
+    def content(self) -> list[str]:
+        """A line for each image, sorted; other lines are other data."""
+        return sorted(f"{one.path.name}/{one.size}/{one.bucket}/{one.repeats}" for one in self.all_records)
+
     def loader(
         self, epoch: int, first_batch: int = 0, rank: int = 0, world: int = 1, workers: int | None = None
     ) -> BatchLoader:
@@ -242,6 +265,9 @@ class TrainingData:
     def report(self) -> list[str]:
         """The lines for the log: images, buckets, and everything that is left out, with the reason."""
         return summary.report(self)
+
+    def findings(self) -> list[tuple[str, list[tuple[Path, str]]]]:
+        return summary.findings(self)
 
     def metadata(self, processes: int = 1) -> dict[str, Any]:
         """The ss_* values that describe the data; structures that the format writes as JSON are JSON text."""

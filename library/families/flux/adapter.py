@@ -24,6 +24,7 @@ from library.families.flux.prediction import (
     asked_guidance,
     attention_mask,
     model_inputs,
+    pack_latents,
     unpack_latents,
     unrounded_timesteps,
 )
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from library.types import Batch, Residuals, TextLayout
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
+PATCH = 4  # latents in a token
 T5_LENGTHS = {"dev": 512, "schnell": 256}
 # Options that are written into the metadata of networks as ss_*.
 METADATA_OPTIONS = (
@@ -150,9 +152,16 @@ class FluxDenoiser(Denoiser):
         Residuals, (B, h/2 * w/2, width) each, are one for every block with two streams, and behind them perhaps one
         for every block with one stream.
         """
+        import torch
+
         denoiser = models.denoiser
         height, width = noisy.shape[-2:]
         inputs = model_inputs(denoiser, noisy, timesteps, cond, asked_guidance(self.opts.family, batch))
+        if self.control_channels(models):
+            assert batch is not None, "checked before drawing"
+            assert batch.control_latents is not None, "checked before drawing"
+            control = pack_latents(batch.control_latents).to(noisy.dtype)
+            inputs["hidden_states"] = torch.cat([inputs["hidden_states"], control], dim=-1)
         attention = {}
         if self.opts.family.apply_t5_attn_mask:
             attention["attention_mask"] = attention_mask(cond.tensors[T5_MASK], inputs["hidden_states"].shape[1])
@@ -163,6 +172,9 @@ class FluxDenoiser(Denoiser):
         with unrounded_timesteps(denoiser, timesteps.to(noisy.device), inputs["guidance"]):
             output = denoiser(**inputs, joint_attention_kwargs=attention).sample
         return unpack_latents(output, height, width)
+
+    def control_channels(self, models: Models) -> int:
+        return models.denoiser.x_embedder.in_features // PATCH - TRAITS.latent_channels
 
     def objective(self) -> Objective:
         from library.objectives.flow import FlowObjective, FlowSettings

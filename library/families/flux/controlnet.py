@@ -19,6 +19,7 @@ from library.families.shared.controlnet import (
     ResidualControl,
     hint_rules,
     require_same,
+    start_hint,
     with_copies,
     write_controlnet,
 )
@@ -67,7 +68,9 @@ class FluxControl(ResidualControl):
             "num_single_layers": SINGLE,
             **_hint_config(HINT_CHANNELS, base.in_channels),
         }
-        return self._masked(with_copies(partial(FluxControlNetModel, **config), models.denoiser))
+        net = with_copies(partial(FluxControlNetModel, **config), models.denoiser)
+        start_hint(net.input_hint_block)
+        return self._masked(net)
 
     def load(self, models: Models, name: str) -> nn.Module:
         import torch

@@ -41,6 +41,9 @@ TRAITS = FamilyTraits(
     sample_scale=1.0,
     embedding_keys={"te1": "clip_l", "te3": "t5xxl"},
     cache_keys_by_size=True,
+    extra_graphs=1,  # what a single block gives are parts of one tensor; what the last double block gives are two
+    tokens_in_a_row=True,
+    norms_keep_dtype=True,
     blocks_per_swap=1.5,  # two of the smaller single blocks count as one
     flow_shift=resolution_shift,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     import torch
@@ -92,13 +93,20 @@ def unrounded_timesteps(denoiser: nn.Module, timesteps: Tensor, guidance: Tensor
         timesteps: (B,), from 0 to 1000.
         guidance: (B,), or None for models without a guidance embedding.
     """
-    times, guidances = timesteps.float(), None if guidance is None else guidance.float() * 1000
-
-    def replace_inputs(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (times, args[-1]) if guidances is None else (times, guidances, args[-1])
-
-    handle = denoiser.time_text_embed.register_forward_pre_hook(replace_inputs)
+    embedding, exact = denoiser.time_text_embed, timesteps.float()
+    inputs = (exact,) if guidance is None else (exact, guidance.float() * 1000)
+    if embedding not in _EXACT_INPUTS:  # one hook for good: graphs that were compiled or captured know of it
+        embedding.register_forward_pre_hook(_replace_inputs)
+    _EXACT_INPUTS[embedding] = inputs
     try:
         yield
     finally:
-        handle.remove()
+        _EXACT_INPUTS[embedding] = None
+
+
+_EXACT_INPUTS: WeakKeyDictionary[nn.Module, tuple[Tensor, ...] | None] = WeakKeyDictionary()
+
+
+def _replace_inputs(embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    exact = _EXACT_INPUTS.get(embedding)
+    return None if exact is None else (*exact, args[-1])

@@ -10,6 +10,7 @@ from library.options.control_net import FUSED_CONTROL_NET_GROUPS
 from library.options.embedding import T5_EMBEDDING_GROUPS
 from library.options.finetune import DENOISER_ONLY_GROUPS
 from library.options.large_models import LargeModelOptions, SplitModeOptions, TextCacheOptions
+from library.options.leco import SPLIT_LECO_GROUPS
 
 FLUX = ModelKind(
     "a FLUX model",
@@ -24,6 +25,7 @@ FLUX = ModelKind(
         ),
     ),
 )
+IN_CHANNELS = 64  # 16 of the latents, in patches of 2 x 2
 FOLDERS = {"te1": "text_encoder", "te3": "text_encoder_2"}  # of a Diffusers model
 
 SPEC = FamilySpec(
@@ -35,16 +37,19 @@ SPEC = FamilySpec(
         "flux_train": "finetune",
         "flux_train_textual_inversion": "embedding",
         "flux_train_control_net": "control_net",
+        "flux_train_leco": "leco",
     },
     groups={
         "network": (LargeModelOptions, TextCacheOptions, SplitModeOptions),
         "finetune": DENOISER_ONLY_GROUPS,
         "embedding": T5_EMBEDDING_GROUPS,
         "control_net": (FluxControlNetFamily, *FUSED_CONTROL_NET_GROUPS),
+        "leco": SPLIT_LECO_GROUPS,
     },
     tools={"flux_merge_lora": FluxMergeOptions, "flux_extract_lora": FluxExtractOptions},
     kinds=(FLUX,),
     network_layers=r"_unet_(double_blocks|single_blocks|single_transformer_blocks)_\d",
+    input_layers={"lora_unet_img_in": IN_CHANNELS, "lora_unet_x_embedder": IN_CHANNELS},
     folders={**FOLDERS, "denoiser": "transformer"},
     adapter=EntryPoint("library.families.flux.adapter:FluxFamily"),
     check_paths=EntryPoint("library.families.flux.variants:check_paths"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.families.flux.keymap import AE, ENCODERS, PREFIX
-from library.families.flux.spec import FLUX, FOLDERS
+from library.families.flux.spec import FLUX, FOLDERS, IN_CHANNELS
 from library.families.shared.recognition import (
     controlnet_problem,
     file_shapes,
@@ -36,7 +36,6 @@ TOKENIZERS = {"te1": "tokenizer", "te3": "tokenizer_2"}
 CLIP_MARKER_KEY = "encoder.layers.0.mlp.fc1.weight"
 DIFFUSERS_MARKER_KEY = "transformer_blocks.0.attn.add_k_proj.bias"
 _NO_MODEL = "--pretrained_model_name_or_path: name a model: a file, a Diffusers folder or a hub id"
-IN_CHANNELS = 64  # 16 of the latents, in patches of 2 x 2
 SPECIAL_CHANNELS = {  # in patches of 2 x 2 as well -> what such a model is
     2 * IN_CHANNELS: "a FLUX.1 for control images, such as Canny or Depth",  # the latents of one image more
     384: "FLUX.1 Fill",  # the latents of the masked image, and a mask of the image's size

@@ -15,7 +15,7 @@ from library.families.sd.variants import ORIGINAL_CODE, model_facts
 from library.families.shared.clip import encode_clip
 from library.families.shared.deep_shrink import shrinking
 from library.families.shared.roles import UnetDenoiser, VaeLatents
-from library.families.shared.unet import reads_masks
+from library.families.shared.unet import reads_masks, text_layers
 from library.families.shared.unet_controlnet import UnetControl
 from library.text.chunking import tokenize
 from library.text.emphasis import tokenize_weighted, weighted
@@ -46,6 +46,7 @@ class SdFamily(Family):
             writer=SdWriter(opts),
             control=UnetControl(opts, denoiser, original_names=True),
             text_places=text_places,
+            text_layers=text_layers,
             shrinking=shrinking,
         )
 

@@ -24,6 +24,7 @@ TRAITS = FamilyTraits(
     sample_scale=7.5,
     embedding_keys={"te": "emb_params"},
     block_layout=BlockLayout(12, 1, 12),
+    text_regions=True,
     hypernetworks=True,
 )
 

@@ -22,6 +22,7 @@ SPEC = FamilySpec(
         "train_textual_inversion_XTI": "xti",
         "train_control_net": "control_net",
         "train_controlnet": "control_net",
+        "train_leco": "leco",
     },
     tools={
         "merge_lora": SdMergeOptions,

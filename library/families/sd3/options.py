@@ -33,6 +33,8 @@ TRAITS = FamilyTraits(
     sample_scale=7.5,
     embedding_keys={"te1": "clip_l", "te2": "clip_g", "te3": "t5xxl"},
     cache_keys_by_size=True,
+    tokens_in_a_row=True,
+    norms_keep_dtype=True,
     flow_shift=_sampling_shift,
 )
 

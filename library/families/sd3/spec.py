@@ -10,6 +10,7 @@ from library.options.control_net import ONE_RATE_CONTROL_NET_GROUPS
 from library.options.embedding import T5_EMBEDDING_GROUPS
 from library.options.finetune import THREE_ENCODER_GROUPS
 from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
+from library.options.leco import LARGE_LECO_GROUPS
 
 SD3 = ModelKind("a Stable Diffusion 3 model", keys=r"joint_blocks\.\d+\.", pipeline="StableDiffusion3")
 FOLDERS = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}  # of a Diffusers model
@@ -23,12 +24,14 @@ SPEC = FamilySpec(
         "sd3_train": "finetune",
         "sd3_train_textual_inversion": "embedding",
         "sd3_train_control_net": "control_net",
+        "sd3_train_leco": "leco",
     },
     groups={
         "network": (LargeModelOptions, TextCacheOptions, BlockSwapOptions),
         "finetune": THREE_ENCODER_GROUPS,
         "embedding": T5_EMBEDDING_GROUPS,
         "control_net": (Sd3ControlNetFamily, *ONE_RATE_CONTROL_NET_GROUPS),
+        "leco": LARGE_LECO_GROUPS,
     },
     tools={"sd3_merge_lora": Sd3MergeOptions, "sd3_extract_lora": Sd3ExtractOptions},
     kinds=(SD3,),

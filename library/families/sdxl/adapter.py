@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.errors import UserError
 from library.families.base import Family, Loader, Targets, TextEncoding, Writer
 from library.families.sdxl.lllite import LlliteControl
 from library.families.sdxl.loading import SCALING_FACTOR, load_model, load_text_encoders
@@ -16,7 +17,7 @@ from library.families.sdxl.variants import model_facts
 from library.families.shared.clip import PENULTIMATE, encode_at_layer, project_first_eos
 from library.families.shared.deep_shrink import shrinking
 from library.families.shared.roles import UnetDenoiser, VaeLatents
-from library.families.shared.unet import map_of_config, reads_masks
+from library.families.shared.unet import map_of_config, reads_masks, text_layers
 from library.families.shared.unet_controlnet import UnetControl
 from library.text.chunking import tokenize
 from library.text.emphasis import tokenize_weighted, weighted
@@ -51,6 +52,7 @@ class SdxlFamily(Family):
             writer=SdxlWriter(opts),
             control=UnetControl(opts, denoiser, original_names=False),
             lllite=LlliteControl(opts, denoiser),
+            text_layers=text_layers,
             shrinking=shrinking,
         )
 
@@ -87,6 +89,14 @@ class SdxlText(TextEncoding):
         # The last of them is the second text encoder; emphasis does not reach the pooled text.
         tensors[POOLED] = project_first_eos(text_encoder, ids[:, 0], first_chunk, tokenizer.eos_token_id)
         return TextCond(tensors)
+
+    def with_pooled(self, cond: TextCond, pooled: Tensor) -> TextCond:
+        expected, found = cond.tensors[POOLED].shape[-1], pooled.shape[-1]
+        if found != expected:
+            raise UserError(
+                f"the vision model gives {found} numbers for an image; {expected} are needed, as CLIP-G gives"
+            )
+        return TextCond({**cond.tensors, POOLED: pooled})
 
     def layout(self, models: Models | None = None) -> TextLayout:
         names = ("max_token_length", "weighted_captions")

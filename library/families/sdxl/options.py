@@ -24,6 +24,8 @@ TRAITS = FamilyTraits(
     sample_scale=7.5,
     embedding_keys={"te1": "clip_l", "te2": "clip_g"},
     block_layout=BlockLayout(9, 3, 9, edge=1),
+    text_regions=True,
+    pooled_by_image=True,
 )
 
 

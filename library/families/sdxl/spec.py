@@ -10,6 +10,7 @@ from library.options.control_net import LARGE_CONTROL_NET_GROUPS, ONE_RATE_CONTR
 from library.options.embedding import TWO_ENCODER_EMBEDDING_GROUPS
 from library.options.finetune import TWO_ENCODER_GROUPS
 from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
+from library.options.leco import LARGE_LECO_GROUPS
 
 SDXL = ModelKind("an SDXL model", keys=r"^conditioner\.embedders\.", pipeline="StableDiffusionXL")
 FOLDERS = {"te1": "text_encoder", "te2": "text_encoder_2"}  # of a Diffusers model
@@ -24,6 +25,7 @@ SPEC = FamilySpec(
         "sdxl_train_textual_inversion": "embedding",
         "sdxl_train_control_net": "control_net",
         "sdxl_train_control_net_lllite": "lllite",
+        "sdxl_train_leco": "leco",
     },
     groups={
         "network": (LargeModelOptions, TextCacheOptions, BlockSwapOptions),
@@ -31,6 +33,7 @@ SPEC = FamilySpec(
         "embedding": TWO_ENCODER_EMBEDDING_GROUPS,
         "control_net": LARGE_CONTROL_NET_GROUPS,
         "lllite": ONE_RATE_CONTROL_NET_GROUPS,
+        "leco": LARGE_LECO_GROUPS,
     },
     tools={"sdxl_merge_lora": SdxlMergeOptions},
     kinds=(SDXL,),

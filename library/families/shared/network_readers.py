@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from library.families.registry import FAMILIES
-from networks.registry import BOFT, FULL, GLORA, IA3, LOCON, LOHA, LOKR, LORA, NORM, OFT
+from networks.registry import BOFT, FULL, GLORA, IA3, LOCON, LOHA, LOKR, LORA, NORM, OFT, SET
 
 DORA = "DoRA"  # of any type that has magnitudes
 KOHYA, DIFFUSERS, COMFYUI = "kohya", "diffusers", "comfyui"  # layouts, as networks/convert_lora.py names them
+BFL = "bfl"  # that of the original names alone, which control LoRAs are published with
 
 _ALL = frozenset(FAMILIES)
 _LORA = frozenset({LORA.label, LOCON.label})
@@ -56,15 +57,15 @@ class Program:
 PROGRAMS = (
     Program(
         "ComfyUI",
-        _CHANGES | {OFT.label, BOFT.label},
-        {KOHYA: _ALL, COMFYUI: _ALL, DIFFUSERS: frozenset({"sd3", "flux"})},
+        _CHANGES | {OFT.label, BOFT.label, SET.label},
+        {KOHYA: _ALL, COMFYUI: _ALL, DIFFUSERS: frozenset({"sd3", "flux"}), BFL: frozenset({"flux"})},
     ),
     Program("Forge", _CHANGES, {KOHYA: _ALL, COMFYUI: _ALL, DIFFUSERS: frozenset({"flux"})}),
     Program("AUTOMATIC1111", _CHANGES | {IA3.label, OFT.label}, {KOHYA: frozenset({"sd", "sdxl"})}),
     Program(
         "diffusers",
-        _LORA | {DORA},
-        {KOHYA: frozenset({"sd", "sdxl", "flux"}), DIFFUSERS: _ALL},
+        _LORA | {DORA, SET.label},
+        {KOHYA: frozenset({"sd", "sdxl", "flux"}), DIFFUSERS: _ALL, BFL: frozenset({"flux"})},
         {(KOHYA, "flux"): (_LORA, frozenset({"unet", "te1", "te"}))},
     ),
 )

@@ -24,6 +24,7 @@ VAE_ONLY = ModelKind(
     "a VAE", keys=r"^(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|conv_in|down_blocks|mid_block)"
 )
 CONTROLNET = ModelKind("a ControlNet", keys=r"^control_model\.|^input_hint_block\.|^controlnet_")
+LLLITE = ModelKind("a ControlNet-LLLite", keys=r"^lllite_")
 UNKNOWN = ModelKind("not a model that is known here", keys=r"(?!)")
 NETWORK = ModelKind(
     "a LoRA (or similar network) file",
@@ -33,7 +34,7 @@ NETWORK = ModelKind(
 _NO_MODELS = (
     NETWORK,
     ModelKind("a Textual Inversion embedding", keys=r"^emb_params$|^clip_[lg]$|^string_to_param"),
-    ModelKind("a ControlNet-LLLite", keys=r"^lllite_"),
+    LLLITE,
     CONTROLNET,
 )
 _PARTS = (
@@ -164,6 +165,14 @@ def no_controlnet(path: Path, class_name: str | None = None) -> str | None:
         return f"this is a {name}; a {class_name or 'ControlNetModel'} is needed here"
     kind = recognise_file(path)
     return None if kind in (None, CONTROLNET) else f"this is {kind}; a ControlNet is needed here"
+
+
+def no_lllite(path: Path) -> str | None:
+    """Why a file cannot give a ControlNet-LLLite; None when it can."""
+    if path.is_dir():
+        return "this is a folder; the file of a ControlNet-LLLite is needed here"
+    kind = recognise_file(path)
+    return None if kind in (None, LLLITE) else f"this is {kind}; a ControlNet-LLLite is needed here"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from library.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
+    from library.types import Models
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 CHANNELS = 4  # of latents, and so of a U-Net's input and output
@@ -285,3 +287,8 @@ def unet_blocks(unet: nn.Module) -> list[nn.Module]:
             if attentions:
                 order += list(attentions[number].transformer_blocks)
     return order
+
+
+def text_layers(models: Models) -> list[str]:
+    """Paths of the cross-attention layers of a diffusers U-Net."""
+    return [path for path, _ in models.denoiser.named_modules() if path.endswith(".attn2")]

@@ -17,6 +17,7 @@ from library.families.shared.controlnet import (
     ResidualControl,
     hint_rules,
     require_same,
+    start_hint,
     write_controlnet,
 )
 from library.families.shared.reading import error_prefix, from_pretrained
@@ -55,7 +56,9 @@ class UnetControl(ResidualControl):
     def build(self, models: Models) -> nn.Module:
         from diffusers import ControlNetModel
 
-        return ControlNetModel.from_unet(models.denoiser)
+        net = ControlNetModel.from_unet(models.denoiser)
+        start_hint(net.controlnet_cond_embedding)
+        return net
 
     def load(self, models: Models, name: str) -> nn.Module:
         import torch
