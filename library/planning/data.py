@@ -67,7 +67,7 @@ class PlayedData:
         if self.held_out is not None:
             self.held_out.set_text(store)
 
-    def sizes(self) -> list[int]:
+    def batch_pixels(self) -> list[int]:
         """Pixels of each batch of an epoch: the images' together."""
         return [_pixels(self, batch) for batch in self._real.plan(1)]
 

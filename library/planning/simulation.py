@@ -137,7 +137,7 @@ def simulate(request: Request, *, whole: bool = True) -> Simulated:
         found.caches_in_files, found.caches_in_memory = caches.bytes_in_files, caches.bytes_in_memory
         found.trained = sum(weight.numel() for group in run.optimizer.param_groups for weight in group["params"])
         found.blocks = len(family.denoiser.blocks(session.models))
-        sizes = data.sizes()
+        sizes = data.batch_pixels()
         found.pixels, found.mean_pixels = max(sizes), sum(sizes) / len(sizes)
         if session.swap is not None:
             session.swap.detach()
