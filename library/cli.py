@@ -7,15 +7,18 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from library import registry
 from library.errors import UserError
-from library.runtime import libraries, logs
+from library.runtime import libraries, limits, logs
+from library.runtime.logs import LOGGER
 from library.runtime.paths import require_here
 
 if TYPE_CHECKING:
     from library.families.base import Family
+    from library.families.spec import FamilySpec
     from library.options.base import Options
     from library.types import Models
 
@@ -29,7 +32,7 @@ def build_parser(family: str, method: str) -> argparse.ArgumentParser:
 
 
 def run(family: str, method: str, argv: Sequence[str] | None = None, *, options: Options | None = None) -> None:
-    """Runs one script and exits: 0 done, 2 wrong options, files or data, 130 stopped by Ctrl-C.
+    """Runs one script and exits: 0 done, 2 wrong options or data, 3 planned and too large, 130 stopped by Ctrl-C.
 
     Args:
         argv: without the script's name; None: this process's own.
@@ -99,8 +102,30 @@ def _train(family_name: str, method_name: str, argv: Sequence[str] | None, optio
         wanted = {"xformers": opts.memory.xformers, "scipy": opts.sampling.sample_prompts}
         libraries.import_libraries({name for name, use in wanted.items() if use})
 
+    if opts.planning.wanted:
+        from library.planning.command import plan_wanted, run_plan
+
+        if plan_wanted(opts):
+            run_plan(opts, family, method, specs, script=options is None)
+
     from library.session import run_session
 
-    status = run_session(opts, family, method, specs)
+    try:
+        status = run_session(opts, family, method, specs)
+    except (MemoryError, RuntimeError) as error:
+        problem = limits.out_of_memory(error)
+        if problem is None:
+            raise
+        LOGGER.debug("where it was raised:", exc_info=error)
+        raise UserError(f"{problem}; {_against_it(opts, family)}") from error
     if status:
         raise SystemExit(status)
+
+
+def _against_it(opts: Options, family: FamilySpec) -> str:
+    """What takes less memory than these options, in words."""
+    from library.planning.search import suggestions
+
+    found = list(islice(suggestions(opts, family.traits), 3))
+    more = "--plan shows how much is needed, and what is enough"
+    return f"less memory take {', '.join(found)}; {more}" if found else more

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from library.errors import UserError
 from library.runtime import logs
@@ -33,12 +33,10 @@ def latent_cache(opts: Options, family: Family, models: Models, data: TrainingDa
 
     if not opts.data.of_images:
         return None
-    options, layout, records = opts.data, latent_layout(family.traits), data.all_records
-    on_disk = options.cache_latents_to_disk or any(not record.present for record in records)
-    if not on_disk and not options.cache_latents and data.is_prepared():
-        on_disk = next(latents.without_files(records, data.index, layout), None) is None
-    if not on_disk and not options.cache_latents:
+    place = latent_place(opts, family.traits, data)
+    if place is None:
         return None
+    options, layout, records, on_disk = opts.data, latent_layout(family.traits), data.all_records, place == "disk"
     vae = weights_fingerprint(models.vae) if on_disk else ""  # before the weights are placed and cast
 
     def fill(encoder: Encoder) -> None:
@@ -50,6 +48,20 @@ def latent_cache(opts: Options, family: Family, models: Models, data: TrainingDa
         data.set_latents(entries, in_memory=not on_disk)
 
     return fill
+
+
+def latent_place(opts: Options, traits: FamilyTraits, data: TrainingData) -> Literal["memory", "disk"] | None:
+    """Where latents are cached; None: nowhere."""
+    from library.caching import latents
+
+    options, records = opts.data, data.all_records
+    if options.cache_latents_to_disk or any(not record.present for record in records):
+        return "disk"
+    if options.cache_latents:
+        return "memory"
+    prepared = data.is_prepared()
+    found = prepared and next(latents.without_files(records, data.index, latent_layout(traits)), None) is None
+    return "disk" if found else None
 
 
 def latent_layout(traits: FamilyTraits) -> CacheLayout:
@@ -115,6 +127,18 @@ def text_made_by(opts: Options, family: Family, method: Method, models: Models) 
     return made_by | {name: str(value) for name, value in sorted(layout.settings.items())}
 
 
+def caches_text(opts: Options, family: Family, method: Method) -> bool:
+    """Whether the text encoders' outputs are cached. Raises: UserError: none of them stay as they are."""
+    if not opts.text_cache.in_use:
+        return False
+    if set(family.traits.text_encoders) <= set(method.live_text_encoders()):
+        raise UserError(
+            "--cache_text_encoder_outputs: every text encoder is trained, so nothing can be cached; drop this option, "
+            "or train the denoiser alone"
+        )
+    return True
+
+
 def text_cache(
     opts: Options,
     family: Family,
@@ -132,33 +156,17 @@ def text_cache(
     if not opts.data.of_images:
         return partial(_encode_prompts, family, models, data)
     options = opts.text_cache
-    if not options.in_use:
+    if not caches_text(opts, family, method):
         return None
-    if set(family.traits.text_encoders) <= set(method.live_text_encoders()):
-        raise UserError(
-            "--cache_text_encoder_outputs: every text encoder is trained, so nothing can be cached; drop this option, "
-            "or train the denoiser alone"
-        )
     layout = family.text.layout(models)
     assert layout is not None, "a family with these options has such files"
     made_by = text_made_by(opts, family, method, models)
 
     def fill(accelerator: Accelerator) -> None:
         from library.caching import text
-        from library.caching.encode_missing import Encoder
-        from library.runtime.processes import Processes
-
-        def encode(captions: list[str]) -> TextCond:
-            with accelerator.autocast():
-                return family.text.encode(models, captions)
 
         requests = text.requests_of(data.all_records)
-        encoder = Encoder(
-            encode,
-            options.text_encoder_batch_size or opts.data.train_batch_size,
-            processes=Processes(accelerator.process_index, accelerator.num_processes),
-            progress=partial(logs.progress, disable=not accelerator.is_main_process),
-        )
+        encoder = text_encoder(opts, family, models, accelerator)
         if not options.cache_text_encoder_outputs_to_disk:
             data.set_text(text.cache_in_memory(requests, encoder))
             return
@@ -168,6 +176,38 @@ def text_cache(
         )
 
     return fill
+
+
+def text_encoder(opts: Options, family: Family, models: Models, accelerator: Accelerator) -> Encoder:
+    from library.caching.encode_missing import Encoder
+    from library.runtime.processes import Processes
+
+    def encode(captions: list[str]) -> TextCond:
+        with accelerator.autocast():
+            return family.text.encode(models, captions)
+
+    return Encoder(
+        encode,
+        opts.text_cache.text_encoder_batch_size or opts.data.train_batch_size,
+        processes=Processes(accelerator.process_index, accelerator.num_processes),
+        progress=partial(logs.progress, disable=not accelerator.is_main_process),
+    )
+
+
+class Caches:
+    """What a run caches before training, as `latent_cache` and `text_cache` do it."""
+
+    def latents(
+        self, opts: Options, family: Family, models: Models, data: TrainingData
+    ) -> Callable[[Encoder], None] | None:
+        """See `latent_cache`."""
+        return latent_cache(opts, family, models, data)
+
+    def text(
+        self, opts: Options, family: Family, method: Method, models: Models, data: TrainingData
+    ) -> Callable[[Accelerator], None] | None:
+        """See `text_cache`."""
+        return text_cache(opts, family, method, models, data)
 
 
 def _encode_prompts(family: Family, models: Models, data: PromptedData, accelerator: Accelerator) -> None:

@@ -12,6 +12,7 @@ from library.options.loss import LossOptions, NoiseOptions
 from library.options.memory import DistributedOptions, MemoryOptions
 from library.options.models import ModelOptions
 from library.options.optimizer import OptimizerOptions
+from library.options.planning import PlanningOptions
 from library.options.sampling import SamplingOptions, ValidationOptions
 from library.options.saving import MetadataOptions, SavingOptions
 from library.options.training import TrainingOptions
@@ -42,6 +43,7 @@ def groups_for(family: str, method: str) -> list[type[OptionGroup]]:
         SamplingOptions,
         ValidationOptions,
         LoggingOptions,
+        PlanningOptions,
     ]
     groups = [own.pop(group.group, group) for group in shared]
     place = next(n for n, group in enumerate(groups, 1) if group.group == spec.options.group)

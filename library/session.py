@@ -20,6 +20,7 @@ import torch
 from library import encoding
 from library.checkpoints import metadata
 from library.checkpoints.sizes import with_size
+from library.checkpoints.writing import bytes_of
 from library.data.load import read_data
 from library.errors import UserError
 from library.inference.preview import Preview
@@ -27,10 +28,11 @@ from library.memory.attention import set_attention
 from library.memory.compiling import compile_blocks, graphs_per_shape
 from library.options.optimizer import sets_own_rate
 from library.options.sharding import sharding_of
+from library.runtime.limits import during
 from library.runtime.logs import LOGGER
 from library.runtime.processes import Processes
 from library.runtime.signals import exit_status
-from library.training import distributed, lr_schedules, optimizers, placement, plan, resuming, state, state_notes
+from library.training import distributed, lr_schedules, optimizers, placement, plan, resuming, state_notes
 from library.training.ema import EMA
 from library.training.hub import Hub
 from library.training.loop import train
@@ -75,16 +77,19 @@ def run_session(opts: Options, family: FamilySpec, method: MethodSpec, specs: li
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     progress: Progress | None = None
     with Notifier(opts, enabled=accelerator.is_main_process and not opts.data.debug_dataset) as notifier:
-        data, run_plan = open_data(opts, specs, family.traits, accelerator, processes, method.data)
+        data, run_plan = open_data(opts, specs, family.traits, processes, method.data)
         if opts.data.debug_dataset:
             show_data(opts, data, accelerator)
         else:
             session = Session(opts, family.adapter(opts), method.method(opts), data, run_plan, accelerator, shards)
             session.check(family.missing_encoders(opts), takes_control=method.image_role == "control")
-            session.load()
-            session.encode()
-            session.place()
-            run = session.build(method, family.scripts, notifier)
+            with during("loading the model"):
+                session.load()
+            with during("encoding images and captions before training"):
+                session.encode()
+            with during("placing the model"):
+                session.place()
+                run = session.build(method, family.scripts, notifier)
             with run.tracker, run.hub:
                 progress = train(run)
     processes.close()
@@ -122,23 +127,26 @@ def open_data(
     opts: Options,
     specs: list[DatasetSpec],
     traits: FamilyTraits,
-    accelerator: Accelerator,
     processes: Processes,
     own_data: EntryPoint[[Options, FamilyTraits, int], RunData] | None = None,
+    *,
+    planned: int | None = None,
 ) -> tuple[RunData, RunPlan]:
     """Lists the images and sorts them into batches, from which the length of the run follows.
 
-    Args: own_data: makes the data of a method that trains without images.
+    Args:
+        own_data: makes the data of a method that trains without images.
+        planned: how many processes shall train, where these are others than those that are here.
     """
     if own_data is None:
         data = read_data(specs, opts, traits, processes)
     else:
-        data = own_data(opts, traits, processes.world)
+        data = own_data(opts, traits, planned or processes.world)
         for line in data.report():
             LOGGER.info("%s", line)
     run_plan = plan.make_plan(
         data.batches_per_epoch,
-        accelerator.num_processes,
+        planned or processes.world,
         opts.training.gradient_accumulation_steps,
         steps=opts.training.max_train_steps,
         epochs=opts.training.max_train_epochs,
@@ -180,6 +188,7 @@ class Session:
     plan: RunPlan
     accelerator: Accelerator
     shards: Shards | None = None
+    caches: encoding.Caches = field(default_factory=encoding.Caches)
     start: Progress = field(init=False)
     preview: Preview = field(init=False)
     models: Models = field(init=False)
@@ -238,9 +247,9 @@ class Session:
         One part comes to the device after the other, so that a large model's need not be there together.
         """
         opts, family, method, models, data = self.opts, self.family, self.method, self.models, self.data
-        cache_latents = encoding.latent_cache(opts, family, models, data)
+        cache_latents = self.caches.latents(opts, family, models, data)
         method.attach(family, models)
-        cache_text = encoding.text_cache(opts, family, method, models, data)  # knows what was merged into the encoders
+        cache_text = self.caches.text(opts, family, method, models, data)  # knows what was merged into the encoders
         grad_text = bool(method.trained_text_encoders())
         placement.place_text_encoders(models, opts, self.device, grad_text=grad_text, shards=self.shards)
         added = method.added()
@@ -315,7 +324,7 @@ class Session:
         blocks = family.denoiser.blocks(models) if added is None else listed_blocks(added)
         stepped_together = parts_inside_backward(opts, weights, blocks, swapped=self.swap is not None)
         saves = make_save_plan(opts.saving, method.file_suffix(), self.plan.epochs)
-        check_space(saves.final_path().parent, state.size_of(method.trainable().state_dict()), "what is to be saved")
+        check_space(saves.final_path().parent, bytes_of(method.trainable().state_dict()), "what is to be saved")
         denoise, objective = method.denoise(family, models), family.denoiser.objective()
         origin = Origin(tuple(script for script, name in scripts.items() if name == spec.name), spec.usage)
         sinks = {**self._pages(origin, saves, about), **notifier.sinks()}

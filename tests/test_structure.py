@@ -43,6 +43,7 @@ LEVELS = (
     ("library.families", "library.methods", "library.training", "library.inference"),
     ("library.encoding", "library.registry"),
     ("library.checking", "library.session", "library.doctor"),
+    ("library.planning",),
     ("library.cli",),
     ("library.embedding",),
     ("library.train_util", "library.model_util", "library.flux_train_utils", "library.huggingface_util"),

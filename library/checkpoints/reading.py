@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 _SHOWN = 4  # classes that a message names
 _MOST_MAPPED = 1 << 26  # bytes of a file that stay mapped after they were copied
 
+_SHAPES_ONLY: ContextVar[bool] = ContextVar("shapes_only", default=False)
+
 Header = dict[str, tuple[str, tuple[int, ...]]]
 # Torch's storage classes, by which torch files name a dtype, and the words of safetensors headers.
 _STORAGES = {
@@ -34,6 +38,21 @@ _STORAGES = {
     "DoubleStorage": "F64",
     "LongStorage": "I64",
 }
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within the block, files give tensors of their dtypes and shapes without values: the data is not read."""
+    token = _SHAPES_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _SHAPES_ONLY.reset(token)
+
+
+def reads_shapes_only() -> bool:
+    """Whether this is inside of `shapes_only`."""
+    return _SHAPES_ONLY.get()
 
 
 def read_header(path: str | Path) -> tuple[dict[str, str], Header]:
@@ -153,8 +172,15 @@ class SafetensorsFile(Mapping[str, "Tensor"]):
         self._open()
 
     def __getitem__(self, key: str) -> Tensor:
+        import torch
+
         if key not in self.shapes:
             raise KeyError(key)
+        if reads_shapes_only():
+            return torch.empty(self.shapes[key], dtype=self.dtype(key), device="cpu")
+        return self._read(key)
+
+    def _read(self, key: str) -> Tensor:
         if self._mapped > _MOST_MAPPED:
             self._open()
         # The library's tensor may be a view of the mapped file, which must stay free to be replaced.

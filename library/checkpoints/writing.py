@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+_SIZES: ContextVar[dict[Path, int] | None] = ContextVar("sizes", default=None)
+_HOLES: ContextVar[bool] = ContextVar("holes", default=False)
+
 DATA_HASH = "0" * 64  # where metadata holds it, a file has the sha256 of its tensors' bytes, in hex digits
 
 
@@ -26,6 +32,30 @@ class Deferred:
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+
+
+@contextmanager
+def sizes_only() -> Iterator[dict[Path, int]]:
+    """Within the block nothing is written; the mapping gets the bytes of every file that would have been."""
+    sizes: dict[Path, int] = {}
+    token = _SIZES.set(sizes)
+    try:
+        yield sizes
+    finally:
+        _SIZES.reset(token)
+
+
+@contextmanager
+def without_data() -> Iterator[None]:
+    """Within the block .safetensors files get a hole in place of their data, which takes no room on most disks.
+
+    Tensors need no values: they may be on the meta device. Read back, all numbers are 0.
+    """
+    token = _HOLES.set(True)
+    try:
+        yield
+    finally:
+        _HOLES.reset(token)
 
 
 def write_safetensors(
@@ -46,10 +76,18 @@ def write_safetensors(
     metadata = dict(metadata or {})
     hashed = any(DATA_HASH in str(value) for value in metadata.values())
     digest = hashlib.sha256()
+    sizes = _SIZES.get()
+    if sizes is not None:
+        data = sum(materialise(tensors[name]).nbytes for name in order)
+        sizes[Path(path)] = 8 + len(_header(order, tensors, metadata)) + data
+        return
     with replacing(path) as temporary, open(temporary, "wb") as file:
         header = _header(order, tensors, metadata)
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
+        if _HOLES.get():
+            file.truncate(file.tell() + sum(_nbytes(tensors[name]) for name in order))
+            return
         for name in order:
             value = tensors[name]
             tensor = materialise(value)
@@ -72,8 +110,21 @@ def write_torch(path: str | Path, obj: Any) -> None:
     """What `torch.save` writes, atomically. Raises: OSError: the disk is full or the folder cannot be written."""
     from library.checkpoints.torch_archive import write_archive
 
+    sizes = _SIZES.get()
+    if sizes is not None:
+        sizes[Path(path)] = bytes_of(obj)
+        return
     with replacing(path) as temporary:
         write_archive(temporary, obj)
+
+
+def bytes_of(value: Any) -> int:
+    """Bytes of all tensors in nested containers."""
+    if hasattr(value, "nbytes"):
+        return int(value.nbytes)
+    if isinstance(value, Mapping):
+        return sum(map(bytes_of, value.values()))
+    return sum(map(bytes_of, value)) if isinstance(value, list | tuple) else 0
 
 
 def materialise(value: Tensor | Deferred) -> Tensor:
@@ -82,9 +133,11 @@ def materialise(value: Tensor | Deferred) -> Tensor:
     return tensor.detach().cpu().contiguous()
 
 
-def _header(order: list[str], tensors: Mapping[str, Tensor | Deferred], metadata: Mapping[str, str] | None) -> bytes:
-    import torch
+def _nbytes(value: Tensor | Deferred) -> int:
+    return math.prod(value.shape) * value.dtype.itemsize
 
+
+def _header(order: list[str], tensors: Mapping[str, Tensor | Deferred], metadata: Mapping[str, str] | None) -> bytes:
     header: dict[str, Any] = {}
     if metadata:
         for key, value in metadata.items():
@@ -94,7 +147,7 @@ def _header(order: list[str], tensors: Mapping[str, Tensor | Deferred], metadata
     start, names = 0, safetensors_dtypes()
     for name in order:
         value = tensors[name]
-        size = torch.Size(value.shape).numel() * value.dtype.itemsize
+        size = _nbytes(value)
         header[name] = {
             "dtype": names[value.dtype],
             "shape": list(value.shape),

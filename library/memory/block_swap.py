@@ -172,7 +172,8 @@ class BlockSwap:
             if not recomputing:
                 self._prefetch(self._upcoming(block.index, direction)[1:])
 
-    def _saved_weight_hooks(self) -> saved_tensors_hooks:
+    @contextmanager
+    def _saved_weight_hooks(self) -> Iterator[None]:
         """A context in which autograd saves a reference to a swapped weight, not the weight.
 
         It would save the memory of a buffer, which the next block overwrites. Its own check for that, the version
@@ -187,9 +188,13 @@ class BlockSwap:
         def unpack(kept: Any) -> Tensor:
             return self._resolve(kept) if type(kept) is _SavedWeightRef else outer.unpack(kept)
 
-        hooks = saved_tensors_hooks(pack, unpack)
-        outer.inner = hooks
-        return hooks
+        outer.inner = saved_tensors_hooks(pack, unpack)
+        with outer.inner:
+            try:
+                yield
+            finally:
+                # A circle of references would keep what checkpointing has saved until Python's collector comes by.
+                outer.inner = None
 
     def _reference(self, tensor: Tensor) -> _SavedWeightRef | None:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:

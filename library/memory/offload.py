@@ -17,10 +17,10 @@ _SMALL = 1 << 20  # bytes; smaller inputs, such as text that every block gets, a
 def offloading_checkpoint(device: torch.device, smallest: int = _SMALL) -> Callable[..., Any]:
     """A function for `enable_gradient_checkpointing`: ``(block, *inputs)`` to the block's output.
 
-    The block's inputs of `smallest` bytes or more wait in CPU memory. On CUDA the copies run beside the computation,
+    The block's inputs of `smallest` bytes or more wait in CPU memory. On a GPU the copies run beside the computation,
     and while one block is computed again the input of the one before it is fetched. Results are the same to the bit.
     """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = None if device.type == "cpu" else torch.get_device_module(device).Stream(device)
     latest: list[weakref.ref[_OffloadedTensor]] = []  # at most one
 
     def pack(tensor: Tensor) -> Tensor | _OffloadedTensor:
@@ -44,15 +44,16 @@ def offloading_checkpoint(device: torch.device, smallest: int = _SMALL) -> Calla
 class _OffloadedTensor:
     """A tensor in CPU memory, and the one that is needed after it."""
 
-    def __init__(self, tensor: Tensor, stream: torch.cuda.Stream | None, before: weakref.ref[_OffloadedTensor] | None):
+    def __init__(self, tensor: Tensor, stream: torch.Stream | None, before: weakref.ref[_OffloadedTensor] | None):
         self._device, self._stream, self._before = tensor.device, stream, before
+        self._module = None if stream is None else torch.get_device_module(tensor.device)
         self._fetched: Tensor | None = None
         if stream is None:
             self._host = tensor.detach().clone()
             return
         self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-        stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        with torch.cuda.stream(stream):
+        stream.wait_stream(self._module.current_stream(tensor.device))
+        with self._module.stream(stream):
             self._host.copy_(tensor.detach(), non_blocking=True)
         tensor.record_stream(stream)  # its memory must not be reused before it is copied
 
@@ -62,7 +63,7 @@ class _OffloadedTensor:
             return self._host
         self._fetch()
         tensor, self._fetched = self._fetched, None
-        current = torch.cuda.current_stream(self._device)
+        current = self._module.current_stream(self._device)
         current.wait_event(self._arrived)
         tensor.record_stream(current)
         before = self._before and self._before()
@@ -73,6 +74,6 @@ class _OffloadedTensor:
     def _fetch(self) -> None:
         if self._fetched is not None:
             return
-        with torch.cuda.stream(self._stream):
+        with self._module.stream(self._stream):
             self._fetched = self._host.to(self._device, non_blocking=True)
             self._arrived = self._stream.record_event()

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from library.errors import UserError
 from library.runtime.files import reason
@@ -51,3 +54,28 @@ def exhausted(error: BaseException) -> str | None:
         return None
     text = str(error)
     return next((what for words, what in _ALLOCATORS if words in text), None)
+
+
+@contextmanager
+def during(phase: str) -> Iterator[None]:
+    """A context that lets `out_of_memory` know what a run was about; the innermost one counts."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not hasattr(error, "phase"):
+            error.phase = phase
+        raise
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What ran out, in which phase, what was asked for and what was free; None: it is another kind of error."""
+    what = exhausted(error)
+    if what is None:
+        return None
+    text = str(error)
+    phase = getattr(error, "phase", None)
+    found = re.search(r"[Tt]ried to allocate ([\d.]+ (?:bytes|[KMG]iB))", text)
+    free = re.search(r"of which ([\d.]+ (?:bytes|[KMG]iB)) is free", text)
+    facts = [f"{found[1]} were asked for"] if found else []
+    facts += [f"{free[1]} were free"] if free else []
+    return f"not enough {what}{f' during {phase}' if phase else ''}" + (f" ({', '.join(facts)})" if facts else "")

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.checkpoints.writing import bytes_of
 from library.errors import UserError
 from library.runtime import durable
 from library.runtime.logs import LOGGER
@@ -30,7 +31,7 @@ def save(run: Run, progress: Progress, due: saving.SaveRequest) -> None:
     """Raises: UserError: no room, no permission, or broken weights; earlier files are intact."""
     _check_weights(run, progress)
     parts = state_parts(run)
-    needed = state.needed_bytes(parts) if due.state else state.size_of(parts.trained.state_dict())
+    needed = state.needed_bytes(parts) if due.state else bytes_of(parts.trained.state_dict())
     saving.check_space(due.path.parent, needed, "what is to be saved")
     paths = [due.path, *run.method.companions(due.path)]
     for path in paths:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from library.runtime import seeds
+from library.runtime.limits import during, exhausted
 from library.runtime.logs import LOGGER
 from library.runtime.processes import Processes
 from library.runtime.signals import Interruption
@@ -75,19 +76,10 @@ def _ending(progress: Progress) -> Ending:
 def _epoch(
     run: Run, parts: StepParts, progress: Progress, report: Report, interruption: Interruption, first_batch: int
 ) -> None:
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     batches = report.batches(iter(run.data.loader(progress.epoch, first_batch, rank=rank, world=world)))
     while group := list(islice(batches, run.plan.accumulation)):  # the last one of an epoch may be shorter
-        run.method.start_step(progress.step)
-        run.stepper.start(progress.step)
-        losses = _accumulate(run, parts, group, progress)
-        lr_schedules.observe_losses(run.schedule, losses)
-        rates = effective_rates(run.optimizer) or run.schedule.get_last_lr()
-        gradient_norm = _update(run, parameters)
-        progress.step += 1
-        if run.ema is not None:
-            run.ema.update(progress.step)
+        losses, gradient_norm, rates = optimizer_step(run, parts, group, progress)
         report.step(progress, losses, gradient_norm, rates)
         if run.validation.due(progress.step):
             _validate(run, parts, progress, report)
@@ -112,6 +104,26 @@ def _epoch(
         _save_and_sample(run, progress, report, epoch_end=True)
 
 
+def optimizer_step(
+    run: Run, parts: StepParts, group: list[Batch], progress: Progress
+) -> tuple[list[Tensor], Tensor | None, list[float]]:
+    """One optimizer step over the batches of `group`, which moves `progress` on.
+
+    Returns: the loss of each batch, the gradient's norm before clipping where it is clipped, the rates of the step.
+    """
+    run.method.start_step(progress.step)
+    run.stepper.start(progress.step)
+    losses = _accumulate(run, parts, group, progress)
+    lr_schedules.observe_losses(run.schedule, losses)
+    rates = effective_rates(run.optimizer) or run.schedule.get_last_lr()
+    with during(f"the optimizer's part of step {progress.step + 1}"):
+        gradient_norm = _update(run, [p for group in run.optimizer.param_groups for p in group["params"]])
+    progress.step += 1
+    if run.ema is not None:
+        run.ema.update(progress.step)
+    return losses, gradient_norm, rates
+
+
 def _accumulate(run: Run, parts: StepParts, group: list[Batch], progress: Progress) -> list[Tensor]:
     """Forward and backward over the batches of one optimizer step; the gradient is their mean."""
     losses = []
@@ -121,11 +133,12 @@ def _accumulate(run: Run, parts: StepParts, group: list[Batch], progress: Progre
         number = progress.micro_step * run.accelerator.num_processes + run.accelerator.process_index
         torch.manual_seed(seeds.derive(run.seed, "layers", number))  # dropout inside the modules
         run.method.before_batch(batch)
-        rng = parts.streams.at(run.accelerator.device, run.seed, "noise", number)
+        rng, step = parts.streams.at(run.accelerator.device, run.seed, "noise", number), progress.step + 1
         with _computing(run):
-            with run.accelerator.autocast():
+            with during(f"the forward pass of step {step}"), run.accelerator.autocast():
                 loss = training_step(parts, batch, rng).losses.mean()
-            run.accelerator.backward(loss / len(group))
+            with during(f"the backward pass of step {step}"):
+                run.accelerator.backward(loss / len(group))
         losses.append(loss.detach())
         progress.micro_step += 1
     return losses
@@ -186,17 +199,28 @@ def _save_and_sample(run: Run, progress: Progress, report: Report, *, epoch_end:
     due = saves.after_epoch(epoch, run.plan.epochs) if epoch_end else saves.after_step(progress.step)
     if due:
         report.drain(wait=True)
-        checkpointing.save(run, progress, due)
+        with during(f"saving after step {progress.step}"):
+            checkpointing.save(run, progress, due)
     if run.preview.due(progress.step, epoch if epoch_end else None):
         _sample(run, progress, epoch_end=epoch_end)
 
 
-def _validate(run: Run, parts: StepParts, progress: Progress, report: Report) -> float:
+def _validate(run: Run, parts: StepParts, progress: Progress, report: Report) -> float | None:
+    """The validation loss; None: memory ran out."""
     trained = run.method.trainable()
     trained.eval()  # no dropout
-    with run.as_used():
-        losses = run.validation.losses(parts, run.accelerator)
+    try:
+        with run.as_used():
+            losses = run.validation.losses(parts, run.accelerator)
+    except (MemoryError, RuntimeError) as error:
+        memory = exhausted(error)
+        if memory is None or run.accelerator.num_processes > 1:  # the others would wait for this one
+            raise
+        losses = None
+        LOGGER.warning("no validation at step %d: not enough %s; training goes on", progress.step, memory)
     placement.training_modes(run.models, trained, grad_text=parts.grad_text)
+    if losses is None:
+        return None
     run.tracker.scalars(progress.step, losses)
     loss = losses["loss/validation"]
     LOGGER.info("validation loss %.5f at step %d", loss, progress.step)

@@ -12,6 +12,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+from library.checkpoints.writing import bytes_of
 from library.errors import UserError
 from library.training.resuming import report_data
 from library.training.state_notes import (
@@ -169,16 +170,7 @@ def _load_optimizer(
 
 def needed_bytes(parts: StateParts) -> int:
     """About how many bytes a saved model and its state take: the trained tensors twice, and the optimizer's."""
-    return 2 * size_of(parts.trained.state_dict()) + size_of(parts.optimizer.state_dict())
-
-
-def size_of(value: Any) -> int:
-    """Bytes of all tensors in nested containers."""
-    if hasattr(value, "nbytes"):
-        return int(value.nbytes)
-    if isinstance(value, Mapping):
-        return sum(size_of(one) for one in value.values())
-    return sum(map(size_of, value)) if isinstance(value, list | tuple) else 0
+    return 2 * bytes_of(parts.trained.state_dict()) + bytes_of(parts.optimizer.state_dict())
 
 
 def _unchanged(value: Any) -> Any:

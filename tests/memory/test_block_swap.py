@@ -7,6 +7,7 @@ may. A forgotten wait, or memory that is used again too early, is a NaN in the l
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import math
 
@@ -25,6 +26,7 @@ from library.memory.compiling import compile_blocks
 from library.memory.low_precision import quantise_to_fp8
 from library.memory.offload import offloading_checkpoint
 from library.options.optimizer import OptimizerOptions
+from library.planning.watching import Watcher
 from library.training import placement
 from library.training.ema import EMA
 from library.training.optimizers import make_optimizer
@@ -672,3 +674,25 @@ def test_training_the_weights_themselves_on_a_gpu(checkpointing):
         return seen
 
     assert_same(trained(6), trained(0))
+
+
+def test_a_step_leaves_nothing_for_the_collector_of_python():
+    """A circle of references would keep what checkpointing has saved: the inputs of all blocks, step after step."""
+    blocks = nn.ModuleList(nn.Linear(64, 64) for _ in range(5)).requires_grad_(False)
+    swap = BlockSwap(list(blocks), 2, CPU, simulate=True)
+    swap.attach()
+    watcher, left = Watcher(), []
+    gc.collect()
+    gc.disable()
+    try:
+        with watcher:
+            for _ in range(3):
+                x = output = torch.ones(32, 64, requires_grad=True)
+                for block in blocks:
+                    output = checkpoint(block, output, use_reentrant=False)
+                output.sum().backward()
+                del x, output
+                left.append(watcher.in_use("cpu"))
+    finally:
+        gc.enable()
+    assert left[0] == left[1] == left[2]

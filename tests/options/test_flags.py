@@ -45,6 +45,7 @@ COUNTS = {
 # options that earlier trainers do not have
 OURS = {"strict", "data_index_dir", "ema", "ema_decay", "stochastic_rounding"}
 OURS |= {"save_best_validation", "early_stop_patience", "no_results_page", "notify"}
+OURS |= {"plan", "plan_vram", "plan_device", "plan_json", "plan_apply"}
 VALIDATION = {"validation_split", "validation_seed", "max_validation_steps"}
 VALIDATION |= {"validate_every_n_steps", "validate_every_n_epochs"}
 OF_NETWORKS = {  # what earlier trainers offer for networks alone

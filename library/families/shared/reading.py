@@ -16,6 +16,7 @@ from library.checkpoints.reading import (
     open_weights,
     read_header,
     read_layout,
+    reads_shapes_only,
 )
 from library.checkpoints.scaled import is_scale, multiplied, scale_of
 from library.errors import UserError
@@ -141,11 +142,9 @@ class PlainFile(SafetensorsFile):
         self._words = {key: tensor.dtype for key, tensor in parsed.tensors.items()}
         self._starts = {key: start + tensor.start for key, tensor in parsed.tensors.items()}
 
-    def __getitem__(self, key: str) -> Tensor:
+    def _read(self, key: str) -> Tensor:
         import torch
 
-        if key not in self.shapes:
-            raise KeyError(key)
         tensor = torch.empty(self.shapes[key], dtype=self.dtype(key), device="cpu")
         with open_regular(self.path) as file:
             file.seek(self._starts[key])
@@ -201,6 +200,8 @@ def from_pretrained(
             break
         for tried in (variant,) if variant else (None, "fp16"):  # some models come in half precision only
             try:
+                if reads_shapes_only():
+                    return _without_values(model_class, name, local, options)
                 model = model_class.from_pretrained(name, local_files_only=local, variant=tried, **options)
                 return freeze(model)
             except (OSError, ValueError, RuntimeError) as problem:
@@ -212,6 +213,19 @@ def from_pretrained(
     raise UserError(
         f"{where}: neither a local file or folder, nor in the hub's cache, and the hub does not provide it ({reason})"
     )
+
+
+def _without_values(model_class: Any, name: str, local: bool, options: dict[str, Any]) -> nn.Module:
+    """The model of a folder's configuration, whose weights have no values."""
+    where = {"local_files_only": local, "subfolder": options.get("subfolder") or ""}
+    if hasattr(model_class, "config_class") and model_class.config_class is not None:  # transformers
+        others = {word: options[word] for word in options.keys() - {"subfolder", "dtype", "device_map"}}
+        config = model_class.config_class.from_pretrained(name, **where, **others)
+        model, dtype = meta_model(lambda: model_class(config)), options["dtype"]
+    else:
+        config = model_class.load_config(name, **where)
+        model, dtype = meta_model(lambda: model_class.from_config(config)), options["torch_dtype"]
+    return freeze(model.to(dtype).to_empty(device="cpu"))
 
 
 def meta_model_of_folder(model_class: type[ModelMixin], folder: str, subfolder: str) -> nn.Module:

@@ -1,0 +1,67 @@
+"""Plans of models at their published size, from files without data, against counts that others have published."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from tests.scripts.starting import ROOT, as_words
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import header_models
+
+SD15_UNET = 859_520_964  # weights
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("published") / "sd15.safetensors"
+    header_models.write_sd15(file)
+    return file
+
+
+def test_a_file_without_data_has_the_names_and_the_size_of_the_real_one(sd15):
+    assert sd15.stat().st_size // 10**7 == 213  # v1-5-pruned-emaonly in float16 has 2.13 GB
+    assert sd15.stat().st_blocks * 512 < 10**7  # a hole
+    with safe_open(sd15, "pt") as file:
+        sizes = [file.get_slice(key).get_shape() for key in file.keys() if key.startswith("model.diffusion_model.")]  # noqa: SIM118
+    assert sum(math.prod(size) for size in sizes) == SD15_UNET
+
+
+@pytest.mark.slow
+def test_a_plan_of_sd15_has_the_weights_and_the_operations_that_are_known(run_script, sd15, tmp_path):
+    images = tmp_path / "data" / "1_a"
+    images.mkdir(parents=True)
+    Image.new("RGB", (512, 512)).save(images / "image.png")
+    options = {
+        "pretrained_model_name_or_path": sd15,
+        "train_data_dir": images.parent,
+        "output_dir": tmp_path,
+        "resolution": 512,
+        "network_module": "networks.lora",
+        "network_dim": 16,
+        "network_train_unet_only": True,
+        "learning_rate": 1e-4,
+        "cache_latents": True,
+        "mixed_precision": "bf16",
+        "max_train_steps": 10,
+        "plan": True,
+        "plan_device": "RTX 4090",
+        "plan_json": tmp_path / "plan.json",
+    }
+    script = run_script("train_network.py", *as_words(options))
+    assert script.returncode == 0, script.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    peak = next(phase for phase in plan["phases"] if phase["name"] == "second step")["peaks"]["gpu"]
+    weights = peak["by_kind"]["weights of the denoiser"]
+    assert 2 * SD15_UNET <= weights < 2 * SD15_UNET + 512 * 700  # bf16; each of 686 tensors is rounded up
+    # 0.68 TFLOP of layers and 0.13 of attention forwards; backwards the same for layers, as nothing but what is added
+    # needs gradients of weights, and 2.5 times for attention: 1.8 in all (512 px, batch 1).
+    assert "1.8" in script.stdout.partition("estimated from ")[2].split(" TFLOP")[0]

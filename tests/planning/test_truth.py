@@ -1,0 +1,139 @@
+"""A plan's memory against that of the real run: the same watcher over real tensors, on the CPU.
+
+The played device is the CPU here, so that each operation has its real counterpart in the other run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from library import checking, registry, session
+from library.memory import block_swap
+from library.options import parsing
+from library.options.devices import GIB, Device
+from library.planning.simulation import Request, built, quietly, simulate, steps
+from library.planning.watching import Watcher
+from library.runtime.processes import Processes
+from library.training import distributed, placement
+from tests.builders import write_tiny_sd1
+from tests.builders.flux import write_flux, write_parts
+from tests.builders.sd3 import write_tiny_sd3
+from tests.builders.sdxl import write_tiny_sdxl
+from tests.scripts.starting import as_words
+
+CPU = Device("CPU", "cpu", 16 * GIB, 1e10, 1e11, 1e10, "nothing")
+ADAFACTOR = {
+    "optimizer_type": "AdaFactor",
+    "optimizer_args": ["relative_step=False", "scale_parameter=False", "warmup_init=False"],
+}
+FUSED = {**ADAFACTOR, "fused_backward_pass": True, "max_grad_norm": 0}
+ENCODERS = ("te1", "te2", "te3")
+BF16 = {"mixed_precision": "bf16", "full_bf16": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    method: str
+    options: dict[str, object]
+
+
+LORA = {"network_module": "networks.lora", "network_dim": 4, "learning_rate": 1e-3}
+CASES = {
+    "sd lora": Case("sd", "network", LORA),
+    "sd lora, checkpointing, accumulation, EMA": Case(
+        "sd", "network", {**LORA, "gradient_checkpointing": True, "gradient_accumulation_steps": 2, "ema": True}
+    ),
+    "sd full, fused, bf16": Case("sd", "dreambooth", {"learning_rate": 1e-5, **FUSED, **BF16}),
+    "sd full, EMA": Case("sd", "dreambooth", {"learning_rate": 1e-5, "ema": True, "gradient_checkpointing": True}),
+    "sdxl lora": Case("sdxl", "network", {**LORA, "network_train_unet_only": True, "cache_text_encoder_outputs": True}),
+    "sd3 lora, 8 bit": Case("sd3", "network", {**LORA, "network_train_unet_only": True, "fp8_base": True,
+                                               "mixed_precision": "bf16", "cache_text_encoder_outputs": True}),
+    "flux lora, swap, checkpointing": Case(
+        "flux", "network", {**LORA, "network_train_unet_only": True, "blocks_to_swap": 1,
+                            "gradient_checkpointing": True, "cache_text_encoder_outputs": True},
+    ),
+    "flux full, swap, fused": Case(
+        "flux", "finetune", {"learning_rate": 1e-5, "blocks_to_swap": 1, **FUSED, "cache_text_encoder_outputs": True}
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, dict[str, object]]:
+    """By family, the options that name a tiny model."""
+    folder = tmp_path_factory.mktemp("models")
+    named = "pretrained_model_name_or_path"
+    return {
+        "sd": {named: write_tiny_sd1(folder / "sd.safetensors")},
+        "sdxl": {named: write_tiny_sdxl(folder / "sdxl.safetensors")},
+        "sd3": {
+            named: write_tiny_sd3(folder / "sd3.safetensors", "5-medium", encoders=ENCODERS),
+            "tokenizer_cache_dir": folder / "parts",
+        },
+        "flux": {named: write_flux(folder / "flux"), **write_parts(folder / "parts")},
+    }
+
+
+@pytest.fixture
+def swaps_in_cpu_memory(monkeypatch):
+    """A device within CPU memory: blocks are swapped as on a GPU."""
+    monkeypatch.setattr(placement, "swaps", lambda opts, device: opts.swap.count > 0)
+    monkeypatch.setattr(block_swap, "BlockSwap", partial(block_swap.BlockSwap, simulate=True))
+
+
+def request_of(case: Case, files: dict[str, object], folder) -> Request:
+    family, method = registry.FAMILIES[case.family], registry.METHODS[case.method]
+    values = {
+        "train_data_dir": "examples/concept",
+        "output_dir": folder,
+        "resolution": 64,
+        "train_batch_size": 2,
+        "max_train_steps": 4,
+        "max_data_loader_n_workers": 0,
+        "cache_latents": True,
+        "seed": 1,
+        **case.options,
+        **files,
+    }
+    opts = parsing.parse_options(registry.groups_for(case.family, case.method), as_words(values))
+    opts = quietly(method.complete_options(family.complete_options(opts)))
+    specs = checking.check(opts, family, method)
+    data, length = session.open_data(opts, specs, family.traits, Processes())
+    return Request(opts, family, method, data, length, CPU, specs)
+
+
+def watched(request: Request) -> Watcher:
+    """The real run, seen by the watcher of a plan."""
+    opts = request.opts
+    AcceleratorState._reset_state(reset_partial_state=True)  # runs before this one had their own precision
+    accelerator = distributed.join_processes(opts.memory.mixed_precision, None)
+    real = session.Session(
+        opts, request.family.adapter(opts), request.method.method(opts), request.data, request.run_plan, accelerator
+    )
+    real.check(takes_control=False)
+    watcher = Watcher()
+    with watcher:
+        run = built(real, watcher, watcher.phase, request.method)
+        steps(run, next(iter(request.data.loader(1))), watcher, watcher.phase)
+        if real.swap is not None:
+            real.swap.detach()
+    return watcher
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("swaps_in_cpu_memory")
+def test_a_planned_peak_is_that_of_the_real_run(name, files, tmp_path):
+    """By the same watcher within 2 %, and the caches in CPU memory, which a plan adds up without making them."""
+    case = CASES[name]
+    request = request_of(case, files[case.family], tmp_path)
+    simulated = simulate(request, whole=False)
+    caches = sum(simulated.caches_in_memory.values())
+    planned = {phase.name: phase.peaks["cpu"] for phase in simulated.phases}
+    real = {phase.name: phase.peaks["cpu"] for phase in watched(request).phases}
+    for phase in ("placing the denoiser", "first step", "second step"):
+        assert planned[phase].size + caches == pytest.approx(real[phase].size, rel=0.02), (phase, planned, real)
