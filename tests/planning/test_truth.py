@@ -22,7 +22,6 @@ from library.training import distributed, placement
 from tests.builders import write_tiny_sd1
 from tests.builders.flux import write_flux, write_parts
 from tests.builders.sd3 import write_tiny_sd3
-from tests.builders.sdxl import write_tiny_sdxl
 from tests.scripts.starting import as_words
 
 CPU = Device("CPU", "cpu", 16 * GIB, 1e10, 1e11, 1e10, "nothing")
@@ -32,7 +31,6 @@ ADAFACTOR = {
 }
 FUSED = {**ADAFACTOR, "fused_backward_pass": True, "max_grad_norm": 0}
 ENCODERS = ("te1", "te2", "te3")
-BF16 = {"mixed_precision": "bf16", "full_bf16": True}
 
 
 @dataclass(frozen=True)
@@ -44,13 +42,10 @@ class Case:
 
 LORA = {"network_module": "networks.lora", "network_dim": 4, "learning_rate": 1e-3}
 CASES = {
-    "sd lora": Case("sd", "network", LORA),
     "sd lora, checkpointing, accumulation, EMA": Case(
         "sd", "network", {**LORA, "gradient_checkpointing": True, "gradient_accumulation_steps": 2, "ema": True}
     ),
-    "sd full, fused, bf16": Case("sd", "dreambooth", {"learning_rate": 1e-5, **FUSED, **BF16}),
     "sd full, EMA": Case("sd", "dreambooth", {"learning_rate": 1e-5, "ema": True, "gradient_checkpointing": True}),
-    "sdxl lora": Case("sdxl", "network", {**LORA, "network_train_unet_only": True, "cache_text_encoder_outputs": True}),
     "sd3 lora, 8 bit": Case("sd3", "network", {**LORA, "network_train_unet_only": True, "fp8_base": True,
                                                "mixed_precision": "bf16", "cache_text_encoder_outputs": True}),
     "flux lora, swap, checkpointing": Case(
@@ -70,7 +65,6 @@ def files(tmp_path_factory) -> dict[str, dict[str, object]]:
     named = "pretrained_model_name_or_path"
     return {
         "sd": {named: write_tiny_sd1(folder / "sd.safetensors")},
-        "sdxl": {named: write_tiny_sdxl(folder / "sdxl.safetensors")},
         "sd3": {
             named: write_tiny_sd3(folder / "sd3.safetensors", "5-medium", encoders=ENCODERS),
             "tokenizer_cache_dir": folder / "parts",

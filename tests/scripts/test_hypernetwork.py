@@ -67,6 +67,7 @@ def test_the_file_is_that_of_the_web_ui(trained):
     assert sorted(path.name for path in out.glob("hyper*.*")) == [
         "hyper-step00000010.pt",
         "hyper-step00000020.pt",
+        "hyper.html",
         "hyper.pt",
     ]
     assert "save_model_as" not in result.stderr  # that they are .pt files was no choice of the user's
