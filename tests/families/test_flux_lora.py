@@ -29,9 +29,16 @@ def load(folder, parts, variant="dev"):
 
 def test_targets_are_the_published_layers(tmp_path, parts):
     family, models = load(tmp_path, parts)
-    targets = family.targets.lora(models)
+    every = family.targets.lora(models)
+    targets = [target for target in every if not target.from_file]
     by_key = {target.key: target for target in targets}
-    assert len(by_key) == len(targets)
+    assert len({target.key for target in every}) == len(every)
+    norms = [
+        f"double_blocks_{i}_{x}_attn_norm_{y}_norm" for i in range(2) for x in ("img", "txt") for y in ("query", "key")
+    ]
+    norms += [f"single_blocks_{i}_norm_{y}_norm" for i in range(2) for y in ("query", "key")]
+    of_control_loras = ["final_layer_linear", "final_layer_adaLN_modulation_1", *norms]
+    assert [t.key.removeprefix("lora_unet_") for t in every if t.from_file] == of_control_loras
     block = [
         "img_mod_lin", "img_attn_qkv", "img_attn_proj", "img_mlp_0", "img_mlp_2",
         "txt_mod_lin", "txt_attn_qkv", "txt_attn_proj", "txt_mlp_0", "txt_mlp_2",
@@ -63,7 +70,8 @@ def test_targets_are_the_published_layers(tmp_path, parts):
 
 def test_every_linear_layer_but_the_final_one_is_a_target(tmp_path, parts):
     family, models = load(tmp_path, parts)
-    covered = {path for t in family.targets.lora(models) if t.part == "denoiser" for path in t.modules}
+    targets = [target for target in family.targets.lora(models) if target.part == "denoiser" and not target.from_file]
+    covered = {path for target in targets for path in target.modules}
     layers = {name for name, module in models.denoiser.named_modules() if isinstance(module, nn.Linear)}
     assert layers - covered == {"proj_out", "norm_out.linear"}
 

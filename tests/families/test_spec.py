@@ -23,7 +23,7 @@ ROLES = {
     "targets": Targets,
     "writer": Writer,
 }
-OPTIONAL = ("opts", "control", "lllite", "text_places")
+OPTIONAL = ("opts", "control", "lllite", "text_places", "text_layers", "shrinking")
 
 
 @pytest.mark.parametrize("spec", FAMILIES.values(), ids=FAMILIES)
@@ -37,6 +37,7 @@ def test_every_entry_point_can_be_called(spec):
     roles = {name: role for name, role in vars(family).items() if name not in OPTIONAL}
     assert roles.keys() == ROLES.keys()
     assert all(isinstance(role, ROLES[name]) for name, role in roles.items())
+    assert callable(family.text_layers) == spec.traits.text_regions
     assert callable(family.text_places) == ("xti" in spec.scripts.values())
     for control, method in ((family.control, "control_net"), (family.lllite, "lllite")):
         assert isinstance(control, Control) == (method in spec.scripts.values())
