@@ -77,7 +77,9 @@ class TinyFamily(Family):
             loader=unused,
             latents=SimpleNamespace(decode=self.decode_latents),
             text=SimpleNamespace(encode=self.encode_text),
-            denoiser=SimpleNamespace(predict=self.predict, prediction_type=lambda: prediction),
+            denoiser=SimpleNamespace(
+                predict=self.predict, prediction_type=lambda: prediction, control_channels=lambda models: 0
+            ),
             targets=unused,
             writer=unused,
         )
