@@ -42,6 +42,7 @@ def test_every_layer_is_what_the_loaded_model_has(case):
     for target in there:
         wanted, found = weight_of(models, target), file.weight(target)
         assert file.shape(target) == wanted.shape
+        # Such weights are loaded in bfloat16.
         if (
             "scaled" in path.parent.name and "_blocks_" in target.key and not target.norm
         ):  # such weights are loaded in bfloat16
