@@ -561,8 +561,8 @@ def test_rows_that_cannot_be_cut():
 def test_a_chain_over_fused_layers_is_turned_once_for_each_input(monkeypatch):
     from networks.layers import oft
 
-    turned = []
-    monkeypatch.setattr(oft, "turn_in_stages", lambda *given, of=oft.turn_in_stages: turned.append(1) or of(*given))
+    turned, turn = [], oft.turn_in_stages
+    monkeypatch.setattr(oft, "turn_in_stages", lambda *given, **more: turned.append(1) or turn(*given, **more))
     parts = [nn.Linear(12, width, bias=False) for width in (7, 10, 7)]
     layer = BoftLayer.build(parts, 6, 1.0, OftArgs())
     for step in range(1, 3):
