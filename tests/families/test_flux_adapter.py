@@ -224,15 +224,15 @@ def test_masked_padding_does_not_matter(loaded):
 
 @torch.no_grad()
 def test_times_stay_exact_in_bfloat16(loaded):
-    models, adapter, told = loaded["dev"], family(), []
-    handle = models.denoiser.time_text_embed.register_forward_hook(lambda _m, args, _o: told.append(args))
+    models, adapter, seen = loaded["dev"], family(), []
+    handle = models.denoiser.time_text_embed.register_forward_hook(lambda _m, args, _o: seen.append(args))
     cond = adapter.text.encode(models, CAPTIONS)
     with torch.autocast("cpu", torch.bfloat16):
         adapter.denoiser.predict(models, noise(2, 16, 4, 4), torch.tensor([503.7, 998.3]), cond)
-    others = torch.tensor([1.0]), torch.tensor([2.0]), told[0][2][:1].float()
+    others = torch.tensor([1.0]), torch.tensor([2.0]), seen[0][2][:1].float()
     models.denoiser.time_text_embed(*others)  # outside of a prediction its inputs are its own
     handle.remove()
-    (times, guidance, _), later = told
+    (times, guidance, _), later = seen
     assert_close(times, torch.tensor([503.7, 998.3]), atol=0, rtol=0)
     assert guidance.tolist() == [3500.0, 3500.0]
     assert all(one is other for one, other in zip(later, others, strict=True))
