@@ -43,7 +43,7 @@ def edges(image: Image.Image) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
-    """Random weights in SDXL's layout, but for the VAE: that of the bundled model, whose latents differ from image to image."""
+    """Random weights in the layout of SDXL, and the VAE of the bundled model, whose latents differ by image."""
     models = tiny_sdxl()
     _, bundled = cli.load_family("sd", [f"--pretrained_model_name_or_path={measure.MODEL}"])
     models.vae = bundled.vae
