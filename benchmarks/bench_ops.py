@@ -29,7 +29,6 @@ import json
 import logging
 import sys
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -49,11 +48,10 @@ from bench_models import Row, assemble, build_models, make_batch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from library import registry
 from library.options import parsing
+from library.planning.watching import Watcher
 from library.runtime import logs
 from library.training.step import StepParts, training_step
 from networks.targets import live_modules
@@ -129,43 +127,17 @@ def launches(function: Any) -> bool:
     return not any(one.alias_info is not None and not one.alias_info.is_write for one in function._schema.returns)
 
 
-class Watch(TorchDispatchMode):
-    """Counts operations, and the bytes of storages that were made since it was entered and are alive."""
+@contextmanager
+def watched() -> Iterator[tuple[Watcher, Counter[str]]]:
+    """Within it storages are watched, and operations counted by their names."""
+    ops: Counter[str] = Counter()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: Counter[str] = Counter()
-        self.now = self.peak = 0
-        self.peak_op = ""
-        self._alive: dict[int, weakref.ref] = {}
-
-    def restart(self) -> None:
-        """Forgets what was counted, and keeps what is alive."""
-        self.ops.clear()
-        self.peak = self.now
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
+    def count(function: Any, *_: Any) -> None:
         if launches(function):
-            self.ops[str(function)] += 1
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage(), function)
-        return result
+            ops[str(function)] += 1
 
-    def _see(self, storage: torch.UntypedStorage, function: Any) -> None:
-        key = storage._cdata
-        if key in self._alive:
-            return
-        size = storage.nbytes()
-        self._alive[key] = weakref.ref(storage, partial(self._forget, key, size))
-        self.now += size
-        if self.now > self.peak:
-            self.peak, self.peak_op = self.now, str(function)
-
-    def _forget(self, key: int, size: int, _: Any) -> None:
-        self.now -= size
-        del self._alive[key]
+    with Watcher(count) as watcher:
+        yield watcher, ops
 
 
 @dataclass
@@ -300,13 +272,14 @@ CONTENDERS = {"ours": ours, "peft": with_peft, "base": base}
 
 def measure_one(contender: str, row: Row, arguments: tuple[str, ...]) -> Seen:
     """The second step of a contender: the first one makes the optimizer's state."""
-    with played(), Watch() as watch:
+    with played(), watched() as (watcher, ops):
         step, layers = CONTENDERS[contender](row, arguments)
         step()
-        resident = watch.now
-        watch.restart()
-        step()
-        return Seen(sum(watch.ops.values()), watch.peak, resident, layers)
+        resident = watcher.in_use("cpu")
+        ops.clear()
+        with watcher.phase("second step") as phase:
+            step()
+        return Seen(ops.total(), phase.peaks["cpu"].size, resident, layers)
 
 
 def measure(contender: str, case: Case, *, full: bool) -> Seen:
