@@ -24,7 +24,7 @@ STATUS = Status(12, 60, 1.234, 0.09123, 1e-4, 11.24)
 def line(monkeypatch, stream, columns=80, total=20_000, status=STATUS) -> str:
     """What stands there after some steps."""
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_: os.terminal_size((columns, 24)))
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((columns, 24)))
     shown = StatusLine(total, total // 2, disable=False)
     shown._bar.mininterval = shown._bar.miniters = 0
     for _ in range(3):
