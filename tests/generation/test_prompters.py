@@ -57,7 +57,9 @@ def test_editing_and_history():
                 until("prompt: ")
                 os.write(terminal, typed)
                 until(f"got {line!r}")
-            os.write(terminal, b"\n" + END)  # a blank line is none
+            for typed in (b"\n", END):  # a blank line is none
+                until("prompt: ")  # the end counts only once the line is being edited
+                os.write(terminal, typed)
             until("ended")
             assert run.wait(10) == 0
         finally:
