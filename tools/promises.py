@@ -34,7 +34,7 @@ class Table:
     """docs/compatibility.md, read."""
 
     promises: dict[str, Promise] = field(default_factory=dict)  # in the order of the page
-    coming: set[str] = field(default_factory=set)  # ids of what is listed for later
+    refused: set[str] = field(default_factory=set)  # ids of what is not promised
     problems: list[str] = field(default_factory=list)
 
 
@@ -51,21 +51,19 @@ def _cells(line: str) -> list[str]:
 
 
 def read_table(text: str) -> Table:
-    """The promises: rows with four cells. Rows with two cells begin with the ids of what comes later."""
+    """The promises: rows with four cells. Rows with two cells begin with the ids of what is not promised."""
     table = Table()
     for line in text.splitlines():
         cells = _cells(line)
         if not cells or not _ID.match(cells[0]):
             continue
         ids = _ID.findall(cells[0])
+        again = [one for one in ids if one in table.refused or one in table.promises]
         if len(cells) == 2:
-            again = [one for one in ids if one in table.coming or one in table.promises]
-            table.coming.update(ids)
+            table.refused.update(ids)
         elif len(cells) == 4 and cells[0] == ids[0]:
-            again = [one for one in ids if one in table.coming or one in table.promises]
             table.promises[ids[0]] = Promise(*cells)
         else:
-            again = []
             table.problems.append(f"{TABLE.as_posix()}: a row is id | promise | needs | held by, got: {line}")
         table.problems += [f"{TABLE.as_posix()}: {one} stands there twice" for one in again]
     return table
@@ -128,9 +126,12 @@ def held_by(markers: Sequence[Marker]) -> dict[str, list[str]]:
 
 
 def unknown_ids(table: Table, markers: Sequence[Marker]) -> list[str]:
-    """One line for every marker whose id is not on the page. Ids of what is coming may be shown in part before."""
-    known = table.coming.union(table.promises)
-    return [f"{marker.test}: {marker.id} is not in {TABLE.as_posix()}" for marker in markers if marker.id not in known]
+    """One line for every marker whose id is no promise."""
+    return [
+        f"{marker.test}: {marker.id} is no promise of {TABLE.as_posix()}"
+        for marker in markers
+        if marker.id not in table.promises
+    ]
 
 
 def _held_cell(tests: Sequence[str]) -> str:
@@ -163,9 +164,6 @@ def report(table: Table, tests: dict[str, list[str]]) -> Iterator[str]:
         for one in special:
             shown = "shown in part" if one.id in tests else "no test"
             yield f"  {one.id:5} {one.text} [{one.needs}; {shown}]"
-    early = sorted(table.coming.intersection(tests), key=lambda one: (one[0], int(one[1:])))
-    if early:
-        yield f"of what is coming, tests show something already: {', '.join(early)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -50,7 +50,7 @@ def draw_here(tmp_path, monkeypatch):
     return draw
 
 
-@pytest.mark.rows("C60", "R427")
+@pytest.mark.rows("C60", "R1", "R2", "R427")
 def test_the_published_flux_command(run_script, flux_files, tmp_path):
     model, parts = flux_files
     words = ["--ckpt", model, "--clip_l", parts["clip_l"], "--t5xxl", parts["t5xxl"], "--ae", parts["ae"]]

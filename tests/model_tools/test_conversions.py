@@ -47,7 +47,7 @@ def first_shard(folder):
     return min((folder / "transformer").glob("*-00001-of-*.safetensors"))
 
 
-@pytest.mark.rows("C65", "R424", "R426")
+@pytest.mark.rows("C65", "R1", "R2", "R424", "R426")
 @pytest.mark.parametrize(
     "where", [lambda f: f, lambda f: f / "transformer", first_shard], ids=["model", "part", "shard"]
 )

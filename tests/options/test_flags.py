@@ -148,7 +148,7 @@ def test_every_option_is_read():
     assert declared - used == set(), "nothing reads these options: use them, or do not add them"
 
 
-@pytest.mark.rows("R4")
+@pytest.mark.rows("R1", "R2", "R4")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_every_flag_and_exits_with_0(script, capsys):
     with pytest.raises(SystemExit) as stop:
