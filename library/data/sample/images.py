@@ -10,7 +10,8 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import sha256
 from io import BytesIO
@@ -22,6 +23,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from library.data.sample.opencv import opencv
+from library.data.sample.plain_headers import HEAD, plain_size
 from library.data.sample.png_metadata import without_texts
 from library.data.scan.folders import register_jpeg_xl
 from library.runtime.files import open_regular
@@ -107,7 +109,11 @@ def probe(path: Path) -> Probe:
         size = Size(height, width) if orientation in _SIDEWAYS else Size(width, height)
         return Probe(size, orientation != 1, frames)
 
-    return use_image(path, look)
+    with _open(path) as (stream, length):
+        plain = plain_size(stream.read(HEAD), length)
+        if plain is not None and _ends_well(stream, length):
+            return Probe(plain, turned=False)
+        return _use(path, stream, length, look)
 
 
 def describe(path: Path) -> list[Any] | str:
@@ -205,27 +211,38 @@ def use_image(path: Path, use: Callable[[Image.Image, BinaryIO, int], T]) -> T:
     Raises: OSError or ValueError: no image, an unknown format, too large, or damaged, whether that comes out here or
         in `use`. See `reason`.
     """
-    if path.suffix.lower() == ".jxl":
-        register_jpeg_xl()
+    with _open(path) as (stream, length):
+        return _use(path, stream, length, use)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """A file and its length in bytes; a small one is read in one go."""
     with open_regular(path) as file:
         length = os.fstat(file.fileno()).st_size
-        stream = BytesIO(file.read()) if length <= _SMALL else file
-        source, profile = stream, None
-        while True:
-            try:
-                with Image.open(source) as image:
-                    if image.format in _DRAWINGS:
-                        raise UnidentifiedImageError
-                    if profile is not None:
-                        image.info["icc_profile"] = profile
-                    return use(image, stream, length)
-            except (OSError, ValueError, Image.DecompressionBombError, *_BROKEN) as error:
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise  # not about the bytes: no such file, no permission
-                bare = without_texts(stream, length) if source is stream else None
-                if bare is None:
-                    raise ValueError(_what_is_wrong(stream, length, error)) from None
-                source, profile = bare
+        yield BytesIO(file.read()) if length <= _SMALL else file, length
+
+
+def _use(path: Path, stream: BinaryIO, length: int, use: Callable[[Image.Image, BinaryIO, int], T]) -> T:
+    if path.suffix.lower() == ".jxl":
+        register_jpeg_xl()
+    source, profile = stream, None
+    while True:
+        source.seek(0)
+        try:
+            with Image.open(source) as image:
+                if image.format in _DRAWINGS:
+                    raise UnidentifiedImageError
+                if profile is not None:
+                    image.info["icc_profile"] = profile
+                return use(image, stream, length)
+        except (OSError, ValueError, Image.DecompressionBombError, *_BROKEN) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # not about the bytes: no such file, no permission
+            bare = without_texts(stream, length) if source is stream else None
+            if bare is None:
+                raise ValueError(_what_is_wrong(stream, length, error)) from None
+            source, profile = bare
 
 
 def _what_is_wrong(stream: BinaryIO, length: int, error: Exception) -> str:
