@@ -18,10 +18,8 @@ def test_what_it_tries_is_there(tmp_path):
 
 
 def test_a_failure_is_shown(capsys):
-    commands = {
-        "good": [sys.executable, "-c", "print('fine')"],
-        "bad": [sys.executable, "-c", "raise SystemExit('no')"],
-    }
+    good, bad = ([sys.executable, "-c", code] for code in ("print('fine')", "raise SystemExit('no')"))
+    commands = {"good": good, "bad": bad}
     assert smoke.run(commands) == 1
     said = capsys.readouterr().out
     assert "good: ok" in said
