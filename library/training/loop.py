@@ -261,12 +261,12 @@ def _validate(
     if standing.base is None:  # memory ran out before
         _begin(run, losses, progress)
         return standing.latest
-    lowest = standing.update(losses, run.validation.looks.strata)
+    verdict = standing.update(losses, run.validation.looks.strata)
     run.tracker.scalars(progress.step, run.validation.values(losses, standing.base))
     if report.average is not None:  # by the names that earlier trainers have
         run.tracker.scalars(progress.step, averages(standing.latest, report.average, every))
-    LOGGER.info("%s", run.validation.line(losses, standing.base, progress.step))
-    if lowest and options.save_best_validation and run.takes_part:
+    LOGGER.info("%s", run.validation.line(losses, standing.base, verdict.change, progress.step))
+    if verdict.lowest and options.save_best_validation and run.takes_part:
         report.drain(wait=True)
         checkpointing.save(run, progress, saving.SaveRequest(run.saves.best_path()))
     progress.stopped = options.early_stop_patience is not None and standing.since >= options.early_stop_patience

@@ -47,6 +47,13 @@ def difference(now: Tensor, before: Tensor, strata: Tensor) -> Difference:
     return Difference(float(differences.mean()), math.sqrt(total) / count)
 
 
+class Verdict(NamedTuple):
+    """What a measurement says."""
+
+    lowest: bool  # whether its mean is the lowest since the start
+    change: Difference  # from the best one before it
+
+
 class Standing:
     """Where a run stands: the losses at its start, the best ones since, and how long ago that was.
 
@@ -71,8 +78,8 @@ class Standing:
         self.base = self.best = losses.double()
         self.looks, self.latest = looks, float(losses.mean())
 
-    def update(self, losses: Tensor, strata: Tensor) -> bool:
-        """Whether the mean is the lowest since the start. Args: as of `difference`."""
+    def update(self, losses: Tensor, strata: Tensor) -> Verdict:
+        """Takes a measurement, (L,). Args: as of `difference`."""
         losses = losses.double()
         self.latest = float(losses.mean())
         change = difference(losses, self.best, strata)
@@ -80,7 +87,7 @@ class Standing:
         self.best, self.since = (losses, 0) if better else (self.best, self.since + 1)
         lowest = self.latest < self.lowest
         self.lowest = min(self.lowest, self.latest) if lowest else self.lowest
-        return lowest
+        return Verdict(lowest, change)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from library.runtime.logs import LOGGER
-from library.training.paired import difference
+from library.training.paired import Difference, difference
 from library.training.step import StepParts, encoded, step_losses
 from library.types import NoiseDraw, repeated
 
@@ -157,12 +157,20 @@ class Validation:
                     found[f"{NAME}/standard error{name}"] = change.error
         return found
 
-    def line(self, now: Tensor, base: Tensor, step: int) -> str:
-        """What the log says of a measurement, (L,), against the base."""
-        change, before = difference(now, base, self.looks.strata), float(base.mean())
-        share = f"{100 * change.mean / before:+.1f} %" if before else f"{change.mean:+.5f}"
-        error = f" (standard error {100 * change.error / before:.1f} %)" if before and len(now) > 1 else ""
-        return f"validation loss {float(now.mean()):.5f} at step {step}: {share} from the base{error}"
+    def line(self, now: Tensor, base: Tensor, from_best: Difference, step: int) -> str:
+        """What the log says of a measurement, (L,), against the base and the best one so far."""
+        mean = float(now.mean())
+        from_base = _share(difference(now, base, self.looks.strata), float(base.mean()))
+        best = _share(from_best, mean - from_best.mean)
+        return f"validation loss {mean:.5f} at step {step}: {from_base} from the base, {best} from the best so far"
+
+
+def _share(change: Difference, before: float) -> str:
+    """A difference and its standard error in percent of what was before."""
+    if not before:
+        return f"{change.mean:+.5f}"
+    error = f" (standard error {100 * change.error / before:.2f} %)" if math.isfinite(change.error) else ""
+    return f"{100 * change.mean / before:+.1f} %{error}"
 
 
 def averages(loss: float, training: float, every: Literal["step", "epoch"]) -> dict[str, float]:

@@ -62,7 +62,7 @@ FIRST = torch.tensor([1.0, 2.0, 3.0, 4.0])
 
 
 def updated(standing: Standing, change: list[float]) -> bool:
-    return standing.update(FIRST + torch.tensor(change), STRATA)
+    return standing.update(FIRST + torch.tensor(change), STRATA).lowest
 
 
 def test_better_is_what_is_lower_by_more_than_the_error_of_the_difference():

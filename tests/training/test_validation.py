@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from library.options.base import Given, build_options
 from library.options.loss import LossOptions, NoiseOptions
 from library.options.sampling import ValidationOptions
 from library.runtime.seeds import generator
+from library.training.paired import Difference
 from library.training.step import StepParts
 from library.training.validation import Validation, averages, looks_per_image
 from library.types import Batch, Size, TextCond
@@ -186,10 +188,13 @@ def test_values_by_range_and_concept_add_up():
 
 def test_the_line_gives_the_difference_in_percent():
     validation, base = validation_of(Held()), torch.full((72,), 0.5)
-    assert validation.line(base * 0.9, base, 7) == (
-        "validation loss 0.45000 at step 7: -10.0 % from the base (standard error 0.0 %)"
+    assert validation.line(base * 0.9, base, Difference(0.05, 0.002), 7) == (
+        "validation loss 0.45000 at step 7: -10.0 % (standard error 0.00 %) from the base, "
+        "+12.5 % (standard error 0.50 %) from the best so far"
     )
-    assert validation.line(base, 0 * base, 7) == "validation loss 0.50000 at step 7: +0.50000 from the base"
+    assert validation.line(base, 0 * base, Difference(0.5, math.inf), 7) == (
+        "validation loss 0.50000 at step 7: +0.50000 from the base, +0.50000 from the best so far"
+    )
 
 
 def test_names_of_earlier_trainers():
