@@ -345,7 +345,7 @@ class Session:
             schedule=schedule,
             saves=saves,
             preview=self.preview,
-            validation=Validation(opts, data.held_out, opts.training.seed),
+            validation=Validation(opts, data.held_out, opts.training.seed, objective),
             tracker=make_tracker(opts, spec.tracker, enabled=self.accelerator.is_main_process, others=sinks),
             hub=Hub(opts.saving, enabled=self.accelerator.is_main_process),
             make_metadata=self._metadata_maker(optimizer),

@@ -91,6 +91,12 @@ class Batch:
 
         return replace(self, **{name: apply(value) for name, value in vars(self).items()})
 
+    def repeated(self, times: int) -> Batch:
+        """The same items, all of them `times` times over."""
+        lists = {"captions": self.captions, "keys": self.keys, "attributes": self.attributes}
+        again = {name: items * times for name, items in lists.items()}
+        return replace(self.map(lambda tensor: repeated(tensor, times)), **again)
+
     def to(self, device: torch.device | str) -> Batch:
         """Moves every tensor without waiting for it."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -98,6 +104,11 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Pins every tensor, so that `to` need not wait for pageable memory. Called by DataLoader."""
         return self.map(lambda tensor: tensor.pin_memory())
+
+
+def repeated(tensor: Tensor, times: int) -> Tensor:
+    """(B, ...) to (times * B, ...): all items, then all of them again."""
+    return tensor.repeat(times, *[1] * (tensor.ndim - 1))
 
 
 # Noisy latents (B, C, h, w), timesteps (B,) in the family's own units, conditioning and batch to the prediction, shaped
@@ -122,6 +133,14 @@ class NoiseDraw:
     timesteps: Tensor  # (B,), in the family's own units (DDPM: integers 0..999)
     target: Tensor  # (B, C, h, w), what the prediction is compared with
     noise: Tensor  # (B, C, h, w)
+
+    @staticmethod
+    def cat(draws: Sequence[NoiseDraw]) -> NoiseDraw:
+        """Several draws as one for all of their items."""
+        import torch
+
+        names = ("noisy", "timesteps", "target", "noise")
+        return NoiseDraw(**{name: torch.cat([getattr(draw, name) for draw in draws]) for name in names})
 
 
 @dataclass

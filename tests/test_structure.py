@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -134,24 +134,35 @@ def name_of(node: ast.expr) -> str | None:
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)
 
 
-def runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """Every node below `node`, but for the bodies of `if TYPE_CHECKING:`."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and name_of(child.test) == "TYPE_CHECKING":
-            for other in child.orelse:
-                yield other
-                yield from runtime_nodes(other)
-            continue
-        yield child
-        yield from runtime_nodes(child)
+@cache
+def nodes_of(tree: ast.Module) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree))
 
 
-def imports(tree: ast.Module, *, for_types: bool = False) -> Iterator[Import]:
+def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node below `tree`, but for the bodies of `if TYPE_CHECKING:`."""
+    left = [tree]
+    while left:
+        for child in ast.iter_child_nodes(left.pop()):
+            if isinstance(child, ast.If) and name_of(child.test) == "TYPE_CHECKING":
+                yield from child.orelse
+                left += child.orelse
+            else:
+                yield child
+                left.append(child)
+
+
+@cache
+def imports(tree: ast.Module, *, for_types: bool = False) -> tuple[Import, ...]:
     """What a module imports when it runs, by `import`, by `from ... import` or by a literal `import_module(...)`.
 
     `for_types`: also what it imports under `if TYPE_CHECKING:`.
     """
-    for node in ast.walk(tree) if for_types else runtime_nodes(tree):
+    return tuple(_imports(nodes_of(tree) if for_types else runtime_nodes(tree)))
+
+
+def _imports(nodes: Iterable[ast.AST]) -> Iterator[Import]:
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (Import(node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -211,7 +222,7 @@ def tokens(name: str) -> set[str]:
 
 def identifiers(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Every name that the code gives or uses, with its line; type annotations and imports for types included."""
-    for node in ast.walk(tree):
+    for node in nodes_of(tree):
         match node:
             case ast.Name(id=name) | ast.Attribute(attr=name) | ast.arg(arg=name):
                 yield node.lineno, name
@@ -230,7 +241,7 @@ def family_faults(tree: ast.Module) -> Iterator[str]:
     for line, name in identifiers(tree):
         if any(map(FAMILY_WORD.fullmatch, tokens(name))):
             yield f"{line}: the name {name.strip()}"
-    for node in ast.walk(tree):
+    for node in nodes_of(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             word = re.sub(r"[^a-z0-9]", "", node.value.lower())
             if FAMILY_WORD.fullmatch(word):
@@ -238,7 +249,7 @@ def family_faults(tree: ast.Module) -> Iterator[str]:
 
 
 def key_faults(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
+    for node in nodes_of(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and ORIGINAL_KEYS.search(node.value):
             yield f"{node.lineno}: {ORIGINAL_KEYS.search(node.value)[0]}"
 

@@ -174,4 +174,5 @@ def report_missing(what: str, kept: int, invalid: Sequence[str], new: int) -> No
         LOGGER.warning("made again: %s", reason)
     if len(invalid) > MOST_NAMED:
         LOGGER.warning("made again: and %d more", len(invalid) - MOST_NAMED)
-    LOGGER.info("%s: %d used as they are, %d made again, %d new", what, kept, len(invalid), new)
+    counts = ((kept, "used as they are"), (len(invalid), "made again"), (new, "new"))
+    LOGGER.info("%s: %s", what, ", ".join(f"{count} {text}" for count, text in counts if count) or "none")

@@ -261,7 +261,7 @@ def _encode(
         return results
 
     groups = list(batches(jobs, encoder.batch_size, lambda one: one.bucket))
-    bar = encoder.progress(total=len(jobs), desc="caching latents", unit="img")
+    bar = encoder.progress(total=len(jobs), desc="caching latents", unit="images")
     yield from encode_missing(groups, view, encode, bar, workers=encoder.workers, on_error=on_error)
 
 

@@ -117,7 +117,7 @@ def cache_in_memory(requests: Sequence[TextRequest], encoder: Encoder) -> Memory
     processes = encoder.processes
     conds: list[TextCond] = []
     places: dict[str, tuple[int, int]] = {}
-    with encoder.progress(total=len(captions), desc="caching text encoder outputs", unit="caption") as bar:
+    with encoder.progress(total=len(captions), desc="caching text encoder outputs", unit="captions") as bar:
         for start in range(0, len(groups), processes.world):
             together = groups[start : start + processes.world]
             own = None
@@ -271,7 +271,7 @@ def _encode_to_files(
 
     flags = {name: np.array(value) for name, value in layout.flags.items()}
     files = [cache_file(one, layout) for members in todo.values() for one in members]
-    bar = encoder.progress(total=len(files), desc="caching text encoder outputs", unit="file")
+    bar = encoder.progress(total=len(files), desc="caching text encoder outputs", unit="files")
     encoded = encode_missing(
         list(batches(list(todo), encoder.batch_size)),
         lambda caption: caption,

@@ -46,6 +46,11 @@ class SubsetSpec:
         """The folder or file that messages name."""
         return self.image_dir or self.metadata_file or Path()
 
+    @property
+    def concept(self) -> str:
+        """The name under which its images are counted together."""
+        return self.class_tokens or self.place.name
+
 
 @dataclass(frozen=True)
 class DatasetSpec:

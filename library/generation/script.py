@@ -225,7 +225,7 @@ class Studio:
 
         self.written = []
         self._require_possible(iterations)
-        with logs.progress(sum(map(self.how.steps, iterations)), "images", unit="step") as bar:
+        with logs.progress(sum(map(self.how.steps, iterations)), "images", unit="steps") as bar:
             for requests in iterations:
                 for request in requests:
                     self._name(request)

@@ -139,7 +139,7 @@ class Preview:
             with (
                 evaluating(modules),
                 on_device(helpers, device),
-                progress(total_steps(prompts), "sample images", unit="step", leave=False) as bar,
+                progress(total_steps(prompts), "sample images", unit="steps", leave=False) as bar,
             ):
                 images = generate(
                     self.family,

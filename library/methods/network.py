@@ -85,7 +85,8 @@ class NetworkMethod(Method):
         if self._words is not None:
             self._words.attach(models, trained_keys(self.opts, family.traits))
         counts = ", ".join(f"{count} in {part}" for part, count in self._network.counts().items())
-        rank = f"; rank {self._dim_text()}" if self._network.ranks() else ""
+        alpha = "" if options.dim_from_weights else f", alpha {options.network_alpha:g}"  # else those of the file
+        rank = f"; rank {self._dim_text()}{alpha}" if self._network.ranks() else ""
         LOGGER.info("network %s: layers: %s%s", options.network_module, counts, rank)
 
     def _build(self, targets: list[LoraTarget], models: Models, file: Any, traits: FamilyTraits) -> TrainableNetwork:

@@ -179,7 +179,7 @@ def _measure_in_model(file: NetworkFile, sources: Sequence[ModelSource], report:
     except UserError as error:
         report.errors += error.problems
         return
-    with progress(len(entries), "measuring", unit=" layers") as bar:
+    with progress(len(entries), "measuring", unit="layers") as bar:
         for key, entry in entries.items():
             source, target = places[key]
             layer = _layer(key, entry)

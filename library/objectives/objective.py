@@ -92,9 +92,9 @@ class Objective(ABC):
     def weights(self, draw: NoiseDraw) -> Tensor | float:
         """The factor that the options put on the loss of each item by its time, (B,), or 1."""
 
-    def validation_timesteps(self) -> list[int]:
-        """The fixed timesteps at which validation measures the loss."""
-        return times.validation_timesteps(self.span)
+    def validation_timesteps(self, count: int = 4) -> list[int]:
+        """The fixed timesteps at which validation measures the loss of each image, ascending."""
+        return times.validation_timesteps(self.span, count)
 
     def perturb(self, noise: Tensor, generator: torch.Generator) -> Tensor:
         """The noise to build noisy latents from, where --ip_noise_gamma makes it another than the one in the target."""

@@ -27,6 +27,6 @@ def uniform(count: int, span: TimestepRange, generator: torch.Generator) -> Tens
     return torch.randint(span.low, span.high, (count,), generator=generator, device=generator.device)
 
 
-def validation_timesteps(span: TimestepRange) -> list[int]:
-    """Four timesteps that divide the range into five equal parts; 200, 400, 600, 800 for the whole range."""
-    return [span.low + (span.high - span.low) * part // 5 for part in range(1, 5)]
+def validation_timesteps(span: TimestepRange, count: int = 4) -> list[int]:
+    """`count` timesteps that divide the range into equal parts; 200, 400, 600, 800 for four in the whole range."""
+    return [span.low + (span.high - span.low) * part // (count + 1) for part in range(1, count + 1)]

@@ -85,9 +85,13 @@ class ValidationOptions(OptionGroup, group="validation", title="Validation"):
         off=0,
     )
     max_validation_steps: int | None = opt(
-        None, "maximum number of batches per validation; all if not given", at_least=1
+        None, "maximum number of batches of images per validation; all if not given", at_least=1
     )
     save_best_validation: bool = opt(False, "save the model with the lowest validation loss as <output_name>-best")
     early_stop_patience: int | None = opt(
-        None, "stop the run after this many validations in a row without a lower loss", at_least=1, off=0
+        None,
+        "stop the run after this many validations in a row whose loss is not lower than the best one by more than the "
+        "standard error of their difference",
+        at_least=1,
+        off=0,
     )

@@ -1,4 +1,5 @@
-// Curves as SVG. series: [{name, points: [[step, value]], smooth: whether the control smooths it}]
+// Curves as SVG. series: [{name, points: [[step, value]], smooth: whether the control smooths it,
+// errors: what may be added or taken away, by step, or null}]
 function chart(parent, title, series, marks, smoothing) {
   const wide = 560, high = 230, left = 62, right = 10, top = 10, bottom = 26;
   const svg = svgNode("svg", { viewBox: `0 0 ${wide} ${high}`, role: "img", "aria-label": title });
@@ -7,7 +8,10 @@ function chart(parent, title, series, marks, smoothing) {
   const drawn = series.map(one => ({ ...one, curve: one.smooth ? smoothed(one.points, smoothing) : one.points }));
   const steps = drawn.flatMap(one => one.points.map(point => point[0]));
   // What is faint behind a smoothed curve may leave the frame, or one high value would flatten the curve.
-  const values = drawn.flatMap(one => one.curve.map(point => point[1]));
+  const values = drawn.flatMap(one => one.curve.flatMap(([step, value]) => {
+    const error = one.errors?.get(step) ?? 0;
+    return [value - error, value + error];
+  }));
   const from = Math.min(...bounds(steps)), to = Math.max(from + 1, bounds(steps)[1]);
   const [lowest, highest] = bounds(values), room = (highest - lowest || Math.abs(highest) || 1) * .06;
   const ticks = roundTicks(lowest - (lowest >= 0 ? Math.min(room, lowest) : room), highest + room, 5);
@@ -34,6 +38,11 @@ function chart(parent, title, series, marks, smoothing) {
       const all = line(one.points, x, y);
       svg.append(svgNode("path", { class: "faint", d: all, stroke: colour, "clip-path": `url(#${clip})` }));
     }
+    if (one.errors) {
+      const edge = sign => one.curve.map(([step, value]) => [step, value + sign * (one.errors.get(step) ?? 0)]);
+      const band = `${line(edge(1), x, y)}${line(edge(-1).reverse(), x, y).replace("M", "L")}Z`;
+      svg.append(svgNode("path", { class: "band", d: band, style: `fill: ${colour}` }));
+    }
     svg.append(svgNode("path", { d: line(one.curve, x, y), stroke: colour }));
     if (one.curve.length === 1) {
       const [step, value] = one.curve[0];
@@ -47,7 +56,8 @@ function chart(parent, title, series, marks, smoothing) {
       const point = step === null ? one.curve[one.curve.length - 1] : nearest(one.curve, step);
       const dot = make("i");
       dot.style.background = `var(--c${number % 6})`;
-      return make("span", {}, dot, `${one.name}: ${short(point[1])}`);
+      const error = one.errors?.get(point[0]);
+      return make("span", {}, dot, `${one.name}: ${short(point[1])}${error === undefined ? "" : ` ± ${short(error)}`}`);
     }), ...(step === null ? [] : [make("span", { className: "quiet", textContent: `step ${step.toLocaleString("en")}` })]));
   };
   svg.addEventListener("pointermove", event => {

@@ -63,11 +63,22 @@ function heading() {
     ...(now.pace ? [["per step", `${now.pace.toPrecision(3)} s`]] : []),
     ...(left ? [["left", left]] : []),
     ...(now.memory ? [["peak memory", `${now.memory.toFixed(1)} GB`]] : []),
+    ...validated(),
     ["written", day(now.written)],
   ];
   header.append(make("dl", { className: "numbers" }, ...pairs.map(([name, value]) =>
     make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value })))));
   if (now.state === "running") header.append(reloading());
+}
+
+// How far the validation loss is from what it was before the first step.
+function validated() {
+  const last = name => data.series[`loss/validation/${name}`]?.points.at(-1)?.[1];
+  const [change, base, error] = ["difference", "base", "standard error"].map(last);
+  if (change === undefined || !base) return [];
+  const percent = value => (100 * value / base).toFixed(1);
+  const sign = change > 0 ? "+" : "";
+  return [["validation loss", `${sign}${percent(change)} %${error === undefined ? "" : ` ± ${percent(error)}`}`]];
 }
 
 // While the run goes on: the page on the disk is written again, and a browser shows it when it reloads.
@@ -105,12 +116,24 @@ function samples() {
 
 const PANELS = [  // title, which series, whether the control smooths them
   ["Loss", name => name === "loss/current", true],
-  ["Validation loss", name => name.startsWith("loss/validation") && !name.includes(" t "), false],
+  ["Validation loss", name => name === "loss/validation" || name === "loss/validation/base" || name.startsWith("loss/validation of "), false],
   ["Validation loss by timesteps", name => name.startsWith("loss/validation t "), false],
+  ["Validation loss less that of the base", name => name.startsWith("loss/validation/difference"), false],
   ["Learning rates", name => name.startsWith("lr/"), false],
   ["Gradient norm", name => name.startsWith("norm/"), true],
   ["Seconds per step", name => name === "time/step", true],
 ];
+
+// "loss/validation/difference t 000-249" to "t 000-249"
+function shortName(name) {
+  return name.replace(/^(loss|lr|norm|time)\/(validation\/(difference(?= ))?)?(validation (of )?(?=.))?/, "").replace(/^ (of )?/, "");
+}
+
+// By step, the standard errors of the differences of this name; null where there are none.
+function errorsOf(name) {
+  const errors = data.series[name.replace("/difference", "/standard error")];
+  return name.includes("/difference") && errors ? new Map(errors.points) : null;
+}
 
 function curves() {
   const known = Object.entries(data.series).filter(([, one]) => one.points.length);
@@ -125,7 +148,7 @@ function curves() {
     charts.replaceChildren();
     for (const [title, wanted, smooth] of PANELS) {
       const chosen = known.filter(([name]) => wanted(name)).map(([name, one]) =>
-        ({ name: name.replace(/^(loss|lr|norm|time)\/(validation (?=.))?/, ""), points: one.points, smooth }));
+        ({ name: shortName(name), points: one.points, smooth, errors: errorsOf(name) }));
       if (chosen.length) chart(charts, title, chosen, data.resumed, smooth ? slider.value / 100 : 0);
     }
   };

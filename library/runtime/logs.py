@@ -122,12 +122,15 @@ def quiet_third_parties() -> None:
 
 
 def progress(total: int | None, desc: str, unit: str = "it", **kwargs: Any) -> tqdm:
-    """A tqdm bar on stderr with rate and remaining time; a line now and then where stderr is no terminal."""
+    """A tqdm bar on stderr with rate and remaining time; a line now and then where stderr is no terminal.
+
+    Args: unit: what is counted, in the plural, or "B" for bytes.
+    """
     from tqdm import tqdm
 
     interval = 0.5 if sys.stderr.isatty() else 10.0
     how = {"mininterval": interval, "dynamic_ncols": True, "smoothing": 0.1, "file": _Screen(sys.stderr), **kwargs}
-    return tqdm(total=total, desc=desc, unit=unit, **how)
+    return tqdm(total=total, desc=desc, unit=unit if unit == "B" else f" {unit}", **how)
 
 
 def clear_progress() -> None:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from library.training.report import Report
 from library.training.run import Run
 from library.training.step import StepParts, training_step
 from library.training.tracking import Ending
+from library.training.validation import averages
 from library.types import Batch
 from networks.layers.copies import weights_in
 
@@ -45,6 +47,7 @@ def train(run: Run) -> Progress:
         report = Report(run)
         if run.takes_part and progress.step == 0 and run.preview.due(0):
             _sample(run, progress, epoch_end=False)
+        _find_base(run, parts, progress)
         first_batch = progress.micro_step - progress.epoch * run.plan.batches_per_process
         end_of_epoch_missing = first_batch == run.plan.batches_per_process
         while (
@@ -82,7 +85,7 @@ def _epoch(
         losses, gradient_norm, rates = optimizer_step(run, parts, group, progress)
         report.step(progress, losses, gradient_norm, rates)
         if run.validation.due(progress.step):
-            _validate(run, parts, progress, report)
+            _validate(run, parts, progress, report, "step")
         if run.takes_part:
             _save_and_sample(run, progress, report, epoch_end=False)
         # All processes must leave at the same step, whichever of them the signal has reached.
@@ -97,7 +100,8 @@ def _epoch(
     loss = None
     if run.validation.due(progress.step, progress.epoch) and not progress.stopped:
         # Once is enough: an equal loss would count against the patience.
-        loss = run.best.latest if run.validation.due(progress.step) else _validate(run, parts, progress, report)
+        done = run.validation.due(progress.step)
+        loss = run.standing.latest if done else _validate(run, parts, progress, report, "epoch")
     lr_schedules.end_epoch(run.schedule, loss, partial(run.accelerator.reduce, reduction="mean"))
     progress.epoch_ended = True
     if run.takes_part:
@@ -205,33 +209,70 @@ def _save_and_sample(run: Run, progress: Progress, report: Report, *, epoch_end:
         _sample(run, progress, epoch_end=epoch_end)
 
 
-def _validate(run: Run, parts: StepParts, progress: Progress, report: Report) -> float | None:
-    """The validation loss; None: memory ran out."""
+def _find_base(run: Run, parts: StepParts, progress: Progress) -> None:
+    """Measures the validation loss before the first step, unless a state has brought that of the run's beginning."""
+    validation, standing = run.validation, run.standing
+    if not validation.wanted or progress.step >= run.plan.total_steps or standing.looks == validation.looks.digest:
+        return
+    if run.resume is not None:
+        before = "other images, timesteps or noise" if standing.looks else "no losses to compare with"
+        LOGGER.warning("validation: the state has %s; the comparison begins again after step %d", before, progress.step)
+    standing.restart()
+    losses = _measure(run, parts, progress)
+    if losses is not None:
+        _begin(run, losses, progress)
+
+
+def _begin(run: Run, losses: Tensor, progress: Progress) -> None:
+    looks = run.validation.looks
+    run.standing.begin(losses, looks.digest)
+    run.tracker.scalars(progress.step, run.validation.values(losses, losses))
+    LOGGER.info(
+        "validation before step %d: loss %.5f, the base of what follows; %d images at %d timesteps each",
+        *(progress.step + 1, run.standing.latest, looks.images, looks.per_image),
+    )
+
+
+def _measure(run: Run, parts: StepParts, progress: Progress) -> Tensor | None:
+    """The validation losses, see `Validation.losses`; None: memory ran out."""
     trained = run.method.trainable()
     trained.eval()  # no dropout
+    losses = None
     try:
         with run.as_used():
-            losses = run.validation.losses(parts, run.accelerator)
+            losses = run.validation.losses(parts, run.accelerator, run.method.before_batch)
     except (MemoryError, RuntimeError) as error:
         memory = exhausted(error)
         if memory is None or run.accelerator.num_processes > 1:  # the others would wait for this one
             raise
-        losses = None
         LOGGER.warning("no validation at step %d: not enough %s; training goes on", progress.step, memory)
     placement.training_modes(run.models, trained, grad_text=parts.grad_text)
+    return losses
+
+
+def _validate(
+    run: Run, parts: StepParts, progress: Progress, report: Report, every: Literal["step", "epoch"]
+) -> float | None:
+    """The validation loss; None: memory ran out. The run may have to stop now, and a best copy is saved."""
+    losses = _measure(run, parts, progress)
     if losses is None:
         return None
-    run.tracker.scalars(progress.step, losses)
-    loss = losses["loss/validation"]
-    LOGGER.info("validation loss %.5f at step %d", loss, progress.step)
-    options = run.opts.validation
-    if run.best.update(loss) and options.save_best_validation and run.takes_part:
+    standing, options = run.standing, run.opts.validation
+    if standing.base is None:  # memory ran out before
+        _begin(run, losses, progress)
+        return standing.latest
+    verdict = standing.update(losses, run.validation.looks.strata)
+    run.tracker.scalars(progress.step, run.validation.values(losses, standing.base))
+    if report.average is not None:  # by the names that earlier trainers have
+        run.tracker.scalars(progress.step, averages(standing.latest, report.average, every))
+    LOGGER.info("%s", run.validation.line(losses, standing.base, verdict.change, progress.step))
+    if verdict.lowest and options.save_best_validation and run.takes_part:
         report.drain(wait=True)
         checkpointing.save(run, progress, saving.SaveRequest(run.saves.best_path()))
-    progress.stopped = options.early_stop_patience is not None and run.best.since >= options.early_stop_patience
+    progress.stopped = options.early_stop_patience is not None and standing.since >= options.early_stop_patience
     if progress.stopped:
-        LOGGER.warning("stopping at step %d: %d validations without improvement", progress.step, run.best.since)
-    return loss
+        LOGGER.warning("stopping at step %d: %d validations without improvement", progress.step, standing.since)
+    return standing.latest
 
 
 def _sample(run: Run, progress: Progress, *, epoch_end: bool) -> None:

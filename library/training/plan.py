@@ -89,11 +89,9 @@ def describe(plan: RunPlan, images: int, reg_images: int) -> list[str]:
     regular = f" + {reg_images} regularisation" if reg_images else ""
     lines = [
         *([f"images x repeats per epoch: {images}{regular}"] if images else []),
-        f"batches per epoch: {plan.batches_per_epoch}; processes: {plan.processes}; "
-        f"gradient accumulation: {plan.accumulation}",
-        f"optimizer steps per epoch: ceil(ceil({plan.batches_per_epoch} / {plan.processes}) / {plan.accumulation}) "
-        f"= {plan.steps_per_epoch}",
-        f"total: {plan.total_steps} optimizer steps, {plan.epochs} epochs",
+        f"{plan.steps_per_epoch} steps per epoch ({plan.batches_per_epoch} batches / {plan.processes} "
+        f"process{'' if plan.processes == 1 else 'es'} / {plan.accumulation} accumulated)",
+        f"total: {plan.total_steps} optimizer steps, {plan.epochs} epoch{'' if plan.epochs == 1 else 's'}",
     ]
     twice = plan.batches_per_process * plan.processes - plan.batches_per_epoch
     if twice:

@@ -40,6 +40,11 @@ class Report:
         self._mean: float | None = None
         self._epoch, self._memory = 0, 0.0  # as they were logged last
 
+    @property
+    def average(self) -> float | None:
+        """The average loss of training, of late; None: no loss has arrived yet."""
+        return self._mean
+
     def batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches of an epoch; how long the loop waits for them is measured."""
         return self._stopwatch.batches(batches)

@@ -30,7 +30,7 @@ class StatusLine:
     """
 
     def __init__(self, total: int, done: int, *, disable: bool):
-        self._bar = logs.progress(total, "steps", unit="step", disable=disable, initial=done, bar_format=_WIDE)
+        self._bar = logs.progress(total, "steps", unit="steps", disable=disable, initial=done, bar_format=_WIDE)
         self._disabled = disable
 
     def step(self, status: Status) -> None:

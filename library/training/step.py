@@ -13,7 +13,7 @@ from library.runtime import seeds
 if TYPE_CHECKING:
     from library.families.base import Family
     from library.objectives.objective import Objective
-    from library.types import Batch, Denoise, Draw, Models, TextCond
+    from library.types import Batch, Denoise, Draw, Models, NoiseDraw, TextCond
 
 
 @dataclass
@@ -60,11 +60,22 @@ class StepResult(NamedTuple):
     timesteps: Tensor  # (B,), in the family's own units
 
 
+def encoded(parts: StepParts, batch: Batch, rng: torch.Generator) -> tuple[Tensor, TextCond]:
+    """Clean latents and conditioning of a batch, see `batch_latents` and `batch_text`."""
+    return batch_latents(parts, batch, rng), batch_text(parts, batch)
+
+
+def step_losses(parts: StepParts, batch: Batch, cond: TextCond, draw: NoiseDraw) -> Tensor:
+    """The loss of every item of a batch for one draw of noise and time, (B,), float32."""
+    prediction = parts.denoise(draw.noisy, draw.timesteps, cond, batch)
+    return parts.objective.loss(prediction.float(), draw, batch.loss_weights, batch.masks)
+
+
 def training_step(parts: StepParts, batch: Batch, rng: torch.Generator) -> StepResult:
     """The losses of one batch. All randomness of noise and time comes from `rng` (on the batch's device)."""
-    latents = batch_latents(parts, batch, rng) if parts.draw is None else None
-    cond = batch_text(parts, batch)
-    draw = parts.objective.draw(latents, rng) if parts.draw is None else parts.draw(batch, rng)
-    prediction = parts.denoise(draw.noisy, draw.timesteps, cond, batch)
-    losses = parts.objective.loss(prediction.float(), draw, batch.loss_weights, batch.masks)
-    return StepResult(losses, draw.timesteps)
+    if parts.draw is None:
+        latents, cond = encoded(parts, batch, rng)
+        draw = parts.objective.draw(latents, rng)
+    else:
+        cond, draw = batch_text(parts, batch), parts.draw(batch, rng)
+    return StepResult(step_losses(parts, batch, cond, draw), draw.timesteps)

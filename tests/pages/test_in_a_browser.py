@@ -110,6 +110,8 @@ def test_the_page_of_a_run(used, tmp_path):
         page.scalars(step, {"loss/current": math.sin(step) + 2, "lr/unet": 1e-4 / step, "time/step": 0.5})
         if step % 10 == 0:
             page.scalars(step, {"loss/validation": 1 / step, "loss/validation t 000-249": 2 / step})
+            compared = {"base": 0.2, "difference": 1 / step - 0.2, "standard error": 0.01}
+            page.scalars(step, {f"loss/validation/{name}": value for name, value in compared.items()})
             for number, words in enumerate((NASTY, "a dog")):
                 image = Image.new("RGB", (96, 64), (8 * step, 80 * number, 0))
                 page.image(step, f"sample/{number:02d}", image, words, tmp_path / "sample" / "a #1.png")
@@ -123,8 +125,9 @@ def test_the_page_of_a_run(used, tmp_path):
     ]
     assert found["images"] == 6
     assert found["curves"] == [
-        *(["Loss", 2], ["Validation loss", 1], ["Validation loss by timesteps", 1], ["Learning rates", 1]),
-        ["Seconds per step", 2],
+        *(["Loss", 2], ["Validation loss", 2], ["Validation loss by timesteps", 1]),
+        ["Validation loss less that of the base", 2],  # its standard error is a band
+        *(["Learning rates", 1], ["Seconds per step", 2]),
     ]
     assert found["zoom"] is True
     assert found["words"] == f"step 10, epoch 1\n{NASTY}"
@@ -134,7 +137,16 @@ def test_the_page_of_a_run(used, tmp_path):
     assert found["smoothed"] is True
     assert re.match(r"current: [\d.]+.*step \d+", found["pointed"])
     assert found["title"] == f"my {NASTY}"
-    for text in ("failed", f"no {NASTY}", "30 of 30", "4.77 MiB", "no image", "and 3 more", "1 defaults"):
+    for text in (
+        "failed",
+        f"no {NASTY}",
+        "30 of 30",
+        "4.77 MiB",
+        "no image",
+        "and 3 more",
+        "1 defaults",
+        "-83.3 % ± 5.0",
+    ):
         assert text in found["text"]
 
 

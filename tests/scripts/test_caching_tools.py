@@ -15,7 +15,7 @@ from tests.builders.t5 import write_t5_tokenizer
 
 SD = "examples/tiny_model/tiny-sd.safetensors"
 DATA = ("--resolution=64", "--enable_bucket", "--min_bucket_reso=64", "--flip_aug", "--caption_extension=.txt")
-FOUND = "used as they are, 0 made again, 0 new"
+FOUND = "used as they are\n"
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_training_finds_all_that_the_tools_wrote(run_script, data, tmp_path, mod
         for others in (("--pretrained", "--clip_l", "--t5xxl="), ("--pretrained", "--ae"))
     )
     latents = ran(run_script, "tools/cache_latents.py", f"--{family}", *of_latents, "--vae_batch_size=2")
-    assert "latents on disk: 0 used as they are, 0 made again, 3 new" in latents
+    assert "latents on disk: 3 new" in latents
     assert "3 done, 1 failed" in latents
     processes = 2 if family == "flux" else 1
     texts = ran(run_script, "tools/cache_text_encoder_outputs.py", f"--{family}", *of_texts, processes=processes)

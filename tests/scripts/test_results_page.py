@@ -70,7 +70,12 @@ def test_the_page_holds_the_run(whole):
         assert one["src"].startswith("data:image/webp;base64,")
         assert (whole.out / one["href"]).is_file(), "it leads to the file"
     assert [step for step, _ in page["series"]["loss/current"]["points"]] == [1, 2, 3, 4, 5, 6]
-    assert [step for step, _ in page["series"]["loss/validation"]["points"]] == [3, 6]
+    curves = {name: dict(curve["points"]) for name, curve in page["series"].items()}
+    assert list(curves["loss/validation"]) == [0, 3, 6]
+    base, now, change = (curves[f"loss/validation{name}"] for name in ("/base", "", "/difference"))
+    assert change[0] == 0
+    assert change[6] == pytest.approx(now[6] - base[6], abs=1e-5)
+    assert 0 < curves["loss/validation/standard error"][6] < abs(base[6])
     assert {"lr/unet", "lr/textencoder", "time/step", "norm/gradient"} <= page["series"].keys()
     files = [file["name"] for file in page["files"]]
     assert files == [

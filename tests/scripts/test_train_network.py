@@ -137,8 +137,8 @@ def test_metadata(trained):
 def test_the_arithmetic_is_printed(trained):
     _, result = trained
     assert "160" in result.stderr
-    assert "total: 6 optimizer steps, 1 epochs" in result.stderr
-    assert "ceil(ceil(80 / 1) / 2) = 40" in result.stderr
+    assert "total: 6 optimizer steps, 1 epoch\n" in result.stderr
+    assert "40 steps per epoch (80 batches / 1 process / 2 accumulated)" in result.stderr
 
 
 def test_nothing_that_a_user_cannot_act_on_is_printed(trained):
@@ -216,7 +216,7 @@ def test_two_processes_share_the_work_and_one_writes(tmp_path, run_script, train
     result = run_script(*train_arguments(tmp_path, seed=None, max_train_steps=2), launcher=launcher)
     assert result.returncode == 0, result.stderr
     assert "processes: 2" in result.stderr
-    assert "ceil(ceil(80 / 2) / 1) = 40" in result.stderr
+    assert "40 steps per epoch (80 batches / 2 processes / 1 accumulated)" in result.stderr
     assert result.stderr.count("saved ") == 1
 
 

@@ -94,7 +94,7 @@ def write_sheets(data: TrainingData, folder: Path, *, epochs: int = 3, most: int
     sheets: list[Path] = []
     strange: set[str] = set()
     try:
-        with progress(shown, "contact sheets", unit="image") if shown >= _MANY else nullcontext() as bar:
+        with progress(shown, "contact sheets", unit="images") if shown >= _MANY else nullcontext() as bar:
             for (part, count, prefix), numbers in zip(parts, chosen, strict=True):
                 pages = _pages(part, numbers, count, prefix)
                 cells = cells_of(part, [number for page in pages for row in page.rows for number in row], count)

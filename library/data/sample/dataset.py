@@ -188,6 +188,10 @@ class TrainingData:
         """The item indices of every batch of an epoch (counted from 1), all processes together."""
         return buckets.plan_batches(self._groups, Random(derive(self.seed, "plan", epoch)))
 
+    def records_by_batch(self, epoch: int) -> list[list[Record]]:
+        """The records of every batch of an epoch, in the order of `plan`."""
+        return [[self.records[self.items.items[item]] for item in batch] for batch in self.plan(epoch)]
+
     def set_total_steps(self, steps: int) -> None:
         """Optimizer steps of the whole run, once they are known; --max_train_steps holds until then."""
         self.items.total_steps = steps

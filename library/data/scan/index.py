@@ -322,7 +322,7 @@ class _Workers:
                 ways = [self.run, _in_threads]
             except Exception as error:  # what cannot be pickled says so by any exception
                 LOGGER.debug(f"{compute!r} cannot run in another process ({error})")
-        with progress(len(files), f"new files ({kind})", unit="file") if many else nullcontext() as bar:
+        with progress(len(files), f"new files ({kind})", unit="files") if many else nullcontext() as bar:
             done = 0
             for way in ways:
                 with closing(way(compute, chunks[done:])) as results:

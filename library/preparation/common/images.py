@@ -113,7 +113,7 @@ def read_ahead(
         batch: images that are taken in one go; the next ones are read while these are worked on.
     """
     count = min(_WORKERS, os.cpu_count() or 1) if workers is None else workers
-    with progress(len(paths), desc, unit=" images", disable=not is_first()) as bar:
+    with progress(len(paths), desc, unit="images", disable=not is_first()) as bar:
         for path, result in _results(paths, read, count, batch):
             try:
                 value = result()
