@@ -204,7 +204,7 @@ class FamilyTraits:
     sample_steps: int
     sample_scale: float
     latent_stride: int = 8  # pixels per latent position, each way
-    cache_keys_by_size: bool = False  # arrays in latent cache files are named by the size of the latents
+    cache_keys_by_size: bool = False  # no trainer wrote latent files without the size of the latents in the names
     # By text encoder: the name of its vectors in files of Textual Inversion embeddings.
     embedding_keys: Mapping[str, str] = field(default_factory=dict)
     block_layout: BlockLayout | None = None  # how block-wise lists of networks are divided; None: there are no such
@@ -225,7 +225,7 @@ class CacheLayout:
 
     suffix: str  # of file names, e.g. "_sd.npz"
     channels: int  # of the latents
-    keys_by_size: bool  # array names always end in the size of the latents
+    keys_by_size: bool  # array names always end in the size of the latents; else those of old files may not
     as_prepared: bool = False  # new files are named as preparing by metadata file has always named them
     stride: int = 8  # pixels per position of the latents
 
