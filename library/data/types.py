@@ -63,6 +63,7 @@ class DatasetSpec:
     validation_split: float  # share of the images that is held out, 0 to 1
     validation_seed: int | None
     resize_interpolation: str | None
+    skip_image_resolution: Size | None  # images with no more pixels than this are left out
     fits_any_size: bool  # without buckets: images of another size are resized and cut, as their latents are cached
 
 
@@ -97,6 +98,7 @@ class ScanReport:
     without_words: int = 0  # of these, no class tokens either
     empty_captions: int = 0
     latents_only: int = 0
+    small: dict[int, int] = field(default_factory=dict)  # dataset -> images that `skip_image_resolution` leaves out
     surplus_reg: int = 0  # regularisation images that are not used
     copies: dict[Path, Path] = field(default_factory=dict)  # files with the same bytes -> the first of them
     alike: list[list[Path]] | None = field(default_factory=list)  # images that look the same; None: not looked for

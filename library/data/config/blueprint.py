@@ -106,8 +106,8 @@ class _Reader:
             if self.opts.data.dataset_config and not said:
                 self.problems.append(f"{place}: no resolution; give --resolution, or resolution in the dataset config")
             found["resolution"] = self.traits.default_resolution
-        sides = found["resolution"]
-        found["resolution"] = Size(*sides) if isinstance(sides, (list, tuple)) else Size(sides, sides)
+        for name in ("resolution", "skip_image_resolution"):
+            found[name] = _size(found[name])
         _round_sizes(found, place, self.traits)
         if not 0 <= found["validation_split"] <= 1:
             LOGGER.warning(f"{place}: validation_split must be from 0 to 1, got {found['validation_split']}; ignored")
@@ -182,6 +182,13 @@ class _Reader:
         extension = own["caption_extension"]
         own["caption_extension"] = extension if extension.startswith(".") else "." + extension
         return SubsetSpec(captions=captions, image_role=self.image_role, **own)
+
+
+def _size(sides: int | Sequence[int] | None) -> Size | None:
+    """A size from a value of that kind: one side of a square, or width and height."""
+    if sides is None:
+        return None
+    return Size(*sides) if isinstance(sides, (list, tuple)) else Size(sides, sides)
 
 
 def _round_sizes(found: dict[str, Any], place: str, traits: FamilyTraits) -> None:

@@ -573,18 +573,3 @@ def test_sides_are_rounded_to_what_latents_can_be(tmp_path, images, make_opts, t
     assert spec.resolution == (512, 648)
     assert "512x648 is used" in warnings.text
     assert build_specs(make_opts(train_data_dir=str(tmp_path), resolution="512,648"), traits)[0].resolution[1] == 648
-
-
-def test_options_of_newer_versions_are_not_overlooked(images, make_opts, traits, write_config):
-    subset = {"image_dir": str(images)}
-    config = {"general": {"skip_image_resolution": ""}, "datasets": [{"resolution": 64, "subsets": [subset]}]}
-    build_specs(make_opts(dataset_config=write_config(config)), traits)
-    config["general"] = {"skip_image_resolution": 512}
-    (line,) = problems(make_opts(dataset_config=write_config(config)), traits)
-    assert "skip_image_resolution is not available yet" in line
-    subset["custom_attributes"] = {"timestep_sampling": {"offset": 0.5}}
-    del config["general"]
-    build_specs(make_opts(dataset_config=write_config(config)), traits)
-    flow = dataclasses.replace(traits, objective="flow")
-    (line,) = problems(make_opts(dataset_config=write_config(config)), flow)
-    assert "custom_attributes.timestep_sampling.offset is not available yet" in line
