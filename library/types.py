@@ -79,6 +79,7 @@ class Batch:
     # (B, 1 + C, H/s, W/s), what models for inpainting read behind noisy latents: the mask, 1 where something is to be
     # drawn, and the latents of the masked image as the denoiser sees them.
     inpainting: Tensor | None = None
+    timestep_offsets: Tensor | None = None  # (B,), added to the normal numbers that times are made of; None: nothing is
     control_latents: Tensor | None = None  # (B, C, H/s, W/s): what the denoiser itself reads of a control image
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:

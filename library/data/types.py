@@ -38,8 +38,14 @@ class SubsetSpec:
     face_crop_aug_range: tuple[float, float] | None  # frame side / face side, (closest, widest)
     resize_interpolation: str | None  # None: area when shrinking, lanczos when enlarging
     alpha_mask: bool  # transparency weighs the loss
-    custom_attributes: Mapping[str, Any] | None  # for code of the user's own
+    custom_attributes: Mapping[str, Any] | None  # for code of the user's own, but for `timestep_offset`
     image_role: ImageRole | None = "mask"  # of the images in `conditioning_data_dir`; None: they do not matter
+
+    @property
+    def timestep_offset(self) -> float:
+        """What custom_attributes.timestep_sampling.offset adds to the normal numbers that timesteps are made of."""
+        given = (self.custom_attributes or {}).get("timestep_sampling")
+        return (given.get("offset") if isinstance(given, Mapping) else None) or 0.0
 
     @property
     def place(self) -> Path:
@@ -124,6 +130,7 @@ class Sample:
     network_multiplier: float
     attributes: Mapping[str, Any] | None
     text: Mapping[str, Tensor] | None = None  # cached text-encoder outputs, without batch axis
+    timestep_offset: float = 0.0  # see SubsetSpec
     control: Tensor | None = None  # (3, H, W) in [0, 1]; see Batch
 
 

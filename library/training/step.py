@@ -64,7 +64,10 @@ def training_step(parts: StepParts, batch: Batch, rng: torch.Generator) -> StepR
     """The losses of one batch. All randomness of noise and time comes from `rng` (on the batch's device)."""
     latents = batch_latents(parts, batch, rng) if parts.draw is None else None
     cond = batch_text(parts, batch)
-    draw = parts.objective.draw(latents, rng) if parts.draw is None else parts.draw(batch, rng)
+    if parts.draw is None:
+        draw = parts.objective.draw(latents, rng, offsets=batch.timestep_offsets)
+    else:
+        draw = parts.draw(batch, rng)
     prediction = parts.denoise(draw.noisy, draw.timesteps, cond, batch)
     losses = parts.objective.loss(prediction.float(), draw, batch.loss_weights, batch.masks)
     return StepResult(losses, draw.timesteps)

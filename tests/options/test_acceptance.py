@@ -85,7 +85,12 @@ def test_a_key_that_is_ignored_gets_one_line(read, keys, line):
         {"enable_preview": True, "model_train_type": "sd-lora"},
         {"any_form_switch": False, "another": "", "third": 0},
         {"no_token_padding": False},
-        {"show_timesteps_resolution": "1024", "output_config": False},
+        {
+            "show_timesteps": "off",
+            "show_timesteps_resolution": "1024",
+            "show_timesteps_offset": 0,
+            "output_config": False,
+        },
     ],
 )
 def test_keys_of_guis_and_switches_that_are_off_pass_silently(read, keys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -163,10 +164,9 @@ class _Reader:
                 yield from changing(subset.captions, place)
             if buckets and subset.face_crop_aug_range:
                 LOGGER.warning(f"{place}: face_crop_aug_range has no effect on images in buckets (enable_bucket)")
-        # The one custom attribute that a newer version of the ancestor acts on must not be overlooked.
-        times = (subset.custom_attributes or {}).get("timestep_sampling")
-        if self.traits.objective == "flow" and isinstance(times, Mapping) and times.get("offset"):
-            yield f"{place}: custom_attributes.timestep_sampling.offset is not available yet; remove it"
+        offset = subset.timestep_offset
+        if isinstance(offset, bool) or not isinstance(offset, int | float) or not math.isfinite(offset):
+            yield f"{place}: custom_attributes.timestep_sampling.offset must be a number, got {offset!r}"
 
     def subset(self, table: Mapping[str, Any], place: str, outer: list) -> SubsetSpec:
         tables = [(place, table), *outer]

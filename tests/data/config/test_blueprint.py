@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import subprocess
 import sys
@@ -573,3 +572,17 @@ def test_sides_are_rounded_to_what_latents_can_be(tmp_path, images, make_opts, t
     assert spec.resolution == (512, 648)
     assert "512x648 is used" in warnings.text
     assert build_specs(make_opts(train_data_dir=str(tmp_path), resolution="512,648"), traits)[0].resolution[1] == 648
+
+
+@pytest.mark.rows("R504")
+def test_the_offset_of_timesteps(images, make_opts, traits, write_config):
+    def config(offset):
+        subset = {"image_dir": str(images), "custom_attributes": {"timestep_sampling": {"offset": offset}}}
+        return make_opts(dataset_config=write_config({"datasets": [{"resolution": 64, "subsets": [subset]}]}))
+
+    for offset, expected in ((-0.5, -0.5), (1, 1.0), (None, 0.0)):
+        (spec,) = build_specs(config(offset), traits)
+        assert spec.subsets[0].timestep_offset == expected
+    for wrong in ("a", [0.5], True, float("inf")):
+        (line,) = problems(config(wrong), traits)
+        assert f"custom_attributes.timestep_sampling.offset must be a number, got {wrong!r}" in line
