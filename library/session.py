@@ -219,7 +219,9 @@ class Session:
             LOGGER.warning("%s: nothing is trained, and the final files are written; to train on, %s", over, more)
         if resume and saved is None and not self.start.step:
             LOGGER.warning("%s has no step count, so it starts at 0; set --initial_step", resume)
-        self.preview = Preview.from_options(self.opts, self.family, takes_control=takes_control)
+        self.preview = Preview.from_options(
+            self.opts, self.family, takes_control=takes_control, takes_strength=self.method.has_strength
+        )
         samples = bool(self.preview.prompts)
         encoding.require_texts(self.opts, self.family, missing_encoders, self.data, samples=samples)
 

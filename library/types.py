@@ -197,13 +197,15 @@ class FamilyTraits:
     label: str  # for messages, e.g. "Stable Diffusion 1.x/2.x"
     text_encoders: tuple[str, ...]  # names of the parts, and LoRA prefixes: ("te",), ("te1", "te2"), ("te1", "te3")
     latent_channels: int
-    pixel_multiple: int  # sampled images' sides are floored to this
+    pixel_multiple: int  # sides of images are floored to this
     bucket_step: int  # bucket sizes must be multiples of this
     objective: Literal["ddpm", "flow"]
     cache_suffix: str  # of latent cache files, e.g. "_sd.npz"
     default_resolution: int  # pixels; side of sample images when nothing is said
     sample_steps: int
     sample_scale: float
+    # Sides of sample images in training are floored to this, and at least this; None: `pixel_multiple`, and 64 pixels.
+    sample_multiple: int | None = None
     latent_stride: int = 8  # pixels per latent position, each way
     cache_keys_by_size: bool = False  # no trainer wrote latent files without the size of the latents in the names
     # By text encoder: the name of its vectors in files of Textual Inversion embeddings.

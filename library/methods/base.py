@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 class Method(ABC):
     """A training method, built from the run's options."""
+
+    has_strength: ClassVar[bool] = False  # whether `set_strength` has an effect
 
     def __init__(self, opts: Options):
         self.opts = opts
@@ -44,6 +46,9 @@ class Method(ABC):
     def text_fingerprint(self) -> dict[str, str]:
         """By text encoder, a checksum of what changes its outputs while it is frozen, for the notes of cache files."""
         return {}
+
+    def set_strength(self, strength: float) -> None:  # noqa: B027
+        """Multiplies what is trained beside the model by this, until it is set to 1 again: `--am` of sample prompts."""
 
     def needs_vae(self) -> bool:
         """Whether predictions use the VAE, which then stays on the device where latents are cached, too."""

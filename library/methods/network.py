@@ -43,6 +43,8 @@ class NetworkMethod(Method):
     validating or sampling.
     """
 
+    has_strength = True
+
     def __init__(self, opts: Options):
         super().__init__(opts)
         self._builder = network_builder(opts.method.network_module)
@@ -166,18 +168,18 @@ class NetworkMethod(Method):
         self._attached().start_step()
 
     def before_batch(self, batch: Batch) -> None:
-        self._set_multiplier(batch.network_multiplier)
+        self.set_strength(batch.network_multiplier)
 
-    def _set_multiplier(self, multiplier: float) -> None:
-        if multiplier != self._multiplier:
-            self._attached().set_multiplier(multiplier)
-            self._multiplier = multiplier
+    def set_strength(self, strength: float) -> None:
+        if strength != self._multiplier:
+            self._attached().set_multiplier(strength)
+            self._multiplier = strength
 
     def before_step(self) -> None:
         self._attached().before_step()
 
     def after_step(self) -> None:
-        self._set_multiplier(1.0)  # what is sampled and validated is the network as it will be used
+        self.set_strength(1.0)  # what is sampled and validated is the network as it will be used
         if self.opts.method.scale_weight_norms:
             self._attached().limit_norms(self.opts.method.scale_weight_norms)
 

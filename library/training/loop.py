@@ -243,6 +243,7 @@ def _sample(run: Run, progress: Progress, *, epoch_end: bool) -> None:
             denoise=run.denoise,
             trained=run.method.trainable(),
             device=run.accelerator.device,
+            set_strength=run.method.set_strength,
             write=run.writes,
         )
     for index, image in enumerate(images):
