@@ -117,6 +117,12 @@ def _train(family_name: str, method_name: str, argv: Sequence[str] | None, optio
         status = run_session(opts, family, method, specs)
     except (MemoryError, RuntimeError) as error:
         problem = limits.out_of_memory(error)
+        if problem is None and opts.memory.compile_fullgraph:
+            from library.memory.compiling import not_one_graph
+
+            line = not_one_graph(error)
+            if line is not None:
+                raise UserError(line) from error
         if problem is None:
             raise
         LOGGER.debug("where it was raised:", exc_info=error)

@@ -52,14 +52,10 @@ class Preview:
         self.every_n_epochs = opts.sampling.sample_every_n_epochs
 
     @classmethod
-    def from_options(
-        cls, opts: Options, family: Family, *, takes_control: bool = False, takes_strength: bool = False
-    ) -> Preview:
+    def from_options(cls, opts: Options, family: Family, *, takes_control: bool = False) -> Preview:
         """Reads --sample_prompts; without that option, or any occasion for images, the preview is never due.
 
-        Args:
-            takes_control: whether what is trained reads control images, those of --cn.
-            takes_strength: whether what is trained has a strength, that of --am.
+        Args: takes_control: whether what is trained reads control images, those of --cn.
         Raises: UserError: a bad prompt file, or a control image that cannot be read.
         """
         sampling = opts.sampling
@@ -82,7 +78,7 @@ class Preview:
             elif given:
                 LOGGER.warning("%s: --cn (controlnet_image) has no effect, as no ControlNet is trained here", file)
                 prompts = [replace(prompt, control=None) for prompt in prompts]
-            if not takes_strength and any(prompt.multipliers for prompt in prompts):
+            if not hasattr(opts.method, "network_module") and any(prompt.multipliers for prompt in prompts):
                 what = "--am (additional_network_multiplier) has no effect, as no network is trained here"
                 LOGGER.warning("%s: %s", file, what)
                 prompts = [replace(prompt, multipliers=None) for prompt in prompts]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -13,13 +13,11 @@ if TYPE_CHECKING:
 
     from library.families.base import Family
     from library.options.base import Options
-    from library.types import Batch, Denoise, Models
+    from library.types import Denoise, Models
 
 
 class Method(ABC):
     """A training method, built from the run's options."""
-
-    has_strength: ClassVar[bool] = False  # whether `set_strength` has an effect
 
     def __init__(self, opts: Options):
         self.opts = opts
@@ -46,9 +44,6 @@ class Method(ABC):
     def text_fingerprint(self) -> dict[str, str]:
         """By text encoder, a checksum of what changes its outputs while it is frozen, for the notes of cache files."""
         return {}
-
-    def set_strength(self, strength: float) -> None:  # noqa: B027
-        """Multiplies what is trained beside the model by this, until it is set to 1 again: `--am` of sample prompts."""
 
     def needs_vae(self) -> bool:
         """Whether predictions use the VAE, which then stays on the device where latents are cached, too."""
@@ -88,8 +83,11 @@ class Method(ABC):
     def start_step(self, step: int) -> None:  # noqa: B027
         """Called before each optimizer step and its forward passes; `step` of them are done, also before resuming."""
 
-    def before_batch(self, batch: Batch) -> None:  # noqa: B027
-        """Called before each forward pass of training; must not wait for the device."""
+    def set_strength(self, strength: float) -> None:  # noqa: B027
+        """Multiplies what a network adds by this, from now on; must not wait for the device.
+
+        Called before each forward pass of training with `Batch.network_multiplier`, and for `--am` of sample prompts.
+        """
 
     def before_step(self) -> None:  # noqa: B027
         """Called when the gradients are as the optimizer step will see them; must not wait for the device."""

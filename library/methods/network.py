@@ -31,7 +31,7 @@ from networks.spec import DeclaredModule
 if TYPE_CHECKING:
     from library.families.base import Family
     from library.options.base import Options
-    from library.types import Batch, FamilyTraits, LoraTarget, Models
+    from library.types import FamilyTraits, LoraTarget, Models
     from networks.builder import NetworkBuilder
     from networks.network import TrainableNetwork
 
@@ -42,8 +42,6 @@ class NetworkMethod(Method):
     The loop calls `after_step` after every optimizer step, `trainable().train()` before training and `.eval()` before
     validating or sampling.
     """
-
-    has_strength = True
 
     def __init__(self, opts: Options):
         super().__init__(opts)
@@ -166,9 +164,6 @@ class NetworkMethod(Method):
 
     def start_step(self, step: int) -> None:
         self._attached().start_step()
-
-    def before_batch(self, batch: Batch) -> None:
-        self.set_strength(batch.network_multiplier)
 
     def set_strength(self, strength: float) -> None:
         if strength != self._multiplier:

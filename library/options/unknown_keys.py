@@ -43,6 +43,7 @@ _NETWORK_ARGUMENTS = frozenset(
 _ANY = object()
 _GUI_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "clip_skip": (_ANY,),
+    "compile_cache_size_limit": (_ANY,),
     "dynamo_backend": ("no",),
     "learning_rate_te": (_ANY,),
     "learning_rate_te1": (_ANY,),

@@ -134,11 +134,12 @@ def test_the_strength_of_a_prompt_is_set_for_its_image_and_taken_back(tmp_path, 
     (tmp_path / "prompts.txt").write_text("".join(lines))
     opts = options(tmp_path, sample_prompts=str(tmp_path / "prompts.txt"), sample_at_first=True)
     found = []
-    preview = Preview.from_options(opts, make_family(), takes_strength=True)
+    preview = Preview.from_options(opts, make_family())
     preview.render(models, 1, None, set_strength=found.append, write=False)
     assert found == [1.0, 0.5, -1.0, 1.0]
     assert said.text == ""
-    without = Preview.from_options(opts, make_family())
+    given = {"sample_prompts": str(tmp_path / "prompts.txt"), "sample_at_first": True, "output_dir": str(tmp_path)}
+    without = Preview.from_options(options_for("sd", "finetune", **given), make_family())
     assert said.text.count("--am (additional_network_multiplier) has no effect, as no network is trained here") == 1
     assert not any(prompt.multipliers for prompt in without.prompts)
 

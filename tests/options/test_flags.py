@@ -48,6 +48,10 @@ OURS |= {"save_best_validation", "early_stop_patience", "no_results_page", "noti
 OURS |= {"plan", "plan_vram", "plan_device", "plan_json", "plan_apply"}
 _SHOWING = {"show_timesteps", "show_timesteps_resolution", "show_timesteps_offset"}  # there for transformers alone
 OURS |= _SHOWING
+# What the ancestor has for a family that is not here.
+COMPILING = {"compile", "compile_backend", "compile_mode", "compile_dynamic", "compile_fullgraph"}
+COMPILING |= {"compile_cache_size_limit", "cuda_allow_tf32", "cuda_cudnn_benchmark"}
+OURS |= COMPILING
 VALIDATION = {"validation_split", "validation_seed", "max_validation_steps"}
 VALIDATION |= {"validate_every_n_steps", "validate_every_n_epochs"}
 OF_NETWORKS = {  # what earlier trainers offer for networks alone
