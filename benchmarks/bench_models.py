@@ -227,7 +227,7 @@ def make_step(
         method.start_step(number)
         stepper.start(number)
         torch.manual_seed(seeds.derive(SEED, "layers", number))
-        method.before_batch(batch)
+        method.set_strength(batch.network_multiplier)
         rng = parts.streams.at(device, SEED, "noise", number)
         with nullcontext() if stepper.inside_backward or added is None else weights_in(added, torch.bfloat16):
             with torch.autocast(device.type, torch.bfloat16):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from library.errors import UserError
 from library.families.registry import FAMILIES
 from library.families.shared.control_inputs import reads_control
 from library.options import validation
+from library.options.base import options_of
 from library.options.logging import absolute_paths
 from library.options.optimizer import default_rate
 from library.runtime.logs import LOGGER
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from library.families.spec import FamilySpec
     from library.methods.spec import MethodSpec
     from library.options.base import Options
+    from library.types import FamilyTraits
 
 
 def check(opts: Options, family: FamilySpec, method: MethodSpec) -> list[DatasetSpec]:
@@ -51,11 +54,33 @@ def check(opts: Options, family: FamilySpec, method: MethodSpec) -> list[Dataset
         problems += output_checks.problems(opts)
     if problems:
         raise UserError(*problems)
-    for line in validation.warnings(opts, traits):
+    for line in (*validation.warnings(opts, traits), *_offsets_without_effect(opts, specs, traits)):
         LOGGER.warning("%s", line)
     for line in filter(None, (default_rate(opts), *absolute_paths(opts))):
         LOGGER.info("%s", line)
     return specs
+
+
+def check_objective(opts: Options, traits: FamilyTraits) -> None:
+    """Checks what decides noise and loss, and nothing of files. Raises: UserError: what is wrong with it."""
+    groups = (opts.noise, opts.loss, opts.family)
+    names = {option.dest for group in groups for option in options_of(type(group))}
+    problems = [line for line in validation.problems(opts, traits) if validation.option_of(line) in names]
+    if problems:
+        raise UserError(*problems)
+    for line in validation.warnings(opts, traits):
+        if validation.option_of(line) in names:
+            LOGGER.warning("%s", line)
+
+
+def _offsets_without_effect(opts: Options, specs: Sequence[DatasetSpec], traits: FamilyTraits) -> list[str]:
+    """A line for the subsets whose offset of timesteps nothing is made of."""
+    subsets = [subset for spec in specs for subset in spec.subsets if subset.timestep_offset]
+    if not subsets or opts.family.takes_timestep_offset:
+        return []
+    sampling = getattr(opts.family, "timestep_sampling", None)
+    where = f"with --timestep_sampling {sampling}" if sampling else f"on {traits.label}"
+    return [f"{subsets[0].place}: custom_attributes.timestep_sampling.offset has no effect {where}"]
 
 
 def _networks_of_others(opts: Options, family: FamilySpec) -> list[str]:

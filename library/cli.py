@@ -95,6 +95,9 @@ def _train(family_name: str, method_name: str, argv: Sequence[str] | None, optio
     logs.setup_logging(level, opts.logging.console_log_file, opts.logging.console_log_simple)
     family, method = registry.FAMILIES[family_name], registry.METHODS[method_name]
     opts = method.complete_options(family.complete_options(opts))
+    if opts.noise.show_timesteps:
+        _show_timesteps(opts, family)
+        return
     specs = checking.check(opts, family, method)
     opts = checking.check_resumed(opts)
     if argv is None and options is None:  # the process is the script's own
@@ -114,12 +117,30 @@ def _train(family_name: str, method_name: str, argv: Sequence[str] | None, optio
         status = run_session(opts, family, method, specs)
     except (MemoryError, RuntimeError) as error:
         problem = limits.out_of_memory(error)
+        if problem is None and opts.memory.compile_fullgraph:
+            from library.memory.compiling import not_one_graph
+
+            line = not_one_graph(error)
+            if line is not None:
+                raise UserError(line) from error
         if problem is None:
             raise
         LOGGER.debug("where it was raised:", exc_info=error)
         raise UserError(f"{problem}; {_against_it(opts, family)}") from error
     if status:
         raise SystemExit(status)
+
+
+def _show_timesteps(opts: Options, family: FamilySpec) -> None:
+    """--show_timesteps, for which neither model nor images need be there."""
+    from library import checking
+
+    checking.check_objective(opts, family.traits)
+    if not checking.is_first_process():
+        return
+    from library.training.show_timesteps import show_timesteps
+
+    show_timesteps(opts, family.traits, family.adapter(opts).denoiser.objective())
 
 
 def _against_it(opts: Options, family: FamilySpec) -> str:

@@ -25,7 +25,7 @@ from library.data.load import read_data
 from library.errors import UserError
 from library.inference.preview import Preview
 from library.memory.attention import set_attention
-from library.memory.compiling import compile_blocks, graphs_per_shape
+from library.memory.compiling import Compiling, compile_blocks, graphs_per_shape, set_cuda_modes
 from library.options.optimizer import sets_own_rate
 from library.options.sharding import sharding_of
 from library.runtime.limits import during
@@ -228,6 +228,7 @@ class Session:
 
         Raises: UserError: the model cannot be read, or images to train on, or to make, are larger than it can take.
         """
+        set_cuda_modes(self.opts.memory)
         started = time.time()
         LOGGER.info("loading %s", with_size(self.opts.model.pretrained_model_name_or_path))
         with placement.loading(self.opts, self.device):
@@ -275,7 +276,8 @@ class Session:
         placement.set_norms(self.family, models)
         attention = set_attention(models.denoiser, opts.memory)
         if opts.memory.compiles:
-            compile_blocks(self.family.denoiser.blocks(models), opts.memory.dynamo_backend, self.device)
+            blocks, how = self.family.denoiser.blocks(models), Compiling.of(opts.memory)
+            compile_blocks(blocks, opts.memory.backend, self.device, how)
             self._announce_graphs()
         if self.shards is not None:
             placement.shard_denoiser(self.family, models, opts, self.shards)
@@ -284,6 +286,9 @@ class Session:
 
     def _announce_graphs(self) -> None:
         """Says how often steps will wait for the compiler: in the first ones, and whenever a new shape comes up."""
+        if self.opts.memory.compile_dynamic in ("true", "auto"):
+            LOGGER.info("--compile_dynamic: graphs are compiled when they are first needed, each for several shapes")
+            return
         blocks, shapes = self.family.denoiser.blocks(self.models), self.data.batch_shapes()
         if self.family.traits.tokens_in_a_row:
             distinct = {(count, size.width * size.height) for count, size in shapes}

@@ -79,6 +79,7 @@ class Batch:
     # (B, 1 + C, H/s, W/s), what models for inpainting read behind noisy latents: the mask, 1 where something is to be
     # drawn, and the latents of the masked image as the denoiser sees them.
     inpainting: Tensor | None = None
+    timestep_offsets: Tensor | None = None  # (B,), added to the normal numbers that times are made of; None: nothing is
     control_latents: Tensor | None = None  # (B, C, H/s, W/s): what the denoiser itself reads of a control image
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -215,15 +216,17 @@ class FamilyTraits:
     label: str  # for messages, e.g. "Stable Diffusion 1.x/2.x"
     text_encoders: tuple[str, ...]  # names of the parts, and LoRA prefixes: ("te",), ("te1", "te2"), ("te1", "te3")
     latent_channels: int
-    pixel_multiple: int  # sampled images' sides are floored to this
+    pixel_multiple: int  # sides of images are floored to this
     bucket_step: int  # bucket sizes must be multiples of this
     objective: Literal["ddpm", "flow"]
     cache_suffix: str  # of latent cache files, e.g. "_sd.npz"
     default_resolution: int  # pixels; side of sample images when nothing is said
     sample_steps: int
     sample_scale: float
+    # Sides of sample images in training are floored to this, and at least this; None: `pixel_multiple`, and 64 pixels.
+    sample_multiple: int | None = None
     latent_stride: int = 8  # pixels per latent position, each way
-    cache_keys_by_size: bool = False  # arrays in latent cache files are named by the size of the latents
+    cache_keys_by_size: bool = False  # no trainer wrote latent files without the size of the latents in the names
     # By text encoder: the name of its vectors in files of Textual Inversion embeddings.
     embedding_keys: Mapping[str, str] = field(default_factory=dict)
     block_layout: BlockLayout | None = None  # how block-wise lists of networks are divided; None: there are no such
@@ -244,7 +247,7 @@ class CacheLayout:
 
     suffix: str  # of file names, e.g. "_sd.npz"
     channels: int  # of the latents
-    keys_by_size: bool  # array names always end in the size of the latents
+    keys_by_size: bool  # array names always end in the size of the latents; else those of old files may not
     as_prepared: bool = False  # new files are named as preparing by metadata file has always named them
     stride: int = 8  # pixels per position of the latents
 

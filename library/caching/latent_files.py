@@ -1,8 +1,8 @@
 """Where an image's latents lie on disk, whether they can be used, and how they are written.
 
-A file holds one or more entries. An entry is a set of arrays whose names end alike: in nothing, or in the size of the
-latents (height x width, as in ``latents_64x48``). Files of earlier trainers are read, and ours are for them to read.
-Entries that we write carry a note of what they were made from; see `foreign` for the others.
+A file holds one or more entries. An entry is a set of arrays whose names end alike: in the size of the latents (height
+x width, as in ``latents_64x48``), or in nothing, as trainers before the sizes wrote it; that one fits the bucket of its
+shape only. Entries that we write carry a note of what they were made from; see `foreign` for the others.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from library.caching.entry import (
     has_shape,
     times,
 )
-from library.runtime.durable import fitting
+from library.runtime.durable import alone_in, fitting
 from library.types import CacheLayout
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class LatentCache:
     fingerprint: Callable[[CacheRequest], Fingerprint]  # asked only where an entry has a note
     summary: Callable[[Path], Mapping[str, Any]] = store.summary  # or what is remembered of it
     stamp: foreign.Stamp = stamp_of
-    check: bool = True  # False: names of arrays are enough; numbers, notes, shapes and ages are not checked
+    check: bool = True  # False: names of arrays are enough, with a shape where they have no size in them
 
     def file(self, request: CacheRequest) -> Path:
         """The file to which new latents are written."""
@@ -90,10 +90,10 @@ class LatentCache:
     def save(self, request: CacheRequest, arrays: Mapping[str, Any], fingerprint: Fingerprint) -> Entry:
         """Adds latents to the file of an image. Entries of other sizes stay if they can still be of use.
 
-        Where array names need no size, the first size in a file has none, as that is what earlier trainers read.
         Mirrored latents and masks that are there already and made from the same stay beside the new latents. With
-        `as_prepared`, mirrored latents are in a file of their own too, and such a file of earlier latents goes.
-        Only one process at a time may write the latents of an image.
+        `as_prepared`, the first size in a file has none in its names, mirrored latents are in a file of their own too,
+        and such a file of earlier latents goes.
+        Runs that write to one file at the same time wait for each other, so that no entry is lost.
 
         Raises: OSError: disk full, no permission; an existing file is as it was. ValueError: not the shapes of
             `request`.
@@ -103,22 +103,30 @@ class LatentCache:
         for name, expected in shapes.items():
             if name not in given or given[name].shape != expected:
                 raise ValueError(f"{request.image}: {name} must have the shape {expected}")
-        note = _note(request, fingerprint)
+        with alone_in(file.parent):
+            suffix = self._add(file, request, given, fingerprint)
+        return Entry({name: StoredArray(file, name + suffix, shape) for name, shape in shapes.items()})
+
+    def _add(self, file: Path, request: CacheRequest, given: dict[str, NDArray[Any]], fingerprint: Fingerprint) -> str:
+        """Writes an entry beside those of a file that stay. Returns: how the names of its arrays end."""
+        shape, note = request.shapes(self.layout)[LATENTS], _note(request, fingerprint)
         try:
             contents, old = store.summary(file), store.read(file)
         except (store.CacheDamaged, FileNotFoundError):
             contents, old = {"arrays": {}, "values": {}, "not_finite": [], "provenance": {}}, {}
-        notes = contents["provenance"]
-        sized = _size_suffix(shapes[LATENTS])
-        is_sized = self.layout.keys_by_size or self._serves_another_size(file, contents, request, fingerprint)
-        suffix = sized if is_sized else ""
-        before = notes.get(suffix)
-        same = before and not _note_invalid_reason(before, replace(request, mask=None), fingerprint)
-        if same and has_shape(contents, LATENTS + suffix, shapes[LATENTS]):
-            given = {name: old[name + suffix] for name in (FLIPPED, ALPHA, MASK) if name + suffix in old} | given
-            note["mask"] = before["mask"] if request.mask is None else note["mask"]
+        notes, sized = contents["provenance"], _size_suffix(shape)
+        serves_another = self._serves_another_size(file, contents, request, fingerprint)
+        suffix = "" if self.layout.as_prepared and not self.layout.keys_by_size and not serves_another else sized
+        for earlier in ("", sized):
+            before = notes.get(earlier)
+            same = before and not _note_invalid_reason(before, replace(request, mask=None), fingerprint)
+            if same and has_shape(contents, LATENTS + earlier, shape):
+                given = {name: old[name + earlier] for name in (FLIPPED, ALPHA, MASK) if name + earlier in old} | given
+                note["mask"] = before["mask"] if request.mask is None else note["mask"]
         origin = {foreign.SIZE: np.array(request.size, np.int64), foreign.CROP: np.array(request.crop_ltrb)}
-        useless = {suffix, sized} | {other for other in notes if not _same_origin(notes[other], fingerprint)}
+        useless = {sized} | {other for other in notes if not _same_origin(notes[other], fingerprint)}
+        if not self.layout.keys_by_size and not serves_another:
+            useless.add("")
         ours = {name: _OF_AN_ENTRY.fullmatch(name) for name in old}
         kept = {name: old[name] for name, match in ours.items() if match is None or match[2] not in useless}
         new = given | origin | {_NOTE: store.pack_note(note)}
@@ -129,19 +137,27 @@ class LatentCache:
                 store.write(flip_file, {LATENTS: given[FLIPPED], **origin})
             elif os.path.lexists(flip_file):  # to ask so is no error where the name would be too long
                 flip_file.unlink(missing_ok=True)  # another run on the same folder may have done it meanwhile
-        return Entry({name: StoredArray(file, name + suffix, shape) for name, shape in shapes.items()})
+        return suffix
 
     def _examine(self, file: Path, request: CacheRequest) -> Entry | str:
         """The entry of a file that is there, or why it cannot be used."""
         contents = self._contents(file)
         if "damaged" in contents:
             return contents["damaged"]
-        shapes = request.shapes(self.layout)
-        names, sized = contents["arrays"], _size_suffix(shapes[LATENTS])
-        only_sized = LATENTS + sized in names and not has_shape(contents, LATENTS, shapes[LATENTS])
-        suffix = sized if self.layout.keys_by_size or only_sized else ""
-        arrays: dict[str, StoredArray] = {}
-        for name, shape in shapes.items():
+        sized = _size_suffix(request.shapes(self.layout)[LATENTS])
+        found = self._entry(file, contents, sized, request)
+        if isinstance(found, Entry) or self.layout.keys_by_size:
+            return found
+        plain = self._entry(file, contents, "", request)
+        is_there = LATENTS in contents["arrays"] or foreign.OLDEST in contents["arrays"]
+        if isinstance(plain, Entry) or (is_there and LATENTS + sized not in contents["arrays"]):
+            return plain
+        return found
+
+    def _entry(self, file: Path, contents: Mapping[str, Any], suffix: str, request: CacheRequest) -> Entry | str:
+        """The arrays whose names end in `suffix`, or why they cannot be used."""
+        names, arrays = contents["arrays"], {}
+        for name, shape in request.shapes(self.layout).items():
             if name + suffix in names:
                 arrays[name] = StoredArray(file, name + suffix, shape)
             elif name == LATENTS and not suffix and foreign.OLDEST in names:
@@ -153,7 +169,10 @@ class LatentCache:
                 arrays[name] = flipped
             else:
                 return f"it has no {name}{suffix}"
-        reason = self._invalid_reason(file, contents, suffix, arrays, request) if self.check else None
+        if self.check:
+            reason = self._invalid_reason(file, contents, suffix, arrays, request)
+        else:  # a name without a size may be of any bucket
+            reason = None if suffix else _shape_reason(arrays[LATENTS])
         return reason or Entry(arrays)
 
     def _in_flip_file(self, file: Path, request: CacheRequest, shape: Shape) -> StoredArray | str:
@@ -236,6 +255,17 @@ def _flip_file(image: Path) -> Path:
 
 def _size_suffix(shape: Shape) -> str:
     return f"_{shape[1]}x{shape[2]}"
+
+
+def _shape_reason(one: StoredArray) -> str | None:
+    """Why an array is not of the shape that is wanted, from its header in the file alone."""
+    try:
+        shape = store.shape(one.file, one.name)
+    except store.CacheDamaged as error:
+        return str(error)
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return None if shape == one.shape else f"{one.name} has the shape {times(shape)}, not {times(one.shape)}"
 
 
 # ---- notes

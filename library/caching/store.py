@@ -83,6 +83,16 @@ def names(path: Path) -> list[str]:
         return list(_members(archive))
 
 
+def shape(path: Path, name: str) -> tuple[int, ...]:
+    """The shape of an array, from its header alone. Raises: as `read`."""
+    with _opened(path) as archive:
+        members = _members(archive)
+        if name not in members:
+            raise CacheDamaged(f"it has no array {name}")
+        with archive.open(members[name]) as member:
+            return _header_of(name, member.read(_LONGEST_HEADER))[0].shape
+
+
 def write(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Writes an uncompressed .npz file beside `path` and renames it. Equal arrays make equal bytes.
 
@@ -190,14 +200,21 @@ def _members(archive: ZipFile) -> dict[str, ZipInfo]:
     return {name.removesuffix(_EXTENSION): member for name, member in archive.NameToInfo.items()}
 
 
-def _unpack(name: str, content: bytes) -> NDArray[Any]:
-    # Bytes before the numbers: a mark of 6, the version in 2, the header's length in 2 or 4, the header.
+def _header_of(name: str, content: bytes) -> tuple[_Header, int]:
+    """The header of an array, and how many bytes come before the numbers.
+
+    These are a mark of 6, the version in 2, the header's length in 2 or 4, and the header.
+    """
     width = 2 if content[6:7] == b"\1" else 4
     length = 8 + width + int.from_bytes(content[8 : 8 + width], "little")
     try:
-        header = _header(content[:length])
+        return _header(content[:length]), length
     except Exception:  # numpy evaluates headers as Python literals, which fails in many ways
         raise CacheDamaged(f"{name} in it does not begin like an array") from None
+
+
+def _unpack(name: str, content: bytes) -> NDArray[Any]:
+    header, length = _header_of(name, content)
     if header.dtype.hasobject:
         raise CacheDamaged(f"{name} in it holds Python objects, which are not loaded")
     if math.prod(header.shape) * header.dtype.itemsize != len(content) - length:

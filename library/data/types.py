@@ -38,8 +38,14 @@ class SubsetSpec:
     face_crop_aug_range: tuple[float, float] | None  # frame side / face side, (closest, widest)
     resize_interpolation: str | None  # None: area when shrinking, lanczos when enlarging
     alpha_mask: bool  # transparency weighs the loss
-    custom_attributes: Mapping[str, Any] | None  # for code of the user's own
+    custom_attributes: Mapping[str, Any] | None  # for code of the user's own, but for `timestep_offset`
     image_role: ImageRole | None = "mask"  # of the images in `conditioning_data_dir`; None: they do not matter
+
+    @property
+    def timestep_offset(self) -> float:
+        """What custom_attributes.timestep_sampling.offset adds to the normal numbers that timesteps are made of."""
+        given = (self.custom_attributes or {}).get("timestep_sampling")
+        return (given.get("offset") if isinstance(given, Mapping) else None) or 0.0
 
     @property
     def place(self) -> Path:
@@ -68,6 +74,7 @@ class DatasetSpec:
     validation_split: float  # share of the images that is held out, 0 to 1
     validation_seed: int | None
     resize_interpolation: str | None
+    skip_image_resolution: Size | None  # images with no more pixels than this are left out
     fits_any_size: bool  # without buckets: images of another size are resized and cut, as their latents are cached
 
 
@@ -102,6 +109,7 @@ class ScanReport:
     without_words: int = 0  # of these, no class tokens either
     empty_captions: int = 0
     latents_only: int = 0
+    small: dict[int, int] = field(default_factory=dict)  # dataset -> images that `skip_image_resolution` leaves out
     surplus_reg: int = 0  # regularisation images that are not used
     copies: dict[Path, Path] = field(default_factory=dict)  # files with the same bytes -> the first of them
     alike: list[list[Path]] | None = field(default_factory=list)  # images that look the same; None: not looked for
@@ -127,6 +135,7 @@ class Sample:
     network_multiplier: float
     attributes: Mapping[str, Any] | None
     text: Mapping[str, Tensor] | None = None  # cached text-encoder outputs, without batch axis
+    timestep_offset: float = 0.0  # see SubsetSpec
     control: Tensor | None = None  # (3, H, W) in [0, 1]; see Batch
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -77,6 +78,10 @@ class Preview:
             elif given:
                 LOGGER.warning("%s: --cn (controlnet_image) has no effect, as no ControlNet is trained here", file)
                 prompts = [replace(prompt, control=None) for prompt in prompts]
+            if not hasattr(opts.method, "network_module") and any(prompt.multipliers for prompt in prompts):
+                what = "--am (additional_network_multiplier) has no effect, as no network is trained here"
+                LOGGER.warning("%s: %s", file, what)
+                prompts = [replace(prompt, multipliers=None) for prompt in prompts]
         return cls(opts, family, prompts)
 
     def due(self, step: int, epoch_end: int | None = None) -> bool:
@@ -113,6 +118,7 @@ class Preview:
         denoise: Denoise | None = None,
         trained: nn.Module | None = None,
         device: torch.device | None = None,
+        set_strength: Callable[[float], None] | None = None,
         write: bool = True,
     ) -> list[PreviewImage]:
         """Makes and writes the images, and leaves models, modes, devices and random state as they were.
@@ -124,6 +130,7 @@ class Preview:
             denoise: computes the prediction; None: the family's denoiser alone.
             trained: what is trained beside the models (a network), to be in evaluation mode as well.
             device: where to compute; None: where the denoiser is.
+            set_strength: sets the strength of what is trained, to that of each prompt's --am, and to 1 in the end.
             write: without it nothing is written: this process is only needed for the others' work.
         Raises: UserError: the folder cannot be written to.
         """
@@ -141,24 +148,31 @@ class Preview:
                 on_device(helpers, device),
                 progress(total_steps(prompts), "sample images", unit="steps", leave=False) as bar,
             ):
-                images = generate(
-                    self.family,
-                    models,
-                    prompts,
-                    device,
-                    dtype or _mixed_precision(self.opts.memory.mixed_precision),
-                    vae_float32=self.opts.model.no_half_vae,
-                    zero_terminal_snr=self.opts.noise.zero_terminal_snr,
-                    cached=self._cached,
-                    denoise=denoise,
-                    progress=bar.update,
-                )
+                images = []
+                for strength, group in groupby(prompts, key=_strength):
+                    if set_strength is not None:
+                        set_strength(strength)
+                    images += generate(
+                        self.family,
+                        models,
+                        list(group),
+                        device,
+                        dtype or _mixed_precision(self.opts.memory.mixed_precision),
+                        vae_float32=self.opts.model.no_half_vae,
+                        zero_terminal_snr=self.opts.noise.zero_terminal_snr,
+                        cached=self._cached,
+                        denoise=denoise,
+                        progress=bar.update,
+                    )
         except (MemoryError, RuntimeError) as error:
             memory = exhausted(error)
             if memory is None:
                 raise
             LOGGER.warning("no sample images: not enough %s; choose smaller ones in --sample_prompts", memory)
             return []
+        finally:
+            if set_strength is not None:
+                set_strength(1.0)
         return self._write(prompts, images, step, epoch) if write else []
 
     def _write(
@@ -188,6 +202,11 @@ class Preview:
         if prompt.seed is not None:
             return prompt
         return replace(prompt, seed=derive(self.opts.training.seed or 0, "preview", step, index) % 2**32)
+
+
+def _strength(prompt: SamplePrompt) -> float:
+    """The first multiplier of --am, which is that of the network that is trained."""
+    return prompt.multipliers[0] if prompt.multipliers else 1.0
 
 
 def _mixed_precision(name: str | None) -> torch.dtype:

@@ -80,7 +80,12 @@ _SAMPLING = (
     PromptOption("rcfg", "renorm_cfg", None),
     PromptOption("fs", "flow_shift", "flow_shift", float),
 )
-TRAINING = (*_COMMON, PromptOption("d", "seed", "seed", int), *_SAMPLING)
+TRAINING = (
+    *_COMMON,
+    PromptOption("d", "seed", "seed", int),
+    *_SAMPLING,
+    PromptOption("am", "additional_network_multiplier", "multipliers", numbers),
+)
 GENERATION = (
     *_COMMON,
     PromptOption("d", "seed", "seeds", whole_numbers),  # one for each image of the prompt

@@ -133,8 +133,7 @@ def load_prompts(path: str | Path, traits: FamilyTraits, sampler: str) -> list[S
 
     Raises: UserError: an unreadable file, another type, or a bad entry, with the file and the line or entry.
     """
-    base, syntax = default_prompt(traits, sampler), Syntax()
-    return [finish(base, syntax.parse(entry, where), traits, where) for where, entry in entries(path)]
+    return [_sample(Syntax().parse(entry, where), traits, sampler, where) for where, entry in entries(path)]
 
 
 def parse_prompt(line: str, traits: FamilyTraits, sampler: str, where: str = "prompt") -> SamplePrompt:
@@ -147,7 +146,13 @@ def parse_prompt(line: str, traits: FamilyTraits, sampler: str, where: str = "pr
         where: names the line in messages, e.g. "prompts.txt, line 3".
     Raises: UserError: a bad value, or an option that is not available yet.
     """
-    return finish(default_prompt(traits, sampler), Syntax().parse(line, where), traits, where)
+    return _sample(Syntax().parse(line, where), traits, sampler, where)
+
+
+def _sample(changes: Mapping[str, Any], traits: FamilyTraits, sampler: str, where: str) -> SamplePrompt:
+    """A prompt of training, whose sizes are those of the ancestor's sample images. Raises: as `finish`."""
+    sides = None if traits.sample_multiple is None else (traits.sample_multiple, traits.sample_multiple)
+    return finish(default_prompt(traits, sampler), changes, traits, where, sides=sides)
 
 
 def entries(path: str | Path) -> list[tuple[str, str | dict[str, Any]]]:
@@ -193,10 +198,14 @@ def finish(
     traits: FamilyTraits,
     where: str,
     flow_samplers: tuple[str, ...] = (FLOW_SAMPLER,),
+    *,
+    sides: tuple[int, int] | None = None,
 ) -> SamplePrompt:
     """The prompt `base` with the values of `Syntax.parse`, as it is drawn.
 
-    Args: flow_samplers: those that a flow model takes; others have no effect.
+    Args:
+        flow_samplers: those that a flow model takes; others have no effect.
+        sides: what width and height are floored to, and the least they are; None: what the family needs.
     Raises: UserError: a value that no image can be made with.
     """
     prompt = _changed(base, changes)
@@ -228,10 +237,11 @@ def finish(
             if value is not None:
                 LOGGER.warning(f"{where}: {name} has no effect with {traits.label}")
 
+    sides = sides or (traits.pixel_multiple, MIN_SIDE)
     return replace(
         prompt,
-        width=_side("width", prompt.width, traits.pixel_multiple, where),
-        height=_side("height", prompt.height, traits.pixel_multiple, where),
+        width=_side("width", prompt.width, *sides, where),
+        height=_side("height", prompt.height, *sides, where),
         steps=min(max(prompt.steps, 1), MAX_STEPS),
     )
 
@@ -253,10 +263,10 @@ def _changed(base: SamplePrompt, changes: Mapping[str, Any]) -> SamplePrompt:
     return replace(base, **own)
 
 
-def _side(name: str, pixels: int, multiple: int, where: str) -> int:
-    """A side as it is drawn: a multiple of what the family needs, and at least `MIN_SIDE`. Raises: UserError."""
+def _side(name: str, pixels: int, multiple: int, least: int, where: str) -> int:
+    """A side as it is drawn. Raises: UserError."""
     if pixels > MAX_SIDE:
         raise UserError(f"{where}: the {name} must be at most {MAX_SIDE} pixels, got {pixels}")
     if pixels < 0:
-        LOGGER.warning("%s: the %s %d is no size; %d is used", where, name, pixels, MIN_SIDE)
-    return max(MIN_SIDE, pixels // multiple * multiple)
+        LOGGER.warning("%s: the %s %d is no size; %d is used", where, name, pixels, least)
+    return max(least, pixels // multiple * multiple)

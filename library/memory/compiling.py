@@ -3,32 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from library.errors import UserError
 
+if TYPE_CHECKING:
+    from library.options.memory import MemoryOptions
+
 # Blocks share one function as far as the compiler's count is concerned: kinds of blocks times bucket shapes times
 # training, validating and sampling. Its own limit of 8 would quietly leave most of them uncompiled.
 _MOST_GRAPHS = 1024
 
 
-def compile_blocks(blocks: Sequence[nn.Module], backend: str, device: torch.device) -> None:
+@dataclass(frozen=True)
+class Compiling:
+    """How blocks are compiled, in the terms of `torch.compile`."""
+
+    mode: str | None = None  # None: the default
+    dynamic: bool | None = False  # False: every bucket has a graph; symbolic shapes compile longer and run slower
+    fullgraph: bool = False
+    most_graphs: int | None = None  # None: enough
+
+    @staticmethod
+    def of(memory: MemoryOptions) -> Compiling:
+        """What the options ask for."""
+        mode = memory.compile_mode if memory.backend == "inductor" and memory.compile_mode != "default" else None
+        dynamic = {None: False, "false": False, "true": True, "auto": None}[memory.compile_dynamic]
+        return Compiling(mode, dynamic, memory.compile_fullgraph, memory.compile_cache_size_limit)
+
+
+def compile_blocks(
+    blocks: Sequence[nn.Module], backend: str, device: torch.device, how: Compiling | None = None
+) -> None:
     """Compiles each block's call, hooks of networks included, at the first input of each shape.
 
     Raises: UserError: the backend is not there, or does not work on this machine.
     """
+    how = how or Compiling()
     require_backend(backend, device)
     config = torch._dynamo.config
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
-        setattr(config, limit, max(getattr(config, limit), _MOST_GRAPHS))
+        setattr(config, limit, how.most_graphs or max(getattr(config, limit), _MOST_GRAPHS))
     # Left out by default: a block with an adapter would then run what was compiled for one without, and the reverse.
     config.skip_nnmodule_hook_guards = False
     for block in blocks:
-        # Every bucket has its own graph: symbolic shapes compile longer and run slower.
-        block.compile(backend=backend, dynamic=False)
+        block.compile(backend=backend, mode=how.mode, dynamic=how.dynamic, fullgraph=how.fullgraph)
+
+
+def set_cuda_modes(memory: MemoryOptions) -> None:
+    """Sets torch's own switches that --cuda_allow_tf32 and --cuda_cudnn_benchmark turn on, before anything computes."""
+    if memory.cuda_allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if memory.cuda_cudnn_benchmark:
+        torch.backends.cudnn.benchmark = True
+
+
+def not_one_graph(error: BaseException) -> str | None:
+    """A line where --compile_fullgraph has ended the run; None: the error is another."""
+    if not isinstance(error, torch._dynamo.exc.Unsupported):
+        return None
+    lines = str(error).strip().splitlines()
+    why = lines[0] if lines else type(error).__name__
+    return f"--compile_fullgraph: a block cannot be compiled as one graph ({why}); leave it out"
 
 
 def graphs_per_shape(blocks: Sequence[nn.Module], *, input_has_gradient: bool) -> int:

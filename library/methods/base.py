@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from library.families.base import Family
     from library.options.base import Options
-    from library.types import Batch, Denoise, Models
+    from library.types import Denoise, Models
 
 
 class Method(ABC):
@@ -83,8 +83,11 @@ class Method(ABC):
     def start_step(self, step: int) -> None:  # noqa: B027
         """Called before each optimizer step and its forward passes; `step` of them are done, also before resuming."""
 
-    def before_batch(self, batch: Batch) -> None:  # noqa: B027
-        """Called before each forward pass of training; must not wait for the device."""
+    def set_strength(self, strength: float) -> None:  # noqa: B027
+        """Multiplies what a network adds by this, from now on; must not wait for the device.
+
+        Called before each forward pass of training with `Batch.network_multiplier`, and for `--am` of sample prompts.
+        """
 
     def before_step(self) -> None:  # noqa: B027
         """Called when the gradients are as the optimizer step will see them; must not wait for the device."""

@@ -83,11 +83,11 @@ def _draw(
             steps=options.max_denoising_steps,
             scale=options.leco_denoise_guidance_scale,
         )
-        method.before_batch(replace(batch, network_multiplier=0.0))
+        method.set_strength(0.0)
         try:
             goal = goal_of(denoise, draw.noisy, draw.timesteps, batch)
         finally:
-            method.before_batch(batch)
+            method.set_strength(batch.network_multiplier)
     # Autocast keeps the weights that it has cast; those cast here have no gradients.
     torch.clear_autocast_cache()
     return replace(draw, target=objective.to_target_space(goal, draw))

@@ -31,7 +31,7 @@ from networks.spec import DeclaredModule
 if TYPE_CHECKING:
     from library.families.base import Family
     from library.options.base import Options
-    from library.types import Batch, FamilyTraits, LoraTarget, Models
+    from library.types import FamilyTraits, LoraTarget, Models
     from networks.builder import NetworkBuilder
     from networks.network import TrainableNetwork
 
@@ -166,19 +166,16 @@ class NetworkMethod(Method):
     def start_step(self, step: int) -> None:
         self._attached().start_step()
 
-    def before_batch(self, batch: Batch) -> None:
-        self._set_multiplier(batch.network_multiplier)
-
-    def _set_multiplier(self, multiplier: float) -> None:
-        if multiplier != self._multiplier:
-            self._attached().set_multiplier(multiplier)
-            self._multiplier = multiplier
+    def set_strength(self, strength: float) -> None:
+        if strength != self._multiplier:
+            self._attached().set_multiplier(strength)
+            self._multiplier = strength
 
     def before_step(self) -> None:
         self._attached().before_step()
 
     def after_step(self) -> None:
-        self._set_multiplier(1.0)  # what is sampled and validated is the network as it will be used
+        self.set_strength(1.0)  # what is sampled and validated is the network as it will be used
         if self.opts.method.scale_weight_norms:
             self._attached().limit_norms(self.opts.method.scale_weight_norms)
 

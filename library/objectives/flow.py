@@ -58,13 +58,19 @@ class FlowObjective(Objective):
         super().__init__(noise, loss)
         self.settings = settings
 
-    def draw(self, latents: Tensor, generator: torch.Generator, timesteps: Tensor | None = None) -> NoiseDraw:
+    def draw(
+        self,
+        latents: Tensor,
+        generator: torch.Generator,
+        timesteps: Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> NoiseDraw:
         """Draws sigma and noise. Timesteps are 1000 * sigma: whole numbers for "discrete", else float32."""
         clean = latents.float()
         noise = self.noise(clean, generator)
         input_noise = self.perturb(noise, generator)
         if timesteps is None:
-            timesteps = self._draw_timesteps(latents, generator)
+            timesteps = self.draw_timesteps(len(latents), latents.shape[-2:], generator, offsets)
         elif self.settings.sampling != "discrete":
             timesteps = timesteps.float()
         noisy = interpolate(clean, input_noise, _sigma_of(timesteps)).to(latents.dtype)
@@ -93,35 +99,40 @@ class FlowObjective(Objective):
             return prediction.float() + draw.noisy.float()
         return draw.noisy.float() - _column(_sigma_of(draw.timesteps), prediction) * prediction.float()
 
-    def weights(self, draw: NoiseDraw) -> Tensor | float:
+    def weights(self, timesteps: Tensor) -> Tensor | float:
         if self.settings.prediction != "sigma_scaled":
             return 1.0
-        return loss_weighting(self.settings.weighting_scheme, _sigma_of(draw.timesteps))
+        return loss_weighting(self.settings.weighting_scheme, _sigma_of(timesteps))
 
-    def _draw_timesteps(self, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """(B,), in the range of --min_timestep and --max_timestep."""
+    def draw_timesteps(
+        self, count: int, size: tuple[int, int], generator: torch.Generator, offsets: Tensor | None = None
+    ) -> Tensor:
+        """In the range of --min_timestep and --max_timestep, see `Objective.draw_timesteps`."""
         low, high = self.span
         if self.settings.sampling == "discrete":
-            sigma = shift_sigma(timestep_density(self.settings, len(latents), generator), self.settings.shift)
+            sigma = shift_sigma(timestep_density(self.settings, count, generator), self.settings.shift)
             # the product may round up to the end, which is no timestep any more
             return (sigma * (high - low) + low).clamp(max=high - 1).long()
-        sigma = self._draw_sigma(latents, generator)
+        sigma = self._draw_sigma(count, size, generator, offsets)
         return low + sigma * (high - low)
 
-    def _draw_sigma(self, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """Draws sigma, (B,), float32, in [0, 1]."""
-        settings, count = self.settings, len(latents)
+    def _draw_sigma(
+        self, count: int, size: tuple[int, int], generator: torch.Generator, offsets: Tensor | None
+    ) -> Tensor:
+        """Draws sigma, (count,), float32, in [0, 1]."""
+        settings = self.settings
         if settings.sampling == "uniform":
             return _uniform(count, generator)
         if settings.sampling == "sigma":
             u = timestep_density(settings, count, generator)
             index = (u * NUM_TIMESTEPS).floor().clamp(max=NUM_TIMESTEPS - 1)  # u may be 1
             return shift_sigma((NUM_TIMESTEPS - index) / NUM_TIMESTEPS, settings.shift)
-        sigma = torch.sigmoid(settings.sigmoid_scale * _normal(count, generator))
+        normal = _normal(count, generator)
+        sigma = torch.sigmoid(settings.sigmoid_scale * (normal if offsets is None else normal + offsets))
         if settings.sampling == "shift":
             return shift_sigma(sigma, settings.shift)
         if settings.sampling == "flux_shift":
-            return shift_sigma(sigma, settings.shift_of(*latents.shape[-2:]))
+            return shift_sigma(sigma, settings.shift_of(*size))
         return sigma
 
 

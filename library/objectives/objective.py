@@ -30,11 +30,27 @@ class Objective(ABC):
         self.span = times.timestep_range(noise.min_timestep, noise.max_timestep)
 
     @abstractmethod
-    def draw(self, latents: Tensor, generator: torch.Generator, timesteps: Tensor | None = None) -> NoiseDraw:
+    def draw(
+        self,
+        latents: Tensor,
+        generator: torch.Generator,
+        timesteps: Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> NoiseDraw:
         """Noise and time for clean latents (B, C, h, w) as the denoiser sees them.
 
-        `timesteps` (B,) fixes the times, for validation; None draws them. Noisy latents have the latents' dtype, noise
-        and target are float32.
+        `timesteps` (B,) fixes the times, for validation; None draws them, as `draw_timesteps` does with `offsets`.
+        Noisy latents have the latents' dtype, noise and target are float32.
+        """
+
+    @abstractmethod
+    def draw_timesteps(
+        self, count: int, size: tuple[int, int], generator: torch.Generator, offsets: Tensor | None = None
+    ) -> Tensor:
+        """`count` timesteps for latents of a size (h, w), (count,), on the generator's device.
+
+        Args: offsets: `Batch.timestep_offsets`, (count,) on that device; without effect where no normal numbers are
+            drawn.
         """
 
     @abstractmethod
@@ -78,7 +94,7 @@ class Objective(ABC):
         loss = losses.pointwise(self.to_target_space(prediction, draw), draw.target, opts.loss_type, switch_point)
         if masks is not None:
             loss = loss_masks.mask_loss(loss, masks)
-        return loss.flatten(1).mean(1) * loss_weights * self.weights(draw)
+        return loss.flatten(1).mean(1) * loss_weights * self.weights(draw.timesteps)
 
     def signal(self, draw: NoiseDraw) -> Tensor | None:
         """The signal's share of the variance (alpha_bar) of each item, (B,); None without a variance schedule."""
@@ -89,8 +105,8 @@ class Objective(ABC):
         return prediction
 
     @abstractmethod
-    def weights(self, draw: NoiseDraw) -> Tensor | float:
-        """The factor that the options put on the loss of each item by its time, (B,), or 1."""
+    def weights(self, timesteps: Tensor) -> Tensor | float:
+        """The factor that the options put on the loss of each item by its time, both (B,); or 1."""
 
     def validation_timesteps(self, count: int = 4) -> list[int]:
         """The fixed timesteps at which validation measures the loss of each image, ascending."""
@@ -117,25 +133,36 @@ class DdpmObjective(Objective):
         self._snr = ddpm.signal_to_noise(plain).float()
         self._alpha_bar = (ddpm.zero_terminal(plain) if noise.zero_terminal_snr else plain).float()
 
-    def draw(self, latents: Tensor, generator: torch.Generator, timesteps: Tensor | None = None) -> NoiseDraw:
+    def draw(
+        self,
+        latents: Tensor,
+        generator: torch.Generator,
+        timesteps: Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> NoiseDraw:
         self._follow(latents)
         clean = latents.float()
         noise = self.noise(clean, generator)
         input_noise = self.perturb(noise, generator)
         if timesteps is None:
-            timesteps = times.uniform(len(latents), self.span, generator)
+            timesteps = self.draw_timesteps(len(latents), latents.shape[-2:], generator)
         alpha_bar = self._alpha_bar[timesteps]
         noisy = ddpm.add_noise(clean, input_noise, alpha_bar).to(latents.dtype)
         target = ddpm.velocity(clean, noise, alpha_bar) if self.prediction_type == "v_prediction" else noise
         return NoiseDraw(noisy=noisy, timesteps=timesteps, target=target, noise=noise)
 
+    def draw_timesteps(
+        self, count: int, size: tuple[int, int], generator: torch.Generator, offsets: Tensor | None = None
+    ) -> Tensor:
+        return times.uniform(count, self.span, generator)
+
     def signal(self, draw: NoiseDraw) -> Tensor:
         self._follow(draw.noisy)
         return self._alpha_bar[draw.timesteps]
 
-    def weights(self, draw: NoiseDraw) -> Tensor | float:
-        self._follow(draw.noisy)
-        opts, snr = self.loss_opts, self._snr[draw.timesteps]
+    def weights(self, timesteps: Tensor) -> Tensor | float:
+        self._follow(timesteps)
+        opts, snr = self.loss_opts, self._snr[timesteps]
         weights: Tensor | float = 1.0
         if opts.min_snr_gamma:
             weights = weights * weighting.min_snr(snr, opts.min_snr_gamma, self.prediction_type)

@@ -62,6 +62,12 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
         None, "training size in pixels: one side of a square, or width,height", comma_list=True
     )
 
+    skip_image_resolution: str | None = opt(
+        None,
+        "leave out images that have no more pixels than this: one side of a square, or width,height",
+        comma_list=True,
+    )
+
     caption_extension: str = opt(".caption", "extension of the caption files beside the images, e.g. .txt")
     caption_extention: str | None = opt(
         None,
@@ -149,6 +155,11 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
         yield from self._check_augmentation()
 
     def _check_sizes(self, traits: FamilyTraits) -> Iterator[str]:
+        if self.skip_image_resolution is not None:
+            sides = _numbers(self.skip_image_resolution, int)
+            if sides is None or len(sides) > 2 or min(sides) < 0:
+                wanted = "must be one number or width,height in pixels"
+                yield f"--skip_image_resolution: {wanted}, got {self.skip_image_resolution!r}"
         if self.enable_bucket and self.bucket_reso_steps % traits.bucket_step:
             yield (
                 f"--bucket_reso_steps: must be a multiple of {traits.bucket_step} for {traits.label}, "

@@ -61,8 +61,11 @@ class BlockSwapOptions(OptionGroup, group="swap", title="Block swap", always=Tru
         flag = "--blocks_to_swap"
         if opts.memory.cpu_offload_checkpointing:
             yield f"{flag}: cannot be used with --cpu_offload_checkpointing; choose one of them"
-        if opts.memory.compiles and opts.memory.dynamo_backend == "cudagraphs":
-            yield f"{flag}: cannot be used with --dynamo_backend cudagraphs, whose weights must not move"
+        if opts.memory.compiles and opts.memory.has_cuda_graphs:
+            graphs = "--dynamo_backend cudagraphs"
+            if opts.memory.backend != "cudagraphs":
+                graphs = f"--compile_mode {opts.memory.compile_mode}"
+            yield f"{flag}: cannot be used with {graphs}, whose weights must not move"
         if opts.method.trains_model:
             if not opts.optimizer.fused_backward_pass:
                 yield f"{flag}: needs --fused_backward_pass here, so that a block is stepped while it is on the GPU"

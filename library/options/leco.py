@@ -79,7 +79,7 @@ class LecoLoss(LossOptions, without=("masked_loss", "prior_loss_weight")):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LecoNoise(NoiseOptions):
+class LecoNoise(NoiseOptions, without=("show_timesteps", "show_timesteps_resolution", "show_timesteps_offset")):
     """Of the noise that images are made from, and of the times at which predictions are compared."""
 
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:

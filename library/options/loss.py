@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from library.types import FamilyTraits
 
 
+_SHOWN = ("show_timesteps",)
+
+
 @dataclass(frozen=True, kw_only=True)
 class NoiseOptions(OptionGroup, group="noise", title="Noise and timesteps"):
     noise_offset: float | None = opt(
@@ -49,16 +52,52 @@ class NoiseOptions(OptionGroup, group="noise", title="Noise and timesteps"):
     max_timestep: int | None = opt(
         None, "timesteps below this one are trained (1000 if not given)", at_least=1, at_most=1000
     )
+    show_timesteps: Literal["console", "image", "off"] | None = opt(
+        None,
+        "show which timesteps would be drawn and how they are weighed, as text or as a PNG file in --output_dir, and "
+        "train nothing",
+        off="off",
+    )
+    show_timesteps_resolution: str = opt(
+        "1024",
+        "size of images for --show_timesteps, on which --timestep_sampling flux_shift depends: one side of a square, "
+        "or height,width",
+        comma_list=True,
+        only_with=_SHOWN,
+    )
+    show_timesteps_offset: float = opt(
+        0.0,
+        "for --show_timesteps: what custom_attributes.timestep_sampling.offset of a subset would be",
+        only_with=_SHOWN,
+    )
+
+    @property
+    def shown_size(self) -> tuple[int, int] | None:
+        """(height, width) of --show_timesteps_resolution, in pixels; None: it is none."""
+        try:
+            sides = [int(side) for side in self.show_timesteps_resolution.split(",")]
+        except ValueError:
+            return None
+        return (sides[0], sides[-1]) if len(sides) in (1, 2) and min(sides) > 0 else None
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.noise_offset is not None and self.multires_noise_iterations is not None:
             yield "--noise_offset: cannot be used with --multires_noise_iterations; use one of them"
         if self.adaptive_noise_scale is not None and self.noise_offset is None:
             yield "--adaptive_noise_scale: needs --noise_offset, which it changes"
+        if self.show_timesteps and self.shown_size is None:
+            wanted = "must be one number or height,width in pixels"
+            yield f"--show_timesteps_resolution: {wanted}, got {self.show_timesteps_resolution!r}"
         low = 0 if self.min_timestep is None else self.min_timestep
         high = 1000 if self.max_timestep is None else self.max_timestep
         if low >= high:
             yield f"--min_timestep: must be below --max_timestep, got {low} and {high}"
+
+    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if self.show_timesteps and self.show_timesteps_offset and not opts.family.takes_timestep_offset:
+            sampling = getattr(opts.family, "timestep_sampling", None)
+            where = f"with --timestep_sampling {sampling}" if sampling else f"on {traits.label}"
+            yield f"--show_timesteps_offset: has no effect {where}"
 
 
 _HUBER = ("loss_type=huber", "loss_type=smooth_l1")

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from library.types import FamilyTraits
 
 
+_COMPILES = ("torch_compile", "compile")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
     mem_eff_attn: bool = opt(False, "memory-efficient attention without extra packages; slower than xformers")
@@ -38,6 +41,32 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
         "inductor", "backend of --torch_compile; no disables it; which backends work depends on the machine",
         only_with=("torch_compile",), synonyms={"tensorrt": "tensort"},
     )  # fmt: skip
+    compile: bool = opt(False, "the same as --torch_compile, with the backend of --compile_backend")
+    compile_backend: str = opt("inductor", "backend of --compile, as --dynamo_backend has them", only_with=("compile",))
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = opt(
+        "default", "what inductor optimises for: max-autotune tries kernels for longer", only_with=_COMPILES
+    )
+    compile_dynamic: Literal["true", "false", "auto"] | None = opt(
+        None,
+        "one graph for all shapes (true), one for each (false, the default), or one for all after the second (auto)",
+        only_with=_COMPILES,
+    )
+    compile_fullgraph: bool = opt(
+        False, "end the run where a block cannot be compiled as one graph", only_with=_COMPILES
+    )
+    compile_cache_size_limit: int | None = opt(
+        None,
+        "most graphs that the compiler makes of blocks; further shapes run uncompiled; 1024 if not given",
+        at_least=1,
+        off=0,
+        only_with=_COMPILES,
+    )
+    cuda_allow_tf32: bool = opt(
+        False, "compute float32 products of matrices in TF32 on NVIDIA GPUs: faster, with 10 bits of precision"
+    )
+    cuda_cudnn_benchmark: bool = opt(
+        False, "let cuDNN try its convolutions for each shape first: faster where there are few shapes"
+    )
     full_fp16: bool = opt(False, "trained weights and gradients in fp16 too; needs --mixed_precision fp16")
     full_bf16: bool = opt(False, "trained weights and gradients in bf16 too; needs --mixed_precision bf16")
     stochastic_rounding: bool = opt(
@@ -62,7 +91,18 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
     @property
     def compiles(self) -> bool:
         """Whether the denoiser is compiled."""
-        return self.torch_compile and self.dynamo_backend != "no"
+        return (self.torch_compile or self.compile) and self.backend != "no"
+
+    @property
+    def backend(self) -> str:
+        """What compiles it, or "no"."""
+        return self.compile_backend if self.compile else self.dynamo_backend
+
+    @property
+    def has_cuda_graphs(self) -> bool:
+        """Whether what is compiled is recorded as CUDA graphs, whose memory must stay where it is."""
+        modes = ("reduce-overhead", "max-autotune")
+        return self.backend == "cudagraphs" or (self.backend == "inductor" and self.compile_mode in modes)
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if self.full_fp16 and self.full_bf16:
@@ -99,8 +139,12 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
         used, *others = self.attention or ("sdpa",)
         for name in others:
             yield f"--{name}: has no effect with --{used}, which is used"
-        if self.torch_compile and not self.compiles:
-            yield "--torch_compile: has no effect with --dynamo_backend no"
+        if (self.torch_compile or self.compile) and not self.compiles:
+            flags = "--compile", "--compile_backend"
+            name, backend = flags if self.compile else ("--torch_compile", "--dynamo_backend")
+            yield f"{name}: has no effect with {backend} no"
+        if self.compiles and self.compile_mode != "default" and self.backend != "inductor":
+            yield f"--compile_mode: has no effect with the backend {self.backend}"
 
 
 _DEEPSPEED = ("deepspeed",)

@@ -27,11 +27,9 @@ _OF_GUIS = frozenset(
 )
 
 # Options that newer versions of the ancestor have and no script here has yet. Off or empty they pass.
-NOT_YET = frozenset(("train_inpainting", "skip_image_resolution", "show_timesteps"))
+NOT_YET = frozenset(("train_inpainting",))
 # Options beside those above; they do nothing by themselves.
-_IDLE_ALONE = frozenset(
-    ("show_timesteps_resolution", "show_timesteps_offset", "max_denoising_steps", "leco_denoise_guidance_scale")
-)
+_IDLE_ALONE = frozenset(("max_denoising_steps", "leco_denoise_guidance_scale"))
 
 # Names that belong into --network_args; some GUIs have written them beside it.
 _NETWORK_ARGUMENTS = frozenset(
@@ -45,6 +43,7 @@ _NETWORK_ARGUMENTS = frozenset(
 _ANY = object()
 _GUI_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "clip_skip": (_ANY,),
+    "compile_cache_size_limit": (_ANY,),
     "dynamo_backend": ("no",),
     "learning_rate_te": (_ANY,),
     "learning_rate_te1": (_ANY,),

@@ -59,14 +59,14 @@ def warnings(options: Options, traits: FamilyTraits) -> list[str]:
         lines += group.warnings(options, traits)
     found = list(options.remarks)
     for line in dict.fromkeys(lines):
-        name = _option_of(line)
+        name = option_of(line)
         given = options.given.get(name)
         if given is None or given.source == COMMAND_LINE or not is_gui_default(name, given.value):
             found.append(_with_origin(line, options))
     return found
 
 
-def _option_of(line: str) -> str:
+def option_of(line: str) -> str:
     """The name of the option that a line is about; empty where it is about none."""
     named = re.match(r"--(\w+)", line)
     return named[1] if named else ""
@@ -74,5 +74,5 @@ def _option_of(line: str) -> str:
 
 def _with_origin(line: str, options: Options) -> str:
     """Adds the configuration file's name where the option that a line is about came from one."""
-    origin = options.origin(_option_of(line))
+    origin = options.origin(option_of(line))
     return line if origin in ("default", COMMAND_LINE) else f"{line} (from {origin})"

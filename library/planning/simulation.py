@@ -153,6 +153,7 @@ def quietly(opts: Options) -> Options:
         logging_dir=None,
         huggingface_repo_id=None,
         torch_compile=False,
+        compile=False,
         xformers=False,  # torch's own kernels take as much
         seed=opts.training.seed or 0,
         resume=None,

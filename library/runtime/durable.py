@@ -113,6 +113,19 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         flush_folder(path.parent)
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process is in such a block for this folder: for reading a file, changing and replacing it.
+
+    Where the system or the file system has no locks it does not wait. No file is left.
+    """
+    lock = _lock(Path(os.path.realpath(folder)), wait=True)
+    try:
+        yield
+    finally:
+        _release(lock)
+
+
 def make_folder(path: Path) -> None:
     """Makes a folder and those above it, so that they survive a power cut. Raises: OSError."""
     if path.is_dir():

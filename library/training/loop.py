@@ -136,7 +136,7 @@ def _accumulate(run: Run, parts: StepParts, group: list[Batch], progress: Progre
         # The number of the batch among those of all processes: two processes see what one sees that accumulates two.
         number = progress.micro_step * run.accelerator.num_processes + run.accelerator.process_index
         torch.manual_seed(seeds.derive(run.seed, "layers", number))  # dropout inside the modules
-        run.method.before_batch(batch)
+        run.method.set_strength(batch.network_multiplier)
         rng, step = parts.streams.at(run.accelerator.device, run.seed, "noise", number), progress.step + 1
         with _computing(run):
             with during(f"the forward pass of step {step}"), run.accelerator.autocast():
@@ -284,6 +284,7 @@ def _sample(run: Run, progress: Progress, *, epoch_end: bool) -> None:
             denoise=run.denoise,
             trained=run.method.trainable(),
             device=run.accelerator.device,
+            set_strength=run.method.set_strength,
             write=run.writes,
         )
     for index, image in enumerate(images):

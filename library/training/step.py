@@ -75,7 +75,7 @@ def training_step(parts: StepParts, batch: Batch, rng: torch.Generator) -> StepR
     """The losses of one batch. All randomness of noise and time comes from `rng` (on the batch's device)."""
     if parts.draw is None:
         latents, cond = encoded(parts, batch, rng)
-        draw = parts.objective.draw(latents, rng)
+        draw = parts.objective.draw(latents, rng, offsets=batch.timestep_offsets)
     else:
         cond, draw = batch_text(parts, batch), parts.draw(batch, rng)
     return StepResult(step_losses(parts, batch, cond, draw), draw.timesteps)

@@ -22,6 +22,7 @@ PLAIN = CacheLayout("_sd.npz", 4, keys_by_size=False)
 SIZED = CacheLayout("_flux.npz", 16, keys_by_size=True)
 FINGERPRINT = Fingerprint("image digest", "vae fingerprint", None)
 LARGE, SMALL = Size(64, 48), Size(32, 24)
+OF_OURS = ("latents", "original_size", "crop_ltrb", "provenance")  # in every entry that we write
 
 
 @pytest.fixture
@@ -122,10 +123,11 @@ def test_numpy_finds_the_arrays_of_the_format(wanted, tmp_path):
     entry = save(wanted)
     file = tmp_path / "a b.v2_0130x0097_sd.npz"
     others = {"latents_flipped": (4, 6, 8), "alpha_mask": (48, 64)}
-    stored = {name: StoredArray(file, name, shape) for name, shape in others.items()}
-    assert entry == entry_in(file, "", (4, 6, 8), **stored)
+    stored = {name: StoredArray(file, f"{name}_6x8", shape) for name, shape in others.items()}
+    assert entry == entry_in(file, "_6x8", (4, 6, 8), **stored)
     with np.load(file_of(entry), allow_pickle=False) as archive:
-        arrays = dict(archive)
+        assert all(name.endswith("_6x8") for name in archive)
+        arrays = {name.removesuffix("_6x8"): array for name, array in archive.items()}
     assert arrays.keys() == {"latents", "latents_flipped", "alpha_mask", "original_size", "crop_ltrb", "provenance"}
     assert [(arrays[name].dtype, arrays[name].shape) for name in ("latents", "latents_flipped", "alpha_mask")] == [
         (np.float32, (4, 6, 8)),
@@ -160,7 +162,7 @@ def test_recorded_crops(wanted, image, bucket, expected):
     """Worked values: what an earlier trainer wrote for these images and buckets."""
     crop = crop_ltrb(Size(*bucket), Size(*image))
     entry = save(replace(wanted, size=Size(*image), bucket=Size(*bucket), crop_ltrb=crop))
-    assert np.load(file_of(entry))["crop_ltrb"].tolist() == pytest.approx(expected, abs=5e-4)
+    assert np.load(file_of(entry))[f"crop_ltrb{suffix_of(entry)}"].tolist() == pytest.approx(expected, abs=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -188,14 +190,12 @@ def test_large_sizes_are_not_cut(wanted):
 @pytest.mark.rows("R253")
 @pytest.mark.parametrize("first", [LARGE, SMALL])
 def test_two_sizes_live_in_one_file(wanted, first):
-    """The first has no size in its names, so that earlier trainers still read it."""
+    """Their names end in the size of the latents, height first, whichever was there first."""
     sizes = {bucket: in_bucket(wanted, bucket) for bucket in (first, LARGE, SMALL)}
     entries = {bucket: save(one, number=bucket.width) for bucket, one in sizes.items()}
     assert len({file_of(entry) for entry in entries.values()}) == 1
     names = set(store.names(named(wanted)))
-    second = SMALL if first == LARGE else LARGE
-    assert {"latents", f"latents_{second.height // 8}x{second.width // 8}"} <= names
-    assert suffix_of(entries[first]) == ""
+    assert {name for name in names if name.startswith("latents")} == {"latents_6x8", "latents_3x4"}
     for check in (True, False):
         for bucket, one in sizes.items():
             found = find(one, check=check)
@@ -205,6 +205,56 @@ def test_two_sizes_live_in_one_file(wanted, first):
         assert save(one, number=7.0) == entries[bucket]
         assert read(one)[0, 0, 0] == 7.0
     assert set(store.names(named(wanted))) == names
+
+
+@pytest.mark.rows("R500")
+@pytest.mark.parametrize("check", [True, False])
+def test_latents_without_a_size_are_of_the_bucket_of_their_shape_alone(wanted, check):
+    """Trainers since March 2026 take them for every bucket; two datasets of different sizes then share latents."""
+    theirs(named(wanted), wanted)
+    assert find(wanted, check=check) == entry_in(named(wanted), "", (4, 6, 8))
+    for bucket in (SMALL, Size(48, 64)):
+        small = in_bucket(wanted, bucket)
+        height, width = bucket.height // 8, bucket.width // 8
+        shapes = f"latents has the shape 4x6x8, not 4x{height}x{width}"
+        assert find(small, check=check) == f"{named(wanted)}: {shapes}"
+        assert suffix_of(save(small)) == f"_{height}x{width}"
+        assert latents_in(find(small, check=check)).shape == (4, height, width)
+    assert latents_in(find(wanted, check=check)).max() == 1
+
+
+@pytest.mark.rows("R500")
+@pytest.mark.parametrize("check", [True, False])
+def test_a_file_with_both_forms_is_read_by_size_first(wanted, check):
+    """As a trainer leaves it that has added sizes to a file of an earlier version of itself."""
+    old = theirs(named(wanted), wanted, latents_flipped=np.full((4, 6, 8), 3, np.float32))
+    new = {f"{name}_6x8": 2 * old[name] if name == "latents" else old[name] for name in old if "flipped" not in name}
+    small = theirs(named(wanted), in_bucket(wanted, SMALL), "_3x4")
+    np.savez(named(wanted), **old, **new, **small)
+    assert latents_in(find(wanted, check=check)).max() == 2
+    assert suffix_of(find(in_bucket(wanted, SMALL), check=check)) == "_3x4"
+    flipped = find(replace(wanted, flip=True), check=check)  # which only the older entry has, as a whole
+    assert set(flipped.read("latents", "latents_flipped")["latents"].flat) == {1}
+    save(wanted, number=5.0)  # takes the place of both
+    assert sorted(store.names(named(wanted))) == sorted([*small, *(f"{name}_6x8" for name in OF_OURS)])
+
+
+def test_runs_that_write_to_one_file_lose_nothing(wanted, tmp_path):
+    """Each reads the file, adds its size and replaces it; without waiting, the last one's would be all there is."""
+    sizes = [in_bucket(wanted, Size(8 * (one + 1), 8)) for one in range(6)]
+    pids = []
+    for one in sizes:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                save(one)
+            finally:
+                os._exit(0)
+        pids.append(pid)
+    for pid in pids:
+        os.waitpid(pid, 0)
+    assert all(isinstance(find(one), Entry) for one in sizes)
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
 
 
 def test_a_second_size_does_not_overwrite_an_earlier_trainers(wanted):
@@ -224,22 +274,21 @@ def test_what_is_of_no_use_is_overwritten(wanted, stale):
     theirs(named(wanted), wanted, latents=latents, original_size=size)
     if stale == "old":
         os.utime(named(wanted), (1, 1))
-    assert suffix_of(save(in_bucket(wanted, SMALL))) == ""
-    assert np.load(named(wanted))["latents"].shape == (4, 3, 4)
+    save(in_bucket(wanted, SMALL))
+    assert set(store.names(named(wanted))) == {f"{name}_3x4" for name in OF_OURS}
 
 
 def test_entries_of_another_origin_go_when_a_new_one_comes(wanted):
     other = replace(FINGERPRINT, vae="another VAE")
     save(wanted)
-    assert suffix_of(save(in_bucket(wanted, SMALL))) == "_3x4"
-    assert suffix_of(save(in_bucket(wanted, SMALL), fingerprint=other)) == ""
-    assert set(store.names(named(wanted))) == {"latents", "original_size", "crop_ltrb", "provenance"}
-    assert "made by another VAE" not in str(find(in_bucket(wanted, SMALL), fingerprint=other))
-    assert suffix_of(save(wanted, fingerprint=other)) == "_6x8"
-    changed = replace(other, image="new digest")
-    assert suffix_of(save(wanted, fingerprint=changed)) == ""
-    assert np.load(named(wanted))["latents"].shape == (4, 6, 8)
-    assert not any(name.endswith(("_3x4", "_6x8")) for name in store.names(named(wanted)))
+    save(in_bucket(wanted, SMALL))
+    save(in_bucket(wanted, SMALL), fingerprint=other)
+    assert set(store.names(named(wanted))) == {f"{name}_3x4" for name in OF_OURS}
+    assert isinstance(find(in_bucket(wanted, SMALL), fingerprint=other), Entry)
+    save(wanted, fingerprint=other)
+    assert len(store.names(named(wanted))) == 2 * len(OF_OURS)
+    save(wanted, fingerprint=replace(other, image="new digest"))
+    assert set(store.names(named(wanted))) == {f"{name}_6x8" for name in OF_OURS}
 
 
 def test_files_with_sizes_in_all_names_are_added_to(wanted):
@@ -313,11 +362,11 @@ def test_an_unmarked_entry_that_lacks_something_is_replaced_as_a_whole(wanted):
         ({"resized": Size(66, 48)}, {}, "the image was resized to 65x48, not to 66x48"),
         ({"resized": None}, {}, "the image was resized to 65x48, not to nothing"),
         ({"interpolation": "lanczos"}, {}, "resized with interpolation None, not lanczos"),
-        ({"flip": True}, {}, "it has no latents_flipped"),
-        ({"alpha": True}, {}, "it has no alpha_mask"),
-        ({"mask": Path("mask.png")}, {"mask": "digest"}, "it has no loss_mask"),
-        ({"bucket": SMALL}, {}, "latents has the shape 4x6x8, not 4x3x4"),
-        ({"bucket": Size(48, 64)}, {}, "latents has the shape 4x6x8, not 4x8x6"),
+        ({"flip": True}, {}, "it has no latents_flipped_6x8"),
+        ({"alpha": True}, {}, "it has no alpha_mask_6x8"),
+        ({"mask": Path("mask.png")}, {"mask": "digest"}, "it has no loss_mask_6x8"),
+        ({"bucket": SMALL}, {}, "it has no latents_3x4"),
+        ({"bucket": Size(48, 64)}, {}, "it has no latents_8x6"),
     ],
 )
 def test_our_entries_are_used_only_for_what_they_are(wanted, change, fingerprint, reason):
@@ -359,7 +408,7 @@ def not_finite(value):
         ({"latents_flipped": np.ones((4, 6, 8), np.float32)}, {"flip": True}, None),
         ({}, {"flip": True}, "it has no latents_flipped"),
         ({}, {"alpha": True}, "it has no alpha_mask"),
-        ({"latents": None}, {}, "it has no latents"),
+        ({"latents": None}, {}, "it has no latents_6x8"),
         ({"latents": np.ones((16, 6, 8), np.float32)}, {}, "latents has the shape 16x6x8, not 4x6x8"),
         ({"latents": np.ones((4, 8, 6), np.float32)}, {}, "latents has the shape 4x8x6, not 4x6x8"),
         ({"latents": np.float32(1)}, {}, "latents has the shape nothing, not 4x6x8"),
@@ -524,13 +573,13 @@ def test_a_broken_file_is_named(wanted, damage):
 @pytest.mark.rows("R256")
 def test_a_file_that_changed_after_it_was_found_is_named(wanted):
     entry = save(replace(wanted, flip=True))
-    theirs(file_of(entry), wanted, latents=np.ones((4, 6, 9), np.float32))
-    with pytest.raises(UserError, match=r"_sd\.npz: .*latents has the shape 4x6x9, not 4x6x8"):
+    theirs(file_of(entry), wanted, "_6x8", latents=np.ones((4, 6, 9), np.float32))
+    with pytest.raises(UserError, match=r"_sd\.npz: .*latents_6x8 has the shape 4x6x9, not 4x6x8"):
         latents_in(entry)
-    with pytest.raises(UserError, match=r"_sd\.npz: .*it has no array latents_flipped"):
+    with pytest.raises(UserError, match=r"_sd\.npz: .*it has no array latents_flipped_6x8"):
         entry.read("latents_flipped")
-    theirs(file_of(entry), wanted, latents=np.ones((4, 6, 8), np.int64))
-    with pytest.raises(UserError, match=r"_sd\.npz: .*latents is of type int64"):
+    theirs(file_of(entry), wanted, "_6x8", latents=np.ones((4, 6, 8), np.int64))
+    with pytest.raises(UserError, match=r"_sd\.npz: .*latents_6x8 is of type int64"):
         latents_in(entry)
     file_of(entry).unlink()
     with pytest.raises(UserError, match=r"_sd\.npz: .*No such file"):
@@ -549,9 +598,11 @@ def test_unchecked_files_need_the_right_names_only(wanted):
         found = unchecked.find(replace(wanted, **change))
         assert found == entry
     assert "made by another VAE" in find(wanted, fingerprint=replace(fingerprint, image=FINGERPRINT.image))
-    assert find(replace(wanted, flip=True), check=False) == f"{file_of(entry)}: it has no latents_flipped"
+    assert find(replace(wanted, flip=True), check=False) == f"{file_of(entry)}: it has no latents_flipped_6x8"
     small = in_bucket(wanted, SMALL)
-    with pytest.raises(UserError, match="latents has the shape 4x6x8, not 4x3x4"):
+    assert find(small, check=False) == f"{file_of(entry)}: it has no latents_3x4"
+    theirs(file_of(entry), small, "_3x4", latents=np.ones((4, 6, 8), np.float32))
+    with pytest.raises(UserError, match="latents_3x4 has the shape 4x6x8, not 4x3x4"):
         latents_in(find(small, check=False))
     file_of(entry).write_bytes(b"damaged")
     assert find(wanted, check=False) == f"{file_of(entry)}: it is no .npz file"

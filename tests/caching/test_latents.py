@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from itertools import chain
+from random import Random
 
 import numpy as np
 import pytest
@@ -16,13 +17,12 @@ from PIL import Image
 from library.caching import latents
 from library.caching.encode_missing import Encoder
 from library.data.config.blueprint import build_specs
+from library.data.sample import buckets, images
 from library.data.sample.dataset import build_training_data
+from library.data.sample.rendering import render
 from library.errors import UserError
-from library.options.base import Given, build_options
-from library.options.data import DataOptions
-from library.options.loss import LossOptions
-from library.options.training import TrainingOptions
 from library.types import CacheLayout, FamilyTraits
+from tests.builders.options import options_for
 
 TRAITS = FamilyTraits("Test family", ("te",), 3, 8, 64, "ddpm", "_test.npz", 512, 1, 1.0)
 
@@ -79,8 +79,7 @@ def load(tmp_path):
         masked = any("conditioning_data_dir" in subset for dataset in datasets for subset in dataset["subsets"])
         given = {"dataset_config": file, "cache_latents": True, "max_data_loader_n_workers": workers}
         given |= {"masked_loss": masked and image_role == "mask", "data_index_dir": str(tmp_path / "index")}
-        groups = (DataOptions, LossOptions, TrainingOptions)
-        opts = build_options(groups, {name: Given(value, "command line") for name, value in given.items()})
+        opts = options_for("sd", "network", **given)
         return build_training_data(build_specs(opts, TRAITS, image_role), opts, TRAITS, 1)
 
     return build
@@ -386,6 +385,50 @@ def test_two_resolutions_share_a_file(folder, load):
     watched = Counted()
     on_disk(load(*tables), watched)
     assert watched.images == 0
+
+
+def as_the_ancestor_writes(data, sides, *, suffixed):
+    """The files of sd-scripts for these records: since 0.10.2 names of arrays have sizes, before they had none."""
+    files = {}
+    for record in data.records:
+        if record.dataset in sides:
+            view = render(record, False, Random(0))
+            made = encode(images.to_pixels(view.pixels)[None])[0].numpy()
+            size, crop = record.size, buckets.crop_ltrb(record.bucket, record.size)
+            end = f"_{made.shape[1]}x{made.shape[2]}" if suffixed else ""  # height first
+            arrays = {"latents": made, "original_size": np.array(size), "crop_ltrb": np.array(crop)}
+            # The name has the image's size, width first.
+            file = record.path.with_name(f"{record.path.stem}_{size.width:04d}x{size.height:04d}_test.npz")
+            files.setdefault(file, {}).update({name + end: array for name, array in arrays.items()})
+    for file, arrays in files.items():
+        np.savez(file, **arrays)
+
+
+@pytest.mark.rows("R500")
+@pytest.mark.parametrize("check", [True, False])
+def test_files_of_the_ancestor_with_sizes_are_used_at_every_size(folder, load, check):
+    tables, watched = [table(folder, 128), table(folder, 64)], Counted()
+    data = load(*tables)
+    as_the_ancestor_writes(data, {0, 1}, suffixed=True)
+    assert on_disk(data, watched, check=check) == 10
+    assert watched.images == 0
+    same_batches(load(*tables), data)
+
+
+@pytest.mark.rows("R500")
+@pytest.mark.parametrize("check", [True, False])
+def test_files_of_the_ancestor_without_sizes_serve_one_of_two_datasets(folder, load, check):
+    """The other is encoded and gets latents of its own beside them, in the same files."""
+    tables, watched = [table(folder, 128), table(folder, 64)], Counted()
+    data = load(*tables)
+    as_the_ancestor_writes(data, {0}, suffixed=False)
+    assert on_disk(data, watched, check=check) == 5
+    assert watched.images == 5
+    assert all(height * width <= 64 * 64 for _, _, height, width in watched.shapes)
+    same_batches(load(*tables), data)
+    assert len(npz(folder)) == 5
+    again = Counted()
+    assert on_disk(load(*tables), again, check=check) == 10
 
 
 def test_latents_without_images(folder, load, tmp_path):

@@ -127,6 +127,23 @@ def test_control_images_without_a_controlnet_have_no_effect(with_edges, tmp_path
     assert said.text.count("--cn (controlnet_image) has no effect") == len(said.records) == 1
 
 
+@pytest.mark.rows("R507")
+def test_the_strength_of_a_prompt_is_set_for_its_image_and_taken_back(tmp_path, make_family, models, said):
+    text = "a cat --s 1 --d 3{}\n"
+    lines = [text.format(more + " --w 64 --h 64") for more in ("", " --am 0.5,7", " --am 0.5", " --am -1")]
+    (tmp_path / "prompts.txt").write_text("".join(lines))
+    opts = options(tmp_path, sample_prompts=str(tmp_path / "prompts.txt"), sample_at_first=True)
+    found = []
+    preview = Preview.from_options(opts, make_family())
+    preview.render(models, 1, None, set_strength=found.append, write=False)
+    assert found == [1.0, 0.5, -1.0, 1.0]
+    assert said.text == ""
+    given = {"sample_prompts": str(tmp_path / "prompts.txt"), "sample_at_first": True, "output_dir": str(tmp_path)}
+    without = Preview.from_options(options_for("sd", "finetune", **given), make_family())
+    assert said.text.count("--am (additional_network_multiplier) has no effect, as no network is trained here") == 1
+    assert not any(prompt.multipliers for prompt in without.prompts)
+
+
 def test_a_control_image_that_cannot_be_read_is_named(with_edges, tmp_path):
     (tmp_path / "edges.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"--cn .*edges\.png: the control image cannot be read \(the file is empty\)"):

@@ -11,6 +11,7 @@ import pytest
 
 from library.errors import UserError
 from library.inference.prompts import ControlImage, SamplePrompt, default_prompt, load_prompts, parse_prompt
+from library.registry import FAMILIES
 from library.runtime.logs import LOGGER
 
 C94 = (
@@ -136,6 +137,34 @@ def test_sizes_are_floored(line, size, traits):
 def test_sizes_are_floored_to_the_familys_multiple(traits):
     prompt = parse_prompt("x --w 520 --h 72", replace(traits, pixel_multiple=16), "ddim")
     assert (prompt.width, prompt.height) == (512, 64)
+
+
+@pytest.mark.rows("R506")
+@pytest.mark.parametrize(
+    ("family", "line", "size"),
+    [
+        ("sd", "--w 575 --h 64", (512, 64)),
+        ("sd", "--w 63 --h 1", (64, 64)),
+        ("sdxl", "--w 1055 --h 100", (1024, 96)),
+        ("sdxl", "--w 31 --h 33", (32, 32)),
+        ("sd3", "--w 1000 --h 10", (992, 64)),
+        ("flux", "--w 1000 --h 10", (992, 64)),
+    ],
+)
+def test_sizes_of_sample_images_in_training_are_those_of_the_ancestor(family, line, size):
+    prompt = parse_prompt(f"x {line}", FAMILIES[family].traits, "ddim")
+    assert (prompt.width, prompt.height) == size
+
+
+@pytest.mark.rows("R507")
+def test_strengths_of_networks(traits, tmp_path):
+    assert parse_prompt("x --am 0.5", traits, "ddim").multipliers == (0.5,)
+    assert parse_prompt("x --am 0.8,-1.2 --s 3", traits, "ddim").multipliers == (0.8, -1.2)
+    file = tmp_path / "p.json"
+    file.write_text(json.dumps([{"prompt": "x", "additional_network_multiplier": [0.8, 1]}, {"prompt": "x"}]))
+    assert [one.multipliers for one in load_prompts(file, traits, "ddim")] == [(0.8, 1.0), None]
+    with pytest.raises(UserError, match=r"--am needs numbers with commas between them, got 'strong'"):
+        parse_prompt("x --am strong", traits, "ddim")
 
 
 @pytest.mark.parametrize(("given", "kept"), [("0", 1), ("-3", 1), ("1000", 1000), ("2000", 1000)])

@@ -9,9 +9,11 @@ from torch import nn
 from library.errors import UserError
 from library.families.sd.adapter import SdFamily
 from library.families.sd.targets import unet_targets
-from library.memory.compiling import compile_blocks, require_backend
+from library.memory.compiling import Compiling, compile_blocks, not_one_graph, require_backend, set_cuda_modes
 from library.memory.low_precision import quantise_to_fp8
+from library.options.memory import MemoryOptions
 from library.types import Models
+from tests.builders.options import options_with
 from tests.networks.builders import lora
 from tests.networks.conftest import tiny_unet
 
@@ -89,6 +91,57 @@ def test_more_kinds_than_torchs_own_limit_are_compiled():
     for rows in range(2, 22):
         run(blocks, torch.randn(rows, 8))
     assert counters["stats"]["unique_graphs"] - before == 20
+
+
+@pytest.mark.rows("R508")
+@pytest.mark.parametrize(("dynamic", "graphs"), [("false", 6), ("true", 1), ("auto", 2), (None, 6)])
+def test_one_graph_for_each_shape_or_for_several(dynamic, graphs):
+    given = {} if dynamic is None else {"compile_dynamic": dynamic}
+    opts = options_with(MemoryOptions, compile=True, compile_backend="eager", **given)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    blocks = [Block(0).requires_grad_(False)]
+    compile_blocks(blocks, opts.memory.backend, CPU, Compiling.of(opts.memory))
+    before = counters["stats"]["unique_graphs"]
+    for rows in range(2, 8):
+        run(blocks, torch.randn(rows, 8))
+    assert counters["stats"]["unique_graphs"] - before == graphs
+
+
+@pytest.mark.rows("R508")
+def test_a_limit_of_graphs_and_blocks_that_are_no_single_graph():
+    class Breaking(nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return x
+
+    opts = options_with(MemoryOptions, torch_compile=True, compile_fullgraph=True, compile_cache_size_limit=2)
+    how = Compiling.of(opts.memory)
+    blocks = [Breaking()]
+    compile_blocks(blocks, "eager", CPU, how)
+    assert torch._dynamo.config.recompile_limit == 2
+    with pytest.raises(RuntimeError) as stop:
+        blocks[0](torch.ones(2))
+    assert not_one_graph(stop.value).startswith("--compile_fullgraph: a block cannot be compiled as one graph (")
+    assert not_one_graph(RuntimeError("other")) is None
+    assert Compiling.of(options_with(MemoryOptions, compile=True, compile_mode="max-autotune").memory).mode
+
+
+@pytest.mark.rows("R508")
+def test_the_switches_of_cuda():
+    backends = torch.backends
+    modes = [(backends.cuda.matmul, "allow_tf32"), (backends.cudnn, "allow_tf32"), (backends.cudnn, "benchmark")]
+    before = [getattr(place, name) for place, name in modes]
+    try:
+        for place, name in modes:
+            setattr(place, name, False)
+        set_cuda_modes(options_with(MemoryOptions).memory)
+        assert [getattr(place, name) for place, name in modes] == [False] * 3
+        set_cuda_modes(options_with(MemoryOptions, cuda_allow_tf32=True, cuda_cudnn_benchmark=True).memory)
+        assert [getattr(place, name) for place, name in modes] == [True] * 3
+    finally:
+        for (place, name), value in zip(modes, before, strict=True):
+            setattr(place, name, value)
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def leco(tmp_path_factory) -> Callable[..., SimpleNamespace]:
         draw = make_draw(method, family, objective, denoise)
         parts = StepParts(family, models, denoise, objective, False, draw)
         (batch,) = islice(data.loader(1), 1)
-        method.before_batch(batch)
+        method.set_strength(batch.network_multiplier)
         return SimpleNamespace(**locals())
 
     return build

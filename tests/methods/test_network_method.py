@@ -500,7 +500,7 @@ def test_a_third_party_network_keeps_its_norm_and_strength():
     bare = models.denoiser.inner.proj(x)
     for parameter in method.trainable().parameters():
         nn.init.normal_(parameter)
-    method.before_batch(SimpleNamespace(network_multiplier=0.0))
+    method.set_strength(0.0)
     torch.testing.assert_close(models.denoiser.inner.proj(x), bare)
     method.after_step()
     layer = models.denoiser.inner.proj

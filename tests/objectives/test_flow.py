@@ -183,6 +183,31 @@ def test_shift_by_size():
     assert distance(drawn, lambda s: normal_below((1 / ((1 / s - 1) * math.exp(mu) + 1)).logit())) < CONVERGED
 
 
+@pytest.mark.rows("R504")
+@pytest.mark.parametrize("sampling", ["sigmoid", "shift", "flux_shift"])
+def test_offsets_move_the_mean_of_the_normal_numbers(sampling):
+    """Before the scale is applied, as the numbers are N(offset, 1) then; each item has its own."""
+    scale, shift = 1.5, {"sigmoid": 1.0, "shift": 3.0, "flux_shift": shift_by_size(8, 4)}[sampling]
+    offsets = torch.tensor([-0.5, 0.0, 1.0]).repeat_interleave(MANY // 3)
+    objective = make(sampling, sigmoid_scale=scale, shift=3.0)
+    drawn = objective.draw(torch.zeros(len(offsets), 1, 8, 4), rng(5), offsets=offsets).timesteps.double() / 1000
+    for offset in (-0.5, 0.0, 1.0):
+        own = drawn[offsets == offset]
+        far = distance(own, lambda s, o=offset: normal_below(unshifted(s, shift).logit() / scale - o))
+        assert far < 1.95 / math.sqrt(len(own))
+    bare = objective.draw_timesteps(len(offsets), (8, 4), rng(5))
+    with_noise = make(sampling, sigmoid_scale=scale, shift=3.0).draw_timesteps(len(offsets), (8, 4), rng(5), offsets)
+    assert torch.equal(bare[offsets == 0], with_noise[offsets == 0])  # the same numbers, moved or not
+
+
+@pytest.mark.rows("R504")
+@pytest.mark.parametrize("sampling", ["uniform", "sigma", "discrete"])
+def test_offsets_do_nothing_where_no_normal_numbers_are_drawn(sampling):
+    objective = make(sampling, weighting_scheme="logit_normal")
+    bare, moved = (objective.draw_timesteps(50, (8, 8), rng(3), offsets) for offsets in (None, torch.ones(50)))
+    assert torch.equal(bare, moved)
+
+
 @pytest.mark.rows("R355")
 @pytest.mark.parametrize(
     ("height", "width", "sigma"), [(32, 32, 0.62246), (64, 64, 0.65249), (128, 128, 0.75951), (256, 64, 0.75951)]

@@ -96,8 +96,8 @@ def test_an_adaptive_offset_follows_the_latents():
 def test_tables_follow_the_latents_to_their_device():
     draw = make().draw(LATENTS, rng(), TIMES)
     elsewhere = NoiseDraw(**{name: value.to("meta") for name, value in vars(draw).items()})
-    for method in ("signal", "weights"):
-        assert getattr(make(min_snr_gamma=5.0), method)(elsewhere).is_meta
+    assert make().signal(elsewhere).is_meta
+    assert make(min_snr_gamma=5.0).weights(elsewhere.timesteps).is_meta
 
 
 def test_noisy_keeps_the_latents_type_and_all_else_is_computed_in_float32():

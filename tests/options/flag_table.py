@@ -13,6 +13,7 @@ SCRIPTS: tuple[str, ...] = tuple(_TABLE["scripts"])
 ADDED_CHOICES = {
     "max_token_length": {75},  # means the same as leaving it out
     "dynamo_backend": {"no"},  # what GUIs write
+    "show_timesteps": {"off"},  # the same
 }
 
 

@@ -19,26 +19,26 @@ from tests.options.flag_table import described, expected, flags_of
 SCRIPTS = {script: (family, method) for family in FAMILIES for script, method in FAMILIES[family].scripts.items()}
 FACTS = {script: flags_of(f"{script}.py") for script in SCRIPTS if f"{script}.py" in flag_table.SCRIPTS}
 COUNTS = {
-    "train_network": 193,
-    "train_db": 169,
-    "fine_tune": 167,
-    "sdxl_train_network": 196,
-    "sd3_train_network": 218,
-    "flux_train_network": 215,
-    "sdxl_train": 176,
-    "sd3_train": 201,
-    "flux_train": 194,
-    "train_textual_inversion": 169,
-    "sdxl_train_textual_inversion": 170,
-    "sd3_train_textual_inversion": 194,
-    "flux_train_textual_inversion": 190,
-    "train_control_net": 153,
-    "train_controlnet": 153,
-    "sdxl_train_control_net": 169,
-    "flux_train_control_net": 193,
-    "sd3_train_control_net": 187,
-    "sdxl_train_control_net_lllite": 171,
-    "train_textual_inversion_XTI": 168,
+    "train_network": 194,
+    "train_db": 170,
+    "fine_tune": 168,
+    "sdxl_train_network": 197,
+    "sd3_train_network": 222,
+    "flux_train_network": 219,
+    "sdxl_train": 177,
+    "sd3_train": 205,
+    "flux_train": 198,
+    "train_textual_inversion": 170,
+    "sdxl_train_textual_inversion": 171,
+    "sd3_train_textual_inversion": 198,
+    "flux_train_textual_inversion": 194,
+    "train_control_net": 154,
+    "train_controlnet": 154,
+    "sdxl_train_control_net": 170,
+    "flux_train_control_net": 197,
+    "sd3_train_control_net": 191,
+    "sdxl_train_control_net_lllite": 172,
+    "train_textual_inversion_XTI": 169,
     "train_leco": 121,
     "sdxl_train_leco": 122,
 }
@@ -46,6 +46,12 @@ COUNTS = {
 OURS = {"strict", "data_index_dir", "ema", "ema_decay", "stochastic_rounding"}
 OURS |= {"save_best_validation", "early_stop_patience", "no_results_page", "notify"}
 OURS |= {"plan", "plan_vram", "plan_device", "plan_json", "plan_apply"}
+_SHOWING = {"show_timesteps", "show_timesteps_resolution", "show_timesteps_offset"}  # there for transformers alone
+OURS |= _SHOWING
+# What the ancestor has for a family that is not here.
+COMPILING = {"compile", "compile_backend", "compile_mode", "compile_dynamic", "compile_fullgraph"}
+COMPILING |= {"compile_cache_size_limit", "cuda_allow_tf32", "cuda_cudnn_benchmark"}
+OURS |= COMPILING
 VALIDATION = {"validation_split", "validation_seed", "max_validation_steps"}
 VALIDATION |= {"validate_every_n_steps", "validate_every_n_epochs"}
 OF_NETWORKS = {  # what earlier trainers offer for networks alone
@@ -83,7 +89,9 @@ OURS_OF = {  # of one method, or of one script
     "sd3_train_control_net": {"save_model_as"},
     "sdxl_train_control_net_lllite": {"text_encoder_batch_size", "blocks_to_swap"},
 }
-WITHOUT_IMAGES = {"leco": {"strict", "data_index_dir", "save_best_validation", "early_stop_patience"}}  # not of OURS
+WITHOUT_IMAGES = {  # what of OURS is not there
+    "leco": {"strict", "data_index_dir", "save_best_validation", "early_stop_patience", *_SHOWING}
+}
 SEVERAL = {"token_string", "init_word", "weights"}  # take several values now
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ import pytest
 from library.errors import UserError
 from library.options.parsing import parse_options
 from library.options.validation import problems, warnings
-from library.registry import groups_for
+from library.registry import FAMILIES, groups_for
 
 BF16 = "--mixed_precision=bf16 --full_bf16"
 REFUSED = [
@@ -27,6 +27,12 @@ ADVISED = [
     ("--fused_backward_pass --max_grad_norm=0", []),
     ("--dynamo_backend=eager", ["--dynamo_backend: has no effect without --torch_compile"]),
     ("--dynamo_backend=eager --torch_compile", []),
+    ("--dynamo_backend=no --compile", []),  # GUIs write the first into every file
+    ("--torch_compile --dynamo_backend=no", ["--torch_compile: has no effect with --dynamo_backend no"]),
+    ("--compile --compile_backend=no", ["--compile: has no effect with --compile_backend no"]),
+    ("--compile_mode=max-autotune", ["--compile_mode: has no effect without --torch_compile or --compile"]),
+    ("--compile_fullgraph --compile_dynamic=auto --compile_cache_size_limit=9 --compile", []),
+    ("--compile --compile_backend=eager --compile_mode=max-autotune", ["--compile_mode: has no effect with the back"]),
     (f"{BF16} --stochastic_rounding", []),
     ("--fp8_base --fp8_base_unet", []),
     ("--quantize_base=nf4", []),
@@ -86,3 +92,25 @@ def test_quantising_needs_bitsandbytes(valid, traits, monkeypatch, form, found, 
     lines = problems(valid(f"--quantize_base={form}"), traits)
     assert [said in line and line.startswith(f"--quantize_base: {form} needs") for line in lines] == [True] * bool(said)
     assert problems(valid("--quantize_base=fp8"), traits) == []
+
+
+@pytest.mark.rows("R508")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_ancestors_names_of_compiling(family):
+    """That has them for one family of its own, beside --torch_compile; here they are for all."""
+    opts = parse_options(groups_for(family, "network"), ["--compile", "--compile_backend=aot_eager"])
+    assert (opts.memory.compiles, opts.memory.backend) == (True, "aot_eager")
+    opts = parse_options(groups_for(family, "network"), ["--torch_compile", "--compile_backend=aot_eager"])
+    assert (opts.memory.compiles, opts.memory.backend) == (True, "inductor")
+    assert not parse_options(groups_for(family, "finetune"), ["--compile_backend=eager"]).memory.compiles
+
+
+@pytest.mark.rows("R508")
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_do_not_go_with_block_swap(mode):
+    flags = ["--compile", f"--compile_mode={mode}", "--blocks_to_swap=2"]
+    lines = problems(parse_options(groups_for("flux", "network"), flags), FAMILIES["flux"].traits)
+    assert any(f"--blocks_to_swap: cannot be used with --compile_mode {mode}, whose weights" in line for line in lines)
+    flags[1] = "--compile_mode=max-autotune-no-cudagraphs"
+    lines = problems(parse_options(groups_for("flux", "network"), flags), FAMILIES["flux"].traits)
+    assert not any("--blocks_to_swap" in line for line in lines)

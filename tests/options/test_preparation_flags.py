@@ -48,8 +48,8 @@ COUNTS = {
     "networks/resize_lora.py": 9,
     "networks/sdxl_merge_lora.py": 10,
     "networks/svd_merge_lora.py": 10,
-    "tools/cache_latents.py": 160,
-    "tools/cache_text_encoder_outputs.py": 161,
+    "tools/cache_latents.py": 164,
+    "tools/cache_text_encoder_outputs.py": 165,
     "tools/canny.py": 4,
     "tools/convert_diffusers20_original_sd.py": 15,
     "tools/convert_diffusers_to_flux.py": 4,
@@ -63,6 +63,8 @@ COUNTS = {
 # options that earlier scripts do not have
 OURS = {"strict", "console_log_level", "console_log_file", "console_log_simple"}
 _CACHED = {"data_index_dir", "fp8_base_unet", "quantize_base", "sd3", "no_half_vae", "weighted_captions"}
+_CACHED |= {"compile", "compile_backend", "compile_mode", "compile_dynamic", "compile_fullgraph"}
+_CACHED |= {"compile_cache_size_limit", "cuda_allow_tf32", "cuda_cudnn_benchmark"}
 _CACHED |= {"no_results_page", "notify"}  # a command line of training may be used as it is
 _CACHED |= {option.dest for option in options_of(Sd3Options)}  # one family more than those scripts had
 _GENERATING = {"grid", "image_format", "guidance_scale", "flow_shift", "clip_l", "clip_g", "t5xxl", "ae"}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +22,8 @@ PROMPTS = """# a comment
 
 a sks flower on a black background --w 64 --h 64 --s 3 --d 7
 a red circle --n blue --w 64 --h 64 --s 2
+a sks flower --w 64 --h 64 --s 1 --d 9 --am 0
+a sks flower --w 64 --h 64 --s 1 --d 9 --am -2,1
 """
 
 
@@ -73,14 +77,22 @@ def test_sample_images(trained):
     names = sorted(path.name for path in (out / "sample").iterdir())
     shapes = [re.sub(r"\d{14}", "T", name) for name in names]
     assert [s.rsplit("_T", 1)[0] for s in shapes] == [
-        "lora_000000_00",
-        "lora_000000_01",
-        "lora_000006_00",
-        "lora_000006_01",
+        f"lora_{step}_{number:02d}" for step in ("000000", "000006") for number in range(4)
     ]
     with Image.open(out / "sample" / names[0]) as image:
         assert image.size == (64, 64)
         assert image.info["prompt"] == "a sks flower on a black background"
+
+
+@pytest.mark.rows("R507")
+def test_am_is_the_strength_of_the_network_in_a_sample_image(trained):
+    out, _ = trained
+    images = [path.read_bytes() for _, path in sorted((p.name[:14], p) for p in (out / "sample").iterdir())]
+    pixels = [np.asarray(Image.open(io.BytesIO(image))) for image in images]
+    before, after = pixels[:4], pixels[4:]
+    assert (after[2] == before[2]).all()  # without the network, as before training
+    assert (before[3] == before[2]).all()  # which began with nothing
+    assert (after[3] != after[2]).any()
 
 
 @pytest.mark.rows("R232", "R233", "R235", "C26")
@@ -99,7 +111,7 @@ def test_tensorboard(trained):
     rates = [event.value for event in events.Scalars("lr/unet")]
     assert rates[0] == 0, "a warm-up begins at 0"
     assert rates[1] == pytest.approx(1e-3)
-    assert len(tags["images"]) == 2
+    assert len(tags["images"]) == 4
     (text,) = events.Tensors("config/text_summary")
     assert "learning_rate" in str(text.tensor_proto.string_val)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -93,6 +95,24 @@ def test_a_step_reads_nothing_back(name, cached, tmp_path):
     with HostReads() as reads:
         step(2)
     assert reads.seen == []
+
+
+@pytest.mark.rows("R504")
+def test_offsets_of_a_batch_act_on_its_timesteps(tmp_path):
+    model, *files = FILES["flux"](tmp_path)
+    line = [f"--pretrained_model_name_or_path={model}", *files, *OPTIONS["flux"], "--seed=1"]
+    line += ["--network_module=networks.lora_flux", "--network_train_unet_only"]
+    family = registry.FAMILIES["flux"].adapter(parse_options(groups_for("flux", "network"), line))
+    models = family.loader.load()
+    method = NetworkMethod(family.opts)
+    method.attach(family, models)
+    parts = StepParts(family, models, method.denoise(family, models), family.denoiser.objective(), grad_text=False)
+    batch = batch_for(family, models, cached=True)
+    batches = [replace(batch, timestep_offsets=offsets) for offsets in (None, torch.tensor([0.0, 3.0]))]
+    bare, moved = (training_step(parts, one, torch.Generator().manual_seed(1)).timesteps for one in batches)
+    assert moved[0] == bare[0]
+    odds = [time / 1000 / (1 - time / 1000) for time in (moved[1], bare[1])]
+    assert (odds[0] / odds[1]).log().item() == pytest.approx(3.0, abs=1e-3)  # in logits, whatever the shift
 
 
 def batch_for(family, models, cached):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -106,8 +107,8 @@ class _Reader:
             if self.opts.data.dataset_config and not said:
                 self.problems.append(f"{place}: no resolution; give --resolution, or resolution in the dataset config")
             found["resolution"] = self.traits.default_resolution
-        sides = found["resolution"]
-        found["resolution"] = Size(*sides) if isinstance(sides, (list, tuple)) else Size(sides, sides)
+        for name in ("resolution", "skip_image_resolution"):
+            found[name] = _size(found[name])
         _round_sizes(found, place, self.traits)
         if not 0 <= found["validation_split"] <= 1:
             LOGGER.warning(f"{place}: validation_split must be from 0 to 1, got {found['validation_split']}; ignored")
@@ -163,10 +164,9 @@ class _Reader:
                 yield from changing(subset.captions, place)
             if buckets and subset.face_crop_aug_range:
                 LOGGER.warning(f"{place}: face_crop_aug_range has no effect on images in buckets (enable_bucket)")
-        # The one custom attribute that a newer version of the ancestor acts on must not be overlooked.
-        times = (subset.custom_attributes or {}).get("timestep_sampling")
-        if self.traits.objective == "flow" and isinstance(times, Mapping) and times.get("offset"):
-            yield f"{place}: custom_attributes.timestep_sampling.offset is not available yet; remove it"
+        offset = subset.timestep_offset
+        if isinstance(offset, bool) or not isinstance(offset, int | float) or not math.isfinite(offset):
+            yield f"{place}: custom_attributes.timestep_sampling.offset must be a number, got {offset!r}"
 
     def subset(self, table: Mapping[str, Any], place: str, outer: list) -> SubsetSpec:
         tables = [(place, table), *outer]
@@ -182,6 +182,13 @@ class _Reader:
         extension = own["caption_extension"]
         own["caption_extension"] = extension if extension.startswith(".") else "." + extension
         return SubsetSpec(captions=captions, image_role=self.image_role, **own)
+
+
+def _size(sides: int | Sequence[int] | None) -> Size | None:
+    """A size from a value of that kind: one side of a square, or width and height."""
+    if sides is None:
+        return None
+    return Size(*sides) if isinstance(sides, (list, tuple)) else Size(sides, sides)
 
 
 def _round_sizes(found: dict[str, Any], place: str, traits: FamilyTraits) -> None:

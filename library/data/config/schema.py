@@ -41,6 +41,7 @@ KEYS: dict[str, Key] = {
     "max_bucket_reso": Key("int", 1024, _DATASET_LEVELS, "--max_bucket_reso", low=1),
     "bucket_reso_steps": Key("int", 64, _DATASET_LEVELS, "--bucket_reso_steps", low=1),
     "bucket_no_upscale": Key("bool", False, _DATASET_LEVELS, "--bucket_no_upscale"),
+    "skip_image_resolution": Key("size", None, _DATASET_LEVELS, "--skip_image_resolution", low=0),
     "network_multiplier": Key("float", 1.0, _DATASET_LEVELS, help="strength of the network while these images train"),
     "validation_seed": Key("int", None, _DATASET_LEVELS, "--validation_seed", low=0),
     "validation_split": Key("float", 0.0, _DATASET_LEVELS, "--validation_split"),

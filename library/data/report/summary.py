@@ -40,6 +40,9 @@ def report(data: DataSummary) -> list[str]:
     lines = []
     for number, spec in enumerate(data.specs):
         lines += _dataset_lines(spec, [record for record in data.records if record.dataset == number], number)
+        if number in scan.small:
+            least = f"{spec.skip_image_resolution.width}x{spec.skip_image_resolution.height}"
+            lines.append(f"  {_images(scan.small[number])} skipped, with no more pixels than {least}")
     if data.held_out is not None:
         lines.append(f"held out for validation: {len(data.held_out.records)} images")
     notes = (
@@ -189,6 +192,7 @@ def _of_config(data: DataSummary) -> dict[str, Any]:
                 "enable_bucket": spec.enable_bucket,
                 "min_bucket_reso": spec.min_bucket_reso,
                 "max_bucket_reso": spec.max_bucket_reso,
+                "skip_image_resolution": spec.skip_image_resolution and list(spec.skip_image_resolution),
                 "tag_frequency": _tag_frequency(records),
                 "bucket_info": _bucket_info(spec, records),
                 "resize_interpolation": spec.resize_interpolation,

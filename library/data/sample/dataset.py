@@ -77,6 +77,7 @@ class ItemDataset(Dataset[Sample]):
             key=str(record.path),
             network_multiplier=self.multipliers[record.dataset],
             attributes=record.subset.custom_attributes,
+            timestep_offset=record.subset.timestep_offset,
             text=None if self.text is None else self.text.get(self.first_text + number),
             control=None if control is None else images.to_unit(control),
         )
@@ -110,6 +111,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
             for sample in samples
         ]
 
+    offsets = [sample.timestep_offset for sample in samples]
+
     def stack(tensors: list[Tensor | None]) -> Tensor | None:
         return None if tensors[0] is None else torch.stack(tensors)
 
@@ -125,6 +128,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         keys=[sample.key for sample in samples],
         network_multiplier=samples[0].network_multiplier,
         attributes=[sample.attributes for sample in samples],
+        timestep_offsets=torch.tensor(offsets) if any(offsets) else None,
         text=None if samples[0].text is None else TextCond.stack([sample.text for sample in samples]),
         control=stack([sample.control for sample in samples]),
     )

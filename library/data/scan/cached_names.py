@@ -16,6 +16,7 @@ from library.runtime.files import open_regular
 from library.types import Size
 
 _LONGEST = 1 << 12  # bytes of an array of two numbers, with its header
+_SIZE = re.compile(r"original_size(?:_\d+x\d+)?\.npy")
 _NAME = re.compile(r"(.+)_(\d+)x(\d+)_[^_]+\.npz", re.DOTALL)  # <stem>_<width>x<height>_<family>.npz
 
 
@@ -37,11 +38,12 @@ class Prepared:
             return named
         try:
             with open_regular(base.with_name(f"{base.name}.npz")) as opened, zipfile.ZipFile(opened) as archive:
-                if archive.getinfo("original_size.npy").file_size > _LONGEST:
+                name = next(filter(_SIZE.fullmatch, archive.namelist()))  # all sizes of latents say the same
+                if archive.getinfo(name).file_size > _LONGEST:
                     return None
-                with archive.open("original_size.npy") as member:
+                with archive.open(name) as member:
                     width, height = (int(side) for side in np.lib.format.read_array(member, allow_pickle=False))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
+        except (OSError, ValueError, StopIteration, TypeError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
             return None  # whether the file can be used is found out where it is
         return Size(width, height) if width > 0 and height > 0 else None
 

@@ -59,18 +59,7 @@ def read_records(
     log = ScanLog(scan.warnings, scan.dropped, [], scan.forgotten)
     for number, spec in enumerate(specs):
         for subset in spec.subsets:
-            entries = find_images(subset, index, log)
-            unseen = [one.path for one in entries if one.present and one.size is None]
-            described = iter(index.learn("image", unseen, images.describe))
-            headers = [
-                _Header(one.size) if one.size is not None or not one.present else _as_header(next(described))
-                for one in entries
-            ]
-            found = _usable(entries, headers, subset, number, spec, scan, log.problems)
-            if main and subset.cache_info and not log.problems and info_cache.read(subset.image_dir) is None:
-                infos = {one.record.path: info_cache.Info(one.record.caption, one.record.size) for one in found}
-                info_cache.write(subset.image_dir, infos)
-            seen += found
+            seen += _of_subset(subset, number, spec, index, scan, log, main=main)
     _check_contents([one.record for one in seen], index, scan)
     if strict:
         log.problems += [f"{path}: {reason} (--strict)" for path, reason in scan.dropped]
@@ -98,6 +87,40 @@ def read_records(
     ]
     _check_what_is_left(balanced, specs, scan)
     return balanced, held_out, scan
+
+
+def _of_subset(
+    subset: SubsetSpec,
+    number: int,
+    spec: DatasetSpec,
+    index: FileIndex,
+    scan: ScanReport,
+    log: ScanLog,
+    *,
+    main: bool,
+) -> list[_Seen]:
+    """The usable images of a subset of the dataset with this number."""
+    first = len(log.uncaptioned)
+    entries = find_images(subset, index, log)
+    unseen = [one.path for one in entries if one.present and one.size is None]
+    described = iter(index.learn("image", unseen, images.describe))
+    headers = [
+        _Header(one.size) if one.size is not None or not one.present else _as_header(next(described)) for one in entries
+    ]
+    pairs = list(zip(entries, headers, strict=True))
+    small = [(one, header.size) for one, header in pairs if _is_small(header.size, spec)]
+    if small:
+        scan.small[number] = scan.small.get(number, 0) + len(small)
+        left_out = {one.path for one, _ in small}
+        log.uncaptioned[first:] = [path for path in log.uncaptioned[first:] if path not in left_out]
+    large = [pair for pair in pairs if not _is_small(pair[1].size, spec)]
+    found = _usable(large, subset, number, spec, scan, log.problems)
+    if main and subset.cache_info and not log.problems and info_cache.read(subset.image_dir) is None:
+        infos = {one.record.path: info_cache.Info(one.record.caption, one.record.size) for one in found}
+        # Another dataset of the folder may use what this one leaves out.
+        infos |= {one.path: info_cache.Info(_caption(one, subset), size) for one, size in small}
+        info_cache.write(subset.image_dir, dict(sorted(infos.items())))
+    return found
 
 
 def _check_contents(records: Sequence[Record], index: FileIndex, scan: ScanReport) -> None:
@@ -130,9 +153,18 @@ def _as_header(described: list | str) -> _Header:
     return _Header(Size(width, height), turned, frames)
 
 
+def _is_small(size: Size | None, spec: DatasetSpec) -> bool:
+    """Whether the dataset leaves out images of this size: by their area, whatever their shape."""
+    least = spec.skip_image_resolution
+    return least is not None and size is not None and size.width * size.height <= least.width * least.height
+
+
+def _caption(one: ImageEntry, subset: SubsetSpec) -> str:
+    return one.caption if one.caption is not None else subset.class_tokens or ""
+
+
 def _usable(
-    images: Sequence[ImageEntry],
-    headers: Sequence[_Header],
+    images: Sequence[tuple[ImageEntry, _Header]],
     subset: SubsetSpec,
     number: int,
     spec: DatasetSpec,
@@ -141,7 +173,7 @@ def _usable(
 ) -> list[_Seen]:
     seen, wrong_size, fitted = [], [], []
     bucket_of = bucket_chooser(spec)
-    for one, header in zip(images, headers, strict=True):
+    for one, header in images:
         if header.size is None:
             scan.dropped.append((one.path, header.reason or "neither an image nor its size is known"))
             continue
@@ -156,7 +188,7 @@ def _usable(
                 fitted.append(one.path)
             record = Record(
                 path=one.path,
-                caption=one.caption if one.caption is not None else subset.class_tokens or "",
+                caption=_caption(one, subset),
                 size=header.size,
                 bucket=frame[0],
                 resized=frame[1],
@@ -176,7 +208,7 @@ def _usable(
         problems.append(f"{subset.place}: {varied[0]} {why}; remove {varied[0]}")
     if fitted:
         scan.warnings.append(
-            f"{subset.place}: {len(fitted)} of {len(headers)} images do not have the size "
+            f"{subset.place}: {len(fitted)} of {len(images)} images do not have the size "
             f"{spec.resolution.width}x{spec.resolution.height} (the first is {fitted[0].name}); they are resized and "
             "cut at the centre; enable_bucket would keep their shapes"
         )
@@ -184,7 +216,7 @@ def _usable(
         path, size = wrong_size[0]
         wanted = f"{spec.resolution.width}x{spec.resolution.height}"
         problems.append(
-            f"{subset.place}: {len(wrong_size)} of {len(headers)} images do not have the size {wanted} "
+            f"{subset.place}: {len(wrong_size)} of {len(images)} images do not have the size {wanted} "
             f"(the first is {path.name}, {size.width}x{size.height}); set enable_bucket, or resize them"
         )
     return seen
@@ -256,6 +288,8 @@ def _check_what_is_left(records: Sequence[Record], specs: Sequence[DatasetSpec],
         places = [str(s.place) for number in sorted(empty) for s in specs[number].subsets if not s.is_reg]
         folders = ", ".join(places) or "the data set, which names no folder"
         reasons = [f"{path}: {why}" for path, why in scan.dropped[:10]]
+        if scan.small:
+            reasons.append(f"{sum(scan.small.values())} have no more pixels than skip_image_resolution")
         raise UserError(f"no usable training image in {folders}", *reasons)
     if scan.without_words:
         scan.warnings.append(

@@ -49,6 +49,9 @@ TRAITS = FamilyTraits(
 )
 
 
+_OF_NORMAL_NUMBERS = ("sigmoid", "shift", "flux_shift")  # values of --timestep_sampling
+
+
 @dataclass(frozen=True, kw_only=True)
 class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
     ae: str | None = opt(None, "file of the autoencoder", exists="file")
@@ -72,7 +75,7 @@ class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
         1.0,
         "scale of --timestep_sampling sigmoid, shift and flux_shift: lower concentrates on the middle timesteps",
         above=0,
-        only_with=("timestep_sampling=sigmoid", "timestep_sampling=shift", "timestep_sampling=flux_shift"),
+        only_with=tuple(f"timestep_sampling={name}" for name in _OF_NORMAL_NUMBERS),
     )
     model_prediction_type: Literal["raw", "additive", "sigma_scaled"] = opt(
         "sigma_scaled", "how the loss interprets the model's output; raw is right for FLUX"
@@ -86,6 +89,10 @@ class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
     model_type: Literal["flux", "chroma"] = opt(
         "flux", "type of model; chroma is refused, as it has another architecture"
     )
+
+    @property
+    def takes_timestep_offset(self) -> bool:
+        return self.timestep_sampling in _OF_NORMAL_NUMBERS
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from super().check(opts, traits)

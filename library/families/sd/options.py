@@ -20,6 +20,7 @@ TRAITS = FamilyTraits(
     objective="ddpm",
     cache_suffix="_sd.npz",
     default_resolution=512,
+    sample_multiple=64,
     sample_steps=30,
     sample_scale=7.5,
     embedding_keys={"te": "emb_params"},

@@ -20,6 +20,7 @@ TRAITS = FamilyTraits(
     objective="ddpm",
     cache_suffix="_sdxl.npz",
     default_resolution=1024,
+    sample_multiple=32,
     sample_steps=30,
     sample_scale=7.5,
     embedding_keys={"te1": "clip_l", "te2": "clip_g"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import subprocess
 import sys
@@ -575,16 +574,15 @@ def test_sides_are_rounded_to_what_latents_can_be(tmp_path, images, make_opts, t
     assert build_specs(make_opts(train_data_dir=str(tmp_path), resolution="512,648"), traits)[0].resolution[1] == 648
 
 
-def test_options_of_newer_versions_are_not_overlooked(images, make_opts, traits, write_config):
-    subset = {"image_dir": str(images)}
-    config = {"general": {"skip_image_resolution": ""}, "datasets": [{"resolution": 64, "subsets": [subset]}]}
-    build_specs(make_opts(dataset_config=write_config(config)), traits)
-    config["general"] = {"skip_image_resolution": 512}
-    (line,) = problems(make_opts(dataset_config=write_config(config)), traits)
-    assert "skip_image_resolution is not available yet" in line
-    subset["custom_attributes"] = {"timestep_sampling": {"offset": 0.5}}
-    del config["general"]
-    build_specs(make_opts(dataset_config=write_config(config)), traits)
-    flow = dataclasses.replace(traits, objective="flow")
-    (line,) = problems(make_opts(dataset_config=write_config(config)), flow)
-    assert "custom_attributes.timestep_sampling.offset is not available yet" in line
+@pytest.mark.rows("R504")
+def test_the_offset_of_timesteps(images, make_opts, traits, write_config):
+    def config(offset):
+        subset = {"image_dir": str(images), "custom_attributes": {"timestep_sampling": {"offset": offset}}}
+        return make_opts(dataset_config=write_config({"datasets": [{"resolution": 64, "subsets": [subset]}]}))
+
+    for offset, expected in ((-0.5, -0.5), (1, 1.0), (None, 0.0)):
+        (spec,) = build_specs(config(offset), traits)
+        assert spec.subsets[0].timestep_offset == expected
+    for wrong in ("a", [0.5], True, float("inf")):
+        (line,) = problems(config(wrong), traits)
+        assert f"custom_attributes.timestep_sampling.offset must be a number, got {wrong!r}" in line

@@ -612,3 +612,26 @@ def test_order_does_not_depend_on_the_file_system(tmp_path, draw, load, monkeypa
 
     monkeypatch.setattr("library.data.scan.folders.os.scandir", Shuffled)
     assert names(load(tmp_path)) == expected
+
+
+@pytest.mark.rows("R504")
+def test_offsets_of_timesteps_come_with_their_images(tmp_path, draw, make_opts, traits):
+    """None where no subset of a batch has one, so that nothing is added."""
+    for name in ("near", "far", "plain"):
+        draw(tmp_path / name / f"{name}.png")
+    lines = [
+        f"[[datasets.subsets]]\nimage_dir = '{tmp_path / name}'\n"
+        + f"custom_attributes.timestep_sampling = {{ offset = {offset} }}\n" * (offset != 0)
+        for name, offset in (("near", -0.5), ("far", 1), ("plain", 0))
+    ]
+    config = tmp_path / "data.toml"
+    dataset = "[[datasets]]\nresolution = 64\nbatch_size = 3\n"
+    config.write_text(dataset + "".join(lines) + dataset + lines[2])
+    opts = make_opts(dataset_config=config)
+    data = build_training_data(build_specs(opts, traits), opts, traits, 1)
+    together, alone = sorted(data.loader(1), key=lambda batch: -len(batch.keys))
+    by_name = {
+        key.rpartition("/")[2]: offset for key, offset in zip(together.keys, together.timestep_offsets, strict=True)
+    }
+    assert by_name == {"near.png": -0.5, "far.png": 1.0, "plain.png": 0.0}
+    assert alone.timestep_offsets is None
