@@ -20,6 +20,7 @@ META = torch.device("meta")
 
 _VIEWS = """view _unsafe_view _reshape_alias t transpose permute expand slice select split split_with_sizes unsqueeze
     squeeze unbind alias detach as_strided view_as_complex view_as_real unfold"""
+_LIBRARIES = ("aten", "bitsandbytes")
 # Tags of operations whose results depend on values, or which change a tensor's shape.
 _KEPT_OUT = {"data_dependent_output", "dynamic_output_shape", "inplace_view"}
 
@@ -30,7 +31,7 @@ class _Kind(Enum):
     """What an operation does with memory."""
 
     VIEW = auto()
-    IN_PLACE = auto()  # it changes its first argument, a tensor or a list of them, and gives it or nothing
+    IN_PLACE = auto()  # it changes its first argument and gives it, or changes arguments and gives nothing
     FRESH = auto()  # it gives new tensors
 
 
@@ -39,14 +40,14 @@ def _kind(func: Any) -> _Kind | None:
     """None: FakeTensorMode is needed."""
     if func in _view_operations():
         return _Kind.VIEW
-    if getattr(func, "namespace", "") != "aten" or any(tag.name in _KEPT_OUT for tag in func.tags):
+    if getattr(func, "namespace", "") not in _LIBRARIES or any(tag.name in _KEPT_OUT for tag in func.tags):
         return None
     schema = func._schema
-    aliases = [argument for argument in schema.arguments if argument.alias_info is not None]
+    aliases = [argument.alias_info for argument in schema.arguments if argument.alias_info is not None]
     if not aliases:
         return _Kind.FRESH
-    in_place = aliases == schema.arguments[:1] and aliases[0].alias_info.is_write and schema.name.endswith("_")
-    return _Kind.IN_PLACE if in_place else None
+    only_written = all(alias.is_write for alias in aliases)
+    return _Kind.IN_PLACE if only_written and (schema.name.endswith("_") or not schema.returns) else None
 
 
 @cache
@@ -117,10 +118,9 @@ def _likeness(value: Any) -> tuple:
     """All of an argument that shapes, dtypes and devices of results depend on. Raises: _NotPlainError."""
     kind = type(value)
     if kind is FakeTensor:
-        device = value.fake_device
-        if value.constant is not None or device.type == "meta":
+        if value.constant is not None:
             raise _NotPlainError
-        return value.shape, value.stride(), value.dtype, device
+        return value.shape, value.stride(), value.dtype, value.fake_device
     if kind is tuple or kind is list:
         return kind, *map(_likeness, value)
     if isinstance(value, Tensor):
@@ -139,7 +139,7 @@ def _recipe(result: Any, args: tuple, kind: _Kind) -> list[Any] | None:
         if part is None or type(part) is int:
             recipe.append(part)
             continue
-        if type(part) is not FakeTensor or part.constant is not None or part.fake_device.type == "meta":
+        if type(part) is not FakeTensor or part.constant is not None:
             return None
         storage = part.untyped_storage()
         if storage._cdata in given or part.storage_offset():
