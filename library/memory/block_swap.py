@@ -24,6 +24,7 @@ from library.memory.copying import CopyEvent, host_buffer, make_copy_stream, rel
 
 NUM_BUFFERS = 2  # on the device: one holds the block that computes, one receives the next
 _ALIGNMENT = 256  # bytes; that of the devices' own allocators
+PLAIN = (Tensor, nn.Parameter)  # what is no class of its own, and has one storage
 
 _FORWARD, _ONLY_FORWARD, _BACKWARD = "forward", "forward without gradients", "backward"
 
@@ -197,7 +198,7 @@ class BlockSwap:
                 outer.inner = None
 
     def _reference(self, tensor: Tensor) -> _SavedWeightRef | None:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        if type(tensor) not in PLAIN or tensor.layout != torch.strided:
             return None
         memory = tensor.untyped_storage().data_ptr()
         for buffer in self._buffers:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from library.planning.gpu import true_errors
 from library.training.placement import WEIGHT_DTYPES
 from library.training.precision import HalfGradScaler
 
@@ -36,7 +37,8 @@ class PlayedAccelerator:
         return torch.autocast(self.device.type, dtype=WEIGHT_DTYPES[self._precision])
 
     def backward(self, loss: Tensor) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        with true_errors():
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def clip_grad_norm_(self, parameters: list[Tensor], limit: float) -> Tensor:
         return torch.nn.utils.clip_grad_norm_(parameters, limit)

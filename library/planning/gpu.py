@@ -6,8 +6,9 @@ the process, to which nothing else changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext, suppress
+import ctypes
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from typing import Any
 
@@ -74,9 +75,48 @@ def register_gpu() -> torch.device:
         def stream(self, stream: Any) -> AbstractContextManager[None]:
             return nullcontext()
 
-    _setup_privateuseone_for_python_backend(GPU, NoDevice())
+    class Guard(torch._C._acc.DeviceGuard):
+        def type_(self) -> Any:  # autograd asks this whenever it changes streams, for which torch has no place here
+            _keep_error()
+            return PRIVATE
+
+    _setup_privateuseone_for_python_backend(GPU, NoDevice(), device_guard=Guard())
     _kept.append(_autocast_library())
     return torch.device(GPU, 0)
+
+
+PRIVATE = torch._C._autograd.DeviceType.PrivateUse1
+_lost: list[BaseException] = []  # the last exception that autograd has lost
+_pointers = [ctypes.c_void_p() for _ in range(3)]
+_addresses = [ctypes.byref(pointer) for pointer in _pointers]
+
+
+@contextmanager
+def true_errors() -> Iterator[None]:
+    """A context in which a backward pass on the device raises what its hooks and operations raise."""
+    _lost.clear()
+    try:
+        yield
+    except SystemError:  # "returned NULL without setting an exception"
+        if not _lost:
+            raise
+        raise _lost.pop() from None
+
+
+def _keep_error() -> None:
+    """Keeps the exception that is on its way through autograd, if there is one.
+
+    Autograd goes back to the stream that it came from before it catches it; to call Python with an exception set ends
+    the process.
+    """
+    ctypes.pythonapi.PyErr_Fetch(*_addresses)
+    kind, value, trace = _pointers
+    if kind:
+        ctypes.pythonapi.PyErr_NormalizeException(*_addresses)
+        error = ctypes.cast(value, ctypes.py_object).value
+        if trace:
+            error = error.with_traceback(ctypes.cast(trace, ctypes.py_object).value)
+        _lost[:] = [error]
 
 
 class PlayedStream:

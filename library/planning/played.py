@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.nn import functional
 
+from library.memory import block_swap
 from library.planning.fast_fakes import META, FastFakes
 from library.planning.gpu import GPU, clear_autocast_cache
 from library.planning.watching import Watcher
@@ -54,11 +55,8 @@ class PlayedWatcher(Watcher):
         for name in ("generator", "pin_memory"):
             if kwargs.get(name) is not None:
                 kwargs = {**kwargs, name: None}
-        result = _fast_fakes().run(func, args, kwargs)
-        if result is not NotImplemented:
-            return result
         try:
-            return func(*args, **kwargs)
+            return _fast_fakes().run(func, args, kwargs)
         except DataDependentOutputException:
             return _value_of(func, args)
         except DynamicOutputShapeException:
@@ -266,4 +264,5 @@ _REPLACED: tuple[tuple[Any, str, Any], ...] = (
     (torch, "clear_autocast_cache", clear_autocast_cache),
     (torch, "Generator", _PlayedGenerator),
     (functional, "scaled_dot_product_attention", _attention),
+    (block_swap, "PLAIN", (*block_swap.PLAIN, FakeTensor)),
 )

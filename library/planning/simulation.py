@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from library.types import Batch
 
 SAMPLED = 2  # denoising steps of a sample image: each takes the same memory
+TIMED = ("caching text", "caching latents", "second step")  # phases whose work is counted
 STEPS = 2  # in the second one, the optimizer's state is there before the forward pass
 WEIGHTS, ADDED, GRADIENTS, STATE, AVERAGE = (
     *("weights of the {part}", "network", "gradients", "optimizer state", "moving average"),
@@ -50,7 +51,7 @@ class Simulated:
     """What a simulation has seen."""
 
     phases: list[Phase]
-    work: dict[str, Work]  # by phase
+    work: dict[str, Work]  # by phase, of those that are timed
     files: dict[str, int] = field(default_factory=dict)  # bytes of a saved copy, by the file's name
     state_bytes: int = 0  # of a saved state
     caches_in_files: dict[str, int] = field(default_factory=dict)
@@ -99,22 +100,24 @@ def simulate(request: Request, *, whole: bool = True) -> Simulated:
     """
     opts, kind = quietly(request.opts), request.device.kind
     work: dict[str, Work] = {}
-    counting: list[Work] = [Work(request.device)]
+    counting: list[Work | None] = [None]
 
     def count(*operation: Any) -> None:
-        counting[-1].count(*operation)
+        if counting[-1] is not None:
+            counting[-1].count(*operation)
 
     device = register_gpu() if kind == GPU else torch.device(kind)
     watcher = PlayedWatcher(count)
 
     @contextmanager
     def phase(name: str) -> Iterator[None]:
-        counting.append(work.setdefault(name, Work(request.device)))
+        counting.append(work.setdefault(name, Work(request.device)) if name in TIMED else None)
         with watcher.phase(name):
             yield
         counting.pop()
 
     with ExitStack() as stack:
+        stack.enter_context(_quick_collections())
         stack.enter_context(_without_messages())
         stack.enter_context(played_machine(watcher, gpu=kind == GPU))
         stack.enter_context(shapes_only())
@@ -230,6 +233,17 @@ def _now_and_then(run: Run, phase: Callable[[str], Any]) -> None:
             )
     with phase("saving"), run.as_used():
         run.method.save(run.saves.final_path(), run.save_dtype, None)
+
+
+@contextmanager
+def _quick_collections() -> Iterator[None]:
+    """Python's collector looks at nothing that is there already, which is far more than what a simulation makes."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

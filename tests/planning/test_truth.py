@@ -5,7 +5,7 @@ The played device is the CPU here, so that each operation has its real counterpa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -14,8 +14,8 @@ from accelerate.state import AcceleratorState
 from library import checking, registry, session
 from library.memory import block_swap
 from library.options import parsing
-from library.options.devices import GIB, Device
-from library.planning.simulation import Request, built, quietly, simulate, steps
+from library.options.devices import GIB, Device, device_of_memory
+from library.planning.simulation import WEIGHTS, Request, built, quietly, simulate, steps
 from library.planning.watching import Watcher
 from library.runtime.processes import Processes
 from library.training import distributed, placement
@@ -131,3 +131,15 @@ def test_a_planned_peak_is_that_of_the_real_run(name, files, tmp_path):
     real = {phase.name: phase.peaks["cpu"] for phase in watched(request).phases}
     for phase in ("placing the denoiser", "first step", "second step"):
         assert planned[phase].size + caches == pytest.approx(real[phase].size, rel=0.02), (phase, planned, real)
+
+
+def test_swapped_blocks_of_an_8_bit_base_are_planned_for_a_gpu(files, tmp_path):
+    """A GPU keeps fewer weights then, by the blocks that are swapped."""
+    options = {**CASES["flux lora, swap, checkpointing"].options, "fp8_base": True, "mixed_precision": "bf16"}
+    peaks = []
+    for swapped in (0, 1):
+        case = Case("flux", "network", {**options, "blocks_to_swap": swapped})
+        request = replace(request_of(case, files["flux"], tmp_path), device=device_of_memory(GIB))
+        _, phase = simulate(request, whole=False).peak("gpu")
+        peaks.append(phase.peaks["gpu"].kinds[WEIGHTS.format(part="denoiser")])
+    assert 0 < peaks[1] < peaks[0]
