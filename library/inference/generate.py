@@ -284,7 +284,7 @@ def settings_of(prompt: SamplePrompt) -> Hashable:
     """What prompts that are made in one batch must have in common."""
     own = {"prompt": "", "negative_prompt": "", "seed": 0, "sizes": SizeConditions(), "parts": (), "seen": None}
     alike, source = replace(prompt, **own, control=None, guides=(), source=None), prompt.source
-    images = prompt.control is not None, len(prompt.guides), source is not None and (True, source.mask is not None)
+    images = prompt.control is not None, len(prompt.guides), source is not None and (True, source.is_masked)
     return alike, images, len(prompt.parts)
 
 

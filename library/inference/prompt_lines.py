@@ -80,7 +80,8 @@ _SAMPLING = (
     PromptOption("rcfg", "renorm_cfg", None),
     PromptOption("fs", "flow_shift", "flow_shift", float),
 )
-TRAINING = (*_COMMON, PromptOption("d", "seed", "seed", int), *_SAMPLING)
+_SOURCE = (PromptOption("i", "image", "source"), PromptOption("img", "image", "source"))  # of models for inpainting
+TRAINING = (*_COMMON, PromptOption("d", "seed", "seed", int), *_SAMPLING, *_SOURCE)
 GENERATION = (
     *_COMMON,
     PromptOption("d", "seed", "seeds", whole_numbers),  # one for each image of the prompt

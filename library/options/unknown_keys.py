@@ -27,7 +27,7 @@ _OF_GUIS = frozenset(
 )
 
 # Options that newer versions of the ancestor have and no script here has yet. Off or empty they pass.
-NOT_YET = frozenset(("train_inpainting", "skip_image_resolution", "show_timesteps"))
+NOT_YET = frozenset(("skip_image_resolution", "show_timesteps"))
 # Options beside those above; they do nothing by themselves.
 _IDLE_ALONE = frozenset(
     ("show_timesteps_resolution", "show_timesteps_offset", "max_denoising_steps", "leco_denoise_guidance_scale")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -46,6 +46,16 @@ def batch_latents(parts: StepParts, batch: Batch, rng: torch.Generator) -> Tenso
     return parts.family.latents.scale(latents.float())
 
 
+def with_inpainting(parts: StepParts, batch: Batch, rng: torch.Generator) -> Batch:
+    """The batch with what a model for inpainting reads of its images, see `Batch.inpainting`; others as they are."""
+    if batch.holes is None:
+        return batch
+    own = parts.streams.at(rng.device, rng.initial_seed(), "latents with holes")
+    with torch.no_grad():
+        seen = parts.family.latents.with_holes(parts.models, batch.pixels, batch.holes, own)
+    return replace(batch, inpainting=seen)
+
+
 def batch_text(parts: StepParts, batch: Batch) -> TextCond:
     if batch.text is not None and not parts.models.text_encoders:  # those whose outputs are cached have gone
         return batch.text
@@ -63,6 +73,7 @@ class StepResult(NamedTuple):
 def training_step(parts: StepParts, batch: Batch, rng: torch.Generator) -> StepResult:
     """The losses of one batch. All randomness of noise and time comes from `rng` (on the batch's device)."""
     latents = batch_latents(parts, batch, rng) if parts.draw is None else None
+    batch = with_inpainting(parts, batch, rng)
     cond = batch_text(parts, batch)
     draw = parts.objective.draw(latents, rng) if parts.draw is None else parts.draw(batch, rng)
     prediction = parts.denoise(draw.noisy, draw.timesteps, cond, batch)
