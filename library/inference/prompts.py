@@ -56,6 +56,7 @@ class SourceImage:
     pixels: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)  # (height, width, 3), as sampled
     mask_pixels: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)  # (height, width)
     latents: Tensor | None = field(default=None, compare=False, repr=False)  # in place of pixels: (C, h, w), scaled
+    pinned: bool = False  # after each step, what is kept is put back, also where the model sees it anyway
 
     @property
     def is_masked(self) -> bool:
