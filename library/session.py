@@ -266,7 +266,7 @@ class Session:
             cache_latents(encoding.latent_encoder(opts, family, models, self.accelerator))
             if self.accelerator.is_main_process:
                 data.index.save()
-            if not method.needs_vae():
+            if not method.needs_vae() and not models.inpaints:
                 placement.offload(models.vae, opts)
 
     def place(self) -> None:

@@ -64,7 +64,7 @@ class Batch:
 
     captions: list[str]
     latents: Tensor | None  # (B, C, H/s, W/s) as caches hold them, see `Latents.encode`; None: encode `pixels`
-    pixels: Tensor | None  # (B, 3, H, W) in [-1, 1], or None when latents are cached
+    pixels: Tensor | None  # (B, 3, H, W) in [-1, 1], or None where latents are cached and nothing else is made of them
     loss_weights: Tensor  # (B,); prior_loss_weight for regularisation images, else 1
     masks: Tensor | None  # (B, 1, H, W) in [0, 1] at the image's or the latents' size, or None: everything counts
     original_sizes: Tensor  # (B, 2) int, (width, height) of the images on disk
@@ -76,6 +76,7 @@ class Batch:
     attributes: list[Mapping[str, Any] | None] = field(default_factory=list)  # custom_attributes of the dataset config
     guidance: float | None = None  # value fed to distilled models; None: the one of the options
     control: Tensor | None = None  # (B, 3, H, W) in [0, 1], RGB: what a ControlNet reads, cropped as the images are
+    holes: Tensor | None = None  # (B, 1, H, W), 1 where a model for inpainting is to draw and 0 where it sees the image
     # (B, 1 + C, H/s, W/s), what models for inpainting read behind noisy latents: the mask, 1 where something is to be
     # drawn, and the latents of the masked image as the denoiser sees them.
     inpainting: Tensor | None = None
@@ -236,6 +237,7 @@ class FamilyTraits:
     blocks_per_swap: float = 1.0  # that --blocks_to_swap counts as one
     extra_graphs: int = 0  # kinds of blocks whose first one gets its inputs laid out otherwise than those after it
     tokens_in_a_row: bool = False  # blocks see how many latents there are, and not in how many rows and columns
+    inpaints: bool = False  # whether there are models for inpainting, see `Models.inpaints`
     norms_keep_dtype: bool = False  # the authors' code computes layer norms in the dtype of the stream, not in float32
     # Flow models: (height, width) of the latents -> s; sampling takes sigma' = s sigma / (1 + (s - 1) sigma).
     flow_shift: Callable[[int, int], float] | None = None

@@ -32,6 +32,7 @@ _KEPT_WITHOUT_METADATA = (
     "ss_network_dim",
     "ss_network_alpha",
     "ss_network_args",
+    "ss_train_inpainting",
 )
 
 # Options written as they are: ss_<option>, or with their own name behind "=". By option group.
@@ -126,11 +127,11 @@ def with_modelspec(metadata: Mapping[str, str], opts: Options, facts: Mapping[st
     Args:
         metadata: the ss_* values; `ss_training_finished_at` is the date, now if it is missing.
         facts: `modelspec.architecture`, `.implementation`, `.resolution` (default), `.prediction_type` or none, and
-            `.suffix` of what is trained.
+            `.suffix` of what is trained; perhaps `.whole`, the architecture where there is no suffix.
     Raises: UserError: the thumbnail cannot be read, or --resolution is no size.
     """
     given = {key.removeprefix("modelspec."): value for key, value in facts.items() if key.startswith("modelspec.")}
-    suffix = given.pop("suffix", "")
+    suffix, whole = given.pop("suffix", ""), given.pop("whole", given["architecture"])
     if suffix == "/textual-inversion" and given.get("implementation") == "diffusers":
         given["implementation"] = _EMBEDDING_IMPLEMENTATION
     moment = float(metadata.get("ss_training_finished_at") or datetime.now().timestamp())
@@ -139,7 +140,7 @@ def with_modelspec(metadata: Mapping[str, str], opts: Options, facts: Mapping[st
     spec: dict[str, Any] = {
         "sai_model_spec": "1.0.1",
         **given,
-        "architecture": f"{given['architecture']}{suffix}",
+        "architecture": f"{given['architecture']}{suffix}" if suffix else whole,
         "title": options.metadata_title or opts.saving.output_name or f"{_TITLES.get(suffix, 'Checkpoint')}@{moment}",
         "date": datetime.fromtimestamp(moment).replace(microsecond=0).isoformat(),
         "implementation_version": f"{version.NAME}/{version.VERSION}",

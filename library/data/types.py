@@ -40,6 +40,8 @@ class SubsetSpec:
     alpha_mask: bool  # transparency weighs the loss
     custom_attributes: Mapping[str, Any] | None  # for code of the user's own, but for `timestep_offset`
     image_role: ImageRole | None = "mask"  # of the images in `conditioning_data_dir`; None: they do not matter
+    inpainting: bool = False  # a part of each image is to be masked out: where its mask is bright, or at random
+    masks_weigh: bool = True  # masks weigh the loss
 
     @property
     def timestep_offset(self) -> float:
@@ -93,6 +95,7 @@ class Record:
     present: bool = True  # whether there is an image, and not only its latents
     flip: bool = False  # mirrored half of the time
     mask: Path | None = None  # an image that weighs the loss
+    hole: Path | None = None  # an image that is bright where a model for inpainting is to draw
     control: Path | None = None  # an image that a ControlNet reads
     tags: str | None = None  # of a metadata file, apart from the caption that has them joined
 
@@ -121,7 +124,7 @@ class ScanReport:
 
 @dataclass(frozen=True)
 class Sample:
-    """One item of a batch, without batch axis. Either `pixels` or `latents` is there."""
+    """One item of a batch, without batch axis. Either `pixels` or `latents` is there, or both, see Batch."""
 
     caption: str
     pixels: Tensor | None  # (3, H, W) in [-1, 1]
@@ -137,6 +140,7 @@ class Sample:
     text: Mapping[str, Tensor] | None = None  # cached text-encoder outputs, without batch axis
     timestep_offset: float = 0.0  # see SubsetSpec
     control: Tensor | None = None  # (3, H, W) in [0, 1]; see Batch
+    hole: Tensor | None = None  # (1, H, W), 0 or 1; see Batch
 
 
 class RunData(Protocol):

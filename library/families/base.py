@@ -65,6 +65,24 @@ class Latents(ABC):
     def decode(self, models: Models, latents: Tensor) -> Tensor:
         """Latents as the denoiser sees them, (B, C, H/s, W/s), to pixels (B, 3, H, W), about [-1, 1], not clamped."""
 
+    def with_holes(
+        self,
+        models: Models,
+        pixels: Tensor,
+        holes: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Tensor:
+        """`Batch.inpainting` of pixels (B, 3, H, W) in [-1, 1] with holes as `Batch.holes`; float32.
+
+        What a hole covers is grey, the middle of the pixels' range. Each latent has the mask of the pixel at its upper
+        left. So were the first models for inpainting trained (Rombach et al. 2022, arXiv:2112.10752).
+        """
+        import torch
+        from torch.nn import functional
+
+        masked = self.scale(self.encode(models, pixels * (1 - holes), generator).float())
+        return torch.cat([functional.interpolate(holes.float(), size=masked.shape[-2:]), masked], dim=1)
+
 
 class TextEncoding(Role, ABC):
     """The conversion of captions to conditioning."""
@@ -160,7 +178,8 @@ class Writer(Role, ABC):
         """ss_* values that describe the base model (ss_v2, ss_base_model_version, ...), see formats.
 
         Also `modelspec.architecture`, `modelspec.implementation`, `modelspec.prediction_type` and the default
-        `modelspec.resolution`, all without the suffix of what is trained.
+        `modelspec.resolution`, all without the suffix of what is trained; and `modelspec.whole`, the architecture of
+        whole models, where it is another than what networks are matched by.
         """
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.families.registry import FAMILIES
+from library.generation.model_options import family_spec
 from library.generation.script import ALL_FAMILIES, Start, generate
 from library.inference.prompt_lines import MINIMAL
 from library.options import validation
@@ -19,6 +20,7 @@ from library.preparation.common.summary import Outcome
 if TYPE_CHECKING:
     from library.families.shared.minimal import MinimalOptions
     from library.options.base import OptionGroup
+    from library.types import FamilyTraits
 
 # Options of gen_img.py by which messages may begin, and what they are called here.
 _NAMES = {
@@ -37,8 +39,17 @@ def groups_of(options: type[MinimalOptions]) -> tuple[type[OptionGroup], ...]:
     return (options, GenerationConsole)
 
 
-def run(description: str, groups: Sequence[type[OptionGroup]], family: str, argv: Sequence[str] | None = None) -> None:
-    """Runs the script of a family and exits; see `library.generation.script.run`."""
+def run(
+    description: str,
+    groups: Sequence[type[OptionGroup]],
+    family: str | None = None,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Runs a script and exits; see `library.generation.script.run`. Args: family: None: one for several families."""
+
+    def traits(opts: Options) -> FamilyTraits | None:
+        chosen = family or opts.minimal.family
+        return FAMILIES[chosen].traits if chosen else None
 
     def work(opts: Options) -> Outcome:
         options: MinimalOptions = opts.minimal
@@ -53,16 +64,16 @@ def run(description: str, groups: Sequence[type[OptionGroup]], family: str, argv
             negative_prompt=options.negative_prompt or "",
             training=options.training(),
             second_text=getattr(options, "prompt2", None),
+            keeps_surroundings=options.keeps_surroundings,
         )
+        chosen, names = family or options.family, {**_NAMES, **options.names}
         try:
-            problems = validation.problems(made, FAMILIES[family].traits)
+            problems = validation.problems(made, traits(opts) or family_spec(made.checkpoint)[0].traits)
             if problems:
                 raise UserError(*problems)
-            return generate(made, family, start)
+            return generate(made, chosen, start)
         except UserError as error:
-            ours = [
-                re.sub(r"^--(\w+)", lambda flag: f"--{_NAMES.get(flag[1], flag[1])}", one) for one in error.problems
-            ]
+            ours = [re.sub(r"^--(\w+)", lambda flag: f"--{names.get(flag[1], flag[1])}", one) for one in error.problems]
             raise UserError(*ours, hint=error.hint) from error
 
-    run_script(work, groups, argv, description=description, traits=lambda opts: FAMILIES[family].traits)
+    run_script(work, groups, argv, description=description, traits=traits)

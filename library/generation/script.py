@@ -69,6 +69,7 @@ class Start:
     syntax: Sequence[PromptOption] = GENERATION
     negative_prompt: str = ""  # of prompts without their own
     training: Mapping[str, Any] = field(default_factory=dict)  # options of training, and "offload"
+    keeps_surroundings: bool = False  # see `SourceImage.pinned`
     second_text: str | None = None  # what all text encoders but the first read in place of the prompt
 
 
@@ -81,7 +82,7 @@ def generate(opts: Options, fixed: str | None = None, start: Start | None = None
         **{name: value for name, value in start.training.items() if name != "offload"}
     )
     outcome = Outcome()
-    sources = Sources.of(opts.source)
+    sources = Sources.of(opts.source, pinned=start.keeps_surroundings)
     guides = _guides_of(opts, spec)
     if opts.grid.grid:  # what is compared begins with the same noise
         seed = secrets.randbits(32) if opts.prompts.seed is None else opts.prompts.seed

@@ -36,21 +36,22 @@ class Sources:
 
     images: tuple[Path, ...]
     masks: tuple[Path, ...]
+    pinned: bool = False  # see `SourceImage`
 
     @classmethod
-    def of(cls, options: SourceOptions) -> Sources | None:
+    def of(cls, options: SourceOptions, *, pinned: bool = False) -> Sources | None:
         """Those that the options name; None: there are none. Raises: UserError: they are not there."""
         if not options.image_path:
             return None
         masks = files_of("--mask_path", options.mask_path) if options.mask_path else ()
-        return cls(files_of("--image_path", options.image_path), masks)
+        return cls(files_of("--image_path", options.image_path), masks, pinned)
 
     def at(self, number: int, where: str) -> SourceImage:
         """That of the image of this number; of a prompt that an image gave, that image. Args: where: of the prompt."""
         own = (place for place, path in enumerate(self.images) if str(path) == where)
         number = next(own, number)
         mask = self.masks[number % len(self.masks)] if self.masks else None
-        return SourceImage(self.images[number % len(self.images)], mask)
+        return SourceImage(self.images[number % len(self.images)], mask, pinned=self.pinned)
 
 
 def size_of(source: SourceImage, where: str) -> Size:

@@ -185,15 +185,17 @@ def _beginning(
     make_noise: MakeNoise,
 ) -> _Beginning:
     """Noise alone, or with the image that drawing begins with. Models for inpainting see that, and may do without."""
-    source = None
-    if prompts[0].source is not None and not (models.inpaints and prompts[0].strength == 1):
+    source, first = None, prompts[0]
+    begins_with_it = first.source is not None and not (models.inpaints and first.strength == 1)
+    blends = first.source is not None and first.source.is_masked and (first.source.pinned or not models.inpaints)
+    if begins_with_it or blends:
         source = encode_sources(family, models, prompts, generators, device)
     noise = make_noise(prompts, family.traits, generators).to(device)
     # The schedulers for flow may have no such number: they start from plain noise.
     timesteps, latents = scheduler.timesteps, noise * getattr(scheduler, "init_noise_sigma", 1.0)
-    if source is not None:
-        timesteps, latents = _start_from(source, scheduler, prompts[0], noise)
-    kept = source if source is not None and source.mask is not None and not models.inpaints else None
+    if begins_with_it:
+        timesteps, latents = _start_from(source, scheduler, first, noise)
+    kept = source if blends else None
     inpainting = encode_inpainting(family, models, prompts, generators, device) if models.inpaints else None
     return _Beginning(timesteps, latents, noise, kept, inpainting)
 
@@ -284,7 +286,7 @@ def settings_of(prompt: SamplePrompt) -> Hashable:
     """What prompts that are made in one batch must have in common."""
     own = {"prompt": "", "negative_prompt": "", "seed": 0, "sizes": SizeConditions(), "parts": (), "seen": None}
     alike, source = replace(prompt, **own, control=None, guides=(), source=None), prompt.source
-    images = prompt.control is not None, len(prompt.guides), source is not None and (True, source.mask is not None)
+    images = prompt.control is not None, len(prompt.guides), source is not None and (True, source.is_masked)
     return alike, images, len(prompt.parts)
 
 

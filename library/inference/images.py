@@ -38,6 +38,7 @@ def png_text(prompt: SamplePrompt) -> dict[str, str]:
         "steps": str(prompt.steps),
         "scale": str(prompt.scale),
         **({} if prompt.control is None else {"control-image": str(prompt.control.path)}),
+        **({} if prompt.source is None else {"source-image": str(prompt.source.path)}),
         **{name: str(value) for name, value in asked_for.items() if value is not None},
     }
 

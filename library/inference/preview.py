@@ -9,16 +9,19 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from library.data.sample.holes import wobbly_ellipse
 from library.errors import UserError
 from library.inference.control_images import with_control
 from library.inference.images import png_text, save_png
 from library.inference.placement import evaluating, on_device
 from library.inference.prompts import FLOW_SAMPLER, SamplePrompt, flow_sampler_note, load_prompts
+from library.inference.source_images import with_source
 from library.options.saving import sample_place
 from library.runtime.durable import fitting
 from library.runtime.limits import exhausted
 from library.runtime.logs import LOGGER
 from library.runtime.seeds import derive
+from library.types import Size
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +85,7 @@ class Preview:
                 what = "--am (additional_network_multiplier) has no effect, as no network is trained here"
                 LOGGER.warning("%s: %s", file, what)
                 prompts = [replace(prompt, multipliers=None) for prompt in prompts]
+            prompts = _with_sources(prompts, file, inpaints=opts.data.train_inpainting)
         return cls(opts, family, prompts)
 
     def due(self, step: int, epoch_end: int | None = None) -> bool:
@@ -198,10 +202,42 @@ class Preview:
         return folder / fitting(start, f"{moment}_{index:02d}_{now}{end}.png")
 
     def _seeded(self, prompt: SamplePrompt, step: int, index: int) -> SamplePrompt:
-        """A prompt without a seed looks different every time, yet the same when a run is repeated or resumed."""
-        if prompt.seed is not None:
+        """A prompt without a seed looks different every time, yet the same when a run is repeated or resumed.
+
+        The seed decides the mask too, where a part of a source is drawn again.
+        """
+        if prompt.seed is None:
+            prompt = replace(prompt, seed=derive(self.opts.training.seed or 0, "preview", step, index) % 2**32)
+        if prompt.source is None:
             return prompt
-        return replace(prompt, seed=derive(self.opts.training.seed or 0, "preview", step, index) % 2**32)
+        hole = wobbly_ellipse(Size(prompt.width, prompt.height), prompt.seed)
+        return replace(prompt, source=replace(prompt.source, mask_pixels=hole.astype("uint8") * 255))
+
+
+def _with_sources(prompts: Sequence[SamplePrompt], file: Path | str, *, inpaints: bool) -> list[SamplePrompt]:
+    """The prompts with their sources read, where the model is one for inpainting; without sources elsewhere.
+
+    A source that cannot be read is left out, with a warning.
+    """
+    given = sum(prompt.source is not None for prompt in prompts)
+    if not inpaints:
+        if given:
+            LOGGER.warning("%s: --i (image) has no effect without --train_inpainting", file)
+        return [replace(prompt, source=None) for prompt in prompts]
+    read = []
+    for prompt in prompts:
+        try:
+            read.append(with_source(replace(prompt, strength=1.0)))
+        except UserError as error:
+            LOGGER.warning("%s: --i %s; the sample is drawn without it", file, error)
+            read.append(replace(prompt, source=None))
+    if given < len(prompts):
+        LOGGER.warning(
+            "%s: %d of %d prompts have no --i (image); their samples are drawn as a whole, as of an image that is "
+            "masked everywhere",
+            *(file, len(prompts) - given, len(prompts)),
+        )
+    return read
 
 
 def _strength(prompt: SamplePrompt) -> float:

@@ -80,11 +80,13 @@ _SAMPLING = (
     PromptOption("rcfg", "renorm_cfg", None),
     PromptOption("fs", "flow_shift", "flow_shift", float),
 )
+_SOURCE = (PromptOption("i", "image", "source"), PromptOption("img", "image", "source"))  # of models for inpainting
 TRAINING = (
     *_COMMON,
     PromptOption("d", "seed", "seed", int),
     *_SAMPLING,
     PromptOption("am", "additional_network_multiplier", "multipliers", numbers),
+    *_SOURCE,
 )
 GENERATION = (
     *_COMMON,

@@ -56,6 +56,12 @@ class SourceImage:
     pixels: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)  # (height, width, 3), as sampled
     mask_pixels: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)  # (height, width)
     latents: Tensor | None = field(default=None, compare=False, repr=False)  # in place of pixels: (C, h, w), scaled
+    pinned: bool = False  # after each step, what is kept is put back, also where the model sees it anyway
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether a part of it is kept."""
+        return self.mask is not None or self.mask_pixels is not None
 
 
 @dataclass(frozen=True)
@@ -254,6 +260,8 @@ def _changed(base: SamplePrompt, changes: Mapping[str, Any]) -> SamplePrompt:
     own = {name: value for name, value in changes.items() if "." not in name}
     if "control" in own:
         own["control"] = ControlImage(Path(own["control"]).expanduser())
+    if "source" in own:
+        own["source"] = SourceImage(Path(own["source"]).expanduser())
     for name, value in changes.items():
         if "." in name:
             group, _, field_name = name.partition(".")

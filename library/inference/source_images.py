@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from library.data.sample import images
+from library.data.sample.rendering import BRIGHT
 from library.errors import UserError
 from library.inference.growing import resized
 from library.inference.prompts import SamplePrompt
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from library.families.base import Family
     from library.inference.prompts import SourceImage
     from library.types import Models
-
-_KEPT_BELOW = 128  # grey value of the mask
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def encode_sources(
     else:
         pixels = torch.stack([images.to_pixels(source.pixels) for source in sources])
         latents = family.latents.scale(family.latents.encode(models, pixels.to(device), generators)).float()
-    if sources[0].mask is None:
+    if not sources[0].is_masked:
         return Source(latents, None)
     return Source(latents, functional.interpolate(_masks(sources).to(device), size=latents.shape[-2:]))
 
@@ -103,14 +102,12 @@ def encode_inpainting(
 ) -> Tensor:
     """`Batch.inpainting` of prompts. Without a mask all is drawn, so that nothing is left of an image.
 
-    What the mask covers is grey, the middle of the pixels' range, as models for inpainting are trained.
-
     Raises: UserError: a file cannot be read.
     """
     sources = [with_source(prompt).source for prompt in prompts]
     height, width = prompts[0].height, prompts[0].width
     first = sources[0]
-    if first is None or first.mask is None:
+    if first is None or not first.is_masked:
         masks = torch.ones(len(prompts), 1, height, width, device=device)
         pixels = torch.zeros(len(prompts), 3, height, width, device=device)
     else:
@@ -120,14 +117,12 @@ def encode_inpainting(
         else:  # latents are what drawing begins with
             latents = torch.stack([source.latents for source in sources]).to(device)
             pixels = family.latents.decode(models, latents).float().clamp(-1, 1)
-        pixels = pixels * (1 - masks)
-    masked = family.latents.scale(family.latents.encode(models, pixels, generators)).float()
-    return torch.cat([functional.interpolate(masks, size=masked.shape[-2:]), masked], dim=1)
+    return family.latents.with_holes(models, pixels, masks, generators)
 
 
 def _masks(sources: Sequence[SourceImage]) -> Tensor:
     """(B, 1, H, W): 1 is drawn again, 0 is kept."""
-    return torch.stack([torch.from_numpy(source.mask_pixels >= _KEPT_BELOW).float() for source in sources])[:, None]
+    return torch.stack([torch.from_numpy(source.mask_pixels >= BRIGHT).float() for source in sources])[:, None]
 
 
 def _read(path: Path, what: str, read: Callable[[Path], NDArray[np.uint8]]) -> NDArray[np.uint8]:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 class ControlOptions(MethodOptions):
     """What is the same for all networks that read control images."""
 
+    trains_inpainting = False
+
     @property
     def start_from(self) -> str | None:
         """The network to continue training; None: a new one."""

@@ -44,7 +44,8 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
     )
     conditioning_data_dir: str | None = opt(
         None,
-        "folder of images that belong to those in --train_data_dir by name: masks, for --masked_loss",
+        "folder of images that belong to those in --train_data_dir by name: masks, for --masked_loss, or for "
+        "--train_inpainting",
         exists="folder",
     )
     cache_info: bool = opt(
@@ -124,6 +125,11 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
         comma_list=True,
     )
     alpha_mask: bool = opt(False, "exclude transparent parts of images from the loss")
+    train_inpainting: bool = opt(
+        False,
+        "train a model for inpainting, which sees the image with a part masked out: at random, or as the images of "
+        "--conditioning_data_dir say; a model without inputs for that is given some",
+    )
 
     cache_latents: bool = opt(False, "encode all images once before training and keep the latents in memory")
     cache_latents_to_disk: bool = opt(
@@ -151,6 +157,10 @@ class DataOptions(OptionGroup, group="data", title="Data set"):
             yield f"--caption_extension: {fault}"
         if self.dataset_config and self.dataset_config.suffix.lower() not in (".toml", ".json"):
             yield f"--dataset_config: must be a .toml or .json file, got {str(self.dataset_config)!r}"
+        if self.train_inpainting and not traits.inpaints:
+            yield f"--train_inpainting: no model of {traits.label} that reads a mask can be trained here; leave it out"
+        elif self.train_inpainting and not opts.method.trains_inpainting:
+            yield "--train_inpainting: what this script trains is for models that read no mask; leave it out"
         yield from self._check_sizes(traits)
         yield from self._check_augmentation()
 

@@ -27,7 +27,7 @@ _OF_GUIS = frozenset(
 )
 
 # Options that newer versions of the ancestor have and no script here has yet. Off or empty they pass.
-NOT_YET = frozenset(("train_inpainting",))
+NOT_YET: frozenset[str] = frozenset()
 # Options beside those above; they do nothing by themselves.
 _IDLE_ALONE = frozenset(("max_denoising_steps", "leco_denoise_guidance_scale"))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -46,6 +46,16 @@ def batch_latents(parts: StepParts, batch: Batch, rng: torch.Generator) -> Tenso
     return parts.family.latents.scale(latents.float())
 
 
+def with_inpainting(parts: StepParts, batch: Batch, rng: torch.Generator) -> Batch:
+    """The batch with what a model for inpainting reads of its images, see `Batch.inpainting`; others as they are."""
+    if batch.holes is None:
+        return batch
+    own = parts.streams.at(rng.device, rng.initial_seed(), "latents with holes")
+    with torch.no_grad():
+        seen = parts.family.latents.with_holes(parts.models, batch.pixels, batch.holes, own)
+    return replace(batch, inpainting=seen)
+
+
 def batch_text(parts: StepParts, batch: Batch) -> TextCond:
     if batch.text is not None and not parts.models.text_encoders:  # those whose outputs are cached have gone
         return batch.text
@@ -60,9 +70,9 @@ class StepResult(NamedTuple):
     timesteps: Tensor  # (B,), in the family's own units
 
 
-def encoded(parts: StepParts, batch: Batch, rng: torch.Generator) -> tuple[Tensor, TextCond]:
-    """Clean latents and conditioning of a batch, see `batch_latents` and `batch_text`."""
-    return batch_latents(parts, batch, rng), batch_text(parts, batch)
+def encoded(parts: StepParts, batch: Batch, rng: torch.Generator) -> tuple[Batch, Tensor, TextCond]:
+    """The batch as the denoiser reads it, its clean latents and its conditioning; see `batch_latents`."""
+    return with_inpainting(parts, batch, rng), batch_latents(parts, batch, rng), batch_text(parts, batch)
 
 
 def step_losses(parts: StepParts, batch: Batch, cond: TextCond, draw: NoiseDraw) -> Tensor:
@@ -74,7 +84,7 @@ def step_losses(parts: StepParts, batch: Batch, cond: TextCond, draw: NoiseDraw)
 def training_step(parts: StepParts, batch: Batch, rng: torch.Generator) -> StepResult:
     """The losses of one batch. All randomness of noise and time comes from `rng` (on the batch's device)."""
     if parts.draw is None:
-        latents, cond = encoded(parts, batch, rng)
+        batch, latents, cond = encoded(parts, batch, rng)
         draw = parts.objective.draw(latents, rng, offsets=batch.timestep_offsets)
     else:
         cond, draw = batch_text(parts, batch), parts.draw(batch, rng)

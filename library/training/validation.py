@@ -127,7 +127,8 @@ class Validation:
         device, count, found = accelerator.device, len(batch.captions), []
         together = max(1, max(self._data.batch_sizes()) // count)
         with accelerator.autocast():
-            latents, cond = encoded(parts, batch, parts.streams.at(device, self._seed, "validation", number))
+            own = parts.streams.at(device, self._seed, "validation", number)
+            batch, latents, cond = encoded(parts, batch, own)
             for first in range(0, len(times), together):
                 draws = []
                 for place, time in enumerate(times[first : first + together], first):

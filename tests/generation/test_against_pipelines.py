@@ -216,7 +216,7 @@ def test_inpainting_by_blending(sd1):
             found,
             ours(
                 model_of(SdFamily(sd_options("")), sd1, sd_options("")),
-                replace(prompt, source=replace(source, mask=None)),
+                replace(prompt, source=replace(source, mask=None, mask_pixels=None)),
             ),
         )
         > 0.01

@@ -181,6 +181,8 @@ class _Reader:
         own["face_crop_aug_range"] = tuple(own["face_crop_aug_range"]) if own["face_crop_aug_range"] else None
         extension = own["caption_extension"]
         own["caption_extension"] = extension if extension.startswith(".") else "." + extension
+        inpainting = self.opts.data.train_inpainting and self.traits.inpaints
+        own |= {"inpainting": inpainting, "masks_weigh": self.opts.loss.masked_loss or not inpainting}
         return SubsetSpec(captions=captions, image_role=self.image_role, **own)
 
 
@@ -235,8 +237,8 @@ def _check_partners(subsets: Sequence[SubsetSpec], opts: Options, image_role: Im
     folders = [subset.conditioning_data_dir for subset in subsets if subset.conditioning_data_dir]
     any_alpha = any(subset.alpha_mask for subset in subsets)
     if image_role == "mask":
-        if folders and not opts.loss.masked_loss and os.path.isdir(folders[0]):
-            why = "its images are masks for --masked_loss; add that, or remove them"
+        if folders and not (opts.loss.masked_loss or opts.data.train_inpainting) and os.path.isdir(folders[0]):
+            why = "its images are masks for --masked_loss or --train_inpainting; add one of these, or remove them"
             yield f"conditioning_data_dir {folders[0]}: {why}"
         if opts.loss.masked_loss and not folders and not any_alpha:
             yield "--masked_loss: there are no masks; name their folder in conditioning_data_dir, or set alpha_mask"

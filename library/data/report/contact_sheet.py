@@ -55,7 +55,8 @@ class Cell:
     record: Record
     image: NDArray[np.uint8] | None  # (bucket height, bucket width, 3), as in epoch 1; of repeats the first
     mask: NDArray[np.float32] | None  # (bucket height, bucket width) in [0, 1]; None: all of the image counts
-    control: NDArray[np.uint8] | None  # (bucket height, bucket width, 3): what a ControlNet reads
+    # (bucket height, bucket width, 3): what a ControlNet reads, or a model for inpainting sees of the image
+    control: NDArray[np.uint8] | None
     captions: tuple[str, ...]  # of epoch 1, 2, ...
     mirrored: bool
     problem: str = ""  # why there is no image
@@ -150,7 +151,8 @@ def cells_of(data: TrainingData, numbers: Sequence[int], epochs: int) -> Iterato
             continue
         image = as_image((sample.pixels + 1) / 2)
         mask = None if sample.mask is None else sample.mask[0].numpy()
-        control = None if sample.control is None else as_image(sample.control)
+        beside = sample.control if sample.hole is None else (sample.pixels * (1 - sample.hole) + 1) / 2
+        control = None if beside is None else as_image(beside)
         yield Cell(record, image, mask, control, captions, data.items.is_mirrored_at(own[0]))
 
 
@@ -227,6 +229,8 @@ def _notes(there: Sequence[Record], shown: int, batch_size: int, epochs: int, pr
         how += " The second copy shows the mask: red does not count in the loss."
     if any(record.control is not None for record in there):
         how += " The control image stands last."
+    if any(record.subset.inpainting for record in there):
+        how += " What the model sees of an image stands last."
     part = [f"A part only: {shown} of the {len(there)} images of this bucket."] if shown < len(there) else []
     return [f"{counts}; batch size {batch_size}", *part, how]
 
@@ -247,7 +251,7 @@ def _has_mask(record: Record) -> bool:
 
 def _slots(record: Record) -> int:
     """Columns that a record takes: as many as its image, the copy with the mask and the control image need."""
-    panels = 1 + _has_mask(record) + (record.control is not None)
+    panels = 1 + _has_mask(record) + (record.control is not None or record.subset.inpainting)
     width = panels * (_shown_size(record.bucket).width + _CLOSE) - _CLOSE
     return 1 if width <= _slot_width(record.bucket) else panels
 

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from library.data.report import summary
 from library.data.sample import buckets, images
 from library.data.sample.captions import make_caption
-from library.data.sample.rendering import loss_mask, recorded_crop, render, render_control
+from library.data.sample.holes import random_hole
+from library.data.sample.rendering import BRIGHT, View, loss_mask, recorded_crop, render, render_control
 from library.data.sample.sampler import BatchLoader, make_loader
 from library.data.scan.index import FileIndex, collector_paused
 from library.data.scan.records import read_records
@@ -58,13 +59,15 @@ class ItemDataset(Dataset[Sample]):
         number = self.items[key.index]
         record = self.records[number]
         flip, look = self._look(record, key)
-        pixels = latents = None
-        if self.latents is None:
+        pixels = latents = hole = None
+        if self.latents is None or record.subset.inpainting:
             view = render(record, flip, look)
             pixels, mask, control = images.to_pixels(view.pixels), loss_mask(view), view.control
+            hole = self._hole(record, view, key) if record.subset.inpainting else None
         else:
-            latents, mask = self.latents[number].load(flip)
             control = render_control(record, flip)
+        if self.latents is not None:
+            latents, mask = self.latents[number].load(flip)
         return Sample(
             caption=self.caption_at(key),
             pixels=pixels,
@@ -80,7 +83,16 @@ class ItemDataset(Dataset[Sample]):
             timestep_offset=record.subset.timestep_offset,
             text=None if self.text is None else self.text.get(self.first_text + number),
             control=None if control is None else images.to_unit(control),
+            hole=hole,
         )
+
+    def _hole(self, record: Record, view: View, key: ItemKey) -> Tensor:
+        """See `Sample.hole`: the record's own, or a random one, by the item's address."""
+        if view.hole is not None:
+            inside = view.hole >= BRIGHT
+        else:
+            inside = random_hole(record.bucket, derive(self.seed, "hole", key.epoch, key.index))
+        return torch.from_numpy(inside.astype("float32", order="C"))[None]
 
     def caption_at(self, key: ItemKey) -> str:
         """The caption as it is drawn there."""
@@ -131,6 +143,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         timestep_offsets=torch.tensor(offsets) if any(offsets) else None,
         text=None if samples[0].text is None else TextCond.stack([sample.text for sample in samples]),
         control=stack([sample.control for sample in samples]),
+        holes=stack([sample.hole for sample in samples]),
     )
 
 
@@ -216,6 +229,11 @@ class TrainingData:
             self.held_out.set_text(store)
             self.held_out.items.first_text = len(self.records)
 
+    @property
+    def _reads_images(self) -> bool:
+        """Whether images are read in every epoch even where their latents are cached."""
+        return any(subset.inpainting for spec in self.specs for subset in spec.subsets)
+
     def is_prepared(self) -> bool:
         """Whether all of it comes from metadata files, and nothing varies the images: latents may lie beside them."""
         return all(
@@ -254,11 +272,11 @@ class TrainingData:
             rank, world: this process and how many there are. All get ceil(batches / world) batches; where they do not
                 divide, the epoch's first batches come a second time.
             workers: worker processes at most; None: --max_data_loader_n_workers. Never more than CPU cores or
-                batches, and none when latents are in memory, as there is nothing left to compute.
+                batches, and none where everything is in memory, as there is nothing left to compute.
         """
         if workers is None:
             workers = self.opts.data.max_data_loader_n_workers
-        workers = 0 if self._in_memory else workers
+        workers = 0 if self._in_memory and not self._reads_images else workers
         key = (rank, world, workers)
         if self._loader is None or self._loader[0] != key:
             accumulation = self.opts.training.gradient_accumulation_steps

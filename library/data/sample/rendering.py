@@ -1,4 +1,4 @@
-"""A record's files to what the model is to see: the image, its transparency, its mask and its control image."""
+"""A record's files to what the model is to see: the image, its transparency, its masks and its control image."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Read = TypeVar("Read")
 
+BRIGHT = 128  # value from which a mask says that something is to be drawn
 SPARE = 4  # times the size that is wanted is how large an image is decoded at least, to be shrunk well from there
 
 
@@ -33,6 +34,7 @@ class View(NamedTuple):
     alpha: NDArray[np.uint8] | None  # (bucket height, bucket width): opacity; only with alpha_mask
     mask: NDArray[np.uint8] | None  # (bucket height, bucket width, 3), where the record has one
     control: NDArray[np.uint8] | None  # (bucket height, bucket width, 3), where the record has one
+    hole: NDArray[np.uint8] | None = None  # (bucket height, bucket width), where the record has one
 
 
 def render(record: Record, flip: bool, rng: Random) -> View:
@@ -66,10 +68,10 @@ def render(record: Record, flip: bool, rng: Random) -> View:
     pixels = images.apply_crop(pixels, crop, subset.resize_interpolation)
     if alpha is not None:
         alpha = images.apply_crop_to_values(alpha, crop)
-    mask, control = (_values(path, crop) for path in (record.mask, record.control))
+    mask, control, hole = (_values(path, crop) for path in (record.mask, record.control, record.hole))
     if subset.color_aug:
         pixels = images.vary_colours(pixels, rng)
-    view = View(pixels, alpha, mask, control)
+    view = View(pixels, alpha, mask, control, None if hole is None else hole.max(axis=2))
     return View(*(None if part is None else part[:, ::-1] for part in view)) if flip else view
 
 

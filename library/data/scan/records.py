@@ -128,7 +128,8 @@ def _check_contents(records: Sequence[Record], index: FileIndex, scan: ScanRepor
 
     Also reports masks and control images of another shape than their image's, and exact and near duplicates.
     """
-    partners = {partner: record for record in records if (partner := record.mask or record.control) is not None}
+    of_records = ((record.mask or record.hole or record.control, record) for record in records)
+    partners = {partner: record for partner, record in of_records if partner is not None}
     seen = index.learn("image", list(partners), images.describe)
     for (partner, record), described in zip(partners.items(), seen, strict=True):
         header = _as_header(described)
@@ -197,7 +198,8 @@ def _usable(
                 repeats=subset.num_repeats,
                 present=one.present,
                 flip=subset.flip_aug or one.flip_file,
-                mask=one.conditioning if subset.image_role == "mask" else None,
+                mask=one.conditioning if subset.image_role == "mask" and subset.masks_weigh else None,
+                hole=one.conditioning if subset.image_role == "mask" and subset.inpainting else None,
                 control=one.conditioning if subset.image_role == "control" else None,
                 tags=one.tags,
             )
@@ -206,6 +208,12 @@ def _usable(
     if varied and any(not one.record.present for one in seen):
         why = "needs the images, and some have latents only"
         problems.append(f"{subset.place}: {varied[0]} {why}; remove {varied[0]}")
+    lacking = [one.record.path for one in seen if not one.record.present] if subset.inpainting else []
+    if lacking:
+        problems.append(
+            f"{subset.place}: --train_inpainting needs the images, and {len(lacking)} have latents only, such as "
+            f"{lacking[0].name}"
+        )
     if fitted:
         scan.warnings.append(
             f"{subset.place}: {len(fitted)} of {len(images)} images do not have the size "

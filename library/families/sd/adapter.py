@@ -14,8 +14,9 @@ from library.families.sd.tokenizer import sd_tokenizer
 from library.families.sd.variants import ORIGINAL_CODE, model_facts
 from library.families.shared.clip import encode_clip
 from library.families.shared.deep_shrink import shrinking
+from library.families.shared.inpainting import fit_for_inpainting
 from library.families.shared.roles import UnetDenoiser, VaeLatents
-from library.families.shared.unet import reads_masks, text_layers
+from library.families.shared.unet import takes_inpainting, text_layers
 from library.families.shared.unet_controlnet import UnetControl
 from library.text.chunking import tokenize
 from library.text.emphasis import tokenize_weighted, weighted
@@ -59,7 +60,7 @@ class SdLoader(Loader):
             model.pretrained_model_name_or_path,
             self.opts.family.v2,
             model.vae,
-            inpainting=model.takes_inpainting,
+            inpainting=takes_inpainting(self.opts),
         )
         own = None if parts.source.is_file else parts.source.name
         tokenizer = sd_tokenizer(parts.source.v2, own, model.tokenizer_cache_dir)
@@ -69,7 +70,7 @@ class SdLoader(Loader):
             {"te": tokenizer},
             parts.vae,
             parts.source,
-            inpaints=reads_masks(parts.denoiser),
+            inpaints=fit_for_inpainting(parts.denoiser, self.opts),
         )
 
 
@@ -108,4 +109,4 @@ class SdWriter(Writer):
         save_model(models, path, save_as=save_as, dtype=dtype, metadata=metadata, v_prediction=v_prediction)
 
     def metadata(self, models: Models) -> dict[str, Any]:
-        return model_facts(models.source.v2, self.opts.family.v_parameterization)
+        return model_facts(models.source.v2, self.opts.family.v_parameterization, inpaints=models.inpaints)

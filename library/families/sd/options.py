@@ -26,6 +26,7 @@ TRAITS = FamilyTraits(
     embedding_keys={"te": "emb_params"},
     block_layout=BlockLayout(12, 1, 12),
     text_regions=True,
+    inpaints=True,
     hypernetworks=True,
 )
 

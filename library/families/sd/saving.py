@@ -123,4 +123,4 @@ def _fill_folder(
         "unet": ("diffusers", "UNet2DConditionModel"),
         "vae": ("diffusers", "AutoencoderKL"),
     }
-    write_model_index(folder, "StableDiffusionPipeline", parts)
+    write_model_index(folder, f"StableDiffusion{'Inpaint' if models.inpaints else ''}Pipeline", parts)

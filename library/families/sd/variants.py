@@ -20,7 +20,7 @@ from library.families.shared.recognition import (
     recognise,
     vae_problem,
 )
-from library.families.shared.unet import CHANNELS, channels_problem, input_problem
+from library.families.shared.unet import CHANNELS, channels_problem, inpainting_facts, input_problem, takes_inpainting
 from library.families.shared.vae import missing_vae
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def mismatch(kind: ModelKind, v2: bool) -> str | None:
     return f"this is {kind}; a whole Stable Diffusion 1.x or 2.x model is needed here"
 
 
-def model_facts(v2: bool, v_prediction: bool) -> dict[str, Any]:
-    """`Writer.metadata` of a model."""
+def model_facts(v2: bool, v_prediction: bool, *, inpaints: bool = False) -> dict[str, Any]:
+    """`Writer.metadata` of a model. Args: inpaints: whether it is one for inpainting."""
     architecture = "stable-diffusion-v1"
     if v2:
         architecture = "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
@@ -52,6 +52,7 @@ def model_facts(v2: bool, v_prediction: bool) -> dict[str, Any]:
         "ss_v2": v2,
         "ss_base_model_version": f"sd_v{2 if v2 else 1}{'_v' if v_prediction else ''}",
         "modelspec.architecture": architecture,
+        **inpainting_facts(f"stable-diffusion-v{2 if v2 else 1}-inpainting", inpaints),
         "modelspec.implementation": "diffusers",
         "modelspec.prediction_type": "v" if v_prediction else "epsilon",
         "modelspec.resolution": "768x768" if v2 and v_prediction else "512x512",
@@ -67,7 +68,7 @@ def check_paths(opts: Options) -> list[str]:
     if not model:
         return [f"{flag}: name a model: a file, a Diffusers folder or a hub id"]
 
-    inpainting = opts.model.takes_inpainting
+    inpainting = takes_inpainting(opts)
 
     def of_model(path: Path) -> str | None:
         if path.is_dir():

@@ -16,8 +16,9 @@ from library.families.sdxl.tokenizers import sdxl_tokenizers
 from library.families.sdxl.variants import model_facts
 from library.families.shared.clip import PENULTIMATE, encode_at_layer, project_first_eos
 from library.families.shared.deep_shrink import shrinking
+from library.families.shared.inpainting import fit_for_inpainting
 from library.families.shared.roles import UnetDenoiser, VaeLatents
-from library.families.shared.unet import map_of_config, reads_masks, text_layers
+from library.families.shared.unet import map_of_config, takes_inpainting, text_layers
 from library.families.shared.unet_controlnet import UnetControl
 from library.text.chunking import tokenize
 from library.text.emphasis import tokenize_weighted, weighted
@@ -64,9 +65,9 @@ class SdxlLoader(Loader):
         if texts_only:
             parts = load_text_encoders(name, mapped=mapped)
         else:
-            parts = load_model(name, model.vae, mapped=mapped, inpainting=model.takes_inpainting)
+            parts = load_model(name, model.vae, mapped=mapped, inpainting=takes_inpainting(self.opts))
         tokenizers = sdxl_tokenizers(None if Path(name).is_file() else name, model.tokenizer_cache_dir)
-        inpaints = parts.denoiser is not None and reads_masks(parts.denoiser)
+        inpaints = fit_for_inpainting(parts.denoiser, self.opts)
         return Models(parts.denoiser, parts.text_encoders, tokenizers, parts.vae, parts.source, inpaints=inpaints)
 
 
@@ -149,4 +150,4 @@ class SdxlWriter(Writer):
         )
 
     def metadata(self, models: Models) -> dict[str, Any]:
-        return model_facts(self.opts.family.v_parameterization)
+        return model_facts(self.opts.family.v_parameterization, inpaints=models.inpaints)

@@ -26,6 +26,7 @@ TRAITS = FamilyTraits(
     embedding_keys={"te1": "clip_l", "te2": "clip_g"},
     block_layout=BlockLayout(9, 3, 9, edge=1),
     text_regions=True,
+    inpaints=True,
     pooled_by_image=True,
 )
 

@@ -123,4 +123,4 @@ def _fill_folder(
         "unet": ("diffusers", "UNet2DConditionModel"),
         "vae": ("diffusers", "AutoencoderKL"),
     }
-    write_model_index(folder, "StableDiffusionXLPipeline", parts)
+    write_model_index(folder, f"StableDiffusionXL{'Inpaint' if models.inpaints else ''}Pipeline", parts)

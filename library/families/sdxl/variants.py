@@ -19,7 +19,7 @@ from library.families.shared.recognition import (
     recognise,
     vae_problem,
 )
-from library.families.shared.unet import CHANNELS, channels_problem, input_problem
+from library.families.shared.unet import CHANNELS, channels_problem, inpainting_facts, input_problem, takes_inpainting
 from library.families.shared.vae import missing_vae
 
 if TYPE_CHECKING:
@@ -31,12 +31,13 @@ VAE_SOURCES = (SDXL,)  # files that a VAE may be taken from
 UNUSED_TEXT = ("logit_scale", "attn_mask", "position_ids")  # ends of names below the text encoders
 
 
-def model_facts(v_prediction: bool) -> dict[str, Any]:
-    """`Writer.metadata` of a model."""
+def model_facts(v_prediction: bool, *, inpaints: bool = False) -> dict[str, Any]:
+    """`Writer.metadata` of a model. Args: inpaints: whether it is one for inpainting."""
     return {
         "ss_v2": False,
         "ss_base_model_version": "sdxl_base_v1-0",
         "modelspec.architecture": "stable-diffusion-xl-v1-base",
+        **inpainting_facts("stable-diffusion-xl-v1-inpainting", inpaints),
         "modelspec.implementation": ORIGINAL_CODE,
         "modelspec.prediction_type": "v" if v_prediction else "epsilon",
         "modelspec.resolution": "1024x1024",
@@ -87,7 +88,7 @@ def _model_problems(opts: Options, *, needs_vae: bool) -> list[str | None]:
     if not model:
         return [f"{flag}: name a model: a file, a Diffusers folder or a hub id"]
 
-    inpainting = opts.model.takes_inpainting
+    inpainting = takes_inpainting(opts)
 
     def of_model(path: Path) -> str | None:
         if path.is_dir():

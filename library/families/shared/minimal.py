@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.options.base import OptionGroup, Options, opt
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MinimalOptions(OptionGroup, group="minimal", title="Image"):
+    names: ClassVar[Mapping[str, str]] = {}  # options of gen_img.py -> what only this script calls them
+    keeps_surroundings: ClassVar[bool] = False  # see `SourceImage.pinned`
+
     ckpt_path: str | None = opt(None, "model: a checkpoint file, a Diffusers folder or a hub id", required=True)
     prompt: str = opt("A photo of a cat", "what the image shows")
     negative_prompt: str | None = opt("", "what the image does not show; has an effect with a guidance scale above 1")
@@ -32,6 +35,11 @@ class MinimalOptions(OptionGroup, group="minimal", title="Image"):
                 float(strength if semicolon else 1)
             except ValueError:
                 yield f"--lora_weights: {strength!r} behind the semicolon of {entry!r} is no number"
+
+    @property
+    def family(self) -> str | None:
+        """The family that the options choose, of a script for several; None: the model's file shows it."""
+        return None
 
     def networks(self) -> tuple[list[str], list[float]]:
         """Files and strengths of --lora_weights."""

@@ -16,6 +16,7 @@ from library.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
+    from library.options.base import Options
     from library.types import Models
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -112,10 +113,22 @@ def channels_problem(channels: int, *, inpainting: bool = False) -> str | None:
     if channels == CHANNELS or (inpainting and channels == INPAINTING_CHANNELS):
         return None
     what = f"this is {SPECIAL_CHANNELS[channels]}: " if channels in SPECIAL_CHANNELS else ""
+    if channels == INPAINTING_CHANNELS:
+        return f"{what}its U-Net takes {channels} channels; to train it, add --train_inpainting"
     wanted = f"{CHANNELS} can be trained here"
     if inpainting:
         wanted = f"{CHANNELS}, or {INPAINTING_CHANNELS} for inpainting, can be used here"
     return f"{what}its U-Net takes {channels} channels; only those that take {wanted}"
+
+
+def inpainting_facts(architecture: str, inpaints: bool) -> dict[str, Any]:
+    """What `Writer.metadata` says of a model for inpainting; of others nothing. Args: architecture: of a whole one."""
+    return {"ss_train_inpainting": True, "modelspec.whole": architecture} if inpaints else {}
+
+
+def takes_inpainting(opts: Options) -> bool:
+    """Whether models for inpainting will do: where images are generated, and where such a model is to be trained."""
+    return opts.model.takes_inpainting or opts.data.train_inpainting
 
 
 def input_problem(shapes: Shapes, *, inpainting: bool = False) -> str | None:
