@@ -69,8 +69,6 @@ def read_config(name: str, groups: Iterable[type[OptionGroup]], elsewhere: Elsew
             verdict = judge(key, value, known, elsewhere)
             if verdict.kind == "warning":
                 remarks.append(f"key {key!r} in {path.name}: {verdict.text}")
-            elif verdict.kind == "error":
-                problems.append(f"key {key!r} in {path.name}: {verdict.text}")
         elif not is_blank(known[key], value):
             wrong.pop(key, None)
             before = given.pop(key, None)

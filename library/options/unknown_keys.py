@@ -26,9 +26,7 @@ _OF_GUIS = frozenset(
     )
 )
 
-# Options that newer versions of the ancestor have and no script here has yet. Off or empty they pass.
-NOT_YET: frozenset[str] = frozenset()
-# Options beside those above; they do nothing by themselves.
+# Options of newer trainers that do nothing by themselves.
 _IDLE_ALONE = frozenset(("max_denoising_steps", "leco_denoise_guidance_scale"))
 
 # Names that belong into --network_args; some GUIs have written them beside it.
@@ -67,7 +65,7 @@ _OFF_WORDS = ("", "no", "none", "off", "false")
 class Verdict:
     """The verdict on a key: it passes, with or without a warning, or ends the run."""
 
-    kind: Literal["silent", "warning", "error"]
+    kind: Literal["silent", "warning"]
     text: str = ""
 
 
@@ -85,8 +83,6 @@ def judge(key: str, value: Any, known: Mapping[str, Option], elsewhere: Elsewher
     """The verdict on a key that is no option of the script. `known` are the script's options by their names."""
     if key in _OF_GUIS or (is_off(value) and key not in known):
         return Verdict("silent")
-    if key in NOT_YET:
-        return Verdict("error", f"not available yet; without it something else would be trained: {value!r}")
     if key in _IDLE_ALONE:
         return Verdict("silent")
     if key in _NETWORK_ARGUMENTS:
@@ -102,8 +98,6 @@ def judge(key: str, value: Any, known: Mapping[str, Option], elsewhere: Elsewher
 def judge_flag(flag: str, known: Mapping[str, Option], elsewhere: Elsewhere) -> str:
     """The text about an unknown flag of the command line, after its name."""
     key = flag.lstrip("-")
-    if key in NOT_YET:
-        return ": not available yet"
     if key in _NETWORK_ARGUMENTS:
         return f": an argument of the network; write --network_args {key}=..."
     others = elsewhere().get(key)

@@ -32,6 +32,7 @@ def test_a_pair_needs_its_target_alone(pairs):
     assert pairs("[[prompts]]\ntarget = 'van gogh'") == [PromptPair("van gogh", "van gogh", "", "")]
 
 
+@pytest.mark.rows("R510")
 def test_what_a_pair_may_say(pairs):
     (pair,) = pairs(
         "[[prompts]]\ntarget = 'a'\npositive = 'b'\nunconditional = 'c'\naction = 'enhance'\nguidance_scale = 2\n"
@@ -73,6 +74,7 @@ def test_targets_that_have_a_target_are_pairs(pairs):
     assert pairs("[[targets]]\ntarget = 'a'\npositive = 'b'") == [PromptPair("a", "b", "", "")]
 
 
+@pytest.mark.rows("R510")
 def test_every_neutral_text_at_every_size(pairs, tmp_path):
     (tmp_path / "neutrals.txt").write_text("from a file\n\n  and another \n", encoding="utf-8")
     found = pairs(

@@ -154,6 +154,7 @@ def test_the_loss_is_that_of_a_plain_step(leco, case, action):
     assert plain.min() > 1e-3, "there is something to compare"
 
 
+@pytest.mark.rows("R511")
 def test_only_the_last_prediction_has_gradients(leco):
     run, seen = leco("sd", *one_time("sd")), []
     run.models.denoiser.register_forward_pre_hook(lambda _, args: seen.append((len(args[0]), torch.is_grad_enabled())))
@@ -297,6 +298,7 @@ def test_crops_of_larger_images(leco):
     assert len({int(batch.original_sizes[0, 0]) for batch in batches}) > 6
 
 
+@pytest.mark.rows("R511")
 def test_metadata_and_report(leco):
     data = leco("sd").data
     facts = data.metadata()

@@ -180,6 +180,7 @@ def test_options_that_do_not_fit(arguments, message):
     assert any(message in line for line in validation.problems(options("resize_lora", *arguments), None))
 
 
+@pytest.mark.rows("R505")
 def test_an_option_of_sd_scripts_that_has_no_effect_here():
     lines = list(validation.warnings(options("resize_lora", "--svd_lowrank_niter", 4), None))
     assert lines == ["--svd_lowrank_niter has no effect: singular values are exact here, and faster"]

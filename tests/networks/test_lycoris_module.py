@@ -156,6 +156,7 @@ def test_a_file_says_the_types_of_its_layers(models, targets, tmp_path, name, ar
     assert all(torch.equal(value, rebuilt[key]) for key, value in network.file_state().items())
 
 
+@pytest.mark.rows("R512")
 @pytest.mark.parametrize("builder", [LOHA, LOKR])
 def test_loha_and_lokr_have_lora_plus_patterns_and_text_encoders(models, targets, builder):
     args = {"loraplus_unet_lr_ratio": "4", "exclude_patterns": "['.*attn1.*']", "include_patterns": "['.*attn1.to_q']"}

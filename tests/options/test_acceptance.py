@@ -97,13 +97,6 @@ def test_keys_of_guis_and_switches_that_are_off_pass_silently(read, keys):
     assert said(read, keys) == []
 
 
-def test_a_key_that_would_train_something_else_is_an_error(read):
-    assert refused(read, {"train_inpainting": True}) == [
-        "key 'train_inpainting' in gui.toml: not available yet; without it something else would be trained: True"
-    ]
-    assert said(read, {"train_inpainting": False, "skip_image_resolution": "", "show_timesteps": ""}) == []
-
-
 def test_flags_stay_strict(parse):
     def line(flag):
         with pytest.raises(UserError) as error:
@@ -112,7 +105,6 @@ def test_flags_stay_strict(parse):
 
     assert "unknown option --network_module: not here; an option of train_network.py, " in line("--network_module=x")
     assert line("--learning_rat_e=1").endswith("did you mean '--learning_rate'?")
-    assert line("--train_inpainting") == "unknown option --train_inpainting: not available yet"
     assert "write --network_args conv_dim=..." in line("--conv_dim=4")
 
 

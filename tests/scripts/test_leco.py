@@ -78,6 +78,7 @@ def ran(run_script, line, *, fails: bool = False, processes: int = 1) -> str:
     return done.stderr
 
 
+@pytest.mark.rows("R511")
 @pytest.mark.parametrize("script", ["train_leco", "sdxl_train_leco", "sd3_train_leco", "flux_train_leco"])
 def test_two_steps_and_the_same_from_a_state_between_them(run_script, arguments, tmp_path, script):
     """With an average, sample images, and a base in 8 bits computed in bf16."""

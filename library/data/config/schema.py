@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.options.data import MOST_REPEATS, ending_problem
-from library.options.unknown_keys import NOT_YET, is_off
 from library.options.values import as_kind
 
 GENERAL, DATASET, SUBSET = "general", "datasets", "datasets.subsets"
@@ -133,11 +132,7 @@ def check_table(table: Mapping[str, Any], level: str, place: str) -> Iterator[st
     """
     for name, value in table.items():
         key = KEYS.get(name)
-        if key is None and name in NOT_YET and not is_off(value):
-            yield f"{place}: {name} is not available yet; without it something else would be trained"
-        elif key is None and name in NOT_YET:
-            continue
-        elif key is None:
+        if key is None:
             known = [candidate for candidate, one in KEYS.items() if level in one.levels]
             near = difflib.get_close_matches(name.lower(), known, n=1)
             yield f"{place}: unknown key '{name}'" + (f"; did you mean '{near[0]}'?" if near else "")

@@ -114,6 +114,9 @@ def _parse_lines(text: str, path: Path, problems: list[str]) -> dict[str, dict[s
             continue
         key = next((entry[name] for name in _KEY_NAMES if name in entry), None)
         rest = {name: value for name, value in entry.items() if name not in _KEY_NAMES}
+        sides = [rest.get("width"), rest.get("height")]
+        if as_size(sides) is not None:  # count more than image_size, in lines alone
+            rest["image_size"] = sides
         if not isinstance(key, str) or not key:
             problems.append(f'{path}: {place}: no image is named; write "image_path": "<file>"')
         elif entries.setdefault(key, rest) != rest:

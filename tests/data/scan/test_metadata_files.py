@@ -80,6 +80,14 @@ def test_a_file_of_json_lines(write, mark, name):
     }
 
 
+@pytest.mark.rows("R513")
+def test_width_and_height_of_a_line_count_more_than_its_image_size(write):
+    """As the ancestor's text on these files has it."""
+    line = '{"image_path": "a.png", "image_size": [3, 4], "width": %s, "height": 6}'
+    assert read_metadata(write((line % 5).encode(), "meta.jsonl"))["a.png"]["image_size"] == [5, 6]
+    assert read_metadata(write((line % "null").encode(), "meta.jsonl"))["a.png"]["image_size"] == [3, 4]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
