@@ -52,6 +52,7 @@ OURS |= _SHOWING
 COMPILING = {"compile", "compile_backend", "compile_mode", "compile_dynamic", "compile_fullgraph"}
 COMPILING |= {"compile_cache_size_limit", "cuda_allow_tf32", "cuda_cudnn_benchmark"}
 OURS |= COMPILING
+OURS |= {"train_inpainting"}  # which came later
 VALIDATION = {"validation_split", "validation_seed", "max_validation_steps"}
 VALIDATION |= {"validate_every_n_steps", "validate_every_n_epochs"}
 OF_NETWORKS = {  # what earlier trainers offer for networks alone
@@ -90,7 +91,7 @@ OURS_OF = {  # of one method, or of one script
     "sdxl_train_control_net_lllite": {"text_encoder_batch_size", "blocks_to_swap"},
 }
 WITHOUT_IMAGES = {  # what of OURS is not there
-    "leco": {"strict", "data_index_dir", "save_best_validation", "early_stop_patience", *_SHOWING}
+    "leco": {"strict", "data_index_dir", "save_best_validation", "early_stop_patience", "train_inpainting", *_SHOWING}
 }
 SEVERAL = {"token_string", "init_word", "weights"}  # take several values now
 ROOT = Path(__file__).parents[2]
