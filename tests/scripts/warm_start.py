@@ -61,6 +61,7 @@ def import_libraries() -> None:
 
 def become(request: dict, environment: dict[str, str]) -> None:
     """Makes this process look like one that was started with a command line."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which it ignores where the suite runs in the background
     for number, flags, name in (
         (0, os.O_RDONLY, os.devnull),
         (1, os.O_WRONLY | os.O_APPEND | os.O_CREAT, request["output"]),
