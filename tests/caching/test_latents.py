@@ -175,7 +175,7 @@ def test_cached_batches_equal_encoded_ones(folder, load, kind):
     same_batches(plain, cached)
     # 5 images and their mirror images at 128, 5 at 64; batches are full but for each size's last.
     assert watched.images == 15
-    assert (bars[0].total, bars[0].done, bars[0].unit) == (10, 10, "img")
+    assert (bars[0].total, bars[0].done, bars[0].unit) == (10, 10, "images")
     assert sorted(shape[0] for shape in watched.shapes if shape[2:] == (128, 128)) == [3, 3]
     assert {shape[2:] for shape in watched.shapes} == {(128, 128), (64, 192), (64, 64)}
 

@@ -157,7 +157,7 @@ def test_memory_holds_what_the_encoder_gives():
     items = [TextRequest(Path("x.png"), caption) for caption in CAPTIONS]
     kept = in_memory(items, encoder, 3)
     assert encoder.calls == [["a red fox", "an owl", ""], ["zebra crossing"]]  # equal captions once
-    assert (Bar.last.total, Bar.last.done, Bar.last.unit) == (4, 4, "caption")
+    assert (Bar.last.total, Bar.last.done, Bar.last.unit) == (4, 4, "captions")
     for number, caption in enumerate(CAPTIONS):
         assert same(kept.get(number), encoder.row(caption))
 
@@ -227,7 +227,7 @@ def test_files_are_as_the_format_has_them(items, tmp_path):
     kept, reasons = on_disk(items, encoder)
     assert reasons == []
     assert sorted(encoder.seen) == sorted(set(CAPTIONS))
-    assert (Bar.last.total, Bar.last.done, Bar.last.unit) == (5, 5, "file")
+    assert (Bar.last.total, Bar.last.done, Bar.last.unit) == (5, 5, "files")
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{number}_te.npz" for number in range(5)]
     for number, caption in enumerate(CAPTIONS):
         arrays = load(tmp_path / f"{number}_te.npz")

@@ -16,23 +16,23 @@ FAILING = """
 import sys, torch
 from library import cli
 from library.training import {module} as place
-real, calls = place.training_step, []
+real, calls = place.{function}, []
 def failing(*args):
     calls.append(1)
     if len(calls) >= {first}:
         raise torch.OutOfMemoryError({text!r})
     return real(*args)
-place.training_step = failing
+place.{function} = failing
 cli.run(family="sd", method="network")
 """
 
 
-def code(module: str, first: int) -> str:
-    return FAILING.format(module=module, first=first, text=FULL)
+def code(module: str, function: str, first: int) -> str:
+    return FAILING.format(module=module, function=function, first=first, text=FULL)
 
 
 def test_a_run_that_lacks_memory_names_the_step_the_sizes_and_three_remedies(run_script, train_arguments, tmp_path):  # noqa: F811
-    script = run_script("-c", code("loop", 2), *train_arguments(tmp_path)[1:])
+    script = run_script("-c", code("loop", "training_step", 2), *train_arguments(tmp_path)[1:])
     assert script.returncode == 2
     assert "Traceback" not in script.stderr
     line = next(line for line in script.stderr.splitlines() if line.startswith("error: "))
@@ -48,7 +48,7 @@ def test_a_run_that_lacks_memory_names_the_step_the_sizes_and_three_remedies(run
 
 def test_training_outlives_a_validation_that_lacks_memory(run_script, train_arguments, tmp_path):  # noqa: F811
     options = {"validation_split": 0.25, "validate_every_n_steps": 2, "save_best_validation": True}
-    script = run_script("-c", code("validation", 1), *train_arguments(tmp_path, **options)[1:])
+    script = run_script("-c", code("validation", "step_losses", 1), *train_arguments(tmp_path, **options)[1:])
     assert script.returncode == 0, script.stderr
     assert "no validation at step 2: not enough GPU memory; training goes on" in script.stderr
     assert (tmp_path / "lora.safetensors").is_file()
