@@ -240,7 +240,7 @@ def _measure(run: Run, parts: StepParts, progress: Progress) -> Tensor | None:
     losses = None
     try:
         with run.as_used():
-            losses = run.validation.losses(parts, run.accelerator, run.method.before_batch)
+            losses = run.validation.losses(parts, run.accelerator, run.method.set_strength)
     except (MemoryError, RuntimeError) as error:
         memory = exhausted(error)
         if memory is None or run.accelerator.num_processes > 1:  # the others would wait for this one

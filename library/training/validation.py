@@ -100,7 +100,7 @@ class Validation:
         )
 
     @torch.no_grad()
-    def losses(self, parts: StepParts, accelerator: Accelerator, before_batch: Callable[[Batch], None]) -> Tensor:
+    def losses(self, parts: StepParts, accelerator: Accelerator, set_strength: Callable[[float], None]) -> Tensor:
         """The loss of every look, (L,), float64, on the CPU: image by image, in the order of timesteps.
 
         Every process computes its share; all get the same result, however many they are.
@@ -114,7 +114,7 @@ class Validation:
         for turn, batch in enumerate(islice(loader, math.ceil(len(looks.batches) / world))):
             number = turn * world + rank  # among those of all processes
             batch = batch.to(device)
-            before_batch(batch)
+            set_strength(batch.network_multiplier)
             own = self._batch_losses(parts, accelerator, batch, number, times)
             if number < len(first):  # else another process has it too: sharded weights require all to take part
                 found[first[number] : first[number] + len(own)] = own

@@ -65,10 +65,13 @@ def test_latents_on_disk_are_those_of_the_vae_itself(first, place, small_model):
             image = file.with_name(f"{stem}.png")
             width, height = Image.open(image).size
             assert size == f"{width:04d}x{height:04d}"
-            assert arrays["original_size"].tolist() == [width, height]
-            assert arrays["crop_ltrb"].tolist() == [0, 0, 64, 64]
+            assert arrays["original_size_8x8"].tolist() == [width, height]
+            assert arrays["crop_ltrb_8x8"].tolist() == [0, 0, 64, 64]
             pixels = images.to_pixels(images.resize(images.read_image(image), Size(64, 64)))[None]
-            for name, seen, look in (("latents", pixels, "plain"), ("latents_flipped", pixels.flip(-1), "flipped")):
+            for name, seen, look in (
+                ("latents_8x8", pixels, "plain"),
+                ("latents_flipped_8x8", pixels.flip(-1), "flipped"),
+            ):
                 with torch.no_grad():
                     posterior = models.vae.encode(seen).latent_dist
                 rng = seeds.generator("cpu", 1, "latents", image.name, 64, 64, look)
@@ -112,7 +115,7 @@ def test_two_processes_share_the_work_and_agree(train, place, tmp_path):
     assert len(list((tmp_path / "train").glob("*/*.npz"))) == 5
     for ours, alone in zip(sorted((tmp_path / "train").glob("*/*.npz")), sorted(place.glob("*/*.npz")), strict=True):
         with np.load(ours) as left, np.load(alone) as right:
-            assert np.allclose(left["latents"], right["latents"], atol=1e-5)
+            assert np.allclose(left["latents_8x8"], right["latents_8x8"], atol=1e-5)
     _, in_memory = train(2, **options)
     left, right = load_file(on_disk), load_file(in_memory)
     assert all(torch.allclose(left[name], right[name], atol=1e-5) for name in left)

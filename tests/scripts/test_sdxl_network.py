@@ -237,14 +237,16 @@ def test_files_are_those_of_the_formats(from_files, images, still_model):
         image = imaging.read_image(images / f"flower_{number:02}.png")
         pixels = imaging.to_pixels(imaging.resize(image, size))
         with np.load(images / names[2 * number]) as file:
-            assert set(file) == {"latents", "latents_flipped", "original_size", "crop_ltrb", "provenance"}
-            assert file["latents"].dtype == np.float32
-            assert file["latents"].shape == (4, size.height // 8, size.width // 8)
-            assert file["original_size"].tolist() == [image.shape[1], image.shape[0]]
-            for key, view in (("latents", pixels), ("latents_flipped", pixels.flip(-1))):
+            shape = f"{size.height // 8}x{size.width // 8}"
+            kinds = ("latents", "latents_flipped", "original_size", "crop_ltrb", "provenance")
+            assert set(file) == {f"{kind}_{shape}" for kind in kinds}
+            assert file[f"latents_{shape}"].dtype == np.float32
+            assert file[f"latents_{shape}"].shape == (4, size.height // 8, size.width // 8)
+            assert file[f"original_size_{shape}"].tolist() == [image.shape[1], image.shape[0]]
+            for kind, view in (("latents", pixels), ("latents_flipped", pixels.flip(-1))):
                 with torch.no_grad():
                     mean = models.vae.encode(view[None]).latent_dist.mean[0]  # as it comes, not scaled
-                assert np.abs(file[key] - mean.numpy()).max() < 1e-4, key
+                assert np.abs(file[f"{kind}_{shape}"] - mean.numpy()).max() < 1e-4, kind
         with np.load(images / names[2 * number + 1]) as file, torch.no_grad():
             cond = family.text.encode(models, [f"a sks flower, number {number}"]).tensors
             assert set(file) == {"hidden_state1", "hidden_state2", "pool2", "provenance"}
