@@ -115,7 +115,7 @@ def write_flux(folder: Path) -> dict[str, str]:
 
 
 def write_sd3(folder: Path, name: str, model: Model) -> dict[str, str]:
-    """Stable Diffusion 3.5 in float16, with its text encoders in separate files. Returns: the options that name them."""
+    """Stable Diffusion 3.5 in float16, its text encoders in separate files. Returns: the options that name them."""
     with _shapes():
         denoiser = SD3Transformer2DModel(**model.config).half()
         _write_encoders(folder)
