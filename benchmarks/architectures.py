@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
@@ -57,7 +57,7 @@ def _flux_text(config: dict[str, Any], tokens: int) -> dict[str, tuple[int, ...]
 
 
 # Configurations as published in the repositories stable-diffusion-v1-5, stable-diffusion-xl-base-1.0,
-# stable-diffusion-3.5-large and FLUX.1-dev, less what the classes have by themselves.
+# stable-diffusion-3.5-large, stable-diffusion-3.5-medium and FLUX.1-dev, less what the classes have by themselves.
 SD15 = Model(
     "sd",
     "UNet2DConditionModel",
@@ -130,6 +130,17 @@ SD35_LARGE = Model(
     1024,
     _sd3_text,
     t5_tokens=256,
+)
+SD35_MEDIUM = replace(
+    SD35_LARGE,
+    config={
+        **SD35_LARGE.config,
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "caption_projection_dim": 1536,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": tuple(range(13)),
+    },
 )
 FLUX_DEV = Model(
     "flux",

@@ -88,7 +88,8 @@ def register_gpu() -> torch.device:
 PRIVATE = torch._C._autograd.DeviceType.PrivateUse1
 _lost: list[BaseException] = []  # the last exception that autograd has lost
 _pointers = [ctypes.c_void_p() for _ in range(3)]
-_addresses = [ctypes.byref(pointer) for pointer in _pointers]
+_ADDRESSES = tuple(ctypes.byref(pointer) for pointer in _pointers)
+_fetch, _normalise = ctypes.pythonapi.PyErr_Fetch, ctypes.pythonapi.PyErr_NormalizeException
 
 
 @contextmanager
@@ -107,12 +108,12 @@ def _keep_error() -> None:
     """Keeps the exception that is on its way through autograd, if there is one.
 
     Autograd goes back to the stream that it came from before it catches it; to call Python with an exception set ends
-    the process.
+    the process. Before it is fetched no attribute may be read: where Python's cache of them misses, that clears it.
     """
-    ctypes.pythonapi.PyErr_Fetch(*_addresses)
+    _fetch(*_ADDRESSES)
     kind, value, trace = _pointers
     if kind:
-        ctypes.pythonapi.PyErr_NormalizeException(*_addresses)
+        _normalise(*_ADDRESSES)
         error = ctypes.cast(value, ctypes.py_object).value
         if trace:
             error = error.with_traceback(ctypes.cast(trace, ctypes.py_object).value)
