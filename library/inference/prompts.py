@@ -250,7 +250,7 @@ def _changed(base: SamplePrompt, changes: Mapping[str, Any]) -> SamplePrompt:
     own = {name: value for name, value in changes.items() if "." not in name}
     if "control" in own:
         own["control"] = ControlImage(Path(own["control"]).expanduser())
-    if "source" in own:
+    if isinstance(own.get("source"), str):  # where programs give one, it is made already
         own["source"] = SourceImage(Path(own["source"]).expanduser())
     for name, value in changes.items():
         if "." in name:

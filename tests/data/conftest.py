@@ -27,6 +27,7 @@ TRAITS = FamilyTraits(
     default_resolution=512,
     sample_steps=1,
     sample_scale=1.0,
+    inpaints=True,
 )
 
 

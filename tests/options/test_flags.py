@@ -46,6 +46,7 @@ COUNTS = {
 OURS = {"strict", "data_index_dir", "ema", "ema_decay", "stochastic_rounding"}
 OURS |= {"save_best_validation", "early_stop_patience", "no_results_page", "notify"}
 OURS |= {"plan", "plan_vram", "plan_device", "plan_json", "plan_apply"}
+OURS |= {"train_inpainting"}  # which came later
 VALIDATION = {"validation_split", "validation_seed", "max_validation_steps"}
 VALIDATION |= {"validate_every_n_steps", "validate_every_n_epochs"}
 OF_NETWORKS = {  # what earlier trainers offer for networks alone
@@ -83,7 +84,9 @@ OURS_OF = {  # of one method, or of one script
     "sd3_train_control_net": {"save_model_as"},
     "sdxl_train_control_net_lllite": {"text_encoder_batch_size", "blocks_to_swap"},
 }
-WITHOUT_IMAGES = {"leco": {"strict", "data_index_dir", "save_best_validation", "early_stop_patience"}}  # not of OURS
+WITHOUT_IMAGES = {  # not of OURS
+    "leco": {"strict", "data_index_dir", "save_best_validation", "early_stop_patience", "train_inpainting"}
+}
 SEVERAL = {"token_string", "init_word", "weights"}  # take several values now
 ROOT = Path(__file__).parents[2]
 

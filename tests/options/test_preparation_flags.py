@@ -63,7 +63,7 @@ COUNTS = {
 # options that earlier scripts do not have
 OURS = {"strict", "console_log_level", "console_log_file", "console_log_simple"}
 _CACHED = {"data_index_dir", "fp8_base_unet", "quantize_base", "sd3", "no_half_vae", "weighted_captions"}
-_CACHED |= {"no_results_page", "notify"}  # a command line of training may be used as it is
+_CACHED |= {"no_results_page", "notify", "train_inpainting"}  # a command line of training may be used as it is
 _CACHED |= {option.dest for option in options_of(Sd3Options)}  # one family more than those scripts had
 _GENERATING = {"grid", "image_format", "guidance_scale", "flow_shift", "clip_l", "clip_g", "t5xxl", "ae"}
 _GENERATING |= {"XTI_embeddings", "clip_vision_model"}

@@ -612,3 +612,59 @@ def test_order_does_not_depend_on_the_file_system(tmp_path, draw, load, monkeypa
 
     monkeypatch.setattr("library.data.scan.folders.os.scandir", Shuffled)
     assert names(load(tmp_path)) == expected
+
+
+# ---- inpainting
+
+
+def test_random_holes_are_those_of_the_item_and_epoch(tmp_path, draw, load):
+    """In any order and process, and with cached latents, beside which the pixels come too."""
+    for name in ("a.png", "b.png"):
+        draw(tmp_path / "2_x" / name)
+    data = load(tmp_path, train_inpainting=True, flip_aug=True)
+    first = data.items[ItemKey(1, 0, 2)]
+    again = load(tmp_path, train_inpainting=True, flip_aug=True).items[ItemKey(1, 7, 2)]
+    assert first.hole.shape == (1, 64, 64)
+    assert set(first.hole.unique().tolist()) <= {0.0, 1.0}
+    assert torch.equal(first.hole, again.hole)
+    others = [ItemKey(2, 0, 2), ItemKey(1, 0, 3)]  # the same image in another epoch, and as another repeat
+    assert not any(torch.equal(first.hole, data.items[key].hole) for key in others)
+    cached = CachedInMemory()
+    data.set_latents([cached] * 2, in_memory=True)
+    beside = data.items[ItemKey(1, 0, 2)]
+    assert torch.equal(beside.pixels, first.pixels)
+    assert torch.equal(beside.hole, first.hole)
+    assert beside.latents is cached.latents
+    (batch,) = [b for b in data.loader(1, workers=0) if b.keys[0].endswith("a.png")][:1]
+    assert batch.holes.shape == (1, 1, 64, 64)
+
+
+class CachedInMemory:
+    latents = torch.zeros(4, 8, 8)
+
+    def load(self, flip):
+        return self.latents, None
+
+
+@pytest.mark.parametrize("masked_loss", [False, True])
+def test_masks_of_the_data_set_are_the_holes(tmp_path, draw, load, masked_loss):
+    """Mirrored with the image; they weigh the loss only where that is asked for, and belong to caches only then."""
+    draw(tmp_path / "train" / "1_x" / "a.png")
+    mask = np.zeros((64, 64, 3), np.uint8)
+    mask[:, :20, 2] = 200  # bright in any channel
+    mask[:, 20:24] = 100
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
+    options = {"conditioning_data_dir": str(tmp_path / "masks"), "masked_loss": masked_loss, "flip_aug": True}
+    data = load(tmp_path / "train", train_inpainting=True, **options)
+    seen = set()
+    for epoch in range(1, 9):
+        key = ItemKey(epoch, 0, 0)
+        sample, columns = data.items[key], slice(44, 64) if data.items.is_mirrored_at(key) else slice(0, 20)
+        seen.add(columns.start)
+        expected = torch.zeros(1, 64, 64)
+        expected[..., columns] = 1
+        assert torch.equal(sample.hole, expected)
+        assert (sample.mask is not None) == masked_loss
+    assert seen == {0, 44}
+    assert [record.mask is not None for record in data.records] == [masked_loss]

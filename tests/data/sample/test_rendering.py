@@ -35,6 +35,7 @@ def record(path: Path, size, bucket, resized, mask=None, control=None, **subset)
         resized=None if resized is None else Size(*resized),
         mask=mask,
         control=control,
+        hole=None,
         subset=SimpleNamespace(**{**SUBSET, **subset}),
     )
 
@@ -60,7 +61,7 @@ def test_image_in_the_middle(scene):
     resized = np.asarray(images.resize(images.read_image(scene[0]), Size(96, 64)))
     view = render(record(scene[0], (120, 80), (64, 64), (96, 64)), False, Random(0))
     assert np.array_equal(view.pixels, resized[:, 16:80])
-    assert view[1:] == (None, None, None)
+    assert view[1:] == (None, None, None, None)
 
 
 @pytest.mark.parametrize("kept_whole", [{}, {"resize_interpolation": "lanczos"}, {"alpha_mask": True}])
