@@ -89,9 +89,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=96)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--scale", type=float, default=4.0)
-    parser.add_argument(
-        "--sheet", type=Path, help="write ten images, and how each model fills them, to this file"
-    )
+    parser.add_argument("--sheet", type=Path, help="write ten images, and how each model fills them, to this file")
     args = parser.parse_args()
     chosen = tasks(args.count)
     prompts = [task.prompt(number, args.steps, args.scale) for number, task in enumerate(chosen)]
