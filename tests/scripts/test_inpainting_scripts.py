@@ -56,7 +56,7 @@ def test_it_is_trained_resumed_and_drawn_with(train, run_script, small_model, tm
     assert read_metadata(file)["modelspec.architecture"] == "stable-diffusion-v1-inpainting"
     (state,) = (tmp_path / "whole").glob("*000001-state")
     train("train_db", "resumed", **model, resume=state)
-    assert same_tensors_PLACE(tmp_path / "resumed/model.safetensors") == hash_of(file)
+    assert furthest(load_file(tmp_path / "resumed/model.safetensors"), load_file(file)) == 0
     mask = tmp_path / "mask.png"
     Image.new("L", (64, 64), 255).save(mask)
     line = {"ckpt_path": file, "image": source, "mask": mask, "width": 64, "height": 64, "steps": 2, "seed": 1}
