@@ -1,4 +1,4 @@
-"""Draws a part of an image again with a model for inpainting; gen_img.py has more options. Guide: docs/gen_img.md"""
+"""Draws a part of an image again with a model for inpainting; gen_img.py has more options. Guide: docs/inpainting.md"""
 
 from library.families.shared.inpainting_minimal import InpaintingMinimalOptions
 from library.generation.minimal import groups_of, run
