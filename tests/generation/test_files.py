@@ -67,6 +67,7 @@ def test_the_texts_of_a_file():
         "scale": "7.0",
         "negative-scale": "2.0",
         "clip-prompt": "c",
+        "source-image": "a.png",
         "strength": "0.5",
         "original-width": "100",
         "original-height": "200",
