@@ -34,7 +34,7 @@ from library.methods.network import NetworkMethod
 from library.runtime import logs
 
 TRAINED = 8
-BATCH = 64  # looks at once
+BATCH = 64  # points at once
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def drawn(folder: Path, count: int, seed: int) -> Path:
 
 
 @torch.no_grad()
-def truth_of(folder: Path, looks: int) -> Truth:
-    """Each image of a folder at `looks` timesteps."""
+def truth_of(folder: Path, points: int) -> Truth:
+    """Each image of a folder at `points` timesteps."""
     family, models = measure.load(measure.MODEL)
     files = sorted(folder.glob("*/*.png"))
     pixels = []
@@ -66,11 +66,11 @@ def truth_of(folder: Path, looks: int) -> Truth:
             small = opened.convert("RGB").resize((images.SIZE, images.SIZE), Image.Resampling.BOX)
         pixels.append(to_pixels(np.asarray(small)))
     latents = family.latents.encode(models, torch.stack(pixels), generator=torch.Generator().manual_seed(1))
-    latents = family.latents.scale(latents).repeat_interleave(looks, 0)
+    latents = family.latents.scale(latents).repeat_interleave(points, 0)
     captions = [file.with_suffix(".caption").read_text(encoding="utf-8").strip() for file in files]
-    times = ((torch.arange(looks) + 0.5) * 1000 / looks).long().repeat(len(files))
+    times = ((torch.arange(points) + 0.5) * 1000 / points).long().repeat(len(files))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
-    return Truth(latents, [caption for caption in captions for _ in range(looks)], times, noise)
+    return Truth(latents, [caption for caption in captions for _ in range(points)], times, noise)
 
 
 @torch.no_grad()
@@ -116,7 +116,7 @@ def train(data: Path, out: Path, seed: int, args: argparse.Namespace, *more: str
 def run(seed: int, args: argparse.Namespace, folder: Path) -> None:
     """Trains with one seed, twice, and prints a row of the table."""
     data = drawn(folder / "data", TRAINED + args.held_out, 100 + seed)
-    truth = truth_of(drawn(folder / "fresh", args.fresh, 200 + seed), args.looks)
+    truth = truth_of(drawn(folder / "fresh", args.fresh, 200 + seed), args.points)
     stopping = ["--save_best_validation", f"--early_stop_patience={args.patience}"]
     said = train(data, folder / "stopped", seed, args, *stopping)
     seen = {int(step): float(loss) for loss, step in re.findall(r"validation loss ([\d.]+) at step (\d+)", said)}
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--patience", type=int, default=5)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--fresh", type=int, default=24, help="images of the truth (default: 24)")
-    parser.add_argument("--looks", type=int, default=8, help="timesteps of each (default: 8)")
+    parser.add_argument("--points", type=int, default=8, help="timesteps of each (default: 8)")
     parser.add_argument("--curve", action="store_true", help="print every step, too")
     args = parser.parse_args()
     logs.quiet_third_parties()

@@ -74,13 +74,12 @@ def check_objective(opts: Options, traits: FamilyTraits) -> None:
 
 
 def _offsets_without_effect(opts: Options, specs: Sequence[DatasetSpec], traits: FamilyTraits) -> list[str]:
-    """A line for the subsets whose offset of timesteps nothing is made of."""
+    """A line for the first subset whose offset of timesteps has no effect."""
     subsets = [subset for spec in specs for subset in spec.subsets if subset.timestep_offset]
-    if not subsets or opts.family.takes_timestep_offset:
+    why = opts.family.ignores_timestep_offset(traits)
+    if not subsets or why is None:
         return []
-    sampling = getattr(opts.family, "timestep_sampling", None)
-    where = f"with --timestep_sampling {sampling}" if sampling else f"on {traits.label}"
-    return [f"{subsets[0].place}: custom_attributes.timestep_sampling.offset has no effect {where}"]
+    return [f"{subsets[0].place}: custom_attributes.timestep_sampling.offset has no effect {why}"]
 
 
 def _networks_of_others(opts: Options, family: FamilySpec) -> list[str]:

@@ -228,7 +228,7 @@ class Session:
 
         Raises: UserError: the model cannot be read, or images to train on, or to make, are larger than it can take.
         """
-        set_cuda_modes(self.opts.memory)
+        set_cuda_modes(self.opts.memory, self.device)
         started = time.time()
         LOGGER.info("loading %s", with_size(self.opts.model.pretrained_model_name_or_path))
         with placement.loading(self.opts, self.device):

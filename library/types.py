@@ -76,7 +76,9 @@ class Batch:
     attributes: list[Mapping[str, Any] | None] = field(default_factory=list)  # custom_attributes of the dataset config
     guidance: float | None = None  # value fed to distilled models; None: the one of the options
     control: Tensor | None = None  # (B, 3, H, W) in [0, 1], RGB: what a ControlNet reads, cropped as the images are
-    holes: Tensor | None = None  # (B, 1, H, W), 1 where a model for inpainting is to draw and 0 where it sees the image
+    inpainting_masks: Tensor | None = (
+        None  # (B, 1, H, W), 1 where a model for inpainting draws, 0 where it sees the image
+    )
     # (B, 1 + C, H/s, W/s), what models for inpainting read behind noisy latents: the mask, 1 where something is to be
     # drawn, and the latents of the masked image as the denoiser sees them.
     inpainting: Tensor | None = None

@@ -37,16 +37,16 @@ class Task:
 
     scene: pic.Scene  # with the colour that is asked for
     image: np.ndarray  # (64, 64, 3)
-    hole: np.ndarray  # bool (64, 64)
+    mask: np.ndarray  # bool (64, 64)
 
     def prompt(self, number: int, steps: int, scale: float) -> SamplePrompt:
-        source = SourceImage(Path("scene"), pixels=self.image, mask_pixels=self.hole.astype(np.uint8) * 255)
+        source = SourceImage(Path("scene"), pixels=self.image, mask_pixels=self.mask.astype(np.uint8) * 255)
         text = f"{'an' if self.scene.color[0] in 'aeiou' else 'a'} {self.scene.color} {self.scene.shape}"
         seed = 1000 + number
         return SamplePrompt(text, "", pic.SIZE, pic.SIZE, seed, steps, scale, "ddim", source=source, strength=1.0)
 
     def masked(self) -> Image.Image:
-        return Image.fromarray(np.where(self.hole[..., None], np.uint8(128), self.image))
+        return Image.fromarray(np.where(self.mask[..., None], np.uint8(128), self.image))
 
 
 def tasks(count: int) -> list[Task]:
@@ -55,22 +55,22 @@ def tasks(count: int) -> list[Task]:
         scene = replace(pic.random_scene(rng), texture="plain", size=("medium", "large")[number % 2])
         image = pic.draw(scene, rng)
         ys, xs = np.nonzero(pic.figure(image))
-        hole = np.zeros((pic.SIZE, pic.SIZE), bool)
+        mask = np.zeros((pic.SIZE, pic.SIZE), bool)
         top, left = max(0, ys.min() - MARGIN), max(0, xs.min() - MARGIN)
-        hole[top : ys.max() + MARGIN + 1, left : xs.max() + MARGIN + 1] = True
+        mask[top : ys.max() + MARGIN + 1, left : xs.max() + MARGIN + 1] = True
         color = rng.choice([name for name in pic.COLORS if name != scene.color])
-        found.append(Task(replace(scene, color=color), np.asarray(image), hole))
+        found.append(Task(replace(scene, color=color), np.asarray(image), mask))
     return found
 
 
 def judged(task: Task, image: Image.Image) -> tuple[bool, bool, float]:
-    """Whether the figure has the colour that was asked for; whether the background inside the hole is that outside of
+    """Whether the figure has the colour that was asked for; whether the background inside the mask is that outside of
     it; and how far what was to be kept has changed, the mean over pixels and channels, 0..255."""
-    filled = np.where(task.hole[..., None], np.asarray(image), task.image)  # as programs put it back
-    border = np.median(task.image[~task.hole], axis=0)
-    rim = task.hole & ~shrunk(task.hole, 2)
+    filled = np.where(task.mask[..., None], np.asarray(image), task.image)  # as programs put it back
+    border = np.median(task.image[~task.mask], axis=0)
+    rim = task.mask & ~shrunk(task.mask, 2)
     background = np.linalg.norm(np.median(np.asarray(image)[rim], axis=0) - border) < 40
-    kept = np.abs(np.asarray(image)[~task.hole].astype(float) - task.image[~task.hole])
+    kept = np.abs(np.asarray(image)[~task.mask].astype(float) - task.image[~task.mask])
     return pic.read(Image.fromarray(filled)).color == task.scene.color, bool(background), float(kept.mean())
 
 

@@ -234,7 +234,7 @@ def _encode(
 
     def view(one: CacheRequest) -> View:
         # The generator is never drawn from: build_specs refuses cached latents where images vary at random.
-        return render(replace(owners[one], control=None, hole=None), False, Random(0))
+        return render(replace(owners[one], control=None, inpainting_mask=None), False, Random(0))
 
     def encode(group: list[CacheRequest], views: list[View]) -> list[dict[str, Tensor] | UserError]:
         pixels = [images.to_pixels(one.pixels) for one in views]

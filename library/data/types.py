@@ -95,7 +95,7 @@ class Record:
     present: bool = True  # whether there is an image, and not only its latents
     flip: bool = False  # mirrored half of the time
     mask: Path | None = None  # an image that weighs the loss
-    hole: Path | None = None  # an image that is bright where a model for inpainting is to draw
+    inpainting_mask: Path | None = None  # an image that is bright where a model for inpainting is to draw
     control: Path | None = None  # an image that a ControlNet reads
     tags: str | None = None  # of a metadata file, apart from the caption that has them joined
 
@@ -140,7 +140,7 @@ class Sample:
     text: Mapping[str, Tensor] | None = None  # cached text-encoder outputs, without batch axis
     timestep_offset: float = 0.0  # see SubsetSpec
     control: Tensor | None = None  # (3, H, W) in [0, 1]; see Batch
-    hole: Tensor | None = None  # (1, H, W), 0 or 1; see Batch
+    inpainting_mask: Tensor | None = None  # (1, H, W), 0 or 1; see Batch
 
 
 class RunData(Protocol):

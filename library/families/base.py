@@ -65,23 +65,23 @@ class Latents(ABC):
     def decode(self, models: Models, latents: Tensor) -> Tensor:
         """Latents as the denoiser sees them, (B, C, H/s, W/s), to pixels (B, 3, H, W), about [-1, 1], not clamped."""
 
-    def with_holes(
+    def inpainting_input(
         self,
         models: Models,
         pixels: Tensor,
-        holes: Tensor,
+        masks: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
-        """`Batch.inpainting` of pixels (B, 3, H, W) in [-1, 1] with holes as `Batch.holes`; float32.
+        """`Batch.inpainting` of pixels (B, 3, H, W) in [-1, 1] with masks as `Batch.inpainting_masks`; float32.
 
-        What a hole covers is grey, the middle of the pixels' range. Each latent has the mask of the pixel at its upper
+        What a mask covers is grey, the middle of the pixels' range. Each latent has the mask of the pixel at its upper
         left. So were the first models for inpainting trained (Rombach et al. 2022, arXiv:2112.10752).
         """
         import torch
         from torch.nn import functional
 
-        masked = self.scale(self.encode(models, pixels * (1 - holes), generator).float())
-        return torch.cat([functional.interpolate(holes.float(), size=masked.shape[-2:]), masked], dim=1)
+        masked = self.scale(self.encode(models, pixels * (1 - masks), generator).float())
+        return torch.cat([functional.interpolate(masks.float(), size=masked.shape[-2:]), masked], dim=1)
 
 
 class TextEncoding(Role, ABC):

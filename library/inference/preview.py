@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from library.data.sample.holes import wobbly_ellipse
+from library.data.sample.inpainting_masks import wobbly_ellipse
 from library.errors import UserError
 from library.inference.control_images import with_control
 from library.inference.images import png_text, save_png
@@ -81,7 +81,7 @@ class Preview:
             elif given:
                 LOGGER.warning("%s: --cn (controlnet_image) has no effect, as no ControlNet is trained here", file)
                 prompts = [replace(prompt, control=None) for prompt in prompts]
-            if not hasattr(opts.method, "network_module") and any(prompt.multipliers for prompt in prompts):
+            if opts.method.network_module is None and any(prompt.multipliers for prompt in prompts):
                 what = "--am (additional_network_multiplier) has no effect, as no network is trained here"
                 LOGGER.warning("%s: %s", file, what)
                 prompts = [replace(prompt, multipliers=None) for prompt in prompts]
@@ -210,8 +210,8 @@ class Preview:
             prompt = replace(prompt, seed=derive(self.opts.training.seed or 0, "preview", step, index) % 2**32)
         if prompt.source is None:
             return prompt
-        hole = wobbly_ellipse(Size(prompt.width, prompt.height), prompt.seed)
-        return replace(prompt, source=replace(prompt.source, mask_pixels=hole.astype("uint8") * 255))
+        mask = wobbly_ellipse(Size(prompt.width, prompt.height), prompt.seed)
+        return replace(prompt, source=replace(prompt.source, mask_pixels=mask.astype("uint8") * 255))
 
 
 def _with_sources(prompts: Sequence[SamplePrompt], file: Path | str, *, inpaints: bool) -> list[SamplePrompt]:

@@ -117,7 +117,7 @@ def encode_inpainting(
         else:  # latents are what drawing begins with
             latents = torch.stack([source.latents for source in sources]).to(device)
             pixels = family.latents.decode(models, latents).float().clamp(-1, 1)
-    return family.latents.with_holes(models, pixels, masks, generators)
+    return family.latents.inpainting_input(models, pixels, masks, generators)
 
 
 def _masks(sources: Sequence[SourceImage]) -> Tensor:

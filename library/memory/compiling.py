@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError
+from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
     from library.options.memory import MemoryOptions
@@ -27,13 +28,15 @@ class Compiling:
     dynamic: bool | None = False  # False: every bucket has a graph; symbolic shapes compile longer and run slower
     fullgraph: bool = False
     most_graphs: int | None = None  # None: enough
+    flag: str = "--dynamo_backend"  # that names the backend, for messages
 
     @staticmethod
     def of(memory: MemoryOptions) -> Compiling:
         """What the options ask for."""
         mode = memory.compile_mode if memory.backend == "inductor" and memory.compile_mode != "default" else None
         dynamic = {None: False, "false": False, "true": True, "auto": None}[memory.compile_dynamic]
-        return Compiling(mode, dynamic, memory.compile_fullgraph, memory.compile_cache_size_limit)
+        limit = memory.compile_cache_size_limit
+        return Compiling(mode, dynamic, memory.compile_fullgraph, limit, memory.backend_flag)
 
 
 def compile_blocks(
@@ -44,7 +47,7 @@ def compile_blocks(
     Raises: UserError: the backend is not there, or does not work on this machine.
     """
     how = how or Compiling()
-    require_backend(backend, device)
+    require_backend(backend, device, how.flag)
     config = torch._dynamo.config
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(config, limit, how.most_graphs or max(getattr(config, limit), _MOST_GRAPHS))
@@ -54,8 +57,13 @@ def compile_blocks(
         block.compile(backend=backend, mode=how.mode, dynamic=how.dynamic, fullgraph=how.fullgraph)
 
 
-def set_cuda_modes(memory: MemoryOptions) -> None:
+def set_cuda_modes(memory: MemoryOptions, device: torch.device) -> None:
     """Sets torch's own switches that --cuda_allow_tf32 and --cuda_cudnn_benchmark turn on, before anything computes."""
+    if device.type != "cuda":
+        for name in ("cuda_allow_tf32", "cuda_cudnn_benchmark"):
+            if getattr(memory, name):
+                LOGGER.warning("--%s: has no effect on %s", name, device.type)
+        return
     if memory.cuda_allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if memory.cuda_cudnn_benchmark:
@@ -91,11 +99,11 @@ def _kind(block: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def require_backend(backend: str, device: torch.device) -> None:
+def require_backend(backend: str, device: torch.device, flag: str = "--dynamo_backend") -> None:
     """Compiles and runs a small function. Raises: UserError: as above."""
     if backend not in torch._dynamo.list_backends(exclude_tags=()):
         raise UserError(
-            f"--dynamo_backend: torch {torch.__version__} has no backend {backend} here; "
+            f"{flag}: torch {torch.__version__} has no backend {backend} here; "
             "choose inductor, aot_eager, eager or cudagraphs"
         )
 
@@ -109,6 +117,6 @@ def require_backend(backend: str, device: torch.device) -> None:
         lines = str(getattr(error, "inner_exception", error)).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
         raise UserError(
-            f"--dynamo_backend: {backend} does not work on this machine ({reason}); "
-            "leave out --torch_compile, or choose another backend, such as aot_eager"
+            f"{flag}: {backend} does not work on this machine ({reason}); "
+            "do not compile, or choose another backend, such as aot_eager"
         ) from None

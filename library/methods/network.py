@@ -175,7 +175,7 @@ class NetworkMethod(Method):
         self._attached().before_step()
 
     def after_step(self) -> None:
-        self.set_strength(1.0)  # what is sampled and validated is the network as it will be used
+        self.set_strength(1.0)  # what is sampled is the network as it will be used
         if self.opts.method.scale_weight_norms:
             self._attached().limit_norms(self.opts.method.scale_weight_norms)
 

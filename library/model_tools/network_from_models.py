@@ -127,7 +127,7 @@ def extracted(pair: Pair, own: ExtractOptions) -> Entries:
     make = partial(lokr_entry, factor=own.factor) if is_lokr else partial(lora_entry, clamp=own.clamp_quantile)
     entries: Entries = {}
     kept: dict[str, Kept] = defaultdict(Kept)
-    with progress(sum(_size(pair, target) for target in targets), "extracting", " weights", unit_scale=True) as bar:
+    with progress(sum(_size(pair, target) for target in targets), "extracting", "weights", unit_scale=True) as bar:
         for target in targets:
             change = pair.change(target)
             energy = float(torch.linalg.vector_norm(change)) ** 2

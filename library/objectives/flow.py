@@ -58,22 +58,11 @@ class FlowObjective(Objective):
         super().__init__(noise, loss)
         self.settings = settings
 
-    def draw(
-        self,
-        latents: Tensor,
-        generator: torch.Generator,
-        timesteps: Tensor | None = None,
-        offsets: Tensor | None = None,
-    ) -> NoiseDraw:
-        """Draws sigma and noise. Timesteps are 1000 * sigma: whole numbers for "discrete", else float32."""
-        clean = latents.float()
-        noise = self.noise(clean, generator)
-        input_noise = self.perturb(noise, generator)
-        if timesteps is None:
-            timesteps = self.draw_timesteps(len(latents), latents.shape[-2:], generator, offsets)
-        elif self.settings.sampling != "discrete":
+    def noised(self, clean: Tensor, noise: Tensor, input_noise: Tensor, timesteps: Tensor) -> NoiseDraw:
+        """See `Objective.noised`. Timesteps are 1000 * sigma: whole numbers for "discrete", else float32."""
+        if self.settings.sampling != "discrete":
             timesteps = timesteps.float()
-        noisy = interpolate(clean, input_noise, _sigma_of(timesteps)).to(latents.dtype)
+        noisy = interpolate(clean, input_noise, _sigma_of(timesteps))
         target = clean if self.settings.target == "clean" else noise - clean
         return NoiseDraw(noisy=noisy, timesteps=timesteps, target=target, noise=noise)
 

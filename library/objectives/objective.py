@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +30,6 @@ class Objective(ABC):
         self.noise_opts, self.loss_opts = noise, loss
         self.span = times.timestep_range(noise.min_timestep, noise.max_timestep)
 
-    @abstractmethod
     def draw(
         self,
         latents: Tensor,
@@ -41,6 +41,22 @@ class Objective(ABC):
 
         `timesteps` (B,) fixes the times, for validation; None draws them, as `draw_timesteps` does with `offsets`.
         Noisy latents have the latents' dtype, noise and target are float32.
+        """
+        clean = latents.float()
+        noise = self.noise(clean, generator)
+        input_noise = self.perturb(noise, generator)
+        if timesteps is None:
+            timesteps = self.draw_timesteps(len(latents), latents.shape[-2:], generator, offsets)
+        draw = self.noised(clean, noise, input_noise, timesteps)
+        return replace(draw, noisy=draw.noisy.to(latents.dtype))
+
+    @abstractmethod
+    def noised(self, clean: Tensor, noise: Tensor, input_noise: Tensor, timesteps: Tensor) -> NoiseDraw:
+        """Clean latents with noise at timesteps (B,), all (B, C, h, w), float32.
+
+        Args:
+            noise: that of the target.
+            input_noise: that of the noisy latents, see `perturb`.
         """
 
     @abstractmethod
@@ -133,21 +149,10 @@ class DdpmObjective(Objective):
         self._snr = ddpm.signal_to_noise(plain).float()
         self._alpha_bar = (ddpm.zero_terminal(plain) if noise.zero_terminal_snr else plain).float()
 
-    def draw(
-        self,
-        latents: Tensor,
-        generator: torch.Generator,
-        timesteps: Tensor | None = None,
-        offsets: Tensor | None = None,
-    ) -> NoiseDraw:
-        self._follow(latents)
-        clean = latents.float()
-        noise = self.noise(clean, generator)
-        input_noise = self.perturb(noise, generator)
-        if timesteps is None:
-            timesteps = self.draw_timesteps(len(latents), latents.shape[-2:], generator)
+    def noised(self, clean: Tensor, noise: Tensor, input_noise: Tensor, timesteps: Tensor) -> NoiseDraw:
+        self._follow(clean)
         alpha_bar = self._alpha_bar[timesteps]
-        noisy = ddpm.add_noise(clean, input_noise, alpha_bar).to(latents.dtype)
+        noisy = ddpm.add_noise(clean, input_noise, alpha_bar)
         target = ddpm.velocity(clean, noise, alpha_bar) if self.prediction_type == "v_prediction" else noise
         return NoiseDraw(noisy=noisy, timesteps=timesteps, target=target, noise=noise)
 

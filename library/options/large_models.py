@@ -62,7 +62,7 @@ class BlockSwapOptions(OptionGroup, group="swap", title="Block swap", always=Tru
         if opts.memory.cpu_offload_checkpointing:
             yield f"{flag}: cannot be used with --cpu_offload_checkpointing; choose one of them"
         if opts.memory.compiles and opts.memory.has_cuda_graphs:
-            graphs = "--dynamo_backend cudagraphs"
+            graphs = f"{opts.memory.backend_flag} cudagraphs"
             if opts.memory.backend != "cudagraphs":
                 graphs = f"--compile_mode {opts.memory.compile_mode}"
             yield f"{flag}: cannot be used with {graphs}, whose weights must not move"

@@ -94,10 +94,9 @@ class NoiseOptions(OptionGroup, group="noise", title="Noise and timesteps"):
             yield f"--min_timestep: must be below --max_timestep, got {low} and {high}"
 
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        if self.show_timesteps and self.show_timesteps_offset and not opts.family.takes_timestep_offset:
-            sampling = getattr(opts.family, "timestep_sampling", None)
-            where = f"with --timestep_sampling {sampling}" if sampling else f"on {traits.label}"
-            yield f"--show_timesteps_offset: has no effect {where}"
+        without_effect = opts.family.ignores_timestep_offset(traits)
+        if self.show_timesteps and self.show_timesteps_offset and without_effect:
+            yield f"--show_timesteps_offset: has no effect {without_effect}"
 
 
 _HUBER = ("loss_type=huber", "loss_type=smooth_l1")

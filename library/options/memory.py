@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 
 _COMPILES = ("torch_compile", "compile")
+Backend = Literal[
+    "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt", "onnxrt",
+    "tensort", "ipex", "tvm", "no",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +38,16 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
     lowram: bool = opt(False, "load the model directly to the GPU, for machines with little CPU memory")
     highvram: bool = opt(False, "keep parts of the model on the GPU where they fit, and do not empty its cache: faster")
     torch_compile: bool = opt(False, "compile the denoiser's blocks: slow first steps, then faster ones")
-    dynamo_backend: Literal[
-        "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt", "onnxrt",
-        "tensort", "ipex", "tvm", "no",
-    ] = opt(
-        "inductor", "backend of --torch_compile; no disables it; which backends work depends on the machine",
-        only_with=("torch_compile",), synonyms={"tensorrt": "tensort"},
-    )  # fmt: skip
+    dynamo_backend: Backend = opt(
+        "inductor",
+        "backend of --torch_compile; no disables it; which backends work depends on the machine",
+        only_with=("torch_compile",),
+        synonyms={"tensorrt": "tensort"},
+    )
     compile: bool = opt(False, "the same as --torch_compile, with the backend of --compile_backend")
-    compile_backend: str = opt("inductor", "backend of --compile, as --dynamo_backend has them", only_with=("compile",))
+    compile_backend: Backend = opt(
+        "inductor", "backend of --compile", only_with=("compile",), synonyms={"tensorrt": "tensort"}
+    )
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = opt(
         "default", "what inductor optimises for: max-autotune tries kernels for longer", only_with=_COMPILES
     )
@@ -99,6 +104,11 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
         return self.compile_backend if self.compile else self.dynamo_backend
 
     @property
+    def backend_flag(self) -> str:
+        """The option that says what compiles it."""
+        return "--compile_backend" if self.compile else "--dynamo_backend"
+
+    @property
     def has_cuda_graphs(self) -> bool:
         """Whether what is compiled is recorded as CUDA graphs, whose memory must stay where it is."""
         modes = ("reduce-overhead", "max-autotune")
@@ -140,9 +150,7 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
         for name in others:
             yield f"--{name}: has no effect with --{used}, which is used"
         if (self.torch_compile or self.compile) and not self.compiles:
-            flags = "--compile", "--compile_backend"
-            name, backend = flags if self.compile else ("--torch_compile", "--dynamo_backend")
-            yield f"{name}: has no effect with {backend} no"
+            yield f"--{'compile' if self.compile else 'torch_compile'}: has no effect with {self.backend_flag} no"
         if self.compiles and self.compile_mode != "default" and self.backend != "inductor":
             yield f"--compile_mode: has no effect with the backend {self.backend}"
 

@@ -17,6 +17,7 @@ class MethodOptions(OptionGroup, group="method", title="Method", always=True):
     can_be_sharded: ClassVar[bool] = False  # whether FSDP2 can shard what is trained over the processes
     # What only some methods offer. Without annotations: fields keep the order of the class that declares them.
     no_token_padding = False
+    network_module = None  # of the network that is trained
     trains_inpainting = True  # whether it can be trained with a model for inpainting
     needs_common_rate = True  # whether a part is trained that has no rate of its own
     network_train_unet_only = True

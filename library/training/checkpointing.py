@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def state_parts(run: Run) -> state.StateParts:
     """The parts of a state of the run."""
-    extra = {"best": run.standing} if run.data.held_out is not None else {}
+    extra = {"best": run.comparison} if run.data.held_out is not None else {}
     if run.ema is not None:
         extra["average"] = run.ema
     return state.StateParts(run.method.trainable(), run.optimizer, run.schedule, run.accelerator.scaler, extra)

@@ -101,7 +101,7 @@ def _epoch(
     if run.validation.due(progress.step, progress.epoch) and not progress.stopped:
         # Once is enough: an equal loss would count against the patience.
         done = run.validation.due(progress.step)
-        loss = run.standing.latest if done else _validate(run, parts, progress, report, "epoch")
+        loss = run.comparison.latest if done else _validate(run, parts, progress, report, "epoch")
     lr_schedules.end_epoch(run.schedule, loss, partial(run.accelerator.reduce, reduction="mean"))
     progress.epoch_ended = True
     if run.takes_part:
@@ -211,25 +211,25 @@ def _save_and_sample(run: Run, progress: Progress, report: Report, *, epoch_end:
 
 def _find_base(run: Run, parts: StepParts, progress: Progress) -> None:
     """Measures the validation loss before the first step, unless a state has brought that of the run's beginning."""
-    validation, standing = run.validation, run.standing
-    if not validation.wanted or progress.step >= run.plan.total_steps or standing.looks == validation.looks.digest:
+    validation, comparison = run.validation, run.comparison
+    if not validation.wanted or progress.step >= run.plan.total_steps or comparison.points == validation.points.digest:
         return
     if run.resume is not None:
-        before = "other images, timesteps or noise" if standing.looks else "no losses to compare with"
+        before = "other images, timesteps or noise" if comparison.points else "no losses to compare with"
         LOGGER.warning("validation: the state has %s; the comparison begins again after step %d", before, progress.step)
-    standing.restart()
+    comparison.restart()
     losses = _measure(run, parts, progress)
     if losses is not None:
         _begin(run, losses, progress)
 
 
 def _begin(run: Run, losses: Tensor, progress: Progress) -> None:
-    looks = run.validation.looks
-    run.standing.begin(losses, looks.digest)
+    points = run.validation.points
+    run.comparison.begin(losses, points.digest)
     run.tracker.scalars(progress.step, run.validation.values(losses, losses))
     LOGGER.info(
         "validation before step %d: loss %.5f, the base of what follows; %d images at %d timesteps each",
-        *(progress.step + 1, run.standing.latest, looks.images, looks.per_image),
+        *(progress.step + 1, run.comparison.latest, points.images, points.per_image),
     )
 
 
@@ -257,22 +257,22 @@ def _validate(
     losses = _measure(run, parts, progress)
     if losses is None:
         return None
-    standing, options = run.standing, run.opts.validation
-    if standing.base is None:  # memory ran out before
+    comparison, options = run.comparison, run.opts.validation
+    if comparison.base is None:  # memory ran out before
         _begin(run, losses, progress)
-        return standing.latest
-    verdict = standing.update(losses, run.validation.looks.strata)
-    run.tracker.scalars(progress.step, run.validation.values(losses, standing.base))
+        return comparison.latest
+    verdict = comparison.update(losses, run.validation.points.strata)
+    run.tracker.scalars(progress.step, run.validation.values(losses, comparison.base))
     if report.average is not None:  # by the names that earlier trainers have
-        run.tracker.scalars(progress.step, averages(standing.latest, report.average, every))
-    LOGGER.info("%s", run.validation.line(losses, standing.base, verdict.change, progress.step))
+        run.tracker.scalars(progress.step, averages(comparison.latest, report.average, every))
+    LOGGER.info("%s", run.validation.line(losses, comparison.base, verdict.change, progress.step))
     if verdict.lowest and options.save_best_validation and run.takes_part:
         report.drain(wait=True)
         checkpointing.save(run, progress, saving.SaveRequest(run.saves.best_path()))
-    progress.stopped = options.early_stop_patience is not None and standing.since >= options.early_stop_patience
+    progress.stopped = options.early_stop_patience is not None and comparison.since >= options.early_stop_patience
     if progress.stopped:
-        LOGGER.warning("stopping at step %d: %d validations without improvement", progress.step, standing.since)
-    return standing.latest
+        LOGGER.warning("stopping at step %d: %d validations without improvement", progress.step, comparison.since)
+    return comparison.latest
 
 
 def _sample(run: Run, progress: Progress, *, epoch_end: bool) -> None:

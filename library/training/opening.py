@@ -33,13 +33,17 @@ def describe_run(
         ("trained", f"{in_millions(sum(numbers))} parameters"),
         ("rates", f"{', '.join(dict.fromkeys(rates))}; {schedule}{warmup}"),
         ("optimizer", describe_optimizer(optimizer, options)),
-        ("length", f"{steps} steps, {plan.epochs} epoch{'' if plan.epochs == 1 else 's'} of {plan.steps_per_epoch}"),
+        ("length", f"{_counted(steps, 'step')}, {_counted(plan.epochs, 'epoch')} of {plan.steps_per_epoch}"),
         ("batch", f"{batch}{more}"),
     ]
 
 
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def _steps(given: float) -> str:
-    return f"{given} steps" if isinstance(given, int) else f"{100 * given:g} % of the run"
+    return _counted(given, "step") if isinstance(given, int) else f"{100 * given:g} % of the run"
 
 
 def in_millions(count: int) -> str:

@@ -14,7 +14,7 @@ from library.runtime.processes import Processes
 from library.training import saving
 from library.training.ema import EMA
 from library.training.optimizers import averaged_weights
-from library.training.paired import Standing
+from library.training.paired import Comparison
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -65,7 +65,7 @@ class Run:
     ema: EMA | None = None  # of the trained weights
     draw: Draw | None = None  # of a method that trains without images
     shards: Shards | None = None  # where the trained weights are sharded over the processes
-    standing: Standing = field(default_factory=Standing)  # by validation
+    comparison: Comparison = field(default_factory=Comparison)  # by validation
 
     @contextmanager
     def as_used(self) -> Iterator[None]:

@@ -48,11 +48,11 @@ def batch_latents(parts: StepParts, batch: Batch, rng: torch.Generator) -> Tenso
 
 def with_inpainting(parts: StepParts, batch: Batch, rng: torch.Generator) -> Batch:
     """The batch with what a model for inpainting reads of its images, see `Batch.inpainting`; others as they are."""
-    if batch.holes is None:
+    if batch.inpainting_masks is None:
         return batch
-    own = parts.streams.at(rng.device, rng.initial_seed(), "latents with holes")
+    own = parts.streams.at(rng.device, rng.initial_seed(), "masked image")
     with torch.no_grad():
-        seen = parts.family.latents.with_holes(parts.models, batch.pixels, batch.holes, own)
+        seen = parts.family.latents.inpainting_input(parts.models, batch.pixels, batch.inpainting_masks, own)
     return replace(batch, inpainting=seen)
 
 

@@ -32,19 +32,19 @@ _ABOUT_VALIDATION = (
     *("save_best_validation", "early_stop_patience"),
 )
 _TIMESTEPS, _RANGES = 1000, 4  # timesteps run from 0 to 999, whatever the family makes of them
-LEAST_LOOKS = 64  # at all images together: with fewer, the standard error would be too large to decide on
+LEAST_POINTS = 64  # at all images together: with fewer, the standard error would be too large to decide on
 NAME = "loss/validation"
 
 
 @dataclass(frozen=True)
-class Looks:
-    """What is measured, L looks: each at one image, with one timestep. Batches are those of the data's first epoch."""
+class Points:
+    """What is measured, L points: each at one image, with one timestep. Batches are those of the data's first epoch."""
 
     per_image: int
     batches: list[int]  # the images of each
     times: Tensor  # timesteps, (L,), int64
     strata: Tensor  # of each timestep, (L,), int64, ascending with it
-    concepts: dict[str, Tensor]  # which looks are at images of it, (L,), bool; empty where there is but one
+    concepts: dict[str, Tensor]  # which points are at images of it, (L,), bool; empty where there is but one
     digest: str  # of images, timesteps and noise
 
     @property
@@ -82,15 +82,15 @@ class Validation:
         return self._data is not None and bool(every) and (step if epoch is None else epoch) % every == 0
 
     @cached_property
-    def looks(self) -> Looks:
+    def points(self) -> Points:
         batches = self._data.records_by_batch(1)[: self._most]
         records = [record for batch in batches for record in batch]
-        times = self._objective.validation_timesteps(looks_per_image(len(records)))
+        times = self._objective.validation_timesteps(points_per_image(len(records)))
         names = [record.subset.concept for record in records for _ in times]
         different = list(dict.fromkeys(names))
         concepts = {name: torch.tensor([one == name for one in names]) for name in different}
         content = [self._seed, times, [[(one.path.name, *one.bucket) for one in batch] for batch in batches]]
-        return Looks(
+        return Points(
             per_image=len(times),
             batches=[len(batch) for batch in batches],
             times=torch.tensor(times).repeat(len(records)),
@@ -101,29 +101,30 @@ class Validation:
 
     @torch.no_grad()
     def losses(self, parts: StepParts, accelerator: Accelerator, set_strength: Callable[[float], None]) -> Tensor:
-        """The loss of every look, (L,), float64, on the CPU: image by image, in the order of timesteps.
+        """The loss of every point, (L,), float64, on the CPU: image by image, in the order of timesteps.
 
         Every process computes its share; all get the same result, however many they are.
         """
-        looks, device = self.looks, accelerator.device
+        points, device = self.points, accelerator.device
         rank, world = accelerator.process_index, accelerator.num_processes
-        times = self._objective.validation_timesteps(looks.per_image)
-        first = [sum(looks.batches[:number]) for number in range(len(looks.batches))]  # each batch's first image
-        found = torch.zeros(looks.images, len(times), device=device)
+        times = self._objective.validation_timesteps(points.per_image)
+        first = [sum(points.batches[:number]) for number in range(len(points.batches))]  # each batch's first image
+        found = torch.zeros(points.images, len(times), device=device)
         loader = self._data.loader(1, rank=rank, world=world)
-        for turn, batch in enumerate(islice(loader, math.ceil(len(looks.batches) / world))):
+        for turn, batch in enumerate(islice(loader, math.ceil(len(points.batches) / world))):
             number = turn * world + rank  # among those of all processes
             batch = batch.to(device)
             set_strength(batch.network_multiplier)
             own = self._batch_losses(parts, accelerator, batch, number, times)
             if number < len(first):  # else another process has it too: sharded weights require all to take part
                 found[first[number] : first[number] + len(own)] = own
+        set_strength(1.0)
         return accelerator.reduce(found, "sum").flatten().double().cpu()
 
     def _batch_losses(
         self, parts: StepParts, accelerator: Accelerator, batch: Batch, number: int, times: list[int]
     ) -> Tensor:
-        """(images, timesteps), float32. Latents and texts are encoded once; as many looks at once as training has."""
+        """(images, timesteps), float32. Latents and texts are encoded once; as many points at once as training has."""
         device, count, found = accelerator.device, len(batch.captions), []
         together = max(1, max(self._data.batch_sizes()) // count)
         with accelerator.autocast():
@@ -141,16 +142,16 @@ class Validation:
 
     def values(self, now: Tensor, base: Tensor) -> dict[str, float]:
         """What is logged of a measurement, (L,), and of its difference from the base, by name."""
-        looks = self.looks
+        points = self.points
         parts = {"": torch.ones(len(now), dtype=torch.bool)}
         for number in range(_RANGES):
             low, high = number * _TIMESTEPS // _RANGES, (number + 1) * _TIMESTEPS // _RANGES - 1
-            parts[f" t {low:03d}-{high:03d}"] = (looks.times >= low) & (looks.times <= high)
-        parts |= {f" of {name.replace('/', '_')}": own for name, own in looks.concepts.items()}
+            parts[f" t {low:03d}-{high:03d}"] = (points.times >= low) & (points.times <= high)
+        parts |= {f" of {name.replace('/', '_')}": own for name, own in points.concepts.items()}
         found = {}
         for name, own in parts.items():
             if own.any():
-                change = difference(now[own], base[own], looks.strata[own])
+                change = difference(now[own], base[own], points.strata[own])
                 found[f"{NAME}{name}"] = float(now[own].mean())
                 found[f"{NAME}/base{name}"] = float(base[own].mean())
                 found[f"{NAME}/difference{name}"] = change.mean
@@ -161,7 +162,7 @@ class Validation:
     def line(self, now: Tensor, base: Tensor, from_best: Difference, step: int) -> str:
         """What the log says of a measurement, (L,), against the base and the best one so far."""
         mean = float(now.mean())
-        from_base = _share(difference(now, base, self.looks.strata), float(base.mean()))
+        from_base = _share(difference(now, base, self.points.strata), float(base.mean()))
         best = _share(from_best, mean - from_best.mean)
         return f"validation loss {mean:.5f} at step {step}: {from_base} from the base, {best} from the best so far"
 
@@ -179,6 +180,6 @@ def averages(loss: float, training: float, every: Literal["step", "epoch"]) -> d
     return {f"{NAME}/{every}_average": loss, f"{NAME}/{every}_divergence": loss - training}
 
 
-def looks_per_image(images: int) -> int:
+def points_per_image(images: int) -> int:
     """How many timesteps each image is looked at with: a multiple of four, so that every quarter has as many."""
-    return _RANGES * max(1, math.ceil(LEAST_LOOKS / images / _RANGES))
+    return _RANGES * max(1, math.ceil(LEAST_POINTS / images / _RANGES))

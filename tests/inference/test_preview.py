@@ -132,7 +132,9 @@ def test_the_strength_of_a_prompt_is_set_for_its_image_and_taken_back(tmp_path, 
     text = "a cat --s 1 --d 3{}\n"
     lines = [text.format(more + " --w 64 --h 64") for more in ("", " --am 0.5,7", " --am 0.5", " --am -1")]
     (tmp_path / "prompts.txt").write_text("".join(lines))
-    opts = options(tmp_path, sample_prompts=str(tmp_path / "prompts.txt"), sample_at_first=True)
+    opts = options(
+        tmp_path, sample_prompts=str(tmp_path / "prompts.txt"), sample_at_first=True, network_module="networks.lora"
+    )
     found = []
     preview = Preview.from_options(opts, make_family())
     preview.render(models, 1, None, set_strength=found.append, write=False)

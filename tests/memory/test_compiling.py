@@ -17,7 +17,7 @@ from tests.builders.options import options_with
 from tests.networks.builders import lora
 from tests.networks.conftest import tiny_unet
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -128,16 +128,20 @@ def test_a_limit_of_graphs_and_blocks_that_are_no_single_graph():
 
 
 @pytest.mark.rows("R508")
-def test_the_switches_of_cuda():
+def test_the_switches_of_cuda(caplog):
     backends = torch.backends
     modes = [(backends.cuda.matmul, "allow_tf32"), (backends.cudnn, "allow_tf32"), (backends.cudnn, "benchmark")]
     before = [getattr(place, name) for place, name in modes]
     try:
         for place, name in modes:
             setattr(place, name, False)
-        set_cuda_modes(options_with(MemoryOptions).memory)
+        set_cuda_modes(options_with(MemoryOptions).memory, CUDA)
         assert [getattr(place, name) for place, name in modes] == [False] * 3
-        set_cuda_modes(options_with(MemoryOptions, cuda_allow_tf32=True, cuda_cudnn_benchmark=True).memory)
+        memory = options_with(MemoryOptions, cuda_allow_tf32=True, cuda_cudnn_benchmark=True).memory
+        set_cuda_modes(memory, CPU)
+        assert [getattr(place, name) for place, name in modes] == [False] * 3
+        assert "--cuda_allow_tf32: has no effect on cpu" in caplog.text
+        set_cuda_modes(memory, CUDA)
         assert [getattr(place, name) for place, name in modes] == [True] * 3
     finally:
         for (place, name), value in zip(modes, before, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from library.training.paired import Standing, difference
+from library.training.paired import Comparison, difference
 
 
 def test_in_one_stratum_it_is_the_paired_test_of_statistics():
@@ -61,46 +61,46 @@ STRATA = torch.zeros(4, dtype=torch.long)
 FIRST = torch.tensor([1.0, 2.0, 3.0, 4.0])
 
 
-def updated(standing: Standing, change: list[float]) -> bool:
-    return standing.update(FIRST + torch.tensor(change), STRATA).lowest
+def updated(comparison: Comparison, change: list[float]) -> bool:
+    return comparison.update(FIRST + torch.tensor(change), STRATA).lowest
 
 
 def test_better_is_what_is_lower_by_more_than_the_error_of_the_difference():
-    standing = Standing()
-    standing.begin(FIRST, "looks")
-    assert updated(standing, [-0.1, -0.1, -0.1, -0.12]) is True
-    assert standing.since == 0
-    assert updated(standing, [-0.1, -0.11, -0.1, -0.12]) is True, "the lowest, though within the error"
-    assert standing.since == 1
-    assert updated(standing, [-0.4, 0.2, -0.3, 0.07]) is False
-    assert standing.since == 2
-    assert updated(standing, [-0.2, -0.2, -0.2, -0.3]) is True
-    assert standing.since == 0
-    assert standing.lowest == standing.latest == pytest.approx(2.275)
+    comparison = Comparison()
+    comparison.begin(FIRST, "points")
+    assert updated(comparison, [-0.1, -0.1, -0.1, -0.12]) is True
+    assert comparison.since == 0
+    assert updated(comparison, [-0.1, -0.11, -0.1, -0.12]) is True, "the lowest, though within the error"
+    assert comparison.since == 1
+    assert updated(comparison, [-0.4, 0.2, -0.3, 0.07]) is False
+    assert comparison.since == 2
+    assert updated(comparison, [-0.2, -0.2, -0.2, -0.3]) is True
+    assert comparison.since == 0
+    assert comparison.lowest == comparison.latest == pytest.approx(2.275)
 
 
 def test_the_base_is_what_has_to_be_improved_and_no_copy():
-    standing = Standing()
-    standing.begin(FIRST, "looks")
-    assert updated(standing, [0.1, 0.1, 0.1, 0.1]) is True, "the lowest of what has been trained"
-    assert standing.since == 1
-    assert updated(standing, [0.0, 0.0, 0.0, 0.0]) is True
-    assert standing.since == 2
-    assert updated(standing, [math.nan] * 4) is False
-    assert standing.since == 3
+    comparison = Comparison()
+    comparison.begin(FIRST, "points")
+    assert updated(comparison, [0.1, 0.1, 0.1, 0.1]) is True, "the lowest of what has been trained"
+    assert comparison.since == 1
+    assert updated(comparison, [0.0, 0.0, 0.0, 0.0]) is True
+    assert comparison.since == 2
+    assert updated(comparison, [math.nan] * 4) is False
+    assert comparison.since == 3
 
 
 def test_it_travels_in_a_state_and_others_are_not_compared(tmp_path):
-    standing = Standing()
-    standing.begin(FIRST, "looks")
-    updated(standing, [-0.1, -0.1, -0.1, -0.12])
-    updated(standing, [0.1, 0.1, 0.1, 0.1])
-    torch.save(standing.state_dict(), tmp_path / "extra.bin")
-    other = Standing()
+    comparison = Comparison()
+    comparison.begin(FIRST, "points")
+    updated(comparison, [-0.1, -0.1, -0.1, -0.12])
+    updated(comparison, [0.1, 0.1, 0.1, 0.1])
+    torch.save(comparison.state_dict(), tmp_path / "extra.bin")
+    other = Comparison()
     other.load_state_dict(torch.load(tmp_path / "extra.bin", weights_only=True))
-    assert torch.equal(other.base, standing.base)
-    assert torch.equal(other.best, standing.best)
-    assert (other.looks, other.since, other.latest) == ("looks", 1, standing.latest)
+    assert torch.equal(other.base, comparison.base)
+    assert torch.equal(other.best, comparison.best)
+    assert (other.points, other.since, other.latest) == ("points", 1, comparison.latest)
     earlier = {"lowest": 0.1, "latest": 0.2, "since": 3}
     other.load_state_dict(earlier)
-    assert (other.base, other.looks, other.since) == (None, "", 0)
+    assert (other.base, other.points, other.since) == (None, "", 0)

@@ -18,7 +18,7 @@ from library.options.sampling import ValidationOptions
 from library.runtime.seeds import generator
 from library.training.paired import Difference
 from library.training.step import StepParts
-from library.training.validation import Validation, averages, looks_per_image
+from library.training.validation import Validation, averages, points_per_image
 from library.types import Batch, Size, TextCond
 
 OBJECTIVE = DdpmObjective("epsilon", NoiseOptions(), LossOptions())
@@ -121,7 +121,7 @@ def test_each_look_is_the_loss_at_its_timestep_with_its_noise():
     """By hand, with diffusers' schedule, for images, timesteps and noise that nothing but the seed decides."""
     held, schedule = Held(), DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     found = measured(validation_of(held, validation_seed=5)).view(3, -1)
-    assert found.shape[1] == looks_per_image(3) == 24
+    assert found.shape[1] == points_per_image(3) == 24
     for number, part in enumerate((slice(0, 2), slice(2, 3))):
         clean = 2 * held.latents[part]
         for place in (0, 13, 23):
@@ -153,21 +153,21 @@ def test_several_processes_measure_what_one_does():
 
 
 def test_every_quarter_of_the_timesteps_has_as_many_looks():
-    assert [looks_per_image(count) for count in (1, 2, 5, 16, 17, 1000)] == [64, 32, 16, 4, 4, 4]
+    assert [points_per_image(count) for count in (1, 2, 5, 16, 17, 1000)] == [64, 32, 16, 4, 4, 4]
     for count in (4, 8, 16, 64):
         quarters = [time // 250 for time in OBJECTIVE.validation_timesteps(count)]
         assert [quarters.count(quarter) for quarter in range(4)] == [count // 4] * 4
 
 
 def test_most_steps_are_batches():
-    looks = validation_of(Held(), max_validation_steps=1).looks
-    assert (looks.images, looks.per_image) == (2, 32)
+    points = validation_of(Held(), max_validation_steps=1).points
+    assert (points.images, points.per_image) == (2, 32)
     assert len(measured(validation_of(Held(), max_validation_steps=1))) == 64
 
 
 def test_other_images_or_noise_are_other_looks():
-    digests = [validation_of(Held(), validation_seed=seed).looks.digest for seed in (1, 1, 2)]
-    digests.append(validation_of(Held(("x.png", "y.png", "other.png")), validation_seed=1).looks.digest)
+    digests = [validation_of(Held(), validation_seed=seed).points.digest for seed in (1, 1, 2)]
+    digests.append(validation_of(Held(("x.png", "y.png", "other.png")), validation_seed=1).points.digest)
     assert [digests.index(digest) for digest in digests] == [0, 0, 2, 3]
 
 

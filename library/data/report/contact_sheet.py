@@ -151,7 +151,9 @@ def cells_of(data: TrainingData, numbers: Sequence[int], epochs: int) -> Iterato
             continue
         image = as_image((sample.pixels + 1) / 2)
         mask = None if sample.mask is None else sample.mask[0].numpy()
-        beside = sample.control if sample.hole is None else (sample.pixels * (1 - sample.hole) + 1) / 2
+        beside = (
+            sample.control if sample.inpainting_mask is None else (sample.pixels * (1 - sample.inpainting_mask) + 1) / 2
+        )
         control = None if beside is None else as_image(beside)
         yield Cell(record, image, mask, control, captions, data.items.is_mirrored_at(own[0]))
 

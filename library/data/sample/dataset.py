@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from library.data.report import summary
 from library.data.sample import buckets, images
 from library.data.sample.captions import make_caption
-from library.data.sample.holes import random_hole
+from library.data.sample.inpainting_masks import random_mask
 from library.data.sample.rendering import BRIGHT, View, loss_mask, recorded_crop, render, render_control
 from library.data.sample.sampler import BatchLoader, make_loader
 from library.data.scan.index import FileIndex, collector_paused
@@ -59,11 +59,11 @@ class ItemDataset(Dataset[Sample]):
         number = self.items[key.index]
         record = self.records[number]
         flip, look = self._look(record, key)
-        pixels = latents = hole = None
+        pixels = latents = inpainting_mask = None
         if self.latents is None or record.subset.inpainting:
             view = render(record, flip, look)
             pixels, mask, control = images.to_pixels(view.pixels), loss_mask(view), view.control
-            hole = self._hole(record, view, key) if record.subset.inpainting else None
+            inpainting_mask = self._inpainting_mask(record, view, key) if record.subset.inpainting else None
         else:
             control = render_control(record, flip)
         if self.latents is not None:
@@ -83,15 +83,15 @@ class ItemDataset(Dataset[Sample]):
             timestep_offset=record.subset.timestep_offset,
             text=None if self.text is None else self.text.get(self.first_text + number),
             control=None if control is None else images.to_unit(control),
-            hole=hole,
+            inpainting_mask=inpainting_mask,
         )
 
-    def _hole(self, record: Record, view: View, key: ItemKey) -> Tensor:
-        """See `Sample.hole`: the record's own, or a random one, by the item's address."""
-        if view.hole is not None:
-            inside = view.hole >= BRIGHT
+    def _inpainting_mask(self, record: Record, view: View, key: ItemKey) -> Tensor:
+        """See `Sample.inpainting_mask`: the record's own, or a random one, by the item's address."""
+        if view.inpainting_mask is not None:
+            inside = view.inpainting_mask >= BRIGHT
         else:
-            inside = random_hole(record.bucket, derive(self.seed, "hole", key.epoch, key.index))
+            inside = random_mask(record.bucket, derive(self.seed, "inpainting mask", key.epoch, key.index))
         return torch.from_numpy(inside.astype("float32", order="C"))[None]
 
     def caption_at(self, key: ItemKey) -> str:
@@ -143,7 +143,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         timestep_offsets=torch.tensor(offsets) if any(offsets) else None,
         text=None if samples[0].text is None else TextCond.stack([sample.text for sample in samples]),
         control=stack([sample.control for sample in samples]),
-        holes=stack([sample.hole for sample in samples]),
+        inpainting_masks=stack([sample.inpainting_mask for sample in samples]),
     )
 
 

@@ -34,7 +34,7 @@ class View(NamedTuple):
     alpha: NDArray[np.uint8] | None  # (bucket height, bucket width): opacity; only with alpha_mask
     mask: NDArray[np.uint8] | None  # (bucket height, bucket width, 3), where the record has one
     control: NDArray[np.uint8] | None  # (bucket height, bucket width, 3), where the record has one
-    hole: NDArray[np.uint8] | None = None  # (bucket height, bucket width), where the record has one
+    inpainting_mask: NDArray[np.uint8] | None = None  # (bucket height, bucket width), where the record has one
 
 
 def render(record: Record, flip: bool, rng: Random) -> View:
@@ -68,10 +68,10 @@ def render(record: Record, flip: bool, rng: Random) -> View:
     pixels = images.apply_crop(pixels, crop, subset.resize_interpolation)
     if alpha is not None:
         alpha = images.apply_crop_to_values(alpha, crop)
-    mask, control, hole = (_values(path, crop) for path in (record.mask, record.control, record.hole))
+    mask, control, inpainting = (_values(path, crop) for path in (record.mask, record.control, record.inpainting_mask))
     if subset.color_aug:
         pixels = images.vary_colours(pixels, rng)
-    view = View(pixels, alpha, mask, control, None if hole is None else hole.max(axis=2))
+    view = View(pixels, alpha, mask, control, None if inpainting is None else inpainting.max(axis=2))
     return View(*(None if part is None else part[:, ::-1] for part in view)) if flip else view
 
 

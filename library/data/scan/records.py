@@ -128,7 +128,7 @@ def _check_contents(records: Sequence[Record], index: FileIndex, scan: ScanRepor
 
     Also reports masks and control images of another shape than their image's, and exact and near duplicates.
     """
-    of_records = ((record.mask or record.hole or record.control, record) for record in records)
+    of_records = ((record.mask or record.inpainting_mask or record.control, record) for record in records)
     partners = {partner: record for partner, record in of_records if partner is not None}
     seen = index.learn("image", list(partners), images.describe)
     for (partner, record), described in zip(partners.items(), seen, strict=True):
@@ -199,7 +199,7 @@ def _usable(
                 present=one.present,
                 flip=subset.flip_aug or one.flip_file,
                 mask=one.conditioning if subset.image_role == "mask" and subset.masks_weigh else None,
-                hole=one.conditioning if subset.image_role == "mask" and subset.inpainting else None,
+                inpainting_mask=one.conditioning if subset.image_role == "mask" and subset.inpainting else None,
                 control=one.conditioning if subset.image_role == "control" else None,
                 tags=one.tags,
             )

@@ -90,9 +90,10 @@ class FluxOptions(FlowOptions, group="family", title="FLUX.1"):
         "flux", "type of model; chroma is refused, as it has another architecture"
     )
 
-    @property
-    def takes_timestep_offset(self) -> bool:
-        return self.timestep_sampling in _OF_NORMAL_NUMBERS
+    def ignores_timestep_offset(self, traits: FamilyTraits) -> str | None:
+        """See `CommonOptions`: it is added to normal numbers, which only some ways of sampling draw."""
+        drawn = self.timestep_sampling in _OF_NORMAL_NUMBERS
+        return None if drawn else f"with --timestep_sampling {self.timestep_sampling}"
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         yield from super().check(opts, traits)

@@ -32,10 +32,9 @@ class CommonOptions(OptionGroup, group="family", title="Model family"):
     )
     weighted_captions: bool = opt(False, "apply weights such as (word:1.2) and [word] in captions")
 
-    @property
-    def takes_timestep_offset(self) -> bool:
-        """Whether timesteps are made of normal numbers, which a subset's offset can be added to."""
-        return False
+    def ignores_timestep_offset(self, traits: FamilyTraits) -> str | None:
+        """With what a subset's offset of timesteps has no effect, for a message; None: it has one."""
+        return f"on {traits.label}"
 
     def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         if opts.loss.scale_v_pred_loss_like_noise_pred and not self.v_parameterization:

@@ -114,7 +114,9 @@ def channels_problem(channels: int, *, inpainting: bool = False) -> str | None:
         return None
     what = f"this is {SPECIAL_CHANNELS[channels]}: " if channels in SPECIAL_CHANNELS else ""
     if channels == INPAINTING_CHANNELS:
-        return f"{what}its U-Net takes {channels} channels; to train it, add --train_inpainting"
+        return (
+            f"{what}its U-Net takes {channels} channels; only --train_inpainting and generating images take such models"
+        )
     wanted = f"{CHANNELS} can be trained here"
     if inpainting:
         wanted = f"{CHANNELS}, or {INPAINTING_CHANNELS} for inpainting, can be used here"

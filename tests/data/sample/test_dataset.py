@@ -640,26 +640,26 @@ def test_offsets_of_timesteps_come_with_their_images(tmp_path, draw, make_opts, 
 # ---- inpainting
 
 
-def test_random_holes_are_those_of_the_item_and_epoch(tmp_path, draw, load):
+def test_random_inpainting_masks_are_those_of_the_item_and_epoch(tmp_path, draw, load):
     """In any order and process, and with cached latents, beside which the pixels come too."""
     for name in ("a.png", "b.png"):
         draw(tmp_path / "2_x" / name)
     data = load(tmp_path, train_inpainting=True, flip_aug=True)
     first = data.items[ItemKey(1, 0, 2)]
     again = load(tmp_path, train_inpainting=True, flip_aug=True).items[ItemKey(1, 7, 2)]
-    assert first.hole.shape == (1, 64, 64)
-    assert set(first.hole.unique().tolist()) <= {0.0, 1.0}
-    assert torch.equal(first.hole, again.hole)
+    assert first.inpainting_mask.shape == (1, 64, 64)
+    assert set(first.inpainting_mask.unique().tolist()) <= {0.0, 1.0}
+    assert torch.equal(first.inpainting_mask, again.inpainting_mask)
     others = [ItemKey(2, 0, 2), ItemKey(1, 0, 3)]  # the same image in another epoch, and as another repeat
-    assert not any(torch.equal(first.hole, data.items[key].hole) for key in others)
+    assert not any(torch.equal(first.inpainting_mask, data.items[key].inpainting_mask) for key in others)
     cached = CachedInMemory()
     data.set_latents([cached] * 2, in_memory=True)
     beside = data.items[ItemKey(1, 0, 2)]
     assert torch.equal(beside.pixels, first.pixels)
-    assert torch.equal(beside.hole, first.hole)
+    assert torch.equal(beside.inpainting_mask, first.inpainting_mask)
     assert beside.latents is cached.latents
     (batch,) = [b for b in data.loader(1, workers=0) if b.keys[0].endswith("a.png")][:1]
-    assert batch.holes.shape == (1, 1, 64, 64)
+    assert batch.inpainting_masks.shape == (1, 1, 64, 64)
 
 
 class CachedInMemory:
@@ -670,7 +670,7 @@ class CachedInMemory:
 
 
 @pytest.mark.parametrize("masked_loss", [False, True])
-def test_masks_of_the_data_set_are_the_holes(tmp_path, draw, load, masked_loss):
+def test_masks_of_the_data_set_are_those_for_inpainting(tmp_path, draw, load, masked_loss):
     """Mirrored with the image; they weigh the loss only where that is asked for, and belong to caches only then."""
     draw(tmp_path / "train" / "1_x" / "a.png")
     mask = np.zeros((64, 64, 3), np.uint8)
@@ -687,7 +687,7 @@ def test_masks_of_the_data_set_are_the_holes(tmp_path, draw, load, masked_loss):
         seen.add(columns.start)
         expected = torch.zeros(1, 64, 64)
         expected[..., columns] = 1
-        assert torch.equal(sample.hole, expected)
+        assert torch.equal(sample.inpainting_mask, expected)
         assert (sample.mask is not None) == masked_loss
     assert seen == {0, 44}
     assert [record.mask is not None for record in data.records] == [masked_loss]

@@ -35,7 +35,7 @@ def record(path: Path, size, bucket, resized, mask=None, control=None, **subset)
         resized=None if resized is None else Size(*resized),
         mask=mask,
         control=control,
-        hole=None,
+        inpainting_mask=None,
         subset=SimpleNamespace(**{**SUBSET, **subset}),
     )
 

@@ -23,7 +23,7 @@ _CORNERS, _INNERMOST = 6, 0.6  # of a polygon; share of the circle's radius
 _POINTS, _HARMONICS, _ELLIPSE_AREA, _WOBBLE = 128, 4, 0.2, 0.12  # of the outline in sample images
 
 
-def random_hole(size: Size, seed: int) -> NDArray[np.bool_]:
+def random_mask(size: Size, seed: int) -> NDArray[np.bool_]:
     """A random mask, (height, width), true where a model for inpainting is to draw; equal for equal arguments.
 
     A cloud of about a fifth of the image, sometimes with a shape beside it, or polygons, an ellipse or a rectangle.
@@ -31,15 +31,15 @@ def random_hole(size: Size, seed: int) -> NDArray[np.bool_]:
     rng = np.random.default_rng(seed)
     kind = rng.random()
     if kind < _CLOUD:
-        hole = _cloud(size, rng)
+        mask = _cloud(size, rng)
         if rng.random() < _WITH_ANOTHER:
-            hole |= _polygons(size, rng) if rng.random() < 0.5 else _shape(size, rng)
-        return hole
+            mask |= _polygons(size, rng) if rng.random() < 0.5 else _shape(size, rng)
+        return mask
     return _polygons(size, rng) if kind < _CLOUD + _POLYGONS else _shape(size, rng)
 
 
 def wobbly_ellipse(size: Size, seed: int) -> NDArray[np.bool_]:
-    """An ellipse with an uneven outline in the middle, about a fifth of the image; otherwise as `random_hole`."""
+    """An ellipse with an uneven outline in the middle, about a fifth of the image; otherwise as `random_mask`."""
     rng = np.random.default_rng(seed)
     angles = np.linspace(0, 2 * math.pi, _POINTS, endpoint=False)
     radius = np.ones(_POINTS)
@@ -67,14 +67,14 @@ def _cloud(size: Size, rng: Generator) -> NDArray[np.bool_]:
 
 def _polygons(size: Size, rng: Generator) -> NDArray[np.bool_]:
     """One or two polygons, anywhere."""
-    hole = np.zeros((size.height, size.width), bool)
+    mask = np.zeros((size.height, size.width), bool)
     for _ in range(1 if rng.random() < 0.5 else 2):
         radius = math.sqrt(_between(_AREA, rng) * size.width * size.height / math.pi)
         angles = np.sort(2 * math.pi * rng.random(_CORNERS))
         reach = radius * (_INNERMOST + (1 - _INNERMOST) * rng.random(_CORNERS))
         centre = rng.random(2) * size
-        hole |= _filled(size, centre + reach[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1))
-    return hole
+        mask |= _filled(size, centre + reach[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1))
+    return mask
 
 
 def _shape(size: Size, rng: Generator) -> NDArray[np.bool_]:
