@@ -71,6 +71,9 @@ def check_objective(opts: Options, traits: FamilyTraits) -> None:
     for line in validation.warnings(opts, traits):
         if validation.option_of(line) in names:
             LOGGER.warning("%s", line)
+    without_effect = opts.family.ignores_timestep_offset(traits)
+    if opts.noise.show_timesteps_offset and without_effect:
+        LOGGER.warning("--show_timesteps_offset: has no effect %s", without_effect)
 
 
 def _offsets_without_effect(opts: Options, specs: Sequence[DatasetSpec], traits: FamilyTraits) -> list[str]:

@@ -93,11 +93,6 @@ class NoiseOptions(OptionGroup, group="noise", title="Noise and timesteps"):
         if low >= high:
             yield f"--min_timestep: must be below --max_timestep, got {low} and {high}"
 
-    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        without_effect = opts.family.ignores_timestep_offset(traits)
-        if self.show_timesteps and self.show_timesteps_offset and without_effect:
-            yield f"--show_timesteps_offset: has no effect {without_effect}"
-
 
 _HUBER = ("loss_type=huber", "loss_type=smooth_l1")
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from library import registry
+from library.checking import check_objective
 from library.objectives.histogram import Bin
 from library.training.show_timesteps import COLUMNS, as_text, panels, settings, show_timesteps
 from tests.builders.options import options_for
@@ -92,3 +93,18 @@ def test_the_command_needs_no_model_and_no_images(run_script):
     assert wrong.returncode == 2
     assert "--show_timesteps_resolution: must be one number or height,width in pixels, got 'a'" in wrong.stderr
     assert "--train_data_dir" not in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "why"),
+    [
+        ("flux", {"timestep_sampling": "uniform"}, "with --timestep_sampling uniform"),
+        ("sd3", {}, "on Stable Diffusion 3"),
+        ("flux", {"timestep_sampling": "sigmoid"}, None),
+    ],
+)
+def test_an_offset_that_has_no_effect_is_named(caplog, family, given, why):
+    opts = options_for(family, "network", show_timesteps="console", show_timesteps_offset=0.5, **given)
+    check_objective(opts, registry.FAMILIES[family].traits)
+    said = [line for line in caplog.messages if line.startswith("--show_timesteps_offset")]
+    assert [line.startswith(f"--show_timesteps_offset: has no effect {why}") for line in said] == [True] * bool(why)
