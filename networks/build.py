@@ -31,7 +31,7 @@ class DeclaredBuilder(NetworkBuilder):
     """Makes networks of a declared module. The weights of a layer depend on the seed and its key only."""
 
     def __init__(self, module: NetworkModule):
-        self.module = module
+        self.module, self.usual_dim = module, module.usual_dim
 
     def read(self, path: str | Path) -> NetworkFile:
         file = read(path)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.options.network import DEFAULT_RANK
+
 if TYPE_CHECKING:
     from library.types import BlockLayout, LoraTarget, Models
     from networks.files import NetworkFile
@@ -19,6 +21,8 @@ class NetworkBuilder(ABC):
     Common arguments: `args` as --network_args gives them; `dropout` of --network_dropout; `layout`: the family's
     blocks, for block-wise lists.
     """
+
+    usual_dim: int = DEFAULT_RANK  # where --network_dim is not given
 
     @abstractmethod
     def read(self, path: str | Path) -> NetworkFile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 
 def factors(dimension: int, factor: int = -1) -> tuple[int, int]:
@@ -32,3 +33,9 @@ def power_of_two_factors(dimension: int, factor: int = -1) -> tuple[int, int]:
         if not rest and count & (count - 1) == 0:
             return size, count
     raise ValueError(f"{dimension} rows cannot be cut into 2^n blocks of an even size up to {most}")
+
+
+def nearest_divisor(number: int, wanted: int, fits: Callable[[int], bool] = lambda divisor: True) -> int | None:
+    """The divisor of `number` next to `wanted`, the smaller one of two, among those that fit; None: none does."""
+    divisors = (divisor for divisor in range(1, number + 1) if number % divisor == 0 and fits(divisor))
+    return min(divisors, key=lambda divisor: (abs(divisor - wanted), divisor), default=None)

@@ -21,7 +21,9 @@ _CONTROL = "gen_img.py generates with it, and --base_weights and the merging scr
 FORMATS = (
     (r"\.hada_w1_a$", "LoHa", _LYCORIS),
     (r"\.lokr_w1(_a)?$", "LoKr", _LYCORIS),
-    (r"\.(oft_blocks|oft_diag|oft_R\.weight)$", "OFT", _LYCORIS),
+    (r"\.(oft_blocks|oft_diag)$", "OFT", _LYCORIS),
+    (r"\.(oft|peft)_R\.weight$", "OFTv2", "--network_module=networks.oft_v2 continues from it"),
+    (r"\.boft_R$", "BOFT of inputs", "--network_module=networks.boft continues from it"),
     (r"\.on_input$", "IA3", _LYCORIS),
     (r"\.[ab]1\.weight$", "GLoRA", _LYCORIS),
     (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from networks.arguments import ArgumentGroup, Reader
-from networks.factors import factors
+from networks.factors import factors, nearest_divisor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -271,3 +271,99 @@ class NumberedOftArgs(KohyaOftArgs):
     """As `KohyaOftArgs`; blocks have numbers in every file."""
 
     listed: bool = True
+
+
+@dataclass(frozen=True)
+class InputRotationArgs(LayerArgs):
+    """--network_dim is the size of blocks. `auto_adjust`: it may be another where that does not divide the inputs."""
+
+    block_size: int | None = None  # in place of --network_dim
+    dropout: float = 0.0  # share of blocks that turn nothing, in training
+    auto_adjust: bool = True
+
+    def alpha_warnings(self, alpha: float, module: str) -> list[str]:
+        return [] if alpha == 1 else [f"--network_alpha: has no effect in {module}, whose rotations have no scale"]
+
+    @staticmethod
+    def shared(reader: Reader, sizes: tuple[str, ...], dropouts: tuple[str, ...]) -> dict[str, Any]:
+        """What both types have. Args: the names of arguments that mean the same; the first that is given counts."""
+        size = next(filter(None, (reader.number(name, int, least=1) for name in sizes)), None)
+        dropout = next(filter(None, (reader.number(name, float, least=0, below=1) for name in dropouts)), 0.0)
+        adjust = reader.flag("auto_adjust") if reader.args.get("auto_adjust", "").strip() else True
+        return {"block_size": size, "dropout": dropout, "auto_adjust": adjust}
+
+
+@dataclass(frozen=True)
+class InputOftArgs(InputRotationArgs):
+    """`coft`: the norm of what rotates a block is at most `coft_eps`. `block_share`: all blocks of a layer are one."""
+
+    NAMES = (
+        *("block_size", "oft_block_size", "coft", "oft_coft", "coft_eps", "block_share", "oft_block_share"),
+        *("dropout", "dropout_probability", "auto_adjust"),
+    )
+
+    coft: bool = False
+    coft_eps: float = 6e-5
+    block_share: bool = False
+
+    @classmethod
+    def read(cls, reader: Reader) -> InputOftArgs:
+        return cls(
+            **cls.shared(reader, ("block_size", "oft_block_size"), ("dropout", "dropout_probability")),
+            coft=reader.flag("coft") or reader.flag("oft_coft"),
+            coft_eps=reader.number("coft_eps", float, above=0) or 6e-5,
+            block_share=reader.flag("block_share") or reader.flag("oft_block_share"),
+        )
+
+    def size(self, width: int, rank: int) -> int:
+        """The size of the blocks of that many inputs. Raises: UserError: it does not divide them, and must not vary."""
+        size = self.block_size or rank
+        if width % size and not self.auto_adjust:
+            raise UserError(f"its {width} inputs cannot be cut into blocks of {size}; leave auto_adjust=False out")
+        return nearest_divisor(width, size)
+
+    def of_file(self, size: int, *, shared: bool) -> InputOftArgs:
+        """The arguments for a layer with blocks of that size in a file."""
+        return replace(self, block_size=size, block_share=shared)
+
+
+@dataclass(frozen=True)
+class InputBoftArgs(InputRotationArgs):
+    """`block_num`: how many blocks, in place of their size. `stages`: `boft_n_butterfly_factor`."""
+
+    NAMES = (
+        *("block_size", "boft_block_size", "block_num", "boft_block_num", "boft_n_butterfly_factor"),
+        *("dropout", "boft_dropout", "auto_adjust"),
+    )
+
+    block_num: int | None = None
+    stages: int = 1
+
+    @classmethod
+    def read(cls, reader: Reader) -> InputBoftArgs:
+        numbers = (reader.number(name, int, least=1) for name in ("block_num", "boft_block_num"))
+        own = cls.shared(reader, ("block_size", "boft_block_size"), ("dropout", "boft_dropout"))
+        number = next(filter(None, numbers), None)
+        if number and own["block_size"]:
+            name = "block_num" if "block_num" in reader.args else "boft_block_num"
+            reader.refuse(name, "cannot be used with block_size; give one of the two")
+        stages = reader.number("boft_n_butterfly_factor", int, least=1, most=15) or 1
+        return cls(**own, block_num=number, stages=stages)
+
+    def shape(self, width: int, rank: int) -> tuple[int, int, int]:
+        """Stages, number and size of the blocks of that many inputs. Raises: UserError: there are no such blocks."""
+
+        def fits(size: int) -> bool:
+            return self.stages == 1 or (size % 2 == 0 and width // size % 2 ** (self.stages - 1) == 0)
+
+        wanted = self.block_size or rank
+        what = f"blocks of {wanted}"
+        if self.block_num:
+            wanted, what = width // self.block_num, f"{self.block_num} blocks"
+        exact = wanted and width % wanted == 0 and (not self.block_num or wanted * self.block_num == width)
+        if not (exact and fits(wanted)) and (self.block_num or not self.auto_adjust):
+            raise UserError(f"its {width} inputs cannot be cut into {what} for {self.stages} butterfly factors")
+        size = nearest_divisor(width, wanted, fits)
+        if size is None:
+            raise UserError(f"its {width} inputs cannot be cut into blocks for {self.stages} butterfly factors")
+        return self.stages, width // size, size

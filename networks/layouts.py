@@ -30,7 +30,7 @@ _MATRIX = re.compile(
 )
 _OTHER = re.compile(
     r"(?P<layer>.+?)\.(?P<tensor>alpha|dora_scale|lora_mid\.weight|diff|diff_b|w_norm|b_norm|set_weight|rescale|on_input"
-    r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_blocks(?:\.\d+)?|[ab][12]\.weight|reshape_weight)"
+    r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_blocks(?:\.\d+)?|oft_R\.weight|boft_[Rs]|[ab][12]\.weight|reshape_weight)"
 )
 # Norms of query and key whole: in BFL's control LoRAs, in ComfyUI's of these, and in diffusers'.
 _NORM = re.compile(r"(?P<layer>.+?\.(?:query|key)_norm)\.(?:scale|(?:scale\.)?set_weight)")
@@ -39,6 +39,7 @@ _BIAS = re.compile(r"(?P<layer>.+?)\.lora_B(?:\.default)?\.bias")
 _MAGNITUDE = re.compile(r"(?P<layer>.+?)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 _STREAMS = {"1": "img", "2": "txt"}  # of xlabs' FLUX blocks
 _NO_PATH = ("img_in", "txt_in")  # layers outside of all blocks, whose names in BFL's files are single words
+PEFT_ROTATION = "peft_R.weight"  # of PEFT's own files, which differ in convolutions; see `layers/input_rotations.py`
 SET_WEIGHT = "set_weight"  # ComfyUI's name for a tensor that takes a weight's place
 
 # Layouts by who writes them: how names begin and end.
@@ -81,7 +82,8 @@ def kohya_name(name: str) -> str:
         return name
     if not known and match is None and "." not in split[0] and split[0] not in _NO_PATH:
         return name
-    return f"{part}{split[0].replace('.', '_')}.{split[1]}"
+    tensor = PEFT_ROTATION if name != stripped and split[1] == "oft_R.weight" else split[1]
+    return f"{part}{split[0].replace('.', '_')}.{tensor}"
 
 
 def _layer_and_tensor(name: str) -> tuple[str, str] | None:

@@ -11,6 +11,8 @@ from dataclasses import replace
 from library.entry_points import EntryPoint
 from networks.layer_args import (
     DyLoraArgs,
+    InputBoftArgs,
+    InputOftArgs,
     KohyaOftArgs,
     LohaArgs,
     LokrArgs,
@@ -111,8 +113,35 @@ BOFT = replace(OFT, label="BOFT", layer=EntryPoint("networks.layers.oft:BoftLaye
 # Of sd-scripts: other arguments, and other prefixes of layers' names.
 KOHYA_OFT = replace(OFT, args=KohyaOftArgs, prefix="oft")
 NUMBERED_OFT = replace(OFT, args=NumberedOftArgs, prefix="oft")
+# Rotations of inputs, as PEFT has them; `networks.layouts` says when the name is PEFT's own.
+INPUT_OFT = NetworkType(
+    label="OFTv2",
+    tensors=r"(oft|peft)_R\.weight",
+    args=InputOftArgs,
+    layer=EntryPoint("networks.layers.input_rotations:InputOftLayer"),
+)
+INPUT_BOFT = NetworkType(
+    label="BOFT of inputs",
+    tensors=r"boft_R boft_s",
+    args=InputBoftArgs,
+    layer=EntryPoint("networks.layers.input_rotations:InputBoftLayer"),
+)
 
-TYPES = (LORA, LOCON, LOHA, LOKR, FULL, NORM, SET, IA3, GLORA, OFT, STACK)  # one for each layout of layers in files
+TYPES = (
+    LORA,
+    LOCON,
+    LOHA,
+    LOKR,
+    FULL,
+    NORM,
+    SET,
+    IA3,
+    GLORA,
+    OFT,
+    INPUT_OFT,
+    INPUT_BOFT,
+    STACK,
+)  # one for each layout of layers in files
 
 
 def type_of(names: Iterable[str]) -> NetworkType | None:

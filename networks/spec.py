@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from library.entry_points import EntryPoint
 from library.errors import UserError
+from library.options.network import DEFAULT_RANK
 from networks.arguments import LoraPlus, Reader, ignored
 from networks.hypernetwork_files import is_hypernetwork_file
 from networks.layer_args import LayerArgs
@@ -74,6 +75,7 @@ class NetworkModule(DeclaredModule):
     builder: EntryPoint[..., Any] = _BUILDER
     type: NetworkType[Any]
     selection: type[Selection]
+    usual_dim: int = DEFAULT_RANK  # where --network_dim is not given
     lora_plus: bool = True  # whether the sides of a layer may have different learning rates
 
     @property
@@ -121,7 +123,7 @@ class NetworkModule(DeclaredModule):
                 "networks.hypernetwork continues from it"
             )
         given = {"args": args, "dropout": options.network_dropout, "layout": layout}
-        lines = self.check(**given, dim=options.rank, ranks_from_file=options.dim_from_weights)
+        lines = self.check(**given, dim=options.network_dim or self.usual_dim, ranks_from_file=options.dim_from_weights)
         layer = self.parse(**given).layer
         if not options.dim_from_weights:
             lines += layer.alpha_warnings(options.network_alpha, self.name)

@@ -101,7 +101,7 @@ class NetworkMethod(Method):
             network = self._builder.create(
                 targets,
                 models,
-                dim=options.rank,
+                dim=options.network_dim or self._builder.usual_dim,
                 alpha=options.network_alpha,
                 seed=torch.initial_seed() if seed is None else seed,
                 **common,
@@ -214,7 +214,7 @@ class NetworkMethod(Method):
     def _dim_text(self) -> str:
         """The rank as merge and resize tools read it: a number, or "Dynamic" where a file gave several."""
         if not self.opts.method.dim_from_weights or self._network is None:
-            return str(self.opts.method.rank)
+            return str(self.opts.method.network_dim or self._builder.usual_dim)
         ranks = self._network.ranks()
         return str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
 

@@ -53,10 +53,6 @@ class NetworkOptions(MethodOptions, title="Network"):
     base_weights_multiplier: list[float] | None = opt(None, "strengths of --base_weights, in the same order")
 
     @property
-    def rank(self) -> int:
-        return self.network_dim or DEFAULT_RANK
-
-    @property
     def needs_common_rate(self) -> bool:
         """Whether a part is trained with --learning_rate."""
         denoiser = not self.network_train_text_encoder_only and self.unet_lr is None

@@ -38,8 +38,8 @@ class NamedSelection(UnetSelection):
         kinds = UnetSelection.read(reader)
         return cls(
             **{**vars(kinds), "verbose": reader.flag("verbose")},
-            exclude=_patterns(reader, "exclude_patterns"),
-            include=_patterns(reader, "include_patterns"),
+            exclude=patterns(reader, "exclude_patterns"),
+            include=patterns(reader, "include_patterns"),
             train_t5xxl=reader.flag("train_t5xxl"),
         )
 
@@ -54,7 +54,7 @@ class NamedSelection(UnetSelection):
     def choose(self, layer: TargetLayer, dim: int, alpha: float | None) -> Choice | None:
         target = layer.target
         names = (target.key, layer.path, *target.modules)
-        if _fits(self.exclude, names) and not _fits(self.include, names):
+        if fits(self.exclude, names) and not fits(self.include, names):
             return None
         if target.optional and target.part != "denoiser" and not target.from_file and self.train_t5xxl:
             own_dim = self.own_dim(target.key)
@@ -62,11 +62,11 @@ class NamedSelection(UnetSelection):
         return super().choose(layer, dim, alpha)
 
 
-def _fits(patterns: Patterns, names: tuple[str, ...]) -> bool:
+def fits(patterns: Patterns, names: tuple[str, ...]) -> bool:
     return any(pattern.fullmatch(name) for pattern in patterns for name in names)
 
 
-def _patterns(reader: Reader, name: str) -> Patterns:
+def patterns(reader: Reader, name: str) -> Patterns:
     """``['attn.*', 'ff.*']``: a list as Python writes it, or a single pattern."""
     text = reader.args.get(name, "").strip()
     if not text:

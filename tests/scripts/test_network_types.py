@@ -54,6 +54,8 @@ CASES = {
     ),
     "diag-oft": ("flux_train_network", "networks.lycoris", ["algo=diag-oft", "preset=attn-mlp"], "oft_blocks"),
     "boft": ("train_network", "networks.lycoris", ["algo=boft", "preset=attn-only"], "oft_blocks"),
+    "oft_v2": ("sdxl_train_network", "networks.oft_v2", ["coft=True", "coft_eps=1e-3"], "oft_R.weight"),
+    "boft of inputs": ("train_network", "networks.boft", ["boft_n_butterfly_factor=2", "enable_conv=True"], "boft_R"),
     "glora": ("sd3_train_network", "networks.lycoris", ["algo=glora", "preset=attn-mlp"], "a1.weight"),
     "ia3": ("flux_train_network", "networks.lycoris", ["algo=ia3", "preset=attn-mlp"], "on_input"),
     "dylora": ("train_network", "networks.dylora", ["unit=1"], "lora_down.weight"),
