@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from library.checkpoints.reading import read_metadata
 from library.errors import UserError
 from library.model_tools.output import require_finite, require_output, require_room
-from library.model_tools.recipes import modelspec
+from library.model_tools.recipes import modelspec, of_whole_model
 from library.model_tools.weights import dtype_of
 from library.options.base import Options
 from library.options.logging import ConsoleOptions
@@ -64,7 +64,7 @@ def convert_model(load: Callable[..., Loaded], opts: Options) -> None:
             source,
         )
     metadata = dict(read_metadata(source)) if source.is_file() else {}
-    metadata |= {**modelspec(path, model.facts, {}), **chosen.added_metadata()}
+    metadata |= {**modelspec(path, of_whole_model(model.facts), {}), **chosen.added_metadata()}
     if save_as == "ckpt":
         metadata = {"ss_epoch": str(chosen.epoch), "ss_steps": str(chosen.global_step)}
     linear, dtype = chosen.unet_use_linear_projection, dtype_of(chosen.precision)

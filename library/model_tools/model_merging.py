@@ -13,6 +13,7 @@ from library.checkpoints.writing import Deferred
 from library.errors import UserError
 from library.families.shared.denoisers import denoiser_keys
 from library.families.shared.recognition import NETWORK
+from library.families.shared.unet import CHANNELS, INPAINTING_CHANNELS, UNET
 from library.model_tools.output import require_output, write_tensors
 from library.model_tools.recipes import merged_metadata
 from library.model_tools.weights import WeightFile, dtype_of, require_device
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+FIRST_CONVOLUTION = f"{UNET}input_blocks.0.0.weight"  # which has more inputs in models for inpainting
 _GIVE = "give models of one kind"
 
 GROUPS = (MergeModelsOptions, ConsoleOptions)
@@ -33,7 +35,8 @@ GROUPS = (MergeModelsOptions, ConsoleOptions)
 def merge_models(opts: Options) -> None:
     """Writes the sum of --models, each times its ratio.
 
-    The file holds the tensors of the first model. Where a later one lacks a tensor, the first one's takes its share.
+    The file holds the tensors of the first model. Where a later one lacks a tensor, the first one's takes its share; so
+    do the inputs for a mask of a model for inpainting beside models without.
 
     Raises: UserError: files that cannot be read or do not fit together, or a result that cannot be written.
     """
@@ -81,8 +84,18 @@ class Plan:
         lacking = sum(self.ratios[1:]) - sum(ratio for _, ratio in having) if len(having) < len(others) else 0.0
         total = first.read(key, self.dtype, self.device) * (self.ratios[0] + lacking)
         for model, ratio in having:
-            total += model.read(key, self.dtype, self.device).reshape(total.shape) * ratio
+            own = model.read(key, self.dtype, self.device)
+            if key == FIRST_CONVOLUTION:
+                own = with_inputs_of(first.read(key, self.dtype, self.device), own)
+            total += own.reshape(total.shape) * ratio
         return total.to(dtype)
+
+
+def with_inputs_of(wide: Tensor, own: Tensor) -> Tensor:
+    """A convolution's weight (out, in, h, w), with the further inputs that `wide` has."""
+    import torch
+
+    return torch.cat([own, wide[:, own.shape[1] :]], 1)
 
 
 def require_same_kind(models: Sequence[WeightFile]) -> None:
@@ -98,6 +111,14 @@ def require_same_kind(models: Sequence[WeightFile]) -> None:
             raise UserError(f"{model.path}: shares no tensor's name with {first.path}; {_GIVE}")
         for key in shared:
             ours, theirs = first.shape(key), model.shape(key)
+            if key == FIRST_CONVOLUTION and theirs[1:2] != ours[1:2] and theirs[2:] == ours[2:]:
+                if (ours[1], theirs[1]) == (INPAINTING_CHANNELS, CHANNELS):
+                    continue
+                if (ours[1], theirs[1]) == (CHANNELS, INPAINTING_CHANNELS):
+                    raise UserError(
+                        f"{model.path}: this is a model for inpainting, and {first.path} is none; give it as the first "
+                        "one, whose tensors the result has"
+                    )
             if prod(ours) != prod(theirs) or ours[:2] != theirs[:2]:  # 1x1 convolutions may be stored flat
                 raise UserError(f"{model.path}: {key} has shape {theirs}, in {first.path} {ours}; {_GIVE}")
 

@@ -222,6 +222,7 @@ def _report_others(pair: Pair, entries: Entries) -> None:
 
 def _metadata(path: Path, pair: Pair, entries: Entries, own: ExtractOptions) -> dict[str, str]:
     metadata = {key: str(value) for key, value in pair.original.model.facts.items()}
+    metadata.pop("modelspec.whole", None)
     if own.predicts_v:
         metadata["modelspec.prediction_type"] = "v"
     metadata["ss_network_module"] = "networks.lokr" if own.type == "lokr" else own.NETWORK

@@ -24,7 +24,7 @@ from library.model_tools.model_layers import Edit, ModelFile, open_given
 from library.model_tools.network_io import Source, named, read_network
 from library.model_tools.network_merging import merge_networks
 from library.model_tools.output import require_output, require_room, write_tensors
-from library.model_tools.recipes import file_hashes, modelspec
+from library.model_tools.recipes import file_hashes, modelspec, of_whole_model
 from library.model_tools.weights import dtype_of, require_device
 from library.options.base import Options
 from library.options.model_tools import WEIGHT_ENDINGS, MergeOptions
@@ -233,7 +233,7 @@ def _metadata(path: Path, file: ModelFile, networks: Sequence[Network]) -> dict[
     metadata = {"sd_merge_recipe": made} | {key: own[key] for key in ("format",) if key in own}
     if not file.model.facts:  # the file of a text encoder: modelspec has no word for it
         return metadata
-    known = {key: str(value) for key, value in file.model.facts.items() if key.startswith("modelspec.")}
+    known = {key: str(value) for key, value in of_whole_model(file.model.facts).items() if key.startswith("modelspec.")}
     known |= {"modelspec.implementation": file.model.original_code, **own}
     titles = [own.get("modelspec.title", file.path.stem)]
     titles += [each.source.metadata.get("modelspec.title", each.source.path.stem) for each in networks]

@@ -81,6 +81,13 @@ def modelspec(path: Path, source: Mapping[str, str], facts: Mapping[str, str]) -
     return {f"modelspec.{key}": value for key, value in spec.items()}
 
 
+def of_whole_model(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a family says of a model (see `Writer.metadata`), as the model's own file has it."""
+    own = dict(facts)
+    whole = own.pop("modelspec.whole", None)
+    return own if whole is None else {**own, "modelspec.architecture": whole}
+
+
 def file_facts(file: WeightFile) -> dict[str, Any]:
     """The modelspec.* values that a model's names and shapes show; empty where it is no whole model."""
     if "modelspec.architecture" in file.metadata or file.kind not in FAMILY_OF:
@@ -89,7 +96,7 @@ def file_facts(file: WeightFile) -> dict[str, Any]:
         model = open_model_file(file.path, FAMILIES).model
     except UserError:  # a part that is missing: it is merged all the same
         return {}
-    return {**model.facts, "modelspec.implementation": model.original_code}
+    return {**of_whole_model(model.facts), "modelspec.implementation": model.original_code}
 
 
 def file_hashes(paths: Sequence[Path]) -> list[str]:

@@ -58,7 +58,7 @@ def test_a_widened_model_predicts_as_before_and_loads_again(name, tmp_path):
             options_for(name, "network", pretrained_model_name_or_path=str(tmp_path / file))
         )
         assert problem.endswith(
-            "its U-Net takes 9 channels; only --train_inpainting and generating images take such models"
+            "its U-Net takes 9 channels; --train_inpainting trains such models, where it is offered"
         )
     shapes = {key: shape for key, (_, shape) in read_names(tmp_path / "b.safetensors").items()}
     assert input_problem(shapes, inpainting=True) is None

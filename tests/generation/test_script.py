@@ -319,8 +319,8 @@ def test_models_for_inpainting(draw_here, image, tmp_path, capsys, name):
     assert not np.array_equal(pixels(folder / "in.png"), pixels(folder / "text.png"))
     (problem,) = check_paths(sd_options(model, v2=name == "folder"))
     assert problem.endswith(
-        "this is an inpainting model: its U-Net takes 9 channels; only --train_inpainting and generating images take "
-        "such models"
+        "this is an inpainting model: its U-Net takes 9 channels; --train_inpainting trains such models, where it is "
+        "offered"
     )
 
 

@@ -77,7 +77,7 @@ def test_masks_decide_what_is_learned(train, small_model, tmp_path):
     assert not torch.equal(random, given)
     again = {**model, "pretrained_model_name_or_path": tmp_path / "given/model.safetensors"}
     said = train("train_db", "refused", status=2, **again, train_inpainting=None)
-    assert "only --train_inpainting and generating images take such models" in said
+    assert "--train_inpainting trains such models, where it is offered" in said
 
 
 def test_a_network_on_sdxl(train, tmp_path):

@@ -17,7 +17,7 @@ from library.families.sd.variants import ORIGINAL_CODE, folder_kind, model_facts
 from library.families.shared.building import build
 from library.families.shared.markers import V_PRED, stated
 from library.families.shared.recognition import is_hub_id, recognise_file
-from library.families.shared.unet import UNET
+from library.families.shared.unet import UNET, reads_masks
 from library.families.shared.vae import VAE
 from library.types import Models
 
@@ -39,7 +39,7 @@ class Conversion:
     @property
     def facts(self) -> dict[str, Any]:
         """modelspec.* values of a single file."""
-        facts = model_facts(self.models.source.v2, bool(self.v_prediction))
+        facts = model_facts(self.models.source.v2, bool(self.v_prediction), inpaints=self.models.inpaints)
         return {**facts, "modelspec.implementation": ORIGINAL_CODE}
 
     def save(
@@ -84,10 +84,17 @@ def load_for_conversion(
         reference: Diffusers folder whose tokenizer and scheduler a new folder gets; by default the model's own.
     Raises: UserError: missing, unreadable, incomplete, or of another kind.
     """
-    parts = load_model(name, find_v2(name) if v2 is None else v2, variant=variant)
+    parts = load_model(name, find_v2(name) if v2 is None else v2, variant=variant, inpainting=True)
     source = parts.source
     tokenizer = sd_tokenizer(source.v2, reference or (None if source.is_file else name))
-    models = Models(parts.denoiser, {"te": parts.text_encoder}, {"te": tokenizer}, parts.vae, source)
+    models = Models(
+        parts.denoiser,
+        {"te": parts.text_encoder},
+        {"te": tokenizer},
+        parts.vae,
+        source,
+        inpaints=reads_masks(parts.denoiser),
+    )
     return Conversion(models, _v_prediction(source, reference), reference)
 
 

@@ -15,7 +15,7 @@ from library.families.shared.file_model import FileModel, FilePart
 from library.families.shared.markers import V_PRED
 from library.families.shared.reading import Reader
 from library.families.shared.recognition import recognise
-from library.families.shared.unet import map_of_config
+from library.families.shared.unet import map_of_config, reads_masks
 
 if TYPE_CHECKING:
     from library.families.shared.reading import Weights
@@ -35,9 +35,10 @@ def file_model(weights: Weights, encoder: str | None = None) -> FileModel:
     v2 = kind == SD2
     level = v2 or has_text_model_level(weights)
     reader = Reader(weights, None)
-    text_encoder, unet = text_encoder_of_file(reader, v2, level), unet_of_file(reader, v2)
+    text_encoder, unet = text_encoder_of_file(reader, v2, level), unet_of_file(reader, v2, inpainting=True)
     parts = (
         FilePart("te", text_encoder, text_map(v2, level), text_targets(text_encoder), public_name),
         FilePart("denoiser", unet, map_of_config(unet.config), unet_targets(unet)),
     )
-    return FileModel(parts, model_facts(v2, v_prediction=v2 or V_PRED in weights), ORIGINAL_CODE)
+    facts = model_facts(v2, v_prediction=v2 or V_PRED in weights, inpaints=reads_masks(unet))
+    return FileModel(parts, facts, ORIGINAL_CODE)

@@ -13,7 +13,7 @@ from library.families.shared.clip import public_name
 from library.families.shared.file_model import FileModel, FilePart
 from library.families.shared.markers import V_PRED
 from library.families.shared.reading import Reader
-from library.families.shared.unet import map_of_config
+from library.families.shared.unet import map_of_config, reads_masks
 
 if TYPE_CHECKING:
     from library.families.shared.reading import Weights
@@ -31,8 +31,8 @@ def file_model(weights: Weights, encoder: str | None = None) -> FileModel:
     if problem:
         raise UserError(problem)
     reader = Reader(weights, None)
-    encoders, unet = text_encoders_of_file(reader), unet_of_file(reader)
+    encoders, unet = text_encoders_of_file(reader), unet_of_file(reader, inpainting=True)
     keys = {"te1": text1_map(), "te2": text2_map(projection_name(weights))}
     parts = [FilePart(te, encoders[te], keys[te], text_targets(encoders[te], te), public_name) for te in keys]
     parts.append(FilePart("denoiser", unet, map_of_config(unet.config), unet_targets(unet)))
-    return FileModel(tuple(parts), model_facts(V_PRED in weights), ORIGINAL_CODE)
+    return FileModel(tuple(parts), model_facts(V_PRED in weights, inpaints=reads_masks(unet)), ORIGINAL_CODE)

@@ -114,9 +114,7 @@ def channels_problem(channels: int, *, inpainting: bool = False) -> str | None:
         return None
     what = f"this is {SPECIAL_CHANNELS[channels]}: " if channels in SPECIAL_CHANNELS else ""
     if channels == INPAINTING_CHANNELS:
-        return (
-            f"{what}its U-Net takes {channels} channels; only --train_inpainting and generating images take such models"
-        )
+        return f"{what}its U-Net takes {channels} channels; --train_inpainting trains such models, where it is offered"
     wanted = f"{CHANNELS} can be trained here"
     if inpainting:
         wanted = f"{CHANNELS}, or {INPAINTING_CHANNELS} for inpainting, can be used here"
