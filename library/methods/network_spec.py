@@ -12,7 +12,7 @@ from library.entry_points import EntryPoint
 from library.errors import UserError
 from library.methods.embedding_spec import known_words
 from library.methods.spec import MethodSpec
-from library.options.network import LARGEST_RANK, NetworkOptions, find_module, resolved_module
+from library.options.network import LARGEST_RANK, NetworkOptions, find_module, resolved_module, what_to_do
 from library.options.words import WordOptions
 from library.runtime.logs import LOGGER
 from networks.file_names import require_types
@@ -88,8 +88,10 @@ def declared_module(name: str) -> DeclaredModule | None:
 
 def require_network_module(name: str | None) -> None:
     """Raises: UserError: there is no such module."""
-    if not name or not find_module(resolved_module(name)):
-        raise UserError(f"--network_module: there is no module named {name!r}; networks.lora trains LoRA")
+    if not name:
+        raise UserError("--network_module: missing; networks.lora trains a LoRA")
+    if not find_module(resolved_module(name)):
+        raise UserError(f"--network_module: there is no module named {name!r}{what_to_do(name)}")
 
 
 def split_args(entries: list[str] | None) -> dict[str, str]:

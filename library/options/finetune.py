@@ -108,12 +108,6 @@ class FinetuneData(DataOptions, without=("reg_data_dir", "conditioning_data_dir"
                 "--dataset_config (train_db.py takes folders of images)"
             )
 
-    def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
-        yield from super().warnings(opts, traits)
-        if self.in_json and self.resolution is None and not self.dataset_config:
-            side = traits.default_resolution
-            yield f"--resolution: not given; images without prepared latents are trained at {side}x{side}"
-
 
 class DreamBoothData(DataOptions, without=("in_json", "dataset_repeats")):
     pass

@@ -20,10 +20,9 @@ from library.options.inference_images import (
     SourceOptions,
 )
 from library.options.logging import ConsoleOptions
-from library.options.network import find_module, resolved_module
+from library.options.network import find_module, resolved_module, what_to_do
 from library.options.optimizer import not_pairs
 from library.options.sampling import PromptTextOptions, Sampler
-from library.runtime.packages import remedy
 
 if TYPE_CHECKING:
     from library.types import FamilyTraits
@@ -207,8 +206,7 @@ class NetworksOptions(OptionGroup, group="networks", title="Networks"):
     def check(self, opts: Options, traits: FamilyTraits | None) -> Iterator[str]:
         for name in self.network_module or ():
             if not find_module(resolved_module(name)):
-                what_to_do = remedy(name.split(".")[0]) or "check the name, or install its package"
-                yield f"--network_module: there is no module {name!r}; {what_to_do}"
+                yield f"--network_module: there is no module {name!r}{what_to_do(name)}"
         count = len(self.network_weights or ())
         for name in ("network_module", "network_mul", "network_args"):
             if len(getattr(self, name) or ()) > count:

@@ -7,10 +7,13 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from library.options.base import Options, opt
 from library.options.method import MethodOptions
+from library.options.nearest import did_you_mean
 from library.options.optimizer import not_pairs, repeated
 from library.runtime.packages import remedy
 
@@ -73,8 +76,7 @@ class NetworkOptions(MethodOptions, title="Network"):
         elif name in _OURS and not find_module(name):
             yield f"--network_module: not available yet ({name})"
         elif not find_module(resolved_module(name)):
-            what_to_do = remedy(name.split(".")[0]) or "check the name, or install its package"
-            yield f"--network_module: there is no module {name!r}; {what_to_do}"
+            yield f"--network_module: there is no module {name!r}{what_to_do(name)}"
 
     def text_rates(self, count: int) -> list[float | None]:
         """Learning rates of `count` text encoders: those without one take the last; surplus ones have no effect.
@@ -111,15 +113,31 @@ def resolved_module(name: str) -> str:
     return NATIVE_MODULES[name] if name in NATIVE_MODULES and not find_module(name) else name
 
 
-def find_module(name: str) -> bool:
-    """Whether there may be such a module, in the current folder too. Imports nothing but our own package above it.
+def what_to_do(name: str) -> str:
+    """What to do about a module that is not found, after a semicolon: a name like it, or how to install its package."""
+    folder = Path(__file__).resolve().parents[2] / "networks"
+    ours = [f"networks.{path.stem}" for path in folder.glob("*.py") if "\nMODULE = " in path.read_text("utf-8")]
+    near = did_you_mean(name, [*ours, *NATIVE_MODULES], cutoff=0.85)
+    return near or f"; {remedy(name.split('.')[0]) or 'check the name, or install its package'}"
 
-    Of another's package only the top is looked for: to look inside would run its code.
+
+def find_module(name: str) -> bool:
+    """Whether there is such a module, in the current folder too. Imports nothing but our own package above it.
+
+    Inside another's package its files are looked for, so that none of its code runs.
     """
     here = os.getcwd()
     if here not in sys.path:
         sys.path.append(here)  # last, so that a user's file never hides a package
     try:
-        return importlib.util.find_spec(name if name.startswith("networks.") else name.split(".")[0]) is not None
+        if name.startswith("networks."):
+            return importlib.util.find_spec(name) is not None
+        top, *inner = name.split(".")
+        spec, path = importlib.util.find_spec(top), top
+        for part in inner:
+            path = f"{path}.{part}"
+            folders = spec.submodule_search_locations if spec is not None else None
+            spec = PathFinder.find_spec(path, folders) if folders is not None else None
+        return spec is not None
     except (ImportError, ValueError):
         return False

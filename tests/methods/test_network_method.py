@@ -177,7 +177,7 @@ def test_arguments_that_leave_nothing_to_train_are_an_error():
         ({"network_module": "no_such_package.kohya"}, "there is no module named 'no_such_package.kohya'"),
         ({"network_module": None}, "--network_module"),
         ({"network_module": "networks.build"}, "networks.build is no kind of network"),
-        ({"network_module": "lycoris.koyha"}, "lycoris.koyha cannot be imported: ModuleNotFoundError"),
+        ({"network_module": "lycoris.koyha"}, "no module named 'lycoris.koyha'; did you mean 'lycoris.kohya'?"),
         ({"network_args": ["conv_dim"]}, "'conv_dim' is not name=value"),
     ],
 )

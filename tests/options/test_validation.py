@@ -232,6 +232,12 @@ def test_the_package_of_a_network_module_is_named(valid, traits, monkeypatch):
     assert line.endswith("-m pip install lycoris-lora")
 
 
+@pytest.mark.parametrize(("wrong", "meant"), [("lycoris.koya", "lycoris.kohya"), ("networks.lorra", "networks.lora")])
+def test_the_network_module_that_was_meant(valid, traits, wrong, meant):
+    lines = [line for line in problems(valid(f"--network_module={wrong}"), traits) if "network_module" in line]
+    assert lines == [f"--network_module: there is no module {wrong!r}; did you mean {meant!r}?"]
+
+
 def test_ours_stands_for_a_network_module_that_is_not_installed(valid, traits, monkeypatch):
     from library.options import network
 

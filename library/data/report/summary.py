@@ -39,7 +39,13 @@ def report(data: DataSummary) -> list[str]:
     scan = data.scan
     lines = []
     for number, spec in enumerate(data.specs):
-        lines += _dataset_lines(spec, [record for record in data.records if record.dataset == number], number)
+        own = [record for record in data.records if record.dataset == number]
+        lines += _dataset_lines(spec, own, number)
+        options = data.opts.data
+        guessed = options.in_json and options.resolution is None and not options.dataset_config
+        if guessed and (spec.enable_bucket or any(record.bucket == spec.resolution for record in own)):
+            size = f"{spec.resolution.width}x{spec.resolution.height}"
+            lines.append(f"  --resolution was not given: images without prepared latents are trained at {size}")
         if number in scan.small:
             least = f"{spec.skip_image_resolution.width}x{spec.skip_image_resolution.height}"
             lines.append(f"  {_images(scan.small[number])} skipped, with no more pixels than {least}")
@@ -111,7 +117,11 @@ def _joined(group: Sequence[Path]) -> str:
 
 def _dataset_lines(spec: DatasetSpec, records: Sequence[Record], number: int) -> list[str]:
     train = [record for record in records if not record.subset.is_reg]
-    size = f"{spec.resolution.width}x{spec.resolution.height}"
+    counts = _bucket_counts(records)
+    # Prepared latents have sizes of their own.
+    whole = next(iter(counts)) if len(counts) == 1 and not spec.enable_bucket else spec.resolution
+    several = len(counts) > 1 and not spec.enable_bucket and spec.resolution not in counts
+    size = f"{len(counts)} sizes" if several else f"{whole.width}x{whole.height}"
     lines = [
         f"dataset {number + 1}: {size}, batch size {spec.batch_size}: "
         f"{len(train)} images, {sum(record.repeats for record in train)} with repeats"
@@ -123,8 +133,7 @@ def _dataset_lines(spec: DatasetSpec, records: Sequence[Record], number: int) ->
         own = [record for record in records if record.subset is subset]
         kind = " (regularisation)" if subset.is_reg else ""
         lines.append(f"  {subset.place}{kind}: {len(own)} images x {subset.num_repeats}")
-    counts = _bucket_counts(records)
-    if spec.enable_bucket or len(counts) > 1:  # prepared latents have buckets of their own
+    if spec.enable_bucket or len(counts) > 1:
         for bucket, count in sorted(counts.items()):
             lines.append(f"  bucket {bucket.width}x{bucket.height}: {count} images with repeats")
         lines.append(f"  {_cropping(records)}")
