@@ -16,7 +16,12 @@ from library.data.sample.dataset import build_training_data
 from library.data.scan import near_duplicates
 from library.data.scan.index import FileIndex
 from library.errors import UserError
+from library.options.finetune import FinetuneData
+from library.options.loss import LossOptions
+from library.options.sampling import ValidationOptions
+from library.options.training import TrainingOptions
 from library.types import Size
+from tests.builders.options import options_with
 
 
 @pytest.fixture
@@ -102,6 +107,28 @@ def test_entries_with_only_latents_are_known_by_them(tmp_path, images, load):
     assert "2 images of which only latents are there" in data.report()
     with pytest.raises(UserError, match="color_aug needs the images, and some have latents only"):
         load(in_json=meta, train_data_dir=str(images), color_aug=True)
+
+
+def test_the_report_has_the_sizes_that_are_trained(tmp_path, images, traits):
+    """Without --resolution: those of prepared latents, or the default where an image has none."""
+    sizes = {"a": (64, 96), "b": (64, 96), "c.v2": (64, 96)}
+    for name, (width, height) in sizes.items():
+        latents = np.zeros((4, height // 8, width // 8), np.float32)
+        np.savez(images / f"{name}.npz", latents=latents, original_size=np.array([64, 64]), crop_ltrb=np.zeros(4))
+    entries = {name: {"caption": "x", "train_resolution": size} for name, size in sizes.items()}
+
+    def report(**more):
+        given = {"train_data_dir": str(images), "in_json": write_json(tmp_path / "m.json", entries)}
+        opts = options_with(FinetuneData, LossOptions, TrainingOptions, ValidationOptions, **given, **more)
+        return build_training_data(build_specs(opts, traits), opts, traits, 1).report()
+
+    lines = report()
+    assert lines[0].startswith("dataset 1: 64x96, ")
+    assert not any("--resolution" in line for line in lines)
+    (images / "c.v2.npz").unlink()
+    del entries["c.v2"]["train_resolution"]
+    lines = report(enable_bucket=True)
+    assert "  --resolution was not given: images without prepared latents are trained at 512x512" in lines
 
 
 @pytest.mark.rows("R110")
