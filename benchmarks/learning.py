@@ -55,6 +55,8 @@ ROWS = {
     "OFT, 4 blocks": Row("oft", "enable_all_linear=True", 4, 1, 1e-3),
     "Diag-OFT": Row("lycoris", "algo=diag-oft preset=attn-mlp", 16, 16, 6e-3),
     "BOFT": Row("lycoris", "algo=boft preset=attn-mlp", 16, 16, 5e-4),
+    "OFTv2": Row("oft_v2", "", 16, 1, 6e-3),
+    "BOFT of inputs, two stages": Row("boft", "boft_n_butterfly_factor=2", 16, 1, 6e-3),
     "GLoRA": Row("lycoris", "algo=glora preset=attn-mlp", 16, 16, 4e-3),
     "(IA)^3": Row("lycoris", "algo=ia3 preset=attn-mlp", 1, 1, 3e-2),
     "full": Row("lycoris", "algo=full preset=attn-mlp", 1, 1, 1e-3),

@@ -67,17 +67,15 @@ class InputRotation(AdapterLayer):
         return output + (change * self.multiplier).to(output.dtype)
 
     def instead(self, index: int, x: Tensor) -> Tensor | None:
-        """Without the bare output: the live module gets the turned input, or turned weights.
+        """Without the bare output: a linear live module gets the turned input.
 
         Not in fewer bits than float32, in which the turned input would lose what is small beside the input.
         """
         narrow = torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32
-        if narrow or not self.training or self.multiplier != 1 or torch.compiler.is_compiling():
+        alone = self.training and self.multiplier == 1 and self.geometry is None
+        if narrow or not alone or torch.compiler.is_compiling():
             return None
         module, factors = self._live[index], self.factors(index)
-        if self.geometry is not None:
-            weight = module.weight.detach()
-            return F.conv2d(x, (weight + self._weight_change(index)).to(x.dtype), module.bias, **self.geometry)
         turned = module.forward(x + self._changed_input(x))
         if factors is None:
             return turned
