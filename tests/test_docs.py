@@ -43,6 +43,7 @@ GUIDES = (
     "results_page.md",
     "timesteps.md",
     "textual_inversion.md",
+    "inpainting.md",
     "leco.md",
     "sdxl.md",
     "sd3.md",
@@ -290,7 +291,7 @@ def test_flags_and_commands_exist(guide):
     # Of accelerate launch, of tensorboard, of prompt lines, and of the bundled model's scripts.
     known = {"--num_cpu_threads_per_process", "--multi_gpu", "--num_processes", "--logdir", "--cn"}
     known |= {"--scenes", "--count", "--controlnet", "--sheet", "--network", "--color", "--multipliers"}
-    known |= {"--steps", "--text"}
+    known |= {"--steps", "--text", "--figures", "--i", "--img"}
     known |= {f"--{option.letter}" for option in prompt_lines.GENERATION}
     for own in groups.values():
         known |= set(parsing.build_parser(own, prog="x", description="x")._option_string_actions)

@@ -6,6 +6,7 @@ words, and `read` goes the other way without any learned part, so that it can ju
     python examples/tiny_model/images.py --preview scenes.png       # a sheet of random scenes
     python examples/tiny_model/images.py --concept examples/concept # the new concept that quickstart.py teaches
     python examples/tiny_model/images.py --scenes pairs/images      # images whose edges a ControlNet can learn from
+    python examples/tiny_model/images.py --figures scenes/1_figure  # images to learn inpainting from
 """
 
 from __future__ import annotations
@@ -364,6 +365,20 @@ def write_scenes(folder: Path, count: int, seed: int = 9) -> None:
         (folder / f"scene_{i:04d}.txt").write_text(text, encoding="utf-8")
 
 
+def write_figures(folder: Path, count: int, seed: int = 31) -> None:
+    """Writes random scenes whose captions say the figure and not the background, which is for the image to say."""
+    rng = Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        scene = random_scene(rng)
+        draw(scene, rng).save(folder / f"{i:04d}.png")
+        size = scene.size if rng.random() < 0.5 else ""
+        texture = scene.texture if scene.texture != "plain" else ""
+        noun = " ".join(word for word in (size, texture, scene.color, scene.shape) if word)
+        text = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+        (folder / f"{i:04d}.txt").write_text(text, encoding="utf-8")
+
+
 def sheet(images: list[Image.Image], columns: int, scale: int = 2) -> Image.Image:
     side = SIZE * scale
     rows = math.ceil(len(images) / columns)
@@ -380,10 +395,13 @@ def main() -> None:
     parser.add_argument("--concept", type=Path, help="write the concept's images and captions to this folder")
     parser.add_argument("--regularisation", type=Path, help="write regularisation images to this folder")
     parser.add_argument("--scenes", type=Path, help="write random scenes and captions to this folder")
+    parser.add_argument("--figures", type=Path, help="the same, with captions that do not say the background")
     parser.add_argument("--count", type=int, default=800, help="of these scenes")
     args = parser.parse_args()
     if args.scenes:
         write_scenes(args.scenes, args.count)
+    if args.figures:
+        write_figures(args.figures, args.count)
     if args.regularisation:
         write_regularisation(args.regularisation)
     if args.preview:
