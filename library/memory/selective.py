@@ -31,19 +31,30 @@ def selective_checkpoint(ratio: float) -> Callable[..., Any]:
 
     Args: ratio: what a block may keep, in bytes, over what its input tensors have.
     """
-    plans: dict[Any, tuple[int, ...]] = {}
+    plans: dict[Any, _Plan] = {}
+    latest: dict[Any, _Plan] = {}  # by what of a block is known before it runs
 
     def run(block: nn.Module, *inputs: Any) -> Any:
         if not torch.is_grad_enabled():
             return block(*inputs)
-        given = sum(one.nbytes for one in inputs if isinstance(one, Tensor) and one.is_floating_point())
-        recorder = _Recorder()
+        tensors = [one for one in inputs if isinstance(one, Tensor)]
+        given = sum(one.nbytes for one in tensors if one.is_floating_point())
+        kind = type(block), *((one.shape, one.dtype, one.requires_grad) for one in tensors)
+        recorder = _Recorder(latest.get(kind))
         with saved_tensors_hooks(recorder.pack, _Saved.unpack), recorder:
             output = block(*inputs)
-        recorder.finish(plans, ratio * given, _SMALL * given)
+        latest[kind] = recorder.finish(plans, ratio * given, _SMALL * given)
         return output
 
     return run
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a block's calls were, and the numbers of those whose results are kept."""
+
+    calls: tuple[Any, ...]
+    kept: frozenset[int]
 
 
 @dataclass(eq=False, slots=True)
@@ -65,6 +76,9 @@ class _Call:
     repeatable: bool = False
     uses: int = 1  # by saved tensors, by calls that are not yet repeated, and by the recorder
 
+    def outline(self) -> tuple[Any, ...]:
+        return self.function, self.nbytes, self.cost, *(one.index for one in self.sources)
+
     def repeat(self) -> None:
         """Computes the outputs, and first those of the calls that it takes."""
         lacking, left = set(), [self]
@@ -80,6 +94,11 @@ class _Call:
             call.outputs = tree_leaves(call.function(*args, **kwargs))
             del args, kwargs
             call._let_sources_go()
+
+    @property
+    def lost(self) -> bool:
+        """Whether what it gave is no longer there to be kept."""
+        return self.overwritten or self.outputs is None
 
     def release(self) -> None:
         """Counts a use less; after the last one nothing is held."""
@@ -127,10 +146,14 @@ class _Saved:
 
 
 class _Recorder(TorchDispatchMode):
-    """The calls of one forward pass of a block. What they give is held until `finish`, so no memory is used twice."""
+    """The calls of one forward pass of a block.
 
-    def __init__(self) -> None:
+    What they give is held until `finish`; but while all goes as in `expected`, only what was kept then.
+    """
+
+    def __init__(self, expected: _Plan | None = None) -> None:
         super().__init__()
+        self._expected = expected
         self._calls: list[_Call] = []
         self._slots: dict[Any, _Slot] = {}  # by where a tensor lies and how
         self._within: dict[int, list[tuple[Any, _Call]]] = defaultdict(list)  # by storage: what lies in it
@@ -176,6 +199,8 @@ class _Recorder(TorchDispatchMode):
         new = [one for one in outputs if isinstance(one, Tensor) and _storage(one) not in given_storages]
         nbytes = sum({_storage(one): one.nbytes for one in new}.values())
         cost = _seconds(func, given, new) if new else 0.0
+        for storage in {_storage(one) for one in new}:  # memory that another tensor may have had before
+            self._forget(storage)
         self._add(repeated, arguments, outputs, nbytes, cost, sources, outside)
 
     def _note_change(
@@ -184,10 +209,8 @@ class _Recorder(TorchDispatchMode):
         """A change in place is a call that gives a new tensor; what lies in the same memory is known no more."""
         changed = _changed(func, *given)
         for storage in {_storage(one) for one in changed}:
-            for key, call in self._within.pop(storage, ()):
-                self._slots.pop(key, None)
+            for call in self._forget(storage):
                 call.overwritten = True
-            self._whole.pop(storage, None)
         repeated = _out_of_place(func)
         if len(changed) != 1 or changed[0] is not given[0][0] or not _is_whole(changed[0]):
             return  # from now on it counts as from outside
@@ -197,6 +220,14 @@ class _Recorder(TorchDispatchMode):
             repeated, arguments, outputs[:1], changed[0].nbytes, _seconds(func, given, changed), sources, outside
         )
         self._whole[_storage(changed[0])] = _Slot(call, 0), changed[0].dtype
+
+    def _forget(self, storage: int) -> list[_Call]:
+        """Takes it that nothing is known of what lies in a storage; returns what was known."""
+        self._whole.pop(storage, None)
+        within = self._within.pop(storage, [])
+        for key, _ in within:
+            self._slots.pop(key, None)
+        return [call for _, call in within]
 
     def _add(
         self,
@@ -210,6 +241,7 @@ class _Recorder(TorchDispatchMode):
     ) -> _Call:
         call = _Call(len(self._calls), function, arguments, outputs, nbytes, cost, sources, outside)
         self._calls.append(call)
+        self._drop_unless_kept(call)
         for index, one in enumerate(outputs):
             if isinstance(one, Tensor):
                 key = _key(one)
@@ -217,21 +249,30 @@ class _Recorder(TorchDispatchMode):
                 self._within[key[0]].append((key, call))
         return call
 
-    def finish(self, plans: dict[Any, tuple[int, ...]], budget: float, small: float) -> None:
+    def _drop_unless_kept(self, call: _Call) -> None:
+        expected = self._expected
+        if expected is None:
+            return
+        if len(expected.calls) <= call.index or expected.calls[call.index] != call.outline():
+            self._expected = None
+        elif call.index not in expected.kept and call.function is not None:
+            call.outputs = None
+
+    def finish(self, plans: dict[Any, _Plan], budget: float, small: float) -> _Plan:
         """Keeps what is chosen, and what it takes to compute the rest that the backward pass needs."""
         calls = self._calls
         for call in calls:
             same = all(_version(tensor) == version for tensor, version in call.outside)
-            known = all(one.repeatable or not one.overwritten for one in call.sources)
+            known = all(one.repeatable or not one.lost for one in call.sources)
             call.repeatable = call.function is not None and same and known
         needed = [call for call in calls if call.uses > 1]
-        what = budget, tuple(
-            (c.function, c.nbytes, c.cost, c.uses > 1, c.overwritten, c.repeatable, *(s.index for s in c.sources))
-            for c in calls
-        )
-        if what not in plans:
-            plans[what] = tuple(one.index for one in _chosen(calls, needed, budget, small))
-        kept = {calls[index] for index in plans[what]}
+        outlines = tuple(call.outline() for call in calls)
+        fates = tuple((call.uses > 1, call.lost, call.repeatable) for call in calls)
+        plan = plans.get((budget, outlines, fates))
+        if plan is None:
+            kept = _chosen(calls, needed, budget, small)
+            plan = plans[budget, outlines, fates] = _Plan(outlines, frozenset(one.index for one in kept))
+        kept = {calls[index] for index in plan.kept}
         repeated = _repeated(needed, kept)
         for call in calls:
             if call in repeated:
@@ -244,17 +285,21 @@ class _Recorder(TorchDispatchMode):
         for call in calls:
             call.release()
         self._calls, self._slots, self._within, self._whole = [], {}, {}, {}
+        return plan
 
 
 def _chosen(calls: Sequence[_Call], needed: Iterable[_Call], budget: float, small: float) -> set[_Call]:
-    """The calls whose results are kept: small ones, and by turns the one that saves most time for each byte."""
-    kept = {call for call in calls if 0 < call.nbytes <= small and not call.overwritten}
+    """The calls whose results are kept: small ones, and by turns the one that saves most time for each byte.
+
+    Small ones do not count towards the budget, which the last one may exceed by as much as a small one has.
+    """
+    kept = {call for call in calls if 0 < call.nbytes <= small and not call.lost}
     repeated = _repeated(needed, kept)
-    left = budget - sum(call.nbytes for call in kept & _reached(needed, repeated))
+    left = budget - sum(call.nbytes for call in kept & _reached(needed, repeated) if call.nbytes > small)
     while True:
         cost, best, most = sum(call.cost for call in repeated), None, 0.0
         for call in repeated:
-            if 0 < call.nbytes <= left and not call.overwritten:
+            if 0 < call.nbytes <= left + small and not call.lost:
                 saved = cost - sum(one.cost for one in _repeated(needed, kept | {call}))
                 if saved / call.nbytes > most:
                     best, most = call, saved / call.nbytes
@@ -276,7 +321,7 @@ def _repeated(needed: Iterable[_Call], kept: set[_Call]) -> set[_Call]:
         if call.repeatable:
             found.add(call)
             left.extend(call.sources)
-        elif call.overwritten:
+        elif call.lost:
             raise RuntimeError("a block needs for its backward pass what it has changed in place since")
         else:
             kept.add(call)
