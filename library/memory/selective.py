@@ -1,7 +1,7 @@
-"""Selective checkpointing: a block keeps what takes longest to compute again, and recomputes the rest when it is needed.
+"""Selective checkpointing: a block keeps what takes longest to compute again, and repeats only what the rest needs.
 
-While a block runs, its operations are recorded. At its end, those results are chosen that are worth their bytes; for the
-others the backward pass repeats just the operations that lead to them, and no others. The block's code runs once.
+While a block runs, its operations are recorded. At its end, those results are chosen that are worth their bytes. For
+the others the backward pass repeats just the operations that lead to them. The block's code runs once.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 # What an operation takes on a present GPU; only their proportions matter.
 _LAUNCH = 4e-6  # seconds
@@ -53,7 +53,9 @@ def selective_checkpoint(ratio: float) -> Callable[..., Any]:
 class _Plan:
     """What a block's calls were, and the numbers of those whose results are kept."""
 
+    budget: float
     calls: tuple[Any, ...]
+    fates: tuple[Any, ...]  # whether each was needed, and whether it could be repeated
     kept: frozenset[int]
 
 
@@ -76,9 +78,6 @@ class _Call:
     repeatable: bool = False
     uses: int = 1  # by saved tensors, by calls that are not yet repeated, and by the recorder
 
-    def outline(self) -> tuple[Any, ...]:
-        return self.function, self.nbytes, self.cost, *(one.index for one in self.sources)
-
     def repeat(self) -> None:
         """Computes the outputs, and first those of the calls that it takes."""
         lacking, left = set(), [self]
@@ -90,9 +89,10 @@ class _Call:
         for call in sorted(lacking, key=lambda one: one.index):
             if any(_version(tensor) != version for tensor, version in call.outside):
                 raise RuntimeError("a tensor that a checkpointed block was given has been changed in place since")
-            args, kwargs = tree_map_only(_Slot, _Slot.value, call.arguments)
-            call.outputs = tree_leaves(call.function(*args, **kwargs))
-            del args, kwargs
+            args, kwargs = call.arguments
+            result = call.function(*_bound(args), **{name: _bound(one) for name, one in kwargs.items()})
+            call.outputs = list(result) if isinstance(result, tuple | list) else [result]
+            del args, kwargs, result
             call._let_sources_go()
 
     @property
@@ -155,6 +155,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self._expected = expected
         self._calls: list[_Call] = []
+        self._outlines: list[tuple[Any, ...]] = []
         self._slots: dict[Any, _Slot] = {}  # by where a tensor lies and how
         self._within: dict[int, list[tuple[Any, _Call]]] = defaultdict(list)  # by storage: what lies in it
         self._whole: dict[int, tuple[_Slot, torch.dtype]] = {}  # by storage: what has overwritten all of it
@@ -178,47 +179,54 @@ class _Recorder(TorchDispatchMode):
         if whole is None or whole[1] != tensor.dtype:
             return tensor
         arguments = (whole[0], tensor.shape, tensor.stride(), tensor.storage_offset()), {}
-        self._add(torch.ops.aten.as_strided.default, arguments, [tensor], 0, 0.0, [whole[0].call], [])
+        seen = _Arguments([], [whole[0].call], [])
+        self._add(torch.ops.aten.as_strided.default, arguments, [tensor], 0, 0.0, seen)
         return self._slots[key]
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        outputs = tree_leaves(result)
-        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-        given_storages = {_storage(one) for one in given}
-        arguments = tree_map_only(Tensor, self._source, (args, kwargs))
-        sources, outside = [], []
-        for one in tree_leaves(arguments):
-            if isinstance(one, _Slot):
-                sources.append(one.call)
-            elif isinstance(one, Tensor):
-                outside.append((one, _version(one)))
-        if func._schema.is_mutable:
-            self._note_change(func, arguments, (args, kwargs), outputs, sources, outside)
+        operator = _operator(func)
+        outputs = list(result) if isinstance(result, tuple | list) else [result]
+        seen = _Arguments([], [], [])
+        arguments = self._traced(args, seen), {name: self._traced(one, seen) for name, one in kwargs.items()}
+        if operator.writes:
+            self._note_change(operator, arguments, (args, kwargs), outputs, seen)
             return
-        repeated = None if torch.Tag.nondeterministic_seeded in func.tags else func
-        new = [one for one in outputs if isinstance(one, Tensor) and _storage(one) not in given_storages]
-        nbytes = sum({_storage(one): one.nbytes for one in new}.values())
-        cost = _seconds(func, given, new) if new else 0.0
-        for storage in {_storage(one) for one in new}:  # memory that another tensor may have had before
+        given_storages = {_storage(one) for one in seen.tensors}
+        new = {_storage(one): one for one in outputs if isinstance(one, Tensor)}
+        new = {storage: one for storage, one in new.items() if storage not in given_storages}
+        for storage in new:  # memory that another tensor may have had before
             self._forget(storage)
-        self._add(repeated, arguments, outputs, nbytes, cost, sources, outside)
+        nbytes = sum(one.nbytes for one in new.values())
+        cost = _seconds(operator.name, seen.tensors, list(new.values())) if new else 0.0
+        self._add(operator.repeated, arguments, outputs, nbytes, cost, seen)
+
+    def _traced(self, one: Any, seen: _Arguments) -> Any:
+        """An argument with slots in the place of tensors; `seen` gets what it refers to."""
+        if isinstance(one, Tensor):
+            seen.tensors.append(one)
+            source = self._source(one)
+            if isinstance(source, _Slot):
+                seen.sources.append(source.call)
+            else:
+                seen.outside.append((one, _version(one)))
+            return source
+        if isinstance(one, tuple | list):
+            return [self._traced(part, seen) for part in one]
+        return one
 
     def _note_change(
-        self, func: Any, arguments: Any, given: Any, outputs: list[Any], sources: list[_Call], outside: list[Any]
+        self, operator: _Operator, arguments: Any, given: Any, outputs: list[Any], seen: _Arguments
     ) -> None:
         """A change in place is a call that gives a new tensor; what lies in the same memory is known no more."""
-        changed = _changed(func, *given)
+        changed = operator.changed(*given)
         for storage in {_storage(one) for one in changed}:
             for call in self._forget(storage):
                 call.overwritten = True
-        repeated = _out_of_place(func)
         if len(changed) != 1 or changed[0] is not given[0][0] or not _is_whole(changed[0]):
             return  # from now on it counts as from outside
-        given = [one for one in tree_leaves(given) if isinstance(one, Tensor)]
-        outside = [(one, version if one is not changed[0] else -1) for one, version in outside]
-        call = self._add(
-            repeated, arguments, outputs[:1], changed[0].nbytes, _seconds(func, given, changed), sources, outside
-        )
+        seen.outside = [(one, version if one is not changed[0] else -1) for one, version in seen.outside]
+        cost = _seconds(operator.name, seen.tensors, changed)
+        call = self._add(operator.repeated, arguments, outputs[:1], changed[0].nbytes, cost, seen)
         self._whole[_storage(changed[0])] = _Slot(call, 0), changed[0].dtype
 
     def _forget(self, storage: int) -> list[_Call]:
@@ -230,33 +238,25 @@ class _Recorder(TorchDispatchMode):
         return [call for _, call in within]
 
     def _add(
-        self,
-        function: Any,
-        arguments: Any,
-        outputs: list[Any],
-        nbytes: int,
-        cost: float,
-        sources: list[_Call],
-        outside: list[tuple[Tensor, int]],
+        self, function: Any, arguments: Any, outputs: list[Any], nbytes: int, cost: float, seen: _Arguments
     ) -> _Call:
-        call = _Call(len(self._calls), function, arguments, outputs, nbytes, cost, sources, outside)
+        index = len(self._calls)
+        call = _Call(index, function, arguments, outputs, nbytes, cost, seen.sources, seen.outside)
         self._calls.append(call)
-        self._drop_unless_kept(call)
-        for index, one in enumerate(outputs):
+        outline = function, nbytes, cost, *(one.index for one in seen.sources)
+        self._outlines.append(outline)
+        for number, one in enumerate(outputs):
             if isinstance(one, Tensor):
                 key = _key(one)
-                self._slots[key] = _Slot(call, index)
+                self._slots[key] = _Slot(call, number)
                 self._within[key[0]].append((key, call))
-        return call
-
-    def _drop_unless_kept(self, call: _Call) -> None:
         expected = self._expected
-        if expected is None:
-            return
-        if len(expected.calls) <= call.index or expected.calls[call.index] != call.outline():
-            self._expected = None
-        elif call.index not in expected.kept and call.function is not None:
-            call.outputs = None
+        if expected is not None:
+            if len(expected.calls) <= index or expected.calls[index] != outline:
+                self._expected = None
+            elif index not in expected.kept and function is not None:
+                call.outputs = None
+        return call
 
     def finish(self, plans: dict[Any, _Plan], budget: float, small: float) -> _Plan:
         """Keeps what is chosen, and what it takes to compute the rest that the backward pass needs."""
@@ -266,12 +266,13 @@ class _Recorder(TorchDispatchMode):
             known = all(one.repeatable or not one.lost for one in call.sources)
             call.repeatable = call.function is not None and same and known
         needed = [call for call in calls if call.uses > 1]
-        outlines = tuple(call.outline() for call in calls)
-        fates = tuple((call.uses > 1, call.lost, call.repeatable) for call in calls)
-        plan = plans.get((budget, outlines, fates))
+        outlines, fates = tuple(self._outlines), tuple((call.uses > 1, call.repeatable) for call in calls)
+        plan = self._expected
+        if plan is None or (plan.budget, plan.fates, len(plan.calls)) != (budget, fates, len(calls)):
+            plan = plans.get((budget, outlines, fates))
         if plan is None:
-            kept = _chosen(calls, needed, budget, small)
-            plan = plans[budget, outlines, fates] = _Plan(outlines, frozenset(one.index for one in kept))
+            kept = frozenset(one.index for one in _chosen(calls, needed, budget, small))
+            plan = plans[budget, outlines, fates] = _Plan(budget, outlines, fates, kept)
         kept = {calls[index] for index in plan.kept}
         repeated = _repeated(needed, kept)
         for call in calls:
@@ -332,9 +333,8 @@ def _reached(needed: Iterable[_Call], repeated: set[_Call]) -> set[_Call]:
     return {*needed, *(one for call in repeated for one in call.sources)}
 
 
-def _seconds(func: Any, given: Sequence[Tensor], new: Sequence[Tensor]) -> float:
+def _seconds(name: str, given: Sequence[Tensor], new: Sequence[Tensor]) -> float:
     """About what a call takes on a GPU."""
-    name = func._schema.name.partition("::")[2].removesuffix("_")
     if name.startswith(("empty", "new_empty")):
         return 0.0
     flops = 0.0
@@ -348,23 +348,50 @@ def _seconds(func: Any, given: Sequence[Tensor], new: Sequence[Tensor]) -> float
     return _LAUNCH + flops / _FLOPS + moved / _BANDWIDTH
 
 
-def _changed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors that a call writes to."""
-    written = []
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            one = args[index] if index < len(args) else kwargs.get(argument.name)
-            written.extend(part for part in tree_leaves(one) if isinstance(part, Tensor))
-    return written
+@dataclass
+class _Arguments:
+    """What a call was given."""
+
+    tensors: list[Tensor]
+    sources: list[_Call]
+    outside: list[tuple[Tensor, int]]
 
 
-def _out_of_place(func: Any) -> Any:
-    """The same operation with a new result; None: there is none, or it would be another result each time."""
-    namespace, _, name = func._schema.name.partition("::")
-    if torch.Tag.nondeterministic_seeded in func.tags or not name.endswith("_"):
-        return None
-    packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
-    return getattr(packet, func._overloadname, None)
+@dataclass(frozen=True)
+class _Operator:
+    """What is to be known of an operator."""
+
+    name: str
+    writes: tuple[tuple[int, str], ...]  # the places and names of the arguments that it changes
+    repeated: Any  # what gives its result again, in new memory; None: nothing does
+
+    def changed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors that a call writes to."""
+        found = (args[index] if index < len(args) else kwargs.get(name) for index, name in self.writes)
+        parts = (part for one in found for part in (one if isinstance(one, tuple | list) else [one]))
+        return [part for part in parts if isinstance(part, Tensor)]
+
+
+@cache
+def _operator(func: Any) -> _Operator:
+    schema = func._schema
+    namespace, _, name = schema.name.partition("::")
+    places = enumerate(schema.arguments)
+    writes = tuple((at, one.name) for at, one in places if one.alias_info is not None and one.alias_info.is_write)
+    repeated = None if torch.Tag.nondeterministic_seeded in func.tags else func
+    if writes and repeated is not None:
+        packet = getattr(getattr(torch.ops, namespace), name[:-1], None) if name.endswith("_") else None
+        repeated = getattr(packet, func._overloadname, None)
+    return _Operator(name.removesuffix("_"), writes, repeated)
+
+
+def _bound(one: Any) -> Any:
+    """An argument with tensors in the place of slots."""
+    if isinstance(one, _Slot):
+        return one.value()
+    if isinstance(one, tuple | list):
+        return [_bound(part) for part in one]
+    return one
 
 
 def _is_whole(tensor: Tensor) -> bool:
