@@ -273,7 +273,8 @@ class _Recorder(TorchDispatchMode):
         if plan is None:
             kept = frozenset(one.index for one in _chosen(calls, needed, budget, small))
             plan = plans[budget, outlines, fates] = _Plan(budget, outlines, fates, kept)
-        kept = {calls[index] for index in plan.kept}
+        # Where another plan than this one was expected, some of it is no longer there.
+        kept = {calls[index] for index in plan.kept if not calls[index].lost}
         repeated = _repeated(needed, kept)
         for call in calls:
             if call in repeated:
