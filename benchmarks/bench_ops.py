@@ -73,6 +73,7 @@ class Case:
 
 
 _CHECKPOINTING = ("--gradient_checkpointing",)
+_SELECTIVE = (*_CHECKPOINTING, "--selective_checkpointing=3")
 CASES = {
     "sd15-lora": Case("sd15-lora"),
     "sdxl-lora": Case("sdxl-lora"),
@@ -81,6 +82,7 @@ CASES = {
     "sd35-lora, checkpointing": Case("sd35-lora", _CHECKPOINTING),
     "flux-lora": Case("flux-lora"),
     "flux-lora, checkpointing": Case("flux-lora", _CHECKPOINTING),
+    **{f"{task}, selective": Case(task, _SELECTIVE, rivals=False) for task in ("sdxl-lora", "sd35-lora", "flux-lora")},
     "sdxl-full, checkpointing": Case("sdxl-full", _CHECKPOINTING, rivals=False),
     "flux-full, checkpointing": Case("flux-full", _CHECKPOINTING, rivals=False),
 }

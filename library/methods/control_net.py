@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.memory.attention import set_attention
+from library.memory.selective import selective_checkpoint
 from library.methods.base import Method
 from library.runtime import seeds
 from library.runtime.logs import LOGGER
@@ -52,7 +53,8 @@ class ControlNetMethod(Method):
     def _prepare(self, net: nn.Module) -> None:
         set_attention(net, self.opts.memory)
         if self.opts.memory.gradient_checkpointing:
-            net.enable_gradient_checkpointing()
+            ratio = self.opts.memory.selective_checkpointing
+            net.enable_gradient_checkpointing(selective_checkpoint(ratio) if ratio else None)
 
     def _control_of(self, family: Family) -> Control:
         assert family.control is not None, "a family that offers this method has ControlNets"

@@ -69,7 +69,9 @@ class CachedTraining(
     pass
 
 
-class CachedMemory(MemoryOptions, without=("cpu_offload_checkpointing", "stochastic_rounding")):
+class CachedMemory(
+    MemoryOptions, without=("cpu_offload_checkpointing", "selective_checkpointing", "stochastic_rounding")
+):
     pass
 
 

@@ -87,6 +87,13 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
     cpu_offload_checkpointing: bool = opt(
         False, "keep checkpointed activations in CPU memory; needs --gradient_checkpointing"
     )
+    selective_checkpointing: float | None = opt(
+        None,
+        "with --gradient_checkpointing: keep of each of the denoiser's blocks those activations that take longest to "
+        "recompute, up to so many times the size of its input; 3 is a good start",
+        above=0,
+        off=0,
+    )
 
     @property
     def attention(self) -> tuple[str, ...]:
@@ -126,6 +133,8 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
             yield f"--stochastic_rounding: {optimizer_name(opts.optimizer)} averages its weights, which must be float32"
         if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
             yield "--cpu_offload_checkpointing: needs --gradient_checkpointing"
+        if self.selective_checkpointing:
+            yield from self._selective_problems(opts)
         for flag, given in (("--fp8_base", self.fp8_base), ("--fp8_base_unet", self.fp8_base_unet)):
             if given and opts.method.trains_model:
                 yield f"{flag}: only weights that are not trained can be kept in 8 bits; this script trains them all"
@@ -144,6 +153,20 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
                 lack = "needs the package bitsandbytes, which is not installed"
             if lack:
                 yield f"--quantize_base: {self.quantize_base} {lack}; {remedy('bitsandbytes')}; or choose fp8"
+
+    def _selective_problems(self, opts: Options) -> Iterable[str]:
+        flag = "--selective_checkpointing"
+        if not self.gradient_checkpointing:
+            yield f"{flag}: needs --gradient_checkpointing"
+        swap = getattr(opts, "swap", None)
+        others = {
+            "--cpu_offload_checkpointing": self.cpu_offload_checkpointing,
+            "--torch_compile, as the compiler chooses what is recomputed": self.compiles,
+            "--blocks_to_swap": swap is not None and swap.count > 0,
+        }
+        for other, given in others.items():
+            if given:
+                yield f"{flag}: cannot be used with {other}; choose one of them"
 
     def warnings(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
         used, *others = self.attention or ("sdpa",)

@@ -81,6 +81,7 @@ def problems(opts: Options, environ: Mapping[str, str] = os.environ) -> Iterator
         "--fused_backward_pass": opts.optimizer.fused_backward_pass,
         "--fused_optimizer_groups or --blockwise_fused_optimizers": opts.fused.in_use,
         "--torch_compile": memory.compiles,
+        "--selective_checkpointing": bool(memory.selective_checkpointing),
         "--lowram": memory.lowram,  # each device would get the whole model first
         "--fp16_master_weights_and_gradients": opts.distributed.fp16_master_weights_and_gradients,
     }

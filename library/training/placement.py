@@ -14,6 +14,7 @@ from library.errors import UserError
 from library.memory.low_precision import quantise_to_fp8
 from library.memory.norms import keep_dtype, keep_inputs_only, keep_no_normed
 from library.memory.offload import offloading_checkpoint
+from library.memory.selective import selective_checkpoint
 from library.runtime.logs import LOGGER
 
 if TYPE_CHECKING:
@@ -91,7 +92,12 @@ def place_denoiser(models: Models, opts: Options, device: torch.device, *, shard
         if offloads and device.type == "cpu":
             LOGGER.warning("--cpu_offload_checkpointing: has no effect on a CPU; activations are in CPU memory anyway")
             offloads = False
-        denoiser.enable_gradient_checkpointing(offloading_checkpoint(device) if offloads else None)
+        ratio = opts.memory.selective_checkpointing
+        if ratio:
+            checkpoint = selective_checkpoint(ratio)
+        else:
+            checkpoint = offloading_checkpoint(device) if offloads else None
+        denoiser.enable_gradient_checkpointing(checkpoint)
 
 
 def set_norms(family: Family, models: Models) -> None:

@@ -52,6 +52,7 @@ OURS |= _SHOWING
 COMPILING = {"compile", "compile_backend", "compile_mode", "compile_dynamic", "compile_fullgraph"}
 COMPILING |= {"compile_cache_size_limit", "cuda_allow_tf32", "cuda_cudnn_benchmark"}
 OURS |= COMPILING
+OURS |= {"selective_checkpointing"}
 OURS |= {"train_inpainting"}  # which came later
 VALIDATION = {"validation_split", "validation_seed", "max_validation_steps"}
 VALIDATION |= {"validate_every_n_steps", "validate_every_n_epochs"}

@@ -12,10 +12,14 @@ from library.options.validation import problems, warnings
 from library.registry import FAMILIES, groups_for
 
 BF16 = "--mixed_precision=bf16 --full_bf16"
+SELECTIVE = "--gradient_checkpointing --selective_checkpointing=3"
 REFUSED = [
     ("--stochastic_rounding", "--stochastic_rounding: needs --full_bf16"),
     (f"{BF16} --stochastic_rounding --optimizer_type=RAdamScheduleFree", "--stochastic_rounding: RAdamScheduleFree av"),
     ("--cpu_offload_checkpointing", "--cpu_offload_checkpointing: needs --gradient_checkpointing"),
+    ("--selective_checkpointing=3", "--selective_checkpointing: needs --gradient_checkpointing"),
+    (f"{SELECTIVE} --torch_compile", "--selective_checkpointing: cannot be used with --torch_compile, as the compiler"),
+    (f"{SELECTIVE} --cpu_offload_checkpointing", "--selective_checkpointing: cannot be used with --cpu_offload_checkp"),
     ("--quantize_base=nf4 --fp8_base", "--quantize_base: nf4 cannot be used with --fp8_base, which means fp8"),
     ("--quantize_base=int8 --fp8_base_unet", "--quantize_base: int8 cannot be used with --fp8_base_unet, which"),
     ("--fused_backward_pass --optimizer_type=Prodigy", "--fused_backward_pass: Prodigy cannot step weights one by one"),
@@ -38,6 +42,8 @@ ADVISED = [
     ("--quantize_base=nf4", []),
     ("--quantize_base=fp8 --fp8_base", []),
     ("--cpu_offload_checkpointing --gradient_checkpointing", []),
+    (f"{SELECTIVE} --quantize_base=nf4", []),
+    ("--selective_checkpointing=0", []),
 ]
 
 
