@@ -1,18 +1,21 @@
-"""Whether the recipes of the guides fit the cards that they are for, by simulation: the table of docs/memory.md.
+"""What the recipes need, by simulation: the tables of docs/recipes.md and docs/memory.md.
 
-    python benchmarks/memory_recipes.py
-    python benchmarks/memory_recipes.py --only flux-lora-12
+    python benchmarks/memory_recipes.py                        # prints a row for each, and whether it fits
+    python benchmarks/memory_recipes.py --only flux-lora-8gb
+    python benchmarks/memory_recipes.py --write                # and puts the tables into the guides
 
-Nothing is downloaded, no weights are read and no GPU is needed: the models are files without data, and each run is what
-`--plan` shows of it. It prints a Markdown table.
+Nothing is downloaded, no weights are read and no GPU is needed: the models are files without data, of the published
+sizes, and each run is what `--plan` shows of it. Status 1: a recipe leaves less than 5 % of its card.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,134 +23,177 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import header_models
+from architectures import SD35_LARGE, SD35_MEDIUM
 from PIL import Image
 
 from library import checking, registry, session
-from library.options import parsing
+from library.options import parsing, recipes
 from library.options.devices import GIB, device_of_memory
 from library.planning.plan import Plan
 from library.planning.simulation import Request, simulate
 from library.runtime import logs
 from library.runtime.processes import Processes
 
-LORA = "--network_dim=16 --network_alpha=16 --network_train_unet_only --learning_rate=1e-4"
-CACHED = "--cache_latents --cache_text_encoder_outputs --gradient_checkpointing --mixed_precision=bf16"
-FLUX_LORA = f"--network_module=networks.lora_flux {LORA} {CACHED}"
-ADAFACTOR = (
-    "--optimizer_type=AdaFactor --optimizer_args relative_step=False scale_parameter=False warmup_init=False "
-    "--max_grad_norm=0 --learning_rate=1e-5"
-)
-FUSED = f"{ADAFACTOR} --fused_backward_pass --full_bf16"
+SPARE = 0.05  # of a card's memory, for what no tensor shows: fragmentation, workspaces, a display
+MODELS = {"sd15": "Stable Diffusion 1.5", "sdxl": "SDXL", "sd35m": "SD 3.5 medium", "sd35l": "SD 3.5 large",
+          "flux": "FLUX.1 dev"}  # fmt: skip
+LARGEST_BATCH = 16
+CARDS = (8, 12, 16, 24, 48, 80)  # GB
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A command for a card."""
+    """A file of recipes/, named MODEL-METHOD-MEMORYgb."""
 
-    family: str
-    method: str
-    memory: int  # GB of the card
-    side: int  # pixels
-    arguments: str
+    name: str
 
+    @property
+    def model(self) -> str:
+        return self.name.split("-")[0]
 
-RECIPES = {
-    "flux-lora-24": Recipe("flux", "network", 24, 1024, f"{FLUX_LORA} --fp8_base --optimizer_type=AdamW8bit"),
-    "flux-lora-16": Recipe("flux", "network", 16, 1024, f"{FLUX_LORA} --fp8_base {ADAFACTOR}"),
-    "flux-lora-12": Recipe(
-        "flux", "network", 12, 1024, f"{FLUX_LORA} --fp8_base --optimizer_type=AdamW8bit --blocks_to_swap=16"
-    ),
-    "flux-lora-10": Recipe(
-        "flux", "network", 10, 1024, f"{FLUX_LORA} --fp8_base --optimizer_type=AdamW8bit --blocks_to_swap=22"
-    ),
-    "flux-lora-8": Recipe(
-        "flux", "network", 8, 1024, f"{FLUX_LORA} --fp8_base --optimizer_type=AdamW8bit --blocks_to_swap=28"
-    ),
-    "flux-full-24": Recipe("flux", "finetune", 24, 1024, f"{CACHED} {FUSED} --blocks_to_swap=8"),
-    "sdxl-lora-12": Recipe("sdxl", "network", 12, 1024, f"--network_module=networks.lora {LORA} {CACHED}"),
-    "sdxl-lora-8": Recipe("sdxl", "network", 8, 1024, f"--network_module=networks.lora {LORA} {CACHED}"),
-    "sdxl-full-10": Recipe("sdxl", "finetune", 10, 1024, f"{CACHED} {FUSED}"),
-    "sd1-full-12": Recipe(
-        "sd", "dreambooth", 12, 512,
-        "--cache_latents --gradient_checkpointing --mixed_precision=bf16 --optimizer_type=AdamW8bit "
-        "--learning_rate=2e-6",
-    ),
-    "sd1-lora-8": Recipe(
-        "sd", "network", 8, 512, f"--network_module=networks.lora {LORA} --cache_latents --mixed_precision=bf16"
-    ),
-}  # fmt: skip
+    @property
+    def kind(self) -> str:
+        return self.name.split("-")[1]
+
+    @property
+    def about(self) -> recipes.About:
+        return recipes.about(recipes.FOLDER / f"{self.name}.toml")
 
 
-def make_files(folder: Path) -> dict[str, list[str]]:
-    """By family, the flags that name its published model as a file without data."""
+def all_recipes() -> list[Recipe]:
+    """By model, method and card."""
+    found = map(Recipe, recipes.names())
+    models = list(MODELS)
+    return sorted(found, key=lambda one: (models.index(one.model), one.kind != "lora", one.kind, one.about.card))
+
+
+def make_model(name: str, folder: Path) -> list[str]:
+    """Writes a published model as files without data. Returns: the flags that name it."""
     from tests.builders.t5 import write_t5_tokenizer
 
+    folder = folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    write: dict[str, Callable[[Path], None]] = {"sd15": header_models.write_sd15, "sdxl": header_models.write_sdxl}
+    if name in write:
+        write[name](folder / "model.safetensors")
+        return [f"--pretrained_model_name_or_path={folder / 'model.safetensors'}"]
     write_t5_tokenizer(folder / "google_t5-v1_1-xxl")  # of the tests: only lengths matter
-    header_models.write_sd15(folder / "sd15.safetensors")
-    header_models.write_sdxl(folder / "sdxl.safetensors")
-    flux = header_models.write_flux(folder)
-    model = "--pretrained_model_name_or_path="
-    return {
-        "sd": [f"{model}{folder / 'sd15.safetensors'}"],
-        "sdxl": [f"{model}{folder / 'sdxl.safetensors'}"],
-        "flux": [f"--{name}={file}" for name, file in flux.items()] + [f"--tokenizer_cache_dir={folder}"],
-    }
+    if name == "flux":
+        files = header_models.write_flux(folder)
+    else:
+        files = header_models.write_sd3(folder, name, SD35_MEDIUM if name == "sd35m" else SD35_LARGE)
+    return [f"--{option}={file}" for option, file in files.items()] + [f"--tokenizer_cache_dir={folder}"]
 
 
-def make_images(folder: Path, side: int) -> Path:
-    """One image of this size, with a caption."""
-    place = folder / str(side) / "1_a"
-    place.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (side, side), (90, 120, 150)).save(place / "image.png")
-    (place / "image.caption").write_text("an image", encoding="utf-8")
-    return place.parent
+def data_flags(method: str, folder: Path, side: int) -> list[str]:
+    """A square image with a caption as the method wants it, often enough for any batch. Returns: flags that name it."""
+    images = folder / str(side) / f"{LARGEST_BATCH}_a"
+    control = folder / str(side) / "control"
+    for place in (images, control):
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (side, side), (90, 120, 150)).save(place / "image.png")
+    (images / "image.caption").write_text("a word", encoding="utf-8")
+    if method in ("control_net", "lllite"):
+        return [f"--train_data_dir={images.parent}", f"--conditioning_data_dir={control}"]
+    if method == "finetune":
+        config = folder / f"{side}.toml"
+        metadata = folder / f"{side}.json"
+        metadata.write_text('{"image": {"caption": "a word"}}', encoding="utf-8")
+        config.write_text(
+            f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{images}'\nmetadata_file = '{metadata}'\n"
+            f"num_repeats = {LARGEST_BATCH}\n",
+            encoding="utf-8",
+        )
+        return [f"--dataset_config={config}"]
+    words = ["--token_string=word", "--init_word=a"] if method == "embedding" else []
+    return [f"--train_data_dir={images.parent}", *words]
 
 
-def plan_of(recipe: Recipe, model: list[str], folder: Path) -> Plan:
-    """The plan of a recipe. Raises: UserError: the run would be refused."""
-    family, method = registry.FAMILIES[recipe.family], registry.METHODS[recipe.method]
-    images = make_images(folder, recipe.side)
-    common = [f"--train_data_dir={images}", f"--output_dir={folder}", f"--resolution={recipe.side}", "--seed=1"]
-    argv = [*common, *model, *recipe.arguments.split()]
-    opts = parsing.parse_options(registry.groups_for(recipe.family, recipe.method), argv)
+def plan_of(script: str, card: int, argv: Sequence[str], model: Sequence[str], folder: Path) -> Plan:
+    """The plan of a script's command line on a card of so many GB. Raises: UserError: the run would be refused."""
+    family_name, method_name = next(
+        (name, spec.scripts[script]) for name, spec in registry.FAMILIES.items() if script in spec.scripts
+    )
+    family, method = registry.FAMILIES[family_name], registry.METHODS[method_name]
+    groups, scripts = registry.groups_for(family_name, method_name), registry.scripts_of(family_name, method_name)
+    common = [f"--output_dir={folder}", "--seed=1", *model, *argv]
+    given = parsing.parse_options(groups, common, scripts=scripts).data
+    data = data_flags(method_name, folder, int(str(given.resolution).split(",")[0]))
+    opts = parsing.parse_options(groups, [*common, *data], scripts=scripts)
     opts = method.complete_options(family.complete_options(opts))
     specs = checking.check(opts, family, method)
-    data, length = session.open_data(opts, specs, family.traits, Processes())
-    device = device_of_memory(recipe.memory * GIB)
-    request = Request(opts, family, method, data, length, device, specs)
-    return Plan(request, simulate(request, whole=False))
+    loaded, length = session.open_data(opts, specs, family.traits, Processes())
+    request = Request(opts, family, method, loaded, length, device_of_memory(card * GIB), specs)
+    return Plan(request, simulate(request))
 
 
-def row(name: str, recipe: Recipe, plan: Plan) -> str:
-    kind = plan.request.device.kind
-    _, phase = plan.simulated.peak(kind)
-    fits = "yes" if plan.fits else "**no**"
+def share(plan: Plan) -> float:
+    """Of the card's memory, what the run needs."""
+    return plan.device_bytes / plan.request.device.memory
+
+
+HEAD = """| recipe | script | pixels | batch | GiB of GPU memory | where | GiB of CPU memory | seconds a step | on |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def row(recipe: Recipe, plan: Plan) -> str:
+    """The row of docs/recipes.md."""
+    device, opts = plan.request.device, plan.request.opts
+    _, phase = plan.simulated.peak(device.kind)
+    side = str(opts.data.resolution).split(",")[0]
     return (
-        f"| {name} | {recipe.memory} GB | {recipe.side} | `{recipe.arguments}` | {plan.device_bytes / GIB:.2f} | "
-        f"{fits} | {phase.name} | {plan.cpu_bytes / GIB:.1f} |"
+        f"| `{recipe.name}` | `{recipe.about.script}.py` | {side} | {opts.data.train_batch_size} | "
+        f"{plan.device_bytes / GIB:.1f} of {recipe.about.card} | {phase.name} | {plan.cpu_bytes / GIB:.1f} | "
+        f"{plan.step_seconds:.2g} | {device.basis.removeprefix('public figures of ')} |"
     )
 
 
-HEAD = """| recipe | card | pixels | options | GiB needed | fits | where | GiB of CPU memory |
-|---|---|---|---|---|---|---|---|"""
+def by_card(names: Sequence[str]) -> str:
+    """The table of docs/memory.md: for each model and method, the recipe of each card."""
+    lines = ["| | " + " | ".join(f"{card} GB" for card in CARDS) + " |", "|---" * (len(CARDS) + 1) + "|"]
+    found = {(one.model, one.kind, one.about.card): one.name for one in map(Recipe, names)}
+    for model, kind in dict.fromkeys((model, kind) for model, kind, _ in found):
+        cells = [f"`{found[model, kind, card]}`" if (model, kind, card) in found else "" for card in CARDS]
+        lines.append(f"| {MODELS[model]}, {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_between(path: Path, table: str) -> None:
+    """Puts a table between the two marks of a guide."""
+    marks = r"(<!-- by benchmarks/memory_recipes.py -->\n).*?(\n<!-- end -->)"
+    text, count = re.subn(marks, lambda found: found[1] + table + found[2], path.read_text("utf-8"), flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"{path}: the marks of the table are missing")
+    path.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=RECIPES, help="recipes to try; by default all")
-    parser.add_argument("--files", help="folder of files without data that an earlier run has left")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=recipes.names(), help="recipes; by default all")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/recipes.md and docs/memory.md")
     args = parser.parse_args()
+    if args.write and args.only:
+        parser.error("--write: writes whole tables; leave --only out")
     logs.quiet_third_parties()
     logs.setup_logging("ERROR")
+    chosen = [one for one in all_recipes() if not args.only or one.name in args.only]
+    rows, tight = [HEAD], []
+    print(HEAD, flush=True)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(args.files or temporary)
-        model = make_files(folder)
-        print(HEAD, flush=True)
-        for name in args.only or RECIPES:
-            started = time.process_time()
-            recipe = RECIPES[name]
-            print(row(name, recipe, plan_of(recipe, model[recipe.family], folder)), flush=True)
-            print(f"{name}: {time.process_time() - started:.1f} s of CPU", file=sys.stderr, flush=True)
+        models = {name: make_model(name, Path(temporary)) for name in dict.fromkeys(one.model for one in chosen)}
+        for recipe in chosen:
+            started, about = time.process_time(), recipe.about
+            plan = plan_of(about.script, about.card, ["--recipe", recipe.name], models[recipe.model], Path(temporary))
+            rows.append(row(recipe, plan))
+            print(rows[-1], flush=True)
+            print(f"{recipe.name}: {time.process_time() - started:.1f} s of CPU", file=sys.stderr, flush=True)
+            if share(plan) > 1 - SPARE:
+                tight.append(f"{recipe.name}: {share(plan):.0%} of the card; at most {1 - SPARE:.0%} are meant")
+    if args.write:
+        write_between(ROOT / "docs" / "recipes.md", "\n".join(rows))
+        write_between(ROOT / "docs" / "memory.md", by_card([one.name for one in chosen]))
+    if tight:
+        raise SystemExit("\n".join(tight))
 
 
 if __name__ == "__main__":

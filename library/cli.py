@@ -28,7 +28,9 @@ def build_parser(family: str, method: str) -> argparse.ArgumentParser:
     from library.options import parsing
 
     groups = registry.groups_for(family, method)
-    return parsing.build_parser(groups, prog=_script_name(), description=_description(family, method))
+    parser = parsing.build_parser(groups, prog=_script_name(), description=_description(family, method))
+    parser.scripts = registry.scripts_of(family, method)
+    return parser
 
 
 def run(family: str, method: str, argv: Sequence[str] | None = None, *, options: Options | None = None) -> None:
@@ -89,7 +91,12 @@ def _train(family_name: str, method_name: str, argv: Sequence[str] | None, optio
         groups = registry.groups_for(family_name, method_name)
         description = _description(family_name, method_name)
         opts = parsing.parse_options(
-            groups, argv, prog=_script_name(), description=description, elsewhere=registry.options_elsewhere
+            groups,
+            argv,
+            prog=_script_name(),
+            description=description,
+            elsewhere=registry.options_elsewhere,
+            scripts=registry.scripts_of(family_name, method_name),
         )
     level = opts.logging.console_log_level if checking.is_first_process() else "ERROR"  # the others report errors only
     logs.setup_logging(level, opts.logging.console_log_file, opts.logging.console_log_simple)

@@ -16,7 +16,6 @@ from library import cli, registry
 from library.errors import UserError
 from library.options import parsing
 from library.options.base import COMMAND_LINE, Given, build_options, options_of
-from library.options.config_file import read_config
 from library.options.values import from_text, from_toml, is_blank
 from library.runtime.logs import LOGGER
 
@@ -62,26 +61,28 @@ class Trainer:
 
 
 def read_config_from_file(args: Namespace, parser: ArgumentParser) -> Namespace:
-    """A copy of `args`, filled from the file that --config_file names. With --output_config that is written instead.
+    """A copy of `args`, filled from what --config_file and --recipe name. With --output_config that is written instead.
 
-    The command line wins over the file, and so does what `args` has changed from the default.
+    The command line wins over the files, and so does what `args` has changed from the default.
 
     Args:
         parser: from a script's `setup_parser`.
     """
-    if not getattr(args, "config_file", None):
+    config, recipe = getattr(args, "config_file", None), getattr(args, "recipe", None)
+    if not config and not recipe:
         return args
     with cli.ending_as_a_script():
         if args.output_config:
             parsing.parse_options(parser)  # writes the file and exits
         changed = {dest: value for dest, value in vars(args).items() if value != parser.get_default(dest)}
         flags = {dest: Given(value, COMMAND_LINE) for dest, value in changed.items()}
-        file = read_config(args.config_file, parser.groups, registry.options_elsewhere)
-        options = parsing.with_file(parser.groups, file, flags)
+        options = parsing.with_files(
+            parser.groups, config or None, recipe or None, flags, registry.options_elsewhere, parser.scripts
+        )
         for line in options.remarks:
             LOGGER.warning("%s", line)
         filled = Namespace(**vars(args))
-        for dest in file.given.keys() & options.given.keys() - changed.keys():
+        for dest in options.given.keys() - changed.keys():
             setattr(filled, dest, options.given[dest].value)
         # Once more, for flags that repeat a default: argparse keeps what the namespace has already.
         return parser.without_blanks(parser.parse_known_args(namespace=filled)[0])

@@ -50,6 +50,11 @@ def groups_for(family: str, method: str) -> list[type[OptionGroup]]:
     return [*groups[:place], *own.values(), *groups[place:]]
 
 
+def scripts_of(family: str, method: str) -> dict[str, dict[str, bool]]:
+    """The scripts that train a family by a method, as `parse_options` wants them."""
+    return {script: {} for script, of in FAMILIES[family].scripts.items() if of == method}
+
+
 def options_elsewhere() -> dict[str, dict[str, Option]]:
     """The options of all training scripts, name -> script -> option."""
     found: dict[str, dict[str, Option]] = {}

@@ -8,7 +8,7 @@ if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
 from library.preparation.common.script import run_script
-from library.preparation.latents.caching import GROUPS, cache_latents, traits_of
+from library.preparation.latents.caching import GROUPS, RECIPES, cache_latents, traits_of
 
 if __name__ == "__main__":
-    run_script(cache_latents, GROUPS, description=str(__doc__), traits=traits_of)
+    run_script(cache_latents, GROUPS, description=str(__doc__), traits=traits_of, recipes=RECIPES)

@@ -22,9 +22,14 @@ class ConfigOptions(OptionGroup, group="config", title="Configuration file"):
     config_file: str | None = opt(
         None, "TOML file with options; the command line takes precedence; .toml may be omitted"
     )
+    recipe: str | None = opt(
+        None,
+        "options for a card and a way to train, by a name in docs/recipes.md or a path; what is given counts more",
+    )
     output_config: bool = opt(False, "write all options of this command to the file named by --config_file, and exit")
 
 
+RECIPE_TABLE = "recipe"  # of a recipe's file, about it; no options
 _NOT_IN_FILES = tuple(option.dest for option in options_of(ConfigOptions))
 
 
@@ -42,9 +47,12 @@ class FileOptions:
     remarks: tuple[str, ...]  # one line for each key that is ignored
 
 
-def read_config(name: str, groups: Iterable[type[OptionGroup]], elsewhere: Elsewhere = dict) -> FileOptions:
+def read_config(
+    name: str, groups: Iterable[type[OptionGroup]], elsewhere: Elsewhere = dict, *, option: str = "--config_file"
+) -> FileOptions:
     """The options that a configuration file gives; a key in several sections counts as the last of them says.
 
+    Args: option: that names the file.
     Raises: UserError: no such file, no TOML, or any number of keys that ask for something else than would be trained.
     """
     path = config_path(name)
@@ -53,9 +61,11 @@ def read_config(name: str, groups: Iterable[type[OptionGroup]], elsewhere: Elsew
     wrong: dict[str, tuple[Any, str]] = {}
     remarks: list[str] = []
     problems: list[str] = []
-    tables = read_toml(path, "the configuration file", option="--config_file")
+    tables = read_toml(path, "the configuration file", option=option)
     pairs: list[tuple[str, Any]] = []
     for key, value in tables.items():
+        if key == RECIPE_TABLE and isinstance(value, dict):
+            continue
         if isinstance(value, dict) and key in known and known[key].details.secret:
             hide(value)  # a table in place of a text reads as a section, whose keys messages name
         pairs += value.items() if isinstance(value, dict) else [(key, value)]

@@ -1,19 +1,21 @@
-"""Command line and configuration file to `Options`: flag > file > default."""
+"""Command line, configuration file and recipe to `Options`: flag > file > recipe > default."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from library.errors import UserError
 from library.options import large_models, method  # noqa: F401 - they declare groups that all options have
 from library.options.base import COMMAND_LINE, Given, Option, OptionGroup, Options, build_options, options_of
-from library.options.config_file import FileOptions, read_config, write_config
+from library.options.config_file import read_config, write_config
+from library.options.recipes import Scripts, read_recipe
 from library.options.unknown_keys import Elsewhere, is_off, judge_flag
 from library.options.values import from_text, is_blank
 from library.screen import HIDDEN, shown
@@ -46,6 +48,7 @@ class OptionParser(argparse.ArgumentParser):
     """
 
     groups: tuple[type[OptionGroup], ...] = ()
+    scripts: Scripts = MappingProxyType({})  # whose recipes are taken
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         try:
@@ -123,13 +126,15 @@ def parse_options(
     prog: str | None = None,
     description: str = "",
     elsewhere: Elsewhere = dict,
+    scripts: Scripts | None = None,
 ) -> Options:
-    """Reads the command line and the file named by --config_file. Values are not checked against each other here.
+    """Reads the command line and the files of --config_file and --recipe. Values are not checked against each other.
 
-    With --output_config it writes that file instead and exits with status 0, as --help does.
+    With --output_config it writes the first of these files instead and exits with status 0, as --help does.
 
     Args:
         elsewhere: gives the options of other scripts, for what is said about those that this one does not have.
+        scripts: whose recipes are taken; those of the parser if not given.
 
     Raises: UserError: unknown or ambiguous flags, values of the wrong type, a bad configuration file.
     """
@@ -142,45 +147,69 @@ def parse_options(
     if unknown:
         raise UserError(*_unknown_problems(parser, words, unknown, elsewhere))
     flags = {dest: Given(value, COMMAND_LINE) for dest, value in _not_blank(vars(values))}
-    file = flags["config_file"].value if "config_file" in flags else None
     writing = "output_config" in flags
-    if file is None or writing:
-        options = build_options(parser.groups, flags)
-    else:
-        options = with_file(parser.groups, read_config(file, parser.groups, elsewhere), flags)
+    options = with_files(
+        parser.groups,
+        None if writing or "config_file" not in flags else flags["config_file"].value,
+        flags["recipe"].value if "recipe" in flags else None,
+        flags,
+        elsewhere,
+        parser.scripts if scripts is None else scripts,
+    )
     if writing:
         print(shown(f"wrote {write_config(options)}"))
         raise SystemExit(0)
     return options
 
 
-def with_file(groups: Sequence[type[OptionGroup]], file: FileOptions, flags: dict[str, Given]) -> Options:
-    """The options of a file and of the command line, which wins.
+def with_files(
+    groups: Sequence[type[OptionGroup]],
+    config: str | None,
+    recipe: str | None,
+    flags: Mapping[str, Given],
+    elsewhere: Elsewhere,
+    scripts: Scripts,
+) -> Options:
+    """The options of a configuration file, of a recipe and of the command line, which wins over both.
 
-    Raises: UserError: a value of the file that is wrong, of an option that has an effect.
+    Raises: UserError: a value of a file that is wrong, of an option that has an effect; or a file cannot be read.
     """
+    files = [] if config is None else [read_config(config, groups, elsewhere)]
+    if recipe is not None:
+        above = {**(files[0].given if files else {}), **flags}
+        files.append(read_recipe(recipe, groups, scripts, above, elsewhere))
     all_options = [option for group in groups for option in options_of(group)]
-    from_file = dict(file.given)
-    for option in all_options:  # the file has no say where an older or newer spelling is on the command line
-        target = option.details.alias_of
-        if target and option.dest in flags:
-            from_file.pop(target, None)
-        if target and target in flags:
-            from_file.pop(option.dest, None)
-    given = {**from_file, **flags}
+    given = dict(flags)
+    for file in files:  # the higher one first
+        given = _above(given, file.given, all_options)
     options = build_options(groups, given)
-    remarks, problems = list(file.remarks), []
-    for option in all_options:
-        value, why = file.wrong.get(option.dest, (None, ""))
-        if not why or option.dest in flags:
-            continue
-        if options.has_effect(option):
-            problems.append(f"key {option.dest!r} in {file.name}: {why}")
-        elif not is_off(value):
-            remarks.append(f"key {option.dest!r} in {file.name}: has no effect without {option.required}")
+    remarks, problems, higher = [], [], set(flags)
+    for file in files:
+        remarks += file.remarks
+        for option in all_options:
+            value, why = file.wrong.get(option.dest, (None, ""))
+            if not why or option.dest in higher:
+                continue
+            if options.has_effect(option):
+                problems.append(f"key {option.dest!r} in {file.name}: {why}")
+            elif not is_off(value):
+                remarks.append(f"key {option.dest!r} in {file.name}: has no effect without {option.required}")
+        higher |= file.given.keys()
     if problems:
         raise UserError(*problems)
-    return build_options(groups, given, remarks)
+    return build_options(groups, given, remarks) if files else options
+
+
+def _above(higher: Mapping[str, Given], lower: Mapping[str, Given], all_options: Iterable[Option]) -> dict[str, Given]:
+    """What is given in either of two places; the lower one has no say where an older or newer spelling is above."""
+    kept = dict(lower)
+    for option in all_options:
+        target = option.details.alias_of
+        if target and option.dest in higher:
+            kept.pop(target, None)
+        if target and target in higher:
+            kept.pop(option.dest, None)
+    return {**kept, **higher}
 
 
 def _not_blank(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import UserError
 from library.options import parsing, validation
 from library.options.base import OptionGroup, Options, options_of
+from library.options.recipes import Scripts
 from library.preparation.common.images import all_gather, is_first, processes
 from library.preparation.common.summary import Outcome
 from library.registry import options_elsewhere
@@ -28,6 +29,7 @@ def run_script(
     *,
     description: str,
     traits: Callable[[Options], FamilyTraits | None] = lambda opts: None,
+    recipes: Scripts | None = None,
 ) -> None:
     """Runs one script. It returns when all went well; else it exits.
 
@@ -37,13 +39,16 @@ def run_script(
         work: what the script does. What it returns is added up over all processes and reported at the end.
         groups: one of them with the `console_log_...` options, such as `WorkOptions`.
         traits: those of the model family, where option groups of training are among `groups`.
+        recipes: the scripts whose recipes --recipe takes, see `parse_options`.
     """
     logs.quiet_third_parties()
     status = 0
     try:
         require_here()
         program = os.path.basename(sys.argv[0])
-        opts = parsing.parse_options(groups, argv, prog=program, description=description, elsewhere=options_elsewhere)
+        opts = parsing.parse_options(
+            groups, argv, prog=program, description=description, elsewhere=options_elsewhere, scripts=recipes
+        )
         values = opts.flat()
         level = values["console_log_level"] if is_first() else "ERROR"  # the other processes report errors only
         logs.setup_logging(level, values["console_log_file"], values["console_log_simple"])

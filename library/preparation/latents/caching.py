@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from library.errors import UserError
 from library.families.registry import FAMILIES
 from library.families.shared.every_family import group_with, options_of_families, switches
+from library.methods.registry import METHODS
 from library.options import caching as groups
 from library.options.base import OptionGroup, Options, build_options, options_of
+from library.options.recipes import Scripts
 from library.preparation.common.images import all_gather, is_first, require_room_beside
 from library.preparation.common.summary import Outcome
 from library.preparation.latents import encoders as parts
@@ -36,6 +38,15 @@ class _AnyFamily(OptionGroup, group="family", title="Model families"):
 # A training command line may be used as it is.
 FamiliesOptions = group_with(_AnyFamily, chain(switches(), options_of_families()), "FamiliesOptions", __name__)
 GROUPS = (*groups.BEFORE_FAMILIES, FamiliesOptions, *groups.AFTER_FAMILIES)
+
+
+# The training scripts that read caches; each says which family is meant.
+RECIPES: Scripts = {
+    script: {name: name == family for name in _others()}
+    for family, spec in FAMILIES.items()
+    for script, method in spec.scripts.items()
+    if METHODS[method].data is None
+}
 
 
 def _family(opts: Options) -> FamilySpec:

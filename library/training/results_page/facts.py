@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 OF_THE_MODEL = ("v2", "v_parameterization", "vae", "clip_l", "clip_g", "t5xxl", "ae")
 SHOWN_OF_A_KIND = 12  # images of one kind that are shown
 _THUMBNAIL = 160  # pixels
-_NOT_REPEATED = ("config_file", "output_config")  # what they hold is spelled out
+_NOT_REPEATED = ("config_file", "output_config", "recipe")  # what they hold is spelled out
 
 
 @dataclass(frozen=True)
