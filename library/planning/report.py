@@ -30,7 +30,8 @@ def lines_of(plan: Plan) -> list[str]:
     disk = ", ".join(f"{name} {gib(size)}" for name, size in plan.disk.items())
     lines.append(f"disk over the run: {gib(sum(plan.disk.values()))} ({disk})")
     lines.append(
-        f"length: {run_plan.total_steps} steps, {run_plan.epochs} epochs, of {plan.simulated.images} images a step; "
+        f"length: {_counted(run_plan.total_steps, 'step')}, {_counted(run_plan.epochs, 'epoch')}, of "
+        f"{_counted(plan.simulated.images, 'image')} a step; "
         f"{plan.simulated.trained:,} numbers are trained"
     )
     caching = f", of which {clock(plan.caching_seconds)} for caching" if plan.caching_seconds >= 1 else ""
@@ -87,6 +88,10 @@ def _peak(plan: Plan) -> list[str]:
     if plan.request.device.overhead:
         lines.append(f"  {'CUDA and its libraries, assumed':40}{gib(plan.request.device.overhead):>12}")
     return lines
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def gib(size: float) -> str:

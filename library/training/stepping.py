@@ -209,6 +209,7 @@ def step_subset(optimizer: torch.optim.Optimizer, chosen: Mapping[int, Sequence[
     try:
         if adafactor.steps_together(optimizer):
             adafactor.step(optimizer)
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # torch warns of steps it has not seen
         else:
             optimizer.step()
     finally:

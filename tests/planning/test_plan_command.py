@@ -23,6 +23,7 @@ def test_a_plan_that_fits_trains_nothing_and_says_what_is_needed(run_script, tra
         "weights of the denoiser",
         "optimizer state",
         ": fits",
+        "length: 4 steps, 1 epoch, of 2 images a step",
     ):
         assert words in script.stdout, script.stdout
     plan = json.loads(file.read_text())

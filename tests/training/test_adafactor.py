@@ -124,3 +124,15 @@ def test_steps_of_parts_inside_the_backward_pass_have_the_same_bits():
         theirs.step()
         theirs.zero_grad()
     assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_a_schedule_does_not_miss_the_steps_of_parts(recwarn):
+    """torch's schedules warn where they are stepped and the optimizer, as they see it, was not."""
+    layer = nn.Linear(4, 4)
+    optimizer = Adafactor(layer.parameters(), lr=1e-2, scale_parameter=False, relative_step=False)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    groups = FusedGroups(optimizer, [list(layer.parameters())])
+    layer(torch.ones(1, 4)).sum().backward()
+    groups.finish()
+    schedule.step()
+    assert not [warning for warning in recwarn if "lr_scheduler" in str(warning.message)]
