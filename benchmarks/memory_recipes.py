@@ -92,20 +92,20 @@ def data_flags(method: str, folder: Path, side: int) -> list[str]:
     for place in (images, control):
         place.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (side, side), (90, 120, 150)).save(place / "image.png")
-    (images / "image.caption").write_text("a word", encoding="utf-8")
+    (images / "image.caption").write_text("a zqxword", encoding="utf-8")
     if method in ("control_net", "lllite"):
         return [f"--train_data_dir={images.parent}", f"--conditioning_data_dir={control}"]
     if method == "finetune":
         config = folder / f"{side}.toml"
         metadata = folder / f"{side}.json"
-        metadata.write_text('{"image": {"caption": "a word"}}', encoding="utf-8")
+        metadata.write_text('{"image": {"caption": "a zqxword"}}', encoding="utf-8")
         config.write_text(
             f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{images}'\nmetadata_file = '{metadata}'\n"
             f"num_repeats = {LARGEST_BATCH}\n",
             encoding="utf-8",
         )
         return [f"--dataset_config={config}"]
-    words = ["--token_string=word", "--init_word=a"] if method == "embedding" else []
+    words = ["--token_string=zqxword", "--init_word=a"] if method == "embedding" else []
     return [f"--train_data_dir={images.parent}", *words]
 
 
@@ -158,13 +158,26 @@ def by_card(names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def write_between(path: Path, table: str) -> None:
-    """Puts a table between the two marks of a guide."""
-    marks = r"(<!-- by benchmarks/memory_recipes.py -->\n).*?(\n<!-- end -->)"
-    text, count = re.subn(marks, lambda found: found[1] + table + found[2], path.read_text("utf-8"), flags=re.DOTALL)
-    if count != 1:
+def between_marks(path: Path, table: str | None = None) -> str:
+    """The table between the marks of a guide, after it was replaced by another one, if there is one."""
+    found = re.search(
+        r"(?<=<!-- by benchmarks/memory_recipes.py -->\n).*?(?=<!-- end -->)", path.read_text("utf-8"), re.S
+    )
+    if found is None:
         raise SystemExit(f"{path}: the marks of the table are missing")
-    path.write_text(text, encoding="utf-8")
+    if table is not None:
+        text = found.string
+        path.write_text(f"{text[: found.start()]}{table}\n{text[found.end() :]}", encoding="utf-8")
+    return table or found[0]
+
+
+def write(rows: dict[str, str]) -> None:
+    """Puts rows by their recipes' names into docs/recipes.md, and all names into docs/memory.md."""
+    guide = ROOT / "docs" / "recipes.md"
+    before = {line.split("`")[1]: line for line in between_marks(guide).splitlines() if line.startswith("| `")}
+    names = [one.name for one in all_recipes()]
+    between_marks(guide, "\n".join([HEAD, *({**before, **rows}[name] for name in names)]))
+    between_marks(ROOT / "docs" / "memory.md", by_card(names))
 
 
 def main() -> None:
@@ -172,26 +185,23 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=recipes.names(), help="recipes; by default all")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/recipes.md and docs/memory.md")
     args = parser.parse_args()
-    if args.write and args.only:
-        parser.error("--write: writes whole tables; leave --only out")
     logs.quiet_third_parties()
     logs.setup_logging("ERROR")
     chosen = [one for one in all_recipes() if not args.only or one.name in args.only]
-    rows, tight = [HEAD], []
+    rows, tight = {}, []
     print(HEAD, flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         models = {name: make_model(name, Path(temporary)) for name in dict.fromkeys(one.model for one in chosen)}
         for recipe in chosen:
             started, about = time.process_time(), recipe.about
             plan = plan_of(about.script, about.card, ["--recipe", recipe.name], models[recipe.model], Path(temporary))
-            rows.append(row(recipe, plan))
-            print(rows[-1], flush=True)
+            rows[recipe.name] = row(recipe, plan)
+            print(rows[recipe.name], flush=True)
             print(f"{recipe.name}: {time.process_time() - started:.1f} s of CPU", file=sys.stderr, flush=True)
             if share(plan) > 1 - SPARE:
                 tight.append(f"{recipe.name}: {share(plan):.0%} of the card; at most {1 - SPARE:.0%} are meant")
     if args.write:
-        write_between(ROOT / "docs" / "recipes.md", "\n".join(rows))
-        write_between(ROOT / "docs" / "memory.md", by_card([one.name for one in chosen]))
+        write(rows)
     if tight:
         raise SystemExit("\n".join(tight))
 

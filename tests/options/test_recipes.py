@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from library import embedding
@@ -152,3 +154,11 @@ def test_a_recipe_says_what_it_is_for(name):
     assert all(line.startswith("#") for line in header.splitlines() if line)
     assert f"python {about.script}.py --recipe {name} " in header
     assert read("--recipe", name, script=(family, method)).remarks == ()
+
+
+@pytest.mark.parametrize("guide", ["recipes.md", "memory.md"])
+def test_the_guides_have_all_recipes_and_no_others(guide):
+    """Their tables are made by benchmarks/memory_recipes.py --write."""
+    text = (recipes.FOLDER.parent / "docs" / guide).read_text("utf-8")
+    table = text.partition("<!-- by benchmarks/memory_recipes.py -->")[2].partition("<!-- end -->")[0]
+    assert sorted(set(re.findall(r"`(\w+-\w+-\d+gb)`", table))) == recipes.names()

@@ -16,6 +16,7 @@ from tests.scripts.starting import ROOT, as_words
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import header_models
+import memory_recipes
 
 SD15_UNET = 859_520_964  # weights
 
@@ -65,3 +66,17 @@ def test_a_plan_of_sd15_has_the_weights_and_the_operations_that_are_known(run_sc
     # 0.68 TFLOP of layers and 0.13 of attention forwards; backwards the same for layers, as nothing but what is added
     # needs gradients of weights, and 2.5 times for attention: 1.8 in all (512 px, batch 1).
     assert "1.8" in script.stdout.partition("estimated from ")[2].split(" TFLOP")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15-full-12gb", "sdxl-lora-8gb", "flux-lora-8gb"])
+def test_a_recipe_needs_what_its_row_says(tmp_path, name):
+    """The tables of the guides are those of the program as it is."""
+    recipe = memory_recipes.Recipe(name)
+    about, model = recipe.about, memory_recipes.make_model(recipe.model, tmp_path)
+    plan = memory_recipes.plan_of(about.script, about.card, ["--recipe", name], model, tmp_path)
+    found = memory_recipes.row(recipe, plan)
+    rows = (ROOT / "docs" / "recipes.md").read_text("utf-8").splitlines()
+    (written,) = (line for line in rows if line.startswith(f"| `{name}` |"))
+    assert found == written, "python benchmarks/memory_recipes.py --write"
+    assert memory_recipes.share(plan) <= 1 - memory_recipes.SPARE
