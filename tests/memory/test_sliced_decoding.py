@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from library.memory.sliced_decoding import in_slices
-from tests.builders.memory import needs_linux
+from library.planning.watching import Watcher
 
 CLOSE = 1e-4  # pixels are of order 1; sums are taken in another order
 
@@ -66,27 +66,13 @@ def test_in_bf16(vae):
     assert (found - exact).square().mean().sqrt() < 1.5 * (whole - exact).square().mean().sqrt()
 
 
-MEMORY = """
-import torch
-from library.memory.sliced_decoding import in_slices
-from tests.builders.memory import most_memory
-from tests.memory.test_sliced_decoding import vae_of
+def test_it_takes_less_memory():
+    """By the bytes of the tensors that are alive at once: five copies of the largest features without slices, four with them."""
+    vae, latents = vae_of((64, 64)), torch.randn(1, 4, 64, 64)
 
-vae, latents = vae_of((64, 64)), torch.randn(1, 4, 96, 96)
+    def most(slices: int | None) -> int:
+        with Watcher() as watcher, watcher.phase("decode") as phase, in_slices(vae.decoder, slices):
+            vae.decode(latents)
+        return phase.peaks["cpu"].size
 
-def decode(slices):
-    with in_slices(vae.decoder, slices):
-        vae.decode(latents)
-
-decode(8)  # what is made once
-print(most_memory(lambda: decode(None)), most_memory(lambda: decode(8)))
-"""
-
-
-@needs_linux
-def test_it_takes_less_memory(run_script):
-    """In a process of its own, as the memory that earlier tests have left takes some of it in."""
-    done = run_script("-c", MEMORY)
-    assert done.returncode == 0, done.stderr
-    whole, sliced = map(int, done.stdout.split())
-    assert sliced < 0.85 * whole, (sliced / 2**20, whole / 2**20)
+    assert most(32) < 0.85 * most(None)

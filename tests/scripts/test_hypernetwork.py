@@ -104,13 +104,13 @@ def loss(content: dict, models) -> float:
 
 @pytest.mark.rows("R9")
 def test_it_has_learned(trained, small_model):
-    """Seen: 1.108 without it, 1.049 after 10 steps, 0.991 after 20."""
+    """Seen with seeds 1 to 4: 1.108 without it, 1.020 to 1.103 after 10 steps, 0.985 to 1.078 after 20."""
     out, _, _ = trained
     _, models = cli.load_family("sd", [f"--pretrained_model_name_or_path={small_model}"])
     contents = {}, read(out / "hyper-step00000010.pt"), read(out / "hyper.pt")
     bare, early, late = (loss(content, models) for content in contents)
-    assert late < early < 0.98 * bare
-    assert late < 0.95 * bare
+    assert late < early < bare
+    assert late < 0.985 * bare
 
 
 def test_a_resumed_run_ends_in_the_same_file(trained, run_script, train_arguments, tmp_path):
