@@ -69,10 +69,10 @@ def _shapes() -> Iterator[None]:
         yield
 
 
-def write_sd15(path: Path) -> None:
-    """One file in float16."""
+def write_sd15(path: Path, **changes: object) -> None:
+    """One file in float16. `changes` are of the U-Net's configuration."""
     with _shapes():
-        unet, text = UNet2DConditionModel(**SD15.config), clip(768, 12)
+        unet, text = UNet2DConditionModel(**{**SD15.config, **changes}), clip(768, 12)
         source = sd_loading.Source(name="", vae_name="", is_file=False)
         models = Models(unet, {"te": text}, {}, vae(), source)
         sd_saving.save_model(models, path, save_as="safetensors", dtype=torch.float16, metadata={})
