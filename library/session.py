@@ -34,6 +34,7 @@ from library.runtime.processes import Processes
 from library.runtime.signals import exit_status
 from library.training import distributed, lr_schedules, optimizers, placement, plan, resuming, state_notes
 from library.training.ema import EMA
+from library.training.evicting import evict_modulation
 from library.training.hub import Hub
 from library.training.loop import train
 from library.training.notifying import Notifier
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from library.families.base import Family
     from library.families.spec import FamilySpec
     from library.memory.block_swap import BlockSwap
+    from library.memory.modulation import EvictedModulation
     from library.methods.base import Method
     from library.methods.spec import MethodSpec
     from library.options.base import Options
@@ -193,6 +195,7 @@ class Session:
     preview: Preview = field(init=False)
     models: Models = field(init=False)
     swap: BlockSwap | None = field(init=False)
+    modulation: EvictedModulation | None = field(init=False)
 
     @property
     def device(self) -> torch.device:
@@ -270,9 +273,15 @@ class Session:
                 placement.offload(models.vae, opts)
 
     def place(self) -> None:
-        """Moves the denoiser to the device; compiles, shards or swaps it as the options say."""
+        """Moves the denoiser to the device; compiles, shards or swaps it as the options say.
+
+        Raises: UserError: the network reads weights that are not to be on the device.
+        """
         opts, models = self.opts, self.models
+        self.modulation = evict_modulation(self.family, models, opts, self.method.added(), self.device)
         placement.place_denoiser(models, opts, self.device, sharded=self.shards is not None)
+        if self.modulation is not None:
+            self.modulation.pin()
         placement.set_norms(self.family, models)
         attention = set_attention(models.denoiser, opts.memory)
         if opts.memory.compiles:
@@ -359,6 +368,7 @@ class Session:
             settings=settings,
             resume=Path(opts.saving.resume) if opts.saving.resume else None,
             ema=EMA(weights, opts.training.ema_decay) if opts.training.ema else None,
+            modulation=self.modulation,
             shards=self.shards,
         )
 

@@ -21,6 +21,7 @@ class AdapterLayer(nn.Module, ABC):
     # What becomes of a module's output; it gets this, and what gives the adapted one. None: that takes its place.
     within: Callable[[Tensor, Callable[[], Tensor]], Tensor] | None = None
     rows: list[int]  # output rows of each module
+    reads_live = True  # whether `adapt` may read weights of the modules, or call them
     shares_input = False  # whether `adapt` may be given the input in the dtype that autocast computes in
     copies: tuple[Tensor, ...] | None = None  # of what `copied_weights` names, while there are some
 

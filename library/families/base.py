@@ -232,6 +232,8 @@ class Family:
     the same layers. `shrinking` is Deep Shrink, of the denoiser and the
     ControlNets that act on it, to a ratio of the sides: inside, what it gives says before which input block of the
     denoiser features become smaller, or None for none. It is None where the denoiser is no U-Net.
+    `modulation` gives the path of what embeds time and text in the denoiser, and by path the linear layers that read
+    nothing else; it is None where there are none.
     """
 
     traits: FamilyTraits
@@ -251,6 +253,7 @@ class Family:
         text_places: Callable[[Models], dict[str, list[str]]] | None = None,
         text_layers: Callable[[Models], list[str]] | None = None,
         shrinking: Shrinking | None = None,
+        modulation: Callable[[Models], tuple[str, dict[str, nn.Module]]] | None = None,
     ):
         self.opts = opts
         self.loader = loader
@@ -264,3 +267,4 @@ class Family:
         self.text_places = text_places
         self.text_layers = text_layers
         self.shrinking = shrinking
+        self.modulation = modulation

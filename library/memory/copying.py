@@ -53,7 +53,7 @@ def host_buffer(size: int, device: torch.device) -> Tensor:
     try:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
     except RuntimeError as error:
-        LOGGER.warning("CPU memory cannot be pinned (%s); swapping blocks will be slower", error)
+        LOGGER.warning("CPU memory cannot be pinned (%s); copies to the device will be slower", error)
         with suppress(RuntimeError):  # clears CUDA's last error, which the next kernel would report again
             torch.zeros(1, device=device)
     return buffer

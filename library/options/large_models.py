@@ -99,6 +99,39 @@ class OldBlockSwapOptions(BlockSwapOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModulationOptions(OptionGroup, group="modulation", title="Modulation", always=True):
+    evict_modulation: int | None = opt(
+        None,
+        "keep the frozen modulation layers, a quarter of FLUX.1's weights, in CPU memory, and compute them for so many "
+        "batches at a time; 32 is a good start",
+        at_least=1,
+        off=0,
+    )
+
+    @property
+    def count(self) -> int:
+        """The number of batches for which modulation is computed at a time; 0: it is not evicted."""
+        return self.evict_modulation or 0
+
+    def check(self, opts: Options, traits: FamilyTraits) -> Iterable[str]:
+        if not self.count:
+            return
+        flag = "--evict_modulation"
+        if not (opts.data.cache_latents or opts.data.cache_latents_to_disk):
+            yield f"{flag}: needs --cache_latents, as each image would be encoded twice"
+        if not opts.text_cache.in_use:
+            yield f"{flag}: needs --cache_text_encoder_outputs, as it looks at the texts of several batches"
+        others = {
+            "--blocks_to_swap, which moves these weights itself": opts.swap.count > 0,
+            f"--quantize_base {opts.memory.quantize_base}; choose fp8": opts.memory.quantize_base in ("int8", "nf4"),
+            "--torch_compile": opts.memory.compiles,
+        }
+        for other, given in others.items():
+            if given:
+                yield f"{flag}: cannot be used with {other}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class FusedOptions(OptionGroup, group="fused", title="Steps inside the backward pass", always=True):
     fused_optimizer_groups: int | None = opt(
         None,

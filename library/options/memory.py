@@ -158,11 +158,10 @@ class MemoryOptions(OptionGroup, group="memory", title="Memory and speed"):
         flag = "--selective_checkpointing"
         if not self.gradient_checkpointing:
             yield f"{flag}: needs --gradient_checkpointing"
-        swap = getattr(opts, "swap", None)
         others = {
             "--cpu_offload_checkpointing": self.cpu_offload_checkpointing,
             "--torch_compile, as the compiler chooses what is recomputed": self.compiles,
-            "--blocks_to_swap": swap is not None and swap.count > 0,
+            "--blocks_to_swap": opts.swap.count > 0,
         }
         for other, given in others.items():
             if given:

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from library.runtime.logs import LOGGER
 from library.runtime.processes import Processes
 from library.session import Session, open_data
 from library.training import checkpointing, loop, placement, state
+from library.training.ahead import look_ahead
 from library.training.notifying import Notifier
 from library.training.step import StepParts
 
@@ -189,11 +191,12 @@ def steps(run: Run, batch: Batch, watcher: Watcher, phase: Callable[[str], Any],
     parts = StepParts(run.family, run.models, run.denoise, run.objective, grad_text)
     placement.training_modes(run.models, run.method.trainable(), grad_text=grad_text)
     progress = run.start
+    batches = look_ahead(run, parts, repeat(batch), progress.micro_step)
     run.method.start_epoch(1)
     for number in range(count):
         gc.collect()  # when Python would do it depends on much else
         with phase(("first step", "second step")[min(number, 1)]):
-            loop.optimizer_step(run, parts, [batch] * run.plan.accumulation, progress)
+            loop.optimizer_step(run, parts, list(islice(batches, run.plan.accumulation)), progress)
             name_state(run, watcher)
 
 

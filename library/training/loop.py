@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -12,12 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from library.runtime import seeds
 from library.runtime.limits import during, exhausted
 from library.runtime.logs import LOGGER
 from library.runtime.processes import Processes
 from library.runtime.signals import Interruption
 from library.training import checkpointing, lr_schedules, placement, saving, state
+from library.training.ahead import batch_number, look_ahead, seeded
 from library.training.optimizers import effective_rates
 from library.training.plan import Progress
 from library.training.report import Report
@@ -80,7 +81,8 @@ def _epoch(
     run: Run, parts: StepParts, progress: Progress, report: Report, interruption: Interruption, first_batch: int
 ) -> None:
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    batches = report.batches(iter(run.data.loader(progress.epoch, first_batch, rank=rank, world=world)))
+    loaded = report.batches(iter(run.data.loader(progress.epoch, first_batch, rank=rank, world=world)))
+    batches = look_ahead(run, parts, loaded, progress.micro_step)
     while group := list(islice(batches, run.plan.accumulation)):  # the last one of an epoch may be shorter
         losses, gradient_norm, rates = optimizer_step(run, parts, group, progress)
         report.step(progress, losses, gradient_norm, rates)
@@ -133,12 +135,10 @@ def _accumulate(run: Run, parts: StepParts, group: list[Batch], progress: Progre
     losses = []
     for batch in group:
         batch = batch.to(run.accelerator.device)
-        # The number of the batch among those of all processes: two processes see what one sees that accumulates two.
-        number = progress.micro_step * run.accelerator.num_processes + run.accelerator.process_index
-        torch.manual_seed(seeds.derive(run.seed, "layers", number))  # dropout inside the modules
+        number, step = batch_number(run, progress.micro_step), progress.step + 1
         run.method.set_strength(batch.network_multiplier)
-        rng, step = parts.streams.at(run.accelerator.device, run.seed, "noise", number), progress.step + 1
-        with _computing(run):
+        rng = seeded(run, parts, number)
+        with _computing(run, number):
             with during(f"the forward pass of step {step}"), run.accelerator.autocast():
                 loss = training_step(parts, batch, rng).losses.mean()
             with during(f"the backward pass of step {step}"):
@@ -148,12 +148,16 @@ def _accumulate(run: Run, parts: StepParts, group: list[Batch], progress: Progre
     return losses
 
 
-def _computing(run: Run) -> AbstractContextManager[None]:
+@contextmanager
+def _computing(run: Run, number: int) -> Iterator[None]:
     """A context for the passes of one batch, in which adapters' weights have the dtype of the computation."""
     added = run.method.added()
-    if added is None or run.stepper.inside_backward:  # which needs each gradient as soon as it is there
-        return nullcontext()
-    return weights_in(added, placement.WEIGHT_DTYPES[run.opts.memory.mixed_precision])
+    with ExitStack() as stack:
+        if run.modulation is not None:
+            stack.enter_context(run.modulation.batch(number))
+        if added is not None and not run.stepper.inside_backward:  # which needs each gradient as soon as it is there
+            stack.enter_context(weights_in(added, placement.WEIGHT_DTYPES[run.opts.memory.mixed_precision]))
+        yield
 
 
 def _update(run: Run, parameters: list[Tensor]) -> Tensor | None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from library.data.types import RunData
     from library.families.base import Family
     from library.inference.preview import Preview
+    from library.memory.modulation import EvictedModulation
     from library.methods.base import Method
     from library.objectives.objective import Objective
     from library.options.base import Options
@@ -64,6 +65,7 @@ class Run:
     resume: Path | None = None  # state folder
     ema: EMA | None = None  # of the trained weights
     draw: Draw | None = None  # of a method that trains without images
+    modulation: EvictedModulation | None = None  # where it is in CPU memory
     shards: Shards | None = None  # where the trained weights are sharded over the processes
     comparison: Comparison = field(default_factory=Comparison)  # by validation
 

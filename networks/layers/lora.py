@@ -60,6 +60,7 @@ class LoraLayer(AdapterLayer):
     All is tensor arithmetic on the layer's device: nothing waits, and torch.compile sees one graph.
     """
 
+    reads_live = False
     shares_input = True
 
     def __init__(self, modules: Sequence[nn.Module], rank: int, alpha: float | None, args: LoraArgs):

@@ -49,6 +49,8 @@ class SplitLoraLayer(AdapterLayer):
     Its alpha is theirs times n, since readers divide it by n * r. The state_dict has the parts as they are trained.
     """
 
+    reads_live = False
+
     def __init__(
         self,
         modules: Sequence[nn.Module],

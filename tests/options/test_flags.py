@@ -82,6 +82,8 @@ OURS_OF = {  # of one method, or of one script
     "leco": OF_LECO,
     "sdxl_train_leco": {"blocks_to_swap"},
     "sdxl_train_network": {"text_encoder_batch_size", "blocks_to_swap"},
+    "sd3_train_network": {"evict_modulation"},
+    "flux_train_network": {"evict_modulation"},
     "sd3_train": {"text_encoder_lr1", "text_encoder_lr2", "text_encoder_lr3"},  # as guides print them
     "sdxl_train_textual_inversion": {"blocks_to_swap"},
     "sd3_train_textual_inversion": {"train_t5xxl"},

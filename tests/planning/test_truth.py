@@ -20,7 +20,7 @@ from library.planning.watching import Watcher
 from library.runtime.processes import Processes
 from library.training import distributed, placement
 from tests.builders import write_tiny_sd1
-from tests.builders.flux import write_flux, write_parts
+from tests.builders.flux import WIDTH, write_flux, write_parts
 from tests.builders.sd3 import write_tiny_sd3
 from tests.scripts.starting import as_words
 
@@ -143,3 +143,21 @@ def test_swapped_blocks_of_an_8_bit_base_are_planned_for_a_gpu(files, tmp_path):
         phases = {phase.name: phase for phase in simulate(request, whole=False).phases}
         peaks.append(phases["second step"].peaks["gpu"].size)
     assert 0 < peaks[1] < peaks[0]
+
+
+def test_evicted_modulation_is_planned_for_a_gpu(files, tmp_path):
+    """The GPU has all of these weights less, but the outputs of three batches more."""
+    options = {**LORA, "network_train_unet_only": True, "cache_text_encoder_outputs": True, "mixed_precision": "bf16"}
+    found = []
+    for count in (0, 3):
+        case = Case("flux", "network", {**options, "evict_modulation": count})
+        request = replace(request_of(case, files["flux"], tmp_path), device=device_of_memory(GIB))
+        phases = {phase.name: phase for phase in simulate(request, whole=False).phases}
+        weights = "weights of the denoiser"
+        found.append([phases["second step"].peaks[kind].kinds[weights] for kind in ("gpu", "cpu")])
+        found[-1].append(phases["second step"].peaks["gpu"].size)
+    (plain, _, most), (rest, away, evicted) = found
+    rows = 2 * 2 * 6 * WIDTH + 2 * 3 * WIDTH + 2 * WIDTH  # of two blocks of each kind, and behind them
+    weights, outputs = 2 * rows * (WIDTH + 1), 2 * rows * 2  # in bf16; those of a batch of two
+    assert plain - rest == away == pytest.approx(weights, rel=0.01)  # memory comes in pieces of 512 bytes
+    assert weights - 3 * outputs <= most - evicted <= weights * 1.01

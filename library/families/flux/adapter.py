@@ -32,6 +32,7 @@ from library.families.flux.saving import save_model
 from library.families.flux.targets import text_targets, transformer_targets
 from library.families.flux.variants import FLAGS, TOKENIZERS, model_facts, variant
 from library.families.shared.clip_tokenizer import find_clip_tokenizer
+from library.families.shared.modulation import modulation
 from library.families.shared.roles import VaeLatents
 from library.families.shared.t5 import encode_t5
 from library.runtime.logs import LOGGER
@@ -71,6 +72,7 @@ class FluxFamily(Family):
             targets=FluxTargets(opts),
             writer=FluxWriter(opts),
             control=FluxControl(opts, denoiser),
+            modulation=modulation,
         )
 
 

@@ -9,7 +9,7 @@ from library.families.spec import FamilySpec, ModelKind
 from library.options.control_net import FUSED_CONTROL_NET_GROUPS
 from library.options.embedding import T5_EMBEDDING_GROUPS
 from library.options.finetune import DENOISER_ONLY_GROUPS
-from library.options.large_models import LargeModelOptions, SplitModeOptions, TextCacheOptions
+from library.options.large_models import LargeModelOptions, ModulationOptions, SplitModeOptions, TextCacheOptions
 from library.options.leco import SPLIT_LECO_GROUPS
 
 FLUX = ModelKind(
@@ -40,7 +40,7 @@ SPEC = FamilySpec(
         "flux_train_leco": "leco",
     },
     groups={
-        "network": (LargeModelOptions, TextCacheOptions, SplitModeOptions),
+        "network": (LargeModelOptions, TextCacheOptions, SplitModeOptions, ModulationOptions),
         "finetune": DENOISER_ONLY_GROUPS,
         "embedding": T5_EMBEDDING_GROUPS,
         "control_net": (FluxControlNetFamily, *FUSED_CONTROL_NET_GROUPS),

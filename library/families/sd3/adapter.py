@@ -21,6 +21,7 @@ from library.families.sd3.saving import encoder_path, save_model
 from library.families.sd3.targets import mmdit_targets
 from library.families.sd3.tokenizers import load_tokenizers
 from library.families.sd3.variants import ORIGINAL_CODE, missing_encoder, model_facts
+from library.families.shared.modulation import modulation
 from library.families.shared.roles import VaeLatents
 from library.families.shared.t5 import encode_t5, t5_targets
 from library.families.shared.targets import clip_targets
@@ -53,6 +54,7 @@ class Sd3Family(Family):
             targets=Sd3Targets(opts),
             writer=Sd3Writer(opts),
             control=Sd3Control(opts, denoiser),
+            modulation=modulation,
         )
 
 

@@ -9,7 +9,7 @@ from library.families.spec import FamilySpec, ModelKind
 from library.options.control_net import ONE_RATE_CONTROL_NET_GROUPS
 from library.options.embedding import T5_EMBEDDING_GROUPS
 from library.options.finetune import THREE_ENCODER_GROUPS
-from library.options.large_models import BlockSwapOptions, LargeModelOptions, TextCacheOptions
+from library.options.large_models import BlockSwapOptions, LargeModelOptions, ModulationOptions, TextCacheOptions
 from library.options.leco import LARGE_LECO_GROUPS
 
 SD3 = ModelKind("a Stable Diffusion 3 model", keys=r"joint_blocks\.\d+\.", pipeline="StableDiffusion3")
@@ -27,7 +27,7 @@ SPEC = FamilySpec(
         "sd3_train_leco": "leco",
     },
     groups={
-        "network": (LargeModelOptions, TextCacheOptions, BlockSwapOptions),
+        "network": (LargeModelOptions, TextCacheOptions, BlockSwapOptions, ModulationOptions),
         "finetune": THREE_ENCODER_GROUPS,
         "embedding": T5_EMBEDDING_GROUPS,
         "control_net": (Sd3ControlNetFamily, *ONE_RATE_CONTROL_NET_GROUPS),

@@ -1,0 +1,56 @@
+"""Whether the denoiser's modulation may stay in CPU memory, beside what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import torch
+
+from library.errors import UserError
+from library.memory.modulation import EvictedModulation
+from library.runtime.logs import LOGGER
+from networks.network import Network
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from library.families.base import Family
+    from library.options.base import Options
+    from library.types import Models
+
+_FLAG = "--evict_modulation"
+
+
+def evict_modulation(
+    family: Family, models: Models, opts: Options, added: nn.Module | None, device: torch.device
+) -> EvictedModulation | None:
+    """Keeps the denoiser's modulation layers from `device`; None: not asked for. Call it before `place_denoiser`.
+
+    Args: added: what is trained beside the model.
+    Raises: UserError: that changes what these layers are computed from, or reads their weights.
+    """
+    if not opts.modulation.count:
+        return None
+    if models.text_encoders:
+        encoders = ", ".join(models.text_encoders)
+        raise UserError(f"{_FLAG}: needs texts that training does not change, and {encoders} reads them in every step")
+    assert family.modulation is not None, "the option is that of families with modulation"
+    embedding, layers = family.modulation(models)
+    _require_unread(added, opts.method.network_module, embedding, layers)
+    if device.type == "cpu":
+        LOGGER.warning("%s: saves nothing on a CPU; the model is in CPU memory anyway", _FLAG)
+    return EvictedModulation(models.denoiser.get_submodule(embedding), list(layers.values()), device)
+
+
+def _require_unread(network: nn.Module | None, kind: str | None, embedding: str, layers: Collection[str]) -> None:
+    if not isinstance(network, Network):
+        raise UserError(f"{_FLAG}: cannot be used with {kind}, which may read the weights; leave it out")
+    for key, layer in network.layers().items():
+        target = network.targets[key]
+        if target.part != "denoiser":
+            continue
+        if any(path.startswith(f"{embedding}.") for path in target.modules):
+            raise UserError(f"{_FLAG}: {key} is trained, on which the modulation depends; leave one of them out")
+        if layer.reads_live and not set(layers).isdisjoint(target.modules):
+            raise UserError(f"{_FLAG}: {kind} reads the weights of {key}; leave the layer or the option out")
