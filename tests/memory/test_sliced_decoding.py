@@ -67,7 +67,7 @@ def test_in_bf16(vae):
 
 
 def test_it_takes_less_memory():
-    """By the bytes of the tensors that are alive at once: five copies of the largest features without slices, four with them."""
+    """By the bytes of the tensors that are alive at once: five copies of the largest features, and four in slices."""
     vae, latents = vae_of((64, 64)), torch.randn(1, 4, 64, 64)
 
     def most(slices: int | None) -> int:
