@@ -36,6 +36,14 @@ def test_lora_takes_at_most_three_quarters_of_the_operations_of_peft(bench_ops, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "most", "gib"), [("flux-full", 24_900, 25.4), ("sdxl-full", 17_350, 7.2)])
+def test_whole_models_stepped_in_the_backward_pass_take_no_more_than_measured(bench_ops, name, most, gib):
+    seen = bench_ops.measure("ours", bench_ops.CASES[f"{name}, checkpointing"], full=False)
+    assert seen.ops <= most
+    assert seen.peak <= gib * 2**30
+
+
+@pytest.mark.slow
 def test_selective_checkpointing_repeats_less_and_takes_far_less_than_none(bench_ops):
     """Of FLUX.1, which takes 12,079 operations and 52.1 GiB without checkpointing, 16,563 and 25.4 with it."""
     seen = bench_ops.measure("ours", bench_ops.CASES["flux-lora, selective"], full=False)

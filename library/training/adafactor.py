@@ -80,7 +80,8 @@ def _step_alike(
     del squares
     torch._foreach_mul_(updates, gradients)
     sizes = _root_mean_squares(updates)
-    torch._foreach_div_(sizes, group["clip_threshold"])
+    if group["clip_threshold"] != 1:
+        torch._foreach_div_(sizes, group["clip_threshold"])
     torch._foreach_clamp_min_(sizes, 1.0)
     torch._foreach_div_(updates, sizes)
     torch._foreach_mul_(updates, rate)
