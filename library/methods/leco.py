@@ -18,7 +18,7 @@ Sliders (arXiv:2311.12092), equation 8.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -46,7 +46,22 @@ def make_draw(method: Method, family: Family, objective: Objective, denoise: Den
     """
     if family.traits.flow_shift is None:  # else the times follow from the size, and the first step checks them
         unfinished(objective, method.opts.method.max_denoising_steps, 1.0)
-    return partial(_draw, method, family.traits, objective, denoise)
+    return partial(_draw, method, family.traits, objective, denoise, _drawn_times)
+
+
+def make_planned_draw(method: Method, family: Family, objective: Objective, denoise: Denoise) -> Draw:
+    """The same with images that are always left after half of their steps; no time is read."""
+    return partial(_draw, method, family.traits, objective, denoise, _half_of_the_times)
+
+
+def _drawn_times(objective: Objective, steps: int, shift: float, rng: torch.Generator) -> tuple[Tensor, int]:
+    """The times of a schedule, and after how many of its steps this image is left."""
+    times, counts = unfinished(objective, steps, shift)
+    return times, host_random(rng).choice(counts)
+
+
+def _half_of_the_times(objective: Objective, steps: int, shift: float, rng: torch.Generator) -> tuple[Tensor, int]:
+    return objective.sampling_times(steps, shift), steps // 2
 
 
 def unfinished(objective: Objective, steps: int, shift: float) -> tuple[Tensor, list[int]]:
@@ -69,6 +84,7 @@ def _draw(
     traits: FamilyTraits,
     objective: Objective,
     denoise: Denoise,
+    choose: Callable[[Objective, int, float, torch.Generator], tuple[Tensor, int]],
     batch: PairBatch,
     rng: torch.Generator,
 ) -> NoiseDraw:
@@ -82,6 +98,7 @@ def _draw(
             traits=traits,
             steps=options.max_denoising_steps,
             scale=options.leco_denoise_guidance_scale,
+            choose=choose,
         )
         method.set_strength(0.0)
         try:
@@ -102,21 +119,22 @@ def begin_image(
     traits: FamilyTraits,
     steps: int,
     scale: float,
+    choose: Callable[[Objective, int, float, torch.Generator], tuple[Tensor, int]] = _drawn_times,
 ) -> NoiseDraw:
     """Makes some of `steps` steps from noise towards images of the target, with guidance `scale`.
 
+    Args: choose: gives the times of a schedule, and how many of its steps are made.
     Returns: a draw whose target is to be filled in.
     """
     stride, count = traits.latent_stride, len(batch.captions)
     height, width = batch.size.height // stride, batch.size.width // stride
     shift = 1.0 if traits.flow_shift is None else traits.flow_shift(height, width)
-    times, counts = unfinished(objective, steps, shift)
+    times, made = choose(objective, steps, shift, rng)
     times = times.to(rng.device, non_blocking=True)
     noise = objective.noise(torch.zeros(count, traits.latent_channels, height, width, device=rng.device), rng)
     latents, conds = noise, [batch.unconditional, batch.text]
     if scale == 1:
         conds = conds[1:]
-    made = host_random(rng).choice(counts)
     for step in range(made):
         now, then = times[step].expand(count), times[step + 1].expand(count)
         first, *others = predictions(denoise, latents, now, conds, batch)

@@ -119,6 +119,17 @@ class PromptData:
             unconditional=cond(pair.unconditional),
         )
 
+    # ---- for plans
+
+    def batch_pixels(self) -> list[int]:
+        """Pixels of each batch of an epoch, at the pairs' own sizes."""
+        return [_pixels(pair) for pair in self.pairs] * self.items.repeats
+
+    def largest_batch(self) -> PairBatch:
+        """The batch with the most pixels."""
+        pair = max(self.pairs, key=_pixels)
+        return self._batch([_Drawn(pair, pair.size, pair.size, (0, 0))])
+
     # ---- what is said of it
 
     def sizes(self) -> dict[Size, str]:
@@ -153,6 +164,10 @@ class PromptData:
             "ss_leco_prompts_file": self.file.name,
             "ss_leco_preview": json.dumps(shown, ensure_ascii=False),
         }
+
+
+def _pixels(pair: PromptPair) -> int:
+    return pair.batch_size * pair.size.width * pair.size.height
 
 
 class _Items:

@@ -42,4 +42,5 @@ LECO = MethodSpec(
     complete_options=of_the_denoiser,
     data=EntryPoint("library.methods.leco_data:PromptData"),
     draw=EntryPoint("library.methods.leco:make_draw"),
+    planned_draw=EntryPoint("library.methods.leco:make_planned_draw"),
 )

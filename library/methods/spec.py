@@ -38,12 +38,16 @@ class MethodSpec:
     # becomes of one of its batches in a step. The seed is known by then. None: images.
     data: EntryPoint[[Options, FamilyTraits, int], RunData] | None = None
     draw: EntryPoint[[Method, Family, Objective, Denoise], Draw] | None = None
+    # The same in a plan, where tensors have no values and so no times: a step of mean length.
+    planned_draw: EntryPoint[[Method, Family, Objective, Denoise], Draw] | None = None
 
     def __post_init__(self) -> None:
         without_images = any(issubclass(group, DataOptions) and not group.of_images for group in self.groups)
-        if {without_images, self.data is not None, self.draw is not None} not in ({True}, {False}):
+        given = {part is not None for part in (self.data, self.draw, self.planned_draw)}
+        if {without_images, *given} not in ({True}, {False}):
             raise TypeError(
-                f"method {self.name!r}: without images it has data, draw, and options of data with of_images = False"
+                f"method {self.name!r}: without images it has data, draw, planned_draw, and options of data with "
+                "of_images = False"
             )
         if not any(issubclass(group, MethodOptions) for group in self.groups):
             raise TypeError(f"method {self.name!r}: none of its groups is its own; make it a subclass of MethodOptions")

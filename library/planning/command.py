@@ -44,11 +44,9 @@ def run_plan(opts: Options, family: FamilySpec, method: MethodSpec, specs: list[
     """
     if opts.planning.plan_apply and not script:
         raise UserError("--plan_apply: starts the script again, which needs a command line; use --plan")
-    if method.data is not None:
-        raise UserError("--plan: there is no plan of a method that trains without images yet")
     device = opts.planning.device() or present_device()
     opts = opts.replaced(seed=opts.training.seed or 0)
-    data, length = session.open_data(opts, specs, family.traits, Processes(), planned=_world())
+    data, length = session.open_data(opts, specs, family.traits, Processes(), method.data, planned=_world())
     request = Request(opts, family, method, data, length, device, specs)
     plan = Plan(request, simulate(request))
     for line in report.lines_of(plan):

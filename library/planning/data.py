@@ -94,6 +94,8 @@ class PlayedCaches(encoding.Caches):
     def latents(
         self, opts: Options, family: Family, models: Models, data: PlayedData
     ) -> Callable[[Encoder], None] | None:
+        if not opts.data.of_images:
+            return None
         place = encoding.latent_place(opts, family.traits, data)
         if place is None:
             return None
@@ -121,6 +123,8 @@ class PlayedCaches(encoding.Caches):
     def text(
         self, opts: Options, family: Family, method: Method, models: Models, data: PlayedData
     ) -> Callable[[Accelerator], None] | None:
+        if not opts.data.of_images:
+            return self._prompts(super().text(opts, family, method, models, data))
         if not encoding.caches_text(opts, family, method):
             return None
 
@@ -140,5 +144,15 @@ class PlayedCaches(encoding.Caches):
             else:
                 self.bytes_in_memory["text encoder outputs"] = size * len(captions)
             data.set_text(PlayedTexts(rows))
+
+        return fill
+
+    def _prompts(self, encode: Callable[[Accelerator], None]) -> Callable[[Accelerator], None]:
+        """The run's own encoding of its prompts, all at once in one phase."""
+
+        def fill(accelerator: Accelerator) -> None:
+            with self.watch("caching text"):
+                encode(accelerator)
+            self.batches["caching text"] = 1
 
         return fill

@@ -41,7 +41,7 @@ class Plan:
     def cpu_bytes(self) -> int:
         """The most CPU memory that is needed at a time."""
         opts = self.request.opts
-        loads = not self.simulated.caches_in_memory.get("latents")
+        loads = opts.data.of_images and not self.simulated.caches_in_memory.get("latents")
         workers = opts.data.max_data_loader_n_workers if loads else 0
         caches = sum(self.simulated.caches_in_memory.values())
         return self.simulated.peak("cpu")[0] + PROCESS + WORKER * workers + caches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -90,7 +91,8 @@ class Request:
         """The same with other batches. Raises: UserError: the data cannot be read."""
         specs = [replace(spec, batch_size=size) for spec in self.specs]
         opts = self.opts.replaced(train_batch_size=size)
-        data, run_plan = open_data(opts, specs, self.family.traits, Processes(), planned=self.run_plan.processes)
+        processes, own_data = self.run_plan.processes, self.method.data
+        data, run_plan = open_data(opts, specs, self.family.traits, Processes(), own_data, planned=processes)
         return replace(self, opts=opts, data=data, run_plan=run_plan, specs=specs)
 
 
@@ -124,12 +126,14 @@ def simulate(request: Request, *, whole: bool = True) -> Simulated:
         stack.enter_context(played_machine(watcher, gpu=kind == GPU))
         stack.enter_context(shapes_only())
         files = stack.enter_context(sizes_only())
-        data, caches = PlayedData(request.data), PlayedCaches(phase)
+        # Data without images is its own: what it is given here stays in the copy.
+        data = PlayedData(request.data) if opts.data.of_images else copy.copy(request.data)
+        caches = PlayedCaches(phase)
         accelerator = PlayedAccelerator(opts, device)
         family, method = request.family.adapter(opts), request.method.method(opts)
         session = Session(opts, family, method, data, request.run_plan, accelerator, caches=caches)
         session.check(request.family.missing_encoders(opts), takes_control=request.method.image_role == "control")
-        run = built(session, watcher, phase, request.method)
+        run = built(session, watcher, phase, replace(request.method, draw=request.method.planned_draw))
         batch = data.largest_batch()
         steps(run, batch, watcher, phase)
         found = Simulated(watcher.phases, work)
@@ -188,7 +192,7 @@ def built(session: Session, watcher: Watcher, phase: Callable[[str], Any], metho
 def steps(run: Run, batch: Batch, watcher: Watcher, phase: Callable[[str], Any], count: int = STEPS) -> None:
     """Training steps over one batch, each a phase, the first and the second."""
     grad_text = bool(run.method.trained_text_encoders())
-    parts = StepParts(run.family, run.models, run.denoise, run.objective, grad_text)
+    parts = StepParts(run.family, run.models, run.denoise, run.objective, grad_text, run.draw)
     placement.training_modes(run.models, run.method.trainable(), grad_text=grad_text)
     progress = run.start
     batches = look_ahead(run, parts, repeat(batch), progress.micro_step)

@@ -46,7 +46,7 @@ def test_a_method_needs_a_group_of_its_own():
 def test_a_method_without_images_says_so_everywhere():
     leco = METHODS["leco"]
     for some in ({"data": leco.data}, {"draw": leco.draw}, {"data": leco.data, "draw": leco.draw}):
-        with pytest.raises(TypeError, match="without images it has data, draw, and options of data"):
+        with pytest.raises(TypeError, match="without images it has data, draw, planned_draw, and options"):
             MethodSpec(**parts(**some))
     with pytest.raises(TypeError, match="without images"):
         MethodSpec(**parts(groups=leco.groups))

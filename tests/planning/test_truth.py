@@ -46,6 +46,10 @@ CASES = {
         "sd", "network", {**LORA, "gradient_checkpointing": True, "gradient_accumulation_steps": 2, "ema": True}
     ),
     "sd full, EMA": Case("sd", "dreambooth", {"learning_rate": 1e-5, "ema": True, "gradient_checkpointing": True}),
+    "sd, concepts from prompts": Case(
+        "sd", "leco", {**LORA, "prompts_file": "examples/leco/no_red.toml", "max_denoising_steps": 4,
+                       "train_data_dir": None, "resolution": None, "train_batch_size": None, "cache_latents": None},
+    ),
     "sd3 lora, 8 bit": Case("sd3", "network", {**LORA, "network_train_unet_only": True, "fp8_base": True,
                                                "mixed_precision": "bf16", "cache_text_encoder_outputs": True}),
     "flux lora, swap, checkpointing": Case(
@@ -97,7 +101,7 @@ def request_of(case: Case, files: dict[str, object], folder) -> Request:
     opts = parsing.parse_options(registry.groups_for(case.family, case.method), as_words(values))
     opts = quietly(method.complete_options(family.complete_options(opts)))
     specs = checking.check(opts, family, method)
-    data, length = session.open_data(opts, specs, family.traits, Processes())
+    data, length = session.open_data(opts, specs, family.traits, Processes(), method.data)
     return Request(opts, family, method, data, length, CPU, specs)
 
 
