@@ -80,7 +80,7 @@ class DatasetSpec:
     fits_any_size: bool  # without buckets: images of another size are resized and cut, as their latents are cached
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be millions
 class Record:
     """One image of one subset. The same file in another dataset is another record."""
 

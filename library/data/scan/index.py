@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, nullcontext
@@ -32,7 +32,7 @@ from library.runtime.signals import leave_interrupts_to_the_parent
 Stamp = tuple[int, int]  # bytes, and the modification time in ns
 Entry = list[Any]
 
-VERSION = 4  # of the index files; raise it when a kind of facts gets another meaning
+VERSION = 5  # of the index files; raise it when a kind of facts gets another meaning
 MANY = 2000  # unknown files from which worker processes, which take half a second to start, pay off
 CHUNK = 64  # files handed to a worker at a time
 
@@ -80,7 +80,7 @@ class FileIndex:
         known = self._folder(os.fspath(folder))
         if known.listed is None:
             known.list()
-        return dict(known.listed)
+        return {name: (entry[0], entry[1]) for name, entry in known.listed.items()}
 
     def stamp(self, file: Path | str) -> Stamp | None:
         """(bytes, mtime in ns), or None where there is no such file, or none that may be read."""
@@ -104,7 +104,7 @@ class FileIndex:
         unknown: dict[tuple[str, str], list[int]] = {}
         for position, file in enumerate(files):
             folder, name = self._split(file)
-            value = folder.facts(name).get(kind, _UNKNOWN)
+            value = folder.fact(name, kind)
             if value is _UNKNOWN:
                 unknown.setdefault((folder.path, name), []).append(position)
             else:
@@ -160,11 +160,16 @@ class FileIndex:
 
 
 class _Folder:
-    """Facts about the files of one folder. An entry is [bytes, mtime in ns, {kind: value}], as in the JSON."""
+    """Facts about the files of one folder.
+
+    An entry is [bytes, mtime in ns, kind, value, kind, value, ...], as in the JSON, where a kind is its place among
+    the folder's: a dictionary for each file would take half as much memory again.
+    """
 
     def __init__(self, path: str, place: Path | None):
         self.path = path  # resolved
-        self.listed: dict[str, Stamp] | None = None  # None: not in this run
+        self.listed: dict[str, Entry] | None = None  # the entries as they were then; None: not in this run
+        self._kinds: list[str] = []
         self._kept: dict[str, Entry] = {} if place is None else self._load(place)
         self._seen: dict[str, Entry] = {}  # in this run; entries of `_kept`, and of `_loose`
         self._loose: set[str] = set()  # names whose facts are good for this run only
@@ -182,29 +187,27 @@ class _Folder:
             LOGGER.info(f"{file}: the file index is rebuilt ({error})")
             return {}
         if isinstance(content, dict) and content.get("version") == VERSION and content.get("folder") == self.path:
-            files = content.get("files")
-            if isinstance(files, dict) and all(
-                type(one) is list and len(one) == 3 and type(one[0]) is type(one[1]) is int and type(one[2]) is dict
-                for one in files.values()
-            ):
+            files, kinds = content.get("files"), content.get("kinds")
+            if isinstance(files, dict) and _are_texts(kinds) and _are_entries(files.values(), len(kinds)):
+                self._kinds = kinds
                 return files
         LOGGER.info(f"{file}: the file index is rebuilt (its version or folder differs)")
         return {}
 
     def list(self) -> None:
         listed = {}
+        names = {name: name for name in self._kept}  # one string for each file, and not another one
         now = time.time_ns()
         with collector_paused(), os.scandir(self.path) as entries:
             for entry in entries:
-                name = entry.name
+                name = names.get(entry.name, entry.name)
                 try:
                     found = entry.stat()
                 except OSError:
-                    listed[name] = (0, 0)  # whoever opens it learns why
+                    listed[name] = [0, 0]  # whoever opens it learns why
                     continue
                 if not stat.S_ISDIR(found.st_mode):
-                    seen = self._seen.get(name) or self._see(name, found, now)
-                    listed[name] = (seen[0], seen[1])
+                    listed[name] = self._seen.get(name) or self._see(name, found, now)
         self.listed = listed
 
     def stamp(self, name: str) -> Stamp | None:
@@ -220,15 +223,23 @@ class _Folder:
                 # The caller has written it, or another program has since the caller read it.
                 self._loose.add(name)
 
-    def facts(self, name: str) -> dict[str, Any]:
+    def fact(self, name: str, kind: str) -> Any:
+        """The value, or `_UNKNOWN`."""
         entry = self._seen.get(name) or self._look(name)
-        return {} if entry is None else entry[2]
+        place = None if entry is None else self._place_of(entry, kind)
+        return _UNKNOWN if place is None else entry[place]
 
     def record(self, name: str, kind: str, value: Any) -> None:
         entry = self._seen.get(name)
         if entry is None:
             return
-        entry[2][kind] = value
+        place = self._place_of(entry, kind)
+        if place is not None:
+            entry[place] = value
+        else:
+            if kind not in self._kinds:
+                self._kinds.append(kind)
+            entry += (self._kinds.index(kind), value)
         if name not in self._loose:
             self._kept[name] = entry
             self._changed = True
@@ -240,11 +251,18 @@ class _Folder:
         return self._changed
 
     def save(self, place: Path) -> None:
-        content = {"version": VERSION, "folder": self.path, "files": self._kept}
+        content = {"version": VERSION, "folder": self.path, "kinds": self._kinds, "files": self._kept}
         text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
         with replacing(_index_file(place, self.path), flush=False) as temporary:
             temporary.write_bytes(seal(text.encode("utf-8", "surrogatepass")))  # file names need not be Unicode
         self._changed = False
+
+    def _place_of(self, entry: Entry, kind: str) -> int | None:
+        """Where in an entry the value of a kind is."""
+        for place in range(2, len(entry), 2):
+            if self._kinds[entry[place]] == kind:
+                return place + 1
+        return None
 
     def _look(self, name: str) -> Entry | None:
         now = time.time_ns()
@@ -260,7 +278,7 @@ class _Folder:
         entry = self._kept.get(name)
         if entry is None or entry[0] != size or entry[1] != changed:
             self._forget(name)
-            entry = [size, changed, {}]
+            entry = [size, changed]
             if -_COARSEST_CLOCK < changed - now < _CLOCKS_DIFFER_BY:
                 # It may change once more without a change of its stamp, where the clock of the file system is coarse.
                 self._loose.add(name)
@@ -283,6 +301,23 @@ def collector_paused() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+def _are_texts(kinds: Any) -> bool:
+    return type(kinds) is list and all(type(kind) is str for kind in kinds)
+
+
+def _are_entries(values: Iterable[Any], kinds: int) -> bool:
+    """Whether all are entries, see `_Folder`, of so many kinds."""
+    known = set(range(kinds))
+    return all(
+        type(one) is list
+        and len(one) >= 2
+        and len(one) % 2 == 0
+        and type(one[0]) is type(one[1]) is int
+        and all(type(kind) is int and kind in known for kind in one[2::2])
+        for one in values
+    )
 
 
 def _index_file(place: Path, folder: str) -> Path:

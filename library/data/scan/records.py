@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from library.data.sample import buckets, images
@@ -147,11 +147,14 @@ def _check_contents(records: Sequence[Record], index: FileIndex, scan: ScanRepor
     scan.dropped += decoded.damaged.items() if decoded is not None else ()
 
 
+_size = lru_cache(maxsize=10_000)(Size)  # one object for all images of a size: there may be millions
+
+
 def _as_header(described: list | str) -> _Header:
     if isinstance(described, str):
         return _Header(None, reason=described)
     width, height, turned, frames = described
-    return _Header(Size(width, height), turned, frames)
+    return _Header(_size(width, height), turned, frames)
 
 
 def _is_small(size: Size | None, spec: DatasetSpec) -> bool:

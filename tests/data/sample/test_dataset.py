@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import os
 import pickle
+import tracemalloc
 from collections import Counter
 from random import Random
 
@@ -17,6 +20,7 @@ from library.data.config.blueprint import build_specs
 from library.data.sample import images
 from library.data.sample.dataset import ItemDataset, build_training_data
 from library.data.sample.rendering import render
+from library.data.scan import near_duplicates
 from library.data.types import ItemKey
 from library.errors import UserError
 
@@ -691,3 +695,27 @@ def test_masks_of_the_data_set_are_those_for_inpainting(tmp_path, draw, load, ma
         assert (sample.mask is not None) == masked_loss
     assert seen == {0, 44}
     assert [record.mask is not None for record in data.records] == [masked_loss]
+
+
+def test_an_image_takes_about_a_kilobyte_and_a_half(tmp_path, draw, load, monkeypatch):
+    """Of a warm start, with a caption each: what is held in the end, so that a million images fit in memory."""
+    monkeypatch.setattr(near_duplicates, "MOST", 100)  # as of many images, which are not compared by their looks
+    count, folder = 500, tmp_path / "data" / "1_a"
+    content = draw(folder / "000.png").read_bytes()
+    for number in range(count):
+        (folder / f"{number:03d}.png").write_bytes(content + b"%d" % number)
+        (folder / f"{number:03d}.txt").write_text(f"a photo of a house on a hill, number {number}", encoding="utf-8")
+    for file in folder.iterdir():
+        os.utime(file, (1e9, 1e9))  # what is new may change once more, and is not kept
+    options = {"data_index_dir": str(tmp_path / "index"), "caption_extension": ".txt"}
+    load(folder.parent, **options)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        data = load(folder.parent, **options)
+        gc.collect()
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(data.records) == count
+    assert 500 < held / count < 1600  # paths are long here

@@ -297,9 +297,13 @@ def test_put_for_a_file_removed_in_the_run(folder, place):
         lambda text: text.replace(f'"version":{index.VERSION}', f'"version":{index.VERSION + 1}'),
         lambda text: text.replace("images", "others"),
         lambda text: json.dumps({**json.loads(text), "files": []}),
-        lambda text: json.dumps({**json.loads(text), "files": {"a.txt": [1, 2]}}),
-        lambda text: json.dumps({**json.loads(text), "files": {"a.txt": ["1", 2, {}]}}),
-        lambda text: json.dumps({**json.loads(text), "files": {"a.txt": [1, 2, []]}}),
+        lambda text: json.dumps({**json.loads(text), "kinds": "text"}),
+        lambda text: json.dumps({**json.loads(text), "kinds": []}),
+        lambda text: json.dumps({**json.loads(text), "files": {"a.txt": [1]}}),
+        lambda text: json.dumps({**json.loads(text), "files": {"a.txt": ["1", 2, 0, "a"]}}),
+        lambda text: json.dumps({**json.loads(text), "files": {"a.txt": [1, 2, 0]}}),
+        lambda text: json.dumps({**json.loads(text), "files": {"a.txt": [1, 2, "text", "a"]}}),
+        lambda text: json.dumps({**json.loads(text), "files": {"a.txt": [1, 2, -1, "a"]}}),
     ],
 )
 def test_a_damaged_or_foreign_index_is_built_again(folder, place, log, damage):
