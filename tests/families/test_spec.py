@@ -12,6 +12,7 @@ from library.entry_points import EntryPoint
 from library.families.base import Control, Denoiser, Family, Latents, Loader, Targets, TextEncoding, Writer
 from library.families.registry import FAMILIES
 from library.families.spec import FamilySpec
+from library.options.large_models import ModulationOptions
 from library.options.parsing import parse_options
 from library.registry import groups_for
 
@@ -23,7 +24,7 @@ ROLES = {
     "targets": Targets,
     "writer": Writer,
 }
-OPTIONAL = ("opts", "control", "lllite", "text_places", "text_layers", "shrinking")
+OPTIONAL = ("opts", "control", "lllite", "text_places", "modulation", "text_layers", "shrinking")
 
 
 @pytest.mark.parametrize("spec", FAMILIES.values(), ids=FAMILIES)
@@ -39,6 +40,7 @@ def test_every_entry_point_can_be_called(spec):
     assert all(isinstance(role, ROLES[name]) for name, role in roles.items())
     assert callable(family.text_layers) == spec.traits.text_regions
     assert callable(family.text_places) == ("xti" in spec.scripts.values())
+    assert callable(family.modulation) == (ModulationOptions in spec.groups.get("network", ()))
     for control, method in ((family.control, "control_net"), (family.lllite, "lllite")):
         assert isinstance(control, Control) == (method in spec.scripts.values())
 
