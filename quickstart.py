@@ -214,10 +214,11 @@ def open_page(page: Path) -> None:
 
 def test(arguments: list[str]) -> None:
     install("requirements-dev.txt")
-    # All of it in several processes; a file's tests stay together, for they share what the first of them has made.
+    # In several processes; a file's tests stay together, for they share what the first of them has made.
     workers = min(os.cpu_count() or 1, 4)
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // workers, 1)))
-    run(["-m", "pytest", *(arguments or ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"])])
+    usual = ["-m", "not slow", "-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
+    run(["-m", "pytest", *(arguments or usual)])
 
 
 def doctor() -> None:

@@ -49,6 +49,7 @@ def test_rows_of_the_models_run_at_tiny_size():
     assert float(rows["sdxl-full", "plain"]["TFLOP"]) > float(rows["sdxl-lora", "plain"]["TFLOP"])
 
 
+@pytest.mark.slow
 def test_preparing_images_runs_and_shows_its_ratios():
     command = ["benchmarks/bench_preparation.py", "--photos=1", "--drawings=2", "--rounds=1"]
     run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -58,6 +59,7 @@ def test_preparing_images_runs_and_shows_its_ratios():
 
 
 @needs_linux
+@pytest.mark.slow
 def test_tools_merge_and_extract_like_plain_ones_at_tiny_size():
     command = ["benchmarks/bench_tools.py", "--tiny", "--rounds=1"]
     run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -69,6 +71,7 @@ def test_tools_merge_and_extract_like_plain_ones_at_tiny_size():
     assert float(difference) < 1e-4
 
 
+@pytest.mark.slow
 def test_networks_are_compared_at_tiny_size():
     types = ["LoHa", "DoRA, columns", "OFT, 4 blocks", "full"]
     command = ["benchmarks/bench_networks.py", "--tiny", "--rounds=1", "--only", *types]

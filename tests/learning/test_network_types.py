@@ -50,6 +50,7 @@ def concept_batch(family, models) -> Batch:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TYPES)
 def test_the_loss_on_the_concept_falls(name):
     given, rate = TYPES[name]

@@ -169,6 +169,7 @@ def test_dreambooth_with_buckets_augmentation_and_state(run_script, tmp_path, sm
 # ---- what it is for
 
 
+@pytest.mark.slow
 @pytest.mark.rows("R5", "R14", "R117", "R118")
 def test_training_images_are_learned_and_diffusers_reads_the_result(run_script, tmp_path):
     """The loss on the training images, at the same noise, before and after; with the model that diffusers opens."""
