@@ -61,6 +61,9 @@ CASES = {
     ),
 }  # fmt: skip
 
+RARE = ("sd full, EMA", "sd3 lora, 8 bit")  # what they have is in other cases too
+SLOW = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, dict[str, object]]:
@@ -123,7 +126,7 @@ def watched(request: Request) -> Watcher:
     return watcher
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW if name in RARE else ()) for name in CASES])
 @pytest.mark.usefixtures("swaps_in_cpu_memory")
 def test_a_planned_peak_is_that_of_the_real_run(name, files, tmp_path):
     """By the same watcher within 2 %, and the caches in CPU memory, which a plan adds up without making them."""

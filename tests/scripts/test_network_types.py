@@ -41,7 +41,7 @@ DIMS = {"boft": 64}  # the largest size of a block, into which rows must be cut
 CASES = {
     "loha": ("train_network", "networks.loha", [], "hada_w1_a"),
     "lokr": ("flux_train_network", "networks.lokr", ["factor=4"], "lokr_w1"),
-    "oft": ("sdxl_train_network", "networks.oft", ["enable_all_linear=True"], "oft_blocks"),
+    "oft": ("sdxl_train_network", "networks.oft", [], "oft_blocks"),
     "oft_flux": ("flux_train_network", "networks.oft_flux", ["enable_all_linear=True"], "oft_blocks.0"),
     "dora": ("sd3_train_network", "networks.lycoris", ["algo=locon", "dora_wd=True", "preset=attn-mlp"], "dora_scale"),
     "norms": ("train_network", "networks.lycoris", ["algo=lokr", "train_norm=True", "preset=unet-only"], "w_norm"),

@@ -169,12 +169,13 @@ def given_to_use(file: Path) -> dict[str, object]:
     }  # fmt: skip
 
 
-def test_templates_average_validation_and_memory(run_script, arguments, tmp_path):
+def test_templates_average_validation_and_memory(run_script, arguments, small_model, tmp_path):
     """What the loop offers to every method, in half precision with a base in 8 bits, from images without the word."""
     said = ran(
         run_script,
         arguments(
             tmp_path,
+            pretrained_model_name_or_path=small_model,
             token_string="zwx",
             use_object_template=True,
             train_data_dir="examples/regularisation",
@@ -186,7 +187,7 @@ def test_templates_average_validation_and_memory(run_script, arguments, tmp_path
             fp8_base=True,
             ema=True,
             validation_split=0.2,
-            validate_every_n_steps=1,
+            validate_every_n_steps=2,
             max_validation_steps=1,
             cache_latents=True,
             optimizer_type="AdamW8bit",
