@@ -6,6 +6,7 @@ the others the backward pass repeats just the operations that lead to them. The 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -299,10 +300,10 @@ def _chosen(calls: Sequence[_Call], needed: Iterable[_Call], budget: float, smal
     repeated = _repeated(needed, kept)
     left = budget - sum(call.nbytes for call in kept & _reached(needed, repeated) if call.nbytes > small)
     while True:
-        cost, best, most = sum(call.cost for call in repeated), None, 0.0
-        for call in repeated:
+        cost, best, most = _cost(repeated), None, 0.0
+        for call in sorted(repeated, key=lambda one: one.index):  # the first of several that save as much
             if 0 < call.nbytes <= left + small and not call.lost:
-                saved = cost - sum(one.cost for one in _repeated(needed, kept | {call}))
+                saved = cost - _cost(_repeated(needed, kept | {call}))
                 if saved / call.nbytes > most:
                     best, most = call, saved / call.nbytes
         if best is None:
@@ -310,6 +311,11 @@ def _chosen(calls: Sequence[_Call], needed: Iterable[_Call], budget: float, smal
         kept.add(best)
         left -= best.nbytes
         repeated = _repeated(needed, kept)
+
+
+def _cost(calls: Iterable[_Call]) -> float:
+    """Seconds, the same to the bit in any order of calls."""
+    return math.fsum(call.cost for call in calls)
 
 
 def _repeated(needed: Iterable[_Call], kept: set[_Call]) -> set[_Call]:
