@@ -15,7 +15,7 @@ from tests.builders.t5 import write_t5_tokenizer
 
 SD = "examples/tiny_model/tiny-sd.safetensors"
 DATA = ("--resolution=64", "--enable_bucket", "--min_bucket_reso=64", "--flip_aug", "--caption_extension=.txt")
-FOUND = "reused\n"
+FOUND = "used as they are\n"
 
 
 @pytest.fixture(scope="module")

@@ -162,7 +162,7 @@ def test_the_caching_tool_prepares_such_a_dataset(run_script, train, model, pair
     said = train(tmp_path / "out", cache_latents_to_disk=True, **more).said
     for file in (pairs / "images").glob("*.npz"):
         file.unlink()
-    assert "latents on disk: 4 reused\n" in said
+    assert "latents on disk: 4 used as they are\n" in said
 
 
 def test_two_processes_train_as_one_that_accumulates(train, tmp_path):

@@ -84,7 +84,7 @@ def test_memory_disk_and_the_next_start_train_the_same(first, train, place):
     written, from_disk = first
     assert "latents on disk: 5 new\n" in written
     again, second = train(train_data_dir=place, cache_latents=None, cache_latents_to_disk=True, flip_aug=True)
-    assert "latents on disk: 5 reused\n" in again
+    assert "latents on disk: 5 used as they are\n" in again
     _, in_memory = train(train_data_dir=place, flip_aug=True)
     assert weights_hash(from_disk) == weights_hash(second) == weights_hash(in_memory)
 
@@ -101,7 +101,7 @@ def test_training_from_metadata_and_latents_alone(first, train, place, tmp_path)
         train_data_dir=folder, in_json=tmp_path / "meta_lat.json", cache_latents=None, shuffle_caption=True
     )
     assert "5 images of which only latents are there" in printed
-    assert "5 reused" in printed
+    assert "5 used as they are" in printed
     assert any(value.any() for name, value in load_file(weights).items() if "lora_up" in name)
 
 

@@ -225,7 +225,7 @@ def test_one_file_holds_the_latents_of_all_resolutions(printed_lora, data):
 def test_a_whole_model_in_bf16_from_cached_texts(run_script, tmp_path, model, data, printed_lora):
     printed = ran(run_script, WHOLE_MODEL, model, data, tmp_path)
     assert "--blocks_to_swap: has no effect on a CPU" in printed
-    assert "latents on disk: 6 reused" in printed, "those of the LoRA's run"
+    assert "latents on disk: 6 used as they are" in printed, "those of the LoRA's run"
     assert "caching text encoder outputs" not in printed
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["output-name-000001.safetensors", "output-name.html", "output-name.safetensors"]

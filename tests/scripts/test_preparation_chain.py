@@ -135,7 +135,7 @@ def test_from_images_to_a_model(run_script, tmp_path):
     )
     trained = said(run_script(*line))
     assert "16 images of which only latents are there" in trained
-    assert "latents on disk: 16 reused\n" in trained
+    assert "latents on disk: 16 used as they are\n" in trained
 
     # Without weight decay, the vectors of those tokens move that were trained on, and of no others.
     before, after = (load_file(path)[TOKENS].float() for path in (MODEL, out / "last.safetensors"))

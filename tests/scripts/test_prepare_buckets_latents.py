@@ -68,7 +68,7 @@ def test_training_from_latents_alone_is_training_from_the_images(run_script, sma
         f"--output_dir={tmp_path}/lost",
     )
     assert "3 images of which only latents are there" in lost
-    assert "latents on disk: 3 reused\n" in lost
+    assert "latents on disk: 3 used as they are\n" in lost
     there = ran(
         run_script,
         *(*common, f"--in_json={tmp_path}/meta_clean.json", f"--train_data_dir={apart}", "--resolution=128,64"),
@@ -96,7 +96,7 @@ def test_training_with_the_images_still_there_follows_the_metadata_file(run_scri
         *("fine_tune.py", f"--pretrained_model_name_or_path={small_model}", f"--in_json={out}"),
         *(f"--train_data_dir={images}", f"--output_dir={tmp_path}/out", "--max_train_steps=1", "--seed=1"),
     )
-    assert "latents on disk: 3 reused\n" in trained
+    assert "latents on disk: 3 used as they are\n" in trained
 
 
 def test_it_starts_from_inside_its_folder_and_help_imports_nothing_heavy():

@@ -123,6 +123,6 @@ def test_a_recipe_caches_and_then_trains_from_the_caches_with_what_is_given_besi
         assert done.returncode == 0, done.stderr[-3000:]
     done = run_script("sdxl_train_network.py", *words, "--network_dim=3")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("1 reused") == 2
+    assert done.stderr.count("1 used as they are") == 2
     weights = load_file(tmp_path / "out" / "result.safetensors")
     assert {len(weight) for key, weight in weights.items() if key.endswith("lora_down.weight")} == {3}

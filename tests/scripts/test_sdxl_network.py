@@ -271,7 +271,7 @@ def test_block_wise_rates_and_the_denoiser_only(from_files, trained):
 def test_resumed_from_a_state_and_the_files_it_is_the_same_model(from_files, run_script, plan, tmp_path):
     result = run_script(*plan(tmp_path, **FILES, resume=from_files.out / "lora-step00000002-state"))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "latents on disk: 4 reused\n" in result.stderr
+    assert "latents on disk: 4 used as they are\n" in result.stderr
     assert "caching text encoder outputs" not in result.stderr
     assert hash_of(tmp_path / "lora.safetensors") == from_files.model_hash
     assert furthest(load_file(tmp_path / "lora.safetensors"), from_files.weights) == 0

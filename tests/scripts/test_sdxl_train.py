@@ -203,7 +203,7 @@ def test_an_image_is_made_though_the_text_encoders_are_gone(by_json):
 def test_steps_in_the_backward_pass_and_after_it_are_the_same(by_json, train, tmp_path):
     """The second run takes what the first one left in files, and says what AdaFactor does by itself in the first."""
     after = train(tmp_path, by_json=True, stochastic_rounding=True, **HALF)
-    assert "latents on disk: 4 reused\n" in after.said
+    assert "latents on disk: 4 used as they are\n" in after.said
     assert "caching text encoder outputs" not in after.said
     assert furthest(after.weights, by_json.weights) == 0
 
@@ -229,7 +229,7 @@ def test_a_changed_caption_is_encoded_again_and_diffusers_opens_the_folder(by_js
             "max_train_steps": 1,
         },
     )
-    (named,) = re.findall(r"encoded again: (.+_te_outputs\.npz): (.+)", run.said)
+    (named,) = re.findall(r"made again: (.+_te_outputs\.npz): (.+)", run.said)
     assert Path(named[0]).name == "flower_01_te_outputs.npz"
     assert named[1] == "made for another caption"
     assert re.search(r"caching text encoder outputs: +0%\|.*\| 0/(\d+) ", run.said)[1] == "1"

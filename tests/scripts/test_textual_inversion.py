@@ -219,11 +219,11 @@ def test_cached_outputs_of_the_word_are_no_other_runs(run_script, arguments, lar
     said = ran(run_script, ["flux_train_textual_inversion.py", *words])
     assert f"text encoder outputs on disk: {files} new" in said
     said = ran(run_script, ["flux_train_textual_inversion.py", *words, "--seed=2", "--init_word=red"])
-    assert f"text encoder outputs on disk: {files} reused\n" in said
+    assert f"text encoder outputs on disk: {files} used as they are\n" in said
     network = [word for word in words if not word.startswith(("--token_string", "--init_word", "--num_vectors"))]
     network += ["--network_module=networks.lora_flux", "--network_train_unet_only", "--output_name=lora"]
     said = ran(run_script, ["flux_train_network.py", *network])
-    assert f"text encoder outputs on disk: {files} encoded again" in said
+    assert f"text encoder outputs on disk: {files} made again" in said
 
 
 # ---- mistakes
