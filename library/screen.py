@@ -27,6 +27,11 @@ _SHORTEST = 6  # letters of a secret; a shorter one would hide parts of words
 _secrets: set[str] = set()
 
 
+def counted(count: int, noun: str = "image", several: str | None = None) -> str:
+    """``1 image``, ``2 images``; `several` where a plural is not the noun with an s."""
+    return f"{count} {noun if count == 1 else several or noun + 's'}"
+
+
 def hide(value: Any) -> None:
     """Hides in all further messages this value of a secret option, or any text inside a value of the wrong type."""
     if isinstance(value, dict):

@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 OnError = Callable[[Path, str], None]  # (image, why nothing can be cached for it)
 
-MOST_NAMED = 20  # files that are made again, or in the way, are named up to so many
+MOST_NAMED = 20  # files that are encoded again, or in the way, are named up to so many
 
 
 @dataclass(frozen=True)
@@ -169,10 +169,11 @@ def write_files(
 
 
 def report_missing(what: str, kept: int, invalid: Sequence[str], new: int) -> None:
-    """Says in the log how many entries are used as they are, made again (named, with the reason) and new."""
+    """Says in the log how many entries are reused, encoded again (named, with the reason) and new."""
     for reason in invalid[:MOST_NAMED]:
-        LOGGER.warning("made again: %s", reason)
+        LOGGER.warning("encoded again: %s", reason)
     if len(invalid) > MOST_NAMED:
-        LOGGER.warning("made again: and %d more", len(invalid) - MOST_NAMED)
+        LOGGER.warning("encoded again: and %d more", len(invalid) - MOST_NAMED)
+    # The words are those that wrappers of such trainers look for.
     counts = ((kept, "used as they are"), (len(invalid), "made again"), (new, "new"))
     LOGGER.info("%s: %s", what, ", ".join(f"{count} {text}" for count, text in counts if count) or "none")

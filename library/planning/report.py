@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from library.options.devices import GIB
+from library.screen import counted
 
 if TYPE_CHECKING:
     from library.planning.plan import Plan
@@ -30,8 +31,8 @@ def lines_of(plan: Plan) -> list[str]:
     disk = ", ".join(f"{name} {gib(size)}" for name, size in plan.disk.items())
     lines.append(f"disk over the run: {gib(sum(plan.disk.values()))} ({disk})")
     lines.append(
-        f"length: {_counted(run_plan.total_steps, 'step')}, {_counted(run_plan.epochs, 'epoch')}, of "
-        f"{_counted(plan.simulated.images, 'image')} a step; "
+        f"length: {counted(run_plan.total_steps, 'step')}, {counted(run_plan.epochs, 'epoch')}, of "
+        f"{counted(plan.simulated.images, 'image')} a step; "
         f"{plan.simulated.trained:,} numbers are trained"
     )
     caching = f", of which {clock(plan.caching_seconds)} for caching" if plan.caching_seconds >= 1 else ""
@@ -88,10 +89,6 @@ def _peak(plan: Plan) -> list[str]:
     if plan.request.device.overhead:
         lines.append(f"  {'CUDA and its libraries, assumed':40}{gib(plan.request.device.overhead):>12}")
     return lines
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def gib(size: float) -> str:

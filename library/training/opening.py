@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from library.screen import counted
 from library.training.optimizers import describe_optimizer
 
 if TYPE_CHECKING:
@@ -33,17 +34,13 @@ def describe_run(
         ("trained", f"{in_millions(sum(numbers))} parameters"),
         ("rates", f"{', '.join(dict.fromkeys(rates))}; {schedule}{warmup}"),
         ("optimizer", describe_optimizer(optimizer, options)),
-        ("length", f"{_counted(steps, 'step')}, {_counted(plan.epochs, 'epoch')} of {plan.steps_per_epoch}"),
+        ("length", f"{counted(steps, 'step')}, {counted(plan.epochs, 'epoch')} of {plan.steps_per_epoch}"),
         ("batch", f"{batch}{more}"),
     ]
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 def _steps(given: float) -> str:
-    return _counted(given, "step") if isinstance(given, int) else f"{100 * given:g} % of the run"
+    return counted(given, "step") if isinstance(given, int) else f"{100 * given:g} % of the run"
 
 
 def in_millions(count: int) -> str:

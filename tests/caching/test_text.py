@@ -117,7 +117,7 @@ class Reasons(logging.Handler):
 
     def emit(self, record):
         if record.levelno == logging.WARNING:
-            self.lines.append(record.getMessage().removeprefix("made again: "))
+            self.lines.append(record.getMessage().removeprefix("encoded again: "))
 
 
 def on_disk(items, encode, layout=LAYOUT, name="encoder one", size=2, processes=ALONE, **more):

@@ -211,7 +211,7 @@ def test_clips_train_while_t5_comes_from_its_cache_and_a_resumed_run_needs_no_t5
     state = with_clips.out / "lora-step00000001-state"
     more = (f"--output_dir={tmp_path}", "--gradient_accumulation_steps=2", f"--resume={state}")
     told = ran(with_clips.command, *more, encoders=("clip_l", "clip_g"))
-    assert "made again:" not in told
+    assert "encoded again:" not in told
     assert tensor_hash(tmp_path / "lora.safetensors") == tensor_hash(with_clips.file)
 
 
@@ -254,7 +254,7 @@ def test_without_any_text_encoder_where_all_outputs_are_on_disk(printed, ran, fi
         f"--output_dir={tmp_path}",
         encoders=(),
     )
-    assert "made again:" not in told
+    assert "encoded again:" not in told
     assert trained_layers(load_file(tmp_path / "lora.safetensors"))
 
 
@@ -327,7 +327,7 @@ def test_only_t5_is_read_from_the_cache(tuned, printed, ran, files, data, tmp_pa
         f"--cache_latents_to_disk --max_data_loader_n_workers=0 --clip_l={tuned.out}/model_clip_l.safetensors",
         encoders=("clip_g", "t5xxl"),
     )
-    assert "made again:" not in told
+    assert "encoded again:" not in told
     moved = changed(files.large, tmp_path / "model.safetensors")
     assert f"{MMDIT}joint_blocks.{DEPTH - 1}.x_block.mlp.fc2.weight" in moved
     assert all(key.startswith(MMDIT) for key in moved)

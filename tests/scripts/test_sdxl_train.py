@@ -229,7 +229,7 @@ def test_a_changed_caption_is_encoded_again_and_diffusers_opens_the_folder(by_js
             "max_train_steps": 1,
         },
     )
-    (named,) = re.findall(r"made again: (.+_te_outputs\.npz): (.+)", run.said)
+    (named,) = re.findall(r"encoded again: (.+_te_outputs\.npz): (.+)", run.said)
     assert Path(named[0]).name == "flower_01_te_outputs.npz"
     assert named[1] == "made for another caption"
     assert re.search(r"caching text encoder outputs: +0%\|.*\| 0/(\d+) ", run.said)[1] == "1"

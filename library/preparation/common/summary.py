@@ -51,11 +51,6 @@ class Outcome:
         return whole
 
 
-def counted(count: int, noun: str = "image", several: str | None = None) -> str:
-    """``1 image``, ``2 images``; `several` where a plural is not the noun with an s."""
-    return f"{count} {noun if count == 1 else several or noun + 's'}"
-
-
 def show(line: str) -> None:
     """Prints a line to stdout. Characters that the console lacks are replaced."""
     if sys.stdout.isatty():

@@ -17,7 +17,7 @@ from library.options.base import Options
 from library.options.image_tools import FaceOptions
 from library.options.preparation import WorkOptions
 from library.preparation.common.images import find_images, my_share, read_ahead
-from library.preparation.common.summary import Outcome, counted
+from library.preparation.common.summary import Outcome
 from library.preparation.images.face_models import Face, FaceModel
 from library.preparation.images.image_files import (
     WriteError,
@@ -28,6 +28,7 @@ from library.preparation.images.image_files import (
     write_file,
 )
 from library.runtime.logs import LOGGER
+from library.screen import counted
 from library.types import Size
 
 if TYPE_CHECKING:

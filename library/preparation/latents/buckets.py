@@ -20,10 +20,11 @@ from library.options.memory import DistributedOptions, MemoryOptions
 from library.options.preparation import WorkOptions
 from library.options.training import TrainingOptions
 from library.preparation.common.images import all_gather, find_images, is_first, require_room_beside
-from library.preparation.common.summary import Outcome, counted
+from library.preparation.common.summary import Outcome
 from library.preparation.latents import encoders as parts
 from library.preparation.metadata.metadata_writer import NOT_UNICODE, is_unicode, require_writable, write_metadata
 from library.runtime.logs import LOGGER
+from library.screen import counted
 
 if TYPE_CHECKING:
     from library.data.scan.index import FileIndex

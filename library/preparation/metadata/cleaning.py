@@ -13,11 +13,12 @@ from library.data.scan.metadata_files import read_metadata
 from library.options.base import Options
 from library.options.metadata import CleanOptions
 from library.options.preparation import WorkOptions
-from library.preparation.common.summary import Outcome, counted
+from library.preparation.common.summary import Outcome
 from library.preparation.metadata import cleaning_rules as rules
 from library.preparation.metadata.metadata_writer import require_writable, write_metadata
 from library.preparation.tagging.tag_rules import spaced
 from library.runtime.logs import LOGGER
+from library.screen import counted
 
 GROUPS = (CleanOptions, WorkOptions)
 

@@ -17,10 +17,11 @@ from library.options.base import Options
 from library.options.metadata import MergeCaptionsOptions, MergeOptions, MergeTagsOptions
 from library.options.preparation import WorkOptions
 from library.preparation.common.images import find_images, read_ahead
-from library.preparation.common.summary import Outcome, counted
+from library.preparation.common.summary import Outcome
 from library.preparation.common.texts import read_lines
 from library.preparation.metadata.metadata_writer import NOT_UNICODE, is_unicode, require_writable, write_metadata
 from library.runtime.logs import LOGGER
+from library.screen import counted
 
 Field = Literal["caption", "tags"]
 

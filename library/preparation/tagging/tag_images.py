@@ -25,7 +25,7 @@ from library.preparation.common.images import (
     my_share,
     read_ahead,
 )
-from library.preparation.common.summary import Outcome, counted, show
+from library.preparation.common.summary import Outcome, show
 from library.preparation.tagging.tag_outputs import TagPlace, tag_place
 from library.preparation.tagging.tag_rules import (
     TagRules,
@@ -36,6 +36,7 @@ from library.preparation.tagging.tag_rules import (
     rules_of,
 )
 from library.runtime.logs import LOGGER
+from library.screen import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

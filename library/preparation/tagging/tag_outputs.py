@@ -11,11 +11,11 @@ from library.data.scan.metadata_files import read_metadata
 from library.errors import UserError
 from library.options.tagging import TaggingOptions
 from library.preparation.common.images import all_gather, is_first, processes, require_room_beside, warn_of_shared_names
-from library.preparation.common.summary import counted
 from library.preparation.common.texts import read_lines, require_text_ending, write_text
 from library.preparation.metadata.metadata_writer import NOT_UNICODE, is_unicode, require_writable, write_metadata
 from library.preparation.tagging.tag_rules import with_appended
 from library.runtime.logs import LOGGER
+from library.screen import counted
 from library.types import Size
 
 

@@ -15,12 +15,12 @@ import numpy as np
 from library.data.sample.images import read_reduced, resize
 from library.errors import UserError
 from library.preparation.common.onnx_sessions import first_line, is_on_gpu, open_session
-from library.preparation.common.summary import counted
 from library.preparation.tagging.tag_rules import CATEGORIES, Label
 from library.preparation.tagging.tagger_files import TaggerFiles
 from library.runtime.documents import LARGEST_CONFIG, NotTextError, decode, load_json
 from library.runtime.files import read_bytes, reason
 from library.runtime.logs import LOGGER
+from library.screen import counted
 from library.types import Size
 
 if TYPE_CHECKING:
