@@ -34,7 +34,7 @@ from library.runtime.processes import Processes
 from library.runtime.signals import exit_status
 from library.training import distributed, lr_schedules, optimizers, placement, plan, resuming, state_notes
 from library.training.ema import EMA
-from library.training.evicting import evict_modulation
+from library.training.evicting import evict_modulation, require_unread
 from library.training.hub import Hub
 from library.training.loop import train
 from library.training.notifying import Notifier
@@ -249,10 +249,13 @@ class Session:
         """Attaches what is trained, and does all for which the text encoders and the VAE are needed once.
 
         One part comes to the device after the other, so that a large model's need not be there together.
+
+        Raises: UserError: the network reads weights that are not to be on the device.
         """
         opts, family, method, models, data = self.opts, self.family, self.method, self.models, self.data
         cache_latents = self.caches.latents(opts, family, models, data)
         method.attach(family, models)
+        require_unread(family, models, opts, method.added())
         cache_text = self.caches.text(opts, family, method, models, data)  # knows what was merged into the encoders
         grad_text = bool(method.trained_text_encoders())
         placement.place_text_encoders(models, opts, self.device, grad_text=grad_text, shards=self.shards)
@@ -275,10 +278,10 @@ class Session:
     def place(self) -> None:
         """Moves the denoiser to the device; compiles, shards or swaps it as the options say.
 
-        Raises: UserError: the network reads weights that are not to be on the device.
+        Raises: UserError: a text encoder is trained whose texts have to stay as they are.
         """
         opts, models = self.opts, self.models
-        self.modulation = evict_modulation(self.family, models, opts, self.method.added(), self.device)
+        self.modulation = evict_modulation(self.family, models, opts, self.device)
         placement.place_denoiser(models, opts, self.device, sharded=self.shards is not None)
         if self.modulation is not None:
             self.modulation.pin()
