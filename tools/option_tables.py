@@ -163,5 +163,6 @@ def _values(option: Option) -> str:
 if __name__ == "__main__":
     for path, page in pages():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-        print(f"wrote {path}")
+        if not path.is_file() or path.read_text(encoding="utf-8") != page:
+            path.write_text(page, encoding="utf-8")
+            print(f"wrote {path}")
