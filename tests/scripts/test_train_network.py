@@ -175,10 +175,19 @@ def test_conv_dim_reaches_the_3x3_convolutions(trained):
     assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_up" in name)
 
 
+# Linux forks workers up to Python 3.13. Elsewhere, and from 3.14 on, they get what they need pickled.
+STARTED_BY = """
+import multiprocessing, runpy, sys
+multiprocessing.set_start_method(sys.argv.pop(1))
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_workers_change_nothing(tmp_path, run_script, train_arguments):
     """Images, crops, flips, captions and noise are addressed, not consumed."""
     hashes = set()
-    for workers in (0, 2):
+    for workers, started_by in ((0, []), (2, []), (1, ["-c", STARTED_BY, "spawn"])):
         out = tmp_path / str(workers)
         command = train_arguments(
             out,
@@ -189,7 +198,7 @@ def test_workers_change_nothing(tmp_path, run_script, train_arguments):
             caption_dropout_rate=0.2,
             max_data_loader_n_workers=workers,
         )
-        result = run_script(*command)
+        result = run_script(*started_by, *command)
         assert result.returncode == 0, result.stderr
         hashes.add(sha(out / "lora.safetensors"))
     assert len(hashes) == 1
