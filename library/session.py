@@ -32,6 +32,7 @@ from library.runtime.limits import during
 from library.runtime.logs import LOGGER
 from library.runtime.processes import Processes
 from library.runtime.signals import exit_status
+from library.screen import counted
 from library.training import distributed, lr_schedules, optimizers, placement, plan, resuming, state_notes
 from library.training.ema import EMA
 from library.training.evicting import evict_modulation, require_unread
@@ -215,11 +216,11 @@ class Session:
         saved = state_notes.read_progress(Path(resume)) if resume else None
         self.start = plan.choose_start(self.plan, self.opts.training, saved)
         if self.start.step >= steps:
-            over = f"{self.start.step} steps are done already, and the run has {steps}"
+            over = f"done already: {counted(self.start.step, 'step')} of {steps}"
             more = "raise --max_train_steps or --max_train_epochs, which count from the very beginning"
             if saved is None or self.start.step != saved.step:
                 raise UserError(f"{over}; {more}")
-            LOGGER.warning("%s: nothing is trained, and the final files are written; to train on, %s", over, more)
+            LOGGER.warning("%s; nothing is trained, and the final files are written; to train on, %s", over, more)
         if resume and saved is None and not self.start.step:
             LOGGER.warning("%s has no step count, so it starts at 0; set --initial_step", resume)
         self.preview = Preview.from_options(self.opts, self.family, takes_control=takes_control)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from library.options.logging import notify_urls
 from library.runtime.logs import LOGGER
-from library.screen import without_secrets
+from library.screen import counted, without_secrets
 from library.training.tracking import Ending, Sink, ending_by
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Notifier(Sink):
     def _lines(self, ending: Ending) -> list[str]:
         hours, rest = divmod(int(time.time() - self._started), 3600)
         lines = [ending.text] if ending.text else []
-        lines.append(f"{self._step} steps in {hours}:{rest // 60:02d}:{rest % 60:02d}")
+        lines.append(f"{counted(self._step, 'step')} in {hours}:{rest // 60:02d}:{rest % 60:02d}")
         if self._loss is not None:
             lines.append(f"average loss {self._loss:.4f}")
         if self._file is not None:

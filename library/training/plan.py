@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from library.screen import counted
+
 if TYPE_CHECKING:
     from library.options.training import TrainingOptions
 
@@ -89,13 +91,14 @@ def describe(plan: RunPlan, images: int, reg_images: int) -> list[str]:
     regular = f" + {reg_images} regularisation" if reg_images else ""
     lines = [
         *([f"images x repeats per epoch: {images}{regular}"] if images else []),
-        f"{plan.steps_per_epoch} steps per epoch ({plan.batches_per_epoch} batches / {plan.processes} "
-        f"process{'' if plan.processes == 1 else 'es'} / {plan.accumulation} accumulated)",
-        f"total: {plan.total_steps} optimizer steps, {plan.epochs} epoch{'' if plan.epochs == 1 else 's'}",
+        f"{counted(plan.steps_per_epoch, 'step')} per epoch ({counted(plan.batches_per_epoch, 'batch', 'batches')} / "
+        f"{counted(plan.processes, 'process', 'processes')} / {plan.accumulation} accumulated)",
+        f"total: {counted(plan.total_steps, 'optimizer step')}, {counted(plan.epochs, 'epoch')}",
     ]
     twice = plan.batches_per_process * plan.processes - plan.batches_per_epoch
     if twice:
-        lines.append(f"{twice} batches of each epoch come twice, so that all {plan.processes} processes have as many")
+        come = "batch of each epoch comes" if twice == 1 else "batches of each epoch come"
+        lines.append(f"{twice} {come} twice, so that all {plan.processes} processes have as many")
     if plan.by_default:
         lines.append(
             f"the length of {plan.total_steps} steps is the default: "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.runtime.logs import LOGGER
+from library.screen import counted
 from library.training import device_memory
 from library.training.pace import Slowdown, Stopwatch
 from library.training.scalars import ScalarQueue
@@ -95,4 +96,4 @@ class Report:
         steps = progress.step - self._run.start.step
         hours, rest = divmod(int(seconds), 3600)
         clock = f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
-        LOGGER.info("%d steps in %s, %.2f s/step", steps, clock, seconds / max(steps, 1))
+        LOGGER.info("%s in %s, %.2f s/step", counted(steps, "step"), clock, seconds / max(steps, 1))

@@ -54,6 +54,19 @@ def test_the_place_in_the_data_follows_from_the_steps(step, expected):
     assert start_at(plan, step) == Progress(*expected)
 
 
+def test_one_of_anything_is_no_plural():
+    one = make_plan(1, 1, 1, steps=1, epochs=None, by_default=False)
+    assert describe(one, 1, 0)[1:] == [
+        "1 step per epoch (1 batch / 1 process / 1 accumulated)", "total: 1 optimizer step, 1 epoch"
+    ]  # fmt: skip
+    odd = make_plan(3, 2, 1, steps=4, epochs=None, by_default=False)
+    assert describe(odd, 3, 0)[1:] == [
+        "2 steps per epoch (3 batches / 2 processes / 1 accumulated)",
+        "total: 4 optimizer steps, 2 epochs",
+        "1 batch of each epoch comes twice, so that all 2 processes have as many",
+    ]
+
+
 def test_what_decides_over_the_start():
     plan = make_plan(10, 1, 1, steps=100, epochs=None, by_default=False)
 

@@ -179,6 +179,7 @@ def test_another_schedule_counts_from_the_step_on(tmp_path, messages, before, no
     assert again.used == [pytest.approx(rates, rel=1e-12) for rates in Training(**SCHEDULES[now]).step(11).used[6:]]
     (line,) = messages()
     assert line.startswith("the schedule continues at step 6 with other options: --lr_scheduler ")
+    assert "None" not in line  # what the other schedule does not have is no change
 
 
 def test_a_changed_argument_of_a_schedule_of_torch_counts(tmp_path):
