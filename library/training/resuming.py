@@ -239,9 +239,10 @@ class SettingChanges:
             ours = vars(self._schedule)
             other = any((kind in saved) != (kind in ours) for kind in ("lr_lambdas", "num_bad_epochs"))
             return [f"--lr_scheduler is now {now['lr_scheduler']}"] if other else []
-        # What one of two schedules does not have has not changed; an argument may have been added.
-        both = [name for name in {**before, **now} if (name in before) == (name in now) or " " in name]
-        names = [name for name in both if before.get(name) != now.get(name)]
+        # What one of two schedules does not have says nothing beside their names; of one, arguments come and go.
+        same = before.get("lr_scheduler") == now["lr_scheduler"]
+        names = {**before, **now} if same else [name for name in before if name in now]
+        names = [name for name in names if before.get(name) != now.get(name)]
         flags = {name: name if name == "steps" else f"--{name}" for name in names}
         return [f"{flags[name]} {_text(before.get(name))} -> {_text(now.get(name))}" for name in names]
 
