@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from library.options.optimizer import sets_own_rate
 from library.screen import counted
 from library.training.optimizers import describe_optimizer
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from library.options.base import Options
+    from library.options.optimizer import OptimizerOptions
     from library.training.plan import RunPlan
 
 
@@ -21,9 +23,6 @@ def describe_run(
     """(name, text) of each line. `optimizer` has its schedule already. `batch_sizes` are those of single batches."""
     options, steps = opts.optimizer, plan.total_steps
     numbers = (weight.numel() for group in optimizer.param_groups for weight in group["params"])
-    rates = [f"{group['name']} {group.get('initial_lr', group['lr']):.3g}" for group in optimizer.param_groups]
-    schedule = options.lr_scheduler_type or options.lr_scheduler
-    warmup = f" after a warm-up of {_steps(options.lr_warmup_steps)}" if options.lr_warmup_steps else ""
     batch = " or ".join(map(str, batch_sizes))
     times = [(plan.accumulation, "accumulated"), (plan.processes, "processes")]
     more = "".join(f" x {count} {what}" for count, what in times if count > 1)
@@ -32,11 +31,18 @@ def describe_run(
     return [
         ("seed", str(opts.training.seed)),
         ("trained", f"{in_millions(sum(numbers))} parameters"),
-        ("rates", f"{', '.join(dict.fromkeys(rates))}; {schedule}{warmup}"),
+        ("rates", "computed by AdaFactor in each step" if sets_own_rate(options) else _rates(options, optimizer)),
         ("optimizer", describe_optimizer(optimizer, options)),
         ("length", f"{counted(steps, 'step')}, {counted(plan.epochs, 'epoch')} of {plan.steps_per_epoch}"),
         ("batch", f"{batch}{more}"),
     ]
+
+
+def _rates(options: OptimizerOptions, optimizer: torch.optim.Optimizer) -> str:
+    rates = [f"{group['name']} {group.get('initial_lr', group['lr']):.3g}" for group in optimizer.param_groups]
+    schedule = options.lr_scheduler_type or options.lr_scheduler
+    warmup = f" after a warm-up of {_steps(options.lr_warmup_steps)}" if options.lr_warmup_steps else ""
+    return f"{', '.join(dict.fromkeys(rates))}; {schedule}{warmup}"
 
 
 def _steps(given: float) -> str:
