@@ -94,7 +94,7 @@ def test_resuming_changes_nothing(whole, run_script, train_arguments, tmp_path):
     state = {"max_train_steps": 3, "resume": out / "lora-step00000002-state"}
     done = run_script(*train_arguments(tmp_path, network_module="lycoris.kohya", **state, **options))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "1 steps in" in done.stderr
+    assert "1 step in" in done.stderr
     assert weights_hash(tmp_path) == weights_hash(out)
 
 
