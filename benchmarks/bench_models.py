@@ -183,7 +183,7 @@ def assemble(row: Row, arguments: tuple[str, ...], batch_size: int, device: torc
     models.text_encoders.clear()  # their outputs are cached
     placement.place_denoiser(models, opts, device)
     placement.place_trained(method.trainable(), opts, device)
-    placement.set_norms(family, models)
+    placement.keep_less(family, models)
     set_attention(models.denoiser, opts.memory)
     swap = placement.swap_blocks(family, models, opts, device)
     optimizer = make_optimizer(method.parameter_groups(), opts.optimizer)

@@ -286,7 +286,7 @@ class Session:
         placement.place_denoiser(models, opts, self.device, sharded=self.shards is not None)
         if self.modulation is not None:
             self.modulation.pin()
-        placement.set_norms(self.family, models)
+        placement.keep_less(self.family, models)
         attention = set_attention(models.denoiser, opts.memory)
         if opts.memory.compiles:
             blocks, how = self.family.denoiser.blocks(models), Compiling.of(opts.memory)

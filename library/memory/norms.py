@@ -57,6 +57,26 @@ def keep_no_normed(model: nn.Module) -> int:
     return sum(_become(model, kind, _modulating_kind(kind, count), has_own_norm) for kind, count in kinds)
 
 
+def keep_narrow_inputs(model: nn.Module) -> int:
+    """Lets norms with weights keep their input for the backward pass, and not the float32 copy that autocast makes.
+
+    Those are the group norms, which answer in float32 as before, and the layer norms in the blocks of transformers,
+    which answer in the dtype of their input: the linear layers that take their results round them to it anyway. Outputs
+    of the layers that follow are the same to the bit.
+
+    Returns: how many there are.
+    """
+    from diffusers.models.attention import BasicTransformerBlock
+
+    blocks = [module for module in model.modules() if type(module) is BasicTransformerBlock]
+    layer_norms = sum(_become(block, nn.LayerNorm, _WeightedLayerNorm, _has_both) for block in blocks)
+    return layer_norms + _become(model, nn.GroupNorm, _GroupNorm, _has_both)
+
+
+def _has_both(module: nn.Module) -> bool:
+    return module.weight is not None and module.bias is not None
+
+
 def _become(model: nn.Module, kind: type, own: type, wanted: Any) -> int:
     found = [module for module in model.modules() if type(module) is kind and wanted(module)]
     for module in found:
@@ -76,6 +96,27 @@ class _RmsNorm(nn.RMSNorm):
             return super().forward(x)
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if self.eps is None else self.eps
         return _Recomputed.apply(x, self.weight, eps, super().forward)
+
+
+class _WeightedLayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        if _keeps_a_copy(x):
+            return _LayerNormInFloat32.apply(x, self.weight, self.bias, self.eps)
+        return super().forward(x)
+
+
+class _GroupNorm(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        if _keeps_a_copy(x):
+            return _GroupNormInFloat32.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+        return super().forward(x)
+
+
+def _keeps_a_copy(x: Tensor) -> bool:
+    """Whether autocast would hand a norm a float32 copy of `x`, which the backward pass would keep."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return torch.is_autocast_enabled(x.device.type) and x.dtype.itemsize < 4
 
 
 def _diffusers_kind(kind: type[nn.Module]) -> type[nn.Module]:
@@ -132,6 +173,69 @@ class _Modulated(torch.autograd.Function):
             of_x = torch.ops.aten.native_layer_norm_backward(inner, wide, shape, mean, rstd, None, None, wanted)[0]
             of_x = of_x.to(x.dtype)
         return of_x, of_scale, of_shift, None
+
+
+class _LayerNormInFloat32(torch.autograd.Function):
+    """A layer norm over the last axis, computed in float32 and rounded to the dtype of x, which is what is kept.
+
+    x is (..., D), weight and bias are (D,). Kept besides: mean and ``1 / sqrt(var + eps)`` of each row, in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        ctx.dtypes = weight.dtype, bias.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = _wide(weight), _wide(bias)
+            normed, mean, rstd = torch.native_layer_norm(_wide(x), weight.shape, weight, bias, eps)
+            ctx.save_for_backward(x, weight, bias, mean, rstd)
+            return normed.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        gradients = torch.ops.aten.native_layer_norm_backward(
+            _wide(gradient), _wide(x), weight.shape, mean, rstd, weight, bias, list(ctx.needs_input_grad[:3])
+        )
+        return *_rounded(gradients, x.dtype, *ctx.dtypes), None
+
+
+class _GroupNormInFloat32(torch.autograd.Function):
+    """A group norm, computed in float32, as is what it returns; x is kept in its own dtype.
+
+    x is (B, C, ...), weight and bias are (C,). Kept besides, in float32: each group's mean and ``1 / sqrt(var + eps)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        ctx.dtypes, ctx.groups = (weight.dtype, bias.dtype), groups
+        size = len(x), x.shape[1], x[0, 0].numel()
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = _wide(weight), _wide(bias)
+            normed, mean, rstd = torch.native_group_norm(_wide(x).contiguous(), weight, bias, *size, groups, eps)
+            ctx.save_for_backward(x, weight, mean, rstd)
+            return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        size = len(x), x.shape[1], x[0, 0].numel()
+        gradients = torch.ops.aten.native_group_norm_backward(
+            gradient.contiguous(),
+            _wide(x).contiguous(),
+            mean,
+            rstd,
+            weight,
+            *size,
+            ctx.groups,
+            list(ctx.needs_input_grad[:3]),
+        )
+        return *_rounded(gradients, x.dtype, *ctx.dtypes), None, None
+
+
+def _rounded(gradients: tuple[Tensor | None, ...], *dtypes: torch.dtype) -> list[Tensor | None]:
+    return [None if one is None else one.to(dtype) for one, dtype in zip(gradients, dtypes, strict=True)]
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from library.errors import UserError
+from library.memory.activations import keep_gates_only
 from library.memory.low_precision import quantise_to_fp8
-from library.memory.norms import keep_dtype, keep_inputs_only, keep_no_normed
+from library.memory.norms import keep_dtype, keep_inputs_only, keep_narrow_inputs, keep_no_normed
 from library.memory.offload import offloading_checkpoint
 from library.memory.selective import selective_checkpoint
 from library.runtime.logs import LOGGER
@@ -100,9 +101,14 @@ def place_denoiser(models: Models, opts: Options, device: torch.device, *, shard
         denoiser.enable_gradient_checkpointing(checkpoint)
 
 
-def set_norms(family: Family, models: Models) -> None:
-    """Lets the denoiser's norms keep less, and answer in the dtype of the stream where the family's own code does."""
+def keep_less(family: Family, models: Models) -> None:
+    """Lets the denoiser's norms and gates keep less for the backward pass.
+
+    Norms without weights answer in the dtype of the stream where the family's own code does.
+    """
+    keep_gates_only(models.denoiser)
     keep_inputs_only(models.denoiser)
+    keep_narrow_inputs(models.denoiser)
     if family.traits.norms_keep_dtype:
         keep_dtype(models.denoiser)
         keep_no_normed(models.denoiser)

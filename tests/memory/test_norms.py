@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle, RMSNorm
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from library.memory.norms import keep_dtype, keep_inputs_only, keep_no_normed
+from library.memory.norms import keep_dtype, keep_inputs_only, keep_narrow_inputs, keep_no_normed
 
 NORMS = {
     "torch's": lambda: nn.RMSNorm(16, eps=1e-6),
@@ -132,3 +135,95 @@ def test_modulated_norms_in_bf16_are_as_near_to_float32_as_unrounded_norms(kind)
 
     assert off(found)[0] < 0.9 * off(plain)[0]  # rounded once, and not thrice
     assert sum(off(found)) <= 1.02 * sum(off(plain))
+
+
+class GroupNormed(nn.Sequential):
+    """As in a residual block."""
+
+    shape = 2, 16, 6, 5
+
+    def __init__(self):
+        super().__init__(nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv2d(16, 8, 3))
+
+
+class LayerNormed(nn.Sequential):
+    shape = 2, 7, 16
+
+    def __init__(self):
+        super().__init__(BasicTransformerBlock(16, 2, 8))
+
+
+@contextmanager
+def autocast_of_cuda():
+    """On CUDA autocast computes norms in float32 and gives that; on a CPU it lets them be."""
+
+    def in_float32(norm):
+        def compute(x, *args, **kwargs):
+            cast = [one.float() if isinstance(one, torch.Tensor) else one for one in (x, *args)]
+            with torch.autocast("cpu", enabled=False):
+                return norm(*cast, **kwargs)
+
+        return compute
+
+    with ExitStack() as stack:
+        for name in ("layer_norm", "group_norm"):
+            stack.enter_context(mock.patch.object(F, name, in_float32(getattr(F, name))))
+        stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        yield
+
+
+def narrow(model, dtype):
+    """Output and gradients under CUDA's autocast of bf16, and the bytes of float32 tensors that are kept between."""
+    x = torch.randn(model.shape, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    kept = {}
+
+    def keep(tensor):
+        if tensor.dtype == torch.float32 and tensor.numel() >= x.numel():
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with autocast_of_cuda(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(x)
+    output.backward(torch.linspace(-1, 1, output.numel()).view(output.shape).to(output.dtype))
+    return [output.detach(), x.grad, *(one.grad for one in model.parameters())], sum(kept.values())
+
+
+@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("kind", "norms"), [(GroupNormed, 1), (LayerNormed, 2)])
+def test_norms_with_weights_keep_their_narrow_input_under_autocast(kind, norms, trained):
+    """Outputs to the bit. Gradients of queries, keys and values are added up in bf16 before the layer norm."""
+    torch.manual_seed(0)
+    plain = kind().to(trained)
+    with torch.no_grad():
+        for weight in plain.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    lean, exact = copy.deepcopy(plain), copy.deepcopy(plain).float()
+    assert keep_narrow_inputs(lean) == norms
+    (expected, most), (found, least) = narrow(plain, torch.bfloat16), narrow(lean, torch.bfloat16)
+    assert torch.equal(found[0], expected[0])
+    assert [one.dtype for one in found] == [one.dtype for one in expected]
+    assert most - least == norms * math.prod(kind.shape) * 4
+
+    x = torch.randn(kind.shape, generator=torch.Generator().manual_seed(1)).bfloat16().float().requires_grad_()
+    output = exact(x)
+    output.backward(torch.linspace(-1, 1, output.numel()).view(output.shape).bfloat16().float())
+    gradients = [x.grad, *(one.grad for one in exact.parameters())]
+
+    def off(values):
+        pairs = zip(values[1:], gradients, strict=True)
+        return [((one.float() - other).norm() / other.norm().clamp(min=1e-6)).item() for one, other in pairs]
+
+    assert sum(off(found)) <= 1.1 * sum(off(expected))
+
+
+@pytest.mark.parametrize("kind", [GroupNormed, LayerNormed])
+def test_norms_of_a_wide_input_and_without_autocast_are_torchs(kind):
+    torch.manual_seed(0)
+    plain = kind()
+    lean = copy.deepcopy(plain)
+    keep_narrow_inputs(lean)
+    x = torch.randn(kind.shape)
+    assert torch.equal(plain(x), lean(x))
+    (expected, most), (found, least) = narrow(plain, torch.float32), narrow(lean, torch.float32)
+    assert most == least
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
