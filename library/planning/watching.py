@@ -2,10 +2,14 @@
 
 It sees the tensors that operations give, real ones and torch's fakes alike, so the same watcher predicts a run and
 measures one. Memory that a kernel takes and frees inside itself is not seen.
+
+Autograd adds up the gradients of a tensor that is used several times. It does so in place where it alone holds the
+first one, but never while operations are watched; then the sum takes the first one's place here, too.
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -67,6 +71,7 @@ class Watcher(TorchDispatchMode):
         self._now: dict[str, int] = {}
         self._kinds: dict[str, Counter[str]] = {}
         self.kind = WORKING  # of what is born now
+        self._unsettled: tuple[_Storage, str] | None = None  # the first summand of a sum of gradients, while it lives
         self._phase = self._open("before")
 
     @classmethod
@@ -83,6 +88,7 @@ class Watcher(TorchDispatchMode):
         try:
             yield self._phase
         finally:
+            self._settle()
             self._phase.left = dict(self._now)
             self._phase = before
 
@@ -122,7 +128,8 @@ class Watcher(TorchDispatchMode):
         kwargs = kwargs or {}
         result = self.run(func, args, kwargs)
         if isinstance(result, Tensor):
-            self._see(result, func)
+            summand = args[0] if func is torch.ops.aten.add.Tensor and _called_by_autograd() else None
+            self._see(result, func, summand)
         elif isinstance(result, (list, tuple)):
             for one in tree_iter(result):
                 if isinstance(one, Tensor):
@@ -135,7 +142,7 @@ class Watcher(TorchDispatchMode):
         """Computes an operation."""
         return func(*args, **kwargs)
 
-    def _see(self, tensor: Tensor, func: Any) -> _Storage | None:
+    def _see(self, tensor: Tensor, func: Any, summand: Tensor | None = None) -> _Storage | None:
         if tensor.layout != torch.strided or (tensor.device.type == "meta"):
             return None
         storage = tensor.untyped_storage()
@@ -143,6 +150,7 @@ class Watcher(TorchDispatchMode):
         known = self._alive.get(key)
         if known is not None:
             return known
+        self._settle()
         device = tensor.device.type
         one = _Storage(storage, self._ended)
         one.key, one.device, one.kind = key, device, self.kind
@@ -150,15 +158,41 @@ class Watcher(TorchDispatchMode):
         self._alive[key] = one
         self._born += 1
         one.born = self._born
-        now = self._now[device] = self._now.get(device, 0) + one.size
+        self._now[device] = self._now.get(device, 0) + one.size
         kinds = self._kinds.setdefault(device, Counter())
         kinds[one.kind] += one.size
-        peak = self._phase.peaks.setdefault(device, Peak())
-        if now > peak.size:
-            peak.size, peak.kinds, peak.operation, peak.moment = now, Counter(kinds), str(func), self._born
+        replaced = None if summand is None else self._alive.get(summand.untyped_storage()._cdata)
+        if replaced is not None and (replaced.device, replaced.size) == (device, one.size):
+            self._unsettled = replaced, str(func)
+        else:
+            self._raise_peak(device, str(func))
         return one
 
+    def _raise_peak(self, device: str, operation: str) -> None:
+        peak, now = self._phase.peaks.setdefault(device, Peak()), self._now[device]
+        if now > peak.size:
+            peak.size, peak.kinds, peak.moment = now, Counter(self._kinds[device]), self._born
+            peak.operation = operation
+
+    def _settle(self) -> None:
+        """Counts a sum and its first summand as two, since that one lives on."""
+        if self._unsettled is not None:
+            (replaced, operation), self._unsettled = self._unsettled, None
+            self._raise_peak(replaced.device, operation)
+
     def _ended(self, one: _Storage) -> None:
+        if self._unsettled is not None and self._unsettled[0] is one:
+            self._unsettled = None
+        else:
+            self._settle()
         del self._alive[one.key]
         self._now[one.device] -= one.size
         self._kinds[one.device][one.kind] -= one.size
+
+
+def _called_by_autograd() -> bool:
+    """Whether the operation that is dispatched comes from autograd's engine, and not from a function in Python."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name == "__torch_dispatch__":
+        frame = frame.f_back
+    return frame is None or frame.f_code.co_name == "_engine_run_backward"  # its threads have no frame

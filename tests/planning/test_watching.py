@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
+import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from library.planning.watching import WORKING, Watcher
 
@@ -42,3 +46,32 @@ def test_gradients_that_backward_keeps_are_seen_and_freed():
         weight.grad = None
         assert watcher.in_use("cpu") == left - 4096
     assert one.peaks["cpu"].size >= 3 * 4096
+
+
+def peak_by_profiler(work):
+    """The most bytes over what was there before, by torch's own record of allocations."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    sizes = [one.nbytes() for one in seen.profiler.kineto_results.events() if one.name() == "[memory]"]
+    return max(itertools.accumulate(sizes))
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["alone", "held by others, too"])
+def test_gradients_that_autograd_adds_up_take_one_place_where_it_holds_them_alone(keeps):
+    """What several branches give is added up in place, unless someone has the first one."""
+    x, held = torch.ones(100_000, requires_grad=True), []
+
+    def work():
+        shared = x * 2
+        branches = [shared * factor for factor in (2, 3, 4)]
+        if keeps:
+            for branch in branches:
+                branch.grad_fn.register_hook(lambda gradients, _: held.append(gradients[0]))
+        torch.stack([branch.sum() for branch in branches]).sum().backward()
+        x.grad = None
+        held.clear()
+
+    work()
+    with Watcher() as watcher, watcher.phase("one") as one:
+        work()
+    assert one.peaks["cpu"].size == pytest.approx(peak_by_profiler(work), abs=20 * 512)
