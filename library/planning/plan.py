@@ -54,7 +54,7 @@ class Plan:
     def step_seconds(self) -> float:
         """Seconds of an optimizer step over average batches."""
         of_largest = self.simulated.work["second step"].time
-        return of_largest * self.simulated.mean_pixels / self.simulated.pixels
+        return of_largest * self.simulated.mean_pixels / self.simulated.pixels + self.simulated.modulation_seconds
 
     @property
     def caching_seconds(self) -> float:
@@ -115,9 +115,11 @@ class Plan:
             "copies over the bus": max(work.bytes_to_device, work.bytes_to_cpu) / device.bus,
         }
         slowest = max(terms, key=lambda name: terms[name])
+        seconds = self.simulated.modulation_seconds
+        ahead = f", and {seconds:.2g} s for modulation ahead" if self.request.opts.modulation.count else ""
         return (
             f"{work.flops / 1e12:.3g} TFLOP a step, {device.basis}, 80 % of its rates; for the largest batch "
-            f"{work.time:.3g} s, bound by {slowest}; not measured"
+            f"{work.time:.3g} s, bound by {slowest}{ahead}; not measured"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -32,7 +32,12 @@ _OF_TRAINING: tuple[Values, ...] = (
 )
 _MUCH = 0.1  # share of the memory from which on those are tried
 # Against the size of frozen weights, likewise.
-_OF_WEIGHTS: tuple[Values, ...] = ({"quantize_base": "int8"}, {"fp8_base": True}, {"quantize_base": "nf4"})
+_OF_WEIGHTS: tuple[Values, ...] = (
+    {"quantize_base": "int8"},
+    {"fp8_base": True},
+    {"quantize_base": "nf4"},
+    {**_CACHES, "evict_modulation": 32},
+)
 _TRIES = 3  # numbers of swapped blocks
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
     from library.types import Batch
 
 SAMPLED = 2  # denoising steps of a sample image: each takes the same memory
-TIMED = ("caching text", "caching latents", "second step")  # phases whose work is counted
+AHEAD = "modulation ahead"
+TIMED = ("caching text", "caching latents", AHEAD, "second step")  # phases whose work is counted
 STEPS = 2  # in the second one, the optimizer's state is there before the forward pass
 WEIGHTS, ADDED, GRADIENTS, STATE, AVERAGE = (
     *("weights of the {part}", "network", "gradients", "optimizer state", "moving average"),
@@ -65,6 +67,7 @@ class Simulated:
     images: int = 0  # of the largest step
     blocks: int = 0  # of the denoiser
     saves: SavePlan | None = None
+    modulation_seconds: float = 0.0  # of a step's share in what is computed for several, beside the second step's own
     cached_batches: dict[str, int] = field(default_factory=dict)  # by the phase that has encoded one
 
     def peak(self, kind: str) -> tuple[int, Phase | None]:
@@ -148,9 +151,21 @@ def simulate(request: Request, *, whole: bool = True) -> Simulated:
         found.blocks = len(family.denoiser.blocks(session.models))
         sizes = data.batch_pixels()
         found.pixels, found.mean_pixels = max(sizes), sum(sizes) / len(sizes)
+        if run.modulation is not None:
+            found.modulation_seconds = work[AHEAD].time * _missing(opts.modulation.count, run.plan.accumulation)
         if session.swap is not None:
             session.swap.detach()
         return found
+
+
+def _missing(count: int, accumulation: int) -> float:
+    """How much of the work that was done before the first step a step takes on average, beside what the second did.
+
+    Args: count: of batches whose modulation is computed at a time.
+    """
+    first = math.ceil(accumulation / count)
+    second = math.ceil(2 * accumulation / count) - first
+    return (accumulation / count - second) / first
 
 
 def quietly(opts: Options) -> Options:
@@ -199,8 +214,12 @@ def steps(run: Run, batch: Batch, watcher: Watcher, phase: Callable[[str], Any],
     run.method.start_epoch(1)
     for number in range(count):
         gc.collect()  # when Python would do it depends on much else
+        ahead = run.modulation is not None and number == 0
+        with phase(AHEAD) if ahead else nullcontext():
+            next_batches = list(islice(batches, run.plan.accumulation)) if ahead else []
         with phase(("first step", "second step")[min(number, 1)]):
-            loop.optimizer_step(run, parts, list(islice(batches, run.plan.accumulation)), progress)
+            next_batches = next_batches or list(islice(batches, run.plan.accumulation))
+            loop.optimizer_step(run, parts, next_batches, progress)
             name_state(run, watcher)
 
 
