@@ -32,7 +32,7 @@ _OF_TRAINING: tuple[Values, ...] = (
 )
 _MUCH = 0.1  # share of the memory from which on those are tried
 # Against the size of frozen weights, likewise.
-_OF_WEIGHTS: tuple[Values, ...] = (
+AGAINST_WEIGHTS: tuple[Values, ...] = (
     {"quantize_base": "int8"},
     {"fp8_base": True},
     {"quantize_base": "nf4"},
@@ -82,7 +82,7 @@ def find_changes(plan: Plan, report: Callable[[str], None]) -> list[Change]:
         if plan.fits:
             break
     found = [Change(dict(base), plan)] if plan.fits else [*_swapped(request, base, plan, report)]
-    for values in (*(_OF_TRAINING if _trains_much(plan) else ()), *_OF_WEIGHTS):
+    for values in (*(_OF_TRAINING if _trains_much(plan) else ()), *AGAINST_WEIGHTS):
         change = {**base, **values}
         if not usable(request.opts, change, traits):
             continue
@@ -107,7 +107,7 @@ def _trains_much(plan: Plan) -> bool:
 def suggestions(opts: Options, traits: FamilyTraits) -> Iterator[str]:
     """Flags against a lack of memory that these options could take, untried, those that cost least first."""
     single = ({name: value} for name, value in (*_CHECKPOINTING.items(), *_CACHES.items()))
-    for values in (*single, *_OF_WEIGHTS[:1], *_OF_TRAINING[:1], *_OF_TRAINING[2:], {"blocks_to_swap": 16}):
+    for values in (*single, *AGAINST_WEIGHTS[:1], *_OF_TRAINING[:1], *_OF_TRAINING[2:], {"blocks_to_swap": 16}):
         if usable(opts, values, traits):
             yield " ".join(as_flags(values))
 

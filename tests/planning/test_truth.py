@@ -15,6 +15,7 @@ from library import checking, registry, session
 from library.memory import block_swap
 from library.options import parsing
 from library.options.devices import GIB, Device, device_of_memory
+from library.planning import search
 from library.planning.simulation import Request, built, quietly, simulate, steps
 from library.planning.watching import Watcher
 from library.runtime.processes import Processes
@@ -155,11 +156,15 @@ def test_swapped_blocks_of_an_8_bit_base_are_planned_for_a_gpu(files, tmp_path):
 def test_evicted_modulation_is_planned_for_a_gpu(files, tmp_path):
     """The GPU has all of these weights less, but the outputs of three batches more."""
     options = {**LORA, "network_train_unet_only": True, "cache_text_encoder_outputs": True, "mixed_precision": "bf16"}
-    found = []
-    for count in (0, 3):
+    found, seconds = [], []
+    for count in (0, 3, 6):
         case = Case("flux", "network", {**options, "evict_modulation": count})
         request = replace(request_of(case, files["flux"], tmp_path), device=device_of_memory(GIB))
-        phases = {phase.name: phase for phase in simulate(request, whole=False).phases}
+        simulated = simulate(request, whole=False)
+        seconds.append(simulated.modulation_seconds)
+        if count == 6:
+            break
+        phases = {phase.name: phase for phase in simulated.phases}
         weights = "weights of the denoiser"
         found.append([phases["second step"].peaks[kind].kinds[weights] for kind in ("gpu", "cpu")])
         found[-1].append(phases["second step"].peaks["gpu"].size)
@@ -168,3 +173,20 @@ def test_evicted_modulation_is_planned_for_a_gpu(files, tmp_path):
     weights, outputs = 2 * rows * (WIDTH + 1), 2 * rows * 2  # in bf16; those of a batch of two
     assert plain - rest == away == pytest.approx(weights, rel=0.01)  # memory comes in pieces of 512 bytes
     assert weights - 3 * outputs <= most - evicted <= weights * 1.01
+    copying = weights / request.device.bus  # once in so many batches, each a step; besides there are small products
+    assert seconds[0] == 0
+    assert all(copying / count <= share for count, share in zip((3, 6), seconds[1:], strict=True))
+    assert seconds[2] <= seconds[1]  # of a tiny model, launches take longer than copies
+
+
+def test_evicted_modulation_is_tried_for_networks_alone(files, tmp_path):
+    """With the caches that it needs."""
+    evicting = {"cache_latents": True, "cache_text_encoder_outputs": True, "evict_modulation": 32}
+    assert evicting in search.AGAINST_WEIGHTS
+    for method, options, expected in (
+        ("network", {**LORA, "network_train_unet_only": True}, True),
+        ("network", {**LORA, "network_train_unet_only": True, "blocks_to_swap": 1}, False),
+        ("finetune", {"learning_rate": 1e-5}, False),
+    ):
+        opts = request_of(Case("flux", method, options), files["flux"], tmp_path).opts
+        assert search.usable(opts, evicting, registry.FAMILIES["flux"].traits) is expected
